@@ -1,0 +1,221 @@
+"""The definition of every operation, in plain PyTorch and einops: read this first.
+
+Nothing here is fast. Everything runs in float64 and is differentiated by autograd, so a backend is right when it
+agrees with this page. Shapes: T tokens, d hidden size, n intermediate size, E experts, K choices, S = T*K assignments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from moe_triton.records import Dispatch, ExpertSpec, RouterSpec, Routing
+
+EPS = 1e-20  # keeps a normalisation finite when every chosen score underflowed
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of router maths: fp32, or the model's own where that is wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def group_mask(scores_TE: Tensor, spec: RouterSpec) -> Tensor:
+    """True [T, E] for the experts of each token's `top_groups` best groups (DeepSeek-V2: max, V3: sum of the top 2)."""
+    scores_TGM = rearrange(scores_TE, "t (g m) -> t g m", g=spec.num_groups)
+    if spec.group_score == "max":
+        group_TG = scores_TGM.amax(-1)
+    else:
+        group_TG = scores_TGM.topk(min(2, scores_TGM.shape[-1]), dim=-1).values.sum(-1)
+    best_TG = group_TG.sort(dim=-1, descending=True, stable=True).indices[:, : spec.top_groups]
+    kept_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter(1, best_TG, True)
+    return rearrange(kept_TG[:, :, None].expand_as(scores_TGM), "t g m -> t (g m)")
+
+
+def choice_keys(logits_TE: Tensor, spec: RouterSpec, choice_bias: Tensor | None, noise: Tensor | None) -> Tensor:
+    """What the top-k is taken of, [T, E]: higher wins, the lower index wins a tie, NaN counts as -inf.
+
+    A score is monotone in its logit, so the logits themselves are compared, which no rounding of exp can disturb.
+    Only a choice bias, or a sum of two scores over a group, needs the scores.
+    """
+    keys_TE = logits_TE if noise is None else logits_TE + noise
+    if choice_bias is not None or (spec.num_groups > 1 and spec.group_score == "top2_sum"):
+        if spec.score == "softmax":
+            keys_TE = keys_TE.softmax(-1)
+        elif spec.score == "sigmoid":
+            keys_TE = keys_TE.sigmoid()
+        if choice_bias is not None:
+            keys_TE = keys_TE + choice_bias.to(keys_TE.dtype)
+    keys_TE = keys_TE.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
+    if spec.num_groups > 1:
+        keys_TE = keys_TE.masked_fill(~group_mask(keys_TE, spec), float("-inf"))
+    return keys_TE
+
+
+def route(
+    logits_TE: Tensor,
+    spec: RouterSpec,
+    *,
+    choice_bias: Tensor | None = None,
+    noise: Tensor | None = None,
+    token_mask: Tensor | None = None,
+) -> Routing:
+    """Logits [T, E] -> each token's K distinct experts in order of preference, their weights, and the losses' sums.
+
+    score "softmax": s = softmax(logits), w = s[chosen] (Switch, Mixtral); "sigmoid": s = sigmoid(logits) (DeepSeek-V3);
+    "topk_softmax": w = softmax(logits[chosen]) (gpt-oss). `normalize` divides w by its sum, then `scale` multiplies.
+    `choice_bias` [E] and `noise` [T, E] change which experts are chosen, never a weight.
+    """
+    num_tokens, num_experts = logits_TE.shape
+    logits = logits_TE.to(wide(logits_TE.dtype))
+    keys = choice_keys(logits.detach(), spec, choice_bias, noise)
+    experts = keys.sort(dim=-1, descending=True, stable=True).indices[:, : spec.top_k]
+
+    if spec.score == "topk_softmax":
+        weights = logits.gather(1, experts).softmax(-1)
+        probs = logits.softmax(-1)
+    elif spec.score == "sigmoid":
+        scores = logits.sigmoid()
+        weights = scores.gather(1, experts)
+        probs = scores / (scores.sum(-1, keepdim=True) + EPS)
+    else:
+        probs = logits.softmax(-1)
+        weights = probs.gather(1, experts)
+    if spec.normalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + EPS)
+    weights = weights * spec.scale
+    z = logits.logsumexp(-1).square()
+
+    valid = torch.ones(num_tokens, dtype=torch.bool, device=logits.device)
+    if token_mask is not None:
+        valid = token_mask.bool()
+        experts = experts.masked_fill(~valid[:, None], -1)
+        weights = weights.masked_fill(~valid[:, None], 0.0)
+        probs = probs.masked_fill(~valid[:, None], 0.0)
+        z = z.masked_fill(~valid, 0.0)
+    counts = torch.bincount(experts[valid].reshape(-1), minlength=num_experts)
+    return Routing(
+        experts=experts.int(),
+        weights=weights,
+        counts=counts.int(),
+        score_sums=probs.sum(0),
+        z_sum=z.sum(),
+        num_tokens=valid.sum().to(logits.dtype),
+    )
+
+
+def dispatch(
+    experts_TK: Tensor,
+    num_experts: int,
+    *,
+    capacity: int | None = None,
+    capacity_groups: int = 1,
+    by_choice: bool = False,
+    keys: Tensor | None = None,
+) -> Dispatch:
+    """Choices [T, K] -> the row of every kept assignment. Ids outside [0, E) are skipped.
+
+    Rows lie in expert order and, within an expert, in order of token*K + choice. With a `capacity`, each expert keeps at
+    most that many assignments out of each of the `capacity_groups` equal runs of consecutive tokens: those with the
+    highest `keys` [T, K] if given; else, with `by_choice`, all first choices before all second ones; then the earliest.
+    """
+    num_tokens, top_k = experts_TK.shape
+    num_slots = num_tokens * top_k
+    expert = experts_TK.reshape(-1).long()
+    slot = torch.arange(num_slots, device=expert.device)
+    valid = (expert >= 0) & (expert < num_experts)
+    bucket = torch.where(valid, expert, num_experts)
+    counts = torch.bincount(bucket, minlength=num_experts + 1)[:num_experts]
+
+    keep = valid
+    if capacity is not None and num_slots > 0:
+        group = slot // (num_slots // capacity_groups)
+        order = slot  # the most important assignment first
+        if keys is not None:
+            order = keys.reshape(-1).sort(descending=True, stable=True).indices
+        elif by_choice:
+            order = rearrange(slot.view(num_tokens, top_k), "t k -> (k t)")
+        queue = (group * (num_experts + 1) + bucket)[order]  # one queue per (group, expert)
+        sorted_queue, by_queue = queue.sort(stable=True)
+        first = torch.searchsorted(sorted_queue, sorted_queue)
+        rank = torch.empty_like(slot)
+        rank[order[by_queue]] = slot - first
+        keep = valid & (rank < capacity)
+
+    kept_bucket = torch.where(keep, expert, num_experts)
+    kept_counts = torch.bincount(kept_bucket, minlength=num_experts + 1)[:num_experts]
+    offsets = F.pad(kept_counts.cumsum(0), (1, 0))
+    rows = kept_bucket.sort(stable=True).indices  # row -> slot; the ones not kept come last
+    position = torch.empty_like(slot)
+    position[rows] = slot
+    source = torch.where(slot < offsets[-1], rows, -1)
+    position = torch.where(keep, position, -1)
+    return Dispatch(
+        counts=counts.int(),
+        offsets=offsets.int(),
+        source=source.int(),
+        position=position.view(num_tokens, top_k).int(),
+    )
+
+
+def renormalize(weights_TK: Tensor, dispatch: Dispatch) -> Tensor:
+    """Weights [T, K] divided by their sum over each token's surviving choices; 0 at the dropped ones (GShard)."""
+    kept = torch.where(dispatch.position >= 0, weights_TK, 0.0)
+    return kept / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(kept.dtype).eps)
+
+
+def activate(hidden: Tensor, activation: str, is_concatenated: bool = True) -> Tensor:
+    """[..., 2n] -> [..., n] for a gated activation (gate first, then up), [..., n] -> [..., n] for an ungated one."""
+    if activation in ("silu", "gelu", "gelu_tanh", "relu", "relu2"):
+        return pointwise(hidden, activation)
+    pattern = "... (two n) -> two ... n" if is_concatenated else "... (n two) -> two ... n"
+    gate, up = rearrange(hidden, pattern, two=2)
+    if activation == "gpt_oss":
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+    gates = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
+    return pointwise(gate, gates[activation]) * up
+
+
+def pointwise(x: Tensor, name: str) -> Tensor:
+    """The ungated activations: silu, gelu (erf), gelu_tanh, relu, relu2 (relu squared, Primer)."""
+    if name == "silu":
+        return F.silu(x)
+    if name == "gelu":
+        return F.gelu(x)
+    if name == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    return F.relu(x) if name == "relu" else F.relu(x).square()
+
+
+def moe_mlp(
+    hidden_Td: Tensor,
+    weights_TK: Tensor,
+    dispatch: Dispatch,
+    gate_up_proj: Tensor | Sequence[Tensor],
+    down_proj: Tensor | Sequence[Tensor],
+    gate_up_bias: Tensor | Sequence[Tensor] | None,
+    down_bias: Tensor | Sequence[Tensor] | None,
+    spec: ExpertSpec,
+) -> Tensor:
+    """out[t] = sum over t's kept choices k of weights[t, k] * (W2 act(W1 x[t] + b1) + b2), [T, d]."""
+    out = torch.zeros_like(hidden_Td)
+    offsets = dispatch.offsets.tolist()
+    for e in range(dispatch.num_experts):
+        slots = dispatch.source[offsets[e] : offsets[e + 1]].long()
+        tokens = slots // dispatch.top_k
+        up, down = gate_up_proj[e], down_proj[e]
+        if spec.is_transposed:
+            up, down = up.T, down.T
+        hidden = hidden_Td[tokens] @ up.T
+        if gate_up_bias is not None:
+            hidden = hidden + gate_up_bias[e]
+        rows = activate(hidden, spec.activation, spec.is_concatenated) @ down.T
+        if down_bias is not None:
+            rows = rows + down_bias[e]
+        scaled = rows * weights_TK.reshape(-1)[slots, None]
+        out = out.index_add(0, tokens, scaled.to(out.dtype))
+    return out
