@@ -1,0 +1,25 @@
+"""The command line: one file per command."""
+
+from __future__ import annotations
+
+import typer
+
+from moe_triton.cli.info import info
+
+app = typer.Typer(
+    name="moe-triton",
+    help="A mixture-of-experts runtime for PyTorch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(info)
+
+
+@app.callback()
+def root() -> None:
+    """A mixture-of-experts runtime for PyTorch."""
+
+
+def main() -> None:
+    app()

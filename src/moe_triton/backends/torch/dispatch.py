@@ -1,0 +1,62 @@
+"""Dispatch in plain torch: a stable sort of the assignments by expert, and the ranks that capacity needs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def build_dispatch(
+    experts: Tensor, num_experts: int, capacity: int | None, capacity_groups: int, by_choice: bool, keys: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Choices [T, K] -> counts [E], offsets [E+1], source [S], position [T, K], all int32, with no host sync.
+
+    The definition is `moe_triton.reference.dispatch`, the fields are those of `moe_triton.records.Dispatch`.
+    """
+    num_tokens, top_k = experts.shape
+    num_slots = num_tokens * top_k
+    slot_S = torch.arange(num_slots, device=experts.device)
+    expert_S = experts.reshape(-1)
+    valid_S = (expert_S >= 0) & (expert_S < num_experts)
+    bucket_S = torch.where(valid_S, expert_S.int(), num_experts)  # bucket E holds what no expert gets
+    edges = torch.arange(num_experts + 1, device=experts.device, dtype=torch.int32)
+    sorted_bucket_S, row_to_slot_S = bucket_S.sort(stable=True)
+    offsets = torch.searchsorted(sorted_bucket_S, edges, out_int32=True)
+    counts = offsets.diff()
+
+    if capacity is not None and num_slots > 0:
+        kept_S = _within_capacity(bucket_S, num_tokens, top_k, num_experts, capacity, capacity_groups, by_choice, keys)
+        bucket_S = torch.where(kept_S, bucket_S, num_experts)
+        sorted_bucket_S, row_to_slot_S = bucket_S.sort(stable=True)
+        offsets = torch.searchsorted(sorted_bucket_S, edges, out_int32=True)
+
+    source = torch.where(sorted_bucket_S < num_experts, row_to_slot_S, -1).int()
+    position = torch.empty(num_slots, dtype=torch.int32, device=experts.device)
+    position[row_to_slot_S] = torch.where(sorted_bucket_S < num_experts, slot_S, -1).int()
+    return counts, offsets, source, position.view(num_tokens, top_k)
+
+
+def _within_capacity(
+    bucket_S: Tensor,
+    num_tokens: int,
+    top_k: int,
+    num_experts: int,
+    capacity: int,
+    capacity_groups: int,
+    by_choice: bool,
+    keys: Tensor | None,
+) -> Tensor:
+    """True [S] for the assignments that are among the `capacity` most important of their (group, expert) queue."""
+    num_slots = num_tokens * top_k
+    slot_S = torch.arange(num_slots, device=bucket_S.device)
+    order_S = slot_S  # the most important assignment first
+    if keys is not None:
+        order_S = keys.reshape(-1).sort(descending=True, stable=True).indices
+    elif by_choice:
+        order_S = slot_S.view(num_tokens, top_k).T.reshape(-1)
+    group_S = slot_S // (num_slots // capacity_groups)
+    sorted_queue_S, by_queue_S = (group_S * (num_experts + 1) + bucket_S)[order_S].sort(stable=True)
+    rank_S = slot_S - torch.searchsorted(sorted_queue_S, sorted_queue_S)
+    kept_S = torch.empty(num_slots, dtype=torch.bool, device=bucket_S.device)
+    kept_S[order_S[by_queue_S]] = rank_S < capacity
+    return kept_S

@@ -1,0 +1,58 @@
+"""Argument checks. Each error names the argument, what it got and what it wanted; none of them costs a host sync."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
+
+
+def check_tensor(
+    name: str,
+    value: object,
+    *,
+    shape: Sequence[int | str] | None = None,
+    dtypes: Iterable[torch.dtype] | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """`value` as a Tensor; a str in `shape` stands for any size and is only used to say what was wanted."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted a Tensor")
+    if shape is not None:
+        fits = value.dim() == len(shape) and all(
+            isinstance(w, str) or g == w for g, w in zip(value.shape, shape, strict=True)
+        )
+        if not fits:
+            wanted = ", ".join(str(w) for w in shape)
+            raise ValueError(f"{name}: got shape {list(value.shape)}, wanted [{wanted}]")
+    if dtypes is not None and value.dtype not in (allowed := tuple(dtypes)):
+        raise TypeError(f"{name}: got dtype {value.dtype}, wanted {' or '.join(str(d) for d in allowed)}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name}: got device {value.device}, wanted {device}")
+    return value
+
+
+def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(allowed)}")
+
+
+def check_int(name: str, value: object, *, low: int, high: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: got {value!r}, wanted an int")
+    if value < low or (high is not None and value > high):
+        wanted = f"at least {low}" if high is None else f"{low} to {high}"
+        raise ValueError(f"{name}: got {value}, wanted {wanted}")
+
+
+def check_number(name: str, value: object, *, above: float | None = None, low: float | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {value!r}, wanted a number")
+    if not math.isfinite(value) or (above is not None and value <= above) or (low is not None and value < low):
+        wanted = "finite" if above is None and low is None else f"> {above}" if above is not None else f">= {low}"
+        raise ValueError(f"{name}: got {value}, wanted a number {wanted}")

@@ -1,0 +1,206 @@
+"""The mixture-of-experts layer: router -> dispatch -> experts, with shared and residual experts beside them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_triton import losses
+from moe_triton.backends import BACKENDS
+from moe_triton.checks import FLOATS, check_choice, check_int, check_number, check_tensor
+from moe_triton.dispatch import dispatch, expert_capacity, renormalize
+from moe_triton.layers.experts import Experts, FeedForward
+from moe_triton.layers.router import Router
+from moe_triton.records import PRIORITIES, Routing
+
+
+class MoEOutput(NamedTuple):
+    """What `MoE.forward` returns.
+
+    output         the input's shape and dtype
+    aux_loss       scalar in the router's dtype, already weighted: add it to the loss
+    expert_counts  [E] int64, assignments wanted per expert, before dropping
+    """
+
+    output: Tensor
+    aux_loss: Tensor
+    expert_counts: Tensor
+
+
+class MoE(nn.Module):
+    """A mixture-of-experts layer.
+
+    Args:
+        hidden_size: d, of input and output.
+        intermediate_size: n, of each expert.
+        num_experts: E.
+        top_k: K experts per token, 1 to E.
+        activation: "swiglu", "geglu" (erf), "geglu_tanh", "reglu", "gpt_oss" (gated); "silu", "gelu" (erf),
+            "gelu_tanh", "relu", "relu2" (ungated).
+        bias: give the experts biases.
+        router: a module that maps (hidden_states [T, d], token_mask) to a `Routing`; None makes
+            `Router(hidden_size, num_experts, top_k)`: softmax, weights normalised over the K choices when K > 1.
+        capacity_factor: in training each expert keeps max(min_capacity, ceil(capacity_factor * K * T / E)) assignments
+            of each group and the others are dropped; None drops nothing (dropless).
+        eval_capacity_factor: the same in eval; None takes `capacity_factor`.
+        min_capacity: floor of the capacity.
+        capacity_groups: G equal runs of tokens with a capacity each; reproduces a G-rank run. Must divide T.
+        drop_policy: who survives: "position", "choice", "probability" or "random"; see `moe_triton.dispatch`.
+        renormalize: divide a token's weights by their sum over its surviving choices (GShard, DeepSpeed's top-2).
+        shared_intermediate_size: size of a shared expert that sees every token; 0 for none.
+        shared_gate: multiply the shared expert's output by sigmoid(Linear(d, 1)) (Qwen2-MoE).
+        residual: add a dense MLP of size n and mix the two with a learned softmax coefficient (PR-MoE, DeepSpeed).
+        aux_loss_weight, z_loss_weight: factors of the load-balance and z losses (`moe_triton.losses`).
+        recompute: keep only the hidden states of the experts for backward, and compute their first product again there.
+        backend: "auto" (Triton on a supported GPU, torch elsewhere), "triton", "torch" or "reference".
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError, TypeError: an argument out of range or of the wrong kind, by name.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        top_k: int = 2,
+        *,
+        activation: str = "swiglu",
+        bias: bool = False,
+        router: nn.Module | None = None,
+        capacity_factor: float | None = None,
+        eval_capacity_factor: float | None = None,
+        min_capacity: int = 4,
+        capacity_groups: int = 1,
+        drop_policy: str = "position",
+        renormalize: bool = False,
+        shared_intermediate_size: int = 0,
+        shared_gate: bool = False,
+        residual: bool = False,
+        aux_loss_weight: float = 0.0,
+        z_loss_weight: float = 0.0,
+        recompute: bool = False,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_int("hidden_size", hidden_size, low=1)
+        check_int("num_experts", num_experts, low=1)
+        check_int("top_k", top_k, low=1, high=num_experts)
+        check_int("min_capacity", min_capacity, low=0)
+        check_int("capacity_groups", capacity_groups, low=1)
+        check_int("shared_intermediate_size", shared_intermediate_size, low=0)
+        check_choice("drop_policy", drop_policy, PRIORITIES)
+        check_choice("backend", backend, BACKENDS)
+        for name, factor in (("capacity_factor", capacity_factor), ("eval_capacity_factor", eval_capacity_factor)):
+            if factor is not None:
+                check_number(name, factor, above=0)
+        check_number("aux_loss_weight", aux_loss_weight, low=0)
+        check_number("z_loss_weight", z_loss_weight, low=0)
+        if shared_gate and not shared_intermediate_size:
+            raise ValueError("shared_gate: got True, wanted a shared_intermediate_size > 0 beside it")
+        self.hidden_size = hidden_size
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.capacity_factor = capacity_factor
+        self.eval_capacity_factor = eval_capacity_factor
+        self.min_capacity = min_capacity
+        self.capacity_groups = capacity_groups
+        self.drop_policy = drop_policy
+        self.renormalize = renormalize
+        self.aux_loss_weight = aux_loss_weight
+        self.z_loss_weight = z_loss_weight
+        self.backend = backend
+
+        if router is None:
+            router = Router(hidden_size, num_experts, top_k, backend=backend, device=device, dtype=dtype)
+        elif not isinstance(router, nn.Module):
+            raise TypeError(f"router: got {type(router).__name__}, wanted a Module that returns a Routing, or None")
+        elif isinstance(router, Router) and (router.num_experts, router.top_k) != (num_experts, top_k):
+            raise ValueError(
+                f"router: got one for num_experts={router.num_experts}, top_k={router.top_k}, "
+                f"wanted num_experts={num_experts}, top_k={top_k}"
+            )
+        self.router = router
+        self.experts = Experts(
+            hidden_size,
+            intermediate_size,
+            num_experts,
+            activation=activation,
+            bias=bias,
+            recompute=recompute,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+        )
+
+        def dense(size: int) -> FeedForward:
+            return FeedForward(hidden_size, size, activation=activation, bias=bias, device=device, dtype=dtype)
+
+        self.shared_expert = dense(shared_intermediate_size) if shared_intermediate_size else None
+        self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False, device=device, dtype=dtype) if shared_gate else None
+        self.residual_mlp = dense(intermediate_size) if residual else None
+        self.residual_coefficient = nn.Linear(hidden_size, 2, device=device, dtype=dtype) if residual else None
+
+    def capacity(self, num_tokens: int) -> int | None:
+        """Assignments that one expert keeps out of `num_tokens` tokens in the present mode; None for all."""
+        factor = self.capacity_factor
+        if not self.training and self.eval_capacity_factor is not None:
+            factor = self.eval_capacity_factor
+        if factor is None:
+            return None
+        return expert_capacity(num_tokens, self.num_experts, self.top_k, factor, self.min_capacity)
+
+    def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> MoEOutput:
+        """hidden_states [..., d]; token_mask [...], 0 where a token is left out: it gets no expert and counts nowhere."""
+        check_tensor("hidden_states", hidden_states, dtypes=FLOATS)
+        if hidden_states.dim() < 1 or hidden_states.shape[-1] != self.hidden_size:
+            raise ValueError(f"hidden_states: got shape {list(hidden_states.shape)}, wanted [..., {self.hidden_size}]")
+        x = hidden_states.reshape(-1, self.hidden_size)
+        if token_mask is not None:
+            check_tensor("token_mask", token_mask, shape=hidden_states.shape[:-1], device=hidden_states.device)
+            token_mask = token_mask.reshape(-1)
+        num_tokens = x.shape[0]
+        if num_tokens % self.capacity_groups:
+            raise ValueError(f"capacity_groups: got {self.capacity_groups}, wanted a divisor of the {num_tokens} tokens")
+
+        routing = self.router(x, token_mask)
+        plan = dispatch(
+            routing.experts,
+            self.num_experts,
+            capacity=self.capacity(num_tokens // self.capacity_groups),
+            capacity_groups=self.capacity_groups,
+            priority=self.drop_policy,
+            weights=routing.weights,
+            backend=self.backend,
+        )
+        weights = renormalize(routing.weights, plan) if self.renormalize else routing.weights
+        out = self.experts(x, weights, plan)
+        if self.shared_expert is not None:
+            shared = self.shared_expert(x)
+            if self.shared_expert_gate is not None:
+                shared = shared * torch.sigmoid(self.shared_expert_gate(x))
+            out = out + shared
+        if self.residual_mlp is not None and self.residual_coefficient is not None:
+            mix = F.softmax(self.residual_coefficient(x), dim=-1)
+            out = out * mix[:, 0:1] + self.residual_mlp(x) * mix[:, 1:]
+        return MoEOutput(
+            output=out.to(hidden_states.dtype).reshape(hidden_states.shape),
+            aux_loss=self.aux_loss(routing),
+            expert_counts=plan.counts.long(),
+        )
+
+    def aux_loss(self, routing: Routing) -> Tensor:
+        """The weighted sum of the load-balance and z losses, a scalar."""
+        loss = torch.zeros_like(routing.z_sum)
+        if self.aux_loss_weight:
+            balance = losses.load_balance_loss(routing.counts, routing.score_sums, routing.num_tokens, self.top_k)
+            loss = loss + self.aux_loss_weight * balance
+        if self.z_loss_weight:
+            loss = loss + self.z_loss_weight * losses.z_loss(routing.z_sum, routing.num_tokens)
+        return loss

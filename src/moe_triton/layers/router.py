@@ -1,0 +1,153 @@
+"""The router: a linear gate and `moe_triton.route`, with noise and the loss-free balancing bias."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_triton.checks import check_int, check_number
+from moe_triton.records import Routing
+from moe_triton.reference import wide
+from moe_triton.routing import route, router_spec
+
+
+def recomputing() -> bool:
+    """True while activation checkpointing runs a forward again inside backward: nothing may be counted twice there."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class Router(nn.Module):
+    """Scores every expert for every token and chooses K of them.
+
+    Args:
+        hidden_size: d.
+        num_experts: E.
+        top_k: K, 1 to E.
+        score, normalize, scale, num_groups, top_groups, group_score: see `moe_triton.route`.
+        bias: give the gate a bias.
+        choice_bias: balance the load without a loss: a buffer [E], added to the scores for the choice only and moved by
+            `update_choice_bias` once per optimizer step (arXiv 2408.15664).
+        jitter: in training, multiply the gate's input by U(1 - jitter, 1 + jitter) (Switch Transformer).
+        gumbel: in training, choose by logits + Gumbel noise (DeepSpeed's RSample); the weights stay noise-free.
+        backend: "auto", "triton", "torch" or "reference".
+        device, dtype: of the parameters.
+
+    The gate computes in fp32 whatever the parameters' dtype (fp64 for fp64 parameters), also under autocast.
+    """
+
+    choice_bias: Tensor | None
+    load: Tensor | None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int = 2,
+        *,
+        score: str = "softmax",
+        normalize: bool | None = None,
+        scale: float = 1.0,
+        num_groups: int = 1,
+        top_groups: int | None = None,
+        group_score: str = "max",
+        bias: bool = False,
+        choice_bias: bool = False,
+        jitter: float = 0.0,
+        gumbel: bool = False,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_int("hidden_size", hidden_size, low=1)
+        check_int("num_experts", num_experts, low=1)
+        check_number("jitter", jitter, low=0)
+        self.spec = router_spec(
+            num_experts,
+            top_k,
+            score=score,
+            normalize=normalize,
+            scale=scale,
+            num_groups=num_groups,
+            top_groups=top_groups,
+            group_score=group_score,
+        )
+        self.num_experts = num_experts
+        self.jitter = jitter
+        self.gumbel = gumbel
+        self.backend = backend
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype)) if bias else None
+        bias_buffer = torch.zeros(num_experts, device=device, dtype=torch.float32) if choice_bias else None
+        load = torch.zeros(num_experts, device=device, dtype=torch.int64) if choice_bias else None
+        self.register_buffer("choice_bias", bias_buffer)
+        self.register_buffer("load", load, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = 1 / math.sqrt(self.weight.shape[1])
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    @property
+    def top_k(self) -> int:
+        return self.spec.top_k
+
+    def gate(self, hidden_states: Tensor) -> Tensor:
+        """[T, d] -> logits [T, E] in fp32 (fp64 for fp64 parameters)."""
+        dtype = wide(self.weight.dtype)
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            x = hidden_states.to(dtype)
+            if self.training and self.jitter > 0:
+                x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
+            return F.linear(x, self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+
+    def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> Routing:
+        """hidden_states [T, d], token_mask [T] or None -> Routing."""
+        spec = self.spec
+        routing = route(
+            self.gate(hidden_states),
+            spec.top_k,
+            score=spec.score,
+            normalize=spec.normalize,
+            scale=spec.scale,
+            choice_bias=self.choice_bias,
+            num_groups=spec.num_groups,
+            top_groups=spec.top_groups,
+            group_score=spec.group_score,
+            noise="gumbel" if self.gumbel and self.training else None,
+            token_mask=token_mask,
+            backend=self.backend,
+        )
+        if self.load is not None and self.training and not recomputing():
+            self.load += routing.counts
+        return routing
+
+    @torch.no_grad()
+    def update_choice_bias(self, rate: float = 1e-3, group: torch.distributed.ProcessGroup | None = None) -> None:
+        """Move the choice bias by `rate` towards the experts with less than the mean load, and start counting anew.
+
+        bias += rate * sign(mean(load) - load), with the load counted since the last call and summed over `group`
+        (None: torch.distributed's default group, when there is one). Call it once per optimizer step on every rank.
+        """
+        if self.choice_bias is None or self.load is None:
+            raise ValueError("update_choice_bias: this router was made with choice_bias=False")
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.load, group=group)
+        load = self.load.to(self.choice_bias.dtype)
+        self.choice_bias += rate * torch.sign(load.mean() - load)
+        self.load.zero_()
+
+    def extra_repr(self) -> str:
+        return f"hidden_size={self.weight.shape[1]}, num_experts={self.num_experts}, {self.spec}"
+
+
+def update_choice_biases(model: nn.Module, rate: float = 1e-3) -> None:
+    """`Router.update_choice_bias` for every router of the model that has a choice bias."""
+    for module in model.modules():
+        if isinstance(module, Router) and module.choice_bias is not None:
+            module.update_choice_bias(rate)

@@ -1,0 +1,22 @@
+"""Auxiliary losses of the router. They take sums over tokens as arguments, so that a caller can reduce those over ranks."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def load_balance_loss(counts: Tensor, score_sums: Tensor, num_tokens: Tensor, top_k: int) -> Tensor:
+    """L = E / K * sum_e (counts_e / N) * (score_sums_e / N), a scalar; 1 when the load and the scores are uniform.
+
+    counts [E]: assignments wanted before dropping, a constant to autograd. score_sums [E]: sums over tokens of the
+    router's normalised scores. num_tokens []: N, the tokens that count. For K = 1 this is Switch Transformer's loss
+    (arXiv 2101.03961, eq. 4); for K > 1 the counts are over all K choices, as in Mixtral's and DeepSeek's.
+    """
+    total = num_tokens.clamp_min(1)
+    load = counts.to(score_sums.dtype) / total
+    return counts.shape[0] / top_k * (load * (score_sums / total)).sum()
+
+
+def z_loss(z_sum: Tensor, num_tokens: Tensor) -> Tensor:
+    """Mean over tokens of logsumexp(logits)**2, a scalar (ST-MoE, arXiv 2202.08906, eq. 5): keeps the logits small."""
+    return z_sum / num_tokens.clamp_min(1)

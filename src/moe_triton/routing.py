@@ -1,0 +1,290 @@
+"""Routing: logits -> each token's experts and weights. Validation, autograd, and the choice of backend.
+
+Definition: `moe_triton.reference.route`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from moe_triton import backends, reference
+from moe_triton.checks import FLOATS, check_choice, check_int, check_number, check_tensor
+from moe_triton.records import GROUP_SCORES, SCORES, RouterSpec, Routing
+
+
+def router_spec(
+    num_experts: int,
+    top_k: int,
+    *,
+    score: str = "softmax",
+    normalize: bool | None = None,
+    scale: float = 1.0,
+    num_groups: int = 1,
+    top_groups: int | None = None,
+    group_score: str = "max",
+) -> RouterSpec:
+    """The checked record of a router's options; see `route` for their meaning."""
+    check_int("top_k", top_k, low=1, high=num_experts)
+    check_choice("score", score, SCORES)
+    check_number("scale", scale)
+    check_int("num_groups", num_groups, low=1, high=num_experts)
+    if num_experts % num_groups:
+        raise ValueError(f"num_groups: got {num_groups}, wanted a divisor of num_experts={num_experts}")
+    top_groups = num_groups if top_groups is None else top_groups
+    check_int("top_groups", top_groups, low=1, high=num_groups)
+    check_choice("group_score", group_score, GROUP_SCORES)
+    reachable = top_groups * (num_experts // num_groups)
+    if top_k > reachable:
+        raise ValueError(f"top_k: got {top_k}, wanted at most {reachable}, the experts in top_groups={top_groups} groups")
+    return RouterSpec(
+        top_k=top_k,
+        score=score,
+        normalize=top_k > 1 if normalize is None else bool(normalize),
+        scale=float(scale),
+        num_groups=num_groups,
+        top_groups=top_groups,
+        group_score=group_score,
+    )
+
+
+def gumbel_noise(logits: Tensor) -> Tensor:
+    """Standard Gumbel noise [T, E] in the router's dtype, from torch's generator: top-k of logits + noise samples
+    experts without replacement (Gumbel top-k; DeepSpeed's RSample is its top-1)."""
+    uniform = torch.rand(logits.shape, dtype=reference.wide(logits.dtype), device=logits.device)
+    tiny = torch.finfo(uniform.dtype).tiny
+    return -(-uniform.clamp_min(tiny).log()).clamp_min(tiny).log()
+
+
+def route(
+    logits: Tensor,
+    top_k: int,
+    *,
+    score: str = "softmax",
+    normalize: bool | None = None,
+    scale: float = 1.0,
+    choice_bias: Tensor | None = None,
+    num_groups: int = 1,
+    top_groups: int | None = None,
+    group_score: str = "max",
+    noise: Tensor | Literal["gumbel"] | None = None,
+    token_mask: Tensor | None = None,
+    backend: str = "auto",
+) -> Routing:
+    """Choose each token's `top_k` experts and their weights.
+
+    Args:
+        logits: [T, E] floating point, the gate's output. The maths runs in fp32 (fp64 for fp64 logits).
+        top_k: K experts per token, 1 to E.
+        score: "softmax" over all experts before the top-k; "topk_softmax", softmax over the chosen logits after it;
+            "sigmoid", each expert by itself (DeepSeek-V3).
+        normalize: divide a token's weights by their sum. None: when top_k > 1, since a lone weight of constantly 1
+            would leave the router without a gradient (Switch keeps the raw probability, GShard and Mixtral normalise).
+        scale: multiplies the weights after normalisation (DeepSeek's routed_scaling_factor).
+        choice_bias: [E], added to the scores for the choice only, never to a weight (loss-free balancing,
+            arXiv 2408.15664).
+        num_groups, top_groups, group_score: choose only among the experts of the `top_groups` best of `num_groups`
+            equal groups of consecutive experts, ranked by their "max" (DeepSeek-V2) or "top2_sum" (DeepSeek-V3) score.
+            top_groups None: all of them.
+        noise: [T, E] added to the logits for the choice only, or "gumbel" to draw it from torch's generator.
+        token_mask: [T] bool or integer; tokens where it is 0 get expert -1 and weight 0 and count nowhere.
+        backend: "auto", "triton", "torch" or "reference".
+
+    Returns:
+        Routing, with `.experts` [T, K] int32 and `.weights` [T, K] fp32. Ties go to the lower expert index; NaN logits
+        still give distinct experts in range.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype, device or range, by name.
+    """
+    check_tensor("logits", logits, shape=("T", "E"), dtypes=FLOATS)
+    num_tokens, num_experts = logits.shape
+    spec = router_spec(
+        num_experts,
+        top_k,
+        score=score,
+        normalize=normalize,
+        scale=scale,
+        num_groups=num_groups,
+        top_groups=top_groups,
+        group_score=group_score,
+    )
+    if choice_bias is not None:
+        check_tensor("choice_bias", choice_bias, shape=(num_experts,), dtypes=FLOATS, device=logits.device)
+        choice_bias = choice_bias.detach()
+    if isinstance(noise, str):
+        check_choice("noise", noise, ("gumbel",))
+        noise = gumbel_noise(logits)
+    elif noise is not None:
+        check_tensor("noise", noise, shape=(num_tokens, num_experts), dtypes=FLOATS, device=logits.device)
+        noise = noise.detach()
+    if token_mask is not None:
+        check_tensor("token_mask", token_mask, shape=(num_tokens,), device=logits.device)
+        token_mask = token_mask.bool()
+    name = backends.choose(backend, logits.device, logits.dtype).name
+    if name == "reference":
+        return reference.route(logits, spec, choice_bias=choice_bias, noise=noise, token_mask=token_mask)
+
+    if torch.compiler.is_compiling():
+        out = _route_op(
+            logits,
+            choice_bias,
+            noise,
+            token_mask,
+            spec.top_k,
+            spec.score,
+            spec.normalize,
+            spec.scale,
+            spec.num_groups,
+            spec.top_groups,
+            spec.group_score,
+            name,
+        )
+    else:
+        out = _Route.apply(logits, choice_bias, noise, token_mask, spec, name)
+    experts, weights, counts, score_sums, z_sum = out
+    num_valid = torch.full((), num_tokens, device=logits.device) if token_mask is None else token_mask.sum()
+    return Routing(
+        experts=experts,
+        weights=weights,
+        counts=counts,
+        score_sums=score_sums,
+        z_sum=z_sum,
+        num_tokens=num_valid.to(weights.dtype),
+    )
+
+
+class _Route(torch.autograd.Function):
+    """The eager path: it goes round the torch.library boundary, which costs tens of microseconds a call."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        choice_bias: Tensor | None,
+        noise: Tensor | None,
+        token_mask: Tensor | None,
+        spec: RouterSpec,
+        name: str,
+    ) -> tuple[Tensor, ...]:
+        with torch.autocast(logits.device.type, enabled=False):
+            out = backends.load(name, "routing").route_forward(logits, spec, choice_bias, noise, token_mask)
+        experts, _, counts, _, _ = out
+        ctx.mark_non_differentiable(experts, counts)
+        ctx.save_for_backward(logits, experts)
+        ctx.spec, ctx.name = spec, name
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        logits, experts = ctx.saved_tensors
+        _, grad_weights, _, grad_score_sums, grad_z_sum = grads
+        with torch.autocast(logits.device.type, enabled=False):
+            grad = backends.load(ctx.name, "routing").route_backward(
+                grad_weights, grad_score_sums, grad_z_sum, logits, experts, ctx.spec
+            )
+        return grad, None, None, None, None, None
+
+
+# The compiled path: the same functions, opaque to torch.compile. ------------------------------------------------------
+
+
+@torch.library.custom_op("moe_triton::route", mutates_args=())
+def _route_op(
+    logits: Tensor,
+    choice_bias: Tensor | None,
+    noise: Tensor | None,
+    token_mask: Tensor | None,
+    top_k: int,
+    score: str,
+    normalize: bool,
+    scale: float,
+    num_groups: int,
+    top_groups: int,
+    group_score: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    spec = _spec(top_k, score, normalize, scale, num_groups, top_groups, group_score)
+    return backends.load(backend, "routing").route_forward(logits, spec, choice_bias, noise, token_mask)
+
+
+def _spec(
+    top_k: int, score: str, normalize: bool, scale: float, num_groups: int, top_groups: int, group_score: str
+) -> RouterSpec:
+    return RouterSpec(
+        top_k=top_k,
+        score=score,
+        normalize=normalize,
+        scale=scale,
+        num_groups=num_groups,
+        top_groups=top_groups,
+        group_score=group_score,
+    )
+
+
+@_route_op.register_fake
+def _(
+    logits: Tensor,
+    choice_bias: Tensor | None,
+    noise: Tensor | None,
+    token_mask: Tensor | None,
+    top_k: int,
+    *spec_and_backend: object,
+) -> tuple[Tensor, ...]:
+    num_tokens, num_experts = logits.shape
+    dtype = reference.wide(logits.dtype)
+    return (
+        logits.new_empty((num_tokens, top_k), dtype=torch.int32),
+        logits.new_empty((num_tokens, top_k), dtype=dtype),
+        logits.new_empty((num_experts,), dtype=torch.int32),
+        logits.new_empty((num_experts,), dtype=dtype),
+        logits.new_empty((), dtype=dtype),
+    )
+
+
+@torch.library.custom_op("moe_triton::route_backward", mutates_args=())
+def _route_backward_op(
+    grad_weights: Tensor,
+    grad_score_sums: Tensor,
+    grad_z_sum: Tensor,
+    logits: Tensor,
+    experts: Tensor,
+    top_k: int,
+    score: str,
+    normalize: bool,
+    scale: float,
+    num_groups: int,
+    top_groups: int,
+    group_score: str,
+    backend: str,
+) -> Tensor:
+    spec = _spec(top_k, score, normalize, scale, num_groups, top_groups, group_score)
+    return backends.load(backend, "routing").route_backward(
+        grad_weights, grad_score_sums, grad_z_sum, logits, experts, spec
+    )
+
+
+@_route_backward_op.register_fake
+def _(
+    grad_weights: Tensor, grad_score_sums: Tensor, grad_z_sum: Tensor, logits: Tensor, *rest: object
+) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, _, _, _, *options = inputs
+    ctx.mark_non_differentiable(output[0], output[2])
+    ctx.save_for_backward(logits, output[0])
+    ctx.options = options
+
+
+def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    logits, experts = ctx.saved_tensors
+    _, grad_weights, _, grad_score_sums, grad_z_sum = grads
+    grad = _route_backward_op(grad_weights, grad_score_sums, grad_z_sum, logits, experts, *ctx.options)
+    return (grad,) + (None,) * (3 + len(ctx.options))
+
+
+_route_op.register_autograd(_backward, setup_context=_setup_context)
