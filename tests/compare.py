@@ -23,7 +23,9 @@ def relative_rms(actual: Tensor, expected: Tensor, scale: float | None = None) -
     return error / norm
 
 
-def assert_close(actual: Tensor, expected: Tensor, *, tolerance: float | None = None, scale: float | None = None) -> None:
+def assert_close(
+    actual: Tensor, expected: Tensor, *, tolerance: float | None = None, scale: float | None = None
+) -> None:
     """Relative RMS error of the whole tensor, and of its worst row, within the tolerance of `actual`'s dtype."""
     limit = TOLERANCE[actual.dtype] if tolerance is None else tolerance
     error = relative_rms(actual, expected, scale)

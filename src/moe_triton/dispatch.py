@@ -10,12 +10,14 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from moe_triton import backends, reference
+from moe_triton import reference, runtime
 from moe_triton.checks import FLOATS, INTEGERS, check_choice, check_int, check_number, check_tensor
 from moe_triton.records import PRIORITIES, Dispatch
 
 
-def expert_capacity(num_tokens: int, num_experts: int, top_k: int, capacity_factor: float, min_capacity: int = 0) -> int:
+def expert_capacity(
+    num_tokens: int, num_experts: int, top_k: int, capacity_factor: float, min_capacity: int = 0
+) -> int:
     """C = max(min_capacity, ceil(capacity_factor * K * T / E)), the assignments an expert keeps of T tokens (GShard).
 
     Computed exactly on the decimal that the user wrote: 1.1 means eleven tenths, so that 10 tokens for one expert
@@ -80,7 +82,7 @@ def dispatch(
     elif capacity is not None and priority == "random":
         keys = torch.rand(experts.shape, generator=generator, device=experts.device)
     by_choice = priority == "choice"
-    name = backends.choose(backend, experts.device, torch.float32).name
+    name = runtime.choose(backend, experts.device, torch.float32).name
     if name == "reference":
         return reference.dispatch(
             experts, num_experts, capacity=capacity, capacity_groups=capacity_groups, by_choice=by_choice, keys=keys
@@ -100,7 +102,7 @@ def _build(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.no_grad():
-        return backends.load(backend, "dispatch").build_dispatch(
+        return runtime.load(backend, "dispatch").build_dispatch(
             experts.contiguous(), num_experts, capacity, capacity_groups, by_choice, keys
         )
 

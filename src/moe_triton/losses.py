@@ -1,4 +1,4 @@
-"""Auxiliary losses of the router. They take sums over tokens as arguments, so that a caller can reduce those over ranks."""
+"""Auxiliary losses of the router, of sums over tokens, which a caller may first reduce over ranks."""
 
 from __future__ import annotations
 

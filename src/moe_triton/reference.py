@@ -118,8 +118,8 @@ def dispatch(
 ) -> Dispatch:
     """Choices [T, K] -> the row of every kept assignment. Ids outside [0, E) are skipped.
 
-    Rows lie in expert order and, within an expert, in order of token*K + choice. With a `capacity`, each expert keeps at
-    most that many assignments out of each of the `capacity_groups` equal runs of consecutive tokens: those with the
+    Rows lie in expert order and, within an expert, in order of token*K + choice. With a `capacity`, each expert keeps
+    at most that many assignments out of each of the `capacity_groups` equal runs of consecutive tokens: those with the
     highest `keys` [T, K] if given; else, with `by_choice`, all first choices before all second ones; then the earliest.
     """
     num_tokens, top_k = experts_TK.shape

@@ -1,16 +1,17 @@
-"""Routing: logits -> each token's experts and weights. Validation, autograd, and the choice of backend.
+"""Routing: logits -> each token's experts and weights. Validation and the choice of backend.
 
 Definition: `moe_triton.reference.route`.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from moe_triton import backends, reference
+from moe_triton import reference, runtime
+from moe_triton.autograd.routing import run_route
 from moe_triton.checks import FLOATS, check_choice, check_int, check_number, check_tensor
 from moe_triton.records import GROUP_SCORES, SCORES, RouterSpec, Routing
 
@@ -38,7 +39,9 @@ def router_spec(
     check_choice("group_score", group_score, GROUP_SCORES)
     reachable = top_groups * (num_experts // num_groups)
     if top_k > reachable:
-        raise ValueError(f"top_k: got {top_k}, wanted at most {reachable}, the experts in top_groups={top_groups} groups")
+        raise ValueError(
+            f"top_k: got {top_k}, wanted at most {reachable}, the experts in top_groups={top_groups} groups"
+        )
     return RouterSpec(
         top_k=top_k,
         score=score,
@@ -123,28 +126,11 @@ def route(
     if token_mask is not None:
         check_tensor("token_mask", token_mask, shape=(num_tokens,), device=logits.device)
         token_mask = token_mask.bool()
-    name = backends.choose(backend, logits.device, logits.dtype).name
+    name = runtime.choose(backend, logits.device, logits.dtype).name
     if name == "reference":
         return reference.route(logits, spec, choice_bias=choice_bias, noise=noise, token_mask=token_mask)
 
-    if torch.compiler.is_compiling():
-        out = _route_op(
-            logits,
-            choice_bias,
-            noise,
-            token_mask,
-            spec.top_k,
-            spec.score,
-            spec.normalize,
-            spec.scale,
-            spec.num_groups,
-            spec.top_groups,
-            spec.group_score,
-            name,
-        )
-    else:
-        out = _Route.apply(logits, choice_bias, noise, token_mask, spec, name)
-    experts, weights, counts, score_sums, z_sum = out
+    weights, score_sums, z_sum, experts, counts = run_route(logits, choice_bias, noise, token_mask, spec, name)
     num_valid = torch.full((), num_tokens, device=logits.device) if token_mask is None else token_mask.sum()
     return Routing(
         experts=experts,
@@ -154,137 +140,3 @@ def route(
         z_sum=z_sum,
         num_tokens=num_valid.to(weights.dtype),
     )
-
-
-class _Route(torch.autograd.Function):
-    """The eager path: it goes round the torch.library boundary, which costs tens of microseconds a call."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        choice_bias: Tensor | None,
-        noise: Tensor | None,
-        token_mask: Tensor | None,
-        spec: RouterSpec,
-        name: str,
-    ) -> tuple[Tensor, ...]:
-        with torch.autocast(logits.device.type, enabled=False):
-            out = backends.load(name, "routing").route_forward(logits, spec, choice_bias, noise, token_mask)
-        experts, _, counts, _, _ = out
-        ctx.mark_non_differentiable(experts, counts)
-        ctx.save_for_backward(logits, experts)
-        ctx.spec, ctx.name = spec, name
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        logits, experts = ctx.saved_tensors
-        _, grad_weights, _, grad_score_sums, grad_z_sum = grads
-        with torch.autocast(logits.device.type, enabled=False):
-            grad = backends.load(ctx.name, "routing").route_backward(
-                grad_weights, grad_score_sums, grad_z_sum, logits, experts, ctx.spec
-            )
-        return grad, None, None, None, None, None
-
-
-# The compiled path: the same functions, opaque to torch.compile. ------------------------------------------------------
-
-
-@torch.library.custom_op("moe_triton::route", mutates_args=())
-def _route_op(
-    logits: Tensor,
-    choice_bias: Tensor | None,
-    noise: Tensor | None,
-    token_mask: Tensor | None,
-    top_k: int,
-    score: str,
-    normalize: bool,
-    scale: float,
-    num_groups: int,
-    top_groups: int,
-    group_score: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    spec = _spec(top_k, score, normalize, scale, num_groups, top_groups, group_score)
-    return backends.load(backend, "routing").route_forward(logits, spec, choice_bias, noise, token_mask)
-
-
-def _spec(
-    top_k: int, score: str, normalize: bool, scale: float, num_groups: int, top_groups: int, group_score: str
-) -> RouterSpec:
-    return RouterSpec(
-        top_k=top_k,
-        score=score,
-        normalize=normalize,
-        scale=scale,
-        num_groups=num_groups,
-        top_groups=top_groups,
-        group_score=group_score,
-    )
-
-
-@_route_op.register_fake
-def _(
-    logits: Tensor,
-    choice_bias: Tensor | None,
-    noise: Tensor | None,
-    token_mask: Tensor | None,
-    top_k: int,
-    *spec_and_backend: object,
-) -> tuple[Tensor, ...]:
-    num_tokens, num_experts = logits.shape
-    dtype = reference.wide(logits.dtype)
-    return (
-        logits.new_empty((num_tokens, top_k), dtype=torch.int32),
-        logits.new_empty((num_tokens, top_k), dtype=dtype),
-        logits.new_empty((num_experts,), dtype=torch.int32),
-        logits.new_empty((num_experts,), dtype=dtype),
-        logits.new_empty((), dtype=dtype),
-    )
-
-
-@torch.library.custom_op("moe_triton::route_backward", mutates_args=())
-def _route_backward_op(
-    grad_weights: Tensor,
-    grad_score_sums: Tensor,
-    grad_z_sum: Tensor,
-    logits: Tensor,
-    experts: Tensor,
-    top_k: int,
-    score: str,
-    normalize: bool,
-    scale: float,
-    num_groups: int,
-    top_groups: int,
-    group_score: str,
-    backend: str,
-) -> Tensor:
-    spec = _spec(top_k, score, normalize, scale, num_groups, top_groups, group_score)
-    return backends.load(backend, "routing").route_backward(
-        grad_weights, grad_score_sums, grad_z_sum, logits, experts, spec
-    )
-
-
-@_route_backward_op.register_fake
-def _(
-    grad_weights: Tensor, grad_score_sums: Tensor, grad_z_sum: Tensor, logits: Tensor, *rest: object
-) -> Tensor:
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, _, _, _, *options = inputs
-    ctx.mark_non_differentiable(output[0], output[2])
-    ctx.save_for_backward(logits, output[0])
-    ctx.options = options
-
-
-def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    logits, experts = ctx.saved_tensors
-    _, grad_weights, _, grad_score_sums, grad_z_sum = grads
-    grad = _route_backward_op(grad_weights, grad_score_sums, grad_z_sum, logits, experts, *ctx.options)
-    return (grad,) + (None,) * (3 + len(ctx.options))
-
-
-_route_op.register_autograd(_backward, setup_context=_setup_context)

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_triton import losses
-from moe_triton.backends import BACKENDS
 from moe_triton.checks import FLOATS, check_choice, check_int, check_number, check_tensor
 from moe_triton.dispatch import dispatch, expert_capacity, renormalize
 from moe_triton.layers.experts import Experts, FeedForward
 from moe_triton.layers.router import Router
 from moe_triton.records import PRIORITIES, Routing
+from moe_triton.runtime import BACKENDS
 
 
 class MoEOutput(NamedTuple):
@@ -143,7 +143,9 @@ class MoE(nn.Module):
             return FeedForward(hidden_size, size, activation=activation, bias=bias, device=device, dtype=dtype)
 
         self.shared_expert = dense(shared_intermediate_size) if shared_intermediate_size else None
-        self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False, device=device, dtype=dtype) if shared_gate else None
+        self.shared_expert_gate = (
+            nn.Linear(hidden_size, 1, bias=False, device=device, dtype=dtype) if shared_gate else None
+        )
         self.residual_mlp = dense(intermediate_size) if residual else None
         self.residual_coefficient = nn.Linear(hidden_size, 2, device=device, dtype=dtype) if residual else None
 
@@ -157,7 +159,7 @@ class MoE(nn.Module):
         return expert_capacity(num_tokens, self.num_experts, self.top_k, factor, self.min_capacity)
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> MoEOutput:
-        """hidden_states [..., d]; token_mask [...], 0 where a token is left out: it gets no expert and counts nowhere."""
+        """hidden_states [..., d] -> MoEOutput. A token where `token_mask` [...] is 0 gets no expert and counts nowhere."""
         check_tensor("hidden_states", hidden_states, dtypes=FLOATS)
         if hidden_states.dim() < 1 or hidden_states.shape[-1] != self.hidden_size:
             raise ValueError(f"hidden_states: got shape {list(hidden_states.shape)}, wanted [..., {self.hidden_size}]")
@@ -167,7 +169,9 @@ class MoE(nn.Module):
             token_mask = token_mask.reshape(-1)
         num_tokens = x.shape[0]
         if num_tokens % self.capacity_groups:
-            raise ValueError(f"capacity_groups: got {self.capacity_groups}, wanted a divisor of the {num_tokens} tokens")
+            raise ValueError(
+                f"capacity_groups: got {self.capacity_groups}, wanted a divisor of the {num_tokens} tokens"
+            )
 
         routing = self.router(x, token_mask)
         plan = dispatch(

@@ -1,0 +1,1 @@
+"""Autograd and torch.compile for the operations that have a gradient."""

@@ -1,0 +1,194 @@
+"""Routing under autograd: one implementation behind an eager Function and a custom op for torch.compile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe_triton import runtime
+from moe_triton.records import RouterSpec
+from moe_triton.reference import wide
+
+
+def run_route(
+    logits: Tensor,
+    choice_bias: Tensor | None,
+    noise: Tensor | None,
+    token_mask: Tensor | None,
+    spec: RouterSpec,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(weights, score_sums, z_sum, experts, counts), the first three differentiable in the logits."""
+    if torch.compiler.is_compiling():
+        return _route_op(logits, choice_bias, noise, token_mask, *_fields(spec), backend)
+    return _Route.apply(logits, choice_bias, noise, token_mask, spec, backend)
+
+
+def _fields(spec: RouterSpec) -> tuple[Any, ...]:
+    """A custom op takes plain values only; `_spec` is the way back."""
+    return (
+        spec.top_k,
+        spec.score,
+        spec.normalize,
+        spec.scale,
+        spec.num_groups,
+        spec.top_groups,
+        spec.group_score,
+    )
+
+
+def _forward(
+    logits: Tensor,
+    spec: RouterSpec,
+    choice_bias: Tensor | None,
+    noise: Tensor | None,
+    token_mask: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(weights, score_sums, z_sum, experts, counts): the differentiable ones first."""
+    with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
+        experts, weights, counts, score_sums, z_sum = runtime.load(backend, "routing").route_forward(
+            logits, spec, choice_bias, noise, token_mask
+        )
+    return weights, score_sums, z_sum, experts, counts
+
+
+def _backward(
+    grad_weights: Tensor,
+    grad_score_sums: Tensor,
+    grad_z_sum: Tensor,
+    logits: Tensor,
+    experts: Tensor,
+    spec: RouterSpec,
+    backend: str,
+) -> Tensor:
+    with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
+        return runtime.load(backend, "routing").route_backward(
+            grad_weights, grad_score_sums, grad_z_sum, logits, experts, spec
+        )
+
+
+class _Route(torch.autograd.Function):
+    """The eager path: it goes round the torch.library boundary, which costs tens of microseconds a call."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        choice_bias: Tensor | None,
+        noise: Tensor | None,
+        token_mask: Tensor | None,
+        spec: RouterSpec,
+        name: str,
+    ) -> tuple[Tensor, ...]:
+        out = _forward(logits, spec, choice_bias, noise, token_mask, name)
+        experts, counts = out[3:]
+        ctx.mark_non_differentiable(experts, counts)
+        ctx.save_for_backward(logits, experts)
+        ctx.spec, ctx.name = spec, name
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        logits, experts = ctx.saved_tensors
+        grad = _backward(grads[0], grads[1], grads[2], logits, experts, ctx.spec, ctx.name)
+        return grad, None, None, None, None, None
+
+
+@torch.library.custom_op("moe_triton::route", mutates_args=())
+def _route_op(
+    logits: Tensor,
+    choice_bias: Tensor | None,
+    noise: Tensor | None,
+    token_mask: Tensor | None,
+    top_k: int,
+    score: str,
+    normalize: bool,
+    scale: float,
+    num_groups: int,
+    top_groups: int,
+    group_score: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    spec = _spec(top_k, score, normalize, scale, num_groups, top_groups, group_score)
+    return _forward(logits, spec, choice_bias, noise, token_mask, backend)
+
+
+def _spec(
+    top_k: int, score: str, normalize: bool, scale: float, num_groups: int, top_groups: int, group_score: str
+) -> RouterSpec:
+    return RouterSpec(
+        top_k=top_k,
+        score=score,
+        normalize=normalize,
+        scale=scale,
+        num_groups=num_groups,
+        top_groups=top_groups,
+        group_score=group_score,
+    )
+
+
+@_route_op.register_fake
+def _(
+    logits: Tensor,
+    choice_bias: Tensor | None,
+    noise: Tensor | None,
+    token_mask: Tensor | None,
+    top_k: int,
+    *spec_and_backend: object,
+) -> tuple[Tensor, ...]:
+    num_tokens, num_experts = logits.shape
+    dtype = wide(logits.dtype)
+    return (
+        logits.new_empty((num_tokens, top_k), dtype=dtype),
+        logits.new_empty((num_experts,), dtype=dtype),
+        logits.new_empty((), dtype=dtype),
+        logits.new_empty((num_tokens, top_k), dtype=torch.int32),
+        logits.new_empty((num_experts,), dtype=torch.int32),
+    )
+
+
+@torch.library.custom_op("moe_triton::route_backward", mutates_args=())
+def _route_backward_op(
+    grad_weights: Tensor,
+    grad_score_sums: Tensor,
+    grad_z_sum: Tensor,
+    logits: Tensor,
+    experts: Tensor,
+    top_k: int,
+    score: str,
+    normalize: bool,
+    scale: float,
+    num_groups: int,
+    top_groups: int,
+    group_score: str,
+    backend: str,
+) -> Tensor:
+    spec = _spec(top_k, score, normalize, scale, num_groups, top_groups, group_score)
+    return _backward(grad_weights, grad_score_sums, grad_z_sum, logits, experts, spec, backend)
+
+
+@_route_backward_op.register_fake
+def _(grad_weights: Tensor, grad_score_sums: Tensor, grad_z_sum: Tensor, logits: Tensor, *rest: object) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, _, _, _, *options = inputs
+    experts, counts = output[3:]
+    ctx.mark_non_differentiable(experts, counts)
+    ctx.save_for_backward(logits, experts)
+    ctx.options = options
+
+
+def _op_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    logits, experts = ctx.saved_tensors
+    grad = _route_backward_op(grads[0], grads[1], grads[2], logits, experts, *ctx.options)
+    return (grad,) + (None,) * (3 + len(ctx.options))
+
+
+_route_op.register_autograd(_op_backward, setup_context=_setup_context)

@@ -1,0 +1,80 @@
+"""Which backend runs an operation, and why.
+
+"torch" and "triton" are packages in `moe_triton.backends`; "reference" is not: the definitions in
+`moe_triton.reference` run under autograd as they stand. (This is not in backends/__init__.py because torch.compile
+refuses to trace files whose path holds "triton/backends".)
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from functools import lru_cache
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from moe_triton.checks import check_choice
+
+BACKENDS = ("auto", "triton", "torch", "reference")
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+OLDEST_CAPABILITY = (8, 0)  # asynchronous copies and bf16 matrix instructions
+
+
+class Choice(NamedTuple):
+    """The backend that runs, and the reason in words."""
+
+    name: str
+    reason: str
+
+
+def interpreting() -> bool:
+    """Whether Triton runs its kernels in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+@torch.compiler.assume_constant_result
+def _unfit_gpu(device: torch.device) -> str | None:
+    """Why the kernels cannot run on this device; None when they can."""
+    if device.type != "cuda":
+        return f"the Triton kernels need a CUDA or ROCm GPU; the tensors are on {device.type}"
+    if not TRITON_INSTALLED:
+        return "Triton is not installed"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"the Triton kernels need compute capability 8.0; the GPU has {major}.{minor}"
+    return None
+
+
+def choose(backend: str, device: torch.device, dtype: torch.dtype) -> Choice:
+    """Resolve `backend` for tensors of this device and dtype.
+
+    Raises ValueError for an unknown name, TypeError for "triton" with float64, RuntimeError for "triton" where the
+    kernels cannot run (no supported GPU and no interpreter).
+    """
+    check_choice("backend", backend, BACKENDS)
+    if backend in ("torch", "reference"):
+        return Choice(backend, "asked for")
+    if backend == "auto" and dtype == torch.float64:
+        return Choice("torch", "float64: the Triton kernels compute in float32")
+    if backend == "triton" and dtype == torch.float64:
+        raise TypeError("backend: got 'triton' for torch.float64, wanted 'torch' or 'reference'")
+    unfit = _unfit_gpu(device)
+    if unfit is None:
+        return Choice("triton", "asked for" if backend == "triton" else "a supported GPU")
+    if backend == "auto":
+        return Choice("torch", unfit)
+    if device.type == "cpu" and TRITON_INSTALLED and interpreting():
+        return Choice("triton", "asked for, in Triton's interpreter")
+    hint = (
+        "; TRITON_INTERPRET=1, set before triton is imported, runs them on CPU tensors" if device.type == "cpu" else ""
+    )
+    raise RuntimeError(f"backend: got 'triton', but {unfit}{hint}")
+
+
+@lru_cache(maxsize=16)
+def load(name: str, operation: str) -> ModuleType:
+    """The module of backend `name` ("torch" or "triton") for `operation` ("routing", "dispatch" or "experts")."""
+    return importlib.import_module(f"moe_triton.backends.{name}.{operation}")
