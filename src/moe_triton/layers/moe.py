@@ -159,7 +159,7 @@ class MoE(nn.Module):
         return expert_capacity(num_tokens, self.num_experts, self.top_k, factor, self.min_capacity)
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> MoEOutput:
-        """hidden_states [..., d] -> MoEOutput. A token where `token_mask` [...] is 0 gets no expert and counts nowhere."""
+        """hidden_states [..., d]; a token where `token_mask` [...] is 0 gets no expert and counts nowhere."""
         check_tensor("hidden_states", hidden_states, dtypes=FLOATS)
         if hidden_states.dim() < 1 or hidden_states.shape[-1] != self.hidden_size:
             raise ValueError(f"hidden_states: got shape {list(hidden_states.shape)}, wanted [..., {self.hidden_size}]")
