@@ -75,8 +75,16 @@ def test_balance_loss_is_one_when_uniform(top_k):
 
 @pytest.mark.parametrize(
     ("tokens", "experts", "factor", "floor", "wanted"),
-    [(10, 4, 1.0, 0, 3), (10, 4, 1.25, 0, 4), (10, 4, 1.0, 4, 4), (7, 3, 1.1, 0, 3), (1000, 8, 1.1, 0, 138)]
-    + [(10, 1, 1.1, 0, 11), (0, 4, 1.0, 0, 0), (0, 4, 2.0, 4, 4)],
+    [
+        (10, 4, 1.0, 0, 3),
+        (10, 4, 1.25, 0, 4),
+        (10, 4, 1.0, 4, 4),
+        (7, 3, 1.1, 0, 3),
+        (1000, 8, 1.1, 0, 138),
+        (10, 1, 1.1, 0, 11),
+        (0, 4, 1.0, 0, 0),
+        (0, 4, 2.0, 4, 4),
+    ],
 )
 def test_capacity(tokens, experts, factor, floor, wanted):
     assert expert_capacity(tokens, experts, 1, factor, floor) == wanted

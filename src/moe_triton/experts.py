@@ -18,6 +18,8 @@ from moe_triton.checks import FLOATS, INTEGERS, check_choice, check_tensor
 from moe_triton.dispatch import dispatch as make_dispatch
 from moe_triton.records import ACTIVATIONS, Dispatch, ExpertSpec
 
+Parameters = tuple[Weights, Weights, Weights | None, Weights | None]  # gate_up, down and their biases
+
 
 def moe_mlp(
     hidden_states: Tensor,
@@ -67,19 +69,11 @@ def moe_mlp(
     num_experts = len(gate_up_proj)
     if num_experts == 0:
         raise ValueError("gate_up_proj: got no expert, wanted at least one")
+    parameters = (gate_up_proj, down_proj, gate_up_bias, down_bias)
+    spec = ExpertSpec(activation=activation, is_transposed=is_transposed, is_concatenated=is_concatenated)
+    _check(hidden_states, top_k_weights, top_k_index.shape[1], num_experts, parameters, spec, backend)
     plan = make_dispatch(top_k_index, num_experts, capacity=capacity, backend=backend)
-    return run_experts(
-        hidden_states,
-        top_k_weights,
-        plan,
-        gate_up_proj,
-        down_proj,
-        gate_up_bias,
-        down_bias,
-        ExpertSpec(activation=activation, is_transposed=is_transposed, is_concatenated=is_concatenated),
-        recompute=recompute,
-        backend=backend,
-    )
+    return _compute(hidden_states, top_k_weights, plan, parameters, spec, recompute, backend)
 
 
 def run_experts(
@@ -96,29 +90,33 @@ def run_experts(
     backend: str = "auto",
 ) -> Tensor:
     """`moe_mlp` for a Dispatch that exists already; the arguments are documented there."""
-    check_choice("activation", spec.activation, ACTIVATIONS)
-    num_tokens, _ = check_tensor("hidden_states", hidden_states, shape=("T", "d"), dtypes=FLOATS).shape
+    parameters = (gate_up_proj, down_proj, gate_up_bias, down_bias)
+    _check(hidden_states, top_k_weights, plan.top_k, plan.num_experts, parameters, spec, backend)
+    return _compute(hidden_states, top_k_weights, plan, parameters, spec, recompute, backend)
+
+
+def _compute(
+    hidden_states: Tensor,
+    top_k_weights: Tensor,
+    plan: Dispatch,
+    parameters: Parameters,
+    spec: ExpertSpec,
+    recompute: bool,
+    backend: str,
+) -> Tensor:
     device, dtype = hidden_states.device, hidden_states.dtype
-    _check_weights(hidden_states, plan.num_experts, spec, gate_up_proj, down_proj, gate_up_bias, down_bias)
-    weights_TK = check_tensor(
-        "top_k_weights",
-        top_k_weights,
-        shape=(num_tokens, plan.top_k),
-        dtypes=(dtype, torch.float32) if dtype != torch.float64 else (dtype,),
-        device=device,
-    )
     if torch.is_autocast_enabled(device.type):
         compute = torch.get_autocast_dtype(device.type)
-        inputs = (hidden_states, gate_up_proj, down_proj, gate_up_bias, down_bias)
-        hidden_states, gate_up_proj, down_proj, gate_up_bias, down_bias = (_cast(x, compute) for x in inputs)
-        weights_TK = weights_TK.float()
+        hidden_states = hidden_states.to(compute)
+        gate_up, down, gate_up_bias, down_bias = (_cast(x, compute) for x in parameters)
+        parameters = (gate_up, down, gate_up_bias, down_bias)
+        top_k_weights = top_k_weights.float()
     name = runtime.choose(backend, device, hidden_states.dtype).name
-    parameters = (gate_up_proj, down_proj, gate_up_bias, down_bias)
     with torch.autocast(device.type, enabled=False):
         if name == "reference":
-            out = reference.moe_mlp(hidden_states, weights_TK, plan, *parameters, spec)
+            out = reference.moe_mlp(hidden_states, top_k_weights, plan, *parameters, spec)
         else:
-            out = run_experts_under_autograd(hidden_states, weights_TK, plan, *parameters, spec, recompute, name)
+            out = run_experts_under_autograd(hidden_states, top_k_weights, plan, *parameters, spec, recompute, name)
     return out.to(dtype)
 
 
@@ -128,16 +126,26 @@ def _cast(x: Any, dtype: torch.dtype) -> Any:
     return [tensor.to(dtype) for tensor in x]
 
 
-def _check_weights(
+def _check(
     hidden_states: Tensor,
+    top_k_weights: Tensor,
+    top_k: int,
     num_experts: int,
+    parameters: Parameters,
     spec: ExpertSpec,
-    gate_up_proj: Weights,
-    down_proj: Weights,
-    gate_up_bias: Weights | None,
-    down_bias: Weights | None,
+    backend: str,
 ) -> None:
-    width = hidden_states.shape[1]
+    """Everything that can be wrong with the experts' inputs, before the first launch."""
+    check_choice("activation", spec.activation, ACTIVATIONS)
+    num_tokens, width = check_tensor("hidden_states", hidden_states, shape=("T", "d"), dtypes=FLOATS).shape
+    dtype, device = hidden_states.dtype, hidden_states.device
+    autocast = torch.is_autocast_enabled(device.type)
+    runtime.choose(backend, device, torch.get_autocast_dtype(device.type) if autocast else dtype)
+    dtypes = FLOATS if autocast else (dtype,)
+    weight_dtypes = dtypes if dtype == torch.float64 else (*dtypes, torch.float32)
+    check_tensor("top_k_weights", top_k_weights, shape=(num_tokens, top_k), dtypes=weight_dtypes, device=device)
+
+    gate_up_proj, down_proj, gate_up_bias, down_bias = parameters
     first = gate_up_proj[0] if len(gate_up_proj) else None
     if not isinstance(first, Tensor) or first.dim() != 2:
         raise ValueError("gate_up_proj: wanted [E, 2n, d], or a sequence of E matrices")
@@ -145,25 +153,32 @@ def _check_weights(
     if spec.is_gated and rows % 2:
         raise ValueError(f"gate_up_proj: got {rows} rows of gate and up, wanted an even number for {spec.activation!r}")
     inner = rows // 2 if spec.is_gated else rows
-    flip = spec.is_transposed
-    check_expert_tensors(
-        "gate_up_proj", gate_up_proj, num_experts, (width, rows) if flip else (rows, width), hidden_states
-    )
-    check_expert_tensors("down_proj", down_proj, num_experts, (inner, width) if flip else (width, inner), hidden_states)
+    up_shape, down_shape = (rows, width), (width, inner)
+    if spec.is_transposed:
+        up_shape, down_shape = up_shape[::-1], down_shape[::-1]
+    check_expert_tensors("gate_up_proj", gate_up_proj, num_experts, up_shape, dtypes, device)
+    check_expert_tensors("down_proj", down_proj, num_experts, down_shape, dtypes, device)
     if gate_up_bias is not None:
-        check_expert_tensors("gate_up_bias", gate_up_bias, num_experts, (rows,), hidden_states)
+        check_expert_tensors("gate_up_bias", gate_up_bias, num_experts, (rows,), dtypes, device)
     if down_bias is not None:
-        check_expert_tensors("down_bias", down_bias, num_experts, (width,), hidden_states)
+        check_expert_tensors("down_bias", down_bias, num_experts, (width,), dtypes, device)
 
 
-def check_expert_tensors(name: str, value: Weights, num_experts: int, shape: tuple[int, ...], like: Tensor) -> None:
-    """One stacked tensor [E, *shape], or E tensors of `shape`, in `like`'s dtype and on its device."""
+def check_expert_tensors(
+    name: str,
+    value: Weights,
+    num_experts: int,
+    shape: tuple[int, ...],
+    dtypes: Sequence[torch.dtype],
+    device: torch.device,
+) -> None:
+    """One stacked tensor [E, *shape], or a sequence of E tensors of `shape`."""
     if isinstance(value, Tensor):
-        check_tensor(name, value, shape=(num_experts, *shape), dtypes=(like.dtype,), device=like.device)
+        check_tensor(name, value, shape=(num_experts, *shape), dtypes=dtypes, device=device)
         return
     if not isinstance(value, Sequence):
         raise TypeError(f"{name}: got {type(value).__name__}, wanted a Tensor or a sequence of tensors")
     if len(value) != num_experts:
         raise ValueError(f"{name}: got {len(value)} tensors, wanted {num_experts}, one per expert")
     for e, tensor in enumerate(value):
-        check_tensor(f"{name}[{e}]", tensor, shape=shape, dtypes=(like.dtype,), device=like.device)
+        check_tensor(f"{name}[{e}]", tensor, shape=shape, dtypes=dtypes, device=device)

@@ -103,9 +103,8 @@ def route(
         ValueError, TypeError: an argument of the wrong shape, dtype, device or range, by name.
     """
     check_tensor("logits", logits, shape=("T", "E"), dtypes=FLOATS)
-    num_tokens, num_experts = logits.shape
     spec = router_spec(
-        num_experts,
+        logits.shape[1],
         top_k,
         score=score,
         normalize=normalize,
@@ -114,6 +113,20 @@ def route(
         top_groups=top_groups,
         group_score=group_score,
     )
+    return route_by_spec(logits, spec, choice_bias=choice_bias, noise=noise, token_mask=token_mask, backend=backend)
+
+
+def route_by_spec(
+    logits: Tensor,
+    spec: RouterSpec,
+    *,
+    choice_bias: Tensor | None = None,
+    noise: Tensor | Literal["gumbel"] | None = None,
+    token_mask: Tensor | None = None,
+    backend: str = "auto",
+) -> Routing:
+    """`route` for options that `router_spec` has checked already."""
+    num_tokens, num_experts = check_tensor("logits", logits, shape=("T", "E"), dtypes=FLOATS).shape
     if choice_bias is not None:
         check_tensor("choice_bias", choice_bias, shape=(num_experts,), dtypes=FLOATS, device=logits.device)
         choice_bias = choice_bias.detach()

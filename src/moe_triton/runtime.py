@@ -35,7 +35,6 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
-@torch.compiler.assume_constant_result
 def _unfit_gpu(device: torch.device) -> str | None:
     """Why the kernels cannot run on this device; None when they can."""
     if device.type != "cuda":
@@ -46,6 +45,10 @@ def _unfit_gpu(device: torch.device) -> str | None:
         major, minor = torch.cuda.get_device_capability(device)
         return f"the Triton kernels need compute capability 8.0; the GPU has {major}.{minor}"
     return None
+
+
+# what torch.compiler.assume_constant_result sets, without importing the compiler, which takes longer than all the rest
+_unfit_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype) -> Choice:

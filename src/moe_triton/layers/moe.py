@@ -163,6 +163,9 @@ class MoE(nn.Module):
         check_tensor("hidden_states", hidden_states, dtypes=FLOATS)
         if hidden_states.dim() < 1 or hidden_states.shape[-1] != self.hidden_size:
             raise ValueError(f"hidden_states: got shape {list(hidden_states.shape)}, wanted [..., {self.hidden_size}]")
+        dtype = self.experts.gate_up_proj.dtype
+        if hidden_states.dtype != dtype and not torch.is_autocast_enabled(hidden_states.device.type):
+            raise TypeError(f"hidden_states: got dtype {hidden_states.dtype}, wanted {dtype}, the layer's own")
         x = hidden_states.reshape(-1, self.hidden_size)
         if token_mask is not None:
             check_tensor("token_mask", token_mask, shape=hidden_states.shape[:-1], device=hidden_states.device)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moe_triton.checks import check_int, check_number
 from moe_triton.records import Routing
 from moe_triton.reference import wide
-from moe_triton.routing import route, router_spec
+from moe_triton.routing import route_by_spec, router_spec
 
 
 def recomputing() -> bool:
@@ -108,17 +108,10 @@ class Router(nn.Module):
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> Routing:
         """hidden_states [T, d], token_mask [T] or None -> Routing."""
-        spec = self.spec
-        routing = route(
+        routing = route_by_spec(
             self.gate(hidden_states),
-            spec.top_k,
-            score=spec.score,
-            normalize=spec.normalize,
-            scale=spec.scale,
+            self.spec,
             choice_bias=self.choice_bias,
-            num_groups=spec.num_groups,
-            top_groups=spec.top_groups,
-            group_score=spec.group_score,
             noise="gumbel" if self.gumbel and self.training else None,
             token_mask=token_mask,
             backend=self.backend,

@@ -1,0 +1,29 @@
+# `make demo` and `make test` set up everything they need on a fresh machine: a virtual environment in .venv with the
+# versions of constraints.txt.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[hf,dev]"
+	touch $(READY)
+
+# Trains the MoE and a dense model of the same active parameters on the Python standard library's source.
+demo: $(READY)
+	$(BIN)/moe-triton train --out demo --compare-dense --resume
+
+test: $(READY)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .triton-* .pytest_cache .hypothesis .mypy_cache .ruff_cache

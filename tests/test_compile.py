@@ -1,0 +1,85 @@
+"""torch.compile sees no graph break and gives the same bits; the custom ops are registered soundly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import moe_triton
+from moe_triton import MoE, Router
+from moe_triton.autograd.experts import _experts_op
+from moe_triton.autograd.routing import _route_op
+from moe_triton.dispatch import _dispatch_op
+
+
+def run(layer, function, x):
+    layer.zero_grad()
+    x.grad = None
+    torch.manual_seed(3)
+    out = function(x)
+    (out.output.square().sum() + out.aux_loss).backward()
+    return [out.output, out.aux_loss, out.expert_counts, x.grad] + [p.grad for p in layer.parameters()]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bias": True, "capacity_factor": 1.0, "renormalize": True, "drop_policy": "probability", "recompute": True},
+        {"activation": "relu2", "shared_intermediate_size": 6, "residual": True, "drop_policy": "random"},
+        {"router": Router(16, 8, 2, score="sigmoid", choice_bias=True, jitter=0.01, gumbel=True, backend="torch")},
+    ],
+    ids=str,
+)
+def test_fullgraph_gives_the_same_bits(options):
+    layer = MoE(16, 12, 8, 2, aux_loss_weight=0.01, z_loss_weight=0.001, backend="torch", **options)
+    x = torch.randn(2, 10, 16, requires_grad=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    eager = [t.clone() for t in run(layer, layer, x)]
+    for a, b in zip(eager, run(layer, compiled, x), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_no_recompilation_when_only_the_token_count_changes():
+    layer = MoE(16, 12, 8, 2, backend="torch")
+    seen = []
+
+    def count(graph, inputs):
+        seen.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(layer, fullgraph=True, backend=count, dynamic=True)
+    with torch.no_grad():
+        for num_tokens in range(3, 40, 3):
+            x = torch.randn(num_tokens, 16)
+            assert torch.equal(compiled(x).output, layer(x).output)
+    assert len(seen) == 1
+
+
+OPTIONS = ["softmax", True, 1.0, 1, 1, "max"]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_opcheck(backend):
+    logits = torch.randn(6, 8, requires_grad=True)
+    torch.library.opcheck(_route_op, (logits, None, None, None, 2, *OPTIONS, backend))
+    torch.library.opcheck(_dispatch_op, (torch.randint(0, 8, (6, 2)), 8, 3, 1, False, None, backend))
+    routing = moe_triton.route(logits.detach(), 2)
+    plan = moe_triton.dispatch(routing.experts, 8)
+    index = [plan.offsets, plan.source, plan.position]
+    up, down = torch.randn(8, 12, 16), torch.randn(8, 16, 6)
+    for stacked in (True, False):
+        parameters = [[t] if stacked else list(t) for t in (up, down)]
+        parameters = [[t.clone().requires_grad_() for t in group] for group in parameters]
+        hidden = torch.randn(6, 16, requires_grad=True)
+        weights = routing.weights.clone().requires_grad_()
+        arguments = (hidden, weights, index, *parameters, [], [], "swiglu", [False, True], backend, True)
+        torch.library.opcheck(_experts_op, arguments)
+
+
+def test_double_backward_is_refused_and_not_wrong():
+    layer = MoE(8, 4, 4, 2)
+    x = torch.randn(5, 8, requires_grad=True)
+    (grad,) = torch.autograd.grad(layer(x).output.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()

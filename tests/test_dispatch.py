@@ -1,0 +1,137 @@
+"""moe_triton.dispatch on every backend, bit for bit against the reference; capacity; its errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compare import assert_close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import moe_triton
+from moe_triton import reference
+
+BACKENDS = ["torch", "triton"]
+FIELDS = ("counts", "offsets", "source", "position")
+
+
+def assert_same(got, want):
+    for name in FIELDS:
+        a, b = getattr(got, name), getattr(want, name)
+        assert a.dtype == torch.int32, name
+        assert torch.equal(a, b), f"{name}: {a.tolist()} != {b.tolist()}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_ragged_routing_with_an_empty_expert(backend, data):
+    groups = data.draw(st.integers(1, 3))
+    num_tokens = groups * data.draw(st.integers(0, 25))
+    num_experts = data.draw(st.integers(2, 20))
+    top_k = data.draw(st.integers(1, 6))
+    draw = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+    # ids from -1 to E inclusive: both ends are to be skipped; one expert never gets anything
+    experts = torch.randint(-1, num_experts + 1, (num_tokens, top_k), generator=draw)
+    experts[experts == num_experts // 2] = num_experts
+    if data.draw(st.booleans()):
+        experts = experts.int()
+    capacity = data.draw(st.sampled_from([None, 0, 1, 3, 1000]))
+    priority = data.draw(st.sampled_from(["position", "choice", "probability"]))
+    weights = torch.rand(num_tokens, top_k, generator=draw).mul(8).round()  # with ties
+    options = {"capacity": capacity, "capacity_groups": groups, "priority": priority, "weights": weights}
+    got = moe_triton.dispatch(experts, num_experts, backend=backend, **options)
+    assert_same(got, moe_triton.dispatch(experts, num_experts, backend="reference", **options))
+    assert got.counts[num_experts // 2] == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fields_agree_with_each_other(backend):
+    experts = torch.randint(0, 5, (40, 3))
+    plan = moe_triton.dispatch(experts, 5, capacity=11, backend=backend)
+    kept = plan.offsets[-1].item()
+    assert plan.counts.sum() == 120
+    assert (plan.offsets.diff() == plan.counts.clamp(max=11)).all()
+    assert (plan.source[kept:] == -1).all()
+    for row, slot in enumerate(plan.source[:kept].tolist()):
+        assert plan.position.flatten()[slot] == row
+        expert = experts.flatten()[slot].item()
+        assert plan.offsets[expert] <= row < plan.offsets[expert + 1]
+    assert (plan.position >= 0).sum() == kept
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_random_priority_is_seeded_and_fair(backend):
+    experts = torch.zeros(60, 1, dtype=torch.int32)
+
+    def draw(seed):
+        generator = torch.Generator().manual_seed(seed)
+        options = {"capacity": 20, "priority": "random", "generator": generator, "backend": backend}
+        return moe_triton.dispatch(experts, 2, **options).position[:, 0] >= 0
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+    kept = torch.stack([draw(seed) for seed in range(40)]).float()
+    assert (kept.sum(1) == 20).all()
+    assert kept[:, :30].mean().item() == pytest.approx(1 / 3, abs=0.06)  # the first tokens have no privilege
+    torch.manual_seed(7)
+    first = moe_triton.dispatch(experts, 2, capacity=20, priority="random", backend=backend)
+    torch.manual_seed(7)
+    assert_same(first, moe_triton.dispatch(experts, 2, capacity=20, priority="random", backend=backend))
+
+
+def test_renormalize_over_survivors():
+    experts = torch.tensor([[0, 1], [0, 1], [0, 2]])
+    weights = torch.tensor([[0.6, 0.2], [0.5, 0.3], [0.7, 0.1]], requires_grad=True)
+    plan = moe_triton.dispatch(experts, 3, capacity=1)
+    out = moe_triton.renormalize(weights, plan)
+    expected = torch.tensor([[0.75, 0.25], [0.0, 0.0], [0.0, 1.0]])
+    assert_close(out, expected)
+    out[0, 0].backward()
+    assert_close(weights.grad[0], torch.tensor([0.2 / 0.64, -0.6 / 0.64]))
+    assert weights.grad[1:].abs().max() == 0
+
+
+def test_dispatch_does_not_change_its_input():
+    experts = torch.randint(-1, 4, (9, 2))
+    before = experts.clone()
+    moe_triton.dispatch(experts, 4, capacity=2)
+    assert torch.equal(experts, before)
+    assert_same(
+        moe_triton.dispatch(experts.T.contiguous().T, 4), reference.dispatch(experts, 4)
+    )  # and takes strided input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (
+            {"experts": torch.zeros(4, 2)},
+            TypeError,
+            "experts: got dtype torch.float32, wanted torch.int32 or torch.int64",
+        ),
+        ({"experts": torch.zeros(4, dtype=torch.int64)}, ValueError, r"experts: got shape \[4\], wanted \[T, K\]"),
+        ({"num_experts": 0}, ValueError, "num_experts: got 0, wanted at least 1"),
+        ({"capacity": -1}, ValueError, "capacity: got -1, wanted at least 0"),
+        ({"capacity": 1.5}, TypeError, "capacity: got 1.5, wanted an int"),
+        ({"capacity_groups": 3}, ValueError, "capacity_groups: got 3, wanted a divisor of the 4 tokens"),
+        ({"priority": "fifo"}, ValueError, "priority: got 'fifo', wanted one of position, choice, probability, random"),
+        ({"capacity": 1, "priority": "probability"}, ValueError, "weights: got None"),
+        (
+            {"capacity": 1, "priority": "probability", "weights": torch.zeros(4, 3)},
+            ValueError,
+            r"weights: got shape \[4, 3\], wanted \[4, 2\]",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        moe_triton.dispatch(**({"experts": torch.zeros(4, 2, dtype=torch.int64), "num_experts": 3} | arguments))
+
+
+@pytest.mark.parametrize(
+    ("factor", "error"), [(0, ValueError), (-1.0, ValueError), (float("inf"), ValueError), ("1", TypeError)]
+)
+def test_bad_capacity_factor_is_named(factor, error):
+    with pytest.raises(error, match="capacity_factor"):
+        moe_triton.expert_capacity(8, 2, 1, factor)

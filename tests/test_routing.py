@@ -1,0 +1,170 @@
+"""moe_triton.route on every backend against the reference; its errors; its noise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compare import assert_close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import moe_triton
+from moe_triton import reference
+from moe_triton.routing import gumbel_noise, router_spec
+
+BACKENDS = ["torch", "triton"]
+OPTIONS = [
+    {},
+    {"normalize": False},
+    {"normalize": True, "scale": 2.5},
+    {"score": "sigmoid"},
+    {"score": "sigmoid", "normalize": True, "scale": 1.5},
+    {"score": "topk_softmax"},
+    {"num_groups": 3, "top_groups": 2},
+    {"num_groups": 3, "top_groups": 1, "group_score": "top2_sum"},
+    {"score": "sigmoid", "num_groups": 3, "top_groups": 2, "group_score": "top2_sum"},
+]
+
+
+def check_against_reference(logits, top_k, backend, *, choice_bias=None, noise=None, token_mask=None, **options):
+    got_in = logits.detach().clone().requires_grad_()
+    want_in = logits.detach().double().requires_grad_()
+    got = moe_triton.route(
+        got_in, top_k, choice_bias=choice_bias, noise=noise, token_mask=token_mask, backend=backend, **options
+    )
+    spec = router_spec(logits.shape[1], top_k, **options)
+    # the choice itself is made in fp32 by definition; the reference is asked for it there
+    chosen = reference.route(logits, spec, choice_bias=choice_bias, noise=noise, token_mask=token_mask)
+    want = reference.route(want_in, spec, choice_bias=choice_bias, noise=noise, token_mask=token_mask)
+    assert torch.equal(got.experts, chosen.experts)
+    assert torch.equal(got.counts, chosen.counts)
+    assert got.experts.dtype == torch.int32
+    assert got.num_tokens == chosen.num_tokens
+    assert_close(got.weights, want.weights)
+    assert_close(got.score_sums, want.score_sums)
+    assert_close(got.z_sum, want.z_sum)
+    grads = [torch.randn(x.shape, dtype=torch.float64) for x in (want.weights, want.score_sums, want.z_sum)]
+
+    def backward(routing, leaf):
+        outputs = (routing.weights, routing.score_sums, routing.z_sum)
+        torch.autograd.backward(outputs, [g.to(o.dtype) for g, o in zip(grads, outputs, strict=True)])
+        return leaf.grad
+
+    expected = backward(want, want_in)
+    actual = backward(got, got_in)
+    assert actual.dtype == logits.dtype
+    assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options(backend, options):
+    check_against_reference(torch.randn(33, 12), 3, backend, **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("top_k", [1, 2, 5, 12])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "topk_softmax"])
+def test_any_top_k_with_mask_bias_and_noise(backend, top_k, score):
+    check_against_reference(
+        torch.randn(20, 12),
+        top_k,
+        backend,
+        score=score,
+        choice_bias=torch.randn(12),
+        noise=torch.randn(20, 12),
+        token_mask=torch.rand(20) < 0.7,
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_ragged_sizes(backend, data):
+    num_tokens = data.draw(st.integers(0, 40))
+    num_experts = data.draw(st.integers(1, 20))
+    top_k = data.draw(st.integers(1, num_experts))
+    logits = torch.randn(
+        num_tokens, num_experts, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    )
+    if data.draw(st.booleans()):
+        logits = logits.round()  # many exact ties
+    check_against_reference(logits, top_k, backend, score=data.draw(st.sampled_from(["softmax", "sigmoid"])))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bad_numbers_give_distinct_experts_in_range(backend):
+    logits = torch.randn(6, 8)
+    logits[0], logits[1], logits[2] = float("nan"), float("inf"), float("-inf")
+    logits[3, ::2] = float("nan")
+    logits[4] = torch.tensor([0.0, -0.0] * 4)
+    got = moe_triton.route(logits, 8, backend=backend).experts
+    assert torch.equal(got, reference.route(logits, router_spec(8, 8)).experts)
+    assert (got.sort(-1).values == torch.arange(8)).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_logits_are_computed_in_fp32(backend, dtype):
+    logits = torch.randn(10, 8).to(dtype)
+    got = moe_triton.route(logits, 2, backend=backend)
+    want = moe_triton.route(logits.float(), 2, backend=backend)
+    assert got.weights.dtype == torch.float32
+    assert torch.equal(got.weights, want.weights)
+
+
+def test_float64_stays_float64():
+    logits = torch.randn(5, 8, dtype=torch.float64)
+    for backend in ("auto", "torch", "reference"):
+        assert moe_triton.route(logits, 2, backend=backend).weights.dtype == torch.float64
+    with pytest.raises(TypeError, match=r"backend: got 'triton' for torch\.float64"):
+        moe_triton.route(logits, 2, backend="triton")
+
+
+def test_torch_backend_gradcheck():
+    logits = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+
+    def run(x):
+        routing = moe_triton.route(x, 2, normalize=True, backend="torch")
+        return routing.weights, routing.score_sums, routing.z_sum
+
+    assert torch.autograd.gradcheck(run, logits)
+
+
+def test_gumbel_noise_samples_the_softmax():
+    logits = torch.tensor([[2.0, 1.0, 0.0]]).expand(20000, 3)
+    torch.manual_seed(5)
+    routing = moe_triton.route(logits, 1, noise="gumbel")
+    share = routing.counts / 20000
+    assert_close(share, logits[0].softmax(-1), tolerance=0.02)
+    torch.manual_seed(5)
+    assert torch.equal(routing.experts, moe_triton.route(logits, 1, noise="gumbel").experts)
+    clean = logits.softmax(-1).gather(1, routing.experts.long())
+    assert_close(routing.weights, clean)  # noise chooses, it never weighs
+    assert torch.isfinite(gumbel_noise(logits)).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"top_k": 0}, ValueError, "top_k: got 0, wanted 1 to 8"),
+        ({"top_k": 9}, ValueError, "top_k: got 9, wanted 1 to 8"),
+        ({"top_k": 2.0}, TypeError, "top_k: got 2.0, wanted an int"),
+        ({"score": "softmin"}, ValueError, "score: got 'softmin', wanted one of softmax, sigmoid, topk_softmax"),
+        ({"num_groups": 3}, ValueError, "num_groups: got 3, wanted a divisor of num_experts=8"),
+        ({"num_groups": 4, "top_groups": 5}, ValueError, "top_groups: got 5, wanted 1 to 4"),
+        ({"num_groups": 8, "top_groups": 1}, ValueError, "top_k: got 2, wanted at most 1"),
+        ({"choice_bias": torch.zeros(7)}, ValueError, r"choice_bias: got shape \[7\], wanted \[8\]"),
+        ({"noise": "uniform"}, ValueError, "noise: got 'uniform', wanted one of gumbel"),
+        ({"noise": torch.zeros(4, 7)}, ValueError, r"noise: got shape \[4, 7\], wanted \[4, 8\]"),
+        ({"token_mask": torch.ones(5)}, ValueError, r"token_mask: got shape \[5\], wanted \[4\]"),
+        ({"token_mask": [1, 1, 1, 1]}, TypeError, "token_mask: got list, wanted a Tensor"),
+        ({"scale": float("nan")}, ValueError, "scale: got nan"),
+        ({"backend": "cuda"}, ValueError, "backend: got 'cuda', wanted one of auto, triton, torch, reference"),
+        ({"logits": torch.zeros(4, 8, dtype=torch.int64)}, TypeError, "logits: got dtype torch.int64"),
+        ({"logits": torch.zeros(8)}, ValueError, r"logits: got shape \[8\], wanted \[T, E\]"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        moe_triton.route(**({"logits": torch.zeros(4, 8), "top_k": 2} | arguments))

@@ -1,0 +1,98 @@
+"""The shape of the house: imports point downwards only, and importing costs nothing that is not there."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SRC = ROOT / "src" / "moe_triton"
+
+# A module may import from its own level and from those above it in this list, which runs from the ground up.
+LEVELS = [
+    ["checks", "records"],
+    ["reference"],
+    ["backends"],
+    ["runtime"],
+    ["autograd"],
+    ["routing", "dispatch", "losses"],
+    ["experts"],
+    ["layers"],
+    ["integrations", "training"],
+    ["benchmarking"],
+    ["cli"],
+]
+LEVEL = {name: depth for depth, names in enumerate(LEVELS) for name in names}
+NAMES = {path.stem if path.is_file() else path.name for path in SRC.iterdir()} - {"__pycache__", "py"}
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names that a file imports at any depth."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def rooms(names: set[str]) -> set[str]:
+    parts = [name.split(".") for name in names if name.split(".")[0] == "moe_triton"]
+    return {part[1] for part in parts if len(part) > 1 and part[1] in NAMES}
+
+
+@pytest.mark.parametrize("path", sorted(SRC.rglob("*.py")), ids=lambda p: str(p.relative_to(SRC)))
+def test_imports_point_downwards(path):
+    room = path.relative_to(SRC).parts[0].removesuffix(".py")
+    if room in ("__init__", "__main__"):
+        return
+    assert room in LEVEL, f"{room} has no level yet"
+    for other in rooms(imports(path)):
+        assert LEVEL[other] <= LEVEL[room], f"{room} imports {other}, which stands above it"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").rglob("*.py")), ids=lambda p: p.name)
+def test_kernels_import_torch_and_triton_only(path):
+    allowed = set(sys.stdlib_module_names) | {"torch", "triton", "moe_triton_kernels"}
+    assert {name.split(".")[0] for name in imports(path)} <= allowed
+
+
+def test_only_the_triton_backend_and_the_tools_know_the_kernels():
+    for path in SRC.rglob("*.py"):
+        if any(name.startswith("moe_triton_kernels") for name in imports(path)):
+            assert path.relative_to(SRC).parts[:2] == ("backends", "triton"), path
+
+
+@pytest.mark.parametrize("missing", ["triton", "transformers", "deepspeed", "matplotlib"])
+def test_imports_and_runs_without(missing):
+    """A finder that hides one package stands for a machine that does not have it."""
+    program = f"""
+import importlib.abc, sys
+class Hide(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == {missing!r}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Hide())
+import importlib.util
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name.split(".")[0] == {missing!r} else real(name, *a)
+import torch, moe_triton
+layer = moe_triton.MoE(8, 4, 4)
+layer(torch.randn(3, 8)).output.sum().backward()
+assert {missing!r} not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_is_light():
+    heavy = {"triton", "transformers", "deepspeed", "matplotlib", "rich", "typer"}
+    program = f"import sys, moe_triton; print(sorted({{m.split('.')[0] for m in sys.modules}} & {heavy!r}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
