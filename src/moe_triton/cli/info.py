@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from moe_triton import backends
+from moe_triton import runtime
 
 PACKAGES = ("moe-triton", "torch", "triton", "transformers", "deepspeed", "einops", "numpy", "safetensors")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -68,7 +68,7 @@ def collect() -> dict[str, Any]:
     paths = []
     for device in found:
         for dtype in DTYPES:
-            choice = backends.choose("auto", torch.device(device["device"]), dtype)
+            choice = runtime.choose("auto", torch.device(device["device"]), dtype)
             paths.append(
                 {
                     "device": device["device"],
@@ -80,7 +80,7 @@ def collect() -> dict[str, Any]:
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "platform": f"{platform.system()} {platform.machine()}",
-        "triton_interpreter": backends.interpreting(),
+        "triton_interpreter": runtime.interpreting(),
         "devices": found,
         "backends": paths,
     }

@@ -1,0 +1,76 @@
+"""Combine: every token gathers its rows and adds them, in the order of its choices. No atomics."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moe_triton_kernels.offline import Case
+
+BLOCK_T = 4
+BLOCK_D = 256
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def combine_kernel(
+    rows,
+    position,
+    out,
+    num_tokens,
+    row_stride,
+    HIDDEN: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """out[t] = the sum of rows[position[t, k]] over the k whose position is not negative, for BLOCK_D columns."""
+    token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    exists = token < num_tokens
+    total = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for k in tl.range(0, TOP_K, loop_unroll_factor=8):  # unrolled, so that the rows' loads overlap
+        row = tl.load(position + token * TOP_K + k, mask=exists, other=-1).to(tl.int64)[:, None]
+        cell = row * row_stride + column
+        total += tl.load(rows + cell, mask=(row >= 0) & (column < HIDDEN), other=0.0).to(tl.float32)
+    tl.store(out + token[:, None] * HIDDEN + column, total, mask=exists[:, None] & (column < HIDDEN))
+
+
+def combine(rows: Tensor, position: Tensor, dtype: torch.dtype) -> Tensor:
+    """rows [S, d], position [T, K] int32 -> out [T, d] in `dtype`: each token's rows, added in fp32 in order of choice.
+
+    A position of -1 adds nothing; a token of which all are -1 gets zeros. Rows at no position are never read.
+    """
+    num_tokens, top_k = position.shape
+    hidden = rows.shape[1]
+    out = torch.empty((num_tokens, hidden), dtype=dtype, device=rows.device)
+    if out.numel() == 0:
+        return out
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    combine_kernel[(triton.cdiv(num_tokens, BLOCK_T), triton.cdiv(hidden, BLOCK_D))](
+        rows,
+        position.contiguous(),
+        out,
+        num_tokens,
+        rows.stride(0),
+        HIDDEN=hidden,
+        TOP_K=top_k,
+        BLOCK_T=BLOCK_T,
+        BLOCK_D=BLOCK_D,
+    )
+    return out
+
+
+def offline_cases(arch: str) -> list[Case]:
+    types = {"position": "*i32", "num_tokens": "i32", "row_stride": "i32"}
+    return [
+        Case(
+            name=f"combine_{dtype}_d{hidden}_K{top_k}",
+            fn=combine_kernel,
+            signature=types | {"rows": f"*{dtype}", "out": f"*{dtype}"},
+            constexprs={"HIDDEN": hidden, "TOP_K": top_k, "BLOCK_T": BLOCK_T, "BLOCK_D": BLOCK_D},
+            aligned=("rows", "position", "out", "row_stride"),
+        )
+        for dtype, hidden, top_k in (("bf16", 2048, 8), ("fp32", 768, 2), ("fp16", 7168, 16))
+    ]

@@ -1,0 +1,246 @@
+"""Which block sizes a grouped kernel runs with: a shipped table of measured entries, and a heuristic behind it.
+
+A configuration is keyed by (op, d, n, dtype, architecture, bucket of rows per expert). Rows per expert is the average
+S / E of the static sizes: it is known without asking the device and takes few values, so neither a host sync nor a
+recompilation follows from a new number of tokens. Nothing is tuned at run time: every rank picks the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from moe_triton_kernels.offline import Case
+
+OPS = ("up_gated", "up", "down", "d_hidden_gated", "d_hidden", "d_rows", "d_weight")
+BUCKETS = (16, 32, 64, 128)  # rows per expert: up to 16, up to 32, up to 64, more; also the rows of a tile
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+MODEL_SIZES = ((768, 256), (2048, 1024), (2048, 768), (4096, 14336), (7168, 2048), (2880, 2880))  # (d, n)
+TABLE = Path(__file__).with_name("configs.json")
+FENCED_ARCHITECTURES = ("sm_90", "sm_100", "sm_103")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """How one grouped kernel is launched.
+
+    block_m, block_n, block_k   rows, columns and contraction of a tile; the gated up projection computes block_n
+                                columns of gate and of up. For d_weight, block_m by block_n of the gradient, and
+                                block_k rows
+    num_warps, num_stages       launch options of Triton
+    group                       tile rows that are walked through before the next tile column (L2 reuse)
+    parts                       column blocks that the epilogue works through one after another (1, 2 or 4)
+    programs_per_sm             resident programs per multiprocessor: bounds the persistent grid
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group: int = 8
+    parts: int = 1
+    programs_per_sm: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What kernels run on: an architecture name ("sm_90", "gfx942", "interpreter") and its multiprocessors."""
+
+    architecture: str
+    num_sms: int
+
+
+@lru_cache
+def target_of(device: torch.device) -> Target:
+    """The target of a device. TRITON_INTERPRET makes everything the interpreter; a CPU without it is a ValueError."""
+    if triton.knobs.runtime.interpret:
+        return Target(architecture="interpreter", num_sms=3)  # few programs, and more tiles than programs
+    if device.type != "cuda":
+        raise ValueError(f"device: got {device}, wanted a GPU, or TRITON_INTERPRET=1 set before triton is imported")
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        name = properties.gcnArchName.split(":")[0]
+    else:
+        name = f"sm_{properties.major}{properties.minor}"
+    return Target(architecture=name, num_sms=properties.multi_processor_count)
+
+
+def triton_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:3] if part.isdigit())
+
+
+def needs_fence(architecture: str) -> bool:
+    """True where Triton leaves out the proxy fence between cp.async and the matrix unit (see grouped_gemm)."""
+    return architecture in FENCED_ARCHITECTURES and triton_version() < (3, 7, 1)
+
+
+def bucket_of(rows_per_expert: float) -> int:
+    """The smallest bucket that holds the average number of rows per expert; the last one is open-ended."""
+    return next((bucket for bucket in BUCKETS if rows_per_expert <= bucket), BUCKETS[-1])
+
+
+@lru_cache
+def shipped_table() -> Mapping[tuple[Any, ...], Config]:
+    """configs.json as {(op, d, n, dtype, architecture, bucket): Config}."""
+    entries = json.loads(TABLE.read_text())
+    keys = ("op", "d", "n", "dtype", "architecture", "bucket")
+    return {tuple(entry[key] for key in keys): Config(**entry["config"]) for entry in entries}
+
+
+def choose_config(
+    op: str, *, d: int, n: int, dtype: torch.dtype, num_rows: int, num_experts: int, architecture: str
+) -> Config:
+    """The shipped entry for this case if there is one, else the heuristic's answer. ValueError on an unknown op."""
+    if op not in OPS:
+        raise ValueError(f"op: got {op!r}, wanted one of {', '.join(OPS)}")
+    bucket = bucket_of(num_rows / max(num_experts, 1))
+    dtype_name = str(dtype).removeprefix("torch.")
+    entry = shipped_table().get((op, d, n, dtype_name, architecture, bucket))
+    return heuristic(op, d, n, dtype.itemsize, architecture, bucket) if entry is None else entry
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shipped:
+    """One configuration that a GPU can meet: the op, Triton's name of the dtype, and the configuration."""
+
+    op: str
+    dtype: str
+    config: Config
+
+
+def shipped_configs(architecture: str) -> list[Shipped]:
+    """Every configuration of the table and of the heuristic at the sizes of common models, without repetitions.
+
+    fp16 shares bf16's configurations. The first entry of an op is the one of large bf16 problems.
+    """
+    found: dict[Shipped, None] = {}
+    for op in OPS:
+        for dtype in (torch.bfloat16, torch.float32):
+            for bucket in reversed(BUCKETS):
+                for d, n in MODEL_SIZES:
+                    config = choose_config(
+                        op, d=d, n=n, dtype=dtype, num_rows=bucket, num_experts=1, architecture=architecture
+                    )
+                    found[Shipped(op=op, dtype=TYPES[dtype], config=config)] = None
+    return list(found)
+
+
+def fit(block: int, size: int) -> int:
+    """The block, no wider than the size needs (a power of two, 16 at least, as the matrix unit wants)."""
+    return min(block, max(16, triton.next_power_of_2(size)))
+
+
+def heuristic(op: str, d: int, n: int, itemsize: int, architecture: str, bucket: int) -> Config:
+    """Tiles as large as the accumulator registers allow without a spill; shorter ones where experts have few rows."""
+    if architecture == "interpreter":
+        return Config(block_m=16, block_n=16, block_k=16, num_warps=4, num_stages=1, group=2)
+    if op == "d_weight":
+        config = weight_gradient_tile(itemsize, architecture)
+        config = replace(config, block_m=fit(config.block_m, min(d, n)), block_n=fit(config.block_n, max(d, n)))
+    else:
+        if itemsize == 4:
+            config = fp32_tile(op, bucket)
+        elif bucket == BUCKETS[-1]:
+            config = large_tile(op, architecture)
+        else:
+            config = small_tile(op, bucket)
+        width = d if op in ("down", "d_rows") else n
+        contraction = n if op in ("down", "d_rows") else d
+        block_n = fit(config.block_n, width)
+        parts = min(config.parts, block_n // 16)
+        config = replace(config, block_n=block_n, block_k=fit(config.block_k, contraction), parts=parts)
+    return replace(config, num_stages=2) if architecture.startswith("gfx") else config
+
+
+def fp32_tile(op: str, bucket: int) -> Config:
+    """No matrix unit multiplies in full fp32: the tile is as large as one multiply-add per element keeps busy."""
+    block_m = min(bucket, 64)
+    block_n = 32 if op == "up_gated" else 64
+    return Config(block_m=block_m, block_n=block_n, block_k=32, num_warps=block_m // 8, num_stages=2, parts=4)
+
+
+def large_tile(op: str, architecture: str) -> Config:
+    wide = architecture in FENCED_ARCHITECTURES
+    block_n = 256 if wide else 128
+    if op == "up_gated":
+        block_n //= 2
+    elif op in ("d_hidden_gated", "d_hidden"):
+        block_n = 128
+    parts = 2 if op in ("down", "d_rows") else 4
+    return Config(block_m=128, block_n=block_n, block_k=64, num_warps=8, num_stages=3, parts=parts)
+
+
+def small_tile(op: str, bucket: int) -> Config:
+    warps = 8 if op in ("d_hidden_gated", "d_hidden") else 4  # its epilogue needs many registers
+    block_n = 64 if op == "up_gated" else 128
+    return Config(
+        block_m=bucket, block_n=block_n, block_k=64, num_warps=warps, num_stages=4, parts=4, programs_per_sm=2
+    )
+
+
+def weight_gradient_tile(itemsize: int, architecture: str) -> Config:
+    if itemsize == 4:
+        return Config(block_m=64, block_n=64, block_k=32, num_warps=8, num_stages=2)
+    if architecture in FENCED_ARCHITECTURES:  # the load of the row index takes one stage more than the products need
+        return Config(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4)
+    return Config(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=4)
+
+
+def block_constants(architecture: str, config: Config) -> dict[str, int | bool]:
+    """The constexpr arguments of a grouped kernel that follow from the configuration."""
+    return {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP": config.group,
+        "PARTS": config.parts,
+        "FENCE": needs_fence(architecture),
+    }
+
+
+def launch_options(device: torch.device, config: Config) -> dict[str, int | bool]:
+    """The keyword arguments of a launch that follow from the configuration."""
+    constants = block_constants(target_of(device).architecture, config)
+    return {**constants, "num_warps": config.num_warps, "num_stages": config.num_stages}
+
+
+def persistent_grid(device: torch.device, max_tiles: int, config: Config) -> tuple[int]:
+    """As many programs as the device holds at once, and no more than there can be tiles."""
+    return (max(1, min(max_tiles, target_of(device).num_sms * config.programs_per_sm)),)
+
+
+def offline_case(
+    fn: Any,
+    shipped: Shipped,
+    arch: str,
+    *,
+    variant: str,
+    pointers: Mapping[str, str],
+    unit_strides: Sequence[str] = (),
+    sample: bool = False,
+    **constants: Any,
+) -> Case:
+    """A grouped kernel at a shipped configuration: sizes and strides are multiples of 16, `unit_strides` are 1."""
+    config = shipped.config
+    constexprs = {**constants, **block_constants(arch, config), **dict.fromkeys(unit_strides, 1)}
+    numbers = [name for name in fn.arg_names if name not in pointers and name not in constexprs]
+    aligned = [name for name in numbers if name.startswith(("size_", "weight_stride_"))]
+    tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
+    return Case(
+        name=f"{shipped.op}_{shipped.dtype}_{tile}_{variant}",
+        fn=fn,
+        signature={**pointers, **dict.fromkeys(numbers, "i32")},
+        constexprs=constexprs,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        aligned=[*(name for name in pointers if name != "num_tiles"), *aligned],
+        sample=sample,
+    )

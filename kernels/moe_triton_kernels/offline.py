@@ -1,0 +1,239 @@
+"""Compile kernels for a GPU that is not there, and read what the binary says: registers, spills, matrix instructions.
+
+A kernel file lists its kernels by `offline_cases(arch) -> list[Case]`.
+`python -m moe_triton_kernels.offline --arch sm_90 --json` prints one JSON object per case; `compile_apart` runs that in
+a process of its own, because a process in which TRITON_INTERPRET is set has interpreted functions only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One kernel with everything that its compilation depends on.
+
+    name         unique within an architecture; begins with the name of the operation
+    fn           the @triton.jit function
+    signature    argument name -> Triton type ("*bf16", "i32", "fp32", ...); arguments in `constexprs` may be left out
+    constexprs   argument name -> value
+    num_warps, num_stages   launch options
+    aligned      arguments that are multiples of 16; None: every pointer, as torch allocates them
+    sample       compiled by default; the others only with --all
+    """
+
+    name: str
+    fn: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 3
+    aligned: Sequence[str] | None = None
+    sample: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What one binary needs and contains. Instruction counts are static: they are read off the assembly.
+
+    registers     per thread; on AMD vector registers, accumulation registers included
+    spills        bytes of stack per thread (0 when nothing was spilled)
+    shared_bytes  shared memory per program, in bytes
+    wgmma, mma    Hopper's warpgroup products; every other matrix instruction (mma.sync, tcgen05, mfma)
+    cp_async, tma asynchronous copies to shared memory by pointers; by descriptors
+    """
+
+    kernel: str
+    arch: str
+    registers: int
+    spills: int
+    shared_bytes: int
+    wgmma: int
+    mma: int
+    cp_async: int
+    tma: int
+
+
+PATTERNS = {
+    "ptx": {
+        "wgmma": r"\bwgmma\.mma_async",
+        "mma": r"\b(?:mma\.sync|tcgen05\.mma)",
+        "cp_async": r"\bcp\.async\.c[ag]\.shared",
+        "tma": r"\bcp\.async\.bulk\.tensor",
+    },
+    "amdgcn": {
+        "wgmma": r"$^",
+        "mma": r"\bv_mfma",
+        "cp_async": r"\b(?:global_load_lds|buffer_load\w* .*\blds\b)",
+        "tma": r"$^",
+    },
+}
+
+
+def find_number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"no match for {pattern!r} in the compiler's output:\n{text[:2000]}")
+    return int(found.group(1))
+
+
+def nvidia_resources(cubin: bytes) -> tuple[int, int]:
+    """Registers, and bytes of stack, per thread, as cuobjdump reads them from a binary that holds one kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return find_number(r"\bREG:(\d+)", usage), find_number(r"\bSTACK:(\d+)", usage)
+
+
+def amd_resources(assembly: str) -> tuple[int, int]:
+    """Vector registers, and bytes of private memory, per thread, from the metadata at the end of the assembly."""
+    return find_number(r"\.vgpr_count:\s+(\d+)", assembly), find_number(
+        r"\.private_segment_fixed_size:\s+(\d+)", assembly
+    )
+
+
+def compile_offline(
+    fn: Any,
+    signature: Mapping[str, str],
+    constexprs: Mapping[str, Any],
+    *,
+    arch: str,
+    num_warps: int,
+    num_stages: int,
+    attrs: Sequence[str] | None = None,
+    name: str | None = None,
+) -> Report:
+    """Compile one @triton.jit function for "sm_80", "sm_90", "sm_100" or "gfx942"; no GPU is needed.
+
+    `attrs` names the arguments that are multiples of 16 (None: every pointer). `name` is what the report calls the
+    kernel (None: the function's name). Raises RuntimeError where TRITON_INTERPRET is set, and what Triton raises where
+    the compilation fails.
+    """
+    if arch not in TARGETS:
+        raise ValueError(f"arch must be one of {', '.join(TARGETS)}, got {arch!r}")
+    if not isinstance(fn, triton.JITFunction):
+        raise RuntimeError("compile_offline needs @triton.jit functions: unset TRITON_INTERPRET, or use compile_apart")
+    types = {arg: "constexpr" if arg in constexprs else signature[arg] for arg in fn.arg_names}
+    aligned = [arg for arg, kind in types.items() if kind.startswith("*")] if attrs is None else attrs
+    source = ASTSource(
+        fn=fn,
+        signature=types,
+        constexprs=dict(constexprs),
+        attrs={(fn.arg_names.index(arg),): [["tt.divisibility", 16]] for arg in aligned},
+    )
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    return read_report(name or fn.__name__, arch, triton.compile(source, target=TARGETS[arch], options=options))
+
+
+def read_report(name: str, arch: str, compiled: CompiledKernel) -> Report:
+    if "cubin" in compiled.asm:
+        kind = "ptx"
+        registers, spills = nvidia_resources(compiled.asm["cubin"])
+    else:
+        kind = "amdgcn"
+        registers, spills = amd_resources(compiled.asm["amdgcn"])
+    assembly = compiled.asm[kind]
+    return Report(
+        kernel=name,
+        arch=arch,
+        registers=registers,
+        spills=spills,
+        shared_bytes=compiled.metadata.shared,
+        **{what: len(re.findall(pattern, assembly)) for what, pattern in PATTERNS[kind].items()},
+    )
+
+
+def kernel_modules() -> list[str]:
+    """The names of the modules beside this one that list kernels by an `offline_cases` function."""
+    package = importlib.import_module("moe_triton_kernels")
+    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "offline")
+    return [name for name in names if hasattr(importlib.import_module(f"moe_triton_kernels.{name}"), "offline_cases")]
+
+
+def collect_cases(arch: str, modules: Sequence[str] | None = None, every: bool = False) -> list[Case]:
+    """The cases of the named modules (None: of all), without those that are no sample unless `every`."""
+    cases: list[Case] = []
+    for name in kernel_modules() if modules is None else modules:
+        cases += importlib.import_module(f"moe_triton_kernels.{name}").offline_cases(arch)
+    return [case for case in cases if case.sample or every]
+
+
+def compile_case(case: Case, arch: str) -> Report:
+    return compile_offline(
+        case.fn,
+        case.signature,
+        case.constexprs,
+        arch=arch,
+        num_warps=case.num_warps,
+        num_stages=case.num_stages,
+        attrs=case.aligned,
+        name=case.name,
+    )
+
+
+def compile_apart(arch: str, modules: Sequence[str] | None = None, every: bool = False) -> list[Report]:
+    """The reports of `collect_cases(arch, modules, every)`, compiled in a process without TRITON_INTERPRET.
+
+    Raises RuntimeError, with the compiler's words, if any case does not compile.
+    """
+    command = [sys.executable, "-m", "moe_triton_kernels.offline", "--arch", arch, "--json"]
+    if modules is not None:
+        command += ["--modules", ",".join(modules)]
+    if every:
+        command.append("--all")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise RuntimeError(f"offline compilation for {arch} failed:\n{result.stdout}{result.stderr}")
+    return [Report(**json.loads(line)) for line in result.stdout.splitlines()]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m moe_triton_kernels.offline", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", required=True, choices=list(TARGETS))
+    parser.add_argument("--modules", help="comma-separated names of kernel files; all of them if left out")
+    parser.add_argument("--all", action="store_true", help="every shipped configuration, not only the sample")
+    parser.add_argument("--json", action="store_true", help="one JSON object per kernel instead of a line of text")
+    options = parser.parse_args(arguments)
+    modules = None if options.modules is None else options.modules.split(",")
+    failures = 0
+    for case in collect_cases(options.arch, modules, options.all):
+        try:
+            report = compile_case(case, options.arch)
+        except Exception as error:  # every kind of compiler error is reported, then the next kernel is tried
+            failures += 1
+            print(f"{case.name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            continue
+        fields = asdict(report)
+        line = json.dumps(fields) if options.json else "  ".join(f"{key} {value}" for key, value in fields.items())
+        print(line, flush=True)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,421 @@
+"""Exact top-k routing: logits -> each token's experts and weights, with the sums that the losses need, in one pass.
+
+A program takes BLOCK_T tokens at a time, with all of their experts in registers, and repeats an arg-max K times.
+Scores are compared as int32 whose order is that of the floats, so NaN, infinities and ties have a defined order and
+chosen experts are always distinct. Every program writes its partial sums; a second kernel adds them in a fixed order.
+Shapes: T tokens, E experts, K choices, P programs. Maths in fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moe_triton_kernels.offline import Case
+
+SOFTMAX = tl.constexpr(0)
+SIGMOID = tl.constexpr(1)
+TOPK_SOFTMAX = tl.constexpr(2)
+SCORES = {"softmax": 0, "sigmoid": 1, "topk_softmax": 2}
+
+TAKEN = tl.constexpr(-(2**31))  # below every score, -inf included
+EPS = tl.constexpr(1e-20)  # keeps a normalisation finite when every chosen score underflowed
+INDEX_BITS = tl.constexpr(2**13 - 1)  # a 16-bit float has at least 13 zeros at the end of its fp32 pattern
+
+MAX_PROGRAMS = 2048  # a constant, not the number of processors: sums have the same order on every GPU
+TILE_ELEMENTS = 512
+NUM_WARPS = 1  # a token's experts lie in one warp, so that an arg-max needs no shared memory
+
+
+@triton.jit
+def ordered_bits(x):
+    """fp32 -> int32 in the same order; -0.0 equals 0.0, NaN comes first of all."""
+    x = tl.where(x == 0.0, 0.0, x)
+    bits = x.to(tl.int32, bitcast=True)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return tl.where(x != x, 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def first_of(keys, best, index, SIZE: tl.constexpr):
+    """The lowest index at which keys [N, SIZE] have their row's maximum `best` [N]."""
+    return tl.min(tl.where(keys == best[:, None], index, SIZE), 1)
+
+
+@triton.jit
+def softmax_rows(x):
+    """Softmax over the last dimension, and log(sum(exp(x))) [N]."""
+    most = tl.max(x, 1)
+    e = tl.exp(x - most[:, None])
+    total = tl.sum(e, 1)
+    return e * (1.0 / total)[:, None], most + tl.log(total)
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def scores_of(x, softmax, SCORE: tl.constexpr):
+    """The scores that a choice bias is added to."""
+    if SCORE == SIGMOID:
+        return sigmoid(x)
+    elif SCORE == SOFTMAX:
+        return softmax
+    else:
+        return x
+
+
+@triton.jit
+def mask_groups(
+    scores, TOP2: tl.constexpr, TOP_GROUPS: tl.constexpr, N: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr
+):
+    """-inf for the experts outside of each token's best groups. Experts lie as [GROUPS, MEMBERS], padding is -inf."""
+    group = tl.arange(0, GROUPS)[None, :]
+    scores_NGM = tl.reshape(scores, (N, GROUPS, MEMBERS))
+    best = tl.max(scores_NGM, 2)
+    if TOP2 and MEMBERS > 1:
+        member = tl.arange(0, MEMBERS)[None, None, :]
+        winner = tl.min(tl.where(scores_NGM == best[:, :, None], member, MEMBERS), 2)
+        best += tl.max(tl.where(member == winner[:, :, None], float("-inf"), scores_NGM), 2)
+    keys = ordered_bits(best)
+    kept = tl.zeros((N, GROUPS), tl.int32)
+    for _ in range(TOP_GROUPS):
+        choice = first_of(keys, tl.max(keys, 1), group, GROUPS)
+        taken = group == choice[:, None]
+        kept = tl.where(taken, 1, kept)
+        keys = tl.where(taken, TAKEN, keys)
+    return tl.reshape(tl.where(kept[:, :, None] != 0, scores_NGM, float("-inf")), (N, GROUPS * MEMBERS))
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def topk_kernel(
+    logits, bias, noise, token_mask, experts, weights, partial_counts, partial_scores, partial_z, num_tokens, scale,
+    NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SCORE: tl.constexpr, NORMALIZE: tl.constexpr,
+    NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP2: tl.constexpr, PACKED: tl.constexpr,
+    BLOCK_T: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Experts and weights of every token; counts, score sums and z sum of this program's tokens.
+
+    Lanes lie as [GROUPS, MEMBERS], both powers of two; `expert` maps them to experts and `inside` marks the real ones.
+    PACKED: keys are 16-bit logits, so the index fits below the score and one maximum finds both.
+    """
+    BLOCK_E: tl.constexpr = GROUPS * MEMBERS
+    MEMBERS_USED: tl.constexpr = NUM_EXPERTS // NUM_GROUPS
+    lane = tl.arange(0, BLOCK_E)
+    if NUM_GROUPS == 1 or MEMBERS == MEMBERS_USED:
+        expert = lane  # written so that the compiler sees contiguous loads
+        inside = lane < NUM_EXPERTS
+    else:
+        inside = (lane // MEMBERS < NUM_GROUPS) & (lane % MEMBERS < MEMBERS_USED)
+        expert = tl.where(inside, lane // MEMBERS * MEMBERS_USED + lane % MEMBERS, BLOCK_E)
+    choice_k = tl.arange(0, BLOCK_K)[None, :]
+
+    counts = tl.zeros((BLOCK_T, BLOCK_E), tl.int32)
+    score_sums = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
+    z_sums = tl.zeros((BLOCK_T,), tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(num_tokens, BLOCK_T), tl.num_programs(0)):
+        token = (tile * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+        exists = token < num_tokens
+        valid = exists
+        if token_mask is not None:
+            valid = exists & (tl.load(token_mask + token, mask=exists, other=0) != 0)
+        cells = token[:, None] * NUM_EXPERTS + expert[None, :]
+        present = exists[:, None] & inside[None, :]
+        x = tl.load(logits + cells, mask=present, other=float("-inf")).to(tl.float32)
+        softmax, lse = softmax_rows(x)
+
+        # what the experts are chosen by
+        keys = x
+        noisy_softmax = softmax
+        if noise is not None:
+            keys += tl.load(noise + cells, mask=present, other=0.0).to(tl.float32)
+        if bias is not None or TOP2:
+            if noise is not None:
+                noisy_softmax, _ = softmax_rows(keys)
+            keys = scores_of(keys, noisy_softmax, SCORE)
+            if bias is not None:
+                keys += tl.load(bias + expert, mask=inside, other=0.0).to(tl.float32)[None, :]
+        keys = tl.where((keys == keys) & inside[None, :], keys, float("-inf"))
+        if NUM_GROUPS > 1:
+            keys = mask_groups(keys, TOP2, TOP_GROUPS, BLOCK_T, GROUPS, MEMBERS)
+        bits = ordered_bits(keys)
+        if PACKED:
+            bits = (bits | INDEX_BITS) ^ expert[None, :]  # the low bits count down
+        bits = tl.where(inside[None, :], bits, TAKEN)
+
+        # the choice: K times the best one, the lowest index first
+        chosen = tl.zeros((BLOCK_T, BLOCK_K), tl.int32)
+        for k in range(TOP_K):
+            best = tl.max(bits, 1)
+            if PACKED:
+                choice = (best & INDEX_BITS) ^ INDEX_BITS
+            else:
+                choice = first_of(bits, best, expert[None, :], BLOCK_E)
+            chosen = tl.where(choice_k == k, choice[:, None], chosen)
+            bits = tl.where(expert[None, :] == choice[:, None], TAKEN, bits)
+
+        # the weights, from the chosen logits
+        slots = token[:, None] * TOP_K + choice_k
+        slot_exists = exists[:, None] & (choice_k < TOP_K)
+        slot_valid = valid[:, None] & (choice_k < TOP_K)
+        logit = tl.load(logits + token[:, None] * NUM_EXPERTS + chosen, mask=slot_exists, other=float("-inf"))
+        logit = logit.to(tl.float32)
+        if SCORE == TOPK_SOFTMAX:
+            weight, _ = softmax_rows(logit)
+        elif SCORE == SIGMOID:
+            weight = sigmoid(logit)
+        else:
+            weight = tl.exp(logit - lse[:, None])
+        if NORMALIZE:
+            weight = tl.where(choice_k < TOP_K, weight, 0.0)
+            weight /= tl.sum(weight, 1)[:, None] + EPS
+        tl.store(experts + slots, tl.where(slot_valid, chosen, -1), mask=slot_exists)
+        tl.store(weights + slots, tl.where(slot_valid, weight * scale, 0.0), mask=slot_exists)
+
+        # the sums
+        if SCORE == SIGMOID:
+            probs = tl.where(inside[None, :], sigmoid(x), 0.0)
+            probs *= (1.0 / (tl.sum(probs, 1) + EPS))[:, None]
+        else:
+            probs = softmax
+        counts += (valid[:, None] & inside[None, :] & (bits == TAKEN)).to(tl.int32)
+        score_sums += tl.where(valid[:, None], probs, 0.0)
+        z_sums += tl.where(valid, lse * lse, 0.0)
+
+    row = tl.program_id(0) * NUM_EXPERTS + expert
+    tl.store(partial_counts + row, tl.sum(counts, 0), mask=inside)
+    tl.store(partial_scores + row, tl.sum(score_sums, 0), mask=inside)
+    tl.store(partial_z + tl.program_id(0), tl.sum(z_sums, 0))
+
+
+@triton.jit(do_not_specialize=["num_partials"])
+def sum_partials_kernel(
+    partial_counts, partial_scores, partial_z, counts, score_sums, z_sum, num_partials,
+    NUM_EXPERTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """The programs' partial sums [P, E] and [P], added in the order of the programs."""
+    column = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
+    count = tl.zeros((BLOCK_P, BLOCK_E), tl.int32)
+    score = tl.zeros((BLOCK_P, BLOCK_E), tl.float32)
+    z = tl.zeros((BLOCK_P,), tl.float32)
+    for start in range(0, num_partials, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        cell = p[:, None] * NUM_EXPERTS + column
+        mask = (p < num_partials)[:, None] & (column < NUM_EXPERTS)
+        count += tl.load(partial_counts + cell, mask=mask, other=0)
+        score += tl.load(partial_scores + cell, mask=mask, other=0.0)
+        z += tl.load(partial_z + p, mask=p < num_partials, other=0.0)
+    column = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    tl.store(counts + column, tl.sum(count, 0), mask=column < NUM_EXPERTS)
+    tl.store(score_sums + column, tl.sum(score, 0), mask=column < NUM_EXPERTS)
+    if tl.program_id(0) == 0:
+        tl.store(z_sum, tl.sum(z, 0))
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def topk_backward_kernel(
+    grad_weights, grad_score_sums, grad_z_sum, logits, experts, grad_logits, num_tokens, scale,
+    NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SCORE: tl.constexpr, NORMALIZE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the logits, with the scores recomputed. u are the chosen scores, w = scale * u / sum(u)."""
+    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    exists = token < num_tokens
+    expert = tl.arange(0, BLOCK_E)[None, :]
+    choice_k = tl.arange(0, BLOCK_K)[None, :]
+    cells = token[:, None] * NUM_EXPERTS + expert
+    present = exists[:, None] & (expert < NUM_EXPERTS)
+    x = tl.load(logits + cells, mask=present, other=float("-inf")).to(tl.float32)
+    softmax, lse = softmax_rows(x)
+
+    # gradients of u, [T, K]
+    slots = token[:, None] * TOP_K + choice_k
+    chosen = tl.load(experts + slots, mask=exists[:, None] & (choice_k < TOP_K), other=-1)
+    is_chosen = chosen >= 0
+    logit = tl.load(logits + token[:, None] * NUM_EXPERTS + chosen, mask=is_chosen, other=float("-inf")).to(tl.float32)
+    grad_u = tl.load(grad_weights + slots, mask=is_chosen, other=0.0).to(tl.float32) * scale
+    if SCORE == TOPK_SOFTMAX:
+        u, _ = softmax_rows(logit)
+    elif SCORE == SIGMOID:
+        u = sigmoid(logit)
+    else:
+        u = tl.exp(logit - lse[:, None])
+    u = tl.where(is_chosen, u, 0.0)
+    if NORMALIZE:
+        total = tl.sum(u, 1)[:, None] + EPS
+        grad_u = (grad_u - tl.sum(grad_u * u, 1)[:, None] / total) / total
+    if SCORE == TOPK_SOFTMAX:
+        grad_chosen = u * (grad_u - tl.sum(grad_u * u, 1)[:, None])  # of the chosen logits
+    else:
+        grad_chosen = grad_u  # of the chosen scores
+    scattered = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
+    for k in range(TOP_K):
+        index = tl.sum(tl.where(choice_k == k, chosen, 0), 1)
+        value = tl.sum(tl.where(choice_k == k, grad_chosen, 0.0), 1)
+        scattered += tl.where(expert == index[:, None], value[:, None], 0.0)
+
+    # through the scores
+    grad_probs = tl.load(grad_score_sums + expert, mask=expert < NUM_EXPERTS, other=0.0).to(tl.float32)
+    if SCORE == SIGMOID:
+        s = tl.where(expert < NUM_EXPERTS, sigmoid(x), 0.0)
+        total = tl.sum(s, 1)[:, None] + EPS
+        scattered += (grad_probs - tl.sum(grad_probs * s, 1)[:, None] / total) / total
+        grad = s * (1.0 - s) * scattered
+    elif SCORE == SOFTMAX:
+        grad_probs += scattered
+        grad = softmax * (grad_probs - tl.sum(softmax * grad_probs, 1)[:, None])
+    else:
+        grad = scattered + softmax * (grad_probs - tl.sum(softmax * grad_probs, 1)[:, None])
+    grad += 2.0 * tl.load(grad_z_sum).to(tl.float32) * lse[:, None] * softmax
+    valid = tl.max(chosen, 1) >= 0
+    tl.store(grad_logits + cells, tl.where(valid[:, None], grad, 0.0), mask=present)
+
+
+def tokens_per_tile(lanes: int, choices: int) -> int:
+    """Tokens that a program takes at a time, so that [tokens, lanes] and [tokens, choices] both fit in registers."""
+    return max(1, min(64, TILE_ELEMENTS // max(lanes, choices)))
+
+
+def topk_forward(
+    logits: Tensor,
+    top_k: int,
+    *,
+    score: str,
+    normalize: bool,
+    scale: float,
+    num_groups: int = 1,
+    top_groups: int = 1,
+    group_score: str = "max",
+    choice_bias: Tensor | None = None,
+    noise: Tensor | None = None,
+    token_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Logits [T, E] (fp32, bf16, fp16) -> experts [T, K], weights [T, K], counts [E], score_sums [E], z_sum [].
+
+    Experts and counts are int32, the others fp32. Experts are in order of preference; they are -1, with weight 0, where
+    `token_mask` [T] is false. `choice_bias` [E] and `noise` [T, E] change the choice only. `score` is "softmax",
+    "sigmoid" or "topk_softmax", `group_score` "max" or "top2_sum". Two launches, no host sync, bitwise deterministic.
+    """
+    num_tokens, num_experts = logits.shape
+    device = logits.device
+    experts = torch.empty((num_tokens, top_k), dtype=torch.int32, device=device)
+    weights = torch.empty((num_tokens, top_k), dtype=torch.float32, device=device)
+    if num_tokens == 0:
+        zeros = torch.zeros(num_experts, dtype=torch.float32, device=device)
+        return experts, weights, zeros.int(), zeros, torch.zeros((), dtype=torch.float32, device=device)
+    groups = triton.next_power_of_2(num_groups)
+    members = triton.next_power_of_2(num_experts // num_groups)
+    block_k = triton.next_power_of_2(top_k)
+    block_t = tokens_per_tile(groups * members, block_k)
+    programs = min(triton.cdiv(num_tokens, block_t), MAX_PROGRAMS)
+    partial_counts = torch.empty((programs, num_experts), dtype=torch.int32, device=device)
+    partial_scores = torch.empty((programs, num_experts), dtype=torch.float32, device=device)
+    partial_z = torch.empty(programs, dtype=torch.float32, device=device)
+    top2 = num_groups > 1 and group_score == "top2_sum"
+    plain = noise is None and choice_bias is None and not top2
+    topk_kernel[(programs,)](
+        logits.contiguous(),
+        None if choice_bias is None else choice_bias.contiguous(),
+        None if noise is None else noise.contiguous(),
+        None if token_mask is None else token_mask.contiguous(),
+        experts, weights, partial_counts, partial_scores, partial_z, num_tokens, float(scale),
+        NUM_EXPERTS=num_experts, TOP_K=top_k, SCORE=SCORES[score], NORMALIZE=normalize,
+        NUM_GROUPS=num_groups, TOP_GROUPS=top_groups, TOP2=top2, PACKED=plain and logits.dtype != torch.float32,
+        BLOCK_T=block_t, GROUPS=groups, MEMBERS=members, BLOCK_K=block_k, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    counts = torch.empty(num_experts, dtype=torch.int32, device=device)
+    score_sums = torch.empty(num_experts, dtype=torch.float32, device=device)
+    z_sum = torch.empty((), dtype=torch.float32, device=device)
+    sum_partials_kernel[(triton.cdiv(num_experts, 8),)](
+        partial_counts, partial_scores, partial_z, counts, score_sums, z_sum, programs,
+        NUM_EXPERTS=num_experts, BLOCK_P=512, BLOCK_E=8, num_warps=8,
+    )  # fmt: skip
+    return experts, weights, counts, score_sums, z_sum
+
+
+def topk_backward(
+    grad_weights: Tensor,
+    grad_score_sums: Tensor,
+    grad_z_sum: Tensor,
+    logits: Tensor,
+    experts: Tensor,
+    *,
+    score: str,
+    normalize: bool,
+    scale: float,
+) -> Tensor:
+    """Gradient of the logits [T, E], in their dtype; zeros for the tokens whose experts [T, K] are -1. One launch."""
+    num_tokens, num_experts = logits.shape
+    top_k = experts.shape[1]
+    grad_logits = torch.empty((num_tokens, num_experts), dtype=logits.dtype, device=logits.device)
+    if num_tokens == 0:
+        return grad_logits
+    block_e, block_k = triton.next_power_of_2(num_experts), triton.next_power_of_2(top_k)
+    block_t = tokens_per_tile(block_e, block_k)
+    topk_backward_kernel[(triton.cdiv(num_tokens, block_t),)](
+        grad_weights.contiguous(), grad_score_sums.contiguous(), grad_z_sum, logits.contiguous(), experts.contiguous(),
+        grad_logits, num_tokens, float(scale),
+        NUM_EXPERTS=num_experts, TOP_K=top_k, SCORE=SCORES[score], NORMALIZE=normalize,
+        BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_K=block_k, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    return grad_logits
+
+
+def offline_cases(arch: str) -> list[Case]:
+    forward = {
+        "bias": "*fp32", "noise": "*fp32", "token_mask": "*i1", "experts": "*i32", "weights": "*fp32",
+        "partial_counts": "*i32", "partial_scores": "*fp32", "partial_z": "*fp32", "num_tokens": "i32", "scale": "fp32",
+    }  # fmt: skip
+    backward = {
+        "grad_weights": "*fp32", "grad_score_sums": "*fp32", "grad_z_sum": "*fp32", "experts": "*i32",
+        "num_tokens": "i32", "scale": "fp32",
+    }  # fmt: skip
+    # name, experts, choices, dtype, score, groups, top groups; with groups there is a bias as well, as in DeepSeek-V3
+    shapes = [
+        ("mixtral", 8, 2, "fp32", "softmax", 1, 1),
+        ("qwen3", 128, 8, "bf16", "softmax", 1, 1),
+        ("qwen3_fp32", 128, 8, "fp32", "softmax", 1, 1),
+        ("gpt_oss", 32, 4, "bf16", "topk_softmax", 1, 1),
+        ("deepseek_v3", 256, 8, "fp32", "sigmoid", 8, 4),
+        ("experts_1024", 1024, 16, "fp32", "softmax", 1, 1),
+    ]
+    cases = []
+    for name, num_experts, top_k, dtype, score, num_groups, top_groups in shapes:
+        constants = {"NUM_EXPERTS": num_experts, "TOP_K": top_k, "SCORE": SCORES[score], "NORMALIZE": True}
+        constants |= {"BLOCK_T": tokens_per_tile(num_experts, top_k), "BLOCK_K": top_k}
+        choice = {
+            "NUM_GROUPS": num_groups, "TOP_GROUPS": top_groups, "TOP2": num_groups > 1, "PACKED": dtype != "fp32",
+            "GROUPS": num_groups, "MEMBERS": num_experts // num_groups, "noise": None, "token_mask": None,
+        }  # fmt: skip
+        if num_groups == 1:
+            choice["bias"] = None
+        kinds = {"logits": f"*{dtype}", "grad_logits": f"*{dtype}"}
+        cases += [
+            Case(
+                name=f"topk_{name}",
+                fn=topk_kernel,
+                signature=forward | kinds,
+                constexprs=constants | choice,
+                num_warps=NUM_WARPS,
+            ),
+            Case(
+                name=f"topk_backward_{name}",
+                fn=topk_backward_kernel,
+                signature=backward | kinds,
+                constexprs=constants | {"BLOCK_E": num_experts},
+                num_warps=NUM_WARPS,
+            ),
+        ]
+    sums = {
+        "partial_counts": "*i32", "partial_scores": "*fp32", "partial_z": "*fp32", "counts": "*i32",
+        "score_sums": "*fp32", "z_sum": "*fp32", "num_partials": "i32",
+    }  # fmt: skip
+    blocks = {"NUM_EXPERTS": 128, "BLOCK_P": 512, "BLOCK_E": 8}
+    return [
+        *cases,
+        Case(name="topk_sum_partials", fn=sum_partials_kernel, signature=sums, constexprs=blocks, num_warps=8),
+    ]

@@ -1,0 +1,117 @@
+"""Tile tables for persistent grouped kernels: which rows, of which expert, a program's tile covers.
+
+The tables are derived from the experts' row offsets on the device, for several block sizes in one launch, so that
+dispatch does not depend on a kernel's block size. Tiles never straddle experts; an expert's last tile may be partial;
+an expert without rows has no tile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moe_triton_kernels.offline import Case
+
+BLOCK_SIZES = (16, 32, 64, 128)
+CHUNK = 128  # table entries that a program writes at a time
+
+
+def max_tiles(num_rows: int, num_experts: int, block_m: int) -> int:
+    """The most tiles that `num_rows` rows spread over `num_experts` experts can need: exact, not a bound.
+
+    The worst spread gives every expert one row first, each a tile of its own; then every `block_m` rows add a tile.
+    """
+    return min(num_rows, num_experts) + max(num_rows - num_experts, 0) // block_m
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileTables:
+    """Tile tables of one dispatch, one per block size.
+
+    block_sizes  rows per tile of each table
+    num_tiles    [len(block_sizes)] int32 on the device: how many entries of each table are filled
+    tables       one [max_tiles, 2] int32 tensor per block size: (expert, first row); not written past num_tiles
+    """
+
+    block_sizes: tuple[int, ...]
+    num_tiles: Tensor
+    tables: tuple[Tensor, ...]
+
+    def select(self, block_m: int) -> tuple[Tensor, Tensor, int]:
+        """For tiles of `block_m` rows: the table, its tile count [1] on the device, and the most tiles there can be."""
+        if block_m not in self.block_sizes:
+            raise ValueError(f"block_m must be one of {self.block_sizes}, got {block_m}")
+        index = self.block_sizes.index(block_m)
+        return self.tables[index], self.num_tiles[index : index + 1], self.tables[index].shape[0]
+
+
+@triton.jit
+def load_tile(table, offsets, tile, BLOCK_M: tl.constexpr):
+    """Tile number -> (expert, first row, end row), as int32 scalars; end row is exclusive and within the expert."""
+    expert = tl.load(table + 2 * tile)
+    row = tl.load(table + 2 * tile + 1)
+    return expert, row, row + tl.minimum(BLOCK_M, tl.load(offsets + expert + 1) - row)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def tile_tables_kernel(
+    offsets, table, num_tiles, num_experts, num_rows, SIZES: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr
+):
+    """One program per expert: it writes the expert's tiles into every table. The tables lie one behind the other."""
+    expert = tl.program_id(0)
+    experts = tl.arange(0, BLOCK_E)
+    inside = experts < num_experts
+    counts = tl.load(offsets + experts + 1, mask=inside, other=0) - tl.load(offsets + experts, mask=inside, other=0)
+    first_row = tl.load(offsets + expert)
+    my_count = tl.load(offsets + expert + 1) - first_row
+    for i in tl.static_range(len(SIZES)):
+        size = SIZES[i]
+        tiles = counts // size + (counts % size != 0).to(tl.int32)  # cdiv, without the overflow of counts + size
+        if expert == 0:
+            tl.store(num_tiles + i, tl.sum(tiles))
+        my_tiles = my_count // size + (my_count % size != 0).to(tl.int32)
+        entries = table + 2 * tl.sum(tl.where(experts < expert, tiles, 0))
+        for start in range(0, my_tiles, CHUNK):
+            tile = start + tl.arange(0, CHUNK)
+            tl.store(entries + 2 * tile, expert, mask=tile < my_tiles)
+            tl.store(entries + 2 * tile + 1, first_row + tile * size, mask=tile < my_tiles)
+        table += 2 * (tl.minimum(num_rows, num_experts) + tl.maximum(num_rows - num_experts, 0) // size)  # max_tiles
+
+
+def tile_tables(offsets: Tensor, num_rows: int, block_sizes: tuple[int, ...] = BLOCK_SIZES) -> TileTables:
+    """Tile tables of `offsets` [E+1] int32, the experts' row ranges, for every block size; one launch, no host sync.
+
+    `num_rows` is the most rows that offsets can hold: S of the dispatch.
+    """
+    num_experts = offsets.shape[0] - 1
+    lengths = [max_tiles(num_rows, num_experts, block_m) for block_m in block_sizes]
+    table = torch.empty((sum(lengths), 2), dtype=torch.int32, device=offsets.device)
+    num_tiles = torch.empty(len(block_sizes), dtype=torch.int32, device=offsets.device)
+    tile_tables_kernel[(num_experts,)](
+        offsets,
+        table,
+        num_tiles,
+        num_experts,
+        num_rows,
+        SIZES=block_sizes,
+        BLOCK_E=triton.next_power_of_2(num_experts),
+        CHUNK=CHUNK,
+    )
+    return TileTables(block_sizes=tuple(block_sizes), num_tiles=num_tiles, tables=table.split(lengths))
+
+
+def offline_cases(arch: str) -> list[Case]:
+    signature = {"offsets": "*i32", "table": "*i32", "num_tiles": "*i32", "num_experts": "i32", "num_rows": "i32"}
+    return [
+        Case(
+            name=f"tile_tables_E{num_experts}",
+            fn=tile_tables_kernel,
+            signature=signature,
+            constexprs={"SIZES": BLOCK_SIZES, "BLOCK_E": num_experts, "CHUNK": CHUNK},
+        )
+        for num_experts in (8, 128, 1024)
+    ]

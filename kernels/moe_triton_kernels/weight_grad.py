@@ -1,0 +1,199 @@
+"""Gradients of the experts' matrices and biases: products that contract over each expert's rows.
+
+    out[e][i, j] = sum over e's rows r of left[r, i] * right[r, j]
+One of the two operands is a token matrix gathered by row -> token (X for dW1, dO for dW2), the other lies in expert
+order. Swapping them writes the transposed gradient, so either weight layout gets contiguous stores. An expert's rows
+are summed in order by one program: same input, same bits. An expert without rows gets zeros.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moe_triton_kernels.configs import Config, launch_options, offline_case, persistent_grid, shipped_configs
+from moe_triton_kernels.grouped_gemm import proxy_fence, split_columns, tile_order
+from moe_triton_kernels.offline import Case
+
+
+@triton.jit
+def row_index(rows, row_mask, source, top_k, GATHER: tl.constexpr):
+    """Where the rows of an operand lie: at the row itself, or at the row's token. int64."""
+    if GATHER:
+        return (tl.load(source + rows, mask=row_mask, other=0) // top_k).to(tl.int64)
+    else:
+        return rows.to(tl.int64)
+
+
+@triton.jit(do_not_specialize=["top_k", "num_experts"])
+def weight_grad_kernel(
+    left,  # [S, size_i], or [T, size_i] gathered
+    right,  # [S, size_j], or [T, size_j] gathered
+    source,  # [S]
+    out,  # [E, size_i, size_j]
+    offsets,
+    size_i,
+    size_j,
+    top_k,
+    num_experts,
+    GATHER_LEFT: tl.constexpr,
+    GATHER_RIGHT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    PARTS: tl.constexpr,
+    FENCE: tl.constexpr,
+):
+    DTYPE: tl.constexpr = out.dtype.element_ty
+    PART: tl.constexpr = BLOCK_N // PARTS
+    num_i = tl.cdiv(size_i, BLOCK_M)
+    num_j = tl.cdiv(size_j, BLOCK_N)
+    per_expert = num_i * num_j
+    for tile in tl.range(tl.program_id(0), num_experts * per_expert, tl.num_programs(0)):
+        expert = tile // per_expert
+        tile_i, tile_j = tile_order(tile % per_expert, num_i, num_j, GROUP)
+        first_row = tl.load(offsets + expert)
+        end_row = tl.load(offsets + expert + 1)
+        i = tile_i * BLOCK_M + tl.arange(0, BLOCK_M)
+        j = tile_j * BLOCK_N + tl.arange(0, BLOCK_N)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for start in tl.range(first_row, end_row, BLOCK_K):
+            rows = start + tl.arange(0, BLOCK_K)
+            row_mask = rows < end_row
+            left_rows = left + row_index(rows, row_mask, source, top_k, GATHER_LEFT) * size_i
+            right_rows = right + row_index(rows, row_mask, source, top_k, GATHER_RIGHT) * size_j
+            # both masked: what lies past the end may be NaN, which a zero on the other side does not remove
+            x = tl.load(left_rows[:, None] + i[None, :], mask=row_mask[:, None] & (i < size_i)[None, :], other=0.0)
+            y = tl.load(right_rows[:, None] + j[None, :], mask=row_mask[:, None] & (j < size_j)[None, :], other=0.0)
+            proxy_fence(FENCE)
+            acc = tl.dot(tl.trans(x), y, acc, input_precision="ieee")
+        out_rows = out + expert.to(tl.int64) * size_i * size_j + i.to(tl.int64) * size_j
+        blocks = split_columns(acc, PARTS)
+        for part in tl.static_range(PARTS):
+            columns = tile_j * BLOCK_N + part * PART + tl.arange(0, PART)
+            mask = (i < size_i)[:, None] & (columns < size_j)[None, :]
+            tl.store(out_rows[:, None] + columns[None, :], blocks[part].to(DTYPE), mask=mask)
+
+
+def weight_grad(
+    left: Tensor,
+    right: Tensor,
+    source: Tensor,
+    offsets: Tensor,
+    *,
+    top_k: int,
+    gather_left: bool,
+    config: Config,
+) -> Tensor:
+    """[E, size_i, size_j] = left^T right over each expert's rows, in left's dtype.
+
+    left [S, size_i] and right [S, size_j], contiguous, rows in expert order, except that one of them is a token matrix
+    [T, ...] read at source[row] // top_k: `left` if `gather_left`, else `right`.
+    """
+    size_i, size_j, num_experts = left.shape[1], right.shape[1], offsets.shape[0] - 1
+    out = left.new_empty((num_experts, size_i, size_j))
+    num_tiles = num_experts * triton.cdiv(size_i, config.block_m) * triton.cdiv(size_j, config.block_n)
+    weight_grad_kernel[persistent_grid(left.device, num_tiles, config)](
+        left,
+        right,
+        source,
+        out,
+        offsets,
+        size_i,
+        size_j,
+        top_k,
+        num_experts,
+        GATHER_LEFT=gather_left,
+        GATHER_RIGHT=not gather_left,
+        **launch_options(left.device, config),
+    )
+    return out
+
+
+@triton.jit(do_not_specialize=["top_k"])
+def bias_grad_kernel(
+    values,  # [S, size], or [T, size] gathered
+    router_weights,  # [T * K]
+    source,  # [S]
+    out,  # [E, size]
+    offsets,
+    size,
+    top_k,
+    GATHERED: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program per expert and column block."""
+    expert = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    first_row = tl.load(offsets + expert)
+    end_row = tl.load(offsets + expert + 1)
+    total = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    for start in tl.range(first_row, end_row, BLOCK_R):
+        rows = start + tl.arange(0, BLOCK_R)
+        row_mask = rows < end_row
+        at = values + row_index(rows, row_mask, source, top_k, GATHERED) * size
+        value = tl.load(at[:, None] + columns[None, :], mask=row_mask[:, None] & (columns < size)[None, :], other=0.0)
+        value = value.to(tl.float32)
+        if GATHERED:
+            slots = tl.load(source + rows, mask=row_mask, other=0)
+            value *= tl.load(router_weights + slots, mask=row_mask, other=0.0).to(tl.float32)[:, None]
+        total += tl.sum(value, 0)
+    tl.store(out + expert.to(tl.int64) * size + columns, total.to(out.dtype.element_ty), mask=columns < size)
+
+
+def bias_grad(
+    values: Tensor, source: Tensor, offsets: Tensor, *, top_k: int, router_weights: Tensor | None = None
+) -> Tensor:
+    """[E, size]: the sum of each expert's rows, in values' dtype; zeros for an expert without rows.
+
+    Without `router_weights`, values [S, size] lie in expert order (db1 = sum dH). With them ([T, K] contiguous), values
+    [T, size] are read at the row's token and multiplied by its weight (db2 = sum w dO).
+    """
+    num_experts, size = offsets.shape[0] - 1, values.shape[1]
+    out = values.new_empty((num_experts, size))
+    block_c = min(128, triton.next_power_of_2(size))
+    bias_grad_kernel[(num_experts, triton.cdiv(size, block_c))](
+        values,
+        values if router_weights is None else router_weights,
+        source,
+        out,
+        offsets,
+        size,
+        top_k,
+        GATHERED=router_weights is not None,
+        BLOCK_R=32,
+        BLOCK_C=block_c,
+    )
+    return out
+
+
+def offline_cases(arch: str) -> list[Case]:
+    """Every shipped configuration with the right operand gathered; the first also with the left one; bias gradients."""
+    entries = [entry for entry in shipped_configs(arch) if entry.op == "d_weight"]
+    variants = [(entry, False) for entry in entries] + [(entries[0], True)]
+    cases = [
+        offline_case(
+            weight_grad_kernel,
+            entry,
+            arch,
+            variant="gather_left" if gather_left else "gather_right",
+            pointers=dict.fromkeys(("left", "right", "out"), f"*{entry.dtype}") | {"source": "*i32", "offsets": "*i32"},
+            sample=number == 0 or gather_left,
+            GATHER_LEFT=gather_left,
+            GATHER_RIGHT=not gather_left,
+        )
+        for number, (entry, gather_left) in enumerate(variants)
+    ]
+    bias_pointers = {"values": "*bf16", "router_weights": "*fp32", "source": "*i32", "out": "*bf16", "offsets": "*i32"}
+    return cases + [
+        Case(
+            name=f"d_bias_{'gathered' if gathered else 'rows'}",
+            fn=bias_grad_kernel,
+            signature=bias_pointers | {"size": "i32", "top_k": "i32"},
+            constexprs={"GATHERED": gathered, "BLOCK_R": 32, "BLOCK_C": 128},
+        )
+        for gathered in (False, True)
+    ]

@@ -1,0 +1,231 @@
+"""The experts op on the triton backend: which kernel runs after which. Shapes as in `moe_triton.reference.moe_mlp`.
+
+Forward: up, down, combine. Backward: d_hidden, then the gradients that are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moe_triton.records import ExpertSpec
+from moe_triton_kernels.combine import combine
+from moe_triton_kernels.configs import Config, choose_config, target_of
+from moe_triton_kernels.d_hidden import d_hidden, d_router_weights
+from moe_triton_kernels.down import rows_times_experts
+from moe_triton_kernels.grouped_gemm import per_expert
+from moe_triton_kernels.tiles import TileTables, tile_tables
+from moe_triton_kernels.up import up
+from moe_triton_kernels.weight_grad import bias_grad, weight_grad
+
+Weights = Tensor | Sequence[Tensor]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Problem:
+    """The sizes of one call, its parameters as kernels read them, and the configuration of each kernel."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        offsets: Tensor,
+        source: Tensor,
+        position: Tensor,
+        gate_up_proj: Weights,
+        down_proj: Weights,
+        gate_up_bias: Weights | None,
+        down_bias: Weights | None,
+        spec: ExpertSpec,
+    ) -> None:
+        if hidden.dtype not in DTYPES:
+            raise TypeError(f"hidden: the triton backend takes float32, float16 or bfloat16, got {hidden.dtype}")
+        self.spec, self.top_k = spec, position.shape[1]
+        self.num_rows, self.num_experts = source.shape[0], offsets.shape[0] - 1
+        self.dtype, self.device, self.size_d = hidden.dtype, hidden.device, hidden.shape[1]
+        gate_up, down = per_expert(gate_up_proj), per_expert(down_proj)
+        # as the forward product reads them: gate_up [d, n or 2n], down [n, d]
+        self.gate_up = gate_up if spec.is_transposed else gate_up.transposed()
+        self.down = down if spec.is_transposed else down.transposed()
+        self.gate_up_bias = None if gate_up_bias is None else per_expert(gate_up_bias)
+        self.down_bias = None if down_bias is None else per_expert(down_bias)
+        self.size_n = down_proj[0].shape[0 if spec.is_transposed else 1]
+
+    def config(self, op: str) -> Config:
+        gated = "_gated" if self.spec.is_gated and op in ("up", "d_hidden") else ""
+        return choose_config(
+            op + gated,
+            d=self.size_d,
+            n=self.size_n,
+            dtype=self.dtype,
+            num_rows=self.num_rows,
+            num_experts=self.num_experts,
+            architecture=target_of(self.device).architecture,
+        )
+
+    def up(
+        self, hidden: Tensor, source: Tensor, tiles: TileTables, offsets: Tensor, *, keep_a: bool, keep_h: bool
+    ) -> tuple[Tensor, Tensor]:
+        return up(
+            hidden,
+            source,
+            tiles,
+            offsets,
+            self.gate_up,
+            self.gate_up_bias,
+            size_n=self.size_n,
+            top_k=self.top_k,
+            activation=self.spec.activation,
+            is_concatenated=self.spec.is_concatenated,
+            keep_activation=keep_a,
+            keep_preactivation=keep_h,
+            config=self.config("up"),
+        )
+
+
+def experts_forward(
+    hidden: Tensor,
+    weights: Tensor,
+    offsets: Tensor,
+    source: Tensor,
+    position: Tensor,
+    gate_up_proj: Weights,
+    down_proj: Weights,
+    gate_up_bias: Weights | None,
+    down_bias: Weights | None,
+    spec: ExpertSpec,
+    keep_preactivation: bool,
+) -> tuple[Tensor, Tensor]:
+    """out [T, d] and the pre-activation H [S, 2n] ([S, n] ungated; an empty [0] tensor if not kept), in hidden's dtype.
+
+    The bits of `out` do not depend on `keep_preactivation`. Rows of H past offsets[E] are not written.
+    Raises TypeError on a dtype other than float32, float16 and bfloat16.
+    """
+    problem = Problem(hidden, offsets, source, position, gate_up_proj, down_proj, gate_up_bias, down_bias, spec)
+    if problem.num_rows == 0:
+        width = 2 * problem.size_n if spec.is_gated else problem.size_n
+        return torch.zeros_like(hidden), hidden.new_zeros((0, width) if keep_preactivation else 0)
+    tiles = tile_tables(offsets, problem.num_rows)
+    hidden, weights = hidden.contiguous(), weights.contiguous()
+    a, h = problem.up(hidden, source, tiles, offsets, keep_a=True, keep_h=keep_preactivation)
+    rows = rows_times_experts(
+        a,
+        tiles,
+        offsets,
+        problem.down,
+        size_columns=problem.size_d,
+        config=problem.config("down"),
+        bias=problem.down_bias,
+        router_weights=weights,
+        source=source,
+    )
+    return combine(rows, position, hidden.dtype), h
+
+
+def experts_backward(
+    grad_out: Tensor,
+    hidden: Tensor,
+    preactivation: Tensor,
+    weights: Tensor,
+    offsets: Tensor,
+    source: Tensor,
+    position: Tensor,
+    gate_up_proj: Weights,
+    down_proj: Weights,
+    gate_up_bias: Weights | None,
+    down_bias: Weights | None,
+    spec: ExpertSpec,
+    needs: tuple[bool, bool, bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Weights | None, Weights | None, Weights | None, Weights | None]:
+    """Gradients of (hidden, weights, gate_up_proj, down_proj, gate_up_bias, down_bias); None where `needs` is False.
+
+    An empty `preactivation` is recomputed from `hidden`. A sequence of parameters gets a list of views of one tensor.
+    """
+    problem = Problem(hidden, offsets, source, position, gate_up_proj, down_proj, gate_up_bias, down_bias, spec)
+    need_hidden, need_weights, need_gate_up, need_down, need_gate_up_bias, need_down_bias = needs
+    if problem.num_rows == 0:
+        return (
+            torch.zeros_like(hidden) if need_hidden else None,
+            torch.zeros_like(weights) if need_weights else None,
+            zero_gradient(gate_up_proj) if need_gate_up else None,
+            zero_gradient(down_proj) if need_down else None,
+            zero_gradient(gate_up_bias) if need_gate_up_bias and gate_up_bias is not None else None,
+            zero_gradient(down_bias) if need_down_bias and down_bias is not None else None,
+        )
+    hidden, grad_out, weights = hidden.contiguous(), grad_out.contiguous(), weights.contiguous()
+    tiles = tile_tables(offsets, problem.num_rows)
+    top_k = problem.top_k
+
+    grad_hidden = grad_weights = grad_gate_up = grad_down = grad_gate_up_bias = grad_down_bias = None
+    if any(needs[:5]):
+        if preactivation.numel() == 0:
+            _, preactivation = problem.up(hidden, source, tiles, offsets, keep_a=False, keep_h=True)
+        weighted_a, grad_h, shares = d_hidden(
+            grad_out,
+            source,
+            tiles,
+            offsets,
+            problem.down.transposed(),
+            preactivation,
+            weights,
+            size_n=problem.size_n,
+            activation=spec.activation,
+            is_concatenated=spec.is_concatenated,
+            config=problem.config("d_hidden"),
+        )
+    if need_weights:
+        grad_weights = d_router_weights(shares, grad_out, source, tiles, offsets, problem.down_bias, weights)
+    if need_down:  # [d, n], or [n, d] where transposed
+        grad_down = weight_gradient(problem, grad_out, weighted_a, source, offsets, tokens_first=not spec.is_transposed)
+    if need_gate_up:  # [2n, d], or [d, 2n] where transposed
+        grad_gate_up = weight_gradient(problem, hidden, grad_h, source, offsets, tokens_first=spec.is_transposed)
+    if need_gate_up_bias and gate_up_bias is not None:
+        grad_gate_up_bias = bias_grad(grad_h, source, offsets, top_k=top_k)
+    if need_down_bias and down_bias is not None:
+        grad_down_bias = bias_grad(grad_out, source, offsets, top_k=top_k, router_weights=weights)
+    if need_hidden:
+        grad_rows = rows_times_experts(
+            grad_h,
+            tiles,
+            offsets,
+            problem.gate_up.transposed(),
+            size_columns=problem.size_d,
+            config=problem.config("d_rows"),
+        )
+        grad_hidden = combine(grad_rows, position, hidden.dtype)
+    return (
+        grad_hidden,
+        grad_weights,
+        as_given(grad_gate_up, gate_up_proj),
+        as_given(grad_down, down_proj),
+        as_given(grad_gate_up_bias, gate_up_bias),
+        as_given(grad_down_bias, down_bias),
+    )
+
+
+def weight_gradient(
+    problem: Problem, tokens: Tensor, rows: Tensor, source: Tensor, offsets: Tensor, *, tokens_first: bool
+) -> Tensor:
+    """The gathered token matrix times the rows in expert order, contracted over rows; tokens' columns first, or last."""
+    left, right = (tokens, rows) if tokens_first else (rows, tokens)
+    return weight_grad(
+        left,
+        right,
+        source,
+        offsets,
+        top_k=problem.top_k,
+        gather_left=tokens_first,
+        config=problem.config("d_weight"),
+    )
+
+
+def zero_gradient(parameter: Weights) -> Weights:
+    return torch.zeros_like(parameter) if isinstance(parameter, Tensor) else [torch.zeros_like(p) for p in parameter]
+
+
+def as_given(gradient: Tensor | None, parameter: Weights | None) -> Weights | None:
+    """A gradient in the form of its parameter: stacked, or a list with one view per expert."""
+    if gradient is None or isinstance(parameter, Tensor):
+        return gradient
+    return list(gradient.unbind(0))

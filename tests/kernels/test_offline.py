@@ -1,0 +1,123 @@
+"""Offline compilation: the numbers that it reports are read from binaries whose content is known."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_triton_kernels import offline
+from moe_triton_kernels.offline import Case, Report, compile_apart, compile_offline, find_number
+
+KERNELS = """
+import json, sys
+from dataclasses import asdict
+import triton
+import triton.language as tl
+from moe_triton_kernels.offline import compile_offline
+
+
+@triton.jit
+def product(a, b, c, k, M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+    m, n, i = tl.arange(0, M), tl.arange(0, N), tl.arange(0, BLOCK)
+    total = tl.zeros((M, N), tl.float32)
+    for start in range(0, k, BLOCK):
+        left = tl.load(a + m[:, None] * k + start + i[None, :])
+        right = tl.load(b + (start + i[:, None]) * N + n[None, :])
+        total = tl.dot(left, right, total)
+    tl.store(c + m[:, None] * N + n[None, :], total)
+
+
+@triton.jit
+def copy(a, c, M: tl.constexpr):
+    i = tl.arange(0, M)
+    tl.store(c + i, tl.load(a + i))
+
+
+@triton.jit
+def descriptor_copy(a, c, M: tl.constexpr):
+    source = tl.make_tensor_descriptor(a, [M, 64], [64, 1], [M, 64])
+    target = tl.make_tensor_descriptor(c, [M, 64], [64, 1], [M, 64])
+    target.store([0, 0], source.load([0, 0]))
+
+
+arch = sys.argv[1]
+signature = {"a": "*fp16", "b": "*fp16", "c": "*fp32", "k": "i32"}
+for name, rows, warps in (("product", 128, 4), ("spilling", 128, 1)):
+    columns = 128 if name == "product" else 256
+    blocks = {"M": rows, "N": columns, "BLOCK": 64}
+    report = compile_offline(
+        product, signature, blocks, arch=arch, num_warps=warps, num_stages=3, attrs=["a", "b", "c", "k"], name=name
+    )
+    print(json.dumps(asdict(report)))
+for fn in (copy, descriptor_copy):
+    signature = {"a": "*fp16", "c": "*fp16"}
+    print(json.dumps(asdict(compile_offline(fn, signature, {"M": 64}, arch=arch, num_warps=4, num_stages=3))))
+"""
+
+
+@pytest.mark.parametrize("arch", offline.TARGETS)
+def test_report_of_known_kernels(arch: str, tmp_path: Path) -> None:
+    script = tmp_path / "known_kernels.py"
+    script.write_text(KERNELS)
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    output = subprocess.run(
+        [sys.executable, script, arch], env=environment, check=True, capture_output=True, text=True
+    ).stdout
+    reports = {report.kernel: report for report in (Report(**json.loads(line)) for line in output.splitlines())}
+    product, spilling, copy, descriptor = (reports[name] for name in ("product", "spilling", "copy", "descriptor_copy"))
+    assert all(report.arch == arch for report in reports.values())
+
+    # one of 64 * 128 numbers per thread has to be in a register, or to be spilled
+    assert 64 < product.registers <= 512
+    assert product.shared_bytes >= 2 * 64 * (128 + 128)
+    assert spilling.spills > 0
+    assert (product.wgmma > 0) == (arch == "sm_90")
+    assert (product.mma > 0) == (arch != "sm_90")
+    assert (product.cp_async > 0) == arch.startswith("sm_")
+
+    assert (copy.spills, copy.wgmma, copy.mma, copy.cp_async, copy.tma) == (0, 0, 0, 0, 0)
+    assert 0 < copy.registers < 32
+    assert (descriptor.tma > 0) == (arch in ("sm_90", "sm_100"))
+
+
+def test_cases_of_the_package_compile_apart() -> None:
+    reports = compile_apart("sm_90", modules=["tiles"])
+    assert [report.kernel for report in reports] == [case.name for case in offline.collect_cases("sm_90", ["tiles"])]
+    assert all(report.arch == "sm_90" and report.registers > 0 for report in reports)
+
+
+def test_an_interpreted_function_and_an_unknown_architecture_are_refused() -> None:
+    def plain() -> None: ...
+
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        compile_offline(plain, {}, {}, arch="sm_90", num_warps=4, num_stages=3)
+    with pytest.raises(ValueError, match=r"arch must be one of sm_80, .*, got 'sm_00'"):
+        compile_offline(plain, {}, {}, arch="sm_00", num_warps=4, num_stages=3)
+
+
+def test_a_failed_compilation_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(offline, "collect_cases", lambda *_: [Case(name="broken", fn=None, signature={})])
+    assert offline.main(["--arch", "sm_90", "--json"]) == 1
+    captured = capsys.readouterr()
+    assert "broken: RuntimeError" in captured.err
+    assert captured.out == ""
+    with pytest.raises(RuntimeError, match=r"offline compilation for sm_90 failed[\s\S]*no_such_module"):
+        compile_apart("sm_90", modules=["no_such_module"])
+
+
+def test_samples_are_a_part_of_all_cases() -> None:
+    sample, every = (offline.collect_cases("sm_90", every=flag) for flag in (False, True))
+    assert {case.name for case in sample} <= {case.name for case in every}
+    names = [case.name for case in every]
+    assert len(names) == len(set(names))
+
+
+def test_missing_output_is_an_error() -> None:
+    assert find_number(r"REG:(\d+)", "REG:12 STACK:0") == 12
+    with pytest.raises(RuntimeError, match="no match"):
+        find_number(r"REG:(\d+)", "nothing")
