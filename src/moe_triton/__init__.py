@@ -2,6 +2,7 @@
 
 from moe_triton.dispatch import dispatch, expert_capacity, renormalize
 from moe_triton.experts import moe_mlp
+from moe_triton.integrations.swap import SwapReport, swap
 from moe_triton.layers import Experts, FeedForward, MoE, MoEOutput, Router, update_choice_biases
 from moe_triton.losses import load_balance_loss, z_loss
 from moe_triton.records import Dispatch, Routing
@@ -17,12 +18,14 @@ __all__ = [
     "MoEOutput",
     "Router",
     "Routing",
+    "SwapReport",
     "dispatch",
     "expert_capacity",
     "load_balance_loss",
     "moe_mlp",
     "renormalize",
     "route",
+    "swap",
     "update_choice_biases",
     "z_loss",
 ]

@@ -10,9 +10,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -23,6 +24,9 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 OLDEST_CAPABILITY = (8, 0)  # asynchronous copies and bf16 matrix instructions
 
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
 class Choice(NamedTuple):
     """The backend that runs, and the reason in words."""
 
@@ -30,11 +34,18 @@ class Choice(NamedTuple):
     reason: str
 
 
+def constant_while_compiling(function: Function) -> Function:
+    """What `torch.compiler.assume_constant_result` does, without importing the compiler, which takes seconds."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def interpreting() -> bool:
     """Whether Triton runs its kernels in its interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
+@constant_while_compiling
 def _unfit_gpu(device: torch.device) -> str | None:
     """Why the kernels cannot run on this device; None when they can."""
     if device.type != "cuda":
@@ -45,10 +56,6 @@ def _unfit_gpu(device: torch.device) -> str | None:
         major, minor = torch.cuda.get_device_capability(device)
         return f"the Triton kernels need compute capability 8.0; the GPU has {major}.{minor}"
     return None
-
-
-# what torch.compiler.assume_constant_result sets, without importing the compiler, which takes longer than all the rest
-_unfit_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype) -> Choice:

@@ -1,0 +1,197 @@
+"""`moe_triton.swap`: put our experts into a model that exists, and say what was and what was not swapped."""
+
+from __future__ import annotations
+
+import copy
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from moe_triton.checks import check_choice
+from moe_triton.integrations import transformers as hf
+from moe_triton.layers import Experts, MoE
+from moe_triton.runtime import BACKENDS
+
+
+class Swapped(NamedTuple):
+    """A module that runs on moe_triton now: its dotted name in the model, its class, and what was done."""
+
+    name: str
+    kind: str
+    action: str
+
+
+class Skipped(NamedTuple):
+    """A module that looks like a mixture of experts and was left alone: its dotted name, its class, and why."""
+
+    name: str
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What `swap` did; `print(report)` shows it line by line."""
+
+    swapped: list[Swapped]
+    skipped: list[Skipped]
+
+    def __str__(self) -> str:
+        lines = [f"moe_triton.swap: {len(self.swapped)} swapped, {len(self.skipped)} left alone"]
+        groups: tuple[tuple[str, Sequence[tuple[str, str, str]]], ...] = (("+", self.swapped), ("-", self.skipped))
+        for mark, entries in groups:
+            lines += [f"  {mark} {name or '(the model itself)'} [{kind}]: {what}" for name, kind, what in entries]
+        return "\n".join(lines)
+
+
+def swap(model: nn.Module, *, backend: str = "auto") -> SwapReport:
+    """Let the MoE blocks of `model` run on moe_triton, in place. Weights and state-dict keys stay as they are.
+
+    Recognised are the experts modules of transformers (those with its experts interface), in a whole model, in a part
+    of one, or alone. A whole model is switched by its own `set_experts_implementation`; each experts module is checked
+    afterwards, and one that the switch does not reach, or that has no model above it, gets a config of its own that
+    says "moe_triton". `model.set_experts_implementation("eager")` undoes the former. Calling swap again changes
+    nothing but the backend.
+
+    Args:
+        model: any Module.
+        backend: "auto", "triton", "torch" or "reference", for every swapped module.
+
+    Returns:
+        SwapReport with `.swapped` and `.skipped`, lists of (name, kind, what was done or the reason). A module that
+        looks like a mixture of experts but is none that we know is listed in the latter.
+
+    Raises:
+        TypeError: model is no Module. ValueError: an unknown backend.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
+    check_choice("backend", backend, BACKENDS)
+    report = SwapReport([], [])
+    handled: list[str] = []  # names of the modules that are dealt with, together with all below them
+    for name, module in list(model.named_modules()):  # a recogniser may replace modules
+        if any(_is_below(name, root) for root in handled):
+            continue
+        for recognizer in RECOGNIZERS:
+            entry = recognizer(model, name, module, backend)
+            if entry is not None:
+                handled.append(name)
+                if isinstance(entry, Swapped):
+                    report.swapped.append(entry)
+                else:
+                    report.skipped.append(entry)
+                break
+    blocks = [(name, module) for name, module in model.named_modules() if BLOCK.search(type(module).__name__)]
+    for name, module in reversed(blocks):  # the innermost first
+        if not any(_is_below(name, root) or _is_below(root, name) for root in handled):
+            handled.append(name)
+            report.skipped.append(Skipped(name, _kind(module), UNKNOWN))
+    return report
+
+
+# Recognisers: (model, name, module, backend) -> None for a module that is not theirs, else what became of it. ---------
+
+
+def transformers_experts(model: nn.Module, name: str, module: nn.Module, backend: str) -> Swapped | Skipped | None:
+    """An experts module whose class has transformers' `use_experts_implementation`."""
+    if not _dispatches(module):
+        return None
+    reason = _obstacle(module)
+    if reason is not None:
+        return Skipped(name, _kind(module), reason)
+    key = hf.register()
+    if _implementation(module) != key:
+        whole = _outermost_pretrained(model, name)
+        # its switch is for all of its experts: one that cannot run ours would raise at its next forward
+        if whole is not None and not any(_dispatches(m) and _obstacle(m) for m in whole.modules()):
+            whole.set_experts_implementation(key)
+    if _implementation(module) != key:
+        module.config = copy.copy(module.config)
+        # PreTrainedConfig's public setter also writes to the sub-configs, which the copy shares with the original
+        internal = hasattr(module.config, "_experts_implementation_internal")
+        setattr(module.config, f"_experts_implementation{'_internal' if internal else ''}", key)
+    module.moe_triton_backend = backend  # type: ignore[assignment]
+    activation = hf.fused_activation(module)
+    how = f"fused, {activation}" if activation else "our products, with the module's own gate called between them"
+    return Swapped(name, _kind(module), f"experts_implementation={key!r}, backend={backend!r}: {how}")
+
+
+def own(model: nn.Module, name: str, module: nn.Module, backend: str) -> Skipped | None:
+    """A layer of ours."""
+    if isinstance(module, (MoE, Experts)):
+        return Skipped(name, _kind(module), "is moe_triton's own already")
+    return None
+
+
+def unknown_experts(model: nn.Module, name: str, module: nn.Module, backend: str) -> Skipped | None:
+    """Stacked weights, or a list of modules, called experts: something that nobody above recognised."""
+    if not EXPERTS.search(type(module).__name__) and not EXPERTS.search(name.rpartition(".")[2]):
+        return None
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        reason = "a list of experts: which of them a token takes is known only to the code around it"
+        return Skipped(name, _kind(module), reason) if len(module) > 1 else None
+    stacked = any(parameter.dim() >= 2 for parameter in module.parameters(recurse=False))
+    return Skipped(name, _kind(module), UNKNOWN) if stacked else None
+
+
+Recognizer = Callable[[nn.Module, str, nn.Module, str], Swapped | Skipped | None]
+RECOGNIZERS: list[Recognizer] = [transformers_experts, own, unknown_experts]  # the first that knows a module has it
+
+EXPERTS = re.compile(r"[Ee]xperts?([A-Z]|$)")
+BLOCK = re.compile(r"(MoE|Moe|MOE|MixtureOfExperts)(Block|Layer)?$")
+UNKNOWN = "looks like a mixture of experts, but its class has no interface that moe_triton knows"
+
+
+# What we know of transformers' modules --------------------------------------------------------------------------------
+
+
+def _dispatches(module: nn.Module) -> bool:
+    """Whether the class's forward looks its implementation up by name, as transformers' decorator makes it."""
+    return _interface(module) is not None
+
+
+def _interface(module: nn.Module) -> Any:
+    """The registry that the module's forward looks in, or None: a free variable of the decorator's wrapper."""
+    forward = type(module).forward
+    code = getattr(forward, "__code__", None)
+    if code is None or "experts_interface" not in code.co_freevars:
+        return None
+    return forward.__closure__[code.co_freevars.index("experts_interface")].cell_contents  # type: ignore[index]
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    """Why this module, which dispatches, cannot run our experts."""
+    hf.register()
+    if hf.KEY not in _interface(module):
+        return f"its class looks its implementation up in a registry of its own ({type(_interface(module)).__name__})"
+    return hf.obstacle(module)
+
+
+def _implementation(module: nn.Module) -> str | None:
+    return getattr(module.config, "_experts_implementation", None)
+
+
+def _outermost_pretrained(model: nn.Module, name: str) -> Any:
+    """The outermost transformers model that the module `name` lies in, or None."""
+    base = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", ())
+    return next((module for module in _path(model, name) if isinstance(module, base)), None)
+
+
+def _path(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    """The modules from `model` down to the one called `name`."""
+    yield model
+    for part in filter(None, name.split(".")):
+        model = getattr(model, part)
+        yield model
+
+
+def _is_below(name: str, root: str) -> bool:
+    return root == "" or name == root or name.startswith(f"{root}.")
+
+
+def _kind(module: nn.Module) -> str:
+    return type(module).__name__

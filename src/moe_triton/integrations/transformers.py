@@ -1,0 +1,213 @@
+"""Hugging Face transformers (5 or newer): our experts behind `experts_implementation="moe_triton"`.
+
+After `register()`, a model takes the key in `from_pretrained(..., experts_implementation="moe_triton")` or in
+`model.set_experts_implementation("moe_triton")`; `moe_triton.swap(model)` does both. Weights and state dict stay as
+they are. The router, the shared experts and everything else of the model keep running in transformers.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from moe_triton.checks import FLOATS
+from moe_triton.experts import moe_mlp
+from moe_triton.integrations.called_gate import called_gate_mlp
+from moe_triton.reference import activate, wide
+from moe_triton.runtime import constant_while_compiling
+
+KEY = "moe_triton"
+
+# The flags of an experts module, with the values that a module has which does not mention them.
+FLAGS = {"is_concatenated": True, "is_transposed": False, "has_bias": False, "has_gate": True}
+
+GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "reglu"}
+
+DEFAULT_GATE = "transformers.integrations.moe._default_apply_gate"
+
+# Classes whose gate is gpt-oss's if its two constants are: the names of alpha and limit, and is_concatenated.
+_MODELS = "transformers.models"
+CLAMPED_GATES = {
+    f"{_MODELS}.gpt_oss.modeling_gpt_oss.GptOssExperts": ("alpha", "limit", False),
+    f"{_MODELS}.openai_privacy_filter.modeling_openai_privacy_filter.OpenAIPrivacyFilterExperts": (
+        "alpha",
+        "limit",
+        True,
+    ),
+    f"{_MODELS}.minimax_m3_vl.modeling_minimax_m3_vl.MiniMaxM3VLExperts": ("swiglu_alpha", "swiglu_limit", True),
+}
+ALPHA, LIMIT = 1.702, 7.0
+
+# Activations by exact class; a subclass may compute something else.
+POINTWISE = {
+    "torch.nn.modules.activation.SiLU": "silu",
+    "torch.nn.modules.activation.ReLU": "relu",
+    "transformers.activations.SiLUActivation": "silu",
+    "transformers.activations.GELUActivation": "gelu",
+    "transformers.activations.GELUTanh": "gelu_tanh",
+    "transformers.activations.NewGELUActivation": "gelu_tanh",
+    "transformers.activations.AccurateGELUActivation": "gelu_tanh",
+    "transformers.activations.ReLUSquaredActivation": "relu2",
+}
+FUNCTIONS = {F.silu: "silu", F.relu: "relu", torch.relu: "relu", F.gelu: "gelu"}
+
+
+def register() -> str:
+    """Register our experts with transformers under the key "moe_triton", and return the key. Once or more often.
+
+    Raises ImportError when transformers 5 or newer is not installed.
+    """
+    try:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    except ImportError as error:
+        raise ImportError(
+            "moe_triton.integrations.transformers needs transformers >= 5 (pip install moe-triton[hf])"
+        ) from error
+    ALL_EXPERTS_FUNCTIONS.register(KEY, experts_forward)
+    return KEY
+
+
+def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What transformers calls as the forward of an experts module.
+
+    hidden_states [T, d], top_k_index [T, K] (an id outside [0, E) skips its slot), top_k_weights [T, K] of any
+    floating dtype. Computes in the dtype of the module's weights (under autocast in autocast's) and returns [T, d] in
+    hidden_states' dtype. A gate that we know is fused; any other is called.
+
+    Raises ValueError where `obstacle` names one.
+    """
+    reason = obstacle(module)
+    if reason is not None:
+        raise ValueError(f"{type(module).__name__}: {reason}")
+    has_bias = _flag(module, "has_bias")
+    up_name = "gate_up_proj" if _flag(module, "has_gate") else "up_proj"
+    up_proj, down_proj = getattr(module, up_name), module.down_proj
+    compute = up_proj.dtype
+    up_bias = getattr(module, f"{up_name}_bias").to(compute) if has_bias else None
+    down_bias = module.down_proj_bias.to(compute) if has_bias else None
+    down_proj = down_proj.to(compute)
+    if compute == torch.float64 or top_k_weights.dtype not in (compute, torch.float32):
+        top_k_weights = top_k_weights.to(wide(compute))
+    is_transposed = _flag(module, "is_transposed")
+    backend = getattr(module, "moe_triton_backend", "auto")  # what `moe_triton.swap` was asked for
+    x = hidden_states.to(compute)
+    activation = fused_activation(module)
+    if activation is not None:
+        out = moe_mlp(
+            x,
+            top_k_index,
+            top_k_weights,
+            up_proj,
+            down_proj,
+            activation=activation,
+            gate_up_bias=up_bias,
+            down_bias=down_bias,
+            is_transposed=is_transposed,
+            is_concatenated=_flag(module, "is_concatenated"),
+            backend=backend,
+        )
+    else:
+        out = called_gate_mlp(
+            x,
+            top_k_index,
+            top_k_weights,
+            up_proj,
+            down_proj,
+            module._apply_gate if _flag(module, "has_gate") else module.act_fn,
+            up_bias=up_bias,
+            down_bias=down_bias,
+            is_transposed=is_transposed,
+            backend=backend,
+        )
+    return out.to(hidden_states.dtype)
+
+
+def obstacle(module: nn.Module) -> str | None:
+    """Why our experts cannot stand in for this module's, or None: a flag that we do not know, or odd weights."""
+    for name, value in vars(module).items():
+        if value is True and name.startswith(("has_", "is_")) and name not in FLAGS:
+            return f"{name}: got True, a flag that moe_triton does not know; wanted one of {', '.join(FLAGS)}"
+    has_gate = _flag(module, "has_gate")
+    if has_gate and not hasattr(module, "_apply_gate"):
+        return "_apply_gate: missing, wanted the method that transformers' decorator adds"
+    names = ["gate_up_proj" if has_gate else "up_proj", "down_proj"]
+    if _flag(module, "has_bias"):
+        names += [f"{name}_bias" for name in names]
+    for name in names:
+        tensor = getattr(module, name, None)
+        if not isinstance(tensor, Tensor):
+            return f"{name}: got {type(tensor).__name__}, wanted a Tensor"
+        if tensor.dtype not in FLOATS:
+            return f"{name}: got dtype {tensor.dtype}, wanted one of {', '.join(str(x) for x in FLOATS)}"
+        if tensor.dim() != (2 if name.endswith("_bias") else 3):
+            each = "vector" if name.endswith("_bias") else "matrix"
+            return f"{name}: got shape {list(tensor.shape)}, wanted one {each} per expert"
+    return None
+
+
+def fused_activation(module: nn.Module) -> str | None:
+    """The activation of `moe_triton.moe_mlp` that is this module's gate, or None: then its gate is to be called.
+
+    transformers' default gate is act_fn(gate) * up, with gate and up as `is_concatenated` says they lie.
+    """
+    pointwise = pointwise_name(getattr(module, "act_fn", None))
+    if not _flag(module, "has_gate"):
+        return pointwise
+    if "_apply_gate" in vars(module):  # somebody's own, put on this very module
+        return None
+    cls: Any = type(module)
+    gate = cls._apply_gate
+    where = dotted_name(gate)
+    if where == DEFAULT_GATE:
+        return None if pointwise is None else GATED.get(pointwise)
+    known = CLAMPED_GATES.get(where.removesuffix("._apply_gate"))
+    if known is None:
+        return None
+    alpha_name, limit_name, is_concatenated = known
+    if (getattr(module, alpha_name, None), getattr(module, limit_name, None)) != (ALPHA, LIMIT):
+        return None
+    if _flag(module, "is_concatenated") != is_concatenated:
+        return None
+    return "gpt_oss" if computes_gpt_oss(gate, alpha_name, limit_name, is_concatenated) else None
+
+
+def pointwise_name(act_fn: Any) -> str | None:
+    """Our name for an act_fn that we know, or None."""
+    if not isinstance(act_fn, nn.Module):
+        return FUNCTIONS.get(act_fn)
+    kind = type(act_fn)
+    if kind is nn.GELU:
+        return "gelu" if act_fn.approximate == "none" else "gelu_tanh"
+    return POINTWISE.get(dotted_name(kind))
+
+
+# torch.compile runs these two as plain Python while it traces; it would get __qualname__ wrong.
+
+
+@constant_while_compiling
+def dotted_name(thing: Any) -> str:
+    return f"{thing.__module__}.{thing.__qualname__}"
+
+
+@constant_while_compiling
+def computes_gpt_oss(gate: Any, alpha_name: str, limit_name: str, is_concatenated: bool) -> bool:
+    """Whether the gate still is what its name says: tried once on numbers on both sides of its clamps."""
+    return _tried_as_gpt_oss(gate, alpha_name, limit_name, is_concatenated)
+
+
+@lru_cache(maxsize=16)
+def _tried_as_gpt_oss(gate: Any, alpha_name: str, limit_name: str, is_concatenated: bool) -> bool:
+    with _disable_current_modes(), torch.no_grad():  # real numbers, also while torch.export traces with fake ones
+        numbers = (20 * torch.arange(256, dtype=torch.float64, device="cpu").sin()).view(16, 16)
+        module = SimpleNamespace(**{alpha_name: ALPHA, limit_name: LIMIT})
+        return torch.allclose(gate(module, numbers), activate(numbers, "gpt_oss", is_concatenated), rtol=1e-12, atol=0)
+
+
+def _flag(module: nn.Module, name: str) -> bool:
+    return getattr(module, name, FLAGS[name])
