@@ -71,6 +71,7 @@ def offline_cases(arch: str) -> list[Case]:
             signature=types | {"rows": f"*{dtype}", "out": f"*{dtype}"},
             constexprs={"HIDDEN": hidden, "TOP_K": top_k, "BLOCK_T": BLOCK_T, "BLOCK_D": BLOCK_D},
             aligned=("rows", "position", "out", "row_stride"),
+            sample=dtype == "bf16",
         )
         for dtype, hidden, top_k in (("bf16", 2048, 8), ("fp32", 768, 2), ("fp16", 7168, 16))
     ]

@@ -24,7 +24,8 @@ BUCKETS = (16, 32, 64, 128)  # rows per expert: up to 16, up to 32, up to 64, mo
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 MODEL_SIZES = ((768, 256), (2048, 1024), (2048, 768), (4096, 14336), (7168, 2048), (2880, 2880))  # (d, n)
 TABLE = Path(__file__).with_name("configs.json")
-FENCED_ARCHITECTURES = ("sm_90", "sm_100", "sm_103")
+# their matrix units read shared memory through the asynchronous proxy
+HOPPER, BLACKWELL = ("sm_90",), ("sm_100", "sm_103")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +78,9 @@ def triton_version() -> tuple[int, ...]:
     return tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:3] if part.isdigit())
 
 
-def needs_fence(architecture: str) -> bool:
-    """True where Triton leaves out the proxy fence between cp.async and the matrix unit (see grouped_gemm)."""
-    return architecture in FENCED_ARCHITECTURES and triton_version() < (3, 7, 1)
+def compiler_fences() -> bool:
+    """True where Triton itself puts a proxy fence between cp.async and the matrix unit (see grouped_gemm)."""
+    return triton_version() >= (3, 7, 1)
 
 
 def bucket_of(rows_per_expert: float) -> int:
@@ -168,7 +169,7 @@ def fp32_tile(op: str, bucket: int) -> Config:
 
 
 def large_tile(op: str, architecture: str) -> Config:
-    wide = architecture in FENCED_ARCHITECTURES
+    wide = architecture in HOPPER + BLACKWELL
     block_n = 256 if wide else 128
     if op == "up_gated":
         block_n //= 2
@@ -189,7 +190,7 @@ def small_tile(op: str, bucket: int) -> Config:
 def weight_gradient_tile(itemsize: int, architecture: str) -> Config:
     if itemsize == 4:
         return Config(block_m=64, block_n=64, block_k=32, num_warps=8, num_stages=2)
-    if architecture in FENCED_ARCHITECTURES:  # the load of the row index takes one stage more than the products need
+    if architecture in HOPPER + BLACKWELL:  # the load of the row index takes one stage more than the products need
         return Config(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4)
     return Config(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=4)
 
@@ -202,14 +203,20 @@ def block_constants(architecture: str, config: Config) -> dict[str, int | bool]:
         "BLOCK_K": config.block_k,
         "GROUP": config.group,
         "PARTS": config.parts,
-        "FENCE": needs_fence(architecture),
+        "FENCE": architecture in HOPPER and not compiler_fences(),
     }
+
+
+def pipeline_stages(architecture: str, config: Config) -> int:
+    """The configuration's stages; 1 on Blackwell before Triton 3.7.1, where the pipelined loop has no proxy fence."""
+    return 1 if architecture in BLACKWELL and not compiler_fences() else config.num_stages
 
 
 def launch_options(device: torch.device, config: Config) -> dict[str, int | bool]:
     """The keyword arguments of a launch that follow from the configuration."""
-    constants = block_constants(target_of(device).architecture, config)
-    return {**constants, "num_warps": config.num_warps, "num_stages": config.num_stages}
+    architecture = target_of(device).architecture
+    stages = pipeline_stages(architecture, config)
+    return {**block_constants(architecture, config), "num_warps": config.num_warps, "num_stages": stages}
 
 
 def persistent_grid(device: torch.device, max_tiles: int, config: Config) -> tuple[int]:
@@ -240,7 +247,7 @@ def offline_case(
         signature={**pointers, **dict.fromkeys(numbers, "i32")},
         constexprs=constexprs,
         num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        num_stages=pipeline_stages(arch, config),
         aligned=[*(name for name in pointers if name != "num_tiles"), *aligned],
         sample=sample,
     )

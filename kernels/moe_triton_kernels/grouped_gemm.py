@@ -4,10 +4,12 @@ Every kernel of the family is persistent: a grid bounded by the device's size lo
 is loaded on the device. Rows are gathered through pointers inside the main loop, so no copy of the hidden states is
 made. The product accumulates in fp32 in the order of the contraction: same input, same bits.
 
-The proxy fence. On Hopper and Blackwell the matrix units read shared memory through the asynchronous proxy, while
+The proxy fence. On Hopper and Blackwell the matrix unit reads shared memory through the asynchronous proxy, while
 cp.async writes it through the generic one; PTX asks for fence.proxy.async between the two. Triton emits it since
-3.7.1 (triton pull requests 9610 and 10537); before that its pipelined loop leaves it out. `proxy_fence` puts it where
-3.7.1 does: after the wait for the copies and the barrier, before the product.
+3.7.1 (pull requests 9610 and 10537 of triton-lang/triton); before that, its pipelined loop leaves it out. On Hopper
+`proxy_fence` then puts it where 3.7.1 does: after the wait for the copies and the barrier, before the product. On
+Blackwell the older pipeliner accepts no inline assembly in the loop, so `configs.pipeline_stages` turns pipelining
+off there: copies then go through registers, for which every version emits the fence.
 """
 
 from __future__ import annotations

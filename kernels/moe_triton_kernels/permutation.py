@@ -109,7 +109,7 @@ def place_kernel(
     experts, table, totals, offsets, source, position, num_slots, chunks, blocks,
     NUM_EXPERTS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Every slot's row and every row's slot. A chunk also fills its share of the rows past the end; the first, offsets."""
+    """Every slot's row and every row's slot. A chunk also fills its share of the rows past the end."""
     chunk = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, BLOCK_E)
     total = tl.load(totals + e, mask=e < NUM_EXPERTS, other=0)
@@ -148,7 +148,7 @@ def count_slots(
 
 
 def block_experts(num_experts: int) -> int:
-    return max(32, triton.next_power_of_2(num_experts))  # a histogram has at least as many bins as a warp has lanes
+    return max(64, triton.next_power_of_2(num_experts))  # a histogram has at least as many bins as a warp has lanes
 
 
 def keep_within_capacity(
@@ -212,12 +212,31 @@ def offline_cases(arch: str) -> list[Case]:
     scan = {"BLOCK_R": SCAN_ROWS, "BLOCK_C": SCAN_CHUNKS}
     cases = [Case(name="permutation_scan", fn=scan_kernel, signature=types, constexprs=scan)]
     for num_experts, top_k in ((8, 2), (128, 8), (1024, 8)):
+        sample = num_experts == 128
         constants = {"NUM_EXPERTS": num_experts, "BLOCK": BLOCK, "BLOCK_E": block_experts(num_experts)}
         queue = constants | {"TOP_K": top_k, "BY_CHOICE": True, "order": None}
         cases += [
-            Case(name=f"permutation_count_E{num_experts}", fn=count_kernel, signature=types, constexprs=queue),
-            Case(name=f"permutation_keep_E{num_experts}", fn=keep_kernel, signature=types, constexprs=queue),
-            Case(name=f"permutation_place_E{num_experts}", fn=place_kernel, signature=types, constexprs=constants),
+            Case(
+                name=f"permutation_count_E{num_experts}",
+                fn=count_kernel,
+                signature=types,
+                constexprs=queue,
+                sample=sample,
+            ),
+            Case(
+                name=f"permutation_keep_E{num_experts}",
+                fn=keep_kernel,
+                signature=types,
+                constexprs=queue,
+                sample=sample,
+            ),
+            Case(
+                name=f"permutation_place_E{num_experts}",
+                fn=place_kernel,
+                signature=types,
+                constexprs=constants,
+                sample=sample,
+            ),
         ]
     by_key = {"NUM_EXPERTS": 128, "BLOCK": BLOCK, "BLOCK_E": 128, "TOP_K": 8, "BY_CHOICE": False}
     return [*cases, Case(name="permutation_keep_by_key", fn=keep_kernel, signature=types, constexprs=by_key)]

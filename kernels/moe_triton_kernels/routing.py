@@ -8,6 +8,8 @@ Shapes: T tokens, E experts, K choices, P programs. Maths in fp32.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -26,16 +28,15 @@ INDEX_BITS = tl.constexpr(2**13 - 1)  # a 16-bit float has at least 13 zeros at 
 
 MAX_PROGRAMS = 2048  # a constant, not the number of processors: sums have the same order on every GPU
 TILE_ELEMENTS = 512
+SUM_PROGRAMS, SUM_EXPERTS, SUM_WARPS = 512, 8, 8  # the part of the partial sums that a program holds at a time
 NUM_WARPS = 1  # a token's experts lie in one warp, so that an arg-max needs no shared memory
 
 
 @triton.jit
 def ordered_bits(x):
-    """fp32 -> int32 in the same order; -0.0 equals 0.0, NaN comes first of all."""
-    x = tl.where(x == 0.0, 0.0, x)
-    bits = x.to(tl.int32, bitcast=True)
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return tl.where(x != x, 0x7FFFFFFF, bits)
+    """fp32, not NaN -> int32 in the same order; -0.0 equals 0.0."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
@@ -45,12 +46,12 @@ def first_of(keys, best, index, SIZE: tl.constexpr):
 
 
 @triton.jit
-def softmax_rows(x):
-    """Softmax over the last dimension, and log(sum(exp(x))) [N]."""
-    most = tl.max(x, 1)
+def softmax_rows(x, valid):
+    """Softmax of x [N, M] over its rows, and log(sum(exp(x))) [N]; zeros for the rows, all -inf, that are not valid."""
+    most = tl.where(valid, tl.max(x, 1), 0.0)
     e = tl.exp(x - most[:, None])
     total = tl.sum(e, 1)
-    return e * (1.0 / total)[:, None], most + tl.log(total)
+    return e * tl.where(valid, 1.0 / total, 0.0)[:, None], tl.where(valid, most + tl.log(total), 0.0)
 
 
 @triton.jit
@@ -81,7 +82,7 @@ def mask_groups(
         member = tl.arange(0, MEMBERS)[None, None, :]
         winner = tl.min(tl.where(scores_NGM == best[:, :, None], member, MEMBERS), 2)
         best += tl.max(tl.where(member == winner[:, :, None], float("-inf"), scores_NGM), 2)
-    keys = ordered_bits(best)
+    keys = tl.where(best != best, 0x7FFFFFFF, ordered_bits(best))  # inf - inf; NaN sorts first
     kept = tl.zeros((N, GROUPS), tl.int32)
     for _ in range(TOP_GROUPS):
         choice = first_of(keys, tl.max(keys, 1), group, GROUPS)
@@ -124,9 +125,9 @@ def topk_kernel(
         if token_mask is not None:
             valid = exists & (tl.load(token_mask + token, mask=exists, other=0) != 0)
         cells = token[:, None] * NUM_EXPERTS + expert[None, :]
-        present = exists[:, None] & inside[None, :]
+        present = valid[:, None] & inside[None, :]
         x = tl.load(logits + cells, mask=present, other=float("-inf")).to(tl.float32)
-        softmax, lse = softmax_rows(x)
+        softmax, lse = softmax_rows(x, valid)
 
         # what the experts are chosen by
         keys = x
@@ -135,7 +136,7 @@ def topk_kernel(
             keys += tl.load(noise + cells, mask=present, other=0.0).to(tl.float32)
         if bias is not None or TOP2:
             if noise is not None:
-                noisy_softmax, _ = softmax_rows(keys)
+                noisy_softmax, _ = softmax_rows(keys, valid)
             keys = scores_of(keys, noisy_softmax, SCORE)
             if bias is not None:
                 keys += tl.load(bias + expert, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -162,29 +163,27 @@ def topk_kernel(
         slots = token[:, None] * TOP_K + choice_k
         slot_exists = exists[:, None] & (choice_k < TOP_K)
         slot_valid = valid[:, None] & (choice_k < TOP_K)
-        logit = tl.load(logits + token[:, None] * NUM_EXPERTS + chosen, mask=slot_exists, other=float("-inf"))
+        logit = tl.load(logits + token[:, None] * NUM_EXPERTS + chosen, mask=slot_valid, other=float("-inf"))
         logit = logit.to(tl.float32)
         if SCORE == TOPK_SOFTMAX:
-            weight, _ = softmax_rows(logit)
+            weight, _ = softmax_rows(logit, valid)
         elif SCORE == SIGMOID:
             weight = sigmoid(logit)
         else:
             weight = tl.exp(logit - lse[:, None])
         if NORMALIZE:
-            weight = tl.where(choice_k < TOP_K, weight, 0.0)
             weight /= tl.sum(weight, 1)[:, None] + EPS
         tl.store(experts + slots, tl.where(slot_valid, chosen, -1), mask=slot_exists)
-        tl.store(weights + slots, tl.where(slot_valid, weight * scale, 0.0), mask=slot_exists)
+        tl.store(weights + slots, weight * scale, mask=slot_exists)
 
-        # the sums
+        # the sums; a logit of -inf, as of a masked token, adds nothing
+        counts += (present & (bits == TAKEN)).to(tl.int32)
         if SCORE == SIGMOID:
-            probs = tl.where(inside[None, :], sigmoid(x), 0.0)
-            probs *= (1.0 / (tl.sum(probs, 1) + EPS))[:, None]
+            scores = sigmoid(x)
+            score_sums += scores * (1.0 / (tl.sum(scores, 1) + EPS))[:, None]
         else:
-            probs = softmax
-        counts += (valid[:, None] & inside[None, :] & (bits == TAKEN)).to(tl.int32)
-        score_sums += tl.where(valid[:, None], probs, 0.0)
-        z_sums += tl.where(valid, lse * lse, 0.0)
+            score_sums += softmax
+        z_sums += lse * lse
 
     row = tl.program_id(0) * NUM_EXPERTS + expert
     tl.store(partial_counts + row, tl.sum(counts, 0), mask=inside)
@@ -229,22 +228,22 @@ def topk_backward_kernel(
     choice_k = tl.arange(0, BLOCK_K)[None, :]
     cells = token[:, None] * NUM_EXPERTS + expert
     present = exists[:, None] & (expert < NUM_EXPERTS)
-    x = tl.load(logits + cells, mask=present, other=float("-inf")).to(tl.float32)
-    softmax, lse = softmax_rows(x)
-
-    # gradients of u, [T, K]
     slots = token[:, None] * TOP_K + choice_k
     chosen = tl.load(experts + slots, mask=exists[:, None] & (choice_k < TOP_K), other=-1)
     is_chosen = chosen >= 0
+    valid = tl.max(chosen, 1) >= 0
+    x = tl.load(logits + cells, mask=present & valid[:, None], other=float("-inf")).to(tl.float32)
+    softmax, lse = softmax_rows(x, valid)
+
+    # gradients of u, [T, K]
     logit = tl.load(logits + token[:, None] * NUM_EXPERTS + chosen, mask=is_chosen, other=float("-inf")).to(tl.float32)
     grad_u = tl.load(grad_weights + slots, mask=is_chosen, other=0.0).to(tl.float32) * scale
     if SCORE == TOPK_SOFTMAX:
-        u, _ = softmax_rows(logit)
+        u, _ = softmax_rows(logit, valid)
     elif SCORE == SIGMOID:
         u = sigmoid(logit)
     else:
         u = tl.exp(logit - lse[:, None])
-    u = tl.where(is_chosen, u, 0.0)
     if NORMALIZE:
         total = tl.sum(u, 1)[:, None] + EPS
         grad_u = (grad_u - tl.sum(grad_u * u, 1)[:, None] / total) / total
@@ -261,7 +260,7 @@ def topk_backward_kernel(
     # through the scores
     grad_probs = tl.load(grad_score_sums + expert, mask=expert < NUM_EXPERTS, other=0.0).to(tl.float32)
     if SCORE == SIGMOID:
-        s = tl.where(expert < NUM_EXPERTS, sigmoid(x), 0.0)
+        s = sigmoid(x)
         total = tl.sum(s, 1)[:, None] + EPS
         scattered += (grad_probs - tl.sum(grad_probs * s, 1)[:, None] / total) / total
         grad = s * (1.0 - s) * scattered
@@ -271,13 +270,33 @@ def topk_backward_kernel(
     else:
         grad = scattered + softmax * (grad_probs - tl.sum(softmax * grad_probs, 1)[:, None])
     grad += 2.0 * tl.load(grad_z_sum).to(tl.float32) * lse[:, None] * softmax
-    valid = tl.max(chosen, 1) >= 0
-    tl.store(grad_logits + cells, tl.where(valid[:, None], grad, 0.0), mask=present)
+    tl.store(grad_logits + cells, grad, mask=present)
 
 
 def tokens_per_tile(lanes: int, choices: int) -> int:
     """Tokens that a program takes at a time, so that [tokens, lanes] and [tokens, choices] both fit in registers."""
     return max(1, min(64, TILE_ELEMENTS // max(lanes, choices)))
+
+
+def forward_constants(
+    num_experts: int, top_k: int, score: str, normalize: bool, num_groups: int, top_groups: int, group_score: str
+) -> dict[str, Any]:
+    groups = triton.next_power_of_2(num_groups)
+    members = triton.next_power_of_2(num_experts // num_groups)
+    block_k = triton.next_power_of_2(top_k)
+    return {
+        "NUM_EXPERTS": num_experts, "TOP_K": top_k, "SCORE": SCORES[score], "NORMALIZE": normalize,
+        "NUM_GROUPS": num_groups, "TOP_GROUPS": top_groups, "TOP2": num_groups > 1 and group_score == "top2_sum",
+        "BLOCK_T": tokens_per_tile(groups * members, block_k), "GROUPS": groups, "MEMBERS": members, "BLOCK_K": block_k,
+    }  # fmt: skip
+
+
+def backward_constants(num_experts: int, top_k: int, score: str, normalize: bool) -> dict[str, Any]:
+    block_e, block_k = triton.next_power_of_2(num_experts), triton.next_power_of_2(top_k)
+    return {
+        "NUM_EXPERTS": num_experts, "TOP_K": top_k, "SCORE": SCORES[score], "NORMALIZE": normalize,
+        "BLOCK_T": tokens_per_tile(block_e, block_k), "BLOCK_E": block_e, "BLOCK_K": block_k,
+    }  # fmt: skip
 
 
 def topk_forward(
@@ -307,32 +326,26 @@ def topk_forward(
     if num_tokens == 0:
         zeros = torch.zeros(num_experts, dtype=torch.float32, device=device)
         return experts, weights, zeros.int(), zeros, torch.zeros((), dtype=torch.float32, device=device)
-    groups = triton.next_power_of_2(num_groups)
-    members = triton.next_power_of_2(num_experts // num_groups)
-    block_k = triton.next_power_of_2(top_k)
-    block_t = tokens_per_tile(groups * members, block_k)
-    programs = min(triton.cdiv(num_tokens, block_t), MAX_PROGRAMS)
+    constants = forward_constants(num_experts, top_k, score, normalize, num_groups, top_groups, group_score)
+    by_logit = noise is None and choice_bias is None and not constants["TOP2"]
+    programs = min(triton.cdiv(num_tokens, constants["BLOCK_T"]), MAX_PROGRAMS)
     partial_counts = torch.empty((programs, num_experts), dtype=torch.int32, device=device)
     partial_scores = torch.empty((programs, num_experts), dtype=torch.float32, device=device)
     partial_z = torch.empty(programs, dtype=torch.float32, device=device)
-    top2 = num_groups > 1 and group_score == "top2_sum"
-    plain = noise is None and choice_bias is None and not top2
     topk_kernel[(programs,)](
         logits.contiguous(),
         None if choice_bias is None else choice_bias.contiguous(),
         None if noise is None else noise.contiguous(),
         None if token_mask is None else token_mask.contiguous(),
         experts, weights, partial_counts, partial_scores, partial_z, num_tokens, float(scale),
-        NUM_EXPERTS=num_experts, TOP_K=top_k, SCORE=SCORES[score], NORMALIZE=normalize,
-        NUM_GROUPS=num_groups, TOP_GROUPS=top_groups, TOP2=top2, PACKED=plain and logits.dtype != torch.float32,
-        BLOCK_T=block_t, GROUPS=groups, MEMBERS=members, BLOCK_K=block_k, num_warps=NUM_WARPS,
+        PACKED=by_logit and logits.dtype != torch.float32, **constants, num_warps=NUM_WARPS,
     )  # fmt: skip
     counts = torch.empty(num_experts, dtype=torch.int32, device=device)
     score_sums = torch.empty(num_experts, dtype=torch.float32, device=device)
     z_sum = torch.empty((), dtype=torch.float32, device=device)
-    sum_partials_kernel[(triton.cdiv(num_experts, 8),)](
+    sum_partials_kernel[(triton.cdiv(num_experts, SUM_EXPERTS),)](
         partial_counts, partial_scores, partial_z, counts, score_sums, z_sum, programs,
-        NUM_EXPERTS=num_experts, BLOCK_P=512, BLOCK_E=8, num_warps=8,
+        NUM_EXPERTS=num_experts, BLOCK_P=SUM_PROGRAMS, BLOCK_E=SUM_EXPERTS, num_warps=SUM_WARPS,
     )  # fmt: skip
     return experts, weights, counts, score_sums, z_sum
 
@@ -350,72 +363,50 @@ def topk_backward(
 ) -> Tensor:
     """Gradient of the logits [T, E], in their dtype; zeros for the tokens whose experts [T, K] are -1. One launch."""
     num_tokens, num_experts = logits.shape
-    top_k = experts.shape[1]
     grad_logits = torch.empty((num_tokens, num_experts), dtype=logits.dtype, device=logits.device)
     if num_tokens == 0:
         return grad_logits
-    block_e, block_k = triton.next_power_of_2(num_experts), triton.next_power_of_2(top_k)
-    block_t = tokens_per_tile(block_e, block_k)
-    topk_backward_kernel[(triton.cdiv(num_tokens, block_t),)](
+    constants = backward_constants(num_experts, experts.shape[1], score, normalize)
+    topk_backward_kernel[(triton.cdiv(num_tokens, constants["BLOCK_T"]),)](
         grad_weights.contiguous(), grad_score_sums.contiguous(), grad_z_sum, logits.contiguous(), experts.contiguous(),
-        grad_logits, num_tokens, float(scale),
-        NUM_EXPERTS=num_experts, TOP_K=top_k, SCORE=SCORES[score], NORMALIZE=normalize,
-        BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_K=block_k, num_warps=NUM_WARPS,
+        grad_logits, num_tokens, float(scale), **constants, num_warps=NUM_WARPS,
     )  # fmt: skip
     return grad_logits
 
 
 def offline_cases(arch: str) -> list[Case]:
-    forward = {
+    types = {
         "bias": "*fp32", "noise": "*fp32", "token_mask": "*i1", "experts": "*i32", "weights": "*fp32",
         "partial_counts": "*i32", "partial_scores": "*fp32", "partial_z": "*fp32", "num_tokens": "i32", "scale": "fp32",
+        "grad_weights": "*fp32", "grad_score_sums": "*fp32", "grad_z_sum": "*fp32", "counts": "*i32",
+        "score_sums": "*fp32", "z_sum": "*fp32", "num_partials": "i32",
     }  # fmt: skip
-    backward = {
-        "grad_weights": "*fp32", "grad_score_sums": "*fp32", "grad_z_sum": "*fp32", "experts": "*i32",
-        "num_tokens": "i32", "scale": "fp32",
-    }  # fmt: skip
-    # name, experts, choices, dtype, score, groups, top groups; with groups there is a bias as well, as in DeepSeek-V3
-    shapes = [
+    sums = {"NUM_EXPERTS": 128, "BLOCK_P": SUM_PROGRAMS, "BLOCK_E": SUM_EXPERTS}
+    cases = [
+        Case(name="topk_sums", fn=sum_partials_kernel, signature=types, constexprs=sums, num_warps=SUM_WARPS),
+    ]
+    # name, experts, choices, dtype, score, groups, top groups; the one with groups has a bias, noise and a mask
+    for name, num_experts, top_k, dtype, score, num_groups, top_groups in (
         ("mixtral", 8, 2, "fp32", "softmax", 1, 1),
         ("qwen3", 128, 8, "bf16", "softmax", 1, 1),
         ("qwen3_fp32", 128, 8, "fp32", "softmax", 1, 1),
         ("gpt_oss", 32, 4, "bf16", "topk_softmax", 1, 1),
         ("deepseek_v3", 256, 8, "fp32", "sigmoid", 8, 4),
         ("experts_1024", 1024, 16, "fp32", "softmax", 1, 1),
-    ]
-    cases = []
-    for name, num_experts, top_k, dtype, score, num_groups, top_groups in shapes:
-        constants = {"NUM_EXPERTS": num_experts, "TOP_K": top_k, "SCORE": SCORES[score], "NORMALIZE": True}
-        constants |= {"BLOCK_T": tokens_per_tile(num_experts, top_k), "BLOCK_K": top_k}
-        choice = {
-            "NUM_GROUPS": num_groups, "TOP_GROUPS": top_groups, "TOP2": num_groups > 1, "PACKED": dtype != "fp32",
-            "GROUPS": num_groups, "MEMBERS": num_experts // num_groups, "noise": None, "token_mask": None,
-        }  # fmt: skip
+    ):
+        signature = types | {"logits": f"*{dtype}", "grad_logits": f"*{dtype}"}
+        forward = forward_constants(num_experts, top_k, score, True, num_groups, top_groups, "top2_sum")
+        forward["PACKED"] = dtype != "fp32"
         if num_groups == 1:
-            choice["bias"] = None
-        kinds = {"logits": f"*{dtype}", "grad_logits": f"*{dtype}"}
+            forward |= {"bias": None, "noise": None, "token_mask": None}
+        backward = backward_constants(num_experts, top_k, score, True)
+        options: dict[str, Any] = {
+            "signature": signature,
+            "num_warps": NUM_WARPS,
+            "sample": name in ("qwen3", "deepseek_v3"),
+        }
         cases += [
-            Case(
-                name=f"topk_{name}",
-                fn=topk_kernel,
-                signature=forward | kinds,
-                constexprs=constants | choice,
-                num_warps=NUM_WARPS,
-            ),
-            Case(
-                name=f"topk_backward_{name}",
-                fn=topk_backward_kernel,
-                signature=backward | kinds,
-                constexprs=constants | {"BLOCK_E": num_experts},
-                num_warps=NUM_WARPS,
-            ),
+            Case(name=f"topk_{name}", fn=topk_kernel, constexprs=forward, **options),
+            Case(name=f"topk_backward_{name}", fn=topk_backward_kernel, constexprs=backward, **options),
         ]
-    sums = {
-        "partial_counts": "*i32", "partial_scores": "*fp32", "partial_z": "*fp32", "counts": "*i32",
-        "score_sums": "*fp32", "z_sum": "*fp32", "num_partials": "i32",
-    }  # fmt: skip
-    blocks = {"NUM_EXPERTS": 128, "BLOCK_P": 512, "BLOCK_E": 8}
-    return [
-        *cases,
-        Case(name="topk_sum_partials", fn=sum_partials_kernel, signature=sums, constexprs=blocks, num_warps=8),
-    ]
+    return cases

@@ -59,11 +59,18 @@ def weight_grad_kernel(
         i = tile_i * BLOCK_M + tl.arange(0, BLOCK_M)
         j = tile_j * BLOCK_N + tl.arange(0, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        rows = first_row + tl.arange(0, BLOCK_K)
+        next_left = row_index(rows, rows < end_row, source, top_k, GATHER_LEFT)
+        next_right = row_index(rows, rows < end_row, source, top_k, GATHER_RIGHT)
         for start in tl.range(first_row, end_row, BLOCK_K):
             rows = start + tl.arange(0, BLOCK_K)
             row_mask = rows < end_row
-            left_rows = left + row_index(rows, row_mask, source, top_k, GATHER_LEFT) * size_i
-            right_rows = right + row_index(rows, row_mask, source, top_k, GATHER_RIGHT) * size_j
+            left_rows = left + next_left * size_i
+            right_rows = right + next_right * size_j
+            # one block ahead: an index loaded where it is used would take stages of the pipeline from the operands
+            ahead = rows + BLOCK_K
+            next_left = row_index(ahead, ahead < end_row, source, top_k, GATHER_LEFT)
+            next_right = row_index(ahead, ahead < end_row, source, top_k, GATHER_RIGHT)
             # both masked: what lies past the end may be NaN, which a zero on the other side does not remove
             x = tl.load(left_rows[:, None] + i[None, :], mask=row_mask[:, None] & (i < size_i)[None, :], other=0.0)
             y = tl.load(right_rows[:, None] + j[None, :], mask=row_mask[:, None] & (j < size_j)[None, :], other=0.0)

@@ -85,10 +85,13 @@ def test_report_of_known_kernels(arch: str, tmp_path: Path) -> None:
     assert (descriptor.tma > 0) == (arch in ("sm_90", "sm_100"))
 
 
-def test_cases_of_the_package_compile_apart() -> None:
-    reports = compile_apart("sm_90", modules=["tiles"])
-    assert [report.kernel for report in reports] == [case.name for case in offline.collect_cases("sm_90", ["tiles"])]
-    assert all(report.arch == "sm_90" and report.registers > 0 for report in reports)
+@pytest.mark.parametrize("arch", offline.TARGETS)
+def test_routing_permutation_and_combine_compile_without_spills(arch: str) -> None:
+    modules = ["routing", "permutation", "combine", "tiles"]
+    reports = compile_apart(arch, modules)
+    assert [report.kernel for report in reports] == [case.name for case in offline.collect_cases(arch, modules)]
+    assert all(report.arch == arch and report.registers > 0 for report in reports)
+    assert [(report.kernel, report.spills) for report in reports if report.spills] == []
 
 
 def test_an_interpreted_function_and_an_unknown_architecture_are_refused() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import typer
 
+from moe_triton.cli.bench import bench
 from moe_triton.cli.info import info
+from moe_triton.cli.train import train
 
 app = typer.Typer(
     name="moe-triton",
@@ -14,6 +16,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(info)
+app.command()(bench)
+app.command()(train)
 
 
 @app.callback()

@@ -22,7 +22,7 @@ _ONEDNN_LINEAR = (
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """torch.empty on the CPU, on huge pages where it is large: faults on fresh 4 KiB pages cost as much as a product."""
+    """torch.empty on the CPU, on huge pages where it is large: faulting in 4 KiB pages costs as much as a product."""
     size = math.prod(shape) * dtype.itemsize
     if size < HUGE:
         return torch.empty(shape, dtype=dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,14 +21,14 @@ def build_dispatch(
     valid_S = (expert_S >= 0) & (expert_S < num_experts)
     bucket_S = torch.where(valid_S, expert_S.int(), num_experts)  # bucket E holds what no expert gets
     edges = torch.arange(num_experts + 1, device=experts.device, dtype=torch.int32)
-    sorted_bucket_S, row_to_slot_S = bucket_S.sort(stable=True)
+    sorted_bucket_S, row_to_slot_S = _stable_sort(bucket_S, num_experts + 1)
     offsets = torch.searchsorted(sorted_bucket_S, edges, out_int32=True)
     counts = offsets.diff()
 
     if capacity is not None and num_slots > 0:
         kept_S = _within_capacity(bucket_S, num_tokens, top_k, num_experts, capacity, capacity_groups, by_choice, keys)
         bucket_S = torch.where(kept_S, bucket_S, num_experts)
-        sorted_bucket_S, row_to_slot_S = bucket_S.sort(stable=True)
+        sorted_bucket_S, row_to_slot_S = _stable_sort(bucket_S, num_experts + 1)
         offsets = torch.searchsorted(sorted_bucket_S, edges, out_int32=True)
 
     source = torch.where(sorted_bucket_S < num_experts, row_to_slot_S, -1).int()
@@ -55,8 +56,18 @@ def _within_capacity(
     elif by_choice:
         order_S = slot_S.view(num_tokens, top_k).T.reshape(-1)
     group_S = slot_S // (num_slots // capacity_groups)
-    sorted_queue_S, by_queue_S = (group_S * (num_experts + 1) + bucket_S)[order_S].sort(stable=True)
+    queue_S = (group_S * (num_experts + 1) + bucket_S)[order_S]
+    sorted_queue_S, by_queue_S = _stable_sort(queue_S, capacity_groups * (num_experts + 1))
     rank_S = slot_S - torch.searchsorted(sorted_queue_S, sorted_queue_S)
     kept_S = torch.empty(num_slots, dtype=torch.bool, device=bucket_S.device)
     kept_S[order_S[by_queue_S]] = rank_S < capacity
     return kept_S
+
+
+def _stable_sort(ids: Tensor, num_ids: int) -> tuple[Tensor, Tensor]:
+    """Ids in [0, num_ids), sorted, and the index that each had: Tensor.sort(stable=True)."""
+    if ids.device.type != "cpu" or num_ids > 2**16:
+        return ids.sort(stable=True)
+    # numpy sorts 16-bit integers by radix, about twenty times as fast.
+    index = torch.from_numpy(np.argsort(ids.numpy().astype(np.uint16), kind="stable"))
+    return ids[index], index

@@ -1,135 +1,100 @@
-"""The experts in plain torch where the host must not look at the data: grouped_mm where legal, masks elsewhere."""
+"""The experts where the host must not look at the data: grouped_mm where it is legal, masked products elsewhere.
+
+Every tensor has all S rows. Those past offsets[E] are zeros wherever they could reach a sum.
+"""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_triton.backends.torch.activations import activate, activate_backward
+from moe_triton.backends.torch.activations import activate, activate_backward, activate_for_backward
+from moe_triton.backends.torch.operands import Gradients, Needs, Operands, Weights, as_given
 from moe_triton.records import ExpertSpec
 from moe_triton.reference import wide
 
-Weights = Tensor | Sequence[Tensor]
-Gradients = tuple[Tensor | None, Tensor | None, Weights | None, Weights | None, Weights | None, Weights | None]
+
+def forward(operands: Operands, keep_preactivation: bool) -> tuple[Tensor, Tensor]:
+    """`experts_forward` with no host sync."""
+    hidden, spec, offsets = operands.hidden, operands.spec, operands.offsets
+    expert_S, slot_S, kept_S1 = _layout(operands)
+    h_SN = _up(operands, expert_S, slot_S, kept_S1)
+    y_Sd = _grouped(activate(h_SN, spec), _in_out(operands.down_proj, spec), offsets, expert_S)
+    if operands.down_bias is not None:
+        y_Sd = y_Sd + _stack(operands.down_bias)[expert_S]
+    rows_Sd = (y_Sd * operands.weights.reshape(-1, 1)[slot_S]).to(hidden.dtype)
+    return _sum_rows(rows_Sd, operands.position), h_SN if keep_preactivation else hidden.new_empty(0)
 
 
-def device_forward(
-    hidden: Tensor,
-    weights: Tensor,
-    offsets: Tensor,
-    source: Tensor,
-    position: Tensor,
-    gate_up_proj: Weights,
-    down_proj: Weights,
-    gate_up_bias: Weights | None,
-    down_bias: Weights | None,
-    spec: ExpertSpec,
-    keep_preactivation: bool,
-) -> tuple[Tensor, Tensor]:
-    """`experts_forward` with no host sync: every tensor has all S rows, and those past offsets[E] are zeros."""
-    expert_S, slot_S, kept_S1 = _layout(offsets, source)
-    h_SN = _up(hidden, offsets, expert_S, slot_S // position.shape[1], kept_S1, gate_up_proj, gate_up_bias, spec)
-    y_Sd = _grouped(activate(h_SN, spec), _as_in_out(down_proj, spec), offsets, expert_S)
-    if down_bias is not None:
-        y_Sd = y_Sd + _stack(down_bias)[expert_S]
-    w_S1 = weights.reshape(-1, 1)[slot_S].to(wide(hidden.dtype))
-    rows_Sd = (y_Sd * w_S1).to(hidden.dtype)
-    return _combine(rows_Sd, position), h_SN if keep_preactivation else hidden.new_empty(0)
-
-
-def device_backward(
-    grad_out: Tensor,
-    hidden: Tensor,
-    preactivation: Tensor,
-    weights: Tensor,
-    offsets: Tensor,
-    source: Tensor,
-    position: Tensor,
-    gate_up_proj: Weights,
-    down_proj: Weights,
-    gate_up_bias: Weights | None,
-    down_bias: Weights | None,
-    spec: ExpertSpec,
-    needs: tuple[bool, bool, bool, bool, bool, bool],
-) -> Gradients:
-    """`experts_backward` with no host sync; rows past offsets[E] are zeros throughout, so they add nothing."""
-    dtype, wide_dtype = hidden.dtype, wide(hidden.dtype)
-    expert_S, slot_S, kept_S1 = _layout(offsets, source)
+def backward(operands: Operands, grad_out: Tensor, preactivation: Tensor, needs: Needs) -> Gradients:
+    """`experts_backward` with no host sync."""
+    hidden, spec, offsets, position = operands.hidden, operands.spec, operands.offsets, operands.position
+    expert_S, slot_S, kept_S1 = _layout(operands)
     token_S = slot_S // position.shape[1]
-    h_SN = preactivation
-    if h_SN.numel() == 0:
-        h_SN = _up(hidden, offsets, expert_S, token_S, kept_S1, gate_up_proj, gate_up_bias, spec)
+    x_Sd, dy_Sd = torch.where(kept_S1, hidden[token_S], 0), torch.where(kept_S1, grad_out[token_S], 0)
+    h_SN = _up(operands, expert_S, slot_S, kept_S1) if preactivation.numel() == 0 else preactivation
     h_SN = torch.where(kept_S1, h_SN, 0)
-    a_Sn = torch.where(kept_S1, activate(h_SN, spec), 0)
-    dy_Sd = torch.where(kept_S1, grad_out[token_S], 0)
-    w_S1 = weights.reshape(-1, 1)[slot_S].to(wide_dtype)
-    da_Sn = torch.where(kept_S1, _grouped(dy_Sd, _as_in_out(down_proj, spec).mT, offsets, expert_S), 0)
+    a_Sn, activated_gate = activate_for_backward(h_SN, spec)
+    w_S1 = operands.weights.reshape(-1, 1)[slot_S]
+    da_Sn = _grouped(dy_Sd, _in_out(operands.down_proj, spec).mT, offsets, expert_S)
+    da_Sn = torch.where(kept_S1, da_Sn, 0)
     dh_SN = torch.empty_like(h_SN)
-    activate_backward((da_Sn * w_S1).to(dtype), h_SN, spec, dh_SN)
+    activate_backward((da_Sn * w_S1).to(hidden.dtype), h_SN, activated_gate, spec, dh_SN)
 
-    grad_weights: Tensor | None = None
+    grad_weights = grad_up = grad_down = grad_up_bias = grad_down_bias = grad_hidden = None
     if needs[1]:
-        dot_S = (da_Sn.to(wide_dtype) * a_Sn).sum(-1)
-        if down_bias is not None:
-            dot_S = dot_S + (dy_Sd.to(wide_dtype) * _stack(down_bias)[expert_S]).sum(-1)
-        flat = position.reshape(-1).long()
-        grad_weights = torch.where(flat >= 0, dot_S[flat.clamp_min(0)], 0).view_as(weights).to(weights.dtype)
-    hidden_rows = torch.where(kept_S1, hidden[token_S], 0)
-    one_hot_SE = (expert_S[:, None] == torch.arange(offsets.shape[0] - 1, device=hidden.device)).to(wide_dtype)
-    grad_up = grad_down = grad_up_bias = grad_down_bias = None
+        dw_S = torch.linalg.vecdot(da_Sn.to(wide(hidden.dtype)), a_Sn.to(wide(hidden.dtype)))
+        if operands.down_bias is not None:
+            dw_S = dw_S + (dy_Sd * _stack(operands.down_bias)[expert_S]).sum(-1)
+        row = position.reshape(-1)
+        dw_of_slot = torch.where(row >= 0, dw_S[row.clamp_min(0)], 0)
+        grad_weights = dw_of_slot.view_as(operands.weights).to(operands.weights.dtype)
     if needs[2]:
-        grad_up = _grouped_outer(hidden_rows, dh_SN, offsets, expert_S, spec)
+        grad_up = _grouped_outer(*_as_laid_out(x_Sd, dh_SN, spec), offsets, expert_S)
     if needs[3]:
-        grad_down = _grouped_outer((a_Sn * w_S1).to(dtype), dy_Sd, offsets, expert_S, spec)
+        weighted_a_Sn = (a_Sn * w_S1).to(hidden.dtype)
+        grad_down = _grouped_outer(*_as_laid_out(weighted_a_Sn, dy_Sd, spec), offsets, expert_S)
     if needs[4]:
-        grad_up_bias = (one_hot_SE.T @ dh_SN.to(wide_dtype)).to(dtype)
+        grad_up_bias = _sum_per_expert(dh_SN, offsets, expert_S)
     if needs[5]:
-        grad_down_bias = (one_hot_SE.T @ (dy_Sd * w_S1)).to(dtype)
-    grad_hidden = None
+        grad_down_bias = _sum_per_expert((dy_Sd * w_S1).to(hidden.dtype), offsets, expert_S)
     if needs[0]:
-        grad_hidden = _combine(_grouped(dh_SN, _as_in_out(gate_up_proj, spec).mT, offsets, expert_S), position)
+        dx_Sd = _grouped(dh_SN, _in_out(operands.gate_up_proj, spec).mT, offsets, expert_S)
+        grad_hidden = _sum_rows(dx_Sd, position)
     return (
         grad_hidden,
         grad_weights,
-        _like(gate_up_proj, grad_up),
-        _like(down_proj, grad_down),
-        _like(gate_up_bias, grad_up_bias),
-        _like(down_bias, grad_down_bias),
+        as_given(operands.gate_up_proj, grad_up),
+        as_given(operands.down_proj, grad_down),
+        as_given(operands.gate_up_bias, grad_up_bias),
+        as_given(operands.down_bias, grad_down_bias),
     )
 
 
-def _layout(offsets: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of every row: its expert [S] (the last one past offsets[E]), its slot [S] (0 there), whether it is kept [S, 1]."""
-    row_S = torch.arange(source.shape[0], device=source.device, dtype=offsets.dtype)
-    expert_S = torch.searchsorted(offsets[1:], row_S, right=True).clamp_max(offsets.shape[0] - 2)
-    return expert_S, source.long().clamp_min(0), (row_S < offsets[-1])[:, None]
+def _layout(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every row: its expert [S] (past offsets[E] the last), its slot [S] (0 there), whether it is kept [S, 1]."""
+    offsets = operands.offsets
+    row_S = torch.arange(operands.source.shape[0], device=offsets.device, dtype=offsets.dtype)
+    expert_S = torch.searchsorted(offsets[1:].contiguous(), row_S, right=True).clamp_max(operands.num_experts - 1)
+    return expert_S, operands.source.clamp_min(0), (row_S < offsets[-1])[:, None]
 
 
-def _up(
-    hidden: Tensor,
-    offsets: Tensor,
-    expert_S: Tensor,
-    token_S: Tensor,
-    kept_S1: Tensor,
-    gate_up_proj: Weights,
-    gate_up_bias: Weights | None,
-    spec: ExpertSpec,
-) -> Tensor:
+def _up(operands: Operands, expert_S: Tensor, slot_S: Tensor, kept_S1: Tensor) -> Tensor:
     """Pre-activations [S, 2n] or [S, n]."""
-    h_SN = _grouped(torch.where(kept_S1, hidden[token_S], 0), _as_in_out(gate_up_proj, spec), offsets, expert_S)
-    return h_SN if gate_up_bias is None else h_SN + _stack(gate_up_bias)[expert_S]
+    x_Sd = torch.where(kept_S1, operands.hidden[slot_S // operands.position.shape[1]], 0)
+    h_SN = _grouped(x_Sd, _in_out(operands.gate_up_proj, operands.spec), operands.offsets, expert_S)
+    return h_SN if operands.gate_up_bias is None else h_SN + _stack(operands.gate_up_bias)[expert_S]
 
 
-def _can_group(a: Tensor, b: Tensor) -> bool:
-    """grouped_mm runs without a host sync on CUDA in bf16 only, with rows that are multiples of 16 bytes."""
-    return a.is_cuda and a.dtype == torch.bfloat16 and all(size % 8 == 0 for size in (*a.shape[1:], *b.shape[-2:]))
+def _can_group(left: Tensor, right: Tensor) -> bool:
+    """Whether grouped_mm takes these: CUDA, bf16, some rows, and sizes that are multiples of 16 bytes."""
+    sizes = (*left.shape[1:], *right.shape[-2:]) if right.dim() == 3 else (left.shape[1], right.shape[1])
+    return left.is_cuda and left.dtype == torch.bfloat16 and left.shape[0] > 0 and all(n % 8 == 0 for n in sizes)
 
 
 def _grouped(x_SI: Tensor, weight_EIO: Tensor, offsets: Tensor, expert_S: Tensor) -> Tensor:
-    """Row s of [S, O] is x[s] @ weight[expert of s]; rows past offsets[E] are anything finite or not."""
+    """Row s of [S, O] is x[s] @ weight[expert of s]; rows past offsets[E] are arbitrary."""
     if _can_group(x_SI, weight_EIO):
         return F.grouped_mm(x_SI, weight_EIO, offs=offsets[1:])
     out_SO = x_SI.new_zeros(x_SI.shape[0], weight_EIO.shape[2])
@@ -138,19 +103,31 @@ def _grouped(x_SI: Tensor, weight_EIO: Tensor, offsets: Tensor, expert_S: Tensor
     return out_SO
 
 
-def _grouped_outer(left_SI: Tensor, right_SO: Tensor, offsets: Tensor, expert_S: Tensor, spec: ExpertSpec) -> Tensor:
-    """Per expert the sum over its rows of left x right, as the projection lies in memory: [E, O, I] or [E, I, O]."""
-    a, b = (left_SI, right_SO) if spec.is_transposed else (right_SO, left_SI)
-    if _can_group(a, b):
-        return F.grouped_mm(a.T, b, offs=offsets[1:])
+def _as_laid_out(x_SI: Tensor, dy_SO: Tensor, spec: ExpertSpec) -> tuple[Tensor, Tensor]:
+    """The factors whose outer product is a projection's gradient, first the one that gives its first dimension."""
+    return (x_SI, dy_SO) if spec.is_transposed else (dy_SO, x_SI)
+
+
+def _grouped_outer(left_SM: Tensor, right_SN: Tensor, offsets: Tensor, expert_S: Tensor) -> Tensor:
+    """Per expert the sum over its rows of left x right, [E, M, N]; `right` is zeros past offsets[E]."""
+    if _can_group(left_SM, right_SN):
+        return F.grouped_mm(left_SM.T, right_SN, offs=offsets[1:])
     num_experts = offsets.shape[0] - 1
-    return torch.stack([torch.where((expert_S == e)[:, None], a, 0).T @ b for e in range(num_experts)])
+    # Both factors are masked, since zero times another expert's infinity is not zero.
+    is_of_e = [(expert_S == e)[:, None] for e in range(num_experts)]
+    return torch.stack([torch.where(m, left_SM, 0).T @ torch.where(m, right_SN, 0) for m in is_of_e])
 
 
-def _combine(rows_Sd: Tensor, position: Tensor) -> Tensor:
+def _sum_per_expert(rows_SN: Tensor, offsets: Tensor, expert_S: Tensor) -> Tensor:
+    """Sum of each expert's rows, [E, N]."""
+    ones = rows_SN.new_ones(rows_SN.shape[0], 8)  # 8 is the fewest columns that grouped_mm takes in bf16
+    return _grouped_outer(ones, rows_SN, offsets, expert_S)[:, 0]
+
+
+def _sum_rows(rows_Sd: Tensor, position: Tensor) -> Tensor:
     """Sum of each token's rows, in choice order, in fp32 (fp64 for fp64)."""
     out = rows_Sd.new_zeros(position.shape[0], rows_Sd.shape[1], dtype=wide(rows_Sd.dtype))
-    for row_T in position.long().unbind(1):
+    for row_T in position.unbind(1):
         out += torch.where((row_T >= 0)[:, None], rows_Sd[row_T.clamp_min(0)], 0)
     return out.to(rows_Sd.dtype)
 
@@ -159,12 +136,6 @@ def _stack(weights: Weights) -> Tensor:
     return weights if isinstance(weights, Tensor) else torch.stack(list(weights))
 
 
-def _as_in_out(weights: Weights, spec: ExpertSpec) -> Tensor:
+def _in_out(weights: Weights, spec: ExpertSpec) -> Tensor:
     """The projections of all experts as [E, in, out]."""
-    stacked = _stack(weights)
-    return stacked if spec.is_transposed else stacked.mT
-
-
-def _like(weights: Weights | None, grad: Tensor | None) -> Weights | None:
-    """The stacked gradient as the weights were given: a tensor, or a list of one view per expert."""
-    return grad if grad is None or isinstance(weights, Tensor) else list(grad.unbind(0))
+    return _stack(weights) if spec.is_transposed else _stack(weights).mT

@@ -207,7 +207,7 @@ def experts_backward(
 def weight_gradient(
     problem: Problem, tokens: Tensor, rows: Tensor, source: Tensor, offsets: Tensor, *, tokens_first: bool
 ) -> Tensor:
-    """The gathered token matrix times the rows in expert order, contracted over rows; tokens' columns first, or last."""
+    """The gathered token matrix times the rows in expert order, contracted over rows: [tokens' columns, rows'] or back."""
     left, right = (tokens, rows) if tokens_first else (rows, tokens)
     return weight_grad(
         left,

@@ -1,0 +1,152 @@
+"""What no implementation can beat by much: the bare products, one dense product, and reading the weights once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from moe_triton.benchmarking.cases import Case, Workload
+
+Product = tuple[Tensor, Tensor, Tensor]  # (a, b, out): a @ b
+SMALL_TOKENS = 256  # up to here reading the weights bounds the time, so the bandwidth floor is shown
+CPU_BUFFER_BYTES = 256 << 20  # far beyond the caches
+GPU_BUFFER_BYTES = 2 << 30
+# oneDNN's own product: torch.mm takes MKL for float32, which is half as fast on some CPUs. None where torch lacks it.
+ONEDNN = (
+    torch.ops.mkldnn._linear_pointwise.default
+    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    else None
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limit:
+    """A call whose time, multiplied by `scale`, is the limit."""
+
+    name: str
+    about: str
+    call: Callable[[], object]
+    scale: float = 1.0
+
+
+def by_mm(parts: Sequence[Product]) -> Callable[[], None]:
+    def run() -> None:
+        for a, b, out in parts:
+            torch.mm(a, b, out=out)
+
+    return run
+
+
+def by_onednn(parts: Sequence[Product], linear: Callable[..., Tensor]) -> Callable[[], None]:
+    """The results are dropped: this product has no `out`."""
+    transposed = [(a, b.T) for a, b, _ in parts]
+
+    def run() -> None:
+        for a, b in transposed:
+            linear(a, b, None, "none", [], "")
+
+    return run
+
+
+def fastest(parts: Sequence[Product], clock: Callable[[], float] = time.perf_counter) -> tuple[Callable[[], None], str]:
+    """The quicker way to do the products on this device, and its name; a limit has to use the best there is."""
+    ways = {"torch.mm": by_mm(parts)}
+    if ONEDNN is None or parts[0][0].device.type != "cpu" or parts[0][0].dtype not in (torch.float32, torch.bfloat16):
+        return ways["torch.mm"], "torch.mm"
+    ways["oneDNN"] = by_onednn(parts, ONEDNN)
+    best = {}
+    for name, run in ways.items():
+        run()  # oneDNN compiles a kernel for every new shape
+        ticks = [clock()]
+        for _ in range(3):
+            run()
+            ticks.append(clock())
+        best[name] = min(end - begin for begin, end in pairwise(ticks))
+    name = min(best, key=lambda way: best[way])
+    return ways[name], name
+
+
+def expert_products(workload: Workload, counts: Sequence[int], mode: str) -> list[Product]:
+    """The experts' products on contiguous rows, `counts` [E] rows each: 2 per expert forward, 6 for full."""
+    case = workload.case
+    slots = torch.arange(sum(counts), device=workload.hidden.device) % case.tokens
+    x_Sd, dy_Sd = workload.hidden[slots], workload.grad_out[slots]
+    h_Sr = x_Sd.new_zeros(len(slots), case.expert_rows)
+    a_Sn = torch.randn_like(h_Sr[:, : case.intermediate], memory_format=torch.contiguous_format)
+    used = [e for e in range(case.experts) if counts[e]]
+    x, h, a, y = (tensor.split(list(counts)) for tensor in (x_Sd, h_Sr, a_Sn, torch.zeros_like(x_Sd)))
+    gate_up, down = workload.gate_up, workload.down
+    parts: list[Product] = []
+    for e in used:
+        parts += [(x[e], gate_up[e].T, h[e]), (a[e], down[e].T, y[e])]
+    if mode == "full":
+        backward = (dy_Sd, torch.zeros_like(a_Sn), torch.randn_like(h_Sr), torch.zeros_like(x_Sd))
+        dy, da, dh, dx = (tensor.split(list(counts)) for tensor in backward)
+        d_gate_up, d_down = torch.zeros_like(gate_up), torch.zeros_like(down)
+        for e in used:
+            parts += [
+                (dy[e], down[e], da[e]),
+                (dy[e].T, a[e], d_down[e]),
+                (dh[e], gate_up[e], dx[e]),
+                (dh[e].T, x[e], d_gate_up[e]),
+            ]
+    return parts
+
+
+def roof(workload: Workload, counts: Sequence[int], mode: str) -> Limit:
+    """The experts' own products back to back and nothing else: no routing, gather, activation or combine."""
+    run, way = fastest(expert_products(workload, counts, mode))
+    return Limit(name="roof", about=f"the experts' products back to back, by {way}", call=run)
+
+
+def dense_product(workload: Workload, mode: str) -> Product:
+    """One product with the experts' FLOPs: [T, K 3n] @ [K 3n, d] (2n when ungated), three times T for full."""
+    case = workload.case
+    rows = case.tokens * (1 if mode == "forward" else 3)
+    inner = case.top_k * (case.expert_rows + case.intermediate)
+    like = workload.hidden
+    a = torch.randn(rows, inner, device=like.device, dtype=like.dtype)
+    b = torch.randn(case.hidden, inner, device=like.device, dtype=like.dtype)
+    return a, b.T, like.new_zeros(rows, case.hidden)
+
+
+def dense(workload: Workload, mode: str) -> Limit:
+    run, way = fastest([dense_product(workload, mode)])
+    return Limit(name="dense", about=f"one dense product of the same FLOPs, by {way}", call=run)
+
+
+def floor_bytes(case: Case, counts: list[int], mode: str) -> int:
+    """Bytes of weights that must move: forward reads the touched experts' weights once; full reads them twice and
+    writes every expert's gradient once."""
+    one = case.weight_elements * case.torch_dtype.itemsize
+    touched = sum(count > 0 for count in counts)
+    return one * touched if mode == "forward" else one * (2 * touched + case.experts)
+
+
+def floor(workload: Workload, counts: list[int], mode: str) -> Limit:
+    """The time to move `floor_bytes` at the read bandwidth of this machine, from a sum over a buffer beyond the caches.
+
+    Writing is taken to be as fast as reading, so it stays a floor.
+    """
+    device = workload.hidden.device
+    size = GPU_BUFFER_BYTES if device.type == "cuda" else CPU_BUFFER_BYTES
+    buffer = torch.ones(size // 4, dtype=torch.float32, device=device)
+    return Limit(
+        name="floor",
+        about="moving the touched weights at the measured read bandwidth",
+        call=buffer.sum,
+        scale=floor_bytes(workload.case, counts, mode) / size,
+    )
+
+
+def limits(workload: Workload, counts: list[int], mode: str) -> list[Limit]:
+    """The limits of a case: roof and dense, and for few tokens the bandwidth floor."""
+    found = [roof(workload, counts, mode), dense(workload, mode)]
+    if workload.case.tokens <= SMALL_TOKENS:
+        found.append(floor(workload, counts, mode))
+    return found

@@ -1,0 +1,158 @@
+"""How time is measured: samples of a few calls, interleaved over rounds, and the quantiles of per-round ratios."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+Call = Callable[[], object]
+Times = list[float | None]  # seconds per call, one entry per round; None in a round that was left out
+
+MIN_ROUNDS = 5
+MAX_ROUNDS = 200
+MIN_SAMPLE_S = 10e-3  # a sample repeats a short call until it lasts this long
+MAX_CALLS = 20
+SLOW = 4.0  # an entry whose sample lasts this many times the median one sits out two rounds of three
+SLOW_EVERY = 3
+LONG_S = 1.0
+
+
+class Timer(Protocol):
+    """Measures calls on one kind of device."""
+
+    warm_up: int
+
+    def measure(self, call: Call, calls: int) -> float:
+        """Median seconds of one call, out of `calls` calls in a row."""
+
+
+class CpuTimer:
+    """Wall-clock time of each call. Freeing what a call returns is not counted: a caller keeps it."""
+
+    warm_up = 1
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
+
+    def measure(self, call: Call, calls: int) -> float:
+        times = []
+        for _ in range(calls):
+            start = self.clock()
+            result = call()
+            times.append(self.clock() - start)
+            del result
+        return statistics.median(times)
+
+
+class GpuTimer:
+    """CUDA events around each call, with the L2 cache flushed before it; one synchronisation after all the calls.
+
+    Nothing here waits for the device between the calls. The flush keeps the device busy while the host launches the
+    first kernels, so a call shows launch latency only where it launches more slowly than the device works.
+    """
+
+    warm_up = 3
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        self.flush = torch.zeros(max(256 << 20, 4 * cache), dtype=torch.int8, device=device)
+
+    def measure(self, call: Call, calls: int) -> float:
+        with torch.cuda.device(self.device):
+            starts = [torch.cuda.Event(enable_timing=True) for _ in range(calls)]
+            ends = [torch.cuda.Event(enable_timing=True) for _ in range(calls)]
+            torch.cuda.synchronize()
+            for start, end in zip(starts, ends, strict=True):
+                self.flush.zero_()
+                start.record()
+                result = call()
+                end.record()
+                del result
+            torch.cuda.synchronize()
+            return statistics.median(start.elapsed_time(end) for start, end in zip(starts, ends, strict=True)) / 1e3
+
+
+def make_timer(device: torch.device) -> Timer:
+    return GpuTimer(device) if device.type == "cuda" else CpuTimer()
+
+
+def run_rounds(
+    calls: Mapping[str, Call],
+    timer: Timer,
+    *,
+    budget_s: float,
+    min_rounds: int = MIN_ROUNDS,
+    max_rounds: int = MAX_ROUNDS,
+    clock: Callable[[], float] = time.perf_counter,
+    on_round: Callable[[float], None] | None = None,
+) -> dict[str, Times]:
+    """Every entry once per round, until the budget is spent and each has enough samples.
+
+    Enough is `min_rounds`, or 3 for an entry that would need more than the whole budget for that many. The order turns
+    by one entry every round and is reversed every other round, so that nothing always runs first or always behind the
+    same neighbour. A short entry's sample is made of several calls, and a slow entry sits out two rounds of three, so
+    that it does not eat the others' budget. `on_round` gets the share of the budget that is spent, 0 to 1.
+    """
+    begin = clock()
+    names = list(calls)
+    if not names:
+        return {}
+    repeats, lasts = {}, {}
+    for name in names:
+        estimate = timer.measure(calls[name], 1)
+        for _ in range(timer.warm_up if estimate < LONG_S else 0):  # a long call is warm after one
+            estimate = timer.measure(calls[name], 1)
+        repeats[name] = min(MAX_CALLS, max(1, math.ceil(MIN_SAMPLE_S / max(estimate, 1e-9))))
+        lasts[name] = estimate * repeats[name]
+    typical = statistics.median(lasts.values())
+    every = {name: SLOW_EVERY if lasts[name] > SLOW * typical else 1 for name in names}
+    wanted = {name: min_rounds if lasts[name] * min_rounds <= budget_s else min(3, min_rounds) for name in names}
+
+    times: dict[str, Times] = {name: [] for name in names}
+    for round_index in range(max_rounds):
+        turn = round_index % len(names)
+        order = names[turn:] + names[:turn]
+        for name in reversed(order) if round_index % 2 else order:
+            if round_index % every[name] == 0:
+                times[name].append(timer.measure(calls[name], repeats[name]))
+            else:
+                times[name].append(None)
+        spent = clock() - begin
+        enough = all(sum(t is not None for t in times[name]) >= wanted[name] for name in names)
+        if on_round is not None:
+            on_round(min(1.0, spent / budget_s) if budget_s > 0 else 1.0)
+        if enough and spent >= budget_s:
+            break
+    return times
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """The 20th, 50th and 80th percentile over the rounds."""
+
+    p20: float
+    p50: float
+    p80: float
+
+
+def spread(values: Sequence[float | None]) -> Spread | None:
+    """The percentiles of the values that exist, interpolated; None when there is none."""
+    present = [value for value in values if value is not None]
+    if not present:
+        return None
+    p20, p50, p80 = (float(q) for q in np.quantile(present, (0.2, 0.5, 0.8)))
+    return Spread(p20=p20, p50=p50, p80=p80)
+
+
+def ratios(numerator: Times, denominator: Times) -> Spread | None:
+    """The percentiles of numerator / denominator over the rounds in which both were measured."""
+    pairs = zip(numerator, denominator, strict=True)
+    return spread([a / b for a, b in pairs if a is not None and b is not None])

@@ -1,0 +1,104 @@
+"""`moe-triton train`: the main job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from moe_triton.training.config import TrainConfig
+
+DEFAULTS = TrainConfig()
+
+
+def setting(name: str, text: str) -> Any:
+    """The option of a `TrainConfig` field; unset, it takes the saved run's value on resume and else the default."""
+    default = getattr(DEFAULTS, name)
+    return typer.Option(f"--{name.replace('_', '-')}", help=f"{text} (default: {default})", show_default=False)
+
+
+def train(
+    out: Annotated[Path, typer.Option(help="Directory of the run: metrics, checkpoints, summary.json, report.html.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="A text file, or a directory of them (default: the Python standard library's source)."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint; start if there is none.")
+    ] = False,
+    compare_dense: Annotated[
+        bool, typer.Option("--compare-dense", help="Train the dense model with the same active parameters too.")
+    ] = False,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between two checkpoints.")] = 10,
+    steps: Annotated[int | None, setting("steps", "Optimizer steps.")] = None,
+    seed: Annotated[int | None, setting("seed", "Of the weights and the batches.")] = None,
+    lr: Annotated[float | None, setting("lr", "Peak learning rate of the mixture of experts.")] = None,
+    dense_lr: Annotated[float | None, setting("dense_lr", "Peak learning rate of the dense model.")] = None,
+    batch_size: Annotated[int | None, setting("batch_size", "Sequences per step.")] = None,
+    seq_len: Annotated[int | None, setting("seq_len", "Bytes per sequence.")] = None,
+    num_layers: Annotated[int | None, setting("num_layers", "Transformer blocks.")] = None,
+    hidden_size: Annotated[int | None, setting("hidden_size", "Width of the model.")] = None,
+    num_heads: Annotated[int | None, setting("num_heads", "Attention heads.")] = None,
+    intermediate_size: Annotated[int | None, setting("intermediate_size", "Width of one expert.")] = None,
+    num_experts: Annotated[int | None, setting("num_experts", "Experts per block.")] = None,
+    top_k: Annotated[int | None, setting("top_k", "Experts per token.")] = None,
+    capacity_factor: Annotated[
+        float | None,
+        setting("capacity_factor", "An expert's limit, in even shares; 0: none."),
+    ] = None,
+    aux_loss_weight: Annotated[float | None, setting("aux_loss_weight", "Of the load-balance loss.")] = None,
+    z_loss_weight: Annotated[float | None, setting("z_loss_weight", "Of the router's z loss.")] = None,
+    weight_decay: Annotated[float | None, setting("weight_decay", "Of AdamW, on matrices.")] = None,
+    grad_clip: Annotated[float | None, setting("grad_clip", "Largest gradient norm.")] = None,
+    backend: Annotated[str | None, setting("backend", "auto, triton, torch or reference.")] = None,
+    device: Annotated[str | None, setting("device", "cpu, cuda, cuda:1, ...")] = None,
+) -> None:
+    """Train a small mixture-of-experts language model on the bytes of a text, and write a report."""
+    from moe_triton.training import TrainingError, run_job  # not needed for --help
+
+    options = {
+        "data": None if data is None else str(data.absolute()),
+        "steps": steps,
+        "seed": seed,
+        "lr": lr,
+        "dense_lr": dense_lr,
+        "batch_size": batch_size,
+        "seq_len": seq_len,
+        "num_layers": num_layers,
+        "hidden_size": hidden_size,
+        "num_heads": num_heads,
+        "intermediate_size": intermediate_size,
+        "num_experts": num_experts,
+        "top_k": top_k,
+        "capacity_factor": capacity_factor,
+        "aux_loss_weight": aux_loss_weight,
+        "z_loss_weight": z_loss_weight,
+        "weight_decay": weight_decay,
+        "grad_clip": grad_clip,
+        "backend": backend,
+        "device": device,
+    }
+    try:
+        summary = run_job(
+            out,
+            {name: value for name, value in options.items() if value is not None},
+            resume=resume,
+            compare_dense=compare_dense,
+            checkpoint_every=checkpoint_every,
+            console=Console(),
+        )
+    except TrainingError as error:
+        typer.echo(f"moe-triton train: {error}", err=True)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; go on with: moe-triton train --out {out} --resume", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(f"report: {out / 'report.html'}")
+    typer.echo(f"held-out loss: {', '.join(held_out(summary))}")
+
+
+def held_out(summary: dict[str, Any]) -> list[str]:
+    """The held-out losses in words, in nats per byte."""
+    return [f"{kind} {summary[kind]['held_out_loss']:.4f}" for kind in ("moe", "dense") if kind in summary]

@@ -1,0 +1,95 @@
+"""The settings of one training run."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from moe_triton.checks import check_choice, check_int, check_number
+from moe_triton.runtime import BACKENDS
+
+MODELS = ("moe", "dense")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides the loss curve; two runs with equal settings on one machine give the same bits.
+
+    seed                 of the weights and of the batches
+    steps                optimizer steps; the learning-rate schedule spans them
+    batch_size, seq_len  sequences per step, and bytes per sequence
+    lr, dense_lr         peak learning rates of the MoE model and of the dense one
+    num_layers, hidden_size, num_heads, intermediate_size, num_experts, top_k
+                         the model; `intermediate_size` is one expert's
+    capacity_factor      each expert takes at most this multiple of its even share in training; 0: no limit.
+                         Nothing is dropped in evaluation and generation, whatever it is
+    aux_loss_weight, z_loss_weight   factors of the load-balance and z losses (`moe_triton.losses`)
+    weight_decay         of AdamW, on matrices only
+    grad_clip            largest global gradient norm
+    backend, device      see `moe_triton.MoE`; any torch device
+    data                 path of the text; None: the source of the Python standard library
+
+    Raises ValueError or TypeError that names the setting.
+    """
+
+    seed: int = 0
+    steps: int = 300
+    batch_size: int = 16
+    seq_len: int = 256
+    lr: float = 3e-3
+    dense_lr: float = 3e-3
+    num_layers: int = 4
+    hidden_size: int = 128
+    num_heads: int = 4
+    intermediate_size: int = 256
+    num_experts: int = 8
+    top_k: int = 2
+    capacity_factor: float = 0.0
+    aux_loss_weight: float = 0.01
+    z_loss_weight: float = 0.001
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0
+    backend: str = "auto"
+    device: str = "cpu"
+    data: str | None = None
+
+    def __post_init__(self) -> None:
+        check_int("seed", self.seed, low=0, high=2**63 - 1)
+        for name in (
+            "steps",
+            "batch_size",
+            "num_layers",
+            "hidden_size",
+            "num_heads",
+            "intermediate_size",
+            "num_experts",
+        ):
+            check_int(name, getattr(self, name), low=1)
+        check_int("seq_len", self.seq_len, low=2)
+        check_int("top_k", self.top_k, low=1, high=self.num_experts)
+        for name in ("lr", "dense_lr", "grad_clip"):
+            check_number(name, getattr(self, name), above=0)
+        for name in ("capacity_factor", "aux_loss_weight", "z_loss_weight", "weight_decay"):
+            check_number(name, getattr(self, name), low=0)
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError(
+                f"hidden_size: got {self.hidden_size}, wanted a multiple of 2 * num_heads = {2 * self.num_heads}"
+            )
+        check_choice("backend", self.backend, BACKENDS)
+
+    def peak_lr(self, model: str) -> float:
+        """The peak learning rate of "moe" or "dense"."""
+        return self.lr if model == "moe" else self.dense_lr
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def check_device(name: str) -> None:
+    """ValueError unless torch can make tensors on this device here."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: got {name!r}, wanted one that torch can use here") from error

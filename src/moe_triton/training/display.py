@@ -1,0 +1,59 @@
+"""What a run shows while it trains: a progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+PLAIN_EVERY = 10  # steps between two plain lines
+
+
+def in_words(record: dict[str, Any]) -> str:
+    """A step's metrics in one line: loss, speed and, for a mixture of experts, dropped share and expert load."""
+    words = f"loss {record['train_loss']:.3f}  {record['tokens_per_s']:,.0f} tokens/s"
+    if "dropped" in record:
+        words += f"  dropped {record['dropped']:.1%}  busiest expert {record['max_load']:.2f}x"
+    return words
+
+
+class Display:
+    """Shows one model's steps; a context manager around its training.
+
+    "busiest expert 1.50x" is the largest load of any expert of any layer, as a multiple of the mean load.
+    """
+
+    def __init__(self, console: Console, kind: str, steps: int, done: int) -> None:
+        self.console = console
+        self.kind = kind
+        self.steps = steps
+        self.progress: Progress | None = None
+        if console.is_terminal:
+            self.progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[words]}"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self.task = self.progress.add_task(kind, total=steps, completed=done, words="")
+
+    def update(self, record: dict[str, Any]) -> None:
+        """Shows the metrics of one finished step."""
+        step = record["step"]
+        if self.progress is not None:
+            self.progress.update(self.task, completed=step, words=in_words(record))
+        elif step == 1 or step % PLAIN_EVERY == 0 or step == self.steps:
+            line = f"{self.kind} step {step}/{self.steps}  {in_words(record)}"
+            self.console.print(line, highlight=False, soft_wrap=True)
+
+    def __enter__(self) -> Display:
+        if self.progress is not None:
+            self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.progress is not None:
+            self.progress.stop()

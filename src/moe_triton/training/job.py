@@ -1,0 +1,198 @@
+"""The main job: train the mixture of experts, train the dense model beside it if asked, write summary and report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from moe_triton.training.checkpoint import Checkpoint, load_checkpoint
+from moe_triton.training.config import TrainConfig, check_device
+from moe_triton.training.data import Corpus, evaluation_windows, load_corpus
+from moe_triton.training.display import Display
+from moe_triton.training.errors import TrainingError
+from moe_triton.training.files import read_metrics, reason, replace_file
+from moe_triton.training.loop import evaluate, generate, run_files, train_model
+from moe_triton.training.model import LanguageModel
+from moe_triton.training.report import render_report
+
+PACKAGES = ("moe-triton", "torch", "triton", "safetensors")
+SAMPLE_BYTES = 400
+
+
+def run_job(
+    out: Path,
+    options: Mapping[str, Any],
+    *,
+    resume: bool = False,
+    compare_dense: bool = False,
+    checkpoint_every: int = 10,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """`moe-triton train`: everything that it writes lies under `out`; returns what summary.json holds.
+
+    options: the fields of `TrainConfig` that are given; the rest are the defaults or, on resume, the saved run's.
+    resume: go on from the checkpoints under `out`, whichever model was being trained; start afresh if there are none.
+    compare_dense: train the dense model with the same active parameters too, on the same bytes.
+
+    Raises TrainingError, a ValueError: settings, data or files that do not work, in one line that names them. What was
+    saved before stays as it was.
+    """
+    console = Console() if console is None else console
+    if checkpoint_every < 1:
+        raise TrainingError(f"checkpoint_every: got {checkpoint_every}, wanted at least 1")
+    saved = saved_checkpoints(out, resume)
+    config = settings(options, saved, out)
+    corpus = load_corpus(None if config.data is None else Path(config.data), config.seq_len)
+    for checkpoint in saved.values():
+        if checkpoint.digest != corpus.digest:
+            raise TrainingError(f"--data: {corpus.source} is not the text that {checkpoint.path} was trained on")
+    compare_dense = compare_dense or "dense" in saved or any(c.compare_dense for c in saved.values())
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"--out: cannot make {out}: {reason(error)}") from error
+
+    size = sum(part.numel() for part in (corpus.train, corpus.validation, corpus.held_out))
+    console.print(f"{corpus.source}: {corpus.num_files} files, {size:,} bytes", highlight=False, soft_wrap=True)
+    results: dict[str, Any] = {}
+    sample: dict[str, str] = {}
+    for kind in ("moe", "dense") if compare_dense else ("moe",):
+        model = train_kind(kind, config, corpus, out, saved.get(kind), compare_dense, checkpoint_every, console)
+        results[kind] = measure(model, config, corpus, out)
+        if kind == "moe":
+            sample = write_sample(model, config, corpus)
+    summary = {**results, "sample": sample, **circumstances(config, corpus)}
+    history = {kind: read_metrics(run_files(out, kind).metrics) for kind in results}
+    replace_file(out / "summary.json", [json.dumps(summary, indent=2, allow_nan=False).encode() + b"\n"])
+    replace_file(out / "report.html", [render_report(summary, history).encode()])
+    return summary
+
+
+def saved_checkpoints(out: Path, resume: bool) -> dict[str, Checkpoint]:
+    """The checkpoints to go on from, by kind of model. Without `resume`, a directory that holds a run is an error."""
+    if out.exists() and not out.is_dir():
+        raise TrainingError(f"--out: {out} is not a directory")
+    saved = {}
+    for kind in ("moe", "dense"):
+        files = run_files(out, kind)
+        for path in files:
+            if path.exists() and not resume:
+                raise TrainingError(
+                    f"--out: {out} already holds a run ({path.name}); go on with --resume, or name another directory"
+                )
+        if files.checkpoint.exists():
+            saved[kind] = load_checkpoint(files.checkpoint)
+    return saved
+
+
+def settings(options: Mapping[str, Any], saved: Mapping[str, Checkpoint], out: Path) -> TrainConfig:
+    """The run's settings: the saved ones, which the given options must not contradict, or the options over defaults."""
+    configs = [checkpoint.config for checkpoint in saved.values()]
+    if any(other != configs[0] for other in configs[1:]):
+        raise TrainingError(f"--resume: the checkpoints in {out} are of different runs")
+    before = configs[0].as_dict() if configs else {}
+    try:
+        config = TrainConfig(**{**before, **options})
+        check_device(config.device)
+    except (ValueError, TypeError) as error:
+        raise TrainingError(str(error)) from error
+    for name, value in before.items():
+        given = getattr(config, name)
+        if given != value and name != "data":  # the text itself is compared, wherever it lies now
+            option = name.replace("_", "-")
+            raise TrainingError(f"--{option}: got {given}, but the run in {out} that --resume continues has {value}")
+    return config
+
+
+def train_kind(
+    kind: str,
+    config: TrainConfig,
+    corpus: Corpus,
+    out: Path,
+    saved: Checkpoint | None,
+    compare_dense: bool,
+    checkpoint_every: int,
+    console: Console,
+) -> LanguageModel:
+    """Trains one model, or what is left to train of it, with a display."""
+    done = 0 if saved is None else saved.step
+    if saved is not None:
+        console.print(f"{kind}: going on after step {done} of {config.steps}", highlight=False)
+    with Display(console, kind, config.steps, done) as display:
+        return train_model(
+            kind,
+            config,
+            corpus,
+            out,
+            resume_from=saved,
+            compare_dense=compare_dense,
+            checkpoint_every=checkpoint_every,
+            on_step=display.update,
+        )
+
+
+def measure(model: LanguageModel, config: TrainConfig, corpus: Corpus, out: Path) -> dict[str, Any]:
+    """A trained model's results: losses in nats per byte, sizes, and sums over its steps."""
+    total, active = model.parameter_counts()
+    records = read_metrics(run_files(out, model.kind).metrics)
+    result = {
+        "held_out_loss": evaluate(model, corpus.held_out, config),
+        "validation_loss": evaluate(model, corpus.validation, config),
+        "train_loss": records[-1]["train_loss"],
+        "parameters": total,
+        "active_parameters": active,
+        "lr": config.peak_lr(model.kind),
+        "steps": config.steps,
+        "tokens": config.steps * config.batch_size * config.seq_len,
+        "seconds": sum(record["seconds"] for record in records),
+    }
+    if model.kind == "moe":
+        result["dropped"] = sum(record["dropped"] for record in records) / len(records)
+    return result
+
+
+def write_sample(model: LanguageModel, config: TrainConfig, corpus: Corpus) -> dict[str, str]:
+    """A prompt out of the held-out text, and how the model goes on; bytes that are not UTF-8 show as U+FFFD."""
+    middle = corpus.held_out.numel() // 2
+    text = bytes(corpus.held_out[middle : middle + 4096].tolist())
+    lines = text.splitlines(keepends=True)
+    prompt = b"".join(lines[1:5])[-config.seq_len :] or text[: config.seq_len // 2]
+    written = generate(model, prompt, SAMPLE_BYTES, config)
+    return {"prompt": prompt.decode(errors="replace"), "text": written.decode(errors="replace")}
+
+
+def circumstances(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
+    """The settings, the text, the software and the machine."""
+    device = torch.device(config.device)
+    windows = evaluation_windows(corpus.held_out, config.seq_len)
+    return {
+        "config": config.as_dict(),
+        "data": {
+            "source": corpus.source,
+            "files": corpus.num_files,
+            "train_bytes": corpus.train.numel(),
+            "validation_bytes": corpus.validation.numel(),
+            "held_out_bytes": corpus.held_out.numel(),
+            "held_out_bytes_measured": windows[:, 1:].numel(),
+            "sha256": corpus.digest,
+        },
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "machine": f"{platform.system()} {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def version(package: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,184 @@
+"""Training one model: the steps, their metrics, their checkpoints; then its held-out loss and a sample of its text."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_triton.layers import MoE
+from moe_triton.training.checkpoint import Checkpoint, restore, save_checkpoint
+from moe_triton.training.config import TrainConfig
+from moe_triton.training.data import Corpus, batch, evaluation_windows
+from moe_triton.training.errors import TrainingError
+from moe_triton.training.files import MetricsFile
+from moe_triton.training.model import LanguageModel
+
+WARM_UP = 0.1  # share of the steps
+FINAL_LR = 0.1  # share of the peak learning rate
+
+
+class RunFiles(NamedTuple):
+    """Where one model of a run keeps its state."""
+
+    checkpoint: Path
+    metrics: Path
+
+
+def run_files(out: Path, kind: str) -> RunFiles:
+    """The files of the "moe" or the "dense" model under `out`."""
+    prefix = "" if kind == "moe" else f"{kind}_"
+    return RunFiles(out / f"{prefix}checkpoint.safetensors", out / f"{prefix}metrics.jsonl")
+
+
+def learning_rate(config: TrainConfig, kind: str, step: int) -> float:
+    """Linear warm-up over the first tenth of the steps, then a half cosine down to a tenth of the peak."""
+    warm_up = max(1, round(WARM_UP * config.steps))
+    if step <= warm_up:
+        return config.peak_lr(kind) * step / warm_up
+    progress = (step - warm_up) / (config.steps - warm_up)
+    return config.peak_lr(kind) * (FINAL_LR + (1 - FINAL_LR) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def make_optimizer(model: LanguageModel, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices, none on norms."""
+    matrices = [weight for weight in model.parameters() if weight.dim() > 1]
+    vectors = [weight for weight in model.parameters() if weight.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+
+
+def train_model(
+    kind: str,
+    config: TrainConfig,
+    corpus: Corpus,
+    out: Path,
+    *,
+    resume_from: Checkpoint | None = None,
+    compare_dense: bool = False,
+    checkpoint_every: int = 10,
+    on_step: Callable[[dict[str, Any]], None] = lambda record: None,
+) -> LanguageModel:
+    """Trains the "moe" or "dense" model to `config.steps` and returns it.
+
+    Writes one line of metrics per step and a checkpoint every `checkpoint_every` steps (and at the start and the end)
+    under `out`; `resume_from` continues, with the same bits as a run that was never interrupted. `on_step` sees every
+    record. Raises TrainingError: files that cannot be written or do not fit, a loss that is not finite.
+    """
+    device = torch.device(config.device)
+    torch.manual_seed(config.seed)
+    model = LanguageModel(config, kind).to(device)
+    optimizer = make_optimizer(model, config)
+    files = run_files(out, kind)
+    done = 0
+    if resume_from is not None:
+        restore(resume_from, model, optimizer)
+        done = resume_from.step
+
+    def save(step: int) -> None:
+        metrics.sync()
+        save_checkpoint(
+            files.checkpoint,
+            model,
+            optimizer,
+            step=step,
+            config=config,
+            digest=corpus.digest,
+            compare_dense=compare_dense,
+        )
+
+    with MetricsFile(files.metrics, done) as metrics:
+        if resume_from is None:
+            save(0)  # a directory that cannot hold a checkpoint shows at once
+        for step in range(done + 1, config.steps + 1):
+            tokens = batch(corpus.train, config.seed, step, config.batch_size, config.seq_len)
+            record = train_step(
+                model, optimizer, tokens.to(device), learning_rate(config, kind, step), config.grad_clip
+            )
+            record = {"step": step, **record}
+            if not math.isfinite(record["train_loss"] + record["grad_norm"]):
+                raise TrainingError(
+                    f"the {kind} model's loss or gradient is not finite at step {step}: a lower "
+                    f"{'--lr' if kind == 'moe' else '--dense-lr'} than {config.peak_lr(kind):g} may help"
+                )
+            metrics.write(record)
+            on_step(record)
+            if step % checkpoint_every == 0 or step == config.steps:
+                save(step)
+    return model
+
+
+def train_step(
+    model: LanguageModel, optimizer: torch.optim.Optimizer, tokens: Tensor, lr: float, grad_clip: float
+) -> dict[str, Any]:
+    """One step of AdamW on tokens [B, S + 1]; returns its metrics as plain numbers.
+
+    train_loss    mean cross-entropy in nats per byte, without the auxiliary loss
+    aux_loss      the weighted load-balance and z losses, mean over layers
+    dropped       share of the assignments that the capacity dropped
+    max_load      the busiest expert's load as a multiple of the mean, over all layers
+    expert_load   assignments wanted per layer and expert, [L][E]
+    """
+    start = time.perf_counter()
+    model.train()
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    out = model(tokens[:, :-1])
+    loss = F.cross_entropy(out.logits.flatten(0, 1), tokens[:, 1:].flatten())
+    optimizer.zero_grad()
+    (loss + out.aux_loss).backward()
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    optimizer.step()
+    record: dict[str, Any] = {
+        "train_loss": loss.item(),
+        "lr": lr,
+        "grad_norm": grad_norm.item(),
+        "aux_loss": out.aux_loss.item(),
+    }
+    num_tokens = tokens[:, 1:].numel()
+    if model.kind == "moe":
+        load = out.expert_counts.double().cpu()
+        record["dropped"] = dropped_share(model, load, num_tokens)
+        record["max_load"] = (load.amax(1) / load.mean(1)).max().item()
+        record["expert_load"] = out.expert_counts.tolist()
+    record["seconds"] = time.perf_counter() - start
+    record["tokens_per_s"] = num_tokens / record["seconds"]
+    return record
+
+
+def dropped_share(model: LanguageModel, load_LE: Tensor, num_tokens: int) -> float:
+    """The share of all assignments that lie beyond their expert's capacity."""
+    capacity = next(layer.capacity(num_tokens) for layer in model.modules() if isinstance(layer, MoE))
+    return 0.0 if capacity is None else ((load_LE - capacity).clamp_min(0).sum() / load_LE.sum()).item()
+
+
+@torch.no_grad()
+def evaluate(model: LanguageModel, text: Tensor, config: TrainConfig) -> float:
+    """Mean cross-entropy in nats per byte over fixed windows of `text` [N] uint8; nothing is dropped."""
+    model.eval()
+    windows = evaluation_windows(text, config.seq_len)
+    total = 0.0
+    for tokens in windows.split(config.batch_size):
+        tokens = tokens.to(config.device)
+        logits = model(tokens[:, :-1]).logits
+        total += F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").item()
+    return total / windows[:, 1:].numel()
+
+
+@torch.no_grad()
+def generate(model: LanguageModel, prompt: bytes, length: int, config: TrainConfig, temperature: float = 0.8) -> bytes:
+    """`length` bytes that the model writes after `prompt`, sampled at `temperature` with the run's seed."""
+    model.eval()
+    generator = torch.Generator().manual_seed(config.seed)
+    text = list(prompt)
+    for _ in range(length):
+        window = torch.tensor([text[-config.seq_len :]], device=config.device)
+        probabilities = (model(window).logits[0, -1].float() / temperature).softmax(-1)
+        text.append(int(torch.multinomial(probabilities.cpu(), 1, generator=generator)))
+    return bytes(text[len(prompt) :])

@@ -1,0 +1,139 @@
+"""A small decoder-only transformer over bytes, with mixture-of-experts or dense feed-forward blocks.
+
+Shapes: B sequences, S bytes each, d hidden size, H heads, h = d / H, L layers, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from moe_triton.layers import FeedForward, MoE, MoEOutput
+from moe_triton.training.config import TrainConfig
+
+VOCABULARY = 256  # every byte
+
+
+class LanguageModelOutput(NamedTuple):
+    """logits [B, S, 256] for the next byte; aux_loss, a weighted scalar; expert_counts [L, E] int64 ([L, 0]: dense)."""
+
+    logits: Tensor
+    aux_loss: Tensor
+    expert_counts: Tensor
+
+
+def rotary_table(seq_len: int, head_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin [S, h/2] of position * 10000^(-2i/h) (RoPE, arXiv 2104.09864)."""
+    frequency = 10000.0 ** (-torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size)
+    angle = torch.arange(seq_len, device=device, dtype=torch.float32)[:, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_BHSh: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the pair (x[i], x[i + h/2]) by its position's angle."""
+    left, right = x_BHSh.chunk(2, dim=-1)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions: [B, S, d] -> [B, S, d]."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv_proj = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv_proj(x), "b s (three H h) -> three b H s h", three=3, H=self.num_heads)
+        mixed = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
+        return self.out_proj(rearrange(mixed, "b H s h -> b s (H h)"))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each with a residual connection."""
+
+    def __init__(self, config: TrainConfig, kind: str) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        self.attention = Attention(config.hidden_size, config.num_heads)
+        self.feed_forward_norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        self.feed_forward = feed_forward(config, kind)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, MoEOutput | None]:
+        """[B, S, d] -> [B, S, d], and what the MoE layer said if it is one."""
+        x = x + self.attention(self.attention_norm(x), cos, sin)
+        out = self.feed_forward(self.feed_forward_norm(x))
+        return (x + out.output, out) if isinstance(out, MoEOutput) else (x + out, None)
+
+
+class LanguageModel(nn.Module):
+    """The transformer that `moe-triton train` trains; `kind` is "moe" or "dense".
+
+    Both kinds share everything but the feed-forward blocks. The dense block's size makes the active parameters agree:
+    3 d n_dense = K 3 d n + E d, rounded to the nearest n_dense (the router counts as active).
+    """
+
+    def __init__(self, config: TrainConfig, kind: str) -> None:
+        super().__init__()
+        self.config = config
+        self.kind = kind
+        self.head_size = config.hidden_size // config.num_heads
+        self.embedding = nn.Embedding(VOCABULARY, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config, kind) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        self.head = nn.Linear(config.hidden_size, VOCABULARY, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The layers' own initial weights, with the writes into the residual stream scaled by 1/sqrt(2L) (GPT-2)."""
+        nn.init.normal_(self.embedding.weight, std=0.5)
+        scale = 1 / math.sqrt(2 * len(self.blocks))
+        for name, weight in self.named_parameters():
+            if "down_proj" in name or "out_proj" in name:
+                weight.mul_(scale)
+
+    def forward(self, tokens: Tensor) -> LanguageModelOutput:
+        """tokens [B, S] int64 -> the logits of every next byte."""
+        x = self.embedding(tokens)
+        cos, sin = rotary_table(tokens.shape[1], self.head_size, x.device)
+        layers: list[MoEOutput] = []
+        for block in self.blocks:
+            x, out = block(x, cos, sin)
+            if out is not None:
+                layers.append(out)
+        logits = self.head(self.norm(x))
+        if not layers:
+            return LanguageModelOutput(logits, logits.new_zeros(()), tokens.new_zeros(len(self.blocks), 0))
+        aux_loss = torch.stack([layer.aux_loss for layer in layers]).mean()
+        return LanguageModelOutput(logits, aux_loss, torch.stack([layer.expert_counts for layer in layers]))
+
+    def parameter_counts(self) -> tuple[int, int]:
+        """(all parameters, active ones): of the experts, top_k out of num_experts work on a token."""
+        experts = sum(weight.numel() for name, weight in self.named_parameters() if ".experts." in name)
+        total = sum(weight.numel() for weight in self.parameters())
+        return total, total - experts + experts * self.config.top_k // self.config.num_experts
+
+
+def feed_forward(config: TrainConfig, kind: str) -> MoE | FeedForward:
+    """One block's feed-forward layer."""
+    if kind == "dense":
+        expert_rows = config.top_k * config.intermediate_size
+        return FeedForward(config.hidden_size, expert_rows + round(config.num_experts / 3))
+    return MoE(
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_experts,
+        config.top_k,
+        capacity_factor=config.capacity_factor or None,
+        eval_capacity_factor=config.num_experts / config.top_k if config.capacity_factor else None,
+        aux_loss_weight=config.aux_loss_weight,
+        z_loss_weight=config.z_loss_weight,
+        backend=config.backend,
+    )

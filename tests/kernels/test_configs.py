@@ -1,0 +1,120 @@
+"""Configurations: deterministic, keyed on sizes known without asking the device, within the kernels' limits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_triton_kernels import configs
+from moe_triton_kernels.configs import BUCKETS, OPS, Config, bucket_of, choose_config, shipped_configs
+from moe_triton_kernels.tiles import BLOCK_SIZES
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter")
+LARGE = {"d": 4096, "n": 2048, "dtype": torch.bfloat16, "num_rows": 65536, "num_experts": 8, "architecture": "sm_90"}
+
+
+def power_of_two(x: int) -> bool:
+    return x > 0 and x & (x - 1) == 0
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("op", OPS)
+def test_every_size_gets_legal_blocks(op: str, architecture: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        for d, n in ((1, 1), (24, 20), (768, 256), (2880, 2880), (7168, 2048)):
+            for rows in (0, 1, 16, 17, 64, 65, 100_000):
+                config = choose_config(
+                    op, d=d, n=n, dtype=dtype, num_rows=rows, num_experts=1, architecture=architecture
+                )
+                blocks = (config.block_m, config.block_n, config.block_k)
+                assert all(power_of_two(block) and block >= 16 for block in blocks)
+                assert config.parts in (1, 2, 4)
+                assert config.block_n // config.parts >= 16
+                assert config.num_warps in (1, 2, 4, 8)
+                if op != "d_weight":
+                    assert config.block_m in BLOCK_SIZES  # there is a tile table for it
+
+
+def test_only_the_bucket_of_rows_per_expert_counts() -> None:
+    assert [bucket_of(rows) for rows in (0, 16, 16.5, 32, 64, 64.1, 10**9)] == [16, 16, 32, 32, 64, 128, 128]
+    for op in OPS:
+        large = [choose_config(op, **{**LARGE, "num_rows": 8 * rows}) for rows in (65, 100, 777, 10**6)]
+        assert len(set(large)) == 1
+    assert choose_config("up", **{**LARGE, "num_rows": 8}) != choose_config("up", **LARGE)
+
+
+def test_a_shipped_entry_wins_over_the_heuristic(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    mine = {"block_m": 64, "block_n": 32, "block_k": 16, "num_warps": 2, "num_stages": 5, "group": 3}
+    key = {"op": "down", "d": 4096, "n": 2048, "dtype": "bfloat16", "architecture": "sm_90", "bucket": 128}
+    table = tmp_path / "configs.json"
+    table.write_text(json.dumps([{**key, "config": mine}]))
+    monkeypatch.setattr(configs, "TABLE", table)
+    configs.shipped_table.cache_clear()
+    try:
+        assert choose_config("down", **LARGE) == Config(**mine)
+        for other in ({"d": 2048}, {"n": 4096}, {"dtype": torch.float16}, {"architecture": "sm_80"}, {"num_rows": 8}):
+            assert choose_config("down", **{**LARGE, **other}) != Config(**mine)
+        assert choose_config("d_rows", **LARGE) != Config(**mine)
+    finally:
+        configs.shipped_table.cache_clear()
+
+
+def test_the_shipped_table_is_well_formed() -> None:
+    for op, d, n, dtype, architecture, bucket in configs.shipped_table():
+        assert op in OPS
+        assert bucket in BUCKETS
+        assert isinstance(getattr(torch, dtype), torch.dtype)
+        assert architecture.startswith(("sm_", "gfx"))
+        assert d > 0
+        assert n > 0
+
+
+def test_shipped_configurations_are_listed_once_and_cover_every_op() -> None:
+    for architecture in ARCHITECTURES[:-1]:
+        entries = shipped_configs(architecture)
+        assert len(set(entries)) == len(entries)
+        assert {entry.op for entry in entries} == set(OPS)
+        for op in OPS:
+            first = next(entry for entry in entries if entry.op == op)
+            assert first.dtype == "bf16"
+            assert first.config == choose_config(op, **{**LARGE, "architecture": architecture})
+
+
+def test_an_unknown_op_and_a_cpu_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="op: got 'sideways', wanted one of up_gated"):
+        choose_config("sideways", **LARGE)
+    monkeypatch.setattr(configs.triton.knobs.runtime, "interpret", False)
+    configs.target_of.cache_clear()
+    with pytest.raises(ValueError, match="device: got cpu, wanted a GPU, or TRITON_INTERPRET=1"):
+        configs.target_of(torch.device("cpu"))
+    configs.target_of.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("version", "fenced"), [("3.6.0", False), ("3.7.0", False), ("3.7.1+git1", True), ("3.9.0", True)]
+)
+def test_the_proxy_fence_follows_the_version(monkeypatch: pytest.MonkeyPatch, version: str, fenced: bool) -> None:
+    """Where Triton does not fence: by hand on Hopper, no pipelining on Blackwell, nothing to do elsewhere."""
+    monkeypatch.setattr(configs.triton, "__version__", version)
+    config = choose_config("down", **LARGE)
+    for architecture in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        constants = configs.block_constants(architecture, config)
+        assert constants["FENCE"] == (architecture == "sm_90" and not fenced)
+        stages = configs.pipeline_stages(architecture, config)
+        assert stages == (1 if architecture == "sm_100" and not fenced else config.num_stages)
+
+
+def test_the_persistent_grid_is_bounded_by_tiles_and_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = choose_config("down", **{**LARGE, "num_rows": 8})
+    assert config.programs_per_sm == 2
+    monkeypatch.setattr(configs, "target_of", lambda device: configs.Target(architecture="sm_90", num_sms=132))
+    device = torch.device("cuda")
+    assert [configs.persistent_grid(device, tiles, config) for tiles in (0, 1, 264, 265)] == [
+        (1,),
+        (1,),
+        (264,),
+        (264,),
+    ]

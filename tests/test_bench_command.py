@@ -1,0 +1,219 @@
+"""`moe-triton bench` as a user runs it: the table, the files, the exit codes and the messages."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import statistics
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from moe_triton.benchmarking import limits
+from moe_triton.benchmarking.providers import PROVIDERS, Provider
+from moe_triton.cli import app
+
+bench = importlib.import_module("moe_triton.cli.bench")  # the package's attribute of that name is the command
+
+SHAPE = ["--tokens", "40", "--hidden", "32", "--intermediate", "24", "--experts", "8", "--top-k", "2"]
+QUICK = ["--device", "cpu", "--budget", "0"]
+
+
+@pytest.fixture(autouse=True)
+def small_buffer(monkeypatch):
+    monkeypatch.setattr(limits, "CPU_BUFFER_BYTES", 1 << 16)
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, ["bench", *arguments])
+
+
+def test_one_shape_gives_a_table_and_all_files(tmp_path):
+    json_file, chart, table = tmp_path / "b.json", tmp_path / "b.png", tmp_path / "b.md"
+    files = ["--json", str(json_file), "--chart", str(chart), "--markdown", str(table)]
+    done = run(*SHAPE, *QUICK, "--dtype", "float32,bfloat16", *files)
+    assert done.exit_code == 0, done.output
+    assert "moe_triton (torch)" in done.stdout
+    assert "transformers grouped_mm" in done.stdout
+    assert "of floor" in done.stdout
+    assert "\x1b[" not in done.stdout  # plain text where there is no terminal
+
+    found = json.loads(json_file.read_text())
+    assert found["schema"] == "moe-triton-bench/1"
+    assert set(found) == {"schema", "created", "device", "platform", "versions", "commit", "settings", "runs"}
+    assert found["device"]["device"] == "cpu"
+    assert found["versions"]["torch"] == torch.__version__
+    assert [(r["case"]["dtype"], r["mode"]) for r in found["runs"]] == [
+        (dtype, mode) for dtype in ("float32", "bfloat16") for mode in ("forward", "full")
+    ]
+    for one in found["runs"]:
+        assert sum(one["counts"]) == 80
+        assert one["ours"] == "auto"
+        rows = {row["name"]: row for row in one["rows"]}
+        assert [name for name, row in rows.items() if row["kind"] == "limit"] == ["roof", "dense", "floor"]
+        own, peer, roof = rows["auto"], rows["hf-eager"], rows["roof"]
+        assert own["status"] == "ok"
+        assert set(own["errors"]) == {"output", "hidden", "gate", "gate_up", "down"}
+        assert own["saved_bytes"] > 0
+        assert own["tflops"] == pytest.approx(one["flops"] / own["time_s"]["p50"] / 1e12)
+        pairs = list(zip(peer["times_s"], own["times_s"], roof["times_s"], strict=True))
+        assert sum(None not in pair for pair in pairs) >= 3
+        expected = [p / o for p, o, _ in pairs if p is not None and o is not None]
+        assert one["speedups"]["hf-eager"]["p50"] == pytest.approx(
+            torch.tensor(expected).quantile(0.5).item(), rel=1e-5
+        )
+        share = [r / o for _, o, r in pairs if r is not None and o is not None]
+        assert own["of"]["roof"]["p50"] == pytest.approx(statistics.median(share))
+        assert "auto" not in one["speedups"]
+
+    png = chart.read_bytes()
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    assert len(png) > 10_000
+    lines = table.read_text().splitlines()
+    assert len([line for line in lines if line.startswith("| T=40")]) == 4
+    assert len({line.count("|") for line in lines[:6]}) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b.json", "b.md", "b.png"]  # no temporary file stays
+
+
+def spoiled(spoil):
+    def build(workload):
+        good = PROVIDERS["torch"].build(workload)
+        return type(good)(
+            forward=lambda x: spoil(good.forward(x)), choose=good.choose, parameters=good.parameters, label="spoiled"
+        )
+
+    return Provider(label="spoiled", build=build)
+
+
+def test_a_wrong_result_is_flagged_and_fails_the_command(monkeypatch, tmp_path):
+    monkeypatch.setitem(PROVIDERS, "hf-eager", spoiled(lambda out: out * 0))
+    json_file = tmp_path / "b.json"
+    done = run(*SHAPE, *QUICK, "--mode", "forward", "--providers", "auto,hf-eager", "--json", str(json_file))
+    assert done.exit_code == bench.EXIT_FAULT
+    assert "MISMATCH 1e+00" in done.stdout
+    assert "spoiled: mismatch: output 1.0e+00" in done.stderr
+    own, wrong = json.loads(json_file.read_text())["runs"][0]["rows"][:2]
+    assert (own["status"], wrong["status"]) == ("ok", "mismatch")
+    assert wrong["times_s"] == []
+    assert own["times_s"]
+
+
+def test_a_provider_that_breaks_is_shown_and_fails_the_command(monkeypatch):
+    def explode(out):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setitem(PROVIDERS, "hf-eager", spoiled(explode))
+    done = run(*SHAPE, *QUICK, "--mode", "forward", "--providers", "auto,hf-eager")
+    assert done.exit_code == bench.EXIT_FAULT
+    assert "RuntimeError: no such kernel" in done.stderr
+
+
+def test_peers_that_are_not_installed_are_no_error(monkeypatch):
+    from moe_triton.benchmarking import providers
+
+    def missing(package):
+        raise providers.Unavailable("not installed", f"{package} is not installed")
+
+    monkeypatch.setattr(providers, "require", missing)
+    done = run(*SHAPE, *QUICK, "--mode", "forward")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.count("not installed") >= 3
+    assert "moe_triton (torch)" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--preset", "sonic-12"], ["--device", "cuda:0", *SHAPE]], ids=str)
+def test_without_a_gpu(arguments, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    done = run(*arguments)
+    assert done.exit_code == bench.EXIT_NO_GPU
+    assert "not measured on this machine" in done.stderr
+    assert "needs a GPU" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "gpu"], "preset: got 'gpu', wanted one of"),
+        (["--preset", "cpu", "--tokens", "4"], "preset: got 'cpu' together with tokens"),
+        (["--tokens", "4", "--hidden", "8"], "intermediate, experts, top_k: missing"),
+        ([*SHAPE, "--top-k", "9"], "top_k: got 9, wanted 1 to 8"),
+        ([*SHAPE, "--dtype", "int8"], "dtype: got 'int8', wanted one of float32"),
+        ([*SHAPE, "--dtype", ","], "dtype: got ','"),
+        ([*SHAPE, "--skew", "odd"], "skew: got 'odd'"),
+        ([*SHAPE, "--mode", "backward"], "mode: got 'backward', wanted one of forward"),
+        ([*SHAPE, "--providers", "auto,tutel"], "providers: got 'tutel', wanted one of auto"),
+        ([*SHAPE, "--device", "abacus"], "device: got 'abacus'"),
+        ([*SHAPE, "--device", "meta"], "device: got 'meta'"),
+        ([*SHAPE, "--budget", "-1"], "budget: got -1.0, wanted seconds >= 0"),
+        ([*SHAPE, "--budget", "nan"], "budget: got nan"),
+        ([*SHAPE, "--threads", "0"], "threads: got 0, wanted at least 1"),
+        ([*SHAPE, "--seed", "-1"], "seed: got -1"),
+        ([*SHAPE, "--json", "no/such/place.json"], "--json: no directory no/such"),
+        ([*SHAPE, "--chart", "/"], "--chart: / is a directory"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_named_before_anything_is_measured(arguments, message, monkeypatch):
+    monkeypatch.setattr(bench, "measure", lambda *a: pytest.fail("something was measured"))
+    done = run("--device", "cpu", *arguments)
+    assert done.exit_code == bench.EXIT_USAGE
+    assert message in done.stderr
+    assert "Traceback" not in done.output
+
+
+def test_the_default_is_the_cpu_preset(monkeypatch):
+    seen = []
+    monkeypatch.setattr(bench, "measure", lambda case, *a: seen.append((case.name, case.dtype)) or [])
+    assert run("--device", "cpu").exit_code == 0
+    assert seen == [(f"cpu-{n}", d) for n in ("fine", "coarse", "decode") for d in ("float32", "bfloat16")]
+
+
+def test_options_override_a_preset(monkeypatch):
+    seen = []
+    monkeypatch.setattr(bench, "measure", lambda case, *a: seen.append(case) or [])
+    assert run("--device", "cpu", "--preset", "cpu-fine", "--dtype", "bfloat16", "--skew", "zipf").exit_code == 0
+    assert [(case.tokens, case.dtype, case.skew) for case in seen] == [(2048, "bfloat16", "zipf")]
+
+
+def test_list_names_everything():
+    done = run("--list")
+    assert done.exit_code == 0
+    for name in ("cpu", "sonic-12", "decode", "hf-grouped_mm", "deepspeed", "needs a GPU"):
+        assert name in done.stdout
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    from moe_triton.benchmarking import report
+
+    path = tmp_path / "b.json"
+    path.write_text("old")
+
+    def full_disk(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(report.os, "replace", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        report.write_json(path, {})
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["b.json"]
+
+
+def test_the_commit_is_that_of_the_source(monkeypatch):
+    answers = {"ls-files": "bench.py", "rev-parse": "ab" * 20, "status": " M a.py"}
+
+    class Done:
+        def __init__(self, text):
+            self.stdout = text + "\n"
+
+    monkeypatch.setattr(bench.subprocess, "run", lambda command, **_: Done(answers[command[4]]))
+    assert bench.commit() == {"hash": "ab" * 20, "dirty": True}
+    answers["status"] = ""
+    assert bench.commit() == {"hash": "ab" * 20, "dirty": False}
+
+    def untracked(command, **_):
+        raise bench.subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr(bench.subprocess, "run", untracked)
+    assert bench.commit() is None

@@ -1,0 +1,250 @@
+"""Every provider against the float64 reference, and the check itself against blocks that are wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from moe_triton.benchmarking import correctness, providers, runner
+from moe_triton.benchmarking.cases import Case, make_workload
+from moe_triton.benchmarking.correctness import TOLERANCE, check
+from moe_triton.benchmarking.memory import peak_bytes, saved_bytes
+from moe_triton.benchmarking.providers import PROVIDERS, Block, Unavailable
+
+CPU = torch.device("cpu")
+CASE = Case(tokens=70, hidden=32, intermediate=20, experts=12, top_k=3)
+MEASURABLE = ["auto", "torch", "hf-eager", "hf-grouped_mm", "hf-batched_mm"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("change", [{}, {"top_k": 1}, {"skew": "empty", "top_k": 2}, {"skew": "hot"}], ids=str)
+@pytest.mark.parametrize("name", MEASURABLE)
+def test_providers_are_right(name, change, dtype):
+    # grouped_mm wants rows of a multiple of 16 bytes
+    workload = make_workload(replace(CASE, intermediate=24, dtype=dtype, **change), CPU)
+    found = check(PROVIDERS[name].build(workload), workload)
+    assert found.problem is None
+    assert set(found.errors) == {"output", "hidden", "gate", "gate_up", "down"}
+    assert 0 < max(found.errors.values()) <= TOLERANCE[workload.case.torch_dtype]
+
+
+@pytest.mark.parametrize("change", [{"activation": "gpt_oss", "bias": True}, {"activation": "relu2"}], ids=str)
+def test_our_layer_with_other_experts(change):
+    workload = make_workload(replace(CASE, **change), CPU)
+    found = check(PROVIDERS["torch"].build(workload), workload)
+    assert found.problem is None
+    assert ("down_bias" in found.errors) == ("bias" in change)
+    for peer in ("hf-eager", "hf-grouped_mm"):
+        with pytest.raises(Unavailable, match="swiglu without biases"):
+            PROVIDERS[peer].build(workload)
+
+
+def test_every_provider_shares_the_workloads_memory():
+    workload = make_workload(replace(CASE, intermediate=24), CPU)
+    for name in MEASURABLE:
+        block = PROVIDERS[name].build(workload)
+        shared = {tensor.untyped_storage().data_ptr() for tensor in block.leaves()}
+        assert shared == {
+            tensor.untyped_storage().data_ptr() for tensor in (workload.gate, workload.gate_up, workload.down)
+        }
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+def test_the_named_implementation_of_transformers_is_the_one_that_runs(implementation, monkeypatch):
+    moe = pytest.importorskip("transformers.integrations.moe")
+    workload = make_workload(CASE, CPU)
+
+    def other(*args, **kwargs):
+        raise AssertionError("another implementation ran")
+
+    def this(*args, **kwargs):
+        raise LookupError("this one ran")
+
+    for name in ("grouped_mm", "batched_mm"):
+        chosen = this if name == implementation else other
+        monkeypatch.setitem(moe.ALL_EXPERTS_FUNCTIONS._global_mapping, name, chosen)
+    with pytest.raises(LookupError, match="this one ran"):
+        PROVIDERS[f"hf-{implementation}"].build(workload).forward(workload.hidden)
+    PROVIDERS["hf-eager"].build(workload).forward(workload.hidden)
+
+
+def test_deepspeed_is_right():
+    pytest.importorskip("deepspeed", reason="the optional extra [deepspeed] is not installed")
+    for top_k in (1, 2, 3):
+        for dtype in ("float32", "bfloat16"):
+            workload = make_workload(replace(CASE, top_k=top_k, dtype=dtype), CPU)
+            assert check(PROVIDERS["deepspeed"].build(workload), workload).problem is None
+
+
+@pytest.mark.parametrize(("name", "package"), [("hf-eager", "transformers"), ("deepspeed", "deepspeed")])
+def test_a_missing_package_is_listed(name, package, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda wanted, *a: None if wanted == package else real(wanted, *a))
+    row = runner.prepare(name, make_workload(CASE, CPU)).row()
+    assert (row.status, row.note) == ("not installed", f"{package} is not installed")
+    assert row.errors == {}
+
+
+def test_triton_on_a_cpu_says_why_not(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    row = runner.prepare("triton", make_workload(CASE, CPU)).row()
+    assert row.status == "not measured"
+    assert "need a CUDA or ROCm GPU" in row.note
+
+
+def test_batched_mm_only_takes_few_tokens():
+    with pytest.raises(Unavailable, match="only for T <= 256 tokens"):
+        PROVIDERS["hf-batched_mm"].build(make_workload(replace(CASE, tokens=257), CPU))
+
+
+def test_the_reference_in_parts_is_the_whole_reference(monkeypatch):
+    workload = make_workload(CASE, CPU)
+    block = PROVIDERS["torch"].build(workload)
+    whole = check(block, workload)
+    monkeypatch.setattr(correctness, "REFERENCE_BYTES", 5 * 2 * 8 * CASE.weight_elements)  # 5 + 5 + 2 experts
+    parts = check(block, workload)
+    assert parts.errors == pytest.approx(whole.errors, rel=1e-6)
+    assert parts.worst == pytest.approx(whole.worst, rel=1e-6)
+
+
+# Blocks that are wrong ------------------------------------------------------------------------------------------------
+
+
+class Wrong(nn.Module):
+    """Our layer, spoiled after the fact."""
+
+    def __init__(self, workload, forward=None, choose=None):
+        super().__init__()
+        good = PROVIDERS["torch"].build(workload)
+        self.block = Block(
+            forward=good.forward if forward is None else lambda x: forward(good.forward(x)),
+            choose=good.choose if choose is None else lambda x: choose(good.choose(x)),
+            parameters=good.parameters,
+        )
+
+
+class ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 1.1 * grad
+
+
+def drop_a_token(out):
+    keep = torch.ones_like(out)
+    keep[5] = 0
+    return out * keep
+
+
+def swap_experts(workload):
+    """The block computes with two experts' up projections swapped."""
+    gate_up = workload.gate_up.clone()
+    gate_up[[0, 1]] = workload.gate_up[[1, 0]]
+    return PROVIDERS["torch"].build(replace(workload, gate_up=gate_up))
+
+
+WRONG = {
+    "zeros": lambda w: Wrong(w, forward=lambda out: out * 0).block,
+    "swapped experts": swap_experts,
+    "a dropped token": lambda w: Wrong(w, forward=drop_a_token).block,
+    "NaN": lambda w: Wrong(w, forward=lambda out: out * float("nan")).block,
+    "gradients 10% too large": lambda w: Wrong(w, forward=ScaledGradient.apply).block,
+    "choices of another expert": lambda w: Wrong(w, choose=lambda chosen: (chosen + 1) % w.case.experts).block,
+    "the same expert twice": lambda w: Wrong(w, choose=lambda chosen: chosen * 0).block,
+    "an expert that does not exist": lambda w: Wrong(w, choose=lambda chosen: chosen + w.case.experts).block,
+    "too few choices": lambda w: Wrong(w, choose=lambda chosen: chosen[:, 1:]).block,
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", list(WRONG))
+def test_wrong_blocks_are_flagged(kind, dtype, monkeypatch):
+    # enough tokens and experts that one of them drowns in the mean
+    workload = make_workload(replace(CASE, tokens=600, experts=32, dtype=dtype), CPU)
+    monkeypatch.setitem(PROVIDERS, "torch-wrong", providers.Provider(label="wrong", build=WRONG[kind]))
+    found = runner.prepare("torch-wrong", workload)
+    assert found.status == "mismatch"
+    assert found.note
+    assert found.block is None
+
+
+def test_one_missing_expert_gradient_is_flagged():
+    workload = make_workload(CASE, CPU)
+    good = PROVIDERS["torch"].build(workload)
+    hidden = workload.hidden.clone().requires_grad_()
+    out = good.forward(hidden)
+    grads = torch.autograd.grad(out, [hidden, *good.leaves()], workload.grad_out)
+    chosen = good.choose(hidden).long()
+    named = good.grouped(list(grads[1:]))
+    assert (
+        correctness.judge(
+            correctness.compare(out.detach(), grads[0], named, chosen, workload), 0.0, torch.float32
+        ).problem
+        is None
+    )
+    named["down"] = named["down"].clone()
+    named["down"][3] = 0
+    spoiled = correctness.compare(out.detach(), grads[0], named, chosen, workload)
+    assert "worst part of down" in correctness.judge(spoiled, 0.0, torch.float32).problem
+
+
+def test_an_expert_without_tokens_must_get_exactly_zero():
+    difference = correctness.Difference()
+    difference.add(torch.full((1, 4), 1e-30), torch.zeros(1, 4, dtype=torch.float64))
+    assert difference.result() == (float("inf"), float("inf"))
+    exact = correctness.Difference()
+    exact.add(torch.zeros(1, 4), torch.zeros(1, 4, dtype=torch.float64))
+    assert exact.result() == (0.0, 0.0)
+
+
+def test_a_near_tie_may_go_either_way():
+    workload = make_workload(replace(CASE, dtype="bfloat16"), CPU)
+    logits = workload.hidden.double() @ workload.gate.double().T
+    chosen = logits.topk(3, dim=1).indices
+    runner_up = logits.topk(4, dim=1).indices[:, 3]
+    gap = (logits.gather(1, chosen[:, 2:]) - logits.gather(1, runner_up[:, None])).squeeze(1)
+    slack = 2 * torch.finfo(torch.bfloat16).eps * logits.abs().amax(1) + 1e-4
+    close, far = gap < 0.9 * slack, gap > 1.1 * slack
+    assert bool(close.any())
+    assert bool(far.any())
+    moved = chosen.clone()
+    moved[close, 2] = runner_up[close]
+    problem, share = correctness.check_choices(moved, workload)
+    assert problem is None
+    assert share == pytest.approx(close.sum().item() / chosen.numel())
+    moved[far, 2] = runner_up[far]
+    assert correctness.check_choices(moved, workload)[0] == "experts chosen that are not among the best K"
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+def test_saved_bytes_counts_each_activation_once_and_no_parameter():
+    weight = nn.Parameter(torch.ones(8, 8))
+
+    def forward(x):
+        y = x.sin()  # keeps x
+        return (y * y) @ weight  # keeps y twice, the product once, and the weight
+
+    block = Block(forward=forward, choose=lambda x: x, parameters={"gate": weight})
+    assert saved_bytes(block, torch.ones(16, 8)) == 3 * 16 * 8 * 4
+
+
+def test_our_layer_keeps_the_hidden_states_and_the_preactivation():
+    case = replace(CASE, tokens=512)
+    workload = make_workload(case, CPU)
+    ours = saved_bytes(PROVIDERS["torch"].build(workload), workload.hidden)
+    floor = 4 * case.tokens * (case.hidden + 2 * case.top_k * case.intermediate)
+    eager = saved_bytes(PROVIDERS["hf-eager"].build(workload), workload.hidden)
+    assert floor <= ours < eager
+
+
+def test_peak_bytes_are_for_gpus():
+    assert peak_bytes(lambda: None, CPU) is None

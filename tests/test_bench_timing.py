@@ -1,0 +1,120 @@
+"""The timing helpers, with a clock that only moves when it is told to."""
+
+from __future__ import annotations
+
+import pytest
+
+from moe_triton.benchmarking.timing import CpuTimer, Spread, ratios, run_rounds, spread
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.log: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def call(self, name: str, *durations: float):
+        """A call that takes the durations in turn, the last one from then on."""
+        left = list(durations)
+
+        def run() -> None:
+            self.log.append(name)
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+
+        return run
+
+
+def test_a_sample_is_the_median_of_its_calls():
+    clock = Clock()
+    assert CpuTimer(clock).measure(clock.call("a", 1.0, 5.0, 2.0, 3.0, 4.0), 5) == pytest.approx(3.0)
+
+
+def test_freeing_the_result_is_not_timed():
+    clock = Clock()
+
+    class Result:
+        def __del__(self) -> None:
+            clock.now += 100.0
+
+    def call() -> Result:
+        clock.now += 1.0
+        return Result()
+
+    assert CpuTimer(clock).measure(call, 3) == pytest.approx(1.0)
+
+
+def test_rounds_are_interleaved_and_the_order_turns():
+    clock = Clock()
+    calls = {name: clock.call(name, 1.0) for name in "abc"}
+    times = run_rounds(calls, CpuTimer(clock), budget_s=15.0, min_rounds=4, clock=clock)
+    rounds = clock.log[3:]  # behind the estimates
+    assert ["".join(rounds[i : i + 3]) for i in range(0, 12, 3)] == ["abc", "acb", "cab", "cba"]
+    assert times == {name: [1.0] * 4 for name in "abc"}
+
+
+def test_rounds_go_on_until_the_budget_is_spent():
+    clock = Clock()
+    calls = {"a": clock.call("a", 1.0), "b": clock.call("b", 1.0)}
+    shares: list[float] = []
+    times = run_rounds(calls, CpuTimer(clock), budget_s=60.0, clock=clock, on_round=shares.append)
+    assert len(times["a"]) == (60 - 2) // 2
+    assert shares[-1] == 1.0
+    assert shares == sorted(shares)
+
+
+def test_rounds_stop_at_the_maximum():
+    clock = Clock()
+    times = run_rounds({"a": clock.call("a", 0.1)}, CpuTimer(clock), budget_s=1e9, max_rounds=7, clock=clock)
+    assert len(times["a"]) == 7
+
+
+def test_a_short_call_is_repeated_within_a_sample():
+    clock = Clock()
+    run_rounds({"a": clock.call("a", 1e-3)}, CpuTimer(clock), budget_s=0.0, min_rounds=1, clock=clock)
+    assert len(clock.log) == 2 + 10
+
+
+def test_a_slow_entry_sits_out_two_rounds_of_three_but_gets_its_samples():
+    clock = Clock()
+    calls = {"a": clock.call("a", 1.0), "b": clock.call("b", 1.0), "slow": clock.call("slow", 30.0)}
+    times = run_rounds(calls, CpuTimer(clock), budget_s=150.0, min_rounds=5, clock=clock)
+    assert [t is not None for t in times["slow"]] == [i % 3 == 0 for i in range(13)]
+    assert len(times["a"]) == 13
+    assert None not in times["a"]
+
+
+def test_an_entry_that_would_eat_the_budget_gets_three_samples():
+    clock = Clock()
+    calls = {"a": clock.call("a", 1.0), "b": clock.call("b", 1.0), "slow": clock.call("slow", 30.0)}
+    times = run_rounds(calls, CpuTimer(clock), budget_s=100.0, min_rounds=5, clock=clock)
+    assert sum(t is not None for t in times["slow"]) == 3
+    assert len(times["a"]) == 7
+
+
+def test_a_call_is_warmed_up_before_it_is_estimated_unless_it_is_long():
+    clock = Clock()
+    run_rounds({"a": clock.call("a", 0.9, 1e-3)}, CpuTimer(clock), budget_s=0.0, min_rounds=1, clock=clock)
+    assert len(clock.log) == 2 + 10
+    clock.log.clear()
+    run_rounds({"a": clock.call("a", 9.0)}, CpuTimer(clock), budget_s=0.0, min_rounds=1, clock=clock)
+    assert len(clock.log) == 1 + 1
+
+
+def test_no_entries():
+    assert run_rounds({}, CpuTimer(), budget_s=1.0) == {}
+
+
+def test_ratios_pair_the_rounds():
+    slow_machine = [1.0, 2.0, 10.0, None, 4.0]
+    same_twice = [2.0, 4.0, 20.0, 7.0, None]
+    assert ratios(same_twice, slow_machine) == Spread(p20=2.0, p50=2.0, p80=2.0)
+    assert ratios([None], [1.0]) is None
+
+
+def test_spread_interpolates():
+    found = spread([5.0, 1.0, None, 3.0, 2.0, 4.0, 6.0])
+    assert found is not None
+    assert (found.p20, found.p50, found.p80) == pytest.approx((2.0, 3.5, 5.0))
+    assert spread([None]) is None

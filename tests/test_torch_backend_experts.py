@@ -1,0 +1,434 @@
+"""The torch backend's experts against the float64 reference and its autograd, in each of the three ways they run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from compare import TOLERANCE, assert_close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moe_triton import reference
+from moe_triton.backends.torch import cpu, experts, experts_batched, experts_device, experts_loop
+from moe_triton.backends.torch.operands import Operands, Weights
+from moe_triton.records import ACTIVATIONS, Dispatch, ExpertSpec
+
+ALL = (True,) * 6
+LAYOUTS = ((False, True), (True, False), (True, True), (False, False))  # (is_transposed, is_concatenated)
+
+
+def run_loop(operands: Operands, keep: bool) -> tuple[Tensor, Tensor]:
+    return experts_loop.forward(operands, operands.offsets.tolist(), keep)
+
+
+def run_batched(operands: Operands, keep: bool) -> tuple[Tensor, Tensor]:
+    return experts_batched.forward(operands, operands.offsets.tolist(), keep)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One of the three ways, as a forward and a backward over operands."""
+
+    forward: Callable
+    backward: Callable
+
+
+WAYS = {
+    "loop": Way(run_loop, lambda o, *args: experts_loop.backward(o, o.offsets.tolist(), *args)),
+    "batched": Way(run_batched, lambda o, *args: experts_batched.backward(o, o.offsets.tolist(), *args)),
+    "device": Way(experts_device.forward, experts_device.backward),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    operands: Operands
+    dispatch: Dispatch
+    grad_out: Tensor
+
+
+def make_case(
+    choices: Tensor,
+    num_experts: int,
+    *,
+    spec: ExpertSpec | None = None,
+    dtype: torch.dtype = torch.float32,
+    weights_dtype: torch.dtype | None = None,
+    bias: bool = False,
+    capacity: int | None = None,
+    d: int = 12,
+    n: int = 10,
+) -> Case:
+    spec = spec or ExpertSpec()
+    num_tokens, top_k = choices.shape
+    width = 2 * n if spec.is_gated else n
+
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, dtype=torch.float64) * scale).to(dtype)
+
+    up_shape, down_shape = ((d, width), (n, d)) if spec.is_transposed else ((width, d), (d, n))
+    dispatch = reference.dispatch(choices, num_experts, capacity=capacity)
+    operands = Operands(
+        hidden=random(num_tokens, d),
+        weights=torch.rand(num_tokens, top_k).to(weights_dtype or reference.wide(dtype)),
+        offsets=dispatch.offsets,
+        source=dispatch.source,
+        position=dispatch.position,
+        gate_up_proj=random(num_experts, *up_shape, scale=d**-0.5),
+        down_proj=random(num_experts, *down_shape, scale=n**-0.5),
+        gate_up_bias=random(num_experts, width) if bias else None,
+        down_bias=random(num_experts, d) if bias else None,
+        spec=spec,
+    )
+    return Case(operands, dispatch, random(num_tokens, d))
+
+
+def differentiable(operands: Operands) -> list[Tensor | None]:
+    names = ("hidden", "weights", "gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
+    return [getattr(operands, name) for name in names]
+
+
+def expected_of(case: Case) -> tuple[Tensor, list[Tensor | None]]:
+    """Output and gradients of the reference in float64."""
+    leaves = [t if t is None else t.detach().clone().double().requires_grad_() for t in differentiable(case.operands)]
+    hidden, weights, *parameters = leaves
+    out = reference.moe_mlp(hidden, weights, case.dispatch, *parameters, case.operands.spec)
+    present = [leaf for leaf in leaves if leaf is not None]
+    grads = iter(torch.autograd.grad(out, present, case.grad_out.double(), allow_unused=True, materialize_grads=True))
+    return out, [None if leaf is None else next(grads) for leaf in leaves]
+
+
+def stacked(value: Weights | None) -> Tensor | None:
+    return value if value is None or isinstance(value, Tensor) else torch.stack(list(value))
+
+
+@torch.no_grad()
+def outputs_of(way: Way, case: Case, keep: bool = True) -> tuple[Tensor, list[Tensor | None]]:
+    out, preactivation = way.forward(case.operands, keep)
+    needs = tuple(t is not None for t in differentiable(case.operands))
+    grads = way.backward(case.operands, case.grad_out, preactivation, needs)
+    return out, [stacked(grad) for grad in grads]
+
+
+def check(way: Way, case: Case, keep: bool = True) -> None:
+    expected_out, expected_grads = expected_of(case)
+    out, grads = outputs_of(way, case, keep)
+    assert out.dtype == case.operands.hidden.dtype
+    assert_close(out, expected_out)
+    for operand, actual, expected in zip(differentiable(case.operands), grads, expected_grads, strict=True):
+        assert (actual is None) == (expected is None)
+        if actual is not None:
+            assert actual.dtype == operand.dtype
+            assert_close(actual, expected, tolerance=TOLERANCE[case.operands.hidden.dtype])
+
+
+def ragged_choices(sizes: list[int], top_k: int = 2) -> Tensor:
+    """Choices [T, K] in which expert e has sizes[e] slots, in random order, and -1 fills up the last token."""
+    ids = torch.cat([torch.full((size,), e) for e, size in enumerate(sizes)])
+    ids = torch.cat([ids, torch.full((-len(ids) % top_k,), -1)])
+    return ids[torch.randperm(len(ids))].view(-1, top_k)
+
+
+SIZES = [5, 0, 33, 1, 20]  # an empty expert, one below, above and at none of the padding sizes
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_and_layouts(way: str, activation: str) -> None:
+    for index, (is_transposed, is_concatenated) in enumerate(LAYOUTS):
+        spec = ExpertSpec(activation=activation, is_transposed=is_transposed, is_concatenated=is_concatenated)
+        case = make_case(ragged_choices(SIZES), len(SIZES), spec=spec, bias=index % 2 == 1)
+        case.operands.hidden.mul_(5)  # gpt_oss clamps at 7
+        check(WAYS[way], case)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("activation", ["swiglu", "gpt_oss", "relu2"])
+@pytest.mark.parametrize("weights_dtype", [None, "hidden"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_dtypes(way: str, activation: str, weights_dtype: str | None, dtype: torch.dtype) -> None:
+    case = make_case(
+        ragged_choices(SIZES),
+        len(SIZES),
+        spec=ExpertSpec(activation=activation),
+        dtype=dtype,
+        weights_dtype=dtype if weights_dtype else None,
+        bias=True,
+    )
+    check(WAYS[way], case)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=6),
+    top_k=st.integers(1, 3),
+    capacity=st.one_of(st.none(), st.integers(0, 20)),
+    d=st.integers(1, 20),
+    n=st.integers(1, 20),
+    is_transposed=st.booleans(),
+    bias=st.booleans(),
+    keep=st.booleans(),
+)
+def test_ragged_shapes(
+    way: str,
+    seed: int,
+    sizes: list[int],
+    top_k: int,
+    capacity: int | None,
+    d: int,
+    n: int,
+    is_transposed: bool,
+    bias: bool,
+    keep: bool,
+) -> None:
+    torch.manual_seed(seed)
+    sizes = [*sizes, 0]
+    spec = ExpertSpec(is_transposed=is_transposed)
+    case = make_case(
+        ragged_choices(sizes, top_k), len(sizes), spec=spec, dtype=torch.float64, bias=bias, capacity=capacity, d=d, n=n
+    )
+    check(WAYS[way], case, keep)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("sizes", [[0, 0, 0], [0, 50, 0], [64]])
+def test_one_expert_with_all_rows_and_none_with_any(way: str, sizes: list[int]) -> None:
+    choices = ragged_choices(sizes) if any(sizes) else torch.full((4, 2), -1)
+    check(WAYS[way], make_case(choices, len(sizes), bias=True))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_tokens(way: str) -> None:
+    case = make_case(torch.zeros(0, 2, dtype=torch.long), 3, bias=True)
+    out, grads = outputs_of(WAYS[way], case)
+    assert out.shape == (0, 12)
+    for operand, grad in zip(differentiable(case.operands), grads, strict=True):
+        assert torch.equal(grad, torch.zeros_like(operand))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_every_time_and_whatever_is_kept(way: str, dtype: torch.dtype) -> None:
+    case = make_case(ragged_choices(SIZES), len(SIZES), dtype=dtype, bias=True, d=48, n=40)
+    out, grads = outputs_of(WAYS[way], case)
+    again, grads_again = outputs_of(WAYS[way], case)
+    with torch.no_grad():
+        alone, preactivation = WAYS[way].forward(case.operands, False)
+    assert preactivation.shape == (0,)
+    assert torch.equal(out, again)
+    assert torch.equal(out, alone)
+    assert all(torch.equal(a, b) for a, b in zip(grads, grads_again, strict=True))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("activation", ["swiglu", "relu"])
+def test_the_preactivation_is_in_dispatch_order(way: str, activation: str) -> None:
+    case = make_case(ragged_choices(SIZES), len(SIZES), spec=ExpertSpec(activation=activation), bias=True, capacity=25)
+    operands, kept = case.operands, int(case.dispatch.offsets[-1])
+    with torch.no_grad():
+        preactivation = WAYS[way].forward(operands, True)[1]
+    slots = operands.source[:kept].long()
+    expert = torch.searchsorted(operands.offsets[1:].contiguous(), torch.arange(kept), right=True)
+    x = operands.hidden[slots // 2].double()
+    expected = torch.einsum("si,soi->so", x, operands.gate_up_proj[expert].double()) + operands.gate_up_bias[expert]
+    assert preactivation.shape == (operands.source.shape[0], expected.shape[1])
+    assert_close(preactivation[:kept], expected)
+
+
+@pytest.mark.parametrize("way", ["loop", "device"])
+def test_sequences_give_the_bits_of_stacked_weights(way: str) -> None:
+    case = make_case(ragged_choices(SIZES), len(SIZES), bias=True)
+    names = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
+    lists = {name: [t.clone() for t in getattr(case.operands, name)] for name in names}
+    out, grads = outputs_of(WAYS[way], case)
+    with torch.no_grad():
+        listed = replace(case.operands, **lists)
+        out_listed, preactivation = WAYS[way].forward(listed, True)
+        grads_listed = WAYS[way].backward(listed, case.grad_out, preactivation, ALL)
+    assert torch.equal(out, out_listed)
+    for grad, grad_listed in zip(grads[2:], grads_listed[2:], strict=True):
+        assert isinstance(grad_listed, list)
+        assert torch.equal(grad, torch.stack(grad_listed))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("needed", range(6))
+def test_only_the_needed_gradients(way: str, needed: int) -> None:
+    case = make_case(ragged_choices(SIZES), len(SIZES), bias=True)
+    _, all_grads = outputs_of(WAYS[way], case)
+    needs = tuple(index == needed for index in range(6))
+    with torch.no_grad():
+        preactivation = WAYS[way].forward(case.operands, True)[1]
+        grads = WAYS[way].backward(case.operands, case.grad_out, preactivation, needs)
+    assert [grad is not None for grad in grads] == list(needs)
+    assert torch.equal(grads[needed], all_grads[needed])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_expanded_and_strided_gradients(way: str) -> None:
+    case = make_case(ragged_choices(SIZES), len(SIZES))
+    check(WAYS[way], replace(case, grad_out=torch.tensor(0.7).expand_as(case.grad_out)))
+    check(WAYS[way], replace(case, grad_out=torch.randn(case.grad_out.shape[::-1]).T))
+    strided_weights = torch.rand(case.operands.weights.shape[::-1]).T
+    check(WAYS[way], replace(case, operands=replace(case.operands, weights=strided_weights)))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("broken_expert", range(3))
+def test_a_broken_token_stays_with_its_own_expert(way: str, broken_expert: int) -> None:
+    choices = torch.tensor([0, 1, 2]).repeat_interleave(20)[:, None]
+    case = make_case(choices, 3, bias=True)
+    _, clean = outputs_of(WAYS[way], case)
+    case.operands.hidden[choices[:, 0] == broken_expert] = float("inf")
+    _, broken = outputs_of(WAYS[way], case)
+    for e in {0, 1, 2} - {broken_expert}:
+        for index in (2, 3, 4, 5):
+            assert torch.equal(clean[index][e], broken[index][e])
+    assert not torch.isfinite(broken[2][broken_expert]).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("grouped_calls", ["all", "none over rows"])
+def test_the_device_way_with_grouped_mm(
+    grouped_calls: str, keep: bool, is_transposed: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = torch.nn.functional.grouped_mm, []
+
+    def dirty(left: Tensor, right: Tensor, *, offs: Tensor) -> Tensor:
+        """grouped_mm leaves the rows past offs[-1] as they were: here they are NaN."""
+        calls.append(offs)
+        out = original(left, right, offs=offs)
+        if right.dim() == 3:
+            out[offs[-1] :] = float("nan")
+        return out
+
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", dirty)
+    monkeypatch.setattr(experts_device, "_can_group", lambda left, right: right.dim() == 3 or grouped_calls == "all")
+    spec = ExpertSpec(is_transposed=is_transposed)
+    case = make_case(ragged_choices(SIZES), len(SIZES), spec=spec, dtype=dtype, bias=True, capacity=18, d=16, n=8)
+    check(WAYS["device"], case, keep)
+    assert len(calls) == (4 if keep else 5) + (4 if grouped_calls == "all" else 0)
+
+
+def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(ragged_choices(SIZES), len(SIZES), bias=True)
+    monkeypatch.setattr(cpu, "_ONEDNN_LINEAR", None)
+    check(WAYS["loop"], case)
+
+
+@pytest.mark.parametrize("way", ["loop", "batched"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_on_huge_pages(way: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "HUGE", 1)
+    asked: list[int] = []
+    original = cpu.np.empty
+
+    def poisoned(size: int, dtype: type) -> object:
+        asked.append(size)
+        memory = original(size, dtype=dtype)
+        memory.fill(0xFF)  # NaN in every float format
+        return memory
+
+    monkeypatch.setattr(cpu.np, "empty", poisoned)
+    check(WAYS[way], make_case(ragged_choices(SIZES), len(SIZES), dtype=dtype, bias=True))
+    assert len(asked) >= 4
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (5,), (1 << 20, 2), (3, 700_001)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_empty_is_aligned_contiguous_and_writable(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    tensor = cpu.empty(shape, dtype)
+    assert tensor.shape == shape
+    assert tensor.dtype == dtype
+    assert tensor.is_contiguous()
+    assert tensor.data_ptr() % cpu.ALIGNMENT == 0
+    assert torch.equal(tensor.fill_(2), torch.full(shape, 2, dtype=dtype))
+
+
+def test_padded_sizes_recur() -> None:
+    assert [cpu.padded(m) for m in (0, 1, 16, 17, 32, 33)] == [0, 1, 16, 32, 32, 48]
+    assert len({cpu.padded(m) for m in range(200, 300)}) <= 8
+
+
+def test_which_way_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    for name, module in (("loop", experts_loop), ("batched", experts_batched)):
+        original = module.forward
+
+        def spy(*args, _original=original, _name=name):
+            ran.append(_name)
+            return _original(*args)
+
+        monkeypatch.setattr(module, "forward", spy)
+    monkeypatch.setattr(experts, "_BATCHED_DTYPES", (torch.bfloat16,))
+
+    def way_of(case: Case, **changes: object) -> str:
+        o = replace(case.operands, **changes)
+        parameters = (o.gate_up_proj, o.down_proj, o.gate_up_bias, o.down_bias, o.spec)
+        routed = (o.weights, o.offsets, o.source, o.position)
+        expected_out, expected_grads = expected_of(case)
+        with torch.no_grad():
+            out, preactivation = experts.experts_forward(o.hidden, *routed, *parameters, True)
+            grads = experts.experts_backward(
+                case.grad_out, o.hidden, preactivation, *routed, *parameters, (True, True, True, True, False, False)
+            )
+        assert_close(out, expected_out)
+        for actual, expected in zip(grads[:4], expected_grads[:4], strict=True):
+            assert_close(stacked(actual), expected, tolerance=TOLERANCE[o.hidden.dtype])
+        return ran.pop()
+
+    with torch.no_grad():
+        few = [5, 0, 32, 1]
+        small = make_case(ragged_choices(few), 4, dtype=torch.bfloat16)
+        with torch.enable_grad():
+            expected_of(small)
+    for case, name, changes in (
+        (small, "batched", {}),
+        (small, "loop", {"gate_up_proj": list(small.operands.gate_up_proj)}),
+        (make_case(ragged_choices(few), 4), "loop", {}),
+        (make_case(ragged_choices([5, 0, 33, 1]), 4, dtype=torch.bfloat16), "loop", {}),
+        (make_case(ragged_choices([5, 0, 0, 1]), 4, dtype=torch.bfloat16), "loop", {}),
+    ):
+        assert way_of(case, **changes) == name
+
+
+def test_the_device_way_never_looks_at_the_data() -> None:
+    """Meta tensors have no data: whatever would make the host wait for a device raises on them."""
+    case = make_case(ragged_choices(SIZES), len(SIZES), bias=True)
+    tensors = {name: v.to("meta") for name, v in vars(case.operands).items() if isinstance(v, Tensor)}
+    on_meta = Case(replace(case.operands, **tensors), case.dispatch, case.grad_out.to("meta"))
+    out, grads = outputs_of(WAYS["device"], on_meta)
+    assert out.shape == case.operands.hidden.shape
+    for operand, grad in zip(differentiable(case.operands), grads, strict=True):
+        assert grad.shape == operand.shape
+        assert grad.dtype == operand.dtype
+    for way in ("loop", "batched"):
+        with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+            outputs_of(WAYS[way], on_meta)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_comparison_can_fail(dtype: torch.dtype) -> None:
+    case = make_case(ragged_choices(SIZES), len(SIZES), dtype=dtype)
+    expected_out, expected_grads = expected_of(case)
+    out, grads = outputs_of(WAYS["loop"], case)
+    one_token_dropped = out.clone()
+    one_token_dropped[3] = 0
+    for wrong in (torch.zeros_like(out), out.roll(1, 0), one_token_dropped):
+        with pytest.raises(AssertionError, match="relative RMS"):
+            assert_close(wrong, expected_out)
+    for grad, expected in zip(grads[:4], expected_grads[:4], strict=True):
+        for wrong in (torch.zeros_like(grad), grad.roll(1, 0)):
+            with pytest.raises(AssertionError, match="relative RMS"):
+                assert_close(wrong, expected, tolerance=TOLERANCE[dtype])
+    swapped = replace(case.operands, gate_up_proj=case.operands.gate_up_proj.flip(0))
+    with pytest.raises(AssertionError, match="relative RMS"):
+        assert_close(outputs_of(WAYS["loop"], replace(case, operands=swapped))[0], expected_out)

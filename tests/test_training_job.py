@@ -1,0 +1,258 @@
+"""`moe-triton train` from the outside: files, kill and resume, bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from moe_triton.cli import app
+from moe_triton.training import TrainingError, job, run_job
+from moe_triton.training.files import read_metrics
+
+SIZES = {"batch_size": 2, "seq_len": 32, "num_layers": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 8,
+         "num_experts": 4}  # fmt: skip
+
+
+def flags(**options: object) -> list[str]:
+    return [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_samples() -> Iterator[None]:
+    """Most of a tiny run's time would be spent on its sample of text."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "SAMPLE_BYTES", 8)
+        yield
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "book.txt"
+    path.write_text("".join(f"line {i}: the {i % 7}th of {i % 13} things <b>\n" for i in range(400)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    """A finished run of 12 steps with the dense model beside it."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    run_job(out, {**SIZES, "steps": 12, "data": str(text)}, compare_dense=True)
+    return out
+
+
+def losses(path: Path) -> list[tuple[int, float]]:
+    return [(record["step"], record["train_loss"]) for record in read_metrics(path)]
+
+
+def command(out: Path, *words: str) -> Any:
+    return CliRunner().invoke(app, ["train", "--out", str(out), *words])
+
+
+def test_files_of_a_run(finished: Path, text: Path) -> None:
+    names = {"checkpoint.safetensors", "metrics.jsonl", "dense_checkpoint.safetensors", "dense_metrics.jsonl",
+             "summary.json", "report.html"}  # fmt: skip
+    assert {path.name for path in finished.iterdir()} == names
+    moe, dense = (read_metrics(finished / name) for name in ("metrics.jsonl", "dense_metrics.jsonl"))
+    assert [record["step"] for record in moe] == [record["step"] for record in dense] == list(range(1, 13))
+    for record in moe:
+        assert {"train_loss", "lr", "aux_loss", "dropped", "tokens_per_s", "seconds"} <= record.keys()
+        assert [sum(layer) for layer in record["expert_load"]] == [2 * 32 * 2]
+    assert "expert_load" not in dense[0]
+
+    summary = json.loads((finished / "summary.json").read_text())
+    for kind, records in (("moe", moe), ("dense", dense)):
+        result = summary[kind]
+        assert 1.0 < result["held_out_loss"] < 6.5
+        assert result["train_loss"] == records[-1]["train_loss"]
+        assert result["steps"] == 12
+        assert result["tokens"] == 12 * 2 * 32
+    assert summary["moe"]["held_out_loss"] != summary["dense"]["held_out_loss"]
+    data = summary["data"]
+    assert data["train_bytes"] + data["validation_bytes"] + data["held_out_bytes"] == text.stat().st_size
+
+
+def test_report_is_self_contained(finished: Path) -> None:
+    page = (finished / "report.html").read_text()
+    summary = json.loads((finished / "summary.json").read_text())
+    assert "http" not in page
+    assert "<script" not in page
+    assert "<link" not in page
+    assert all(target.startswith("data:image/png;base64,") for target in re.findall(r'(?:src|href)="([^"]*)"', page))
+    assert f"{summary['moe']['held_out_loss']:.4f}" in page
+    assert f"{summary['dense']['held_out_loss']:.4f}" in page
+    assert page.count("<polyline") == 2 * 2 + 1  # both losses, raw and smoothed, and the busiest expert
+    assert page.count("<image") == 1  # a heat map for the one layer
+    assert "&lt;b&gt;" in page  # the prompt, escaped
+    assert "<b>\n" not in page
+
+
+def test_the_dense_model_sees_the_same_bytes(finished: Path, tmp_path: Path, text: Path) -> None:
+    """A dense model trained on its own has the same curve as the one beside the mixture of experts."""
+    from moe_triton.training.config import TrainConfig
+    from moe_triton.training.data import load_corpus
+    from moe_triton.training.loop import train_model
+
+    train_model("dense", TrainConfig(**SIZES, steps=12), load_corpus(text, 32), tmp_path)
+    assert losses(tmp_path / "dense_metrics.jsonl") == losses(finished / "dense_metrics.jsonl")
+
+
+@pytest.mark.parametrize("victim", ["metrics.jsonl", "dense_metrics.jsonl"])
+def test_killed_and_resumed_equals_uninterrupted(finished: Path, tmp_path: Path, text: Path, victim: str) -> None:
+    """A real SIGKILL while the mixture of experts, or the dense model, is being trained."""
+    out = tmp_path / "run"
+    words = ["train", "--out", str(out), "--checkpoint-every", "4", "--compare-dense", "--data", str(text),
+             *flags(**SIZES, steps=12)]  # fmt: skip
+    # The process stops itself at step 6 of the model in question, so that the kill surely falls in the middle.
+    program = (
+        "import sys, time\n"
+        "from moe_triton.training import files\n"
+        "write = files.MetricsFile.write\n"
+        "def stop(self, record):\n"
+        "    write(self, record)\n"
+        f"    if record['step'] == 6 and self.path.name == {victim!r}:\n"
+        "        time.sleep(600)\n"
+        "files.MetricsFile.write = stop\n"
+        "from moe_triton.cli import main\n"
+        "main()\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", program, *words], env=environment, stdout=subprocess.DEVNULL)
+    try:
+        while not ((out / victim).exists() and len(read_metrics(out / victim)) == 6):
+            assert process.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.05)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert not (out / "summary.json").exists()
+
+    result = subprocess.run(
+        [sys.executable, "-m", "moe_triton", "train", "--out", str(out), "--resume"],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    kind = "moe" if victim == "metrics.jsonl" else "dense"
+    assert f"{kind}: going on after step 4 of 12" in result.stdout
+    for name in ("metrics.jsonl", "dense_metrics.jsonl"):
+        assert losses(out / name) == losses(finished / name)
+    expected, found = (json.loads((path / "summary.json").read_text()) for path in (finished, out))
+    assert found["moe"]["held_out_loss"] == expected["moe"]["held_out_loss"]
+    assert found["dense"]["held_out_loss"] == expected["dense"]["held_out_loss"]
+    assert str(out / "report.html") in result.stdout
+    moe, dense = (found[kind]["held_out_loss"] for kind in ("moe", "dense"))
+    assert result.stdout.splitlines()[-1] == f"held-out loss: moe {moe:.4f}, dense {dense:.4f}"
+
+
+def test_resume_starts_fresh_when_nothing_is_saved(tmp_path: Path, text: Path) -> None:
+    summary = run_job(tmp_path / "a", {**SIZES, "steps": 2, "data": str(text)}, resume=True)
+    assert summary["moe"]["steps"] == 2
+    assert "dense" not in summary
+
+
+def test_resume_of_a_finished_run_can_add_the_dense_model(finished: Path, tmp_path: Path, text: Path) -> None:
+    run_job(tmp_path / "a", {**SIZES, "steps": 12, "data": str(text)})
+    run_job(tmp_path / "a", {}, resume=True, compare_dense=True)
+    for name in ("metrics.jsonl", "dense_metrics.jsonl"):
+        assert losses(tmp_path / "a" / name) == losses(finished / name)
+
+
+def snapshot(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "already holds a run"),
+        (["--resume", "--steps", "30"], "--steps: got 30, but the run"),
+        (["--resume", "--num-experts", "8"], "--num-experts: got 8"),
+        (["--resume", "--steps", "0"], "steps: got 0, wanted at least 1"),
+    ],
+)
+def test_a_run_is_never_overwritten(finished: Path, words: list[str], message: str) -> None:
+    before = snapshot(finished)
+    result = command(finished, *words)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert snapshot(finished) == before
+
+
+def test_resume_with_other_data_is_refused(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.txt").write_text("another text " * 400)
+    before = snapshot(finished)
+    result = command(finished, "--resume", "--data", str(tmp_path / "other.txt"))
+    assert result.exit_code == 2
+    assert "other.txt is not the text" in result.stderr
+    assert snapshot(finished) == before
+
+
+def test_a_corrupt_checkpoint_stops_resume_without_loss(tmp_path: Path, text: Path) -> None:
+    run_job(tmp_path / "a", {**SIZES, "steps": 2, "data": str(text)})
+    checkpoint = tmp_path / "a" / "checkpoint.safetensors"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    before = snapshot(tmp_path / "a")
+    result = command(tmp_path / "a", "--resume")
+    assert result.exit_code == 2
+    assert str(checkpoint) in result.stderr
+    assert snapshot(tmp_path / "a") == before
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--data", "/nowhere/text"], "--data: /nowhere/text does not exist"),
+        (["--data", os.devnull], os.devnull),
+        (["--top-k", "99"], "top_k: got 99, wanted 1 to"),
+        (["--device", "abacus"], "device: got 'abacus'"),
+        (["--backend", "abacus"], "backend: got 'abacus'"),
+        (["--checkpoint-every", "0"], "checkpoint_every: got 0"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path: Path, words: list[str], named: str) -> None:
+    result = command(tmp_path / "a", *words)
+    assert result.exit_code == 2
+    assert named in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "a").exists()
+
+
+def test_out_must_be_a_directory(tmp_path: Path, text: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(TrainingError, match=r"--out: .*file"):
+            run_job(out, {**SIZES, "steps": 2, "data": str(text)})
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, text: Path) -> None:
+    with pytest.raises(TrainingError, match=r"moe model's loss or gradient is not finite at step \d+: a lower --lr"):
+        run_job(tmp_path / "a", {**SIZES, "steps": 30, "data": str(text), "lr": 1e30})
+    assert all(math.isfinite(loss) for _, loss in losses(tmp_path / "a" / "metrics.jsonl"))
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moe_triton.training.display import Display
+
+    def interrupt(self: Display, record: dict[str, Any]) -> None:
+        if record["step"] == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Display, "update", interrupt)
+        result = command(tmp_path / "a", "--data", str(text), "--checkpoint-every", "2", *flags(**SIZES, steps=8))
+    assert result.exit_code == 130
+    assert f"--out {tmp_path / 'a'} --resume" in result.stderr
+    assert sorted(snapshot(tmp_path / "a")) == ["checkpoint.safetensors", "metrics.jsonl"]
+    assert "going on after step 4 of 8" in command(tmp_path / "a", "--resume").stdout
