@@ -99,6 +99,9 @@ def test_triton_on_a_cpu_says_why_not(monkeypatch):
 def test_batched_mm_only_takes_few_tokens():
     with pytest.raises(Unavailable, match="only for T <= 256 tokens"):
         PROVIDERS["hf-batched_mm"].build(make_workload(replace(CASE, tokens=257), CPU))
+    mixtral = Case(tokens=256, hidden=4096, intermediate=14336, experts=8, top_k=2, dtype="bfloat16")
+    with pytest.raises(Unavailable, match="168 GiB of weights"):
+        providers.require_few_copies(mixtral)
 
 
 def test_the_reference_in_parts_is_the_whole_reference(monkeypatch):

@@ -43,6 +43,7 @@ class Case:
     num_warps, num_stages   launch options
     aligned      arguments that are multiples of 16; None: every pointer, as torch allocates them
     sample       compiled by default; the others only with --all
+    wants        the counts of the Report that must not be 0: what the main loop is meant to compile to
     """
 
     name: str
@@ -53,6 +54,7 @@ class Case:
     num_stages: int = 3
     aligned: Sequence[str] | None = None
     sample: bool = True
+    wants: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,8 @@ class Report:
     cp_async: int
     tma: int
 
+
+SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}  # bytes per program
 
 PATTERNS = {
     "ptx": {
@@ -213,25 +217,40 @@ def compile_apart(arch: str, modules: Sequence[str] | None = None, every: bool =
     return [Report(**json.loads(line)) for line in result.stdout.splitlines()]
 
 
+def broken_gates(case: Case, report: Report) -> list[str]:
+    """What a shipped kernel must not do: spill, ask for more shared memory than there is, miss the matrix units."""
+    broken = [f"{what} 0" for what in case.wants if getattr(report, what) == 0]
+    if report.spills > 0:
+        broken.append(f"spills {report.spills}")
+    if report.shared_bytes > SHARED_LIMIT[report.arch]:
+        broken.append(f"shared_bytes {report.shared_bytes} > {SHARED_LIMIT[report.arch]}")
+    return broken
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m moe_triton_kernels.offline", description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", required=True, choices=list(TARGETS))
+    parser.add_argument("--arch", choices=list(TARGETS), help="all of them if left out")
     parser.add_argument("--modules", help="comma-separated names of kernel files; all of them if left out")
     parser.add_argument("--all", action="store_true", help="every shipped configuration, not only the sample")
+    parser.add_argument("--gate", action="store_true", help="fail on spills, too much shared memory, no matrix units")
     parser.add_argument("--json", action="store_true", help="one JSON object per kernel instead of a line of text")
     options = parser.parse_args(arguments)
     modules = None if options.modules is None else options.modules.split(",")
     failures = 0
-    for case in collect_cases(options.arch, modules, options.all):
-        try:
-            report = compile_case(case, options.arch)
-        except Exception as error:  # every kind of compiler error is reported, then the next kernel is tried
-            failures += 1
-            print(f"{case.name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            continue
-        fields = asdict(report)
-        line = json.dumps(fields) if options.json else "  ".join(f"{key} {value}" for key, value in fields.items())
-        print(line, flush=True)
+    for arch in TARGETS if options.arch is None else [options.arch]:
+        for case in collect_cases(arch, modules, options.all):
+            try:
+                report = compile_case(case, arch)
+            except Exception as error:  # every kind of compiler error is reported, then the next kernel is tried
+                failures += 1
+                print(f"{arch} {case.name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                continue
+            fields = asdict(report)
+            line = json.dumps(fields) if options.json else "  ".join(f"{key} {value}" for key, value in fields.items())
+            print(line, flush=True)
+            if options.gate and (broken := broken_gates(case, report)):
+                failures += 1
+                print(f"{arch} {case.name}: {', '.join(broken)}", file=sys.stderr, flush=True)
     return 1 if failures else 0
 
 

@@ -101,7 +101,7 @@ def _build(
     keys: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with torch.no_grad():
+    with runtime.plain_maths(experts):
         return runtime.load(backend, "dispatch").build_dispatch(
             experts.contiguous(), num_experts, capacity, capacity_groups, by_choice, keys
         )

@@ -7,10 +7,11 @@ refuses to trace files whose path holds "triton/backends".)
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
@@ -82,6 +83,17 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> Choice:
         "; TRITON_INTERPRET=1, set before triton is imported, runs them on CPU tensors" if device.type == "cpu" else ""
     )
     raise RuntimeError(f"backend: got 'triton', but {unfit}{hint}")
+
+
+@contextlib.contextmanager
+def plain_maths(tensor: torch.Tensor) -> Iterator[None]:
+    """What an implementation runs under: no autograd, no autocast, and the tensor's GPU as the current one."""
+    with (
+        torch.no_grad(),
+        torch.autocast(tensor.device.type, enabled=False),
+        torch.cuda.device_of(tensor),
+    ):
+        yield
 
 
 @lru_cache(maxsize=16)

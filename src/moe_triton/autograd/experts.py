@@ -81,7 +81,7 @@ def _forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output [T, d], and the pre-activation [S, 2n or n] for backward: of size 0 when it is not kept."""
-    with torch.no_grad():
+    with runtime.plain_maths(hidden):
         return runtime.load(backend, "experts").experts_forward(
             hidden.contiguous(), weights.contiguous(), *index, *_parameters(groups), spec, keep
         )
@@ -99,7 +99,7 @@ def _backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """One gradient per differentiable input, in order; an empty tensor for every input of a group not needed."""
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+    with runtime.plain_maths(hidden):
         grads = runtime.load(backend, "experts").experts_backward(
             grad_out.contiguous(),
             hidden.contiguous(),

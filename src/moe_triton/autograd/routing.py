@@ -49,7 +49,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(weights, score_sums, z_sum, experts, counts): the differentiable ones first."""
-    with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
+    with runtime.plain_maths(logits):
         experts, weights, counts, score_sums, z_sum = runtime.load(backend, "routing").route_forward(
             logits, spec, choice_bias, noise, token_mask
         )
@@ -65,7 +65,7 @@ def _backward(
     spec: RouterSpec,
     backend: str,
 ) -> Tensor:
-    with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
+    with runtime.plain_maths(logits):
         return runtime.load(backend, "routing").route_backward(
             grad_weights, grad_score_sums, grad_z_sum, logits, experts, spec
         )

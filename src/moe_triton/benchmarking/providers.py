@@ -20,6 +20,7 @@ from moe_triton.benchmarking.limits import SMALL_TOKENS
 from moe_triton.layers import MoE
 
 Parameter = Tensor | list[Tensor]  # one tensor, or one per expert
+COPIED_BYTES = 8 << 30  # of weights that batched_mm may gather
 
 
 class Unavailable(Exception):
@@ -86,6 +87,15 @@ def require_swiglu(case: Case, who: str) -> None:
         raise Unavailable("not applicable", f"{who} computes swiglu without biases")
 
 
+def require_few_copies(case: Case) -> None:
+    """batched_mm copies the weights of every choice of every token."""
+    size = case.tokens * case.top_k * case.weight_elements * case.torch_dtype.itemsize
+    if case.tokens > SMALL_TOKENS:
+        raise Unavailable("not applicable", f"copies each token's experts: only for T <= {SMALL_TOKENS} tokens")
+    if size > COPIED_BYTES:
+        raise Unavailable("not applicable", f"copies each token's experts: {size / 2**30:.0f} GiB of weights here")
+
+
 # Ours -----------------------------------------------------------------------------------------------------------------
 
 
@@ -140,10 +150,8 @@ def transformers(implementation: str) -> Callable[[Workload], Block]:
         case = workload.case
         require("transformers")
         require_swiglu(case, "the Qwen3-MoE block")
-        if implementation == "batched_mm" and case.tokens > SMALL_TOKENS:
-            raise Unavailable(
-                "not applicable", f"batched_mm copies a token's experts: only for T <= {SMALL_TOKENS} tokens"
-            )
+        if implementation == "batched_mm":
+            require_few_copies(case)
         try:
             from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
             from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeSparseMoeBlock

@@ -35,18 +35,18 @@ class TrainConfig:
     """
 
     seed: int = 0
-    steps: int = 300
-    batch_size: int = 16
-    seq_len: int = 256
+    steps: int = 1500
+    batch_size: int = 24
+    seq_len: int = 128
     lr: float = 3e-3
     dense_lr: float = 3e-3
-    num_layers: int = 4
-    hidden_size: int = 128
-    num_heads: int = 4
-    intermediate_size: int = 256
-    num_experts: int = 8
+    num_layers: int = 2
+    hidden_size: int = 64
+    num_heads: int = 2
+    intermediate_size: int = 64
+    num_experts: int = 16
     top_k: int = 2
-    capacity_factor: float = 0.0
+    capacity_factor: float = 2.0
     aux_loss_weight: float = 0.01
     z_loss_weight: float = 0.001
     weight_decay: float = 0.1
