@@ -21,14 +21,13 @@ from typing import Any
 import torch
 
 from moe_triton.cli.info import cpu_name
-from moe_triton.training.config import TrainConfig
+from moe_triton.training.config import KINDS, TrainConfig
 from moe_triton.training.data import load_corpus
 from moe_triton.training.files import replace_file
 from moe_triton.training.job import circumstances
 from moe_triton.training.loop import evaluate, train_model
 
 RESULTS = Path(__file__).parent / "results" / "training"
-KINDS = ("moe", "dense")
 RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
 SEEDS = (0, 1, 2)
 

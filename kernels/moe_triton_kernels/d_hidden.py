@@ -22,7 +22,7 @@ from moe_triton_kernels.offline import Case
 from moe_triton_kernels.tiles import TileTables, load_tile
 
 
-@triton.jit(do_not_specialize=["top_k", "num_slots"])
+@triton.jit(do_not_specialize=["num_slots"])
 def d_hidden_kernel(
     grad_out,  # [T, d]
     source,  # [S]
@@ -37,7 +37,6 @@ def d_hidden_kernel(
     offsets,
     size_d,
     size_n,
-    top_k,
     num_slots,
     weight_stride_e,
     weight_stride_d,
@@ -70,7 +69,7 @@ def d_hidden_kernel(
         columns = n0 + tl.arange(0, BLOCK_N)
         w2 = expert_base(weight, expert, weight_stride_e, WEIGHT_TABLE, WEIGHT_ALIGNMENT, DTYPE)
         acc = row_times_matrix(
-            grad_out + (slots // top_k).to(tl.int64) * size_d,
+            grad_out + (slots // TOP_K).to(tl.int64) * size_d,
             w2 + columns.to(tl.int64) * weight_stride_n,
             columns < size_n,
             size_d,
@@ -182,7 +181,7 @@ def d_hidden(
     return weighted_a, grad_h, shares
 
 
-@triton.jit(do_not_specialize=["top_k", "num_slots", "num_shares"])
+@triton.jit(do_not_specialize=["num_slots", "num_shares"])
 def router_weight_kernel(
     shares,
     grad_out,
@@ -194,7 +193,6 @@ def router_weight_kernel(
     offsets,
     num_shares,
     size_d,
-    top_k,
     num_slots,
     bias_stride_e,
     bias_stride_d,
@@ -219,7 +217,7 @@ def router_weight_kernel(
         if HAS_BIAS:
             DTYPE: tl.constexpr = grad_out.dtype.element_ty
             b = expert_base(bias, expert, bias_stride_e, BIAS_TABLE, BIAS_ALIGNMENT, DTYPE)
-            grad_rows = grad_out + (slots // top_k).to(tl.int64) * size_d
+            grad_rows = grad_out + (slots // TOP_K).to(tl.int64) * size_d
             for start in tl.range(0, size_d, BLOCK_D):
                 columns = start + tl.arange(0, BLOCK_D)
                 inside = columns < size_d

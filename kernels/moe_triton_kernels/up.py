@@ -26,7 +26,7 @@ from moe_triton_kernels.offline import Case
 from moe_triton_kernels.tiles import TileTables, load_tile
 
 
-@triton.jit(do_not_specialize=["top_k"])
+@triton.jit
 def up_kernel(
     x,  # [T, d]
     source,  # [S]
@@ -39,7 +39,6 @@ def up_kernel(
     offsets,
     size_d,
     size_n,
-    top_k,
     weight_stride_e,
     weight_stride_d,
     weight_stride_n,
@@ -74,7 +73,7 @@ def up_kernel(
         rows = first_row + tl.arange(0, BLOCK_M)
         row_mask = rows < end_row
         slots = tl.load(source + rows, mask=row_mask, other=0)  # rows past the end compute token 0 and store nothing
-        x_rows = x + (slots // top_k).to(tl.int64) * size_d
+        x_rows = x + (slots // TOP_K).to(tl.int64) * size_d
 
         n0 = tile_n * BLOCK_N
         wide = tl.arange(0, WIDTH)

@@ -18,15 +18,15 @@ from moe_triton_kernels.offline import Case
 
 
 @triton.jit
-def row_index(rows, row_mask, source, top_k, GATHER: tl.constexpr):
+def row_index(rows, row_mask, source, TOP_K, GATHER: tl.constexpr):
     """Where the rows of an operand lie: at the row itself, or at the row's token. int64."""
     if GATHER:
-        return (tl.load(source + rows, mask=row_mask, other=0) // top_k).to(tl.int64)
+        return (tl.load(source + rows, mask=row_mask, other=0) // TOP_K).to(tl.int64)
     else:
         return rows.to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["top_k", "num_experts"])
+@triton.jit(do_not_specialize=["num_experts"])
 def weight_grad_kernel(
     left,  # [S, size_i], or [T, size_i] gathered
     right,  # [S, size_j], or [T, size_j] gathered
@@ -35,7 +35,6 @@ def weight_grad_kernel(
     offsets,
     size_i,
     size_j,
-    top_k,
     num_experts,
     GATHER_LEFT: tl.constexpr,
     GATHER_RIGHT: tl.constexpr,
@@ -60,8 +59,8 @@ def weight_grad_kernel(
         j = tile_j * BLOCK_N + tl.arange(0, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         rows = first_row + tl.arange(0, BLOCK_K)
-        next_left = row_index(rows, rows < end_row, source, top_k, GATHER_LEFT)
-        next_right = row_index(rows, rows < end_row, source, top_k, GATHER_RIGHT)
+        next_left = row_index(rows, rows < end_row, source, TOP_K, GATHER_LEFT)
+        next_right = row_index(rows, rows < end_row, source, TOP_K, GATHER_RIGHT)
         for start in tl.range(first_row, end_row, BLOCK_K):
             rows = start + tl.arange(0, BLOCK_K)
             row_mask = rows < end_row
@@ -69,8 +68,8 @@ def weight_grad_kernel(
             right_rows = right + next_right * size_j
             # one block ahead: an index loaded where it is used would take stages of the pipeline from the operands
             ahead = rows + BLOCK_K
-            next_left = row_index(ahead, ahead < end_row, source, top_k, GATHER_LEFT)
-            next_right = row_index(ahead, ahead < end_row, source, top_k, GATHER_RIGHT)
+            next_left = row_index(ahead, ahead < end_row, source, TOP_K, GATHER_LEFT)
+            next_right = row_index(ahead, ahead < end_row, source, TOP_K, GATHER_RIGHT)
             # both masked: what lies past the end may be NaN, which a zero on the other side does not remove
             x = tl.load(left_rows[:, None] + i[None, :], mask=row_mask[:, None] & (i < size_i)[None, :], other=0.0)
             y = tl.load(right_rows[:, None] + j[None, :], mask=row_mask[:, None] & (j < size_j)[None, :], other=0.0)
@@ -119,7 +118,7 @@ def weight_grad(
     return out
 
 
-@triton.jit(do_not_specialize=["top_k"])
+@triton.jit
 def bias_grad_kernel(
     values,  # [S, size], or [T, size] gathered
     router_weights,  # [T * K]
@@ -127,7 +126,6 @@ def bias_grad_kernel(
     out,  # [E, size]
     offsets,
     size,
-    top_k,
     GATHERED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -141,7 +139,7 @@ def bias_grad_kernel(
     for start in tl.range(first_row, end_row, BLOCK_R):
         rows = start + tl.arange(0, BLOCK_R)
         row_mask = rows < end_row
-        at = values + row_index(rows, row_mask, source, top_k, GATHERED) * size
+        at = values + row_index(rows, row_mask, source, TOP_K, GATHERED) * size
         value = tl.load(at[:, None] + columns[None, :], mask=row_mask[:, None] & (columns < size)[None, :], other=0.0)
         value = value.to(tl.float32)
         if GATHERED:

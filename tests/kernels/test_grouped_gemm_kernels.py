@@ -38,6 +38,7 @@ CONFIGS = [
     replace(SMALL, block_n=64, parts=4, group=1),
     replace(SMALL, block_m=32, block_n=32, block_k=32, parts=2, group=3),
 ]
+FORMS = [("swiglu", True), ("swiglu", False), ("silu", True)]  # (activation, is_concatenated): each has its epilogue
 ROWS = 40  # S: 37 kept rows of T = 20 tokens with K = 2 choices, three experts of which the second has none
 OFFSETS = (0, 21, 21, 37)
 
@@ -61,25 +62,42 @@ class Setting:
         spans = [slice(OFFSETS[e], OFFSETS[e + 1]) for e in range(3)]
         return [(e, span, self.slots[span] // 2) for e, span in enumerate(spans) if span.start < span.stop]
 
-    def up(self, config: Config, **options: bool) -> tuple[Tensor, Tensor]:
-        sizes = {"size_n": self.gate_up.shape[2] // 2, "top_k": 2, "activation": "swiglu"}
-        flags = {"is_concatenated": True, "keep_activation": True, "keep_preactivation": True} | options
-        weight = per_expert(self.gate_up)
-        return up(self.x, self.source, self.tiles, self.offsets, weight, None, **sizes, **flags, config=config)
+    def up(
+        self, config: Config, activation: str = "swiglu", is_concatenated: bool = True, **keep: bool
+    ) -> tuple[Tensor, Tensor]:
+        return up(
+            self.x,
+            self.source,
+            self.tiles,
+            self.offsets,
+            per_expert(self.gate_up),
+            None,
+            size_n=self.gate_up.shape[2] // (2 if activation == "swiglu" else 1),
+            top_k=2,
+            activation=activation,
+            is_concatenated=is_concatenated,
+            config=config,
+            **{"keep_activation": True, "keep_preactivation": True, **keep},
+        )
 
 
+def assert_untouched(*tensors: Tensor) -> None:
+    """Rows that no expert has were not written: fresh memory is poisoned with NaN (by conftest, on a CPU)."""
+    if device == "cpu":
+        assert all(tensor[OFFSETS[-1] :].isnan().all() for tensor in tensors)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("d", [32, 40])  # a multiple of every block_k, and not
-def test_up(config: Config, d: int) -> None:
+def test_up(form: tuple[str, bool], config: Config, d: int) -> None:
     setting = Setting(d=d)
-    a, h = setting.up(config)
+    a, h = setting.up(config, *form)
     for e, rows, tokens in setting.experts():
         expected = setting.x[tokens].double() @ setting.gate_up[e].double()
         assert_close(h[rows], expected)
-        assert_close(a[rows], reference.activate(expected, "swiglu"))
-    if device == "cpu":  # fresh memory is poisoned there, so an untouched row still shows it
-        assert a[OFFSETS[-1] :].isnan().all()
-        assert h[OFFSETS[-1] :].isnan().all()
+        assert_close(a[rows], reference.activate(expected, *form))
+    assert_untouched(a, h)
 
 
 def test_up_keeps_what_it_is_asked_for() -> None:
@@ -121,6 +139,7 @@ def test_rows_times_experts(config: Config) -> None:
         router_weights=setting.weights,
         source=setting.source,
     )
+    assert_untouched(plain, scaled)
     for e, rows, _ in setting.experts():
         product = a[rows].double() @ setting.down[e].double()
         assert_close(plain[rows], product)
@@ -128,10 +147,11 @@ def test_rows_times_experts(config: Config) -> None:
         assert_close(scaled[rows], (product + bias[e].double()) * weights)
 
 
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_d_hidden_and_the_router_weights_gradient(config: Config) -> None:
+def test_d_hidden_and_the_router_weights_gradient(form: tuple[str, bool], config: Config) -> None:
     setting = Setting()
-    h = torch.randn(ROWS, 48, device=device)
+    h = torch.randn(ROWS, 48 if form[0] == "swiglu" else 24, device=device)
     h[OFFSETS[-1] :] = float("nan")
     bias = torch.randn(3, 40, device=device)
     weighted_a, grad_h, shares = d_hidden(
@@ -143,10 +163,11 @@ def test_d_hidden_and_the_router_weights_gradient(config: Config) -> None:
         h,
         setting.weights,
         size_n=24,
-        activation="swiglu",
-        is_concatenated=True,
+        activation=form[0],
+        is_concatenated=form[1],
         config=config,
     )
+    assert_untouched(weighted_a, grad_h)
     plan = (setting.source, setting.tiles, setting.offsets)
     with_bias = d_router_weights(shares, setting.x, *plan, per_expert(bias), setting.weights)
     without = d_router_weights(shares, setting.x, *plan, None, setting.weights.half())
@@ -156,7 +177,7 @@ def test_d_hidden_and_the_router_weights_gradient(config: Config) -> None:
     expected_bias = expected.clone()
     for e, rows, tokens in setting.experts():
         wide = h[rows].double().requires_grad_()
-        a = reference.activate(wide, "swiglu")
+        a = reference.activate(wide, *form)
         weights = setting.weights.reshape(-1)[setting.slots[rows], None].double()
         grad_out = setting.x[tokens].double()
         (grad,) = torch.autograd.grad(((a @ setting.down[e].double()) * weights * grad_out).sum(), wide)

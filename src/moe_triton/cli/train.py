@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from moe_triton.training.config import TrainConfig
+from moe_triton.training import TrainConfig, TrainingError, run_job
+from moe_triton.training.config import KINDS
 
 DEFAULTS = TrainConfig()
 
@@ -56,8 +57,6 @@ def train(
     device: Annotated[str | None, setting("device", "cpu, cuda, cuda:1, ...")] = None,
 ) -> None:
     """Train a small mixture-of-experts language model on the bytes of a text, and write a report."""
-    from moe_triton.training import TrainingError, run_job  # not needed for --help
-
     options = {
         "data": None if data is None else str(data.absolute()),
         "steps": steps,
@@ -101,4 +100,4 @@ def train(
 
 def held_out(summary: dict[str, Any]) -> list[str]:
     """The held-out losses in words, in nats per byte."""
-    return [f"{kind} {summary[kind]['held_out_loss']:.4f}" for kind in ("moe", "dense") if kind in summary]
+    return [f"{kind} {summary[kind]['held_out_loss']:.4f}" for kind in KINDS if kind in summary]

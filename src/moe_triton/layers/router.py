@@ -103,7 +103,7 @@ class Router(nn.Module):
         with torch.autocast(hidden_states.device.type, enabled=False):
             x = hidden_states.to(dtype)
             if self.training and self.jitter > 0:
-                x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
+                x = x * (1 + self.jitter * (2 * torch.rand_like(x) - 1))
             return F.linear(x, self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> Routing:

@@ -10,7 +10,7 @@ import torch
 from moe_triton.checks import check_choice, check_int, check_number
 from moe_triton.runtime import BACKENDS
 
-MODELS = ("moe", "dense")
+KINDS = ("moe", "dense")  # of models
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,15 +57,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_int("seed", self.seed, low=0, high=2**63 - 1)
-        for name in (
-            "steps",
-            "batch_size",
-            "num_layers",
-            "hidden_size",
-            "num_heads",
-            "intermediate_size",
-            "num_experts",
-        ):
+        sizes = ("num_layers", "hidden_size", "num_heads", "intermediate_size", "num_experts")
+        for name in ("steps", "batch_size", *sizes):
             check_int(name, getattr(self, name), low=1)
         check_int("seq_len", self.seq_len, low=2)
         check_int("top_k", self.top_k, low=1, high=self.num_experts)
@@ -79,9 +72,9 @@ class TrainConfig:
             )
         check_choice("backend", self.backend, BACKENDS)
 
-    def peak_lr(self, model: str) -> float:
-        """The peak learning rate of "moe" or "dense"."""
-        return self.lr if model == "moe" else self.dense_lr
+    def peak_lr(self, kind: str) -> float:
+        """The peak learning rate of the "moe" or the "dense" model."""
+        return self.lr if kind == "moe" else self.dense_lr
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from moe_triton.training.checkpoint import Checkpoint, load_checkpoint
-from moe_triton.training.config import TrainConfig, check_device
+from moe_triton.training.config import KINDS, TrainConfig, check_device
 from moe_triton.training.data import Corpus, evaluation_windows, load_corpus
 from moe_triton.training.display import Display
 from moe_triton.training.errors import TrainingError
@@ -63,7 +63,7 @@ def run_job(
     console.print(f"{corpus.source}: {corpus.num_files} files, {size:,} bytes", highlight=False, soft_wrap=True)
     results: dict[str, Any] = {}
     sample: dict[str, str] = {}
-    for kind in ("moe", "dense") if compare_dense else ("moe",):
+    for kind in KINDS if compare_dense else KINDS[:1]:
         model = train_kind(kind, config, corpus, out, saved.get(kind), compare_dense, checkpoint_every, console)
         results[kind] = measure(model, config, corpus, out)
         if kind == "moe":
@@ -80,7 +80,7 @@ def saved_checkpoints(out: Path, resume: bool) -> dict[str, Checkpoint]:
     if out.exists() and not out.is_dir():
         raise TrainingError(f"--out: {out} is not a directory")
     saved = {}
-    for kind in ("moe", "dense"):
+    for kind in KINDS:
         files = run_files(out, kind)
         for path in files:
             if path.exists() and not resume:

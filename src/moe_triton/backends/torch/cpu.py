@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 HUGE = 4 << 20  # bytes; from this size on numpy asks the kernel for huge pages
-ALIGNMENT = 64  # bytes; a cache line, which is what torch's own memory is aligned to
+ALIGNMENT = 2 << 20  # bytes; one huge page, so that no edge of a tensor falls on small ones
 ROW_QUANTUM = 16
 
 # oneDNN's fp32 product, which torch otherwise uses only in compiled graphs. On CPUs with AVX-512 that are not Intel's
@@ -26,7 +26,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     size = math.prod(shape) * dtype.itemsize
     if size < HUGE:
         return torch.empty(shape, dtype=dtype)
-    memory = np.empty(size + ALIGNMENT, dtype=np.uint8)
+    memory = np.empty(size + 2 * ALIGNMENT, dtype=np.uint8)  # what is never touched costs nothing
     start = -memory.ctypes.data % ALIGNMENT
     return torch.from_numpy(memory)[start : start + size].view(dtype).view(shape)
 
