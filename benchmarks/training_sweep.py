@@ -28,7 +28,7 @@ from moe_triton.training.job import circumstances
 from moe_triton.training.loop import evaluate, train_model
 
 RESULTS = Path(__file__).parent / "results" / "training"
-RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
+RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 SEEDS = (0, 1, 2)
 
 

@@ -133,7 +133,7 @@ def ragged_choices(sizes: list[int], top_k: int = 2) -> Tensor:
     return ids[torch.randperm(len(ids))].view(-1, top_k)
 
 
-SIZES = [5, 0, 33, 1, 20]  # an empty expert, one below, above and at none of the padding sizes
+SIZES = [5, 0, 33, 1, 7, 20]  # an empty expert, two that share a block, and two whose rows are padded
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -351,6 +351,27 @@ def test_empty_is_aligned_contiguous_and_writable(shape: tuple[int, ...], dtype:
     assert tensor.is_contiguous()
     assert tensor.data_ptr() % (cpu.ALIGNMENT if tensor.nbytes >= cpu.HUGE else 64) == 0
     assert torch.equal(tensor.fill_(2), torch.full(shape, 2, dtype=dtype))
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=st.lists(st.one_of(st.integers(0, 16), st.integers(0, 300)), max_size=60))
+def test_blocks_cover_every_row_once(sizes: list[int]) -> None:
+    bounds = [0, *torch.tensor(sizes, dtype=torch.long).cumsum(0).tolist()]
+    rows_of = {e: range(bounds[e], bounds[e + 1]) for e, size in enumerate(sizes) if size > 0}
+    for block in experts_loop._blocks(bounds):
+        assert block.parts[-1][1].stop == block.computed
+        if len(block.parts) > 1:
+            assert block.computed == block.size <= experts_loop.SHARED_BLOCK_ROWS
+        for e, part in block.parts:
+            assert part.stop - part.start == cpu.padded(sizes[e])
+            assert rows_of.pop(e) == range(block.start + part.start, block.start + min(part.stop, block.size))
+    assert not rows_of
+
+
+def test_experts_with_few_rows_share_a_block() -> None:
+    blocks = experts_loop._blocks([0, 3, 3, 19, 36, 40])
+    assert [(block.start, block.size, block.computed) for block in blocks] == [(0, 19, 19), (19, 17, 32), (36, 4, 4)]
+    assert len(experts_loop._blocks([16 * i for i in range(33)])) == 2
 
 
 def test_padded_sizes_recur() -> None:

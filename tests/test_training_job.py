@@ -92,7 +92,7 @@ def test_report_is_self_contained(finished: Path) -> None:
     assert all(target.startswith("data:image/png;base64,") for target in re.findall(r'(?:src|href)="([^"]*)"', page))
     assert f"{summary['moe']['held_out_loss']:.4f}" in page
     assert f"{summary['dense']['held_out_loss']:.4f}" in page
-    assert page.count("<polyline") == 2 * 2 + 1  # both losses, raw and smoothed, and the busiest expert
+    assert page.count("<polyline") == 2 * 2 + 2  # both losses, raw and smoothed; the busiest expert; drops
     assert page.count("<image") == 1  # a heat map for the one layer
     assert "&lt;b&gt;" in page  # the prompt, escaped
     assert "<b>\n" not in page

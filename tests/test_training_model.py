@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from moe_triton.training.config import TrainConfig
-from moe_triton.training.loop import dropped_share, learning_rate, make_optimizer, train_step
+from moe_triton.training.loop import dropped_share, evaluate, learning_rate, make_optimizer, train_step
 from moe_triton.training.model import LanguageModel, rotary_table, rotate
 
 TINY = TrainConfig(
@@ -79,7 +79,9 @@ def test_evaluation_drops_nothing() -> None:
     torch.manual_seed(1)
     free = LanguageModel(TINY, "moe")
     assert not torch.equal(tight(tokens).logits, free(tokens).logits)
-    assert torch.equal(tight.eval()(tokens).logits, free.eval()(tokens).logits)
+    text = tokens.flatten().to(torch.uint8)
+    assert evaluate(tight, text, TINY) == evaluate(free, text, TINY)
+    assert not tight.training
 
 
 @pytest.mark.parametrize("kind", ["moe", "dense"])
@@ -104,6 +106,17 @@ def test_train_loss_is_the_mean_cross_entropy_without_the_auxiliary_loss() -> No
     assert record["max_load"] == max(max(row) for row in record["expert_load"]) / (48 * 2 / 4)
 
 
+def test_the_auxiliary_loss_is_trained() -> None:
+    tokens = torch.randint(0, 256, (2, 25))
+    routers = []
+    for weight in (0.0, 5.0):
+        torch.manual_seed(0)
+        model = LanguageModel(dataclasses.replace(TINY, aux_loss_weight=weight, z_loss_weight=0.0), "moe")
+        train_step(model, make_optimizer(model, TINY), tokens, 1e-2, 1.0)
+        routers.append(next(value for name, value in model.named_parameters() if "router" in name))
+    assert not torch.equal(*routers)
+
+
 def test_learning_rate_schedule() -> None:
     config = TrainConfig(steps=100, lr=1.0, dense_lr=0.5)
     rates = [learning_rate(config, "moe", step) for step in range(1, 101)]
@@ -119,7 +132,7 @@ def test_learning_rate_schedule() -> None:
     ("name", "value"),
     [
         ("steps", 0), ("seed", -1), ("batch_size", 0), ("seq_len", 1), ("lr", 0.0), ("dense_lr", float("nan")),
-        ("num_layers", 0), ("hidden_size", 30), ("top_k", 9), ("capacity_factor", -1.0), ("aux_loss_weight", -1.0),
+        ("num_layers", 0), ("hidden_size", 30), ("top_k", 17), ("capacity_factor", -1.0), ("aux_loss_weight", -1.0),
         ("backend", "cuda"), ("steps", 1.5),
     ],
 )  # fmt: skip

@@ -21,7 +21,7 @@ from moe_triton_kernels.offline import Case
 
 OPS = ("up_gated", "up", "down", "d_hidden_gated", "d_hidden", "d_rows", "d_weight")
 BUCKETS = (16, 32, 64, 128)  # rows per expert: up to 16, up to 32, up to 64, more; also the rows of a tile
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 MODEL_SIZES = ((768, 256), (2048, 1024), (2048, 768), (4096, 14336), (7168, 2048), (2880, 2880))  # (d, n)
 TABLE = Path(__file__).with_name("configs.json")
 # their matrix units read shared memory through the asynchronous proxy
@@ -224,6 +224,17 @@ def persistent_grid(device: torch.device, max_tiles: int, config: Config) -> tup
     return (max(1, min(max_tiles, target_of(device).num_sms * config.programs_per_sm)),)
 
 
+def main_loop_instructions(shipped: Shipped, arch: str) -> list[str]:
+    """What the main loop has to compile to: matrix instructions for 16-bit types, asynchronous copies before Blackwell.
+
+    wgmma takes 64 rows at least. On Blackwell the copies depend on `pipeline_stages`.
+    """
+    wants = ["cp_async"] if arch in ("sm_80", "sm_90") else []
+    if shipped.dtype != "fp32":
+        wants.append("wgmma" if arch == "sm_90" and shipped.config.block_m >= 64 else "mma")
+    return wants
+
+
 def offline_case(
     fn: Any,
     shipped: Shipped,
@@ -250,4 +261,5 @@ def offline_case(
         num_stages=pipeline_stages(arch, config),
         aligned=[*(name for name in pointers if name != "num_tiles"), *aligned],
         sample=sample,
+        wants=main_loop_instructions(shipped, arch),
     )

@@ -41,6 +41,7 @@ def d_hidden_kernel(
     weight_stride_e,
     weight_stride_d,
     weight_stride_n,
+    TOP_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     CONCATENATED: tl.constexpr,
@@ -166,10 +167,10 @@ def d_hidden(
         offsets,
         size_d,
         size_n,
-        router_weights.shape[1],
         num_slots,
         weight.stride_e,
         *weight.strides,
+        TOP_K=router_weights.shape[1],
         ACTIVATION=activation,
         GATED=gated,
         CONCATENATED=is_concatenated,
@@ -196,6 +197,7 @@ def router_weight_kernel(
     num_slots,
     bias_stride_e,
     bias_stride_d,
+    TOP_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BIAS_TABLE: tl.constexpr,
     BIAS_ALIGNMENT: tl.constexpr,
@@ -256,10 +258,10 @@ def d_router_weights(
         offsets,
         shares.shape[0],
         grad_out.shape[1],
-        like.shape[1],
         shares.shape[1],
         0 if bias is None else bias.stride_e,
         0 if bias is None else bias.strides[0],
+        TOP_K=like.shape[1],
         HAS_BIAS=bias is not None,
         BIAS_TABLE=bias is not None and bias.is_table,
         BIAS_ALIGNMENT=1 if bias is None else bias.alignment,
@@ -291,6 +293,7 @@ def offline_cases(arch: str) -> list[Case]:
                     pointers=pointers | dict.fromkeys(("source", "table", "num_tiles", "offsets"), "*i32"),
                     unit_strides=("weight_stride_d" if transposed else "weight_stride_n",),
                     sample=number == 0,
+                    TOP_K=8,
                     ACTIVATION=activation,
                     GATED=op == "d_hidden_gated",
                     CONCATENATED=concatenated,
@@ -306,8 +309,8 @@ def offline_cases(arch: str) -> list[Case]:
             fn=router_weight_kernel,
             signature=shares
             | dict.fromkeys(("source", "table", "num_tiles", "offsets"), "*i32")
-            | dict.fromkeys(("num_shares", "size_d", "top_k", "num_slots", "bias_stride_e"), "i32"),
-            constexprs={"bias_stride_d": 1, "HAS_BIAS": True, "BIAS_TABLE": False, "BIAS_ALIGNMENT": 16}
+            | dict.fromkeys(("num_shares", "size_d", "num_slots", "bias_stride_e"), "i32"),
+            constexprs={"bias_stride_d": 1, "TOP_K": 8, "HAS_BIAS": True, "BIAS_TABLE": False, "BIAS_ALIGNMENT": 16}
             | {"BLOCK_M": 16, "BLOCK_D": 128},
         )
     )

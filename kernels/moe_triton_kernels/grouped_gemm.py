@@ -2,7 +2,9 @@
 
 Every kernel of the family is persistent: a grid bounded by the device's size loops over tiles, up to a tile count that
 is loaded on the device. Rows are gathered through pointers inside the main loop, so no copy of the hidden states is
-made. The product accumulates in fp32 in the order of the contraction: same input, same bits.
+made. The product accumulates in fp32 in the order of the contraction: same input, same bits. Sizes and strides that
+are multiples of 16 elements are copied to shared memory asynchronously, 16 bytes at a time; others work, but slowly:
+their copies go through registers one element at a time.
 
 The proxy fence. On Hopper and Blackwell the matrix unit reads shared memory through the asynchronous proxy, while
 cp.async writes it through the generic one; PTX asks for fence.proxy.async between the two. Triton emits it since

@@ -18,7 +18,7 @@ from moe_triton_kernels.offline import Case
 
 
 @triton.jit
-def row_index(rows, row_mask, source, TOP_K, GATHER: tl.constexpr):
+def row_index(rows, row_mask, source, TOP_K: tl.constexpr, GATHER: tl.constexpr):
     """Where the rows of an operand lie: at the row itself, or at the row's token. int64."""
     if GATHER:
         return (tl.load(source + rows, mask=row_mask, other=0) // TOP_K).to(tl.int64)
@@ -36,8 +36,11 @@ def weight_grad_kernel(
     size_i,
     size_j,
     num_experts,
+    TOP_K: tl.constexpr,
     GATHER_LEFT: tl.constexpr,
     GATHER_RIGHT: tl.constexpr,
+    EVEN_I: tl.constexpr,
+    EVEN_J: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -71,8 +74,10 @@ def weight_grad_kernel(
             next_left = row_index(ahead, ahead < end_row, source, TOP_K, GATHER_LEFT)
             next_right = row_index(ahead, ahead < end_row, source, TOP_K, GATHER_RIGHT)
             # both masked: what lies past the end may be NaN, which a zero on the other side does not remove
-            x = tl.load(left_rows[:, None] + i[None, :], mask=row_mask[:, None] & (i < size_i)[None, :], other=0.0)
-            y = tl.load(right_rows[:, None] + j[None, :], mask=row_mask[:, None] & (j < size_j)[None, :], other=0.0)
+            x_mask = row_mask[:, None] if EVEN_I else row_mask[:, None] & (i < size_i)[None, :]
+            y_mask = row_mask[:, None] if EVEN_J else row_mask[:, None] & (j < size_j)[None, :]
+            x = tl.load(left_rows[:, None] + i[None, :], mask=x_mask, other=0.0)
+            y = tl.load(right_rows[:, None] + j[None, :], mask=y_mask, other=0.0)
             proxy_fence(FENCE)
             acc = tl.dot(tl.trans(x), y, acc, input_precision="ieee")
         out_rows = out + expert.to(tl.int64) * size_i * size_j + i.to(tl.int64) * size_j
@@ -109,10 +114,12 @@ def weight_grad(
         offsets,
         size_i,
         size_j,
-        top_k,
         num_experts,
+        TOP_K=top_k,
         GATHER_LEFT=gather_left,
         GATHER_RIGHT=not gather_left,
+        EVEN_I=size_i % config.block_m == 0,
+        EVEN_J=size_j % config.block_n == 0,
         **launch_options(left.device, config),
     )
     return out
@@ -126,6 +133,7 @@ def bias_grad_kernel(
     out,  # [E, size]
     offsets,
     size,
+    TOP_K: tl.constexpr,
     GATHERED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -167,7 +175,7 @@ def bias_grad(
         out,
         offsets,
         size,
-        top_k,
+        TOP_K=top_k,
         GATHERED=router_weights is not None,
         BLOCK_R=32,
         BLOCK_C=block_c,
@@ -187,8 +195,11 @@ def offline_cases(arch: str) -> list[Case]:
             variant="gather_left" if gather_left else "gather_right",
             pointers=dict.fromkeys(("left", "right", "out"), f"*{entry.dtype}") | {"source": "*i32", "offsets": "*i32"},
             sample=number == 0 or gather_left,
+            TOP_K=8,
             GATHER_LEFT=gather_left,
             GATHER_RIGHT=not gather_left,
+            EVEN_I=not gather_left,
+            EVEN_J=not gather_left,
         )
         for number, (entry, gather_left) in enumerate(variants)
     ]
@@ -197,8 +208,8 @@ def offline_cases(arch: str) -> list[Case]:
         Case(
             name=f"d_bias_{'gathered' if gathered else 'rows'}",
             fn=bias_grad_kernel,
-            signature=bias_pointers | {"size": "i32", "top_k": "i32"},
-            constexprs={"GATHERED": gathered, "BLOCK_R": 32, "BLOCK_C": 128},
+            signature=bias_pointers | {"size": "i32"},
+            constexprs={"TOP_K": 8, "GATHERED": gathered, "BLOCK_R": 32, "BLOCK_C": 128},
         )
         for gathered in (False, True)
     ]

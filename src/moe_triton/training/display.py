@@ -11,18 +11,18 @@ PLAIN_EVERY = 10  # steps between two plain lines
 
 
 def in_words(record: dict[str, Any]) -> str:
-    """A step's metrics in one line: loss, speed and, for a mixture of experts, dropped share and expert load."""
-    words = f"loss {record['train_loss']:.3f}  {record['tokens_per_s']:,.0f} tokens/s"
+    """A step's metrics, short enough for a bar of 80 columns: loss, speed and, with experts, dropped share and load.
+
+    "load 1.50x" is the largest load of any expert of any layer, as a multiple of the mean load.
+    """
+    words = f"loss {record['train_loss']:.3f}  {record['tokens_per_s']:,.0f} tok/s"
     if "dropped" in record:
-        words += f"  dropped {record['dropped']:.1%}  busiest expert {record['max_load']:.2f}x"
+        words += f"  drop {record['dropped']:.1%}  load {record['max_load']:.2f}x"
     return words
 
 
 class Display:
-    """Shows one model's steps; a context manager around its training.
-
-    "busiest expert 1.50x" is the largest load of any expert of any layer, as a multiple of the mean load.
-    """
+    """Shows one model's steps; a context manager around its training."""
 
     def __init__(self, console: Console, kind: str, steps: int, done: int) -> None:
         self.console = console

@@ -16,7 +16,7 @@ def build_dispatch(
     """
     num_tokens, top_k = experts.shape
     num_slots = num_tokens * top_k
-    slot_S = torch.arange(num_slots, device=experts.device)
+    slot_S = torch.arange(num_slots, device=experts.device, dtype=torch.int32)
     expert_S = experts.reshape(-1)
     valid_S = (expert_S >= 0) & (expert_S < num_experts)
     bucket_S = torch.where(valid_S, expert_S.int(), num_experts)  # bucket E holds what no expert gets
@@ -31,9 +31,10 @@ def build_dispatch(
         sorted_bucket_S, row_to_slot_S = _stable_sort(bucket_S, num_experts + 1)
         offsets = torch.searchsorted(sorted_bucket_S, edges, out_int32=True)
 
-    source = torch.where(sorted_bucket_S < num_experts, row_to_slot_S, -1).int()
-    position = torch.empty(num_slots, dtype=torch.int32, device=experts.device)
-    position[row_to_slot_S] = torch.where(sorted_bucket_S < num_experts, slot_S, -1).int()
+    is_kept_S = sorted_bucket_S < num_experts
+    source = torch.where(is_kept_S, row_to_slot_S, -1).int()
+    position = torch.empty_like(slot_S)
+    position[row_to_slot_S] = torch.where(is_kept_S, slot_S, -1)
     return counts, offsets, source, position.view(num_tokens, top_k)
 
 

@@ -16,7 +16,8 @@ from moe_triton.backends.torch.operands import Gradients, Needs, Operands, Weigh
 from moe_triton.records import ExpertSpec
 
 # Only oneDNN's bf16 batched product beats a loop of single ones; without oneDNN it is a naive loop in torch itself.
-_BATCHED_DTYPES = (torch.bfloat16,) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ()
+_HAS_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+_BATCHED_DTYPES = (torch.bfloat16,) if _HAS_BF16 else ()
 _BATCHED_MOST_ROWS = 32
 
 

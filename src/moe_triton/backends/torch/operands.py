@@ -51,9 +51,9 @@ class Operands:
     def intermediate_size(self) -> int:
         return self.width // 2 if self.spec.is_gated else self.width
 
-    def row_slots(self, num_rows: int) -> tuple[Tensor, Tensor]:
-        """Token [num_rows] and router weight [num_rows, 1] of the first rows, which must all be kept ones."""
-        slots = self.source[:num_rows]
+    def row_slots(self, kept: int, padding: int = 0) -> tuple[Tensor, Tensor]:
+        """Token and router weight [.., 1] of the `kept` rows, and then of `padding` more that are some slot's."""
+        slots = self.source[:kept] if padding == 0 else F.pad(self.source[:kept], (0, padding))
         return slots // self.position.shape[1], self.weights.reshape(-1).index_select(0, slots)[:, None]
 
     def scatter_to_slots(self, row_values: Tensor) -> Tensor:
@@ -66,12 +66,12 @@ class Operands:
 def sum_rows(rows: Tensor, position: Tensor, zero_row: int) -> Tensor:
     """Sum of each token's rows, in choice order, accumulated in fp32 (fp64 for fp64), on the CPU.
 
-    Row `zero_row` is overwritten with zeros, and stands in for the choices that have none.
+    Row `zero_row`, which must come after all others, is set to zeros and stands in for the choices that have none.
     """
     if position.numel() == 0:
         return rows.new_zeros(position.shape[0], rows.shape[1])
     rows[zero_row] = 0
-    return F.embedding_bag(torch.where(position < 0, zero_row, position), rows, mode="sum")
+    return F.embedding_bag(position.remainder(zero_row + 1), rows, mode="sum")  # -1 becomes zero_row
 
 
 def as_given(weights: Weights | None, grad: Tensor | None) -> Weights | None:

@@ -207,7 +207,10 @@ def experts_backward(
 def weight_gradient(
     problem: Problem, tokens: Tensor, rows: Tensor, source: Tensor, offsets: Tensor, *, tokens_first: bool
 ) -> Tensor:
-    """The gathered token matrix times the rows in expert order, contracted over rows: [tokens' columns, rows'] or back."""
+    """tokens^T rows, contracted over each expert's rows, or its transpose where not `tokens_first`.
+
+    `tokens` [T, ...] is gathered by row -> token; `rows` [S, ...] lies in expert order.
+    """
     left, right = (tokens, rows) if tokens_first else (rows, tokens)
     return weight_grad(
         left,
