@@ -37,15 +37,16 @@ def run(kind: str, settings: dict[str, Any], part: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     config = TrainConfig(**settings)
     corpus = load_corpus(None, config.seq_len)
-    seconds: list[float] = []
     losses: list[float] = []
-
-    def note(record: dict[str, Any]) -> None:
-        seconds.append(record["seconds"])
-        losses.append(record["train_loss"])
-
     with tempfile.TemporaryDirectory() as out:
-        model = train_model(kind, config, corpus, Path(out), checkpoint_every=config.steps, on_step=note)
+        model = train_model(
+            kind,
+            config,
+            corpus,
+            Path(out),
+            checkpoint_every=config.steps,
+            on_step=lambda record: losses.append(record["train_loss"]),
+        )
     total, active = model.parameter_counts()
     return {
         "model": kind,
@@ -55,7 +56,6 @@ def run(kind: str, settings: dict[str, Any], part: str) -> dict[str, Any]:
         "train_loss_of_last_tenth": mean(losses[-max(1, len(losses) // 10) :]),
         "parameters": total,
         "active_parameters": active,
-        "seconds": round(sum(seconds), 1),
     }
 
 
@@ -63,6 +63,8 @@ def run_all(path: Path, jobs: list[tuple[str, dict[str, Any]]], part: str) -> di
     """Runs what `path` does not hold yet, two at a time, and writes it after each run."""
     config = TrainConfig()
     facts = {"processor": cpu_name(), **circumstances(config, load_corpus(None, config.seq_len)), "threads": 1}
+    for name in ("seed", "lr", "dense_lr"):  # each run has its own
+        del facts["config"][name]
     results: dict[str, Any] = {**facts, "runs": []}
     if path.exists():
         results = json.loads(path.read_text(encoding="utf-8"))

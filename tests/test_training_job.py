@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,6 +166,22 @@ def test_resume_of_a_finished_run_can_add_the_dense_model(finished: Path, tmp_pa
     run_job(tmp_path / "a", {}, resume=True, compare_dense=True)
     for name in ("metrics.jsonl", "dense_metrics.jsonl"):
         assert losses(tmp_path / "a" / name) == losses(finished / name)
+
+
+def test_the_text_may_move(finished: Path, tmp_path: Path, text: Path) -> None:
+    options = {**SIZES, "steps": 12, "data": str(text)}
+    run_job(tmp_path / "a", options)
+    (tmp_path / "moved.txt").write_bytes(text.read_bytes())
+    run_job(tmp_path / "a", {"data": str(tmp_path / "moved.txt")}, resume=True, compare_dense=True)
+    run_job(tmp_path / "a", {}, resume=True)
+    assert losses(tmp_path / "a" / "dense_metrics.jsonl") == losses(finished / "dense_metrics.jsonl")
+
+
+def test_checkpoints_of_different_runs_are_refused(finished: Path, tmp_path: Path, text: Path) -> None:
+    run_job(tmp_path / "a", {**SIZES, "steps": 2, "data": str(text)})
+    shutil.copy(finished / "dense_checkpoint.safetensors", tmp_path / "a")
+    with pytest.raises(TrainingError, match="of different runs"):
+        run_job(tmp_path / "a", {}, resume=True)
 
 
 def snapshot(path: Path) -> dict[str, bytes]:

@@ -38,8 +38,8 @@ class TrainConfig:
     steps: int = 1500
     batch_size: int = 24
     seq_len: int = 128
-    lr: float = 3e-3
-    dense_lr: float = 3e-3
+    lr: float = 1.6e-2
+    dense_lr: float = 8e-3
     num_layers: int = 2
     hidden_size: int = 64
     num_heads: int = 2

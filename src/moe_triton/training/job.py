@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import platform
@@ -95,9 +96,9 @@ def saved_checkpoints(out: Path, resume: bool) -> dict[str, Checkpoint]:
 def settings(options: Mapping[str, Any], saved: Mapping[str, Checkpoint], out: Path) -> TrainConfig:
     """The run's settings: the saved ones, which the given options must not contradict, or the options over defaults."""
     configs = [checkpoint.config for checkpoint in saved.values()]
-    if any(other != configs[0] for other in configs[1:]):
+    if len({dataclasses.replace(config, data=None) for config in configs}) > 1:
         raise TrainingError(f"--resume: the checkpoints in {out} are of different runs")
-    before = configs[0].as_dict() if configs else {}
+    before = configs[-1].as_dict() if configs else {}
     try:
         config = TrainConfig(**{**before, **options})
         check_device(config.device)
