@@ -4,7 +4,7 @@
     python benchmarks/training_sweep.py seeds   # three seeds with the defaults: by held-out loss
 
 Both write JSON under benchmarks/results/training/, run by run, and go on from there when they are started again.
-Each run is a whole training with `TrainConfig`'s defaults on one thread, two at a time.
+Each run is a whole training with `TrainConfig`'s defaults, two at a time.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ SEEDS = (0, 1, 2)
 
 def run(kind: str, settings: dict[str, Any], part: str) -> dict[str, Any]:
     """One training and its loss on one part of the text: the held-out part is left alone while rates are chosen."""
-    torch.set_num_threads(1)
     config = TrainConfig(**settings)
+    torch.set_num_threads(config.threads)
     corpus = load_corpus(None, config.seq_len)
     losses: list[float] = []
     with tempfile.TemporaryDirectory() as out:
@@ -62,7 +62,7 @@ def run(kind: str, settings: dict[str, Any], part: str) -> dict[str, Any]:
 def run_all(path: Path, jobs: list[tuple[str, dict[str, Any]]], part: str) -> dict[str, Any]:
     """Runs what `path` does not hold yet, two at a time, and writes it after each run."""
     config = TrainConfig()
-    facts = {"processor": cpu_name(), **circumstances(config, load_corpus(None, config.seq_len)), "threads": 1}
+    facts = {"processor": cpu_name(), **circumstances(config, load_corpus(None, config.seq_len))}
     for name in ("seed", "lr", "dense_lr"):  # each run has its own
         del facts["config"][name]
     results: dict[str, Any] = {**facts, "runs": []}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_triton import reference
-from moe_triton.backends.torch import cpu, experts, experts_batched, experts_device, experts_loop
+from moe_triton.backends.torch import cpu, experts, experts_batched, experts_device, experts_loop, memory
 from moe_triton.backends.torch.operands import Operands, Weights
 from moe_triton.records import ACTIVATIONS, Dispatch, ExpertSpec
 
@@ -326,30 +327,54 @@ def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("way", ["loop", "batched"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_on_huge_pages(way: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "HUGE", 1)
-    asked: list[int] = []
-    original = cpu.np.empty
+def test_used_memory_holds_garbage(way: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "LARGE", 1)
+    monkeypatch.setattr(memory, "_idle", defaultdict(deque))
+    lent: list[int] = []
+    original = memory.np.empty
 
     def poisoned(size: int, dtype: type) -> object:
-        asked.append(size)
-        memory = original(size, dtype=dtype)
-        memory.fill(0xFF)  # NaN in every float format
-        return memory
+        lent.append(size)
+        fresh = original(size, dtype=dtype)
+        fresh.fill(0xFF)  # NaN in every float format
+        return fresh
 
-    monkeypatch.setattr(cpu.np, "empty", poisoned)
-    check(WAYS[way], make_case(ragged_choices(SIZES), len(SIZES), dtype=dtype, bias=True))
-    assert len(asked) >= 4
+    monkeypatch.setattr(memory.np, "empty", poisoned)
+    case = make_case(ragged_choices(SIZES), len(SIZES), dtype=dtype, bias=True)
+    check(WAYS[way], case)
+    assert len(lent) >= 4
+    check(WAYS[way], case)  # in the memory of the first
+
+
+def test_memory_is_used_again_once_nothing_lies_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_idle", defaultdict(deque))
+    first = memory.empty((3, 500_000), torch.float32)
+    address, part = first.data_ptr(), first[1:]
+    del first
+    second = memory.empty((3, 500_000), torch.float32)
+    assert second.data_ptr() != address  # a view is still there
+    del part
+    third = memory.empty((1_490_000,), torch.float32)  # of the same class of sizes
+    assert third.data_ptr() == address
+    monkeypatch.setattr(memory, "MOST_IDLE", 0)
+    del second, third
+    assert not any(memory._idle.values())
+
+
+@pytest.mark.parametrize("size", [1, 17, 4 << 20, (4 << 20) + 1, 123_456_789])
+def test_size_classes(size: int) -> None:
+    assert size <= memory.size_class(size) <= size * 9 / 8 + 1
+    assert memory.size_class(memory.size_class(size)) == memory.size_class(size)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (5,), (1 << 20, 2), (3, 700_001)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_empty_is_aligned_contiguous_and_writable(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    tensor = cpu.empty(shape, dtype)
+    tensor = memory.empty(shape, dtype)
     assert tensor.shape == shape
     assert tensor.dtype == dtype
     assert tensor.is_contiguous()
-    assert tensor.data_ptr() % (cpu.ALIGNMENT if tensor.nbytes >= cpu.HUGE else 64) == 0
+    assert tensor.data_ptr() % memory.ALIGNMENT == 0
     assert torch.equal(tensor.fill_(2), torch.full(shape, 2, dtype=dtype))
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from moe_triton.cli import app
@@ -105,7 +106,8 @@ def test_the_dense_model_sees_the_same_bytes(finished: Path, tmp_path: Path, tex
     from moe_triton.training.data import load_corpus
     from moe_triton.training.loop import train_model
 
-    train_model("dense", TrainConfig(**SIZES, steps=12), load_corpus(text, 32), tmp_path)
+    with job.cpu_threads(1):  # as `TrainConfig.threads` says
+        train_model("dense", TrainConfig(**SIZES, steps=12), load_corpus(text, 32), tmp_path)
     assert losses(tmp_path / "dense_metrics.jsonl") == losses(finished / "dense_metrics.jsonl")
 
 
@@ -166,6 +168,15 @@ def test_resume_of_a_finished_run_can_add_the_dense_model(finished: Path, tmp_pa
     run_job(tmp_path / "a", {}, resume=True, compare_dense=True)
     for name in ("metrics.jsonl", "dense_metrics.jsonl"):
         assert losses(tmp_path / "a" / name) == losses(finished / name)
+
+
+def test_threads_are_as_asked_and_put_back(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(job.Display, "update", lambda self, record: seen.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    run_job(tmp_path / "a", {**SIZES, "steps": 1, "data": str(text), "threads": before + 1})
+    assert seen == [before + 1]
+    assert torch.get_num_threads() == before
 
 
 def test_the_text_may_move(finished: Path, tmp_path: Path, text: Path) -> None:

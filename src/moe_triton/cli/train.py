@@ -55,6 +55,7 @@ def train(
     grad_clip: Annotated[float | None, setting("grad_clip", "Largest gradient norm.")] = None,
     backend: Annotated[str | None, setting("backend", "auto, triton, torch or reference.")] = None,
     device: Annotated[str | None, setting("device", "cpu, cuda, cuda:1, ...")] = None,
+    threads: Annotated[int | None, setting("threads", "CPU threads; more help larger models.")] = None,
 ) -> None:
     """Train a small mixture-of-experts language model on the bytes of a text, and write a report."""
     options = {
@@ -78,6 +79,7 @@ def train(
         "grad_clip": grad_clip,
         "backend": backend,
         "device": device,
+        "threads": threads,
     }
     try:
         summary = run_job(

@@ -29,6 +29,8 @@ class TrainConfig:
     weight_decay         of AdamW, on matrices only
     grad_clip            largest global gradient norm
     backend, device      see `moe_triton.MoE`; any torch device
+    threads              of torch on the CPU. The default model is too small to gain much from a second one, and on a
+                         busy machine the threads would wait for each other; their number also changes the last bits
     data                 path of the text; None: the source of the Python standard library
 
     Raises ValueError or TypeError that names the setting.
@@ -53,12 +55,13 @@ class TrainConfig:
     grad_clip: float = 1.0
     backend: str = "auto"
     device: str = "cpu"
+    threads: int = 1
     data: str | None = None
 
     def __post_init__(self) -> None:
         check_int("seed", self.seed, low=0, high=2**63 - 1)
         sizes = ("num_layers", "hidden_size", "num_heads", "intermediate_size", "num_experts")
-        for name in ("steps", "batch_size", *sizes):
+        for name in ("steps", "batch_size", "threads", *sizes):
             check_int(name, getattr(self, name), low=1)
         check_int("seq_len", self.seq_len, low=2)
         check_int("top_k", self.top_k, low=1, high=self.num_experts)

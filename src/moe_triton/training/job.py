@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,20 @@ def run_job(
     except OSError as error:
         raise TrainingError(f"--out: cannot make {out}: {reason(error)}") from error
 
+    with cpu_threads(config.threads):
+        return run(config, corpus, out, saved, compare_dense, checkpoint_every, console)
+
+
+def run(
+    config: TrainConfig,
+    corpus: Corpus,
+    out: Path,
+    saved: Mapping[str, Checkpoint],
+    compare_dense: bool,
+    checkpoint_every: int,
+    console: Console,
+) -> dict[str, Any]:
+    """Trains and measures, then writes the summary and the report."""
     size = sum(part.numel() for part in (corpus.train, corpus.validation, corpus.held_out))
     console.print(f"{corpus.source}: {corpus.num_files} files, {size:,} bytes", highlight=False, soft_wrap=True)
     results: dict[str, Any] = {}
@@ -74,6 +89,17 @@ def run_job(
     replace_file(out / "summary.json", [json.dumps(summary, indent=2, allow_nan=False).encode() + b"\n"])
     replace_file(out / "report.html", [render_report(summary, history).encode()])
     return summary
+
+
+@contextlib.contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """torch on `count` threads, and afterwards on as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def saved_checkpoints(out: Path, resume: bool) -> dict[str, Checkpoint]:
@@ -187,7 +213,6 @@ def circumstances(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "machine": f"{platform.system()} {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
-        "threads": torch.get_num_threads(),
     }
 
 

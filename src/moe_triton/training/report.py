@@ -140,5 +140,5 @@ def plain_table(items: Iterable[tuple[str, Any]]) -> str:
 
 
 def machine_table(summary: Mapping[str, Any]) -> str:
-    items = [*summary["versions"].items(), *((name, summary[name]) for name in ("device", "machine", "threads"))]
+    items = [*summary["versions"].items(), *((name, summary[name]) for name in ("device", "machine"))]
     return plain_table(items)

@@ -1,15 +1,10 @@
-"""The CPU path's building blocks: memory on huge pages, and the products that are fast for one expert's rows."""
+"""The products that are fast for one expert's rows on a CPU."""
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
 import torch
 from torch import Tensor
 
-HUGE = 4 << 20  # bytes; from this size on numpy asks the kernel for huge pages
-ALIGNMENT = 2 << 20  # bytes; one huge page, so that no edge of a tensor falls on small ones
 ROW_QUANTUM = 16
 
 # oneDNN's fp32 product, which torch otherwise uses only in compiled graphs. On CPUs with AVX-512 that are not Intel's
@@ -19,16 +14,6 @@ _ONEDNN_LINEAR = (
     if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     else None
 )
-
-
-def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """torch.empty on the CPU, on huge pages where it is large: faulting in 4 KiB pages costs as much as a product."""
-    size = math.prod(shape) * dtype.itemsize
-    if size < HUGE:
-        return torch.empty(shape, dtype=dtype)
-    memory = np.empty(size + 2 * ALIGNMENT, dtype=np.uint8)  # what is never touched costs nothing
-    start = -memory.ctypes.data % ALIGNMENT
-    return torch.from_numpy(memory)[start : start + size].view(dtype).view(shape)
 
 
 def padded(num_rows: int) -> int:

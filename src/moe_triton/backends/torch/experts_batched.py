@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_triton.backends.torch.activations import activate, activate_backward, activate_for_backward
-from moe_triton.backends.torch.cpu import ROW_QUANTUM, empty
+from moe_triton.backends.torch.cpu import ROW_QUANTUM
+from moe_triton.backends.torch.memory import empty
 from moe_triton.backends.torch.operands import Gradients, Needs, Operands, Weights, sum_rows
 from moe_triton.records import ExpertSpec
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from moe_triton.backends.torch.activations import activate, activate_backward, activate_for_backward
-from moe_triton.backends.torch.cpu import ROW_QUANTUM, empty, padded, product
+from moe_triton.backends.torch.cpu import ROW_QUANTUM, padded, product
+from moe_triton.backends.torch.memory import empty
 from moe_triton.backends.torch.operands import Gradients, Needs, Operands, Weights, as_given, sum_rows
 from moe_triton.records import ExpertSpec
 
