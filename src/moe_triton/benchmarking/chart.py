@@ -25,7 +25,7 @@ def draw_panel(axes: Any, run: Run, unit: tuple[str, float]) -> None:
     marks = {row.name: run.flops / row.time_s.p50 / 1e12 * scale for row in bounds if row.time_s is not None}
     reach = FAR * max([*speeds, marks.get("roof", 0.0)], default=1.0)
     marks = {bound: at for bound, at in marks.items() if at <= reach}  # a limit far away would squeeze the bars
-    title = fill(f"{run.case.title()}, {MODE_NAMES[run.mode]}", 75)
+    title = fill(f"{run.case.title()}, {MODE_NAMES[run.mode]}", 60)
     axes.set_title(title, fontsize=9, loc="left", pad=14)
     axes.barh(range(len(rows)), speeds, color=[COLOURS[row.kind] for row in rows], height=0.66)
     for place, bound in enumerate(sorted(marks, key=lambda bound: marks[bound])):
