@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,27 +52,53 @@ def has_died(who: Identity) -> bool:
     return not fields or fields[0] in "ZX" or int(fields[19]) != started
 
 
-def missing_ranks(identities: Mapping[int, Identity], ranks: Sequence[int], failure: str, patience: float) -> list[str]:
-    """Which of `ranks` died or do not answer, in words.
+def publish_identity() -> None:
+    """Write who this process is into the default group's store, where the others look when a collective fails."""
+    _store().set(f"moe_triton/identity/{dist.get_rank()}", json.dumps(identity()))
+
+
+def remember_identities(ranks: Sequence[int]) -> None:
+    """Read who the ranks are, once all of them have published it: the store may be gone when it is wanted."""
+    for rank in ranks:
+        if rank not in _identities:
+            host, pid, started = json.loads(_store().get(f"moe_triton/identity/{rank}"))
+            _identities[rank] = (host, pid, started)
+
+
+_identities: dict[int, Identity] = {}  # of global ranks
+
+
+def forget_identities() -> None:
+    """For a new default group."""
+    _identities.clear()
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
+
+
+def missing_ranks(ranks: Sequence[int], failure: str, patience: float = 3.0) -> str:
+    """Which of `ranks` (global) died or do not answer, in words.
 
     A rank whose collective failed says so in the store of the default group and waits up to `patience` seconds for the
     others to do the same: one that never does is stuck somewhere else.
     """
     me = dist.get_rank()
-    dead = [rank for rank in identities if rank != me and has_died(identities[rank])]
-    if dead:
-        return [f"rank {rank} has died" for rank in sorted(dead)]
+    silent = {rank for rank in ranks if rank != me}
     try:
-        store: Any = dist.distributed_c10d._get_default_store()
-        store.set(f"moe_triton/failed/{me}", failure)
-        silent = {rank for rank in ranks if rank != me}
+        _store().set(f"moe_triton/failed/{me}", failure)
         deadline = time.monotonic() + patience
-        while silent and time.monotonic() < deadline:
-            silent = {rank for rank in silent if not store.check([f"moe_triton/failed/{rank}"])}
-            if any(rank in identities and has_died(identities[rank]) for rank in silent):
-                break
+        while silent and not _dead(range(dist.get_world_size())) and time.monotonic() < deadline:
+            silent = {rank for rank in silent if not _store().check([f"moe_triton/failed/{rank}"])}
             time.sleep(0.02)
-    except RuntimeError as error:  # torch's DistError: the store has gone with the process that served it
-        return [f"rank 0, which serves the store, does not answer ({error})"]
-    words = {True: "has died", False: "does not answer"}
-    return [f"rank {rank} {words[rank in identities and has_died(identities[rank])]}" for rank in sorted(silent)]
+    except RuntimeError:  # torch's DistError: the store went with the process that served it
+        if not _dead(ranks):
+            return "the store does not answer: the process that serves it, rank 0 or the launcher, has gone"
+    dead = _dead(range(dist.get_world_size()))
+    found = [f"rank {rank} has died" for rank in dead]
+    found += [f"rank {rank} does not answer" for rank in sorted(silent - set(dead))] if not dead else []
+    return ", ".join(found) or "no rank is missing"
+
+
+def _dead(ranks: Iterable[int]) -> list[int]:
+    return [rank for rank in ranks if rank in _identities and has_died(_identities[rank])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -79,10 +80,17 @@ def device_type() -> str:
     return "cuda" if "nccl" in dist.get_backend() else "cpu"
 
 
+def default_timeout() -> timedelta:
+    """What init_process_group was given. new_group would take 30 minutes where it is not told."""
+    world = dist.group.WORLD
+    assert world is not None
+    return world._get_backend(torch.device(device_type())).options._timeout
+
+
 _made: dict[tuple[object, ...], dist.ProcessGroup] = {}  # by the default group and the members
 
 
-def make_groups(tables: RankTables | None = None, *, timeout: timedelta | None = None, **sizes: int) -> ParallelGroups:
+def make_groups(tables: RankTables | None = None, *, timeout: timedelta | None = None, **sizes: Any) -> ParallelGroups:
     """The groups of `tables`, or of `plan(world, **sizes)`, on this rank.
 
     Every rank of the world must call it with the same arguments: torch makes groups collectively. Groups with the same
@@ -91,7 +99,7 @@ def make_groups(tables: RankTables | None = None, *, timeout: timedelta | None =
     Args:
         tables: from `plan`; None plans the present world.
         timeout: after which a collective fails; None is the default group's.
-        sizes: pp, tp, ep, etp for `plan` where `tables` is None.
+        sizes: pp, tp, ep, etp and order for `plan` where `tables` is None.
 
     Raises:
         RuntimeError: torch.distributed is not initialised.
@@ -112,12 +120,22 @@ def make_groups(tables: RankTables | None = None, *, timeout: timedelta | None =
     return ParallelGroups(tables=tables, rank=rank, **mine)
 
 
+def subgroup(ranks: tuple[int, ...]) -> Group:
+    """A group that only its own members make, for a partition of a group that exists."""
+    rank = ranks.index(dist.get_rank())
+    if len(ranks) == 1:
+        return Group(ranks=ranks, rank=rank)
+    key = (dist.group.WORLD, ranks, "local")
+    if key not in _made:
+        _made[key] = dist.new_group(list(ranks), timeout=default_timeout(), use_local_synchronization=True)
+    return Group(ranks=ranks, rank=rank, handle=_made[key])
+
+
 def _process_group(ranks: tuple[int, ...], timeout: timedelta | None) -> dist.ProcessGroup | None:
     if len(ranks) == 1:
         return None
     world = dist.group.WORLD
-    if timeout is None:
-        timeout = dist.distributed_c10d._get_pg_default_timeout(world) if world is not None else None
+    timeout = default_timeout() if timeout is None else timeout
     key = (world, ranks, timeout)
     if key not in _made:
         _made[key] = dist.new_group(list(ranks), timeout=timeout)

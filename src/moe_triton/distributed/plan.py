@@ -25,6 +25,7 @@ class RankTables:
     """
 
     world: int
+    order: str
     dp: list[list[int]]
     tp: list[list[int]]
     pp: list[list[int]]
@@ -41,7 +42,9 @@ class RankTables:
         return next(ranks for ranks in getattr(self, kind) if rank in ranks)
 
 
-def plan(world: int, *, pp: int = 1, tp: int = 1, ep: int = 1, etp: int = 1, order: str = "ep-consecutive") -> RankTables:
+def plan(
+    world: int, *, pp: int = 1, tp: int = 1, ep: int = 1, etp: int = 1, order: str = "ep-consecutive"
+) -> RankTables:
     """The parallel groups of `world` ranks.
 
     The dense parameters see the ranks as [pp, dp, tp], the experts as [pp, edp, ep, etp], both row-major, with
@@ -85,6 +88,7 @@ def plan(world: int, *, pp: int = 1, tp: int = 1, ep: int = 1, etp: int = 1, ord
         etp_groups = [[rank] for group in etp_groups for rank in group]
     return RankTables(
         world=world,
+        order=order,
         dp=_along(dense, 1),
         tp=_along(dense, 2),
         pp=_along(dense, 0),
