@@ -136,7 +136,7 @@ def test_evenness_against_no_replication(num_experts, num_slots, num_ranks, expo
 
 
 def test_evenness_against_eplb():
-    """The example of EPLB's README: 12 experts in 4 groups, 16 slots on 8 GPUs of 2 nodes, and the maps that it prints."""
+    """The example of EPLB's README, 12 experts in 4 groups, 16 slots on 8 GPUs of 2 nodes, and the maps it prints."""
     loads = torch.tensor(
         [
             [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],

@@ -24,7 +24,23 @@ EXIT_USAGE = 2
 SCHEMA = "moe-triton-simulate/1"
 NOTE = "Predictions of a cost model, not measurements."
 PLAIN_WIDTH = 200  # wide enough that nothing wraps where there is no terminal
+TABLE_WIDTH = 104  # no column is cut off, not even in a narrower terminal
 BAR = 60  # characters of the longest bar of the text chart
+COLUMNS = (
+    "GPUs",
+    "EP",
+    "EDP",
+    "rows/expert",
+    "dispatch ms",
+    "experts ms",
+    "combine ms",
+    "exchange",
+    "overlap",
+    "step ms",
+    "tokens/s/GPU",
+    "efficiency",
+    "GB/GPU",
+)
 PARTS = {  # of a step: field -> (name, letter in the text chart, colour in the PNG)
     "dense_s": ("dense", "d", "#b8c4cc"),
     "all_experts_s": ("experts", "e", "#1f6f8b"),
@@ -138,14 +154,14 @@ def milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:.0f}"
 
 
-def predictions_table(found: Sequence[Prediction], efficiency: Sequence[float]) -> Table:
+def predictions_table(found: Sequence[Prediction], efficiency: Sequence[float], plain: bool) -> Table:
     from rich.table import Table
 
-    shown = Table(box=None, pad_edge=False, caption_justify="left")
-    for name in ("GPUs", "EP", "EDP", "rows/expert", "dispatch ms", "experts ms", "combine ms", "exchange", "overlap"):
-        shown.add_column(name, justify="right", no_wrap=True)
-    for name in ("step ms", "tokens/s/GPU", "efficiency", "GB/GPU"):
-        shown.add_column(name, justify="right", no_wrap=True)
+    shown = Table(box=None, pad_edge=False)
+    for name in COLUMNS:
+        # broken in a terminal, which is narrow; one line where a program may read it
+        heading = name if plain else name.replace(" ", "\n").replace("/", "/\n")
+        shown.add_column(heading, justify="right", no_wrap=True)
     for one, share in zip(found, efficiency, strict=True):
         times = (milliseconds(t) for t in (one.dispatch_s, one.experts_s, one.combine_s))
         shown.add_row(
@@ -183,9 +199,10 @@ def print_predictions(
 ) -> None:
     from rich.console import Console
 
-    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False, markup=False)
+    plain = not sys.stdout.isatty()
+    console = Console(width=PLAIN_WIDTH if plain else None, highlight=False, markup=False)
     console.print(title(work, device, network))
-    console.print(predictions_table(found, efficiency))
+    console.print(predictions_table(found, efficiency, plain), width=max(console.width, TABLE_WIDTH), crop=False)
     way = "forward and backward" if work.mode == "train" else "forward"
     console.print(f"dispatch, experts, combine: one MoE layer, {way}, as if nothing overlapped.")
     console.print("exchange: share of the step in which only rows travel. overlap: share of the exchange that hides.")

@@ -216,20 +216,29 @@ def padded_rows(rows: float) -> float:
 
 
 def experts_time(
-    model: Model, rows: float, received: float, experts: float, dtype: str, device: Device, *, train: bool = True
+    model: Model,
+    rows: float,
+    received: float,
+    experts: float,
+    dtype: str,
+    device: Device,
+    *,
+    train: bool = True,
+    chunks: int = 1,
 ) -> tuple[float, float]:
     """Seconds of one rank's experts in one layer, forward and backward (0 unless `train`).
 
     rows: assignments of this rank; received: its token rows; experts: how many it holds. FLOPs / sustained rate + bytes
     / memory bandwidth, with FLOPs 6*rows*n*d forward and 12*rows*n*d backward on padded rows, and the bytes of fused
     gather -> up -> activation -> down -> combine and of dH, dW2, dX, dW1 and the sum of dX. They are added, not
-    overlapped: that is what fits the kernels of SonicMoE (arXiv 2512.14080) over twelve shapes (`published`).
+    overlapped: that is what fits the kernels of SonicMoE (arXiv 2512.14080) over twelve shapes (`published`). Every
+    chunk pads its rows and reads the weights; the weight gradients are written once.
     """
     d, n, item = model.hidden, model.intermediate, ITEM_BYTES[dtype]
-    mean = rows / experts
-    flops = 6 * experts * padded_rows(mean) * n * d
+    mean = rows / experts / chunks
+    flops = 6 * experts * chunks * padded_rows(mean) * n * d
     hidden, inner, routed = received * d, rows * n, rows * d
-    weights = 3 * item * experts * (1 - math.exp(-mean)) * n * d  # only of experts that have rows
+    weights = 3 * item * experts * chunks * (1 - math.exp(-mean)) * n * d  # only of experts that have rows
     moved = (item + 2) * hidden + 4 * inner + 4 * routed + weights
     if train:
         moved += 4 * inner  # the pre-activation is kept
@@ -269,23 +278,21 @@ def layer_times(work: Workload, device: Device, network: Network, ep: int) -> li
     """The MoE layer forward and, in training, backward (whose exchanges carry 2-byte rows and reuse the counts)."""
     model, train = work.model, work.mode == "train"
     skew, chunks = min(work.skew, ep), work.chunks if ep > 1 else 1
-    tokens = work.tokens / chunks
-    rows, received = skew * tokens * model.top_k, skew * tokens * distinct_groups(model, ep)
-    forward, backward = experts_time(model, rows, received, model.experts / ep, work.dtype, device, train=train)
+    rows, received = skew * work.tokens * model.top_k, skew * work.tokens * distinct_groups(model, ep)
+    local = model.experts / ep
+    compute = experts_time(model, rows, received, local, work.dtype, device, train=train, chunks=chunks)
 
     def send(dtype: str) -> float:
-        row = row_bytes(model.hidden, dtype)
-        return exchange_time(work.exchange, model, tokens, row, ep, network, device, skew)
+        row = row_bytes(model.hidden, dtype)  # every chunk pays the latency
+        return chunks * exchange_time(work.exchange, model, work.tokens / chunks, row, ep, network, device, skew)
 
-    def layer(counts: float, dispatch: float, compute: float, combine: float) -> LayerTime:
-        # a chunk has fewer rows per expert, reads the weights and pays the latency again: so chunks * time of one
-        dispatch, compute, combine = chunks * dispatch, chunks * compute, chunks * combine
-        total = counts + pipelined(dispatch, compute, combine, chunks, CHUNK_OVERHEAD_S if ep > 1 else 0.0)
-        return LayerTime(counts_s=counts, dispatch_s=dispatch, experts_s=compute, combine_s=combine, total_s=total)
+    def layer(counts: float, dispatch: float, experts: float, combine: float) -> LayerTime:
+        total = counts + pipelined(dispatch, experts, combine, chunks, CHUNK_OVERHEAD_S if ep > 1 else 0.0)
+        return LayerTime(counts_s=counts, dispatch_s=dispatch, experts_s=experts, combine_s=combine, total_s=total)
 
     plain = send("bfloat16")
-    found = [layer(counts_time(model, chunks, ep, network), send(work.dispatch_dtype), forward, plain)]
-    return [*found, layer(0.0, plain, backward, plain)] if train else found
+    found = [layer(counts_time(model, chunks, ep, network), send(work.dispatch_dtype), compute[0], plain)]
+    return [*found, layer(0.0, plain, compute[1], plain)] if train else found
 
 
 def all_reduce_time(size: float, ranks: int, per_node: int, network: Network) -> float:
