@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -24,7 +25,7 @@ EXIT_USAGE = 2
 SCHEMA = "moe-triton-simulate/1"
 NOTE = "Predictions of a cost model, not measurements."
 PLAIN_WIDTH = 200  # wide enough that nothing wraps where there is no terminal
-TABLE_WIDTH = 104  # no column is cut off, not even in a narrower terminal
+TABLE_WIDTH = 108  # no column is cut off, not even in a narrower terminal
 BAR = 60  # characters of the longest bar of the text chart
 COLUMNS = (
     "GPUs",
@@ -200,9 +201,10 @@ def print_predictions(
     from rich.console import Console
 
     plain = not sys.stdout.isatty()
-    console = Console(width=PLAIN_WIDTH if plain else None, highlight=False, markup=False)
+    width = PLAIN_WIDTH if plain else max(shutil.get_terminal_size().columns, TABLE_WIDTH)
+    console = Console(width=width, highlight=False, markup=False)
     console.print(title(work, device, network))
-    console.print(predictions_table(found, efficiency, plain), width=max(console.width, TABLE_WIDTH), crop=False)
+    console.print(predictions_table(found, efficiency, plain))
     way = "forward and backward" if work.mode == "train" else "forward"
     console.print(f"dispatch, experts, combine: one MoE layer, {way}, as if nothing overlapped.")
     console.print("exchange: share of the step in which only rows travel. overlap: share of the exchange that hides.")
