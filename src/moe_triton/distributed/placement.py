@@ -69,7 +69,8 @@ def plan_placement(
 
     load_E: [E], any real dtype: tokens per expert, counted or expected, finite and not negative.
     num_slots: P, a multiple of num_ranks, at least E. Every expert gets one slot; each further one goes to the expert
-        with the most load per replica. Two replicas of one expert share a rank only when there are more of them than ranks.
+        with the most load per replica, and single replicas move on from there while that helps the busiest rank. Two
+        replicas of one expert share a rank only when there are more of them than ranks.
     ranks_per_node: with it, and when the nodes divide the `num_groups` expert groups, whole groups are packed into
         nodes first and experts are replicated within their node: group-limited routing then keeps a token on few nodes,
         and replicas sum their gradients within the node; the loads come out less even where one expert outweighs its
