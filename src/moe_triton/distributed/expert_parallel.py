@@ -57,7 +57,8 @@ class ExpertParallel:
             dimension "ep" (the only one of a 1-D mesh), and "edp" and "etp" where it has them. `ParallelGroups`: from
             `make_groups`; with tensor parallelism it must be these.
         mode: "dropless": exactly the wanted rows; one host sync per call, for the sizes. "capacity": even exchange of
-            [E, C, d] for layers with a capacity factor. "bounded": room for every possible row. "allgather": every
+            [E, C, d] for layers with a capacity factor; as "dropless" where it drops nothing, as an infinite
+            eval_capacity_factor asks. "bounded": room for every possible row. "allgather": every
             rank sees all tokens. The last three have fixed sizes and no host sync, given `max_tokens_per_rank`.
         chunks: the exchange is cut up into so many, each issued before the one before it is computed.
         deduplicate: a token travels once to each rank that has several of its experts. False sends a row per choice,
@@ -195,8 +196,6 @@ class ExpertParallel:
             note=self.listener or (lambda event: None),
         )
         places = capacity(limit) if self.mode == "capacity" else None
-        if self.mode == "capacity" and places is None:
-            raise ValueError("mode: got 'capacity' for a layer without a capacity factor, wanted 'dropless'")
         stage = self._stages(experts, shape, layer, -(-limit // self.tp.size), places, beside)
         sizes = [len(_as_list(group)) for group in parameters]
         stacked = [isinstance(group, Tensor) for group in parameters]
@@ -273,7 +272,7 @@ class ExpertParallel:
 
     def _planner(self, channel: Channel, shape: Shape, limit: int, places: int | None) -> Planner:
         def planner(ids: Tensor, weights: Tensor, _assignments: int) -> Callable[[], Transport]:
-            if self.mode == "dropless":
+            if self.mode == "dropless" or (self.mode == "capacity" and places is None):
                 return plan_dropless(channel, ids, weights, shape)
             if places is not None:
                 transport = plan_capacity(channel, ids, weights, shape, capacity=places)
