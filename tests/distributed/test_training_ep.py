@@ -15,7 +15,7 @@ import pytest
 STEPS = 40
 TINY = [
     *("--batch-size", "8", "--seq-len", "16", "--num-layers", "2", "--hidden-size", "16", "--intermediate-size", "8"),
-    *("--num-experts", "6", "--steps", str(STEPS), "--checkpoint-every", "2", "--capacity-factor", "1.0"),
+    *("--num-experts", "7", "--steps", str(STEPS), "--checkpoint-every", "2", "--capacity-factor", "1.0"),
 ]
 
 

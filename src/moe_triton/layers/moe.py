@@ -172,6 +172,11 @@ class MoE(nn.Module):
             return None
         return expert_capacity(num_tokens, self.num_experts, self.top_k, factor, self.min_capacity)
 
+    def most_kept(self, num_tokens: int) -> int | None:
+        """Assignments that one expert keeps at most out of `num_tokens` tokens, over all their capacity groups."""
+        in_a_group = self.capacity(-(-num_tokens // self.capacity_groups))
+        return None if in_a_group is None else self.capacity_groups * in_a_group
+
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> MoEOutput:
         """hidden_states [..., d]; a token where `token_mask` [...] is 0 gets no expert and counts nowhere."""
         check_tensor("hidden_states", hidden_states, dtypes=FLOATS)
@@ -208,7 +213,7 @@ class MoE(nn.Module):
             weights,
             plan,
             experts=routing.experts,
-            capacity=self.capacity,
+            capacity=self.most_kept,
             beside=self._shared_expert_of(x, shared) if self.shared_expert is not None else None,
         )
         for y in shared:

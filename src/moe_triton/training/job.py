@@ -77,6 +77,12 @@ def run_by(
         raise TrainingError(
             f"capacity_groups: got {config.num_groups}, wanted a multiple of the {workers.world} processes"
         )
+    parallel = workers.expert_parallel()
+    if parallel is not None:
+        try:
+            parallel.experts_of(config.num_experts)
+        except ValueError as error:
+            raise TrainingError(str(error)) from error
     corpus = load_corpus(None if config.data is None else Path(config.data), config.seq_len)
     for checkpoint in saved.values():
         if checkpoint.digest != corpus.digest:
