@@ -223,8 +223,8 @@ def test_the_file_and_the_exit_code(gpu: dict[str, str], tmp_path: Path, capsys:
 def test_the_name_of_the_file() -> None:
     dirty = {**FACTS, "commit": {"hash": "f" * 40, "dirty": True}}
     folder = Path("results")
-    assert gpu_check.result_path(dirty, "gpu-check", folder).name == "gpu-check-ffffffffff-dirty.json"
-    assert gpu_check.result_path({**FACTS, "commit": None}, "gpu-bench", folder).name == "gpu-bench-unknown.json"
+    assert harness.result_path(dirty, "gpu-check", folder).name == "gpu-check-ffffffffff-dirty.json"
+    assert harness.result_path({**FACTS, "commit": None}, "gpu-bench", folder).name == "gpu-bench-unknown.json"
 
 
 @pytest.mark.parametrize(
