@@ -39,6 +39,8 @@ class Config:
     group                       tile rows that are walked through before the next tile column (L2 reuse)
     parts                       column blocks that the epilogue works through one after another (1, 2 or 4)
     programs_per_sm             resident programs per multiprocessor: bounds the persistent grid
+    gluon                       the warp-specialized schedule to run instead where it can (a key of gluon.schedules), in
+                                blocks of its own; only ever from the table, where a GPU measured it faster
     """
 
     block_m: int
@@ -49,6 +51,7 @@ class Config:
     group: int = 8
     parts: int = 1
     programs_per_sm: int = 1
+    gluon: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
