@@ -15,13 +15,15 @@ A stage holds BLOCK_M rows of A and BLOCK_N columns of B for BLOCK_K steps of th
 Step s of a program, its tiles one after another, uses stage s % STAGES for the (s // STAGES)-th time. A consumer waits
 for `full` in phase (s // STAGES) % 2; the producer waits for `empty` in the other one, so the first pass over a fresh
 ring does not block. `turn` (ping-pong only) lets one consumer at a time issue its products: it waits for its own
-barrier before a tile, and arrives at the other's once the tile's products are issued.
+barrier before a tile, and arrives at the other's once the tile's products are issued. That is not only for speed: a
+wait knows a phase by its parity alone, and a consumer that skips a tile must not be two phases ahead of a barrier.
 
 cp.async writes through the generic proxy and the matrix unit reads through the asynchronous one: where A is gathered,
-the consumer puts a proxy fence between the wait and the product. `tests/kernels/mbarrier_model.py` is this protocol in
-plain Python.
+the consumer puts a proxy fence between the wait and the product. `tests/kernels/test_gluon_pipeline.py` runs this
+source in an emulator of the barriers, in random orders of events.
 """
 
+# annotations have to be values here: Triton reads those of an aggregate
 from moe_triton_kernels.gluon.names import (
     aggregate,
     cp_async,
