@@ -271,7 +271,7 @@ class Emulator:
             raise Race("a product of unfenced rows")
 
         def end() -> None:
-            acc[...] = (acc if use_acc else 0) + a.data @ b.data
+            acc[...] = (acc if use_acc else 0) + a.data.astype(acc.dtype) @ b.data.astype(acc.dtype)
 
         partition.products.append(end)
         self.issued.append(partition.number)

@@ -97,8 +97,8 @@ def why_unsupported(
         return "no rows"
     if size_k % BLOCK_K != 0:
         return f"a contraction of {size_k}, wanted a multiple of {BLOCK_K}"
-    if size_columns % 8 != 0:
-        return f"{size_columns} columns, wanted a multiple of 8"
+    if size_columns % 16 != 0:
+        return f"{size_columns} columns, wanted a multiple of 16"
     if rows.data_ptr() % 16 != 0 or weight.data.data_ptr() % 16 != 0:
         return "rows or weights do not begin at a multiple of 16 bytes"
     return import_error()
