@@ -210,28 +210,28 @@ def test_what_is_not_supported_runs_on_the_plain_kernels() -> None:
 
 
 def test_the_reasons(hopper: dict[str, EmulatedKernel]) -> None:
-    rows, weight = torch.randn(8, 128).bfloat16(), torch.randn(3, 144, 128).bfloat16()
+    rows, weight = torch.randn(8, 128).bfloat16(), torch.randn(3, 160, 128).bfloat16()
     stacked = per_expert(weight).transposed()
 
     def reason(rows: Tensor = rows, weight: Any = stacked, bias: Any = None, **changed: Any) -> str | None:
-        arguments = {"schedule": "ping_pong", "size_columns": 144, **changed}
+        arguments = {"schedule": "ping_pong", "size_columns": 160, **changed}
         return why_unsupported(arguments.pop("schedule"), rows, weight, bias, **arguments)
 
     assert reason() is None
-    assert reason(projections=2, size_columns=72) is None
+    assert reason(projections=2, size_columns=80) is None
     assert reason(weight=per_expert(weight.transpose(1, 2).contiguous())) is None
-    assert reason(bias=per_expert(torch.randn(3, 144))) is None
+    assert reason(bias=per_expert(torch.randn(3, 160))) is None
     assert reason(schedule=None) == "no schedule is chosen"
     assert "torch.float32 rows and torch.bfloat16 weights, wanted both in one of" in reason(rows=rows.float())
     assert "torch.float16 rows and torch.bfloat16 weights" in reason(rows=rows.half())
     not_one = "the experts' matrices are not one contiguous tensor"
     assert reason(weight=per_expert(list(weight)).transposed()) == not_one
     assert reason(weight=per_expert(weight[:, :, ::2]).transposed()) == not_one
-    assert reason(weight=per_expert(torch.randn(6, 144, 128).bfloat16()[::2]).transposed()) == not_one
-    assert "biases are not one tensor" in reason(bias=per_expert(list(torch.randn(3, 144))))
-    assert reason(projections=2, size_columns=72, is_concatenated=False) == "gate and up columns are interleaved"
+    assert reason(weight=per_expert(torch.randn(6, 160, 128).bfloat16()[::2]).transposed()) == not_one
+    assert "biases are not one tensor" in reason(bias=per_expert(list(torch.randn(3, 160))))
+    assert reason(projections=2, size_columns=80, is_concatenated=False) == "gate and up columns are interleaved"
     assert reason(rows=rows[:0]) == "no rows"
-    odd = per_expert(torch.randn(3, 144, 96).bfloat16()).transposed()
+    odd = per_expert(torch.randn(3, 160, 96).bfloat16()).transposed()
     assert reason(rows=rows[:, :96].contiguous(), weight=odd) == "a contraction of 96, wanted a multiple of 64"
     narrow = per_expert(torch.randn(3, 12, 128).bfloat16()).transposed()
     assert reason(weight=narrow, size_columns=12) == "12 columns, wanted a multiple of 16"
