@@ -30,8 +30,10 @@ def weight_block(width: int, k_contiguous: bool) -> list[int]:
 
 
 def weight_descriptor(weight: PerExpert, width: int) -> TensorDescriptor:
-    """Of the experts' matrices, one below the other."""
-    return TensorDescriptor.from_tensor(weight.data.flatten(0, 1), weight_block(width, is_k_contiguous(weight)), LAYOUT)
+    """Of the experts' matrices, one below the other as they lie in memory, whatever view of it `weight` is."""
+    line = max(weight.strides)  # elements from one row in memory to the next: the other stride is 1
+    shape = [weight.data.numel() // line, line]
+    return TensorDescriptor(weight.data, shape, [line, 1], weight_block(width, is_k_contiguous(weight)), LAYOUT)
 
 
 def block_constants(schedule: Schedule, *, group: int, parts: int) -> dict[str, int | bool]:
