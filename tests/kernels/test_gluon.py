@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 from compare import assert_close
+from expert_problem import check, make_problem, random_choices, run
 from gluon_emulator import Emulator
 from gluon_memory import Descriptor, Pointer
 from torch import Tensor
 
 from moe_triton import reference
+from moe_triton.backends.triton import experts
 from moe_triton_kernels import configs, offline
 from moe_triton_kernels.activations import GATED, UNGATED
 from moe_triton_kernels.configs import Config, Target
@@ -166,7 +168,7 @@ def test_up(
             setting.source,
             setting.tiles,
             setting.offsets,
-            per_expert(weight),
+            per_expert(weight.transpose(1, 2)).transposed(),
             per_expert(bias),
             config=replace(PLAIN, gluon=schedule),
             **sizes,
@@ -188,6 +190,19 @@ def test_up(
     assert torch.equal(h_alone[kept], h[kept])
     if hopper:
         assert len(hopper["up"].calls) == 3
+
+
+def test_experts_forward_and_backward(hopper: dict[str, EmulatedKernel], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up, down and d_rows warp-specialized, the rest plain."""
+
+    def choose(op: str, **sizes: Any) -> Config:
+        return replace(configs.choose_config(op, **sizes), gluon="ping_pong")
+
+    monkeypatch.setattr(experts, "choose_config", choose)
+    problem = make_problem(random_choices(9, 2, 4), 4, d=64, n=64, dtype=torch.float16)
+    check(run(problem), problem, tolerance=2e-3)
+    if hopper:
+        assert [len(hopper[name].calls) for name in ("up", "down")] == [1, 2]
 
 
 def test_what_is_not_supported_runs_on_the_plain_kernels() -> None:
