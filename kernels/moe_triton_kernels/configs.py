@@ -47,6 +47,8 @@ class Config:
     group                       tile rows that are walked through before the next tile column (L2 reuse)
     parts                       column blocks that the epilogue works through one after another (1, 2 or 4)
     programs_per_sm             resident programs per multiprocessor: bounds the persistent grid
+    gluon                       the warp-specialized schedule to run instead where it can (a key of gluon.schedules), in
+                                blocks of its own; only ever from the table, where a GPU measured it faster
     """
 
     block_m: int
@@ -57,6 +59,7 @@ class Config:
     group: int = 8
     parts: int = 1
     programs_per_sm: int = 1
+    gluon: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +141,8 @@ def shipped_configs(architecture: str) -> list[Shipped]:
                     config = choose_config(
                         op, d=d, n=n, dtype=dtype, num_rows=bucket, num_experts=1, architecture=architecture
                     )
-                    found[Shipped(op=op, dtype=TYPES[dtype], config=config)] = None
+                    plain = replace(config, gluon=None)  # the Gluon kernels list their own cases
+                    found[Shipped(op=op, dtype=TYPES[dtype], config=plain)] = None
     return list(found)
 
 

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_triton_kernels.configs import Config, launch_options, offline_case, persistent_grid, shipped_configs
+from moe_triton_kernels.gluon.schedules import why_unsupported
 from moe_triton_kernels.grouped_gemm import (
     PerExpert,
     add_bias,
@@ -112,6 +113,20 @@ def rows_times_experts(
     contiguous, read at source[row] (None: no factor; `source` is then not needed). Rows past offsets[E] are neither
     read nor written.
     """
+    if why_unsupported(config.gluon, a, weight, bias, size_columns=size_columns) is None:
+        from moe_triton_kernels.gluon import down as warp_specialized  # imports Gluon, which is experimental
+
+        return warp_specialized.rows_times_experts(
+            a,
+            tiles,
+            offsets,
+            weight,
+            size_columns=size_columns,
+            config=config,
+            bias=bias,
+            router_weights=router_weights,
+            source=source,
+        )
     num_rows, size_k = a.shape
     out = a.new_empty((num_rows, size_columns))
     table, num_tiles, max_tiles = tiles.select(config.block_m)

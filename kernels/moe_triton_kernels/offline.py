@@ -39,8 +39,9 @@ class Case:
     """One kernel with everything that its compilation depends on.
 
     name         unique within an architecture; begins with the name of the operation
-    fn           the @triton.jit function
-    signature    argument name -> Triton type ("*bf16", "i32", "fp32", ...); arguments in `constexprs` may be left out
+    fn           the @triton.jit or @gluon.jit function
+    signature    argument name -> Triton type ("*bf16", "i32", "tensordesc<...>", ...); those in `constexprs` may be
+                 left out
     constexprs   argument name -> value
     num_warps, num_stages   launch options
     aligned      arguments that are multiples of 16; None: every pointer, as torch allocates them
@@ -68,6 +69,8 @@ class Report:
     shared_bytes  shared memory per program, in bytes
     wgmma, mma    Hopper's warpgroup products; every other matrix instruction (mma.sync, tcgen05, mfma)
     cp_async, tma asynchronous copies to shared memory by pointers; by descriptors
+    setmaxnreg    changes of a warpgroup's share of the registers: warp specialization
+    proxy_fence   fences between the generic and the asynchronous proxy
     """
 
     kernel: str
@@ -79,6 +82,8 @@ class Report:
     mma: int
     cp_async: int
     tma: int
+    setmaxnreg: int = 0
+    proxy_fence: int = 0
 
 
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}  # bytes per program
@@ -89,12 +94,16 @@ PATTERNS = {
         "mma": r"\b(?:mma\.sync|tcgen05\.mma)",
         "cp_async": r"\bcp\.async\.c[ag]\.shared",
         "tma": r"\bcp\.async\.bulk\.tensor",
+        "setmaxnreg": r"\bsetmaxnreg",
+        "proxy_fence": r"\bfence\.proxy\.async",
     },
     "amdgcn": {
         "wgmma": r"$^",
         "mma": r"\bv_mfma",
         "cp_async": r"\b(?:global_load_lds|buffer_load\w* .*\blds\b)",
         "tma": r"$^",
+        "setmaxnreg": r"$^",
+        "proxy_fence": r"$^",
     },
 }
 
@@ -134,7 +143,7 @@ def compile_offline(
     attrs: Sequence[str] | None = None,
     name: str | None = None,
 ) -> Report:
-    """Compile one @triton.jit function for "sm_80", "sm_90", "sm_100" or "gfx942"; no GPU is needed.
+    """Compile one @triton.jit or @gluon.jit function for "sm_80", "sm_90", "sm_100" or "gfx942"; no GPU is needed.
 
     `attrs` names the arguments that are multiples of 16 (None: every pointer). `name` is what the report calls the
     kernel (None: the function's name). Raises RuntimeError where TRITON_INTERPRET is set, and what Triton raises where
@@ -146,7 +155,7 @@ def compile_offline(
         raise RuntimeError("compile_offline needs @triton.jit functions: unset TRITON_INTERPRET, or use compile_apart")
     types = {arg: "constexpr" if arg in constexprs else signature[arg] for arg in fn.arg_names}
     aligned = [arg for arg, kind in types.items() if kind.startswith("*")] if attrs is None else attrs
-    source = ASTSource(
+    source = source_class(fn)(
         fn=fn,
         signature=types,
         constexprs=dict(constexprs),
@@ -154,6 +163,13 @@ def compile_offline(
     )
     options = {"num_warps": num_warps, "num_stages": num_stages}
     return read_report(name or fn.__name__, arch, triton.compile(source, target=TARGETS[arch], options=options))
+
+
+def source_class(fn: triton.JITFunction) -> type[ASTSource]:
+    """The class that hands a function to the compiler; Gluon's is imported only for a function that needs it."""
+    if not fn.is_gluon():
+        return ASTSource
+    return importlib.import_module("triton.experimental.gluon._runtime").GluonASTSource
 
 
 def read_report(name: str, arch: str, compiled: CompiledKernel) -> Report:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe_triton_kernels.activations import GATED, UNGATED, check_activation, factor, up_factor
 from moe_triton_kernels.configs import Config, launch_options, offline_case, persistent_grid, shipped_configs
+from moe_triton_kernels.gluon.schedules import why_unsupported
 from moe_triton_kernels.grouped_gemm import (
     PerExpert,
     add_bias,
@@ -169,6 +170,24 @@ def up(
     Rows past offsets[E] are not written.
     """
     gated = check_activation(activation)
+    sizes = {"size_columns": size_n, "projections": 2 if gated else 1}
+    if why_unsupported(config.gluon, x, weight, bias, is_concatenated=is_concatenated, **sizes) is None:
+        from moe_triton_kernels.gluon import up as warp_specialized  # imports Gluon, which is experimental
+
+        return warp_specialized.up(
+            x,
+            source,
+            tiles,
+            offsets,
+            weight,
+            bias,
+            size_n=size_n,
+            top_k=top_k,
+            activation=activation,
+            keep_activation=keep_activation,
+            keep_preactivation=keep_preactivation,
+            config=config,
+        )
     num_rows, size_d = source.shape[0], x.shape[1]
     a = x.new_empty((num_rows, size_n) if keep_activation else 0)
     h = x.new_empty((num_rows, 2 * size_n if gated else size_n) if keep_preactivation else 0)
