@@ -96,6 +96,11 @@ def plain_maths(tensor: torch.Tensor) -> Iterator[None]:
         yield
 
 
+def recomputing() -> bool:
+    """True while activation checkpointing runs a forward again inside backward: nothing may be counted twice there."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 @lru_cache(maxsize=16)
 def load(name: str, operation: str) -> ModuleType:
     """The module of backend `name` ("torch" or "triton") for `operation` ("routing", "dispatch" or "experts")."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from moe_triton.distributed.fsdp import apply_fsdp2
     from moe_triton.distributed.gradients import clip_grad_norm_, reduce_gradients, wrap_ddp
     from moe_triton.distributed.replicas import broadcast_parameters, check_replicas
+    from moe_triton.distributed.replication import Rebalanced, rebalance
 
 # These import DTensor or FSDP, which takes seconds: they are loaded when first asked for.
 _LAZY = {
@@ -19,6 +20,8 @@ _LAZY = {
     "broadcast_parameters": "replicas",
     "check_replicas": "replicas",
     "clip_grad_norm_": "gradients",
+    "rebalance": "replication",
+    "Rebalanced": "replication",
     "reduce_gradients": "gradients",
     "wrap_ddp": "gradients",
 }
@@ -30,12 +33,14 @@ __all__ = [
     "Group",
     "ParallelGroups",
     "RankTables",
+    "Rebalanced",
     "apply_fsdp2",
     "broadcast_parameters",
     "check_replicas",
     "clip_grad_norm_",
     "make_groups",
     "plan",
+    "rebalance",
     "reduce_gradients",
     "wrap_ddp",
 ]

@@ -69,6 +69,9 @@ class ExpertParallel:
             Rows without room raise: at once on a CPU, in the next call (or `check()`) on a GPU.
         ranks_per_node: exchange in two levels: between nodes once per (token, node), then inside the node. Must divide
             the group, whose ranks lie node by node. Mode "dropless" only.
+        redundant_experts: slots beyond one per expert, for replicas of hot ones (DeepSeek-V3): a token's choice goes to
+            one of its expert's replicas. E + this must be a multiple of the group's ranks. `rebalance` moves replicas
+            to where the load is; `reduce_gradients` sums their gradients.
         loss_reduction: "sum": the layers' aux_loss is this rank's share, the shares sum to the global loss. "mean": the
             shares average to it, for trainers that average gradients (DistributedDataParallel).
         always_exchange: exchange in a group of one as well: to test and to measure the path where there is one rank.
@@ -88,6 +91,7 @@ class ExpertParallel:
         max_tokens_per_rank: int | None = None,
         max_rows_per_pair: int | None = None,
         ranks_per_node: int | None = None,
+        redundant_experts: int = 0,
         loss_reduction: str = "sum",
         always_exchange: bool = False,
         listener: Listener | None = None,
@@ -105,6 +109,8 @@ class ExpertParallel:
         self.max_tokens_per_rank, self.max_rows_per_pair = max_tokens_per_rank, max_rows_per_pair
         self.loss_reduction, self.listener = loss_reduction, listener
         self.always_exchange = always_exchange
+        check_int("redundant_experts", redundant_experts, low=0)
+        self.redundant_experts, self.ranks_per_node = redundant_experts, ranks_per_node
         self.ep, self.edp, self.etp, self.tp, self.data = _groups(group_or_mesh)
         self.between_nodes, self.in_node = ALONE, self.ep
         if ranks_per_node is not None:
@@ -116,7 +122,8 @@ class ExpertParallel:
     @property
     def is_alone(self) -> bool:
         """Whether no row has to travel: a group of one, with whole experts and tokens of its own."""
-        return not self.always_exchange and self.ep.size == 1 and self.etp.size == 1 and self.tp.size == 1
+        exchanges = self.always_exchange or self.redundant_experts > 0
+        return not exchanges and self.ep.size == 1 and self.etp.size == 1 and self.tp.size == 1
 
     def experts_of(self, num_experts: int, rank: int | None = None) -> range:
         """The global ids of the experts of this rank of the group, or of another one.
@@ -319,7 +326,7 @@ class ExpertParallel:
             "ranks_per_node": self.in_node.size, "activation": spec.activation, "backend": backend,
         }  # fmt: skip
         fingerprint = zlib.crc32(repr(sorted(mine.items())).encode()) & 0x7FFFFFFF
-        if self.is_alone or key in self._agreed:
+        if (self.ep.size == 1 and self.etp.size == 1) or key in self._agreed:
             return fingerprint
         publish_identity()
         for group in (self.ep, self.etp):
