@@ -113,6 +113,20 @@ def test_shipped_configurations_are_listed_once_and_cover_every_op() -> None:
             assert first.config == choose_config(op, **{**LARGE, "architecture": architecture})
 
 
+def test_the_benchmarked_shapes_have_no_configuration_of_their_own() -> None:
+    """What `offline` compiles and gates is all that the published model sizes (d, n) meet on a GPU."""
+    sizes = [(768, n) for n in (256, 512, 1024)] + [(1536, n) for n in (256, 512, 1024)]
+    sizes += [(4096, n) for n in (256, 512, 1024, 1536, 2048, 4096, 8192, 14336)]
+    sizes += [(2048, 768), (2048, 1024), (7168, 2048), (2880, 2880)]
+    for architecture in ARCHITECTURES[:-1]:
+        shipped = {(entry.op, entry.config) for entry in shipped_configs(architecture) if entry.dtype == "bf16"}
+        for op in OPS:
+            for rows in BUCKETS:
+                for d, n in sizes:
+                    given = {"d": d, "n": n, "dtype": torch.bfloat16, "num_experts": 1, "num_rows": rows}
+                    assert (op, choose_config(op, **given, architecture=architecture)) in shipped
+
+
 def test_an_unknown_op_and_a_cpu_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="op: got 'sideways', wanted one of up_gated"):
         choose_config("sideways", **LARGE)
