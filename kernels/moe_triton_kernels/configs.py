@@ -20,6 +20,7 @@ import triton
 from moe_triton_kernels.offline import Case
 
 OPS = ("up_gated", "up", "down", "d_hidden_gated", "d_hidden", "d_rows", "d_weight")
+DECODED = ("up_gated", "up", "down")  # the kernels of a forward pass
 BUCKETS = (16, 32, 64, 128)  # rows per expert: up to 16, up to 32, up to 64, more; also the rows of a tile
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 # (d, n) of the benchmarks' shapes: sonic-12, the published models, and the granularity sweep at d = 4096
@@ -49,6 +50,7 @@ class Config:
     programs_per_sm             resident programs per multiprocessor: bounds the persistent grid
     gluon                       the warp-specialized schedule to run instead where it can (a key of gluon.schedules), in
                                 blocks of its own; only ever from the table, where a GPU measured it faster
+    descriptors                 weights come by tensor descriptors (TMA) where their layout allows it
     """
 
     block_m: int
@@ -60,6 +62,7 @@ class Config:
     parts: int = 1
     programs_per_sm: int = 1
     gluon: str | None = None
+    descriptors: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +158,7 @@ def heuristic(op: str, d: int, n: int, itemsize: int, architecture: str, bucket:
     """Tiles as large as the accumulator registers allow without a spill; shorter ones where experts have few rows."""
     if architecture == "interpreter":
         return Config(block_m=16, block_n=16, block_k=16, num_warps=4, num_stages=1, group=2)
+    width, contraction = (d, n) if op in ("down", "d_rows") else (n, d)
     if op == "d_weight":
         config = weight_gradient_tile(itemsize, architecture)
         config = replace(config, block_m=fit(config.block_m, min(d, n)), block_n=fit(config.block_n, max(d, n)))
@@ -163,13 +167,17 @@ def heuristic(op: str, d: int, n: int, itemsize: int, architecture: str, bucket:
             config = fp32_tile(op, bucket)
         elif bucket == BUCKETS[-1]:
             config = large_tile(op, architecture)
+        elif bucket == BUCKETS[0] and op in DECODED:
+            config = decode_tile(op, contraction, architecture)
         else:
             config = small_tile(op, bucket)
-        width = d if op in ("down", "d_rows") else n
-        contraction = n if op in ("down", "d_rows") else d
         block_n = fit(config.block_n, width)
         parts = min(config.parts, block_n // 16)
-        config = replace(config, block_n=block_n, block_k=fit(config.block_k, contraction), parts=parts)
+        # d_hidden's loop over 32 rows is shorter with pointers (73 instructions and 88); no other loop is
+        shorter = op not in ("d_hidden", "d_hidden_gated") or config.block_m != 32
+        descriptors = itemsize == 2 and architecture in HOPPER + BLACKWELL and shorter
+        block_k = fit(config.block_k, contraction)
+        config = replace(config, block_n=block_n, block_k=block_k, parts=parts, descriptors=descriptors)
     return replace(config, num_stages=2) if architecture.startswith("gfx") else config
 
 
@@ -188,7 +196,10 @@ def large_tile(op: str, architecture: str) -> Config:
     elif op in ("d_hidden_gated", "d_hidden"):
         block_n = 128
     parts = 2 if op in ("down", "d_rows") else 4
-    return Config(block_m=128, block_n=block_n, block_k=64, num_warps=8, num_stages=3, parts=parts)
+    # Of N stages N - 1 are on the way, for at least N - 2 steps. Hopper multiplies 128x256x64 in 0.6 us, 128x128x64 in
+    # half of that, and memory answers in about 0.8 us: 2 steps cover it, or 3 of the short ones.
+    stages = (5 if block_n == 128 and op != "up_gated" else 4) if wide else 3
+    return Config(block_m=128, block_n=block_n, block_k=64, num_warps=8, num_stages=stages, parts=parts)
 
 
 def small_tile(op: str, bucket: int) -> Config:
@@ -196,6 +207,24 @@ def small_tile(op: str, bucket: int) -> Config:
     block_n = 64 if op == "up_gated" else 128
     return Config(
         block_m=bucket, block_n=block_n, block_k=64, num_warps=warps, num_stages=4, parts=4, programs_per_sm=2
+    )
+
+
+def decode_tile(op: str, contraction: int, architecture: str) -> Config:
+    """With a few rows per expert the time is that of reading each touched expert's weights once: a tile made for it.
+
+    A GPU delivers its bandwidth to those who have about 4 MB on the way (4.3 TB/s times 0.9 us, both of an H200). One
+    token touches K experts only; with 64 columns a tile, half as many as for more rows, their tiles still ask for that
+    much in every model of MODEL_SIZES that has K > 1. Splitting the contraction would cost partial sums and a launch.
+    """
+    block_k, num_stages = (128, 4) if contraction % 128 == 0 else (64, 6)  # long runs, but no masked steps
+    return Config(
+        block_m=BUCKETS[0],
+        block_n=32 if op == "up_gated" else 64,
+        block_k=block_k,
+        num_warps=4,
+        num_stages=num_stages,
+        programs_per_sm=3 if architecture in HOPPER + BLACKWELL else 2,
     )
 
 
@@ -264,6 +293,7 @@ def offline_case(
     numbers = [name for name in fn.arg_names if name not in pointers and name not in constexprs]
     aligned = [name for name in numbers if name.startswith(("size_", "weight_stride_"))]
     tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
+    addresses = [name for name, kind in pointers.items() if kind.startswith("*") and name != "num_tiles"]
     return Case(
         name=f"{shipped.op}_{shipped.dtype}_{tile}_{variant}",
         fn=fn,
@@ -271,7 +301,7 @@ def offline_case(
         constexprs=constexprs,
         num_warps=config.num_warps,
         num_stages=pipeline_stages(arch, config),
-        aligned=[*(name for name in pointers if name != "num_tiles"), *aligned],
+        aligned=[*addresses, *aligned],
         sample=sample,
-        wants=main_loop_instructions(shipped, arch),
+        wants=[*main_loop_instructions(shipped, arch), *(["tma"] if constants.get("DESCRIPTOR") else [])],
     )
