@@ -29,6 +29,11 @@ class Group:
     def size(self) -> int:
         return len(self.ranks)
 
+    @property
+    def name(self) -> str:
+        """torch's name of the group, the same on all of its ranks."""
+        return "" if self.handle is None else self.handle.group_name
+
 
 ALONE = Group(ranks=(0,), rank=0)
 
