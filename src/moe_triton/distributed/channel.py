@@ -142,9 +142,10 @@ class Channel:
             try:
                 work.wait(LOOK)
                 return
-            except RuntimeError:
+            except RuntimeError:  # what it waited for, or this wait's own time-out
                 if work.is_completed():
-                    raise
+                    work.wait()
+                    return
             if known.is_hopeless(self.group, number):
                 raise RuntimeError("another rank has failed")
 
@@ -179,8 +180,7 @@ class _Blame:
             reason = self.known.reason(self.channel.group, self.number)
             self.known.tell(where, reason)
             self.known.settle()
-            cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            message = f"{where}: {reason} ({cause})"
+            message = f"{where}: {reason} ({_first_line(error) or type(error).__name__})"
             logger.error(message)  # at once: a launcher may end this process before its traceback is printed
             failure = ExpertParallelError(message)
             failure.was_told = True  # type: ignore[attr-defined]
@@ -201,9 +201,14 @@ class Telling:
             return
         error.was_told = True  # type: ignore[attr-defined]
         rank, known = dist.get_rank(), board()
-        text = str(error).strip().splitlines()
-        known.tell(f"rank {rank}, {self.layer}", f"rank {rank} failed with {type(error).__name__}: {'; '.join(text[:1])}")
+        known.tell(
+            f"rank {rank}, {self.layer}", f"rank {rank} failed with {type(error).__name__}: {_first_line(error)}"
+        )
         known.settle()
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
 
 
 def to_host(*tensors: Tensor) -> Callable[[], list[list[int]]]:

@@ -7,6 +7,7 @@ known on all ranks within moments, in whatever group it happened, and costs noth
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -227,10 +228,8 @@ def _ask(question: Callable[[], T], patience: float = 2.0) -> T | None:
     answers: list[T] = []
 
     def ask() -> None:
-        try:
+        with contextlib.suppress(RuntimeError):  # torch's DistError
             answers.append(question())
-        except RuntimeError:  # torch's DistError
-            pass
 
     thread = threading.Thread(target=ask, daemon=True)  # a client of a stopped server waits for ever
     thread.start()
