@@ -104,6 +104,7 @@ class Board:
     introduced   groups whose members know each other's identities
     agreed       (group, fingerprint) of what has been compared
     failures     as read so far
+    is_silent    the store did not answer, and is not asked again before `settle`
     """
 
     store: Any
@@ -113,16 +114,18 @@ class Board:
     introduced: set[str] = field(default_factory=set)
     agreed: set[tuple[str, int]] = field(default_factory=set)
     failures: list[Failure] = field(default_factory=list)
+    is_silent: bool = False
 
     def tell(self, where: str, cause: str = "") -> None:
         """Let the others know that this rank failed."""
         failure = Failure(rank=dist.get_rank(), where=where, cause=cause, issued=self._counts())
         entry = json.dumps(asdict(failure))
-        _ask(lambda: self.store.set(f"moe_triton/failure/{self.store.add('moe_triton/failures', 1)}", entry))
+        self._ask(lambda: self.store.set(f"moe_triton/failure/{self.store.add('moe_triton/failures', 1)}", entry))
 
     def settle(self) -> None:
         """This rank has failed and said why: should all ranks have, and go on, then what was told so far is old."""
         self.settled = {name: number + 1 for name, number in self._counts().items()}
+        self.is_silent = False
 
     def is_hopeless(self, group: Group, number: int) -> bool:
         """Whether collective `number` of the group cannot succeed any more, as far as is known here."""
@@ -136,11 +139,12 @@ class Board:
         others = {rank for rank in group.ranks if rank != dist.get_rank()}
         deadline = time.monotonic() + PATIENCE
         while True:
-            dead = self.dead(others)
+            dead = self.dead(self.identities)  # of any group: it may be why the others left this one
             answers = self._read()
             failures = self._recent(group)
             silent = others - {failure.rank for failure in failures}
-            if died := [f"rank {rank} has died" for rank in dead if rank in silent]:  # the others failed, and left
+            left = {failure.rank for failure in self.failures} - silent  # they failed first, and said so
+            if died := [f"rank {rank} has died" for rank in dead if rank not in left]:
                 return ", ".join(died)
             gave_up = [failure for failure in failures if failure.issued[group.name] <= number]
             if causes := [failure.cause for failure in gave_up if failure.cause]:
@@ -173,13 +177,28 @@ class Board:
 
     def _read(self) -> bool:
         """Read what was told since; False where the store does not answer."""
-        count = _ask(lambda: self.store.add("moe_triton/failures", 0))
+        count = self._ask(lambda: self.store.add("moe_triton/failures", 0))
         while count is not None and len(self.failures) < count:
-            text = _ask(lambda: self.store.get(f"moe_triton/failure/{len(self.failures) + 1}"))
+            text = self._ask(lambda: self.store.get(f"moe_triton/failure/{len(self.failures) + 1}"))
             if text is None:
                 return False
             self.failures.append(Failure(**json.loads(text)))
         return count is not None
+
+    def _ask(self, question: Callable[[], T], patience: float = 2.0) -> T | None:
+        """The store's answer; None where the process that serves it has gone, or does not answer."""
+        answers: list[T] = []
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError):  # torch's DistError
+                answers.append(question())
+
+        if not self.is_silent:
+            thread = threading.Thread(target=ask, daemon=True)  # a client of a stopped server waits for ever
+            thread.start()
+            thread.join(patience)
+        self.is_silent = not answers
+        return answers[0] if answers else None
 
     def _state(self, rank: int) -> str:
         return state_of(self.identities[rank]) if rank in self.identities else ""
@@ -221,17 +240,3 @@ def explain_termination() -> None:
             os.kill(os.getpid(), number)
 
     signal.signal(signal.SIGTERM, explain)
-
-
-def _ask(question: Callable[[], T], patience: float = 2.0) -> T | None:
-    """The store's answer; None where the process that serves it has gone, or does not answer."""
-    answers: list[T] = []
-
-    def ask() -> None:
-        with contextlib.suppress(RuntimeError):  # torch's DistError
-            answers.append(question())
-
-    thread = threading.Thread(target=ask, daemon=True)  # a client of a stopped server waits for ever
-    thread.start()
-    thread.join(patience)
-    return answers[0] if answers else None

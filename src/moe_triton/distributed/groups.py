@@ -89,7 +89,8 @@ def default_timeout() -> timedelta:
     """What init_process_group was given. new_group would take 30 minutes where it is not told."""
     world = dist.group.WORLD
     assert world is not None
-    return world._get_backend(torch.device(device_type())).options._timeout
+    options = world._get_backend(torch.device(device_type())).options
+    return dist.default_pg_timeout if options is None else options._timeout  # the "fake" backend has none
 
 
 _made: dict[tuple[object, ...], dist.ProcessGroup] = {}  # by the default group and the members
