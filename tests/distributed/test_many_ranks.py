@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from compare import assert_close
+from torch._C._distributed_c10d import _set_thread_isolation_mode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.testing._internal.distributed.multi_threaded_pg import (
@@ -29,6 +30,7 @@ def in_threads(world: int, function: Callable[[], Any]) -> list[Any]:
     """function() in every one of `world` ranks of torch's threaded process group; their results by rank."""
     world_of_threads, results, failures = _install_threaded_pg(), [None] * world, []
     store = dist.HashStore()
+    _set_thread_isolation_mode(True)  # every thread has a registry of groups of its own
 
     def run(rank: int) -> None:
         try:
@@ -48,6 +50,7 @@ def in_threads(world: int, function: Callable[[], Any]) -> list[Any]:
         for thread in threads:
             thread.join(120)
     finally:
+        _set_thread_isolation_mode(False)
         ProcessLocalGroup.reset()
         _uninstall_threaded_pg()
     assert not failures, failures[0]

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
+from torch.utils.checkpoint import _StopRecomputationError
 
 from moe_triton.distributed.errors import (
     Board,
@@ -197,7 +198,7 @@ class Telling:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, _trace: object) -> None:
-        if error is None or hasattr(error, "was_told"):
+        if error is None or hasattr(error, "was_told") or isinstance(error, _StopRecomputationError):
             return
         error.was_told = True  # type: ignore[attr-defined]
         rank, known = dist.get_rank(), board()
