@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from moe_triton.distributed.errors import ConfigurationMismatch, ExpertParallelError
+from moe_triton.distributed.errors import ConfigurationMismatch, ExpertParallelError, explain_termination
 from moe_triton.distributed.expert_parallel import ExpertParallel
 from moe_triton.distributed.groups import Group, ParallelGroups, make_groups
 from moe_triton.distributed.plan import RankTables, plan
@@ -38,6 +38,7 @@ __all__ = [
     "broadcast_parameters",
     "check_replicas",
     "clip_grad_norm_",
+    "explain_termination",
     "make_groups",
     "plan",
     "rebalance",

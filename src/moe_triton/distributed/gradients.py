@@ -8,6 +8,7 @@ tokens, both sums are divided by the number of data-parallel ranks: the experts'
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -189,7 +190,11 @@ def _gradients(parameters: Iterator[nn.Parameter]) -> list[Tensor]:
 def _sum_over(over: Sequence[Group], tensors: Sequence[Tensor], divisor: int, what: str) -> None:
     """Each tensor becomes its sum over the ranks of the groups, divided; small ones travel together."""
     over = [group for group in over if group.size > 1]
-    if over:
+    if over and len(tensors) > 0:
+        layout = zlib.crc32(repr([(tuple(tensor.shape), tensor.dtype) for tensor in tensors]).encode())
+        same = {"reduced": what, "tensors": len(tensors), "layout": layout, "divisor": divisor}
+        for group in over:
+            Channel(group=group, layer="gradients").agree(same, f"comparison of {what}", tensors[0].device)
         for bucket in _buckets(tensors):
             # one large contiguous tensor needs no copy
             alone = len(bucket) == 1 and bucket[0].is_contiguous()

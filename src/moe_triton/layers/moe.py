@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from moe_triton import losses
 from moe_triton.checks import FLOATS, check_choice, check_int, check_number, check_tensor
 from moe_triton.dispatch import dispatch, expert_capacity, renormalize
+from moe_triton.distributed.channel import Telling
 from moe_triton.distributed.expert_parallel import ExpertParallel
 from moe_triton.layers.experts import Experts, FeedForward
 from moe_triton.layers.router import Router
 from moe_triton.records import PRIORITIES, Routing
-from moe_triton.runtime import BACKENDS
+from moe_triton.runtime import BACKENDS, never_compiled
 
 
 class MoEOutput(NamedTuple):
@@ -179,6 +180,17 @@ class MoE(nn.Module):
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> MoEOutput:
         """hidden_states [..., d]; a token where `token_mask` [...] is 0 gets no expert and counts nowhere."""
+        parallel = self.experts.expert_parallel
+        if parallel is None or parallel.is_alone:
+            return self._forward(hidden_states, token_mask)
+        return self._forward_over_ranks(hidden_states, token_mask)
+
+    @never_compiled  # the order of collectives is Python's
+    def _forward_over_ranks(self, hidden_states: Tensor, token_mask: Tensor | None) -> MoEOutput:
+        with Telling(self.experts.layer_name):
+            return self._forward(hidden_states, token_mask)
+
+    def _forward(self, hidden_states: Tensor, token_mask: Tensor | None) -> MoEOutput:
         check_tensor("hidden_states", hidden_states, dtypes=FLOATS)
         if hidden_states.dim() < 1 or hidden_states.shape[-1] != self.hidden_size:
             raise ValueError(f"hidden_states: got shape {list(hidden_states.shape)}, wanted [..., {self.hidden_size}]")
@@ -251,7 +263,7 @@ class MoE(nn.Module):
             return loss
         counts, num_tokens, parallel = routing.counts, routing.num_tokens, self.experts.expert_parallel
         if parallel is not None:
-            counts, num_tokens = parallel.global_counts(counts, num_tokens)
+            counts, num_tokens = parallel.global_counts(counts, num_tokens, self.experts.layer_name)
         if self.aux_loss_weight:
             balance = losses.load_balance_loss(counts, routing.score_sums, num_tokens, self.top_k)
             loss = loss + self.aux_loss_weight * balance
