@@ -1,17 +1,21 @@
 """Expert parallelism on torch.distributed: the groups, the exchange, gradients and checkpoints."""
 
-from moe_triton.distributed.errors import ConfigurationMismatch, ExpertParallelError
+from moe_triton.distributed.checkpoint import load_checkpoint, save_checkpoint
+from moe_triton.distributed.errors import CheckpointError, ConfigurationMismatch, ExpertParallelError
 from moe_triton.distributed.expert_parallel import ExpertParallel
 from moe_triton.distributed.groups import Group, ParallelGroups, make_groups
 from moe_triton.distributed.plan import RankTables, plan
 
 __all__ = [
+    "CheckpointError",
     "ConfigurationMismatch",
     "ExpertParallel",
     "ExpertParallelError",
     "Group",
     "ParallelGroups",
     "RankTables",
+    "load_checkpoint",
     "make_groups",
     "plan",
+    "save_checkpoint",
 ]
