@@ -101,10 +101,11 @@ def _shards(tensor: Tensor) -> list[tuple[Offset, Tensor]]:
 
 
 class ModelTensor(NamedTuple):
-    """A parameter or persistent buffer, as it lives in the model."""
+    """A parameter or persistent buffer, as it lives in the model; `layout` where expert parallelism spreads it."""
 
     live: Tensor
     layout: ExpertLayout | None
+    is_expert: bool
 
     def as_global(self) -> GlobalTensor:
         return as_global(self.live, self.layout)
@@ -113,9 +114,9 @@ class ModelTensor(NamedTuple):
 def model_tensors(model: nn.Module) -> dict[str, ModelTensor]:
     """The model's parameters and persistent buffers by name; one that has several names by the first of them.
 
-    A module whose `expert_parallel` is not None holds experts: its own parameters are [local experts, ...], and it has
-    `num_experts` and `local_experts`, the ids of the local ones. Wrappers (DistributedDataParallel, torch.compile,
-    activation checkpointing) leave no trace in the names.
+    A module with `expert_parallel` and `num_experts` holds experts; where `expert_parallel` is not None its own
+    parameters are [local experts, ...], and `local_experts` are their ids. Wrappers (DistributedDataParallel,
+    torch.compile, activation checkpointing) leave no trace in the names.
 
     Raises:
         TypeError: the model is no Module, or its state dict has something else than tensors.
@@ -126,52 +127,61 @@ def model_tensors(model: nn.Module) -> dict[str, ModelTensor]:
     model = _unwrapped(model)
     layouts = {
         id(parameter): _expert_layout(name, module, own)
-        for name, module in model.named_modules()
-        if getattr(module, "expert_parallel", None) is not None
+        for name, module in expert_modules(model).items()
         for own, parameter in module.named_parameters(recurse=False)
     }
     found: dict[str, ModelTensor] = {}
     seen: set[int] = set()
     for key, value in model.state_dict(keep_vars=True).items():
-        name = ".".join(part for part in key.split(".") if part not in WRAPPERS)
+        name = _plain(key)
         if not isinstance(value, Tensor):
             raise TypeError(f"model: its state dict has a {type(value).__name__} at {name!r}, wanted tensors only")
         if value.is_meta:
             raise ValueError(f"model: {name!r} is on the meta device, wanted memory to read or write")
         if id(value) not in seen:
             seen.add(id(value))
-            found[name] = ModelTensor(value, layouts.get(id(value)))
+            found[name] = ModelTensor(value, layouts.get(id(value)), id(value) in layouts)
     return found
 
 
 def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that hold experts, spread or not, by name."""
-    found = {}
-    for key, module in _unwrapped(model).named_modules():
-        if hasattr(module, "expert_parallel") and hasattr(module, "num_experts"):
-            found[".".join(part for part in key.split(".") if part not in WRAPPERS)] = module
-    return found
+    return {
+        _plain(name): module
+        for name, module in _unwrapped(model).named_modules()
+        if hasattr(module, "expert_parallel") and hasattr(module, "num_experts")
+    }
 
 
-WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # of torch.compile and of activation checkpointing
+
+
+def _plain(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    while isinstance(model, nn.parallel.DistributedDataParallel) or "_orig_mod" in model._modules:
-        model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model._orig_mod
-    return model
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model._modules["_orig_mod"]  # type: ignore[assignment]
+        else:
+            return model
 
 
-def _expert_layout(name: str, module: Any, own: str) -> ExpertLayout:
-    etp = module.expert_parallel.etp
-    if etp.size > 1 and not hasattr(module, "sliced_dimensions"):
+def _expert_layout(name: str, module: Any, own: str) -> ExpertLayout | None:
+    parallel = module.expert_parallel
+    if parallel is None:
+        return None
+    if parallel.etp.size > 1 and not hasattr(module, "sliced_dimensions"):
         raise ValueError(
-            f"model: {name} has {etp.size} expert slices, but no `sliced_dimensions` that say how {own!r} is sliced"
+            f"model: {name} has {parallel.etp.size} expert slices, but no `sliced_dimensions` to say how {own!r} is cut"
         )
     return ExpertLayout(
         experts=tuple(module.local_experts),
         num_experts=module.num_experts,
-        sliced=module.sliced_dimensions.get(own) if etp.size > 1 else None,
-        slices=etp.size,
-        slot=etp.rank,
+        sliced=module.sliced_dimensions.get(own) if parallel.etp.size > 1 else None,
+        slices=parallel.etp.size,
+        slot=parallel.etp.rank,
     )

@@ -45,7 +45,7 @@ def describe(
     state: dict[str, dict[str, Any]] = {}
     names = parameter_names(optimizer, model)
     for name in (name for group in names for name in group):
-        parameter, layout = model[name]
+        parameter, layout, _ = model[name]
         entries = optimizer.state.get(parameter, {})
         for entry, value in entries.items():
             where = f"optimizer.{name}.{entry}"
@@ -94,11 +94,9 @@ class Restoration:
         self.optimizer = optimizer
         self.tensors: dict[str, GlobalTensor] = {}
         self.state: dict[int, dict[str, Any]] = {}
-        self.settings = [
-            {key: decode(value) for key, value in group["settings"].items()} for group in saved["groups"]
-        ]
+        self.settings = [{key: decode(value) for key, value in group["settings"].items()} for group in saved["groups"]]
         for index, name in enumerate(name for group in names for name in group):
-            parameter, layout = model[name]
+            parameter, layout, _ = model[name]
             for entry, value in saved["state"].get(name, {}).items():
                 if isinstance(value, dict) and "saved_as" in value:
                     room = torch.zeros_like(parameter, dtype=dtype_of(value["dtype"]), requires_grad=False)

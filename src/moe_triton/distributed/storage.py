@@ -78,7 +78,7 @@ def _chunk(offset: Offset, box: Tensor) -> ChunkStorageMetadata:
 class _SavePlanner(DefaultSavePlanner):
     """torch's planner, which gives boxes that several ranks have to one of them and checks that none is missing."""
 
-    state_dict: Tensors
+    state_dict: dict[str, GlobalTensor]
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
