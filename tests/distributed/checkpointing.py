@@ -40,6 +40,7 @@ class Spread:
     experts: int = 8
     optimizer: str = "AdamW"
     layer: dict[str, Any] = field(default_factory=dict)
+    senders: list[int] = field(default_factory=list)  # who sends pieces to the first rank in an export
 
     def make_group(self) -> Group:
         """Of `ranks`; every rank has to call it, and one that is not among them must not use what it gets."""
@@ -110,14 +111,14 @@ class Net(nn.Module):
 
 
 def make_optimizer(net: nn.Module, name: str) -> torch.optim.Optimizer:
-    """Two groups with settings of their own."""
+    """Two groups with settings of their own. The large eps keeps rounding in a tiny gradient from growing."""
     groups = [
         {"params": [p for name, p in net.named_parameters() if "experts" in name], "lr": 0.02, "weight_decay": 0.1},
         {"params": [p for name, p in net.named_parameters() if "experts" not in name]},
     ]
     if name == "SGD":
         return torch.optim.SGD(groups, lr=0.05, momentum=0.9)
-    return getattr(torch.optim, name)(groups, lr=0.05)
+    return getattr(torch.optim, name)(groups, lr=0.05, eps=0.01)
 
 
 def make(spread: Spread, seed: int = 0) -> tuple[Net, torch.optim.Optimizer]:

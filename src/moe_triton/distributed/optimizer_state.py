@@ -110,10 +110,10 @@ class Restoration:
         keep = [{key: group[key] for key in ("params", "param_names") if key in group} for group in current]
         groups = [{**settings, **kept} for settings, kept in zip(self.settings, keep, strict=True)]
         self.optimizer.load_state_dict({"state": self.state, "param_groups": groups})
-        # torch casts the state to the parameter's dtype: fp32 moments of a bf16 parameter have to stay fp32
+        # torch casts state to the parameter's dtype, but a bf16 parameter's fp32 moments have to stay what they were
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for index, entries in self.state.items():
             for entry, value in entries.items():
                 loaded = self.optimizer.state[parameters[index]][entry]
-                if isinstance(value, Tensor) and value.dim() > 0 and loaded.dtype != value.dtype:
-                    self.optimizer.state[parameters[index]][entry] = value
+                if isinstance(value, Tensor) and loaded.dtype != value.dtype:
+                    self.optimizer.state[parameters[index]][entry] = value.to(loaded.device)
