@@ -60,6 +60,8 @@ def read(folder: Path, tensors: Tensors, team: Team) -> None:
     """Fills this rank's boxes from the files of `folder`, whoever wrote them."""
     reader = HuggingFaceStorageReader(str(folder))
     _run(team, "reading", lambda **how: dcp.load({**tensors}, storage_reader=reader, planner=_LoadPlanner(), **how))
+    for tensor in tensors.values():
+        tensor.fill_copies()
 
 
 def _run(team: Team, phase: str, function: Any) -> None:

@@ -41,7 +41,10 @@ class Team:
         return self.group.size == 1
 
     def each(self, phase: str, function: Callable[[], T]) -> list[T]:
-        """What `function` returns on every rank, in rank order; an exception on any of them is raised on all."""
+        """What `function` returns on every rank, in rank order; an exception on any of them is raised on all.
+
+        A bad argument keeps its kind, TypeError or ValueError; all else is a CheckpointError.
+        """
         error: Exception | None = None
         result: Any = None
         try:
@@ -54,19 +57,19 @@ class Team:
             outcomes = channel.gather_objects((_portable(error), result), phase)  # type: ignore[assignment]
         failures = {rank: failed for rank, (failed, _) in enumerate(outcomes) if failed is not None}
         if failures:
-            raise self.failure(phase, failures) from error
+            kinds = {type(failed) for failed in failures.values()}
+            kind = kinds.pop() if kinds in ({TypeError}, {ValueError}) else CheckpointError
+            raise self.failure(phase, failures, kind) from error
         return [value for _, value in outcomes]
 
     def first(self, phase: str, function: Callable[[], T]) -> T:
         """What `function` returns on the first rank, which alone runs it; its exception is raised on all."""
         return self.each(phase, lambda: function() if self.is_first else None)[0]  # type: ignore[return-value]
 
-    def failure(self, phase: str, failures: Mapping[int, BaseException]) -> Exception:
-        """One exception for all ranks; a bad argument keeps its kind."""
-        kinds = {type(error) for error in failures.values()}
-        kind: type[Exception] = CheckpointError
-        if kinds in ({TypeError}, {ValueError}):
-            kind = TypeError if TypeError in kinds else ValueError
+    def failure(
+        self, phase: str, failures: Mapping[int, BaseException], kind: type[Exception] = CheckpointError
+    ) -> Exception:
+        """One exception that tells what went wrong on which ranks."""
         words: dict[str, list[str]] = {}
         for rank, error in failures.items():
             words.setdefault(_words(error), []).append(str(self.group.ranks[rank]))

@@ -52,6 +52,7 @@ def load_experts_from(source: Source, model: nn.Module, *, only_experts: bool = 
             for offset, box in tensor.boxes.items():
                 spot = tuple(slice(begin, begin + size) for begin, size in zip(offset, box.shape, strict=True))
                 box.copy_(reader.read(name, spot))
+            tensor.fill_copies()
     return names
 
 
