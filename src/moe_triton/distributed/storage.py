@@ -5,7 +5,7 @@ rank that holds experts 1 and 5 has two as well. So the planners here speak of b
 torch.distributed.checkpoint has for planners; no device mesh is needed, and one process is no special case. Storage is
 torch's own for safetensors, which runs no code when it is read.
 
-Imported where it is needed only: torch.distributed.checkpoint takes over a second to import.
+Imported where it is needed only: torch.distributed.checkpoint is slow to import.
 """
 
 from __future__ import annotations
