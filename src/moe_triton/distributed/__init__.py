@@ -3,10 +3,18 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from moe_triton.distributed.errors import ConfigurationMismatch, ExpertParallelError, explain_termination
+from moe_triton.distributed.checkpoint import load_checkpoint, save_checkpoint
+from moe_triton.distributed.errors import (
+    CheckpointError,
+    ConfigurationMismatch,
+    ExpertParallelError,
+    explain_termination,
+)
 from moe_triton.distributed.expert_parallel import ExpertParallel
+from moe_triton.distributed.export import export_safetensors
 from moe_triton.distributed.groups import Group, ParallelGroups, make_groups
 from moe_triton.distributed.plan import RankTables, plan
+from moe_triton.distributed.whole_tensors import load_experts_from
 
 if TYPE_CHECKING:
     from moe_triton.distributed.fsdp import apply_fsdp2
@@ -27,6 +35,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "CheckpointError",
     "ConfigurationMismatch",
     "ExpertParallel",
     "ExpertParallelError",
@@ -39,10 +48,14 @@ __all__ = [
     "check_replicas",
     "clip_grad_norm_",
     "explain_termination",
+    "export_safetensors",
+    "load_checkpoint",
+    "load_experts_from",
     "make_groups",
     "plan",
     "rebalance",
     "reduce_gradients",
+    "save_checkpoint",
     "wrap_ddp",
 ]
 

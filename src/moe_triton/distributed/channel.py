@@ -161,6 +161,10 @@ class Channel:
     def _where(self, phase: str) -> str:
         return f"rank {dist.get_rank()}, {self.layer}, {phase}"
 
+    def blame(self, phase: str) -> _Blame:
+        """`with channel.blame(phase):` somebody else's collective of this group fails with an error as ours do."""
+        return self._blame(phase, board())
+
     def _blame(self, phase: str, known: Board, number: int | None = None) -> _Blame:
         return _Blame(self, phase, known, known.issued[self.group.name] if number is None else number)
 

@@ -44,6 +44,10 @@ class ConfigurationMismatch(ExpertParallelError):
     """The ranks of a group do not agree on what they are about to compute."""
 
 
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read, or does not fit the model. The message names the file."""
+
+
 def identity() -> Identity:
     """Who this process is, as three numbers, for the other ranks to look after."""
     return _host(), os.getpid(), _start_time(os.getpid())

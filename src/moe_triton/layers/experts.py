@@ -140,8 +140,15 @@ class Experts(nn.Module):
         size, rank = self.placement.slots_per_rank, parallel.ep.rank
         return self.placement.physical_to_logical[rank * size : (rank + 1) * size].tolist()
 
+    @property
+    def sliced_dimensions(self) -> dict[str, tuple[int, int]]:
+        """What expert tensor parallelism slices: parameter -> (dimension, parts), gate and up being sliced apart."""
+        parts = 2 if self.spec.is_gated else 1
+        return {"gate_up_proj": (1, parts), "gate_up_proj_bias": (1, parts), "down_proj": (2, 1)}
+
     def local_slice(self, name: str, whole: Tensor) -> Tensor:
         """This rank's part of one expert's whole parameter `name`: all of it without expert tensor parallelism.
+
 
         The down projection's bias is whole on every rank.
         """
