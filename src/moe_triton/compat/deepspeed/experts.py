@@ -1,0 +1,208 @@
+"""DeepSpeed's container of experts: any module, one per local expert, with DeepSpeed's state-dict keys.
+
+Experts that are MLPs (`mlps`) run fused, from their own parameters; any other module is called on its rows.
+Shapes: R rows of tokens, K choices, d hidden size, n expert intermediate size.
+"""
+
+from __future__ import annotations
+
+import copy
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_triton.checks import check_int
+from moe_triton.compat.deepspeed.mlps import is_tampered, recognise
+from moe_triton.experts import run_experts
+from moe_triton.records import Dispatch, ExpertSpec
+from moe_triton.reference import wide
+
+
+class Experts(nn.Module):
+    """`num_local_experts` copies of `expert`, equal at the start.
+
+    Every parameter carries what DeepSpeed and the optimizer's grouping look for: `allreduce` = False, `group_name` (the
+    key of its process group), `layer_name` and `expert_number` (the expert's place among this rank's experts).
+
+    Args:
+        expert: any Module that maps [..., d] to [..., d], or to a tuple whose element 0 is that.
+        num_local_experts: experts of this rank.
+        expert_group_name: key of the process group, "ep_size_N".
+        layer_name: the layer's name among the optimizer's groups.
+        backend: "auto", "triton", "torch" or "reference", for the fused path.
+    """
+
+    def __init__(
+        self,
+        expert: nn.Module,
+        num_local_experts: int = 1,
+        expert_group_name: str | None = None,
+        layer_name: str | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if not isinstance(expert, nn.Module):
+            raise TypeError(f"expert: got {type(expert).__name__}, wanted a torch.nn.Module")
+        check_int("num_local_experts", num_local_experts, low=1)
+        self.deepspeed_experts = nn.ModuleList([copy.deepcopy(expert) for _ in range(num_local_experts)])
+        self.num_local_experts = num_local_experts
+        self.expert_group_name = expert_group_name
+        self.layer_name = layer_name
+        self.backend = backend
+        self.mlp = recognise(expert)
+        self.kinds = _kinds(expert)
+        self.register_load_state_dict_post_hook(_prepare_after_loading)
+        self.prepare()
+
+    def forward(self, hidden_states: Tensor, weights: Tensor, plan: Dispatch) -> Tensor:
+        """hidden_states [R, d], weights [R, K] and a Dispatch to the local experts -> weighted sums [R, d]."""
+        linears = self._linears()
+        if linears is None or self.mlp is None:
+            return self._one_by_one(hidden_states, weights, plan)
+        gate_up_biases = down_biases = None
+        if linears[0][0].bias is not None:
+            gate_up_biases = [_joined([up.bias for up in ups]) for *ups, _ in linears]
+        if linears[0][-1].bias is not None:
+            down_biases = [down.bias for *_, down in linears]
+        return run_experts(
+            hidden_states,
+            weights,
+            plan,
+            [_joined([up.weight for up in ups]) for *ups, _ in linears],
+            [down.weight for *_, down in linears],
+            gate_up_biases,
+            down_biases,
+            ExpertSpec(activation=self.mlp.activation),
+            backend=self.backend,
+        )
+
+    def _linears(self) -> list[list[Any]] | None:
+        """Every expert's Linears; None when the experts are no MLPs, or not what they were any more."""
+        if self.mlp is None:
+            return None
+        found = []
+        for expert in self.deepspeed_experts:
+            if _kinds(expert) != self.kinds or is_tampered(expert):
+                return None
+            linears = [_submodule(expert, name) for name in self.mlp.linears]
+            if any(type(linear) is not nn.Linear or is_tampered(linear) for linear in linears):
+                return None
+            found.append(linears)
+        return found
+
+    def _one_by_one(self, hidden_states: Tensor, weights: Tensor, plan: Dispatch) -> Tensor:
+        """Each expert on its own rows, [1, 1, rows, d] as DeepSpeed has four dimensions; one host sync."""
+        bounds = plan.offsets.tolist()
+        size_d, num_rows = hidden_states.shape[1], bounds[-1]
+        rows_Sd = hidden_states[plan.source[:num_rows].long() // plan.top_k]
+        outs = []
+        for expert, (start, end) in zip(self.deepspeed_experts, pairwise(bounds), strict=True):
+            # an idle expert sees a row of zeros, so that its gradients are zeros and not None
+            rows = rows_Sd[start:end] if start < end else hidden_states.new_zeros(1, size_d)
+            out = expert(rows[None, None])
+            out = out[0] if isinstance(out, tuple) else out
+            outs.append(out.reshape(-1, size_d)[: end - start])
+        outs.append(outs[0].new_zeros(1, size_d))  # the row of the choices that were dropped or skipped
+        position = torch.where(plan.position < 0, num_rows, plan.position).long()
+        rows_RKd = torch.cat(outs)[position].to(wide(hidden_states.dtype))
+        return (rows_RKd * weights[..., None]).sum(1).to(hidden_states.dtype)
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Mark the parameters, and put gate beside up in memory, so that one product reads both without a copy.
+
+        Done again whenever torch may have made other parameters: `.to`, copying, unpickling, loading with assign=True.
+        """
+        for number, expert in enumerate(self.deepspeed_experts):
+            for parameter in expert.parameters():
+                marks = {
+                    "allreduce": False,
+                    "group_name": self.expert_group_name,
+                    "layer_name": self.layer_name,
+                    "expert_number": number,
+                }
+                for name, value in marks.items():
+                    setattr(parameter, name, value)
+        for linears in self._linears() or []:
+            ups = linears[:-1]
+            for parameters in ([up.weight for up in ups], [up.bias for up in ups]):
+                # in a storage that they share with others (an optimizer's flat buffer) they stay where they are
+                if parameters[0] is not None and _adjacent(parameters) is None and all(map(_owns_storage, parameters)):
+                    whole = torch.cat([parameter.data for parameter in parameters])
+                    for parameter, half in zip(parameters, whole.chunk(2), strict=True):
+                        parameter.data = half
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Experts:
+        super()._apply(fn, recurse)
+        self.prepare()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.prepare()  # a copied or unpickled Parameter has lost its attributes
+
+    def extra_repr(self) -> str:
+        return f"{self.num_local_experts} local experts, " + (
+            "called one by one" if self.mlp is None else f"fused, activation={self.mlp.activation}"
+        )
+
+
+def _prepare_after_loading(experts: Experts, _incompatible_keys: object) -> None:
+    experts.prepare()
+
+
+def _kinds(expert: nn.Module) -> tuple[type, ...]:
+    """The classes of an expert and of its parts."""
+    return (type(expert), *map(type, expert._modules.values()))
+
+
+def _submodule(module: nn.Module, name: str) -> Any:
+    for part in name.split("."):
+        module = getattr(module, part)
+    return module
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """One tensor of all rows of one or two tensors; a view, when `prepare` or an optimizer laid them side by side."""
+    if len(parts) == 1:
+        return parts[0]
+    if torch.compiler.is_compiling() or _adjacent(parts) is None:
+        return torch.cat(parts)
+    return _SideBySide.apply(*parts)
+
+
+def _owns_storage(parameter: Tensor) -> bool:
+    return parameter.device.type != "meta" and parameter.untyped_storage().nbytes() == parameter.nbytes
+
+
+def _adjacent(parts: list[Tensor]) -> Tensor | None:
+    """The view of both tensors when the second begins where the first ends; a single tensor needs none."""
+    first, *rest = (part.detach() for part in parts)
+    if not rest:
+        return first
+    (second,) = rest
+    if (
+        first.device.type == "meta"
+        or not (first.is_contiguous() and second.is_contiguous())
+        or first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
+        or first.storage_offset() + first.numel() != second.storage_offset()
+        or first.dtype != second.dtype
+    ):
+        return None
+    return first.as_strided((2 * first.shape[0], *first.shape[1:]), first.stride())
+
+
+class _SideBySide(torch.autograd.Function):
+    """cat of two tensors that lie side by side, as a view; so are the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, first: Tensor, second: Tensor) -> Tensor:
+        whole = _adjacent([first, second])
+        assert whole is not None
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return grads[0].chunk(2)
