@@ -107,6 +107,14 @@ def is_initialized() -> bool:
     return _state.ep_size is not None
 
 
+def ep_size_for(num_experts: int) -> int:
+    """The expert-parallel size of a layer that names none: as many ranks as it has experts for; 1 before `initialize`.
+
+    `layer.MoE` raises ValueError where it does not divide the experts.
+    """
+    return min(num_experts, _state.ep_size or 1)
+
+
 def reset() -> None:
     """Forget all groups and the mpu, as after torch.distributed.destroy_process_group()."""
     global _state
@@ -158,7 +166,11 @@ def create_expert_groups(ep_size: int, *, within_lanes: bool = False, data_befor
 
 
 def expert_rank_tables(
-    world_size: int, ep_size: int, tensor_parallel: int = 1, pipeline_parallel: int = 1, data_before_expert: bool = False
+    world_size: int,
+    ep_size: int,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    data_before_expert: bool = False,
 ) -> tuple[list[list[int]], list[list[int]]]:
     """(expert-parallel groups, expert-data-parallel groups), as lists of ranks in the order of their making.
 
@@ -359,5 +371,7 @@ def _lookup(groups: dict[str, Any], name: str) -> Any:
     if name in groups:
         return groups[name]
     if dist.is_initialized():
-        raise ValueError(f"name: got {name!r}, wanted one of {', '.join(groups) or 'the groups, of which there are none'}")
+        raise ValueError(
+            f"name: got {name!r}, wanted one of {', '.join(groups) or 'the groups, of which there are none'}"
+        )
     return None
