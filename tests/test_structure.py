@@ -23,7 +23,7 @@ LEVELS = [
     ["experts"],
     ["layers"],
     ["integrations", "training"],
-    ["benchmarking"],
+    ["benchmarking", "compat"],
     ["cli"],
 ]
 LEVEL = {name: depth for depth, names in enumerate(LEVELS) for name in names}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_triton.checks import check_int
-from moe_triton.compat.deepspeed.mlps import is_tampered, recognise
+from moe_triton.compat.deepspeed.mlps import MLP, is_tampered, recognise
 from moe_triton.experts import run_experts
 from moe_triton.records import Dispatch, ExpertSpec
 from moe_triton.reference import wide
@@ -46,14 +46,18 @@ class Experts(nn.Module):
         if not isinstance(expert, nn.Module):
             raise TypeError(f"expert: got {type(expert).__name__}, wanted a torch.nn.Module")
         check_int("num_local_experts", num_local_experts, low=1)
-        self.deepspeed_experts = nn.ModuleList([copy.deepcopy(expert) for _ in range(num_local_experts)])
-        self.num_local_experts = num_local_experts
         self.expert_group_name = expert_group_name
         self.layer_name = layer_name
         self.backend = backend
-        self.mlp = recognise(expert)
-        self.kinds = _kinds(expert)
+        self.adopt(nn.ModuleList([copy.deepcopy(expert) for _ in range(num_local_experts)]), recognise(expert))
         self.register_load_state_dict_post_hook(_prepare_after_loading)
+
+    def adopt(self, experts: nn.ModuleList, mlp: MLP | None) -> None:
+        """Take these modules, parameters and all, as the local experts; `mlp` is what they all compute, if known."""
+        self.deepspeed_experts = experts
+        self.num_local_experts = len(experts)
+        self.mlp = mlp
+        self.kinds = _kinds(experts[0])
         self.prepare()
 
     def forward(self, hidden_states: Tensor, weights: Tensor, plan: Dispatch) -> Tensor:

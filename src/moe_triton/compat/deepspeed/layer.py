@@ -28,12 +28,13 @@ class MOELayer(nn.Module):
         self.gate = gate
         self.experts = experts
 
-    def forward(self, hidden_states: Tensor, used_token: Tensor | None = None) -> Tensor:
-        """hidden_states [..., d], used_token [S] or [...] -> the input's shape and dtype."""
+    def forward(self, hidden_states: Tensor, used_token: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden_states [..., d], used_token [S] or [...] -> as `MoE.forward`."""
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         gating = self.gate(x, None if used_token is None else used_token.reshape(-1))
         self.l_aux, self.exp_counts = gating.l_aux, gating.exp_counts
-        return self.experts(x, gating.weights, gating.plan).reshape(hidden_states.shape)
+        output = self.experts(x, gating.weights, gating.plan).reshape(hidden_states.shape)
+        return output, gating.l_aux, gating.exp_counts
 
     def __getstate__(self) -> dict[str, Any]:
         # tensors that carry a graph can be neither copied nor pickled
@@ -152,10 +153,10 @@ class MoE(upstream.MoE):
         check_tensor("hidden_states", hidden_states)
         if hidden_states.dim() < 1 or hidden_states.shape[-1] != self.hidden_size:
             raise ValueError(f"hidden_states: got shape {list(hidden_states.shape)}, wanted [..., {self.hidden_size}]")
-        output = self.deepspeed_moe(hidden_states, used_token)
+        output, l_aux, exp_counts = self.deepspeed_moe(hidden_states, used_token)
         if self.use_residual:
             dense = self.mlp(hidden_states)
             dense = dense[0] if isinstance(dense, tuple) else dense
             mix = F.softmax(self.coefficient(hidden_states), dim=-1)
             output = output * mix[..., 0:1] + dense * mix[..., 1:]
-        return output, self.deepspeed_moe.l_aux, self.deepspeed_moe.exp_counts
+        return output, l_aux, exp_counts

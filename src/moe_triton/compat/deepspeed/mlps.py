@@ -138,9 +138,9 @@ class _Matcher:
     def _linear(self, node: Any) -> tuple[str | None, Any]:
         """(name of the Linear that makes the node, its input)."""
         node = self._step(node)
-        if node is None or node.op != "call_module" or type(self.modules[node.target]) is not nn.Linear:
+        if node is None or node.op != "call_module" or type(self.modules[str(node.target)]) is not nn.Linear:
             return None, None
-        return node.target, node.args[0]
+        return str(node.target), node.args[0]
 
     def _pointwise(self, node: Any) -> tuple[str | None, Any]:
         """(our name of the activation that makes the node, its input)."""
@@ -168,9 +168,10 @@ class _Matcher:
 
     def _does_nothing(self, node: fx.Node) -> bool:
         if node.op == "call_module":
-            module = self.modules[node.target]
+            module = self.modules[str(node.target)]
             return type(module) is nn.Identity or (type(module) is nn.Dropout and module.p == 0)
-        return node.target is F.dropout and (*node.args[1:2], node.kwargs.get("p"))[0] == 0
+        probability: Any = (*node.args[1:2], node.kwargs.get("p"))[0]
+        return node.target is F.dropout and probability == 0
 
 
 FUNCTIONS: dict[Any, str] = {F.silu: "silu", F.relu: "relu", torch.relu: "relu", "relu": "relu"}

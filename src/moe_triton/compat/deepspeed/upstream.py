@@ -6,15 +6,13 @@ installed our layer derives from its class, and our groups live in its dictionar
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from torch import nn
 
-MoE: Any  # base class of our layer
-groups: Any  # deepspeed.utils.groups, or None
-
 try:
-    from deepspeed.moe.layer import MoE
-    from deepspeed.utils import groups
+    MoE: Any = importlib.import_module("deepspeed.moe.layer").MoE
+    groups: Any = importlib.import_module("deepspeed.utils.groups")
 except ImportError:
     MoE, groups = nn.Module, None

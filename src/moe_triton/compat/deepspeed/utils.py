@@ -21,7 +21,7 @@ def has_moe_layers(m: nn.Module) -> tuple[bool, int]:
     kinds = MoE if upstream.groups is None else (MoE, upstream.MoE)
     for module in m.modules():
         if isinstance(module, kinds):
-            return True, module.num_experts  # type: ignore[return-value]
+            return True, module.num_experts
     return False, 0
 
 
