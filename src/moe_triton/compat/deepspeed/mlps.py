@@ -87,7 +87,7 @@ class _Matcher:
         self.input, *unused = [node for node in graph.nodes if node.op == "placeholder"]
         self.output = next(node for node in graph.nodes if node.op == "output")
         # one that is neither passed nor without effect (an operation in place, an assertion) spoils the match
-        self.unseen = set(graph.nodes) - {self.output, *(node for node in unused if not node.users)}
+        self.unseen = set(graph.nodes) - {self.output, *(node for node in unused if set(node.users) <= {self.output})}
 
     def match(self) -> MLP | None:
         returned = self.output.args[0]
