@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_triton.checks import check_int
+from moe_triton.compat.deepspeed import groups
 from moe_triton.compat.deepspeed.mlps import MLP, is_tampered, recognise
 from moe_triton.experts import run_experts
 from moe_triton.records import Dispatch, ExpertSpec
@@ -50,6 +51,7 @@ class Experts(nn.Module):
         self.layer_name = layer_name
         self.backend = backend
         self.adopt(nn.ModuleList([copy.deepcopy(expert) for _ in range(num_local_experts)]), recognise(expert))
+        self.register_load_state_dict_pre_hook(_take_own_experts)
         self.register_load_state_dict_post_hook(_prepare_after_loading)
 
     def adopt(self, experts: nn.ModuleList, mlp: MLP | None) -> None:
@@ -151,6 +153,28 @@ class Experts(nn.Module):
         return f"{self.num_local_experts} local experts, " + (
             "called one by one" if self.mlp is None else f"fused, activation={self.mlp.activation}"
         )
+
+
+def _take_own_experts(experts: Experts, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+    """Of a state dict with all of the group's experts, leave this rank's, by their local numbers.
+
+    DeepSpeed would give the first experts to every rank (DeepSpeed #6589).
+    """
+    start = f"{prefix}deepspeed_experts."
+    keys = {key: key[len(start) :].split(".", 1) for key in state_dict if key.startswith(start)}
+    num_local = experts.num_local_experts
+    num_given = len({number for number, _ in keys.values()})
+    if num_given <= num_local or experts.expert_group_name is None:
+        return
+    if num_given != num_local * groups.get_expert_parallel_world_size(experts.expert_group_name):
+        return  # torch names the keys that are too many
+    first = num_local * groups.get_expert_parallel_rank(experts.expert_group_name)
+    own = {}
+    for key, (number, rest) in keys.items():
+        value = state_dict.pop(key)
+        if first <= int(number) < first + num_local:
+            own[f"{start}{int(number) - first}.{rest}"] = value
+    state_dict.update(own)
 
 
 def _prepare_after_loading(experts: Experts, _incompatible_keys: object) -> None:
