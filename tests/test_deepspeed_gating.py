@@ -22,9 +22,7 @@ def slots(gating: Gating) -> list[tuple[int, int, int]]:
     """(token, expert, slot within the expert) of every surviving choice, as DeepSpeed's masks have them."""
     offsets = gating.plan.offsets.tolist()
     found = []
-    for token, (experts, rows) in enumerate(
-        zip(gating.experts.tolist(), gating.plan.position.tolist(), strict=True)
-    ):
+    for token, (experts, rows) in enumerate(zip(gating.experts.tolist(), gating.plan.position.tolist(), strict=True)):
         found += [(token, e, row - offsets[e]) for e, row in zip(experts, rows, strict=True) if row >= 0]
     return sorted(found)
 
@@ -48,7 +46,9 @@ def test_capacity_rounds_as_deepspeed_does():
     for _ in range(2000):
         num_tokens, num_experts = (int(torch.randint(1, n, (), generator=generator)) for n in (5000, 300))
         factor = float(torch.randint(1, 80, (), generator=generator)) / 20
-        theirs = upstream._capacity(torch.empty(num_tokens, num_experts, device="meta"), torch.tensor(factor), torch.tensor(4))
+        theirs = upstream._capacity(
+            torch.empty(num_tokens, num_experts, device="meta"), torch.tensor(factor), torch.tensor(4)
+        )
         assert capacity(num_tokens, num_experts, factor, 4) == int(theirs)
 
 

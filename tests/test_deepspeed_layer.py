@@ -137,7 +137,9 @@ def test_state_dicts_load_both_ways(name):
         for parameter in target.parameters():
             nn.init.zeros_(parameter)
         target.load_state_dict(torch.load(io.BytesIO(buffer.getvalue())))
-        for found, expected in zip(target.state_dict().values(), torch.load(io.BytesIO(buffer.getvalue())).values(), strict=True):
+        for found, expected in zip(
+            target.state_dict().values(), torch.load(io.BytesIO(buffer.getvalue())).values(), strict=True
+        ):
             assert torch.equal(found, expected)
     assert_same(run(theirs, torch.ones(9, D)), before)
     ours.load_state_dict(theirs.state_dict())

@@ -35,7 +35,7 @@ def obstacle(layer: nn.Module) -> str | None:
 def from_upstream(layer: Any, backend: str = "auto") -> MoE:
     """Our layer with the options, experts, gate and training flags of DeepSpeed's; `obstacle` must name none."""
     gate = layer.deepspeed_moe.gate
-    with torch.device("meta"):  # makes neither memory nor random numbers of what is replaced at once
+    with torch.random.fork_rng(devices=()), torch.device("meta"):  # what is made here is replaced at once
         ours = MoE(
             gate.wg.in_features,
             nn.Identity(),

@@ -107,6 +107,7 @@ class MoE(upstream.MoE):
         self.enable_expert_tensor_parallelism = enable_expert_tensor_parallelism
         self.ep_size = ep_size
         self.expert_group_name = groups.group_name(ep_size)
+        self.is_named = expert_group_name is not None
         self.layer_name = f"moe_{next(_layer_numbers)}" if expert_group_name is None else expert_group_name
         self.num_experts = num_experts
         self.num_local_experts = num_experts // ep_size
@@ -130,6 +131,13 @@ class MoE(upstream.MoE):
         if use_residual:
             self.mlp = expert
             self.coefficient = nn.Linear(hidden_size, 2)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nn.Module.__setstate__(self, state)
+        if not self.is_named:  # a copy is a layer of its own
+            self.layer_name = f"moe_{next(_layer_numbers)}"
+            self.deepspeed_moe.experts.layer_name = self.layer_name
+            self.deepspeed_moe.experts.prepare()
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """Make the layer's process groups if there are none, and bind them. DeepSpeed's engine calls it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -113,9 +113,9 @@ def configure_moe_param_groups(
     if all(isinstance(p, torch.Tensor) for p in model_parameters):
         group = {"params": model_parameters, "name": "dense-params"}
         return split_params_into_different_moe_groups_for_optimizer(group, by=by)
-    groups: list[dict[str, Any]] = [g for g in model_parameters if isinstance(g, dict)]
-    if len(groups) < len(model_parameters):
+    if any(isinstance(p, torch.Tensor) for p in model_parameters):
         raise TypeError("model_parameters: got tensors and dicts in one list, wanted one kind")
+    groups = cast(list[dict[str, Any]], model_parameters)
     if any("moe" in group for group in groups):
         return groups
     return split_params_into_different_moe_groups_for_optimizer(groups, by=by)
