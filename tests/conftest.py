@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 if not os.environ.get("MOE_TRITON_TEST_ON_GPU"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before triton is first imported
 
 import pytest
 import torch
+from poison import poisoned
+from ranks import four_ranks, two_ranks
+
+__all__ = ["four_ranks", "two_ranks"]
 
 torch.set_num_threads(1 if os.environ.get("PYTEST_XDIST_WORKER") else 2)
 
 
-def poison(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.dtype.is_floating_point:
-        return tensor.fill_(float("nan"))
-    if tensor.dtype in (torch.int32, torch.int64):
-        return tensor.fill_(-(10**9))
-    return tensor
-
-
 @pytest.fixture(autouse=True)
-def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty"), (torch, "empty_strided")):
-        original = getattr(owner, name)
-
-        def poisoned(*args, _original=original, **kwargs):
-            return poison(_original(*args, **kwargs))
-
-        monkeypatch.setattr(owner, name, poisoned)
+def poisoned_empty() -> Iterator[None]:
+    with poisoned():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -152,3 +152,10 @@ def test_the_floor_is_only_measured_for_few_tokens():
     many = make_workload(replace(SMALL, tokens=limits.SMALL_TOKENS + 1), CPU)
     assert [bound.name for bound in limits.limits(few, expert_counts(few), "forward")] == ["roof", "dense", "floor"]
     assert [bound.name for bound in limits.limits(many, expert_counts(many), "forward")] == ["roof", "dense"]
+
+
+def test_onednn_is_no_limit_for_bf16_where_the_cpu_has_none(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    case = replace(SMALL, dtype="bfloat16")
+    parts = [limits.dense_product(make_workload(case, CPU), "forward")]
+    assert limits.fastest(parts)[1] == "torch.mm"

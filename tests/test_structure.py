@@ -21,6 +21,7 @@ LEVELS = [
     ["autograd"],
     ["routing", "dispatch", "losses"],
     ["experts"],
+    ["distributed"],
     ["layers"],
     ["integrations", "training"],
     ["benchmarking", "compat"],

@@ -105,12 +105,7 @@ def _compute(
     backend: str,
 ) -> Tensor:
     device, dtype = hidden_states.device, hidden_states.dtype
-    if torch.is_autocast_enabled(device.type):
-        compute = torch.get_autocast_dtype(device.type)
-        hidden_states = hidden_states.to(compute)
-        gate_up, down, gate_up_bias, down_bias = (_cast(x, compute) for x in parameters)
-        parameters = (gate_up, down, gate_up_bias, down_bias)
-        top_k_weights = top_k_weights.float()
+    hidden_states, top_k_weights, parameters = in_autocast_dtype(hidden_states, top_k_weights, parameters)
     name = runtime.choose(backend, device, hidden_states.dtype).name
     with torch.autocast(device.type, enabled=False):
         if name == "reference":
@@ -118,6 +113,18 @@ def _compute(
         else:
             out = run_experts_under_autograd(hidden_states, top_k_weights, plan, *parameters, spec, recompute, name)
     return out.to(dtype)
+
+
+def in_autocast_dtype(
+    hidden_states: Tensor, top_k_weights: Tensor, parameters: Parameters
+) -> tuple[Tensor, Tensor, Parameters]:
+    """What the products compute with: under autocast its dtype, and the router weights in fp32."""
+    device = hidden_states.device.type
+    if not torch.is_autocast_enabled(device):
+        return hidden_states, top_k_weights, parameters
+    compute = torch.get_autocast_dtype(device)
+    gate_up, down, gate_up_bias, down_bias = (_cast(x, compute) for x in parameters)
+    return hidden_states.to(compute), top_k_weights.float(), (gate_up, down, gate_up_bias, down_bias)
 
 
 def _cast(x: Any, dtype: torch.dtype) -> Any:

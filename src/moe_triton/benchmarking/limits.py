@@ -53,10 +53,16 @@ def by_onednn(parts: Sequence[Product], linear: Callable[..., Tensor]) -> Callab
     return run
 
 
+def onednn_dtypes() -> tuple[torch.dtype, ...]:
+    """What oneDNN multiplies on this CPU; without AVX-512 it has no bf16 product."""
+    has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (torch.float32, torch.bfloat16) if has_bf16 else (torch.float32,)
+
+
 def fastest(parts: Sequence[Product], clock: Callable[[], float] = time.perf_counter) -> tuple[Callable[[], None], str]:
     """The quicker way to do the products on this device, and its name; a limit has to use the best there is."""
     ways = {"torch.mm": by_mm(parts)}
-    if ONEDNN is None or parts[0][0].device.type != "cpu" or parts[0][0].dtype not in (torch.float32, torch.bfloat16):
+    if ONEDNN is None or parts[0][0].device.type != "cpu" or parts[0][0].dtype not in onednn_dtypes():
         return ways["torch.mm"], "torch.mm"
     ways["oneDNN"] = by_onednn(parts, ONEDNN)
     best = {}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from moe_triton.checks import check_choice, check_int
-from moe_triton.experts import run_experts
+from moe_triton.distributed.expert_parallel import ExpertParallel
+from moe_triton.experts import Parameters, in_autocast_dtype, run_experts
 from moe_triton.records import ACTIVATIONS, GATED, Dispatch, ExpertSpec
 from moe_triton.reference import activate
 
@@ -17,7 +19,9 @@ class Experts(nn.Module):
     """E expert MLPs as plain stacked parameters in the transformers layout.
 
     gate_up_proj [E, 2n, d] ([E, n, d] for an ungated activation), down_proj [E, d, n], and with `bias`
-    gate_up_proj_bias [E, 2n] and down_proj_bias [E, d]. Each expert starts like an `nn.Linear` pair.
+    gate_up_proj_bias [E, 2n] and down_proj_bias [E, d]. Each expert starts like an `nn.Linear` pair, with the same
+    values however the experts are spread. With `expert_parallel` E is the number of the local experts, and n that of
+    their local slice: under expert tensor parallelism each rank has n / etp columns of gate, of up and of down.
     """
 
     def __init__(
@@ -29,6 +33,7 @@ class Experts(nn.Module):
         activation: str = "swiglu",
         bias: bool = False,
         recompute: bool = False,
+        expert_parallel: ExpertParallel | None = None,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -41,6 +46,18 @@ class Experts(nn.Module):
         self.spec = ExpertSpec(activation=activation)
         self.recompute = recompute
         self.backend = backend
+        self.num_experts = num_experts
+        self.intermediate_size = intermediate_size
+        self.expert_parallel = expert_parallel
+        if expert_parallel is not None:
+            slices = expert_parallel.etp.size
+            if intermediate_size % slices:
+                raise ValueError(
+                    f"intermediate_size: got {intermediate_size}, wanted a multiple of the {slices} expert slices"
+                )
+            self.layer_name = expert_parallel.new_layer()
+            num_experts = len(expert_parallel.experts_of(num_experts))
+            intermediate_size //= slices
         rows = 2 * intermediate_size if activation in GATED else intermediate_size
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -53,30 +70,106 @@ class Experts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        for weight, bias in ((self.gate_up_proj, self.gate_up_proj_bias), (self.down_proj, self.down_proj_bias)):
-            bound = 1 / math.sqrt(weight.shape[-1])
-            nn.init.uniform_(weight, -bound, bound)
-            if bias is not None:
-                nn.init.uniform_(bias, -bound, bound)
-
-    def forward(self, hidden_states: Tensor, top_k_weights: Tensor, plan: Dispatch) -> Tensor:
-        """hidden_states [T, d], top_k_weights [T, K], a Dispatch -> [T, d]."""
-        return run_experts(
-            hidden_states,
-            top_k_weights,
-            plan,
-            self.gate_up_proj,
-            self.down_proj,
-            self.gate_up_proj_bias,
-            self.down_proj_bias,
-            self.spec,
-            recompute=self.recompute,
-            backend=self.backend,
+        """Draw every expert of the layer from torch's generator, in the order of their ids, and keep the local ones."""
+        d, n = self.down_proj.shape[1], self.intermediate_size
+        rows = 2 * n if self.spec.is_gated else n
+        pairs = (
+            (self.gate_up_proj, self.gate_up_proj_bias, (rows, d)),
+            (self.down_proj, self.down_proj_bias, (d, n)),
         )
+        for weight, bias, shape in pairs:
+            bound = 1 / math.sqrt(shape[1])
+            self._draw(weight, shape, bound)
+            if bias is not None:
+                self._draw(bias, shape[:1], bound)
+
+    @torch.no_grad()
+    def _draw(self, parameter: Tensor, shape: tuple[int, ...], bound: float) -> None:
+        if self.expert_parallel is None or parameter.is_meta:
+            nn.init.uniform_(parameter, -bound, bound)
+            return
+        local = self.local_experts
+        for expert in range(self.num_experts):
+            whole = torch.empty(shape, dtype=parameter.dtype, device=parameter.device).uniform_(-bound, bound)
+            if expert in local:
+                parameter[expert - local.start] = self.local_slice(whole, is_down=parameter is self.down_proj)
+
+    @property
+    def local_experts(self) -> range:
+        """The global ids of the experts whose parameters are here."""
+        if self.expert_parallel is None:
+            return range(self.num_experts)
+        return self.expert_parallel.experts_of(self.num_experts)
+
+    def local_slice(self, whole: Tensor, *, is_down: bool = False) -> Tensor:
+        """This rank's part of one expert's whole parameter: all of it without expert tensor parallelism.
+
+        A parameter of d elements, the down projection's bias, is whole on every rank.
+        """
+        etp = None if self.expert_parallel is None else self.expert_parallel.etp
+        if (
+            etp is None
+            or etp.size == 1
+            or (not is_down and whole.shape[0] == self.down_proj.shape[1] and whole.dim() == 1)
+        ):
+            return whole
+        if is_down:
+            return whole.chunk(etp.size, dim=1)[etp.rank]
+        parts = whole.chunk(2 if self.spec.is_gated else 1, dim=0)
+        return torch.cat([part.chunk(etp.size, dim=0)[etp.rank] for part in parts])
+
+    @property
+    def _parameters_in_order(self) -> Parameters:
+        return self.gate_up_proj, self.down_proj, self.gate_up_proj_bias, self.down_proj_bias
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_weights: Tensor,
+        plan: Dispatch,
+        *,
+        experts: Tensor | None = None,
+        capacity: Callable[[int], int | None] = lambda num_tokens: None,
+        beside: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """hidden_states [T, d], top_k_weights [T, K], a Dispatch of the T tokens over all experts -> [T, d].
+
+        experts [T, K], the choices that `plan` was made from, `capacity` (tokens -> places of an expert) and `beside`
+        (run while rows travel) are for expert parallelism.
+        """
+        if self.expert_parallel is None or self.expert_parallel.is_alone:
+            if beside is not None:
+                beside()
+            return run_experts(
+                hidden_states, top_k_weights, plan, *self._parameters_in_order, self.spec,
+                recompute=self.recompute, backend=self.backend,
+            )  # fmt: skip
+        if experts is None:
+            raise ValueError("experts: got None, wanted the choices [T, K] under expert parallelism")
+        dtype = hidden_states.dtype
+        hidden_states, top_k_weights, parameters = in_autocast_dtype(
+            hidden_states, top_k_weights, self._parameters_in_order
+        )
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            out = self.expert_parallel.run(
+                hidden_states,
+                top_k_weights,
+                torch.where(plan.position >= 0, experts, -1),
+                parameters,
+                self.spec,
+                num_experts=self.num_experts,
+                layer=self.layer_name,
+                capacity=capacity,
+                recompute=self.recompute,
+                backend=self.backend,
+                beside=beside,
+            )
+        return out.to(dtype)
 
     def extra_repr(self) -> str:
-        num_experts, hidden_size, intermediate_size = self.down_proj.shape
-        return f"{num_experts} x ({hidden_size}, {intermediate_size}), activation={self.spec.activation}"
+        num_local, hidden_size, intermediate_size = self.down_proj.shape
+        of = "" if num_local == self.num_experts else f" of {self.num_experts}"
+        return f"{num_local}{of} x ({hidden_size}, {intermediate_size}), activation={self.spec.activation}"
 
 
 class FeedForward(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from moe_triton import losses
 from moe_triton.checks import FLOATS, check_choice, check_int, check_number, check_tensor
 from moe_triton.dispatch import dispatch, expert_capacity, renormalize
+from moe_triton.distributed.expert_parallel import ExpertParallel
 from moe_triton.layers.experts import Experts, FeedForward
 from moe_triton.layers.router import Router
 from moe_triton.records import PRIORITIES, Routing
@@ -21,8 +23,9 @@ class MoEOutput(NamedTuple):
     """What `MoE.forward` returns.
 
     output         the input's shape and dtype
-    aux_loss       scalar in the router's dtype, already weighted: add it to the loss
-    expert_counts  [E] int64, assignments wanted per expert, before dropping
+    aux_loss       scalar in the router's dtype, already weighted: add it to the loss. Under expert parallelism this
+                   rank's share of the global loss (see `ExpertParallel(loss_reduction=...)`)
+    expert_counts  [E] int64, assignments that this rank's tokens wanted per expert, before dropping
     """
 
     output: Tensor
@@ -55,6 +58,8 @@ class MoE(nn.Module):
         residual: add a dense MLP of size n and mix the two with a learned softmax coefficient (PR-MoE, DeepSpeed).
         aux_loss_weight, z_loss_weight: factors of the load-balance and z losses (`moe_triton.losses`).
         recompute: keep only the hidden states of the experts for backward, and compute their first product again there.
+        expert_parallel: spread the experts over ranks (`moe_triton.distributed.ExpertParallel`); None keeps all here.
+            Each rank's tokens are one capacity group.
         backend: "auto" (Triton on a supported GPU, torch elsewhere), "triton", "torch" or "reference".
         device, dtype: of the parameters.
 
@@ -84,6 +89,7 @@ class MoE(nn.Module):
         aux_loss_weight: float = 0.0,
         z_loss_weight: float = 0.0,
         recompute: bool = False,
+        expert_parallel: ExpertParallel | None = None,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -102,6 +108,10 @@ class MoE(nn.Module):
                 check_number(name, factor, above=0)
         check_number("aux_loss_weight", aux_loss_weight, low=0)
         check_number("z_loss_weight", z_loss_weight, low=0)
+        if expert_parallel is not None and not isinstance(expert_parallel, ExpertParallel):
+            raise TypeError(f"expert_parallel: got {type(expert_parallel).__name__}, wanted an ExpertParallel or None")
+        if expert_parallel is not None and expert_parallel.mode == "capacity" and capacity_factor is None:
+            raise ValueError("capacity_factor: got None with expert_parallel mode 'capacity', wanted a number > 0")
         if shared_gate and not shared_intermediate_size:
             raise ValueError("shared_gate: got True, wanted a shared_intermediate_size > 0 beside it")
         self.hidden_size = hidden_size
@@ -134,6 +144,7 @@ class MoE(nn.Module):
             activation=activation,
             bias=bias,
             recompute=recompute,
+            expert_parallel=expert_parallel,
             backend=backend,
             device=device,
             dtype=dtype,
@@ -187,12 +198,17 @@ class MoE(nn.Module):
             backend=self.backend,
         )
         weights = renormalize(routing.weights, plan) if self.renormalize else routing.weights
-        out = self.experts(x, weights, plan)
-        if self.shared_expert is not None:
-            shared = self.shared_expert(x)
-            if self.shared_expert_gate is not None:
-                shared = shared * torch.sigmoid(self.shared_expert_gate(x))
-            out = out + shared
+        shared: list[Tensor] = []
+        out = self.experts(
+            x,
+            weights,
+            plan,
+            experts=routing.experts,
+            capacity=self.capacity,
+            beside=self._shared_expert_of(x, shared) if self.shared_expert is not None else None,
+        )
+        for y in shared:
+            out = out + y
         if self.residual_mlp is not None and self.residual_coefficient is not None:
             mix = F.softmax(self.residual_coefficient(x), dim=-1)
             out = out * mix[:, 0:1] + self.residual_mlp(x) * mix[:, 1:]
@@ -202,12 +218,34 @@ class MoE(nn.Module):
             expert_counts=plan.counts.long(),
         )
 
+    def _shared_expert_of(self, x: Tensor, found: list[Tensor]) -> Callable[[], None]:
+        """Puts the shared expert's output into `found`, under the modes that hold now, wherever it is called."""
+        grad, device = torch.is_grad_enabled(), x.device.type
+        autocast = torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+
+        def run() -> None:
+            with torch.set_grad_enabled(grad), autocast:
+                shared = self.shared_expert(x)  # type: ignore[misc]
+                if self.shared_expert_gate is not None:
+                    shared = shared * torch.sigmoid(self.shared_expert_gate(x))
+            found.append(shared)
+
+        return run
+
     def aux_loss(self, routing: Routing) -> Tensor:
-        """The weighted sum of the load-balance and z losses, a scalar."""
+        """The weighted sum of the load-balance and z losses, a scalar; under expert parallelism this rank's share.
+
+        With the counts and the number of tokens of all ranks, and this one's sums, both losses are sums of shares.
+        """
         loss = torch.zeros_like(routing.z_sum)
+        if not self.aux_loss_weight and not self.z_loss_weight:
+            return loss
+        counts, num_tokens, parallel = routing.counts, routing.num_tokens, self.experts.expert_parallel
+        if parallel is not None:
+            counts, num_tokens = parallel.global_counts(counts, num_tokens)
         if self.aux_loss_weight:
-            balance = losses.load_balance_loss(routing.counts, routing.score_sums, routing.num_tokens, self.top_k)
+            balance = losses.load_balance_loss(counts, routing.score_sums, num_tokens, self.top_k)
             loss = loss + self.aux_loss_weight * balance
         if self.z_loss_weight:
-            loss = loss + self.z_loss_weight * losses.z_loss(routing.z_sum, routing.num_tokens)
-        return loss
+            loss = loss + self.z_loss_weight * losses.z_loss(routing.z_sum, num_tokens)
+        return loss if parallel is None else loss * parallel.loss_scale

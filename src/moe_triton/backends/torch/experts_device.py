@@ -24,15 +24,22 @@ def forward(operands: Operands, keep_preactivation: bool) -> tuple[Tensor, Tenso
     if operands.down_bias is not None:
         y_Sd = y_Sd + _stack(operands.down_bias)[expert_S]
     rows_Sd = (y_Sd * operands.weights.reshape(-1, 1)[slot_S]).to(hidden.dtype)
-    return _sum_rows(rows_Sd, operands.position), h_SN if keep_preactivation else hidden.new_empty(0)
+    return sum_rows(rows_Sd, operands.position), h_SN if keep_preactivation else hidden.new_empty(0)
 
 
 def backward(operands: Operands, grad_out: Tensor, preactivation: Tensor, needs: Needs) -> Gradients:
     """`experts_backward` with no host sync."""
+    grad_hidden, grad_weights, grad_h, weighted_a = backward_rows(operands, grad_out, preactivation, needs)
+    return (grad_hidden, grad_weights, *backward_weights(operands, grad_out, grad_h, weighted_a, needs))
+
+
+def backward_rows(
+    operands: Operands, grad_out: Tensor, preactivation: Tensor, needs: Needs
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+    """`experts_backward_rows` with no host sync."""
     hidden, spec, offsets, position = operands.hidden, operands.spec, operands.offsets, operands.position
     expert_S, slot_S, kept_S1 = _layout(operands)
-    token_S = slot_S // position.shape[1]
-    x_Sd, dy_Sd = torch.where(kept_S1, hidden[token_S], 0), torch.where(kept_S1, grad_out[token_S], 0)
+    dy_Sd = _gather(operands, grad_out, slot_S, kept_S1)
     h_SN = _up(operands, expert_S, slot_S, kept_S1) if preactivation.numel() == 0 else preactivation
     h_SN = torch.where(kept_S1, h_SN, 0)
     a_Sn, activated_gate = activate_for_backward(h_SN, spec)
@@ -41,8 +48,9 @@ def backward(operands: Operands, grad_out: Tensor, preactivation: Tensor, needs:
     da_Sn = torch.where(kept_S1, da_Sn, 0)
     dh_SN = torch.empty_like(h_SN)
     activate_backward((da_Sn * w_S1).to(hidden.dtype), h_SN, activated_gate, spec, dh_SN)
+    weighted_a_Sn = (a_Sn * w_S1).to(hidden.dtype)
 
-    grad_weights = grad_up = grad_down = grad_up_bias = grad_down_bias = grad_hidden = None
+    grad_weights = grad_hidden = None
     if needs[1]:
         dw_S = torch.linalg.vecdot(da_Sn.to(wide(hidden.dtype)), a_Sn.to(wide(hidden.dtype)))
         if operands.down_bias is not None:
@@ -50,26 +58,41 @@ def backward(operands: Operands, grad_out: Tensor, preactivation: Tensor, needs:
         row = position.reshape(-1)
         dw_of_slot = torch.where(row >= 0, dw_S[row.clamp_min(0)], 0)
         grad_weights = dw_of_slot.view_as(operands.weights).to(operands.weights.dtype)
-    if needs[2]:
-        grad_up = _grouped_outer(*_as_laid_out(x_Sd, dh_SN, spec), offsets, expert_S)
-    if needs[3]:
-        weighted_a_Sn = (a_Sn * w_S1).to(hidden.dtype)
-        grad_down = _grouped_outer(*_as_laid_out(weighted_a_Sn, dy_Sd, spec), offsets, expert_S)
-    if needs[4]:
-        grad_up_bias = _sum_per_expert(dh_SN, offsets, expert_S)
-    if needs[5]:
-        grad_down_bias = _sum_per_expert((dy_Sd * w_S1).to(hidden.dtype), offsets, expert_S)
     if needs[0]:
         dx_Sd = _grouped(dh_SN, _in_out(operands.gate_up_proj, spec).mT, offsets, expert_S)
-        grad_hidden = _sum_rows(dx_Sd, position)
+        grad_hidden = sum_rows(dx_Sd, position)
+    return grad_hidden, grad_weights, dh_SN, weighted_a_Sn
+
+
+def backward_weights(
+    operands: Operands, grad_out: Tensor, grad_h: Tensor, weighted_a: Tensor, needs: Needs
+) -> tuple[Weights | None, Weights | None, Weights | None, Weights | None]:
+    """`experts_backward_weights` with no host sync."""
+    hidden, spec, offsets = operands.hidden, operands.spec, operands.offsets
+    expert_S, slot_S, kept_S1 = _layout(operands)
+    dy_Sd = _gather(operands, grad_out, slot_S, kept_S1)
+    grad_up = grad_down = grad_up_bias = grad_down_bias = None
+    if needs[2]:
+        x_Sd = _gather(operands, hidden, slot_S, kept_S1)
+        grad_up = _grouped_outer(*_as_laid_out(x_Sd, grad_h, spec), offsets, expert_S)
+    if needs[3]:
+        grad_down = _grouped_outer(*_as_laid_out(weighted_a, dy_Sd, spec), offsets, expert_S)
+    if needs[4]:
+        grad_up_bias = _sum_per_expert(grad_h, offsets, expert_S)
+    if needs[5]:
+        w_S1 = operands.weights.reshape(-1, 1)[slot_S]
+        grad_down_bias = _sum_per_expert((dy_Sd * w_S1).to(hidden.dtype), offsets, expert_S)
     return (
-        grad_hidden,
-        grad_weights,
         as_given(operands.gate_up_proj, grad_up),
         as_given(operands.down_proj, grad_down),
         as_given(operands.gate_up_bias, grad_up_bias),
         as_given(operands.down_bias, grad_down_bias),
     )
+
+
+def _gather(operands: Operands, tokens_Td: Tensor, slot_S: Tensor, kept_S1: Tensor) -> Tensor:
+    """Every row's token [S, d], zeros past offsets[E]."""
+    return torch.where(kept_S1, tokens_Td[slot_S // operands.position.shape[1]], 0)
 
 
 def _layout(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,7 +105,7 @@ def _layout(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
 
 def _up(operands: Operands, expert_S: Tensor, slot_S: Tensor, kept_S1: Tensor) -> Tensor:
     """Pre-activations [S, 2n] or [S, n]."""
-    x_Sd = torch.where(kept_S1, operands.hidden[slot_S // operands.position.shape[1]], 0)
+    x_Sd = _gather(operands, operands.hidden, slot_S, kept_S1)
     h_SN = _grouped(x_Sd, _in_out(operands.gate_up_proj, operands.spec), operands.offsets, expert_S)
     return h_SN if operands.gate_up_bias is None else h_SN + _stack(operands.gate_up_bias)[expert_S]
 
@@ -124,7 +147,7 @@ def _sum_per_expert(rows_SN: Tensor, offsets: Tensor, expert_S: Tensor) -> Tenso
     return _grouped_outer(ones, rows_SN, offsets, expert_S)[:, 0]
 
 
-def _sum_rows(rows_Sd: Tensor, position: Tensor) -> Tensor:
+def sum_rows(rows_Sd: Tensor, position: Tensor) -> Tensor:
     """Sum of each token's rows, in choice order, in fp32 (fp64 for fp64)."""
     out = rows_Sd.new_zeros(position.shape[0], rows_Sd.shape[1], dtype=wide(rows_Sd.dtype))
     for row_T in position.unbind(1):

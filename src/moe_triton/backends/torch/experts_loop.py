@@ -62,63 +62,153 @@ def forward(operands: Operands, bounds: list[int], keep_preactivation: bool) -> 
 
 def backward(operands: Operands, bounds: list[int], grad_out: Tensor, preactivation: Tensor, needs: Needs) -> Gradients:
     """`experts_backward`, given the offsets as a list."""
-    hidden, spec, kept = operands.hidden, operands.spec, bounds[-1]
-    up, down = _projection(operands.gate_up_proj, spec), _projection(operands.down_proj, spec)
-    up_bias, down_bias = operands.gate_up_bias, operands.down_bias
-    tokens, weights = operands.row_slots(kept)
     blocks = _blocks(bounds)
-    # One block's rows and zeros as its padding: x, dy, the weighted activation, and the pre-activation's gradient.
-    most = max((block.computed for block in blocks), default=0)
-    widths = (operands.hidden_size, operands.hidden_size, operands.intermediate_size, operands.width)
-    buffers = [empty((most, width), hidden.dtype) for width in widths]
-    grad_rows = empty((kept + ROW_QUANTUM, operands.hidden_size), hidden.dtype) if needs[0] else None
-    grad_row_weights = weights.new_empty(kept) if needs[1] else None
-    parameters = (operands.gate_up_proj, operands.down_proj, up_bias, down_bias)
-    grads = [_gradient(p, bounds) if need else None for p, need in zip(parameters, needs[2:], strict=True)]
-    grad_up, grad_down, grad_up_bias, grad_down_bias = grads
-
+    work = BlockBuffers.for_blocks(blocks, operands)
+    rows = RowGradients(operands, bounds, grad_out, preactivation, needs)
+    weights = WeightGradients(operands, bounds, needs)
     for block in blocks:
-        size, here = block.size, slice(block.start, block.start + block.size)
-        x, dy, weighted_a, dh = (buffer[: block.computed] for buffer in buffers)
-        if size < block.computed:
-            for buffer in (x, dy, weighted_a, dh):
-                buffer[size:].zero_()
-        torch.index_select(hidden, 0, tokens[here], out=x[:size])
-        torch.index_select(grad_out, 0, tokens[here], out=dy[:size])
-        w = weights[here]
-        h = preactivation[here] if preactivation.numel() > 0 else _products(block, x, up, up_bias)[:size]
+        rows.run(block, work, need_a=needs[3])
+        weights.run(block, work)
+    return (*rows.results(), *weights.results())
+
+
+def backward_rows(
+    operands: Operands, bounds: list[int], grad_out: Tensor, preactivation: Tensor, needs: Needs
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+    """`experts_backward_rows`, given the offsets as a list."""
+    hidden, num_rows = operands.hidden, operands.source.shape[0]
+    blocks = _blocks(bounds)
+    work = BlockBuffers.for_blocks(blocks, operands)
+    rows = RowGradients(operands, bounds, grad_out, preactivation, needs)
+    grad_h = empty((num_rows, operands.width), hidden.dtype)
+    weighted_a = empty((num_rows, operands.intermediate_size), hidden.dtype)
+    for block in blocks:
+        rows.run(block, work, need_a=True)
+        here = slice(block.start, block.start + block.size)
+        grad_h[here] = work.dh[: block.size]
+        weighted_a[here] = work.weighted_a[: block.size]
+    return (*rows.results(), grad_h, weighted_a)
+
+
+def backward_weights(
+    operands: Operands, bounds: list[int], grad_out: Tensor, grad_h: Tensor, weighted_a: Tensor, needs: Needs
+) -> tuple[Weights | None, Weights | None, Weights | None, Weights | None]:
+    """`experts_backward_weights`, given the offsets as a list."""
+    blocks = _blocks(bounds)
+    work = BlockBuffers.for_blocks(blocks, operands)
+    weights = WeightGradients(operands, bounds, needs)
+    for block in blocks:
+        here = slice(block.start, block.start + block.size)
+        work.load_tokens(block, operands.hidden, grad_out, weights.tokens)
+        work.dh[: block.size] = grad_h[here]
+        work.weighted_a[: block.size] = weighted_a[here]
+        weights.run(block, work)
+    return weights.results()
+
+
+@dataclass
+class BlockBuffers:
+    """One block's rows, and zeros as its padding: x, dy, the weighted activation and the pre-activation's gradient."""
+
+    x: Tensor
+    dy: Tensor
+    weighted_a: Tensor
+    dh: Tensor
+
+    @classmethod
+    def for_blocks(cls, blocks: list[Block], operands: Operands) -> BlockBuffers:
+        most = max((block.computed for block in blocks), default=0)
+        widths = (operands.hidden_size, operands.hidden_size, operands.intermediate_size, operands.width)
+        return cls(*(empty((most, width), operands.hidden.dtype) for width in widths))
+
+    def load_tokens(self, block: Block, hidden: Tensor, grad_out: Tensor, tokens: Tensor) -> None:
+        """Gather the block's x and dy, and clear the padding of all four."""
+        here = slice(block.start, block.start + block.size)
+        for buffer in (self.x, self.dy, self.weighted_a, self.dh):
+            buffer[block.size : block.computed].zero_()
+        torch.index_select(hidden, 0, tokens[here], out=self.x[: block.size])
+        torch.index_select(grad_out, 0, tokens[here], out=self.dy[: block.size])
+
+
+class RowGradients:
+    """The gradients that belong to rows, block by block: of the hidden states and of the router's weights."""
+
+    def __init__(
+        self, operands: Operands, bounds: list[int], grad_out: Tensor, preactivation: Tensor, needs: Needs
+    ) -> None:
+        self.operands, self.grad_out, self.preactivation, self.kept = operands, grad_out, preactivation, bounds[-1]
+        self.up, self.down = (_projection(p, operands.spec) for p in (operands.gate_up_proj, operands.down_proj))
+        self.tokens, self.weights = operands.row_slots(self.kept)
+        shape = (self.kept + ROW_QUANTUM, operands.hidden_size)
+        self.grad_rows = empty(shape, operands.hidden.dtype) if needs[0] else None
+        self.grad_row_weights = operands.weights.new_empty(self.kept) if needs[1] else None
+
+    def run(self, block: Block, work: BlockBuffers, *, need_a: bool) -> None:
+        """Leaves the block's x, dy, dh, and if asked the weighted activation, in `work`."""
+        operands, spec, size = self.operands, self.operands.spec, block.size
+        here = slice(block.start, block.start + size)
+        work.load_tokens(block, operands.hidden, self.grad_out, self.tokens)
+        x, dy, dh = (buffer[: block.computed] for buffer in (work.x, work.dy, work.dh))
+        w = self.weights[here]
+        if self.preactivation.numel() > 0:
+            h = self.preactivation[here]
+        else:
+            h = _products(block, x, self.up, operands.gate_up_bias)[:size]
         a, activated_gate = activate_for_backward(h, spec)
-        da = _products(block, dy, lambda e: down(e).T)[:size]
-        if grad_row_weights is not None:
-            grad_row_weights[here] = torch.linalg.vecdot(da, a)
-            if down_bias is not None:
-                grad_row_weights[here] += _products(block, dy, _row_vector(down_bias))[:size, 0]
+        da = _products(block, dy, lambda e: self.down(e).T)[:size]
+        if self.grad_row_weights is not None:
+            self.grad_row_weights[here] = torch.linalg.vecdot(da, a)
+            if operands.down_bias is not None:
+                self.grad_row_weights[here] += _products(block, dy, _row_vector(operands.down_bias))[:size, 0]
+        if need_a:
+            torch.mul(a, w, out=work.weighted_a[:size])
+        activate_backward(da.mul_(w), h, activated_gate, spec, dh[:size])
+        if self.grad_rows is not None:
+            spilling = slice(block.start, block.start + block.computed)
+            _products(block, dh, lambda e: self.up(e).T, out=self.grad_rows[spilling])
+
+    def results(self) -> tuple[Tensor | None, Tensor | None]:
+        rows, row_weights = self.grad_rows, self.grad_row_weights
+        return (
+            None if rows is None else sum_rows(rows, self.operands.position, zero_row=self.kept),
+            None if row_weights is None else self.operands.scatter_to_slots(row_weights),
+        )
+
+
+class WeightGradients:
+    """The gradients of the experts' parameters, block by block."""
+
+    def __init__(self, operands: Operands, bounds: list[int], needs: Needs) -> None:
+        self.spec = operands.spec
+        self.tokens, self.weights = operands.row_slots(bounds[-1])
+        self.parameters = (
+            operands.gate_up_proj, operands.down_proj, operands.gate_up_bias, operands.down_bias,
+        )  # fmt: skip
+        self.grads = [
+            _gradient(p, bounds) if need else None for p, need in zip(self.parameters, needs[2:], strict=True)
+        ]
+
+    def run(self, block: Block, work: BlockBuffers) -> None:
+        """Adds what the rows in `work` give; all of an expert's rows are in one block."""
+        grad_up, grad_down, grad_up_bias, grad_down_bias = self.grads
+        x, dy, weighted_a, dh = work.x, work.dy, work.weighted_a, work.dh
         if grad_down is not None:
-            torch.mul(a, w, out=weighted_a[:size])
             for e, part in block.parts:
-                _outer(weighted_a[part], dy[part], grad_down[e], spec)
+                _outer(weighted_a[part], dy[part], grad_down[e], self.spec)
         if grad_down_bias is not None:
-            weighted_dy = dy[:size] * w
+            weighted_dy = dy[: block.size] * self.weights[block.start : block.start + block.size]
             for e, part in block.parts:
                 grad_down_bias[e] = weighted_dy[part].sum(0)
-        activate_backward(da.mul_(w), h, activated_gate, spec, dh[:size])
         if grad_up is not None:
             for e, part in block.parts:
-                _outer(x[part], dh[part], grad_up[e], spec)
+                _outer(x[part], dh[part], grad_up[e], self.spec)
         if grad_up_bias is not None:
             for e, part in block.parts:
                 grad_up_bias[e] = dh[part].sum(0)
-        if grad_rows is not None:
-            spilling = slice(block.start, block.start + block.computed)
-            _products(block, dh, lambda e: up(e).T, out=grad_rows[spilling])
-    return (
-        None if grad_rows is None else sum_rows(grad_rows, operands.position, zero_row=kept),
-        None if grad_row_weights is None else operands.scatter_to_slots(grad_row_weights),
-        as_given(operands.gate_up_proj, grad_up),
-        as_given(operands.down_proj, grad_down),
-        as_given(up_bias, grad_up_bias),
-        as_given(down_bias, grad_down_bias),
-    )
+
+    def results(self) -> tuple[Weights | None, Weights | None, Weights | None, Weights | None]:
+        up, down, up_bias, down_bias = (as_given(p, g) for p, g in zip(self.parameters, self.grads, strict=True))
+        return up, down, up_bias, down_bias
 
 
 def _blocks(bounds: list[int]) -> list[Block]:

@@ -142,49 +142,63 @@ def experts_backward(
 
     An empty `preactivation` is recomputed from `hidden`. A sequence of parameters gets a list of views of one tensor.
     """
+    given = (weights, offsets, source, position, gate_up_proj, down_proj, gate_up_bias, down_bias, spec, needs)
+    grad_hidden, grad_weights, grad_h, weighted_a = experts_backward_rows(grad_out, hidden, preactivation, *given)
+    return (grad_hidden, grad_weights, *experts_backward_weights(grad_out, hidden, grad_h, weighted_a, *given))
+
+
+def experts_backward_rows(
+    grad_out: Tensor,
+    hidden: Tensor,
+    preactivation: Tensor,
+    weights: Tensor,
+    offsets: Tensor,
+    source: Tensor,
+    position: Tensor,
+    gate_up_proj: Weights,
+    down_proj: Weights,
+    gate_up_bias: Weights | None,
+    down_bias: Weights | None,
+    spec: ExpertSpec,
+    needs: tuple[bool, bool, bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+    """The first half of `experts_backward`: what a sender waits for, and what the second half needs of it.
+
+    Returns the gradients of hidden and of weights (None where not needed), the pre-activation's gradient [S, 2n] or
+    [S, n], and the weighted activation [S, n]; rows past offsets[E] of the last two are not written.
+    """
     problem = Problem(hidden, offsets, source, position, gate_up_proj, down_proj, gate_up_bias, down_bias, spec)
-    need_hidden, need_weights, need_gate_up, need_down, need_gate_up_bias, need_down_bias = needs
     if problem.num_rows == 0:
+        width = 2 * problem.size_n if spec.is_gated else problem.size_n
         return (
-            torch.zeros_like(hidden) if need_hidden else None,
-            torch.zeros_like(weights) if need_weights else None,
-            zero_gradient(gate_up_proj) if need_gate_up else None,
-            zero_gradient(down_proj) if need_down else None,
-            zero_gradient(gate_up_bias) if need_gate_up_bias and gate_up_bias is not None else None,
-            zero_gradient(down_bias) if need_down_bias and down_bias is not None else None,
+            torch.zeros_like(hidden) if needs[0] else None,
+            torch.zeros_like(weights) if needs[1] else None,
+            hidden.new_zeros(0, width),
+            hidden.new_zeros(0, problem.size_n),
         )
     hidden, grad_out, weights = hidden.contiguous(), grad_out.contiguous(), weights.contiguous()
+    if not any(needs[:5]):
+        return None, None, hidden.new_empty(0), hidden.new_empty(0)
     tiles = tile_tables(offsets, problem.num_rows)
-    top_k = problem.top_k
-
-    grad_hidden = grad_weights = grad_gate_up = grad_down = grad_gate_up_bias = grad_down_bias = None
-    if any(needs[:5]):
-        if preactivation.numel() == 0:
-            _, preactivation = problem.up(hidden, source, tiles, offsets, keep_a=False, keep_h=True)
-        weighted_a, grad_h, shares = d_hidden(
-            grad_out,
-            source,
-            tiles,
-            offsets,
-            problem.down.transposed(),
-            preactivation,
-            weights,
-            size_n=problem.size_n,
-            activation=spec.activation,
-            is_concatenated=spec.is_concatenated,
-            config=problem.config("d_hidden"),
-        )
-    if need_weights:
+    if preactivation.numel() == 0:
+        _, preactivation = problem.up(hidden, source, tiles, offsets, keep_a=False, keep_h=True)
+    weighted_a, grad_h, shares = d_hidden(
+        grad_out,
+        source,
+        tiles,
+        offsets,
+        problem.down.transposed(),
+        preactivation,
+        weights,
+        size_n=problem.size_n,
+        activation=spec.activation,
+        is_concatenated=spec.is_concatenated,
+        config=problem.config("d_hidden"),
+    )
+    grad_hidden = grad_weights = None
+    if needs[1]:
         grad_weights = d_router_weights(shares, grad_out, source, tiles, offsets, problem.down_bias, weights)
-    if need_down:  # [d, n], or [n, d] where transposed
-        grad_down = weight_gradient(problem, grad_out, weighted_a, source, offsets, tokens_first=not spec.is_transposed)
-    if need_gate_up:  # [2n, d], or [d, 2n] where transposed
-        grad_gate_up = weight_gradient(problem, hidden, grad_h, source, offsets, tokens_first=spec.is_transposed)
-    if need_gate_up_bias and gate_up_bias is not None:
-        grad_gate_up_bias = bias_grad(grad_h, source, offsets, top_k=top_k)
-    if need_down_bias and down_bias is not None:
-        grad_down_bias = bias_grad(grad_out, source, offsets, top_k=top_k, router_weights=weights)
-    if need_hidden:
+    if needs[0]:
         grad_rows = rows_times_experts(
             grad_h,
             tiles,
@@ -194,14 +208,57 @@ def experts_backward(
             config=problem.config("d_rows"),
         )
         grad_hidden = combine(grad_rows, position, hidden.dtype)
+    return grad_hidden, grad_weights, grad_h, weighted_a
+
+
+def experts_backward_weights(
+    grad_out: Tensor,
+    hidden: Tensor,
+    grad_h: Tensor,
+    weighted_a: Tensor,
+    weights: Tensor,
+    offsets: Tensor,
+    source: Tensor,
+    position: Tensor,
+    gate_up_proj: Weights,
+    down_proj: Weights,
+    gate_up_bias: Weights | None,
+    down_bias: Weights | None,
+    spec: ExpertSpec,
+    needs: tuple[bool, bool, bool, bool, bool, bool],
+) -> tuple[Weights | None, Weights | None, Weights | None, Weights | None]:
+    """The second half of `experts_backward`: the gradients of gate_up_proj, down_proj, gate_up_bias and down_bias."""
+    problem = Problem(hidden, offsets, source, position, gate_up_proj, down_proj, gate_up_bias, down_bias, spec)
+    parameters = (gate_up_proj, down_proj, gate_up_bias, down_bias)
+    need_gate_up, need_down, need_gate_up_bias, need_down_bias = needs[2:]
+    if problem.num_rows == 0:
+        wanted = zip(parameters, needs[2:], strict=True)
+        zeros = [zero_gradient(p) if need and p is not None else None for p, need in wanted]
+        return zeros[0], zeros[1], zeros[2], zeros[3]
+    hidden, grad_out, weights = hidden.contiguous(), grad_out.contiguous(), weights.contiguous()
+    top_k = problem.top_k
+    grad_gate_up = grad_down = grad_gate_up_bias = grad_down_bias = None
+    if need_down:  # [d, n], or [n, d] where transposed
+        grad_down = weight_gradient(problem, grad_out, weighted_a, source, offsets, tokens_first=not spec.is_transposed)
+    if need_gate_up:  # [2n, d], or [d, 2n] where transposed
+        grad_gate_up = weight_gradient(problem, hidden, grad_h, source, offsets, tokens_first=spec.is_transposed)
+    if need_gate_up_bias and gate_up_bias is not None:
+        grad_gate_up_bias = bias_grad(grad_h, source, offsets, top_k=top_k)
+    if need_down_bias and down_bias is not None:
+        grad_down_bias = bias_grad(grad_out, source, offsets, top_k=top_k, router_weights=weights)
     return (
-        grad_hidden,
-        grad_weights,
         as_given(grad_gate_up, gate_up_proj),
         as_given(grad_down, down_proj),
         as_given(grad_gate_up_bias, gate_up_bias),
         as_given(grad_down_bias, down_bias),
     )
+
+
+def combine_rows(rows: Tensor, position: Tensor) -> Tensor:
+    """[T, d]: the sum of each token's rows [R, d], in the order of position [T, J]; -1 adds nothing."""
+    if rows.shape[0] == 0 or position.numel() == 0:
+        return rows.new_zeros(position.shape[0], rows.shape[1])
+    return combine(rows, position.int(), rows.dtype)
 
 
 def weight_gradient(

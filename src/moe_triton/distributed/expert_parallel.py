@@ -1,0 +1,472 @@
+"""Expert parallelism: how an MoE layer's experts are spread over ranks, and the autograd Function that runs them.
+
+Exchange + experts + exchange is one Function, so that backward can send the rows' gradients while the parameters' are
+computed. Design and gradient rules: docs/distributed.md.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+
+from moe_triton import runtime
+from moe_triton.autograd.experts import Weights
+from moe_triton.checks import check_choice, check_int
+from moe_triton.distributed.channel import Channel, Listener, to_host
+from moe_triton.distributed.errors import (
+    ConfigurationMismatch,
+    ExpertParallelError,
+    publish_identity,
+    remember_identities,
+)
+from moe_triton.distributed.groups import ALONE, Group, ParallelGroups, group_from_handle, subgroup
+from moe_triton.distributed.stages import Exchange, LocalExperts, Parameters, Planner, Saved, Stage
+from moe_triton.distributed.tensor_parallel import gather_tokens, slice_tokens
+from moe_triton.distributed.transport import (
+    Shape,
+    Transport,
+    plan_allgather,
+    plan_bounded,
+    plan_capacity,
+    plan_dropless,
+)
+from moe_triton.records import ExpertSpec
+
+MODES = ("dropless", "capacity", "bounded", "allgather")
+LOSS_REDUCTIONS = ("sum", "mean")
+
+
+class ExpertParallel:
+    """Spreads the experts of MoE layers over the ranks of a group; given to `MoE(expert_parallel=...)`.
+
+    The E experts lie in runs of L = ceil(E / ep) over the group's ranks. Each rank passes its own tokens and gets its
+    own outputs; every rank of the group must call the layers in the same order, with any number of tokens, none
+    included. After backward each rank's expert parameters hold the gradient of all tokens of the group; what is left
+    to reduce is in `moe_triton.distributed.reduce_gradients`.
+
+    Args:
+        group_or_mesh: where the experts are spread. None: the default group, or one process alone where
+            torch.distributed is not initialised. A ProcessGroup: that one, if it is the world. A DeviceMesh: its
+            dimension "ep" (the only one of a 1-D mesh), and "edp" and "etp" where it has them. `ParallelGroups`: from
+            `make_groups`; with tensor parallelism it must be these.
+        mode: "dropless": exactly the wanted rows; one host sync per call, for the sizes. "capacity": even exchange of
+            [E, C, d] for layers with a capacity factor. "bounded": room for every possible row. "allgather": every
+            rank sees all tokens. The last three have fixed sizes and no host sync, given `max_tokens_per_rank`.
+        chunks: the exchange is cut up into so many, each issued before the one before it is computed.
+        deduplicate: a token travels once to each rank that has several of its experts. False sends a row per choice,
+            which makes every sum the single process's, bit for bit.
+        max_tokens_per_rank: the most tokens that any rank passes in a call; None asks the others in each call (one
+            host sync) in the modes of fixed size.
+        max_rows_per_pair: in mode "bounded", less room for each (chunk, pair of ranks) than the worst case needs.
+            Rows without room raise: at once on a CPU, in the next call (or `check()`) on a GPU.
+        ranks_per_node: exchange in two levels: between nodes once per (token, node), then inside the node. Must divide
+            the group, whose ranks lie node by node. Mode "dropless" only.
+        loss_reduction: "sum": the layers' aux_loss is this rank's share, the shares sum to the global loss. "mean": the
+            shares average to it, for trainers that average gradients (DistributedDataParallel).
+        listener: called with a word for every step, as it is issued; for tests and profiling.
+
+    Raises:
+        ValueError, TypeError: an argument out of range or of the wrong kind, by name.
+    """
+
+    def __init__(
+        self,
+        group_or_mesh: dist.ProcessGroup | DeviceMesh | ParallelGroups | None = None,
+        *,
+        mode: str = "dropless",
+        chunks: int = 1,
+        deduplicate: bool = True,
+        max_tokens_per_rank: int | None = None,
+        max_rows_per_pair: int | None = None,
+        ranks_per_node: int | None = None,
+        loss_reduction: str = "sum",
+        listener: Listener | None = None,
+    ) -> None:
+        check_choice("mode", mode, MODES)
+        check_int("chunks", chunks, low=1)
+        check_choice("loss_reduction", loss_reduction, LOSS_REDUCTIONS)
+        if max_tokens_per_rank is not None:
+            check_int("max_tokens_per_rank", max_tokens_per_rank, low=0)
+        if max_rows_per_pair is not None:
+            check_int("max_rows_per_pair", max_rows_per_pair, low=1)
+            if mode != "bounded":
+                raise ValueError(f"max_rows_per_pair: got {max_rows_per_pair} with mode {mode!r}, wanted 'bounded'")
+        self.mode, self.chunks, self.deduplicate = mode, chunks, deduplicate
+        self.max_tokens_per_rank, self.max_rows_per_pair = max_tokens_per_rank, max_rows_per_pair
+        self.loss_reduction, self.listener = loss_reduction, listener
+        self.ep, self.edp, self.etp, self.tp, self.data = _groups(group_or_mesh)
+        self.between_nodes, self.in_node = ALONE, self.ep
+        if ranks_per_node is not None:
+            self.between_nodes, self.in_node = _two_levels(self.ep, ranks_per_node, mode)
+        self.num_layers = 0
+        self._agreed: set[str] = set()
+        self._overflows: list[tuple[str, Callable[[], list[list[int]]]]] = []
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether no row has to travel: a group of one, with whole experts and tokens of its own."""
+        return self.ep.size == 1 and self.etp.size == 1 and self.tp.size == 1
+
+    def experts_of(self, num_experts: int, rank: int | None = None) -> range:
+        """The global ids of the experts of this rank of the group, or of another one.
+
+        Raises ValueError where a rank of the group would have none.
+        """
+        per_rank = -(-num_experts // self.ep.size)
+        if per_rank * (self.ep.size - 1) >= num_experts:
+            raise ValueError(
+                f"num_experts: got {num_experts} for {self.ep.size} ranks in runs of {per_rank}, "
+                "wanted at least one expert on every rank"
+            )
+        rank = self.ep.rank if rank is None else rank
+        return range(rank * per_rank, min((rank + 1) * per_rank, num_experts))
+
+    def new_layer(self) -> str:
+        """A name for a layer's messages, by the order of creation, which has to be the same on all ranks."""
+        self.num_layers += 1
+        return f"MoE layer {self.num_layers - 1}"
+
+    def most_tokens(self, num_tokens: int, device: torch.device) -> int:
+        """The most tokens that any rank passes in this call: as the user said, or asked of the others."""
+        if self.max_tokens_per_rank is not None:
+            if num_tokens > self.max_tokens_per_rank:
+                raise ValueError(f"max_tokens_per_rank: got {self.max_tokens_per_rank} for a call with {num_tokens}")
+            return self.max_tokens_per_rank
+        if self.ep.size == 1:
+            return num_tokens
+        most = torch.tensor([num_tokens], device=device)
+        self._channel(self.ep, "MoE layer").all_reduce(most, "exchange of the token counts", dist.ReduceOp.MAX)
+        return int(most.item())
+
+    def run(
+        self,
+        hidden: Tensor,
+        weights: Tensor,
+        ids: Tensor,
+        parameters: Parameters,
+        spec: ExpertSpec,
+        *,
+        num_experts: int,
+        layer: str,
+        capacity: Callable[[int], int | None],
+        recompute: bool,
+        backend: str,
+        beside: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """The experts' outputs for this rank's tokens, [T, d].
+
+        hidden [T, d]; weights [T, K]; ids [T, K] global, out of range where nothing is to be computed; parameters: of
+        the local experts. capacity: tokens -> an expert's places, for mode "capacity". beside: run while rows travel.
+        """
+        name = runtime.choose(backend, hidden.device, hidden.dtype).name
+        if name == "reference":
+            raise ValueError("backend: got 'reference' with expert parallelism, wanted 'auto', 'triton' or 'torch'")
+        self.check()
+        ids = torch.where((ids >= 0) & (ids < num_experts), ids, -1).int()
+        num_tokens = hidden.shape[0]
+        limit = self.most_tokens(num_tokens, hidden.device) if self.mode != "dropless" else 0
+        if self.tp.size > 1:  # the tp ranks hold the same tokens: each sends a share of them
+            hidden, weights, ids = (slice_tokens(x, self.tp) for x in (hidden, weights, ids))
+        key = f"{layer}: {hidden.dtype}"
+        fingerprint = self._agree(key, hidden, ids, num_experts, layer, parameters, spec, name)
+        shape = Shape(
+            num_experts=num_experts,
+            per_rank=-(-num_experts // self.ep.size),
+            chunks=self.chunks,
+            deduplicate=self.deduplicate,
+            backend=name,
+            fingerprint=fingerprint,
+        )
+        training = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, weights, *_flat(parameters)))
+        experts = LocalExperts(
+            num_experts=len(parameters[0]),
+            spec=spec,
+            backend=name,
+            keep_preactivation=training and not recompute,
+            first_expert=self.ep.rank * shape.per_rank if self.mode == "allgather" else 0,
+            adds_bias=self.etp.rank == 0,
+            note=self.listener or (lambda event: None),
+        )
+        places = capacity(limit) if self.mode == "capacity" else None
+        if self.mode == "capacity" and places is None:
+            raise ValueError("mode: got 'capacity' for a layer without a capacity factor, wanted 'dropless'")
+        stage = self._stages(experts, shape, layer, -(-limit // self.tp.size), places, beside)
+        sizes = [len(_as_list(group)) for group in parameters]
+        stacked = [isinstance(group, Tensor) for group in parameters]
+        out = _Exchanged.apply(hidden, weights, ids, stage, experts, sizes, stacked, *_flat(parameters))
+        return gather_tokens(out, self.tp, num_tokens) if self.tp.size > 1 else out
+
+    def check(self) -> None:
+        """Raise for the rows that found no room in an earlier call; waits for the device."""
+        overflows, self._overflows = self._overflows, []
+        for layer, read in overflows:
+            ranks = [self.ep.ranks[i] for i, flag in enumerate(read()[0]) if flag]
+            if ranks:
+                raise ExpertParallelError(
+                    f"{layer}: rank {', '.join(map(str, ranks))} had more rows for another rank than "
+                    f"max_rows_per_pair={self.max_rows_per_pair}; they were left out"
+                )
+
+    def global_counts(self, counts: Tensor, num_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Counts [E] and the number of tokens [], summed over all ranks that have tokens of their own; no gradient."""
+        both = torch.cat([counts.double(), num_tokens.reshape(1).double()])
+        for group in self.data:
+            if group.size > 1:
+                self._channel(group, "MoE layer").all_reduce(both, "sum of the expert counts")
+        return both[:-1].to(counts.dtype), both[-1].to(num_tokens.dtype)
+
+    @property
+    def loss_scale(self) -> int:
+        """What turns a share of a loss that sums over ranks into one that averages, by `loss_reduction`."""
+        return 1 if self.loss_reduction == "sum" else _product(group.size for group in self.data)
+
+    def _channel(self, group: Group, layer: str) -> Channel:
+        return Channel(group=group, layer=layer, listener=self.listener)
+
+    def _stages(
+        self,
+        experts: LocalExperts,
+        shape: Shape,
+        layer: str,
+        limit: int,
+        places: int | None,
+        beside: Callable[[], None] | None,
+    ) -> Stage:
+        """The local experts, inside the exchange over their slices, inside the exchange over their ranks."""
+        stage: Stage = experts
+        if self.etp.size > 1:
+            stage = self._over_slices(stage, shape, layer)
+        if self.ep.size == 1:
+            return stage
+        levels = [(self.in_node, shape)]
+        if self.between_nodes.size > 1:
+            node = Shape(**{**vars(shape), "per_rank": shape.per_rank * self.in_node.size})
+            levels = [(self.in_node, Shape(**{**vars(shape), "chunks": 1})), (self.between_nodes, node)]
+        for group, level in levels:
+            channel = self._channel(group, layer)
+            planner = self._planner(channel, level, limit, places)
+            stage = Exchange(planner=planner, inner=stage, channel=channel, backend=shape.backend)
+        assert isinstance(stage, Exchange)
+        stage.beside = beside
+        return stage
+
+    def _over_slices(self, stage: Stage, shape: Shape, layer: str) -> Exchange:
+        """Every slice of an expert sees the rows of all the slices' ranks; the partial sums are added at home."""
+        channel = self._channel(self.etp, f"{layer}, expert slices")
+        whole = Shape(**{**vars(shape), "chunks": 1, "per_rank": shape.num_experts})
+
+        def planner(ids: Tensor, weights: Tensor, assignments: int) -> Callable[[], Transport]:
+            sizes = torch.tensor([ids.shape[0], assignments], device=ids.device)
+            channel.all_reduce(sizes, "exchange of the row counts", dist.ReduceOp.MAX)
+            rows, most = sizes.tolist()
+            transport = plan_allgather(channel, ids, weights, whole, max_tokens=rows, assignments=most)
+            return lambda: transport
+
+        return Exchange(planner=planner, inner=stage, channel=channel, backend=shape.backend)
+
+    def _planner(self, channel: Channel, shape: Shape, limit: int, places: int | None) -> Planner:
+        def planner(ids: Tensor, weights: Tensor, _assignments: int) -> Callable[[], Transport]:
+            if self.mode == "dropless":
+                return plan_dropless(channel, ids, weights, shape)
+            if places is not None:
+                transport = plan_capacity(channel, ids, weights, shape, capacity=places)
+            elif self.mode == "bounded":
+                transport, overflow = plan_bounded(
+                    channel, ids, weights, shape, max_tokens=limit, max_rows=self.max_rows_per_pair
+                )
+                if self.max_rows_per_pair is not None:
+                    self._watch(channel, overflow)
+            else:
+                transport = plan_allgather(channel, ids, weights, shape, max_tokens=limit)
+            return lambda: transport
+
+        return planner
+
+    def _watch(self, channel: Channel, overflow: Tensor) -> None:
+        """Let every rank know whether rows were left out anywhere, without waiting for the device."""
+        flags = overflow.new_empty(channel.group.size)
+        channel.all_gather(flags, overflow.reshape(1), "exchange of overflows")()
+        self._overflows.append((channel.layer, to_host(flags)))
+        if overflow.device.type == "cpu":
+            self.check()
+
+    def _agree(
+        self,
+        key: str,
+        hidden: Tensor,
+        ids: Tensor,
+        num_experts: int,
+        layer: str,
+        parameters: Parameters,
+        spec: ExpertSpec,
+        backend: str,
+    ) -> int:
+        """The fingerprint of this layer's configuration; before it is first used, that all ranks have the same one."""
+        mine: dict[str, object] = {
+            "layer": layer, "num_experts": num_experts, "top_k": ids.shape[1], "hidden_size": hidden.shape[1],
+            "width": tuple(parameters[0][0].shape), "dtype": str(hidden.dtype), "ep": self.ep.size,
+            "etp": self.etp.size, "mode": self.mode, "chunks": self.chunks, "deduplicate": self.deduplicate,
+            "max_tokens_per_rank": self.max_tokens_per_rank, "max_rows_per_pair": self.max_rows_per_pair,
+            "ranks_per_node": self.in_node.size, "activation": spec.activation, "backend": backend,
+        }  # fmt: skip
+        fingerprint = zlib.crc32(repr(sorted(mine.items())).encode()) & 0x7FFFFFFF
+        if self.is_alone or key in self._agreed:
+            return fingerprint
+        publish_identity()
+        for group in (self.ep, self.etp):
+            if group.size == 1:
+                continue
+            theirs = self._channel(group, layer).gather_objects(mine, "comparison of configurations")
+            differences = [
+                f"{name}: {value!r} here, {other[name]!r} on rank {rank}"
+                for rank, other in zip(group.ranks, theirs, strict=True)
+                for name, value in mine.items()
+                if isinstance(other, dict) and other[name] != value
+            ]
+            if differences:
+                raise ConfigurationMismatch(
+                    f"rank {dist.get_rank()}, {layer}: the ranks of the group differ in {'; '.join(differences)}"
+                )
+            remember_identities(group.ranks)
+        self._agreed.add(key)
+        return fingerprint
+
+    def __repr__(self) -> str:
+        return f"ExpertParallel(ep={self.ep.size}, etp={self.etp.size}, mode={self.mode!r}, chunks={self.chunks})"
+
+
+class _Exchanged(torch.autograd.Function):
+    """Exchange + experts + exchange."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weights: Tensor,
+        ids: Tensor,
+        stage: Stage,
+        experts: LocalExperts,
+        sizes: list[int],
+        stacked: list[bool],
+        *flat: Tensor,
+    ) -> Tensor:
+        saved = Saved()
+        experts.parameters = _parameters(flat, sizes, stacked)
+        wide = weights if weights.dtype == torch.float64 else weights.float()
+        with runtime.plain_maths(hidden):
+            out = stage.forward(hidden.contiguous(), ids, wide.contiguous(), ids.numel(), saved)
+        experts.parameters = None  # autograd holds what backward needs
+        ctx.num_saved = len(saved.tensors)
+        ctx.save_for_backward(*saved.tensors, *flat)
+        ctx.stage, ctx.experts, ctx.sizes, ctx.stacked, ctx.dtype = stage, experts, sizes, stacked, weights.dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved, flat = Saved(ctx.saved_tensors[: ctx.num_saved]), ctx.saved_tensors[ctx.num_saved :]
+        experts: LocalExperts = ctx.experts
+        experts.parameters = _parameters(flat, ctx.sizes, ctx.stacked)
+        wanted, needs, start = ctx.needs_input_grad[7:], [], 0
+        for size in ctx.sizes:
+            needs.append(any(wanted[start : start + size]))
+            start += size
+        grad = grads[0].contiguous()
+        with runtime.plain_maths(grad):
+            stage = ctx.stage
+            if isinstance(stage, Exchange):
+                finish = stage.start_backward(0, grad, saved)
+            else:
+                rows = stage.backward_rows(0, grad, saved)
+                finish = lambda: rows  # noqa: E731
+            parameters = experts.backward_weights((needs[0], needs[1], needs[2], needs[3]), saved)
+            grad_hidden, grad_weights = finish()
+        experts.parameters = None
+        found: list[Tensor | None] = []
+        for group, size in zip(parameters, ctx.sizes, strict=True):
+            found += [None] * size if group is None else _as_list(group)
+        found = [g if want else None for g, want in zip(found, wanted, strict=True)]
+        return (grad_hidden, grad_weights.to(ctx.dtype), *(None,) * 5, *found)
+
+
+def _as_list(group: Weights | None) -> list[Tensor]:
+    if group is None:
+        return []
+    return [group] if isinstance(group, Tensor) else list(group)
+
+
+def _flat(parameters: Parameters) -> list[Tensor]:
+    return [tensor for group in parameters for tensor in _as_list(group)]
+
+
+def _parameters(flat: tuple[Tensor, ...], sizes: list[int], stacked: list[bool]) -> Parameters:
+    groups: list[Any] = []
+    start = 0
+    for size, one in zip(sizes, stacked, strict=True):
+        part = flat[start : start + size]
+        groups.append(None if size == 0 else part[0] if one else list(part))
+        start += size
+    return groups[0], groups[1], groups[2], groups[3]
+
+
+def _product(sizes: Any) -> int:
+    total = 1
+    for size in sizes:
+        total *= size
+    return total
+
+
+def _groups(given: object) -> tuple[Group, Group, Group, Group, tuple[Group, ...]]:
+    """(ep, edp, etp, tp, the groups over which the tokens are spread)."""
+    if isinstance(given, ParallelGroups):
+        # with replicated experts the copies of a token at the tp ranks go to copies of its experts
+        tp = ALONE if given.tables.order == "tp-replicated" else given.tp
+        return given.ep, given.edp, given.etp, tp, (given.dp,)
+    if isinstance(given, DeviceMesh):
+        names = given.mesh_dim_names or ()
+        if given.ndim == 1 and "ep" not in names:
+            ep = group_from_handle(given.get_group())
+            return ep, ALONE, ALONE, ALONE, (ep,)
+        if "ep" not in names:
+            raise ValueError(f"group_or_mesh: got a mesh with the dimensions {names}, wanted one called 'ep'")
+
+        def dimension(name: str) -> Group:
+            return group_from_handle(given.get_group(name)) if name in names else ALONE
+
+        ep, edp, etp = (dimension(name) for name in ("ep", "edp", "etp"))
+        return ep, edp, etp, ALONE, (ep, edp, etp)
+    if given is None and not (dist.is_available() and dist.is_initialized()):
+        return ALONE, ALONE, ALONE, ALONE, (ALONE,)
+    if given is not None and not isinstance(given, dist.ProcessGroup):
+        raise TypeError(
+            f"group_or_mesh: got {type(given).__name__}, wanted a ProcessGroup, a DeviceMesh, ParallelGroups or None"
+        )
+    ep = group_from_handle(given)
+    if ep.size < dist.get_world_size():
+        raise ValueError(
+            f"group_or_mesh: got a group of {ep.size} of {dist.get_world_size()} ranks, which does not say who holds "
+            "the same experts; wanted a DeviceMesh with 'edp' and 'ep', or make_groups(ep=...)"
+        )
+    return ep, ALONE, ALONE, ALONE, (ep,)
+
+
+def _two_levels(ep: Group, ranks_per_node: int, mode: str) -> tuple[Group, Group]:
+    """(between nodes, in the node): the ranks at the same place of every node, and the node's own."""
+    check_int("ranks_per_node", ranks_per_node, low=1)
+    if ep.size % ranks_per_node:
+        raise ValueError(f"ranks_per_node: got {ranks_per_node}, wanted a divisor of the group's {ep.size} ranks")
+    if mode != "dropless":
+        raise ValueError(f"mode: got {mode!r} with ranks_per_node, wanted 'dropless'")
+    if ranks_per_node in (1, ep.size):  # one level has one rank
+        return ALONE, ep
+    place, node = ep.rank % ranks_per_node, ep.rank // ranks_per_node
+    between = subgroup(ep.ranks[place::ranks_per_node])
+    inside = subgroup(ep.ranks[node * ranks_per_node : (node + 1) * ranks_per_node])
+    return between, inside

@@ -1,0 +1,142 @@
+"""Process groups and device meshes made from the rank tables, once, in one order on all ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from moe_triton.distributed.plan import KINDS, RankTables, plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """One of this rank's groups: its members' global ranks, this rank's place, and torch's handle.
+
+    `handle` is None for a group of one, which never communicates.
+    """
+
+    ranks: tuple[int, ...]
+    rank: int
+    handle: dist.ProcessGroup | None = None
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+
+ALONE = Group(ranks=(0,), rank=0)
+
+
+def group_from_handle(handle: dist.ProcessGroup | None) -> Group:
+    """The Group of a torch process group that this rank is in."""
+    ranks = dist.get_process_group_ranks(handle)
+    return Group(ranks=tuple(ranks), rank=dist.get_rank(handle), handle=handle if len(ranks) > 1 else None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelGroups:
+    """This rank's groups of every kind; see `moe_triton.distributed.plan` for the kinds."""
+
+    tables: RankTables
+    rank: int
+    dp: Group
+    tp: Group
+    pp: Group
+    ep: Group
+    edp: Group
+    etp: Group
+
+    @cached_property
+    def moe_mesh(self) -> DeviceMesh:
+        """A mesh [edp, ep] over the ranks of this pipeline stage and expert tensor slice, for DTensor and FSDP2."""
+        stage, _, _, slot = (int(i[0]) for i in (self.tables.moe == self.rank).nonzero())
+        return self._mesh(torch.from_numpy(self.tables.moe[stage, :, :, slot].copy()), ("edp", "ep"))
+
+    @cached_property
+    def dp_mesh(self) -> DeviceMesh:
+        """A mesh [dp] over the data-parallel ranks."""
+        return self._mesh(torch.tensor(self.dp.ranks), ("dp",))
+
+    def _mesh(self, ranks: torch.Tensor, names: tuple[str, ...]) -> DeviceMesh:
+        handles = [self._handle(getattr(self, name)) for name in names]
+        group = handles if len(handles) > 1 else handles[0]
+        return DeviceMesh.from_group(group, device_type(), mesh=ranks, mesh_dim_names=names)
+
+    def _handle(self, group: Group) -> dist.ProcessGroup:
+        """A mesh wants a process group even where there is nobody to talk to; only its member need make that one."""
+        if group.handle is not None:
+            return group.handle
+        return dist.new_group([self.rank], use_local_synchronization=True)
+
+
+def device_type() -> str:
+    """The device that the default process group's collectives take: "cuda" under NCCL, else "cpu"."""
+    return "cuda" if "nccl" in dist.get_backend() else "cpu"
+
+
+def default_timeout() -> timedelta:
+    """What init_process_group was given. new_group would take 30 minutes where it is not told."""
+    world = dist.group.WORLD
+    assert world is not None
+    return world._get_backend(torch.device(device_type())).options._timeout
+
+
+_made: dict[tuple[object, ...], dist.ProcessGroup] = {}  # by the default group and the members
+
+
+def make_groups(tables: RankTables | None = None, *, timeout: timedelta | None = None, **sizes: Any) -> ParallelGroups:
+    """The groups of `tables`, or of `plan(world, **sizes)`, on this rank.
+
+    Every rank of the world must call it with the same arguments: torch makes groups collectively. Groups with the same
+    members are made once.
+
+    Args:
+        tables: from `plan`; None plans the present world.
+        timeout: after which a collective fails; None is the default group's.
+        sizes: pp, tp, ep, etp and order for `plan` where `tables` is None.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialised.
+        ValueError: the tables are for another number of ranks.
+    """
+    if not dist.is_initialized():
+        raise RuntimeError("make_groups: torch.distributed is not initialised; call init_process_group first")
+    world, rank = dist.get_world_size(), dist.get_rank()
+    tables = plan(world, **sizes) if tables is None else tables
+    if tables.world != world:
+        raise ValueError(f"tables: got a plan for {tables.world} ranks, wanted one for {world}")
+    mine = {}
+    for kind in KINDS:
+        for ranks in getattr(tables, kind):
+            handle = _process_group(tuple(ranks), timeout)
+            if rank in ranks:
+                mine[kind] = Group(ranks=tuple(ranks), rank=ranks.index(rank), handle=handle)
+    return ParallelGroups(tables=tables, rank=rank, **mine)
+
+
+def subgroup(ranks: tuple[int, ...]) -> Group:
+    """A group that only its own members make, for a partition of a group that exists."""
+    rank = ranks.index(dist.get_rank())
+    if len(ranks) == 1:
+        return Group(ranks=ranks, rank=rank)
+    key = (dist.group.WORLD, ranks, "local")
+    if key not in _made:
+        _made[key] = dist.new_group(list(ranks), timeout=default_timeout(), use_local_synchronization=True)
+    return Group(ranks=ranks, rank=rank, handle=_made[key])
+
+
+def _process_group(ranks: tuple[int, ...], timeout: timedelta | None) -> dist.ProcessGroup | None:
+    if len(ranks) == 1:
+        return None
+    world = dist.group.WORLD
+    timeout = default_timeout() if timeout is None else timeout
+    key = (world, ranks, timeout)
+    if key not in _made:
+        _made[key] = dist.new_group(list(ranks), timeout=timeout)
+    return _made[key]
