@@ -280,3 +280,11 @@ def documented_layers(ep_size: int, num_ep_list: list[int]) -> list[tuple[int, i
         assert torch.isfinite(output).all()
     reset()
     return [(layer.ep_size, layer.num_local_experts, layer.expert_group_name) for layer in layers]
+
+
+def refused(arguments: dict[str, Any]) -> str:
+    """What `groups.initialize` says."""
+    reset()
+    found = raises(lambda: groups.initialize(**arguments))
+    reset()
+    return found
