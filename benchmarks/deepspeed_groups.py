@@ -3,9 +3,9 @@
     python benchmarks/deepspeed_groups.py [--layers 4 --experts 16 --hidden 256 --intermediate 512]
 
 Times the optimizer's step over the experts' parameters grouped by process group, by layer and by expert: torch's AdamW,
-for-loop and foreach, and the step of DeepSpeed's ZeRO-1 engine on one process (a forward and backward beforehand are not
-counted). Providers are interleaved over rounds. Writes benchmarks/results/deepspeed/groups-NAME.json and prints the table
-of docs/deepspeed.md. Run it on a machine that does nothing else. Needs deepspeed for the last column.
+for-loop and foreach, and the step of DeepSpeed's ZeRO-1 engine on one process (a forward and backward beforehand are
+not counted). Providers are interleaved over rounds. Writes benchmarks/results/deepspeed/groups-NAME.json and prints the
+table of docs/deepspeed.md. Run it on a machine that does nothing else. Needs deepspeed for the last column.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def torch_step(model: nn.Module, by: str, foreach: bool) -> tuple[Callable[[], o
 
 
 class ZeroStep:
-    """The step of DeepSpeed's ZeRO-1 engine, with the gradients of a small batch made anew before it, outside the clock."""
+    """The step of DeepSpeed's ZeRO-1 engine; the gradients of a small batch are made before it, outside the clock."""
 
     def __init__(self, model: nn.Module, by: str, hidden: int, device: torch.device) -> None:
         import deepspeed

@@ -98,7 +98,7 @@ def test_bad_arguments(arguments, error, message):
 def test_several_processes_without_a_process_group(monkeypatch):
     """A silent clamp to one rank would train every rank by itself."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RuntimeError, match="torch.distributed is not initialised in a world of 2"):
+    with pytest.raises(RuntimeError, match=r"torch\.distributed is not initialised in a world of 2"):
         groups.initialize(2)
 
 
@@ -111,9 +111,7 @@ class Mpu:
 
 
 def test_an_mpu_that_does_not_fit():
-    with pytest.raises(
-        ValueError, match="mpu: got tensor x pipeline x data parallelism of 2 x 1 x 2, wanted a product of 1"
-    ):
+    with pytest.raises(ValueError, match="data parallelism of 2 x 1 x 2, wanted a product of 1"):
         groups.initialize(mpu=Mpu(2, 2))
 
 

@@ -197,7 +197,7 @@ class Mpu:
 
 
 def layers_under_tensor_parallelism(case: Case) -> None:
-    """Outputs, losses, counts and gradients of DeepSpeed's layer and ours, where pairs of ranks hold the same tokens."""
+    """Outputs, losses, counts and gradients of both layers, where pairs of ranks hold the same tokens."""
     start_deepspeed()
     reset()
     upstream_groups.mpu = mpu = Mpu(2)
