@@ -50,7 +50,8 @@ def check(case: Case) -> dict[str, torch.Tensor]:
     groups = make_groups(**case.sizes)
     parallel = ExpertParallel(groups, **case.exchange)
     local = make_layer(case, parallel)
-    whole = make_layer(case, None, **({"capacity_groups": groups.dp.size} if "capacity_factor" in case.layer else {}))
+    capacity_groups = groups.dp.size * case.layer.get("capacity_groups", 1)
+    whole = make_layer(case, None, **({"capacity_groups": capacity_groups} if "capacity_factor" in case.layer else {}))
     experts = local.experts.local_experts
     for name, parameter in local.experts.named_parameters():
         full = getattr(whole.experts, name)[experts.start : experts.stop]

@@ -95,9 +95,9 @@ class Prepared:
         )
 
 
-def prepare(name: str, workload: Workload) -> Prepared:
-    """Builds a provider and checks its result. A wrong or broken one is reported and not timed."""
-    provider = PROVIDERS[name]
+def prepare(name: str, workload: Workload, provider: Provider | None = None) -> Prepared:
+    """Builds a provider (None: that of the name) and checks its result. A wrong or broken one is not timed."""
+    provider = PROVIDERS[name] if provider is None else provider
     found = Prepared(name=name, provider=provider, label=provider.label, note=provider.notes)
     try:
         block = provider.build(workload)

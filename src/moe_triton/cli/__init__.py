@@ -6,6 +6,8 @@ import typer
 
 from moe_triton.cli.bench import bench
 from moe_triton.cli.info import info
+from moe_triton.cli.inspect import inspect
+from moe_triton.cli.simulate import simulate
 from moe_triton.cli.train import train
 
 app = typer.Typer(
@@ -17,7 +19,9 @@ app = typer.Typer(
 )
 app.command()(info)
 app.command()(bench)
+app.command()(inspect)
 app.command()(train)
+app.command()(simulate)
 
 
 @app.callback()

@@ -57,7 +57,8 @@ class ExpertParallel:
             dimension "ep" (the only one of a 1-D mesh), and "edp" and "etp" where it has them. `ParallelGroups`: from
             `make_groups`; with tensor parallelism it must be these.
         mode: "dropless": exactly the wanted rows; one host sync per call, for the sizes. "capacity": even exchange of
-            [E, C, d] for layers with a capacity factor. "bounded": room for every possible row. "allgather": every
+            [E, C, d] for layers with a capacity factor; as "dropless" where it drops nothing, as an infinite
+            eval_capacity_factor asks. "bounded": room for every possible row. "allgather": every
             rank sees all tokens. The last three have fixed sizes and no host sync, given `max_tokens_per_rank`.
         chunks: the exchange is cut up into so many, each issued before the one before it is computed.
         deduplicate: a token travels once to each rank that has several of its experts. False sends a row per choice,
@@ -70,6 +71,7 @@ class ExpertParallel:
             the group, whose ranks lie node by node. Mode "dropless" only.
         loss_reduction: "sum": the layers' aux_loss is this rank's share, the shares sum to the global loss. "mean": the
             shares average to it, for trainers that average gradients (DistributedDataParallel).
+        always_exchange: exchange in a group of one as well: to test and to measure the path where there is one rank.
         listener: called with a word for every step, as it is issued; for tests and profiling.
 
     Raises:
@@ -87,6 +89,7 @@ class ExpertParallel:
         max_rows_per_pair: int | None = None,
         ranks_per_node: int | None = None,
         loss_reduction: str = "sum",
+        always_exchange: bool = False,
         listener: Listener | None = None,
     ) -> None:
         check_choice("mode", mode, MODES)
@@ -101,6 +104,7 @@ class ExpertParallel:
         self.mode, self.chunks, self.deduplicate = mode, chunks, deduplicate
         self.max_tokens_per_rank, self.max_rows_per_pair = max_tokens_per_rank, max_rows_per_pair
         self.loss_reduction, self.listener = loss_reduction, listener
+        self.always_exchange = always_exchange
         self.ep, self.edp, self.etp, self.tp, self.data = _groups(group_or_mesh)
         self.between_nodes, self.in_node = ALONE, self.ep
         if ranks_per_node is not None:
@@ -112,7 +116,7 @@ class ExpertParallel:
     @property
     def is_alone(self) -> bool:
         """Whether no row has to travel: a group of one, with whole experts and tokens of its own."""
-        return self.ep.size == 1 and self.etp.size == 1 and self.tp.size == 1
+        return not self.always_exchange and self.ep.size == 1 and self.etp.size == 1 and self.tp.size == 1
 
     def experts_of(self, num_experts: int, rank: int | None = None) -> range:
         """The global ids of the experts of this rank of the group, or of another one.
@@ -197,8 +201,6 @@ class ExpertParallel:
             note=self.listener or (lambda event: None),
         )
         places = capacity(limit) if self.mode == "capacity" else None
-        if self.mode == "capacity" and places is None:
-            raise ValueError("mode: got 'capacity' for a layer without a capacity factor, wanted 'dropless'")
         stage = self._stages(experts, shape, layer, -(-limit // self.tp.size), places, beside)
         sizes = [len(_as_list(group)) for group in parameters]
         stacked = [isinstance(group, Tensor) for group in parameters]
@@ -245,7 +247,7 @@ class ExpertParallel:
         stage: Stage = experts
         if self.etp.size > 1:
             stage = self._over_slices(stage, shape, layer)
-        if self.ep.size == 1:
+        if self.ep.size == 1 and not self.always_exchange:
             return stage
         levels = [(self.in_node, shape)]
         if self.between_nodes.size > 1:
@@ -275,7 +277,7 @@ class ExpertParallel:
 
     def _planner(self, channel: Channel, shape: Shape, limit: int, places: int | None) -> Planner:
         def planner(ids: Tensor, weights: Tensor, _assignments: int) -> Callable[[], Transport]:
-            if self.mode == "dropless":
+            if self.mode == "dropless" or (self.mode == "capacity" and places is None):
                 return plan_dropless(channel, ids, weights, shape)
             if places is not None:
                 transport = plan_capacity(channel, ids, weights, shape, capacity=places)
