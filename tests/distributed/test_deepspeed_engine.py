@@ -96,7 +96,10 @@ def test_ep_size_changes_nothing(two_ranks, expert, tokens):
 
     Every rank loads its own experts out of a full state dict; upstream loads the first ones everywhere (#6589).
     """
-    case = Case({"k": 2, "drop_tokens": False, "top2_2nd_expert_sampling": False}, expert, tokens=tokens)
+    options = {"k": 2, "drop_tokens": False, "top2_2nd_expert_sampling": False}
+    # AdamW blows the rounding of tiny gradients up; and the engine clips by a norm that depends on ep_size (#8475)
+    config = {"optimizer": {"type": "SGD", "params": {"lr": 0.05}}, "gradient_clipping": 0.0}
+    case = Case(options, expert, config, tokens=tokens)
     for found in two_ranks.run(parity.losses_by_ep_size, case):
         assert_equal(found)
 

@@ -25,6 +25,7 @@ class _State:
 
     ep_size: int | None = None
     mpu: Any = None
+    world: Any = None  # the default group that the others belong to
     parallel: dict[str, ParallelGroups] = field(default_factory=dict)
     expert_parallel: dict[str, Any] = field(default_factory=dict)
     expert_parallel_ranks: dict[str, Any] = field(default_factory=dict)
@@ -146,7 +147,12 @@ def create_expert_groups(ep_size: int, *, within_lanes: bool = False, data_befor
     Raises ValueError where the sizes do not fit, or the mpu's groups are not runs of consecutive ranks, as Megatron's.
     """
     name = group_name(ep_size)
-    if not dist.is_initialized() or name in _state.parallel:
+    if not dist.is_initialized():
+        return
+    if _state.world not in (None, dist.group.WORLD):  # torch.distributed has been started anew
+        reset()
+    _state.world = dist.group.WORLD
+    if name in _state.parallel:
         return
     sizes = tensor_parallel_world_size(), pipeline_parallel_world_size()
     tables = rank_tables(
