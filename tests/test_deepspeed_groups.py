@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch.distributed as dist
 from deepspeed.utils.groups import _get_expert_parallel_ranks as upstream_ranks
@@ -129,3 +132,23 @@ def test_sizes_of_layers():
     assert groups.ep_size_for(64) == 1  # nobody initialised: all experts here
     groups.initialize()
     assert groups.ep_size_for(64) == 1
+
+
+def test_torch_distributed_may_be_started_anew():
+    """Groups of a process group that is gone are forgotten by themselves."""
+    program = """
+import tempfile
+import torch.distributed as dist
+from torch import nn
+from moe_triton.compat import deepspeed as compat
+for i in range(2):
+    store = tempfile.mktemp()
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    compat.groups.initialize()
+    compat.MoE(4, nn.Linear(4, 4), 2).set_deepspeed_parallelism()
+    group = compat.groups.get_expert_parallel_group("ep_size_1")
+    dist.barrier(group)
+    dist.destroy_process_group()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
