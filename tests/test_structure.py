@@ -24,7 +24,7 @@ LEVELS = [
     ["distributed"],
     ["layers"],
     ["integrations", "training"],
-    ["benchmarking"],
+    ["benchmarking", "compat"],
     ["cli"],
 ]
 LEVEL = {name: depth for depth, names in enumerate(LEVELS) for name in names}

@@ -1,5 +1,6 @@
 """moe_triton: a mixture-of-experts runtime for PyTorch, with fused Triton kernels under a thin autograd layer."""
 
+from moe_triton import compat
 from moe_triton.dispatch import dispatch, expert_capacity, renormalize
 from moe_triton.experts import moe_mlp
 from moe_triton.integrations.swap import SwapReport, swap
@@ -19,6 +20,7 @@ __all__ = [
     "Router",
     "Routing",
     "SwapReport",
+    "compat",
     "dispatch",
     "expert_capacity",
     "load_balance_loss",

@@ -163,15 +163,17 @@ class ExpertParallel:
         recompute: bool,
         backend: str,
         beside: Callable[[], None] | None = None,
+        local: LocalExperts | None = None,
     ) -> Tensor:
         """The experts' outputs for this rank's tokens, [T, d].
 
         hidden [T, d]; weights [T, K]; ids [T, K] global, out of range where nothing is to be computed; parameters: of
         the local experts. capacity: tokens -> an expert's places, for mode "capacity". beside: run while rows travel.
+        local: what computes the experts, where that is not a backend.
         """
         with Telling(layer):
             return self._run(
-                hidden, weights, ids, parameters, spec, num_experts, layer, capacity, recompute, backend, beside
+                hidden, weights, ids, parameters, spec, num_experts, layer, capacity, recompute, backend, beside, local
             )
 
     def _run(
@@ -187,6 +189,7 @@ class ExpertParallel:
         recompute: bool,
         backend: str,
         beside: Callable[[], None] | None,
+        local: LocalExperts | None,
     ) -> Tensor:
         name = runtime.choose(backend, hidden.device, hidden.dtype).name
         if name == "reference":
@@ -209,7 +212,7 @@ class ExpertParallel:
             fingerprint=fingerprint,
         )
         training = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, weights, *_flat(parameters)))
-        experts = LocalExperts(
+        experts = local or LocalExperts(
             num_experts=len(parameters[0]),
             spec=spec,
             backend=name,
@@ -345,8 +348,8 @@ class ExpertParallel:
         even = (capacity(0), capacity(1 << 20)) if self.mode == "capacity" else None
         return {
             "num_experts": num_experts, "top_k": ids.shape[1], "hidden_size": hidden.shape[1],
-            "width": tuple(parameters[0][0].shape), "dtype": str(hidden.dtype), "ep": self.ep.size,
-            "etp": self.etp.size, "mode": self.mode, "chunks": self.chunks, "deduplicate": self.deduplicate,
+            "width": tuple(parameters[0][0].shape) if len(parameters[0]) else (), "dtype": str(hidden.dtype),
+            "ep": self.ep.size, "etp": self.etp.size, "mode": self.mode, "chunks": self.chunks, "deduplicate": self.deduplicate,
             "max_tokens_per_rank": self.max_tokens_per_rank, "max_rows_per_pair": self.max_rows_per_pair,
             "ranks_per_node": self.in_node.size, "activation": spec.activation, "backend": backend, "capacity": even,
         }  # fmt: skip

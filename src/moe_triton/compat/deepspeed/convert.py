@@ -1,0 +1,64 @@
+"""DeepSpeed's own layers into ours, which take over the parameters as they are."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_triton.compat.deepspeed.layer import MoE
+from moe_triton.compat.deepspeed.mlps import is_tampered, recognise
+
+PARTS = {
+    "": "deepspeed.moe.layer.MoE",
+    "deepspeed_moe": "deepspeed.moe.sharded_moe.MOELayer",
+    "deepspeed_moe.gate": "deepspeed.moe.sharded_moe.TopKGate",
+    "deepspeed_moe.gate.wg": "torch.nn.Linear",
+    "deepspeed_moe.experts": "deepspeed.moe.experts.Experts",
+}
+
+
+def obstacle(layer: nn.Module) -> str | None:
+    """Why a layer that derives from DeepSpeed's MoE cannot be replaced by ours, or None."""
+    for name, wanted in PARTS.items():
+        part = layer.get_submodule(name)
+        module, _, kind = wanted.rpartition(".")
+        if type(part) is not getattr(importlib.import_module(module), kind):
+            return f"{name or 'the layer'}: got {type(part).__name__}, wanted {wanted} itself"
+        if is_tampered(part):
+            return f"{name or 'the layer'}: has hooks, or a forward of its own, that a replacement would lose"
+    return None
+
+
+def from_upstream(layer: Any, backend: str = "auto") -> MoE:
+    """Our layer with the options, experts, gate and training flags of DeepSpeed's; `obstacle` must name none."""
+    gate = layer.deepspeed_moe.gate
+    with torch.random.fork_rng(devices=()), torch.device("meta"):  # what is made here is replaced at once
+        ours = MoE(
+            gate.wg.in_features,
+            nn.Identity(),
+            num_experts=layer.num_experts,
+            ep_size=layer.ep_size,
+            k=gate.k,
+            capacity_factor=gate.capacity_factor,
+            eval_capacity_factor=gate.eval_capacity_factor,
+            min_capacity=gate.min_capacity,
+            use_residual=layer.use_residual,
+            noisy_gate_policy=gate.noisy_gate_policy,
+            drop_tokens=gate.drop_tokens,
+            use_rts=gate.use_rts,
+            enable_expert_tensor_parallelism=layer.enable_expert_tensor_parallelism,
+            top2_2nd_expert_sampling=gate.top2_2nd_expert_sampling,
+            backend=backend,
+        )
+    ours.deepspeed_moe.gate.wg = gate.wg
+    experts = layer.deepspeed_moe.experts.deepspeed_experts
+    found = {recognise(expert) for expert in experts}
+    ours.deepspeed_moe.experts.adopt(experts, found.pop() if len(found) == 1 else None)
+    if layer.use_residual:
+        ours.mlp, ours.coefficient = layer.mlp, layer.coefficient
+    for name in PARTS:
+        ours.get_submodule(name).training = layer.get_submodule(name).training
+    return ours

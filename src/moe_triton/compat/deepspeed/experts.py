@@ -1,0 +1,342 @@
+"""DeepSpeed's container of experts: any module, one per local expert, with DeepSpeed's state-dict keys.
+
+Experts that are MLPs (`mlps`) run fused, from their own parameters; any other module is called on its rows.
+Shapes: R rows of tokens, K choices, d hidden size, n expert intermediate size.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_triton.checks import check_int
+from moe_triton.compat.deepspeed import groups
+from moe_triton.compat.deepspeed.mlps import MLP, is_tampered, recognise
+from moe_triton.dispatch import dispatch
+from moe_triton.distributed import ExpertParallel
+from moe_triton.distributed.stages import Saved
+from moe_triton.experts import Parameters, in_autocast_dtype, run_experts
+from moe_triton.records import Dispatch, ExpertSpec
+from moe_triton.reference import wide
+
+
+class Experts(nn.Module):
+    """`num_local_experts` copies of `expert`, equal at the start.
+
+    Every parameter carries what DeepSpeed and the optimizer's grouping look for: `allreduce` = False, `group_name` (the
+    key of its process group), `layer_name` and `expert_number` (the expert's place among this rank's experts).
+
+    Args:
+        expert: any Module that maps [..., d] to [..., d], or to a tuple whose element 0 is that.
+        num_local_experts: experts of this rank.
+        expert_group_name: key of the process group, "ep_size_N".
+        layer_name: the layer's name among the optimizer's groups.
+        backend: "auto", "triton", "torch" or "reference", for the fused path.
+    """
+
+    def __init__(
+        self,
+        expert: nn.Module,
+        num_local_experts: int = 1,
+        expert_group_name: str | None = None,
+        layer_name: str | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if not isinstance(expert, nn.Module):
+            raise TypeError(f"expert: got {type(expert).__name__}, wanted a torch.nn.Module")
+        check_int("num_local_experts", num_local_experts, low=1)
+        self.expert_group_name = expert_group_name
+        self.layer_name = layer_name
+        self.backend = backend
+        self.adopt(nn.ModuleList([copy.deepcopy(expert) for _ in range(num_local_experts)]), recognise(expert))
+        self.register_load_state_dict_pre_hook(_take_own_experts)
+        self.register_load_state_dict_post_hook(_prepare_after_loading)
+
+    def adopt(self, experts: nn.ModuleList, mlp: MLP | None) -> None:
+        """Take these modules, parameters and all, as the local experts; `mlp` is what they all compute, if known."""
+        self.deepspeed_experts = experts
+        self.num_local_experts = len(experts)
+        self.mlp = mlp
+        self.kinds = _kinds(experts[0])
+        self.prepare()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        weights: Tensor,
+        plan: Dispatch,
+        *,
+        experts: Tensor | None = None,
+        expert_parallel: ExpertParallel | None = None,
+        capacity: Callable[[int], int | None] = lambda num_tokens: None,
+    ) -> Tensor:
+        """hidden_states [S, d], weights [S, K] and a Dispatch to all experts -> weighted sums [S, d].
+
+        experts [S, K], the choices that the Dispatch was made from, and `capacity` (tokens -> places of an expert) are
+        for an `expert_parallel`, over whose ranks the experts are spread.
+        """
+        mlps = self._mlps()
+        if expert_parallel is not None:
+            if experts is None:
+                raise ValueError("experts: got None, wanted the choices [S, K] with expert_parallel")
+            ids = torch.where(plan.position >= 0, experts, -1)
+            return self._spread(hidden_states, weights, ids, expert_parallel, capacity, mlps)
+        if mlps is None:
+            return self._one_by_one(hidden_states, weights, plan)
+        return run_experts(hidden_states, weights, plan, *mlps[0], mlps[1], backend=self.backend)
+
+    def _mlps(self) -> tuple[Parameters, ExpertSpec] | None:
+        """The parameters of experts that are MLPs, as they are, and what they compute; None for other experts."""
+        linears = self._linears()
+        if linears is None or self.mlp is None:
+            return None
+        gate_up_biases = down_biases = None
+        if linears[0][0].bias is not None:
+            gate_up_biases = [_joined([up.bias for up in ups]) for *ups, _ in linears]
+        if linears[0][-1].bias is not None:
+            down_biases = [down.bias for *_, down in linears]
+        gate_ups = [_joined([up.weight for up in ups]) for *ups, _ in linears]
+        downs = [down.weight for *_, down in linears]
+        return (gate_ups, downs, gate_up_biases, down_biases), ExpertSpec(activation=self.mlp.activation)
+
+    def _spread(
+        self,
+        hidden_states: Tensor,
+        weights: Tensor,
+        ids: Tensor,
+        expert_parallel: ExpertParallel,
+        capacity: Callable[[int], int | None],
+        mlps: tuple[Parameters, ExpertSpec] | None,
+    ) -> Tensor:
+        """The experts of all ranks on this rank's tokens; ids [S, K], -1 where nothing is to be computed."""
+        dtype, device = hidden_states.dtype, hidden_states.device.type
+        local = None
+        if mlps is None:
+            num_local = self.num_local_experts
+            first = num_local * expert_parallel.ep.rank if expert_parallel.mode == "allgather" else 0
+            autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+            local = CalledExperts(self._one_by_one, list(self.parameters()), num_local, first, autocast)
+            parameters: Parameters = (local.modules_parameters, [], None, None)
+            spec = ExpertSpec(activation=type(self.deepspeed_experts[0]).__name__)
+        else:
+            parameters, spec = mlps
+            hidden_states, weights, parameters = in_autocast_dtype(hidden_states, weights, parameters)
+        with torch.autocast(device, enabled=False):
+            out = expert_parallel.run(
+                hidden_states,
+                weights,
+                ids,
+                parameters,
+                spec,
+                num_experts=self.num_local_experts * expert_parallel.ep.size,
+                layer=self.layer_name or "MoE layer",
+                capacity=capacity,
+                recompute=False,
+                backend=self.backend,
+                local=local,  # type: ignore[arg-type]
+            )
+        return out.to(dtype)
+
+    def _linears(self) -> list[list[Any]] | None:
+        """Every expert's Linears; None when the experts are no MLPs, or not what they were any more."""
+        if self.mlp is None:
+            return None
+        found = []
+        for expert in self.deepspeed_experts:
+            if _kinds(expert) != self.kinds or is_tampered(expert):
+                return None
+            linears = [_submodule(expert, name) for name in self.mlp.linears]
+            if any(type(linear) is not nn.Linear or is_tampered(linear) for linear in linears):
+                return None
+            found.append(linears)
+        return found
+
+    def _one_by_one(self, hidden_states: Tensor, weights: Tensor, plan: Dispatch) -> Tensor:
+        """Each expert on its own rows, [1, 1, rows, d] as DeepSpeed has four dimensions; one host sync."""
+        bounds = plan.offsets.tolist()
+        size_d, num_rows = hidden_states.shape[1], bounds[-1]
+        rows_Sd = hidden_states[plan.source[:num_rows].long() // plan.top_k]
+        outs = []
+        for expert, (start, end) in zip(self.deepspeed_experts, pairwise(bounds), strict=True):
+            # an idle expert sees a row of zeros, so that its gradients are zeros and not None
+            rows = rows_Sd[start:end] if start < end else hidden_states.new_zeros(1, size_d)
+            out = expert(rows[None, None])
+            out = out[0] if isinstance(out, tuple) else out
+            outs.append(out.reshape(-1, size_d)[: end - start])
+        outs.append(outs[0].new_zeros(1, size_d))  # the row of the choices that were dropped or skipped
+        position = torch.where(plan.position < 0, num_rows, plan.position).long()
+        rows_RKd = torch.cat(outs)[position].to(wide(hidden_states.dtype))
+        return (rows_RKd * weights[..., None]).sum(1).to(hidden_states.dtype)
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Mark the parameters, and put gate beside up in memory, so that one product reads both without a copy.
+
+        Done again whenever torch may have made other parameters: `.to`, copying, unpickling, loading with assign=True.
+        """
+        for number, expert in enumerate(self.deepspeed_experts):
+            for parameter in expert.parameters():
+                marks = {
+                    "allreduce": False,
+                    "group_name": self.expert_group_name,
+                    "layer_name": self.layer_name,
+                    "expert_number": number,
+                }
+                for name, value in marks.items():
+                    setattr(parameter, name, value)
+        for linears in self._linears() or []:
+            ups = linears[:-1]
+            for parameters in ([up.weight for up in ups], [up.bias for up in ups]):
+                # in a storage that they share with others (an optimizer's flat buffer) they stay where they are
+                if parameters[0] is not None and _adjacent(parameters) is None and all(map(_owns_storage, parameters)):
+                    whole = torch.cat([parameter.data for parameter in parameters])
+                    for parameter, half in zip(parameters, whole.chunk(2), strict=True):
+                        parameter.data = half
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Experts:
+        super()._apply(fn, recurse)
+        self.prepare()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.prepare()  # a copied or unpickled Parameter has lost its attributes
+
+    def extra_repr(self) -> str:
+        return f"{self.num_local_experts} local experts, " + (
+            "called one by one" if self.mlp is None else f"fused, activation={self.mlp.activation}"
+        )
+
+
+class CalledExperts:
+    """Any modules as the innermost stage of an exchange (`moe_triton.distributed.stages`): a graph of their own."""
+
+    def __init__(
+        self,
+        run: Callable[[Tensor, Tensor, Dispatch], Tensor],
+        modules_parameters: list[Tensor],
+        num_experts: int,
+        first_expert: int,
+        autocast: torch.dtype | None,
+    ) -> None:
+        self.run, self.modules_parameters, self.autocast = run, modules_parameters, autocast
+        self.num_experts, self.first_expert = num_experts, first_expert
+        self.keeps_graph = torch.is_grad_enabled()
+        self.parameters: Any = None  # set by who runs the stages, and not needed: the modules have theirs
+        self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.gradients: list[Tensor] | None = None
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, assignments: int, saved: Saved) -> Tensor:
+        """Rows [R, d], ids [R, J], weights [R, J] -> [R, d]."""
+        local = ids - self.first_expert
+        plan = dispatch(torch.where((local >= 0) & (local < self.num_experts), local, -1), self.num_experts)
+        cast = torch.autocast(x.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None)
+        with torch.set_grad_enabled(self.keeps_graph), cast:
+            x, weights = (t.detach().requires_grad_(self.keeps_graph) for t in (x, weights))
+            out = self.run(x, weights, plan)
+        self.calls.append((x, weights, out))
+        return out.detach()
+
+    def backward_rows(self, call: int, grad: Tensor, saved: Saved) -> tuple[Tensor, Tensor]:
+        """The gradients of a call's rows and weights; those of the parameters are added up on the way."""
+        x, weights, out = self.calls[call]
+        wanted = [p for p in self.modules_parameters if p.requires_grad]
+        grad_x, grad_weights, *found = torch.autograd.grad(
+            out, [x, weights, *wanted], grad, retain_graph=True, materialize_grads=True, allow_unused=True
+        )
+        found = found if self.gradients is None else [a + b for a, b in zip(self.gradients, found, strict=True)]
+        self.gradients = found
+        return grad_x, grad_weights
+
+    def backward_weights(self, needs: object, saved: Saved) -> tuple[list[Tensor | None], None, None, None]:
+        """The parameters' gradients as the first of the four groups; None for a frozen one."""
+        found = iter(self.gradients or [])
+        self.gradients = None
+        return [next(found) if p.requires_grad else None for p in self.modules_parameters], None, None, None
+
+
+def _take_own_experts(experts: Experts, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+    """Of a state dict with all of the group's experts, leave this rank's, by their local numbers.
+
+    DeepSpeed would give the first experts to every rank (DeepSpeed #6589).
+    """
+    start = f"{prefix}deepspeed_experts."
+    keys = {key: key[len(start) :].split(".", 1) for key in state_dict if key.startswith(start)}
+    num_local = experts.num_local_experts
+    num_given = len({number for number, _ in keys.values()})
+    if num_given <= num_local or experts.expert_group_name is None:
+        return
+    if num_given != num_local * groups.get_expert_parallel_world_size(experts.expert_group_name):
+        return  # torch names the keys that are too many
+    first = num_local * groups.get_expert_parallel_rank(experts.expert_group_name)
+    own = {}
+    for key, (number, rest) in keys.items():
+        value = state_dict.pop(key)
+        if first <= int(number) < first + num_local:
+            own[f"{start}{int(number) - first}.{rest}"] = value
+    state_dict.update(own)
+
+
+def _prepare_after_loading(experts: Experts, _incompatible_keys: object) -> None:
+    experts.prepare()
+
+
+def _kinds(expert: nn.Module) -> tuple[type, ...]:
+    """The classes of an expert and of its parts."""
+    return (type(expert), *map(type, expert._modules.values()))
+
+
+def _submodule(module: nn.Module, name: str) -> Any:
+    for part in name.split("."):
+        module = getattr(module, part)
+    return module
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """One tensor of all rows of one or two tensors; a view, when `prepare` or an optimizer laid them side by side."""
+    if len(parts) == 1:
+        return parts[0]
+    if torch.compiler.is_compiling() or _adjacent(parts) is None:
+        return torch.cat(parts)
+    return _SideBySide.apply(*parts)
+
+
+def _owns_storage(parameter: Tensor) -> bool:
+    return parameter.device.type != "meta" and parameter.untyped_storage().nbytes() == parameter.nbytes
+
+
+def _adjacent(parts: list[Tensor]) -> Tensor | None:
+    """The view of both tensors when the second begins where the first ends; a single tensor needs none."""
+    first, *rest = (part.detach() for part in parts)
+    if not rest:
+        return first
+    (second,) = rest
+    if (
+        first.device.type == "meta"
+        or not (first.is_contiguous() and second.is_contiguous())
+        or first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
+        or first.storage_offset() + first.numel() != second.storage_offset()
+        or first.dtype != second.dtype
+    ):
+        return None
+    return first.as_strided((2 * first.shape[0], *first.shape[1:]), first.stride())
+
+
+class _SideBySide(torch.autograd.Function):
+    """cat of two tensors that lie side by side, as a view; so are the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, first: Tensor, second: Tensor) -> Tensor:
+        whole = _adjacent([first, second])
+        assert whole is not None
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return grads[0].chunk(2)
