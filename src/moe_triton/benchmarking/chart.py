@@ -84,6 +84,11 @@ def draw(path: Path, runs: Sequence[Run], environment: dict[str, Any]) -> None:
     for axes in list(grid.flat)[len(runs) :]:
         axes.set_visible(False)
     figure.supxlabel(fill(caption(environment), 100 * columns), fontsize=7, color="#555555")
+    save(path, figure)
+
+
+def save(path: Path, figure: Any) -> None:
+    """Writes the whole PNG or leaves the old one: through a temporary file beside it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         figure.savefig(temporary, format="png")

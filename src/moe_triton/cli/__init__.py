@@ -6,6 +6,7 @@ import typer
 
 from moe_triton.cli.bench import bench
 from moe_triton.cli.info import info
+from moe_triton.cli.simulate import simulate
 from moe_triton.cli.train import train
 
 app = typer.Typer(
@@ -18,6 +19,7 @@ app = typer.Typer(
 app.command()(info)
 app.command()(bench)
 app.command()(train)
+app.command()(simulate)
 
 
 @app.callback()

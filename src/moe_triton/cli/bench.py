@@ -209,6 +209,10 @@ def check_settings(budget: float, threads: int | None, seed: int, outputs: Seque
         raise ValueError(f"threads: got {threads}, wanted at least 1")
     if seed < 0:
         raise ValueError(f"seed: got {seed}, wanted at least 0")
+    check_outputs(outputs)
+
+
+def check_outputs(outputs: Sequence[tuple[str, Path | None]]) -> None:
     for option, path in outputs:
         if path is not None and path.is_dir():
             raise ValueError(f"{option}: {path} is a directory, wanted a file")

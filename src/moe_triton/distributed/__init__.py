@@ -1,9 +1,27 @@
 """Expert parallelism on torch.distributed: the groups, the exchange, gradients and checkpoints."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from moe_triton.distributed.errors import ConfigurationMismatch, ExpertParallelError
 from moe_triton.distributed.expert_parallel import ExpertParallel
 from moe_triton.distributed.groups import Group, ParallelGroups, make_groups
 from moe_triton.distributed.plan import RankTables, plan
+
+if TYPE_CHECKING:
+    from moe_triton.distributed.fsdp import apply_fsdp2
+    from moe_triton.distributed.gradients import clip_grad_norm_, reduce_gradients, wrap_ddp
+    from moe_triton.distributed.replicas import broadcast_parameters, check_replicas
+
+# These import DTensor or FSDP, which takes seconds: they are loaded when first asked for.
+_LAZY = {
+    "apply_fsdp2": "fsdp",
+    "broadcast_parameters": "replicas",
+    "check_replicas": "replicas",
+    "clip_grad_norm_": "gradients",
+    "reduce_gradients": "gradients",
+    "wrap_ddp": "gradients",
+}
 
 __all__ = [
     "ConfigurationMismatch",
@@ -12,6 +30,18 @@ __all__ = [
     "Group",
     "ParallelGroups",
     "RankTables",
+    "apply_fsdp2",
+    "broadcast_parameters",
+    "check_replicas",
+    "clip_grad_norm_",
     "make_groups",
     "plan",
+    "reduce_gradients",
+    "wrap_ddp",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)

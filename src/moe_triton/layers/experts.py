@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,7 @@ class Experts(nn.Module):
         self.num_experts = num_experts
         self.intermediate_size = intermediate_size
         self.expert_parallel = expert_parallel
+        self.gradient_scale = 1.0  # of the parameters' gradients; apply_fsdp2 corrects FSDP2's average by it
         if expert_parallel is not None:
             slices = expert_parallel.etp.size
             if intermediate_size % slices:
@@ -120,7 +122,17 @@ class Experts(nn.Module):
 
     @property
     def _parameters_in_order(self) -> Parameters:
-        return self.gate_up_proj, self.down_proj, self.gate_up_proj_bias, self.down_proj_bias
+        scale = self.gradient_scale
+
+        def scaled(parameter: Tensor) -> Tensor:
+            return parameter if scale == 1.0 else ScaleGradient.apply(parameter, scale)
+
+        return (
+            scaled(self.gate_up_proj),
+            scaled(self.down_proj),
+            None if self.gate_up_proj_bias is None else scaled(self.gate_up_proj_bias),
+            None if self.down_proj_bias is None else scaled(self.down_proj_bias),
+        )
 
     def forward(
         self,
@@ -170,6 +182,19 @@ class Experts(nn.Module):
         num_local, hidden_size, intermediate_size = self.down_proj.shape
         of = "" if num_local == self.num_experts else f" of {self.num_experts}"
         return f"{num_local}{of} x ({hidden_size}, {intermediate_size}), activation={self.spec.activation}"
+
+
+class ScaleGradient(torch.autograd.Function):
+    """The identity, with a gradient multiplied by a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.scale, None
 
 
 class FeedForward(nn.Module):

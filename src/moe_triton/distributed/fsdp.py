@@ -1,0 +1,54 @@
+"""FSDP2 for models with expert-parallel layers, with the experts' gradients divided by the right number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from moe_triton.checks import check_choice
+from moe_triton.distributed.groups import ParallelGroups
+from moe_triton.distributed.parameters import expert_modules
+
+
+def apply_fsdp2(
+    model: nn.Module,
+    groups: ParallelGroups,
+    *,
+    blocks: Iterable[nn.Module] = (),
+    rule: str = "mean",
+    **arguments: Any,
+) -> nn.Module:
+    """Shard the experts over the ranks that hold the same ones, and everything else over the data-parallel ranks.
+
+    FSDP2 averages gradients over the ranks that it shards over. For experts these are the edp copies, but their
+    gradients hold the tokens of all dp ranks: the average is ep times too large. Here experts are summed over edp and
+    divided by dp.
+
+    Args:
+        model: changed in place, and returned.
+        groups: from `make_groups`, the ones the layers' ExpertParallel was made from.
+        blocks: modules to shard as units of their own, such as the transformer's layers, innermost first.
+        rule: "mean": for losses that are means over a rank's tokens. "sum": for losses that sum over ranks.
+        arguments: of `torch.distributed.fsdp.fully_shard`: mp_policy, reshard_after_forward, offload_policy.
+
+    Raises:
+        ValueError: an unknown rule.
+    """
+    check_choice("rule", rule, ("mean", "sum"))
+    # FSDP2 averages over edp. What it gets is scaled, which needs no divide factor: that one counts twice on one rank.
+    scale = groups.edp.size / (groups.dp.size if rule == "mean" else 1)
+    for name, module, _ in list(expert_modules(model)):
+        if not hasattr(module, "gradient_scale"):
+            raise TypeError(f"model: got {type(module).__name__} at {name!r}, wanted Experts with a gradient_scale")
+        setattr(module, "gradient_scale", scale)  # noqa: B010 (nn.Module has it, its type does not)
+        fully_shard(module, mesh=groups.moe_mesh["edp"], **arguments)
+    for block in (*blocks, model):
+        fully_shard(block, mesh=groups.dp_mesh, **arguments)
+        if rule == "sum" and groups.dp.size > 1:
+            assert isinstance(block, FSDPModule)
+            block.set_gradient_divide_factor(1.0)
+            block.set_force_sum_reduction_for_comms(True)  # gloo has no reduction that divides
+    return model
