@@ -159,11 +159,13 @@ class ExpertParallel:
         recompute: bool,
         backend: str,
         beside: Callable[[], None] | None = None,
+        local: LocalExperts | None = None,
     ) -> Tensor:
         """The experts' outputs for this rank's tokens, [T, d].
 
         hidden [T, d]; weights [T, K]; ids [T, K] global, out of range where nothing is to be computed; parameters: of
         the local experts. capacity: tokens -> an expert's places, for mode "capacity". beside: run while rows travel.
+        local: what computes the experts, where that is not a backend.
         """
         name = runtime.choose(backend, hidden.device, hidden.dtype).name
         if name == "reference":
@@ -185,7 +187,7 @@ class ExpertParallel:
             fingerprint=fingerprint,
         )
         training = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, weights, *_flat(parameters)))
-        experts = LocalExperts(
+        experts = local or LocalExperts(
             num_experts=len(parameters[0]),
             spec=spec,
             backend=name,
@@ -311,8 +313,8 @@ class ExpertParallel:
         """The fingerprint of this layer's configuration; before it is first used, that all ranks have the same one."""
         mine: dict[str, object] = {
             "layer": layer, "num_experts": num_experts, "top_k": ids.shape[1], "hidden_size": hidden.shape[1],
-            "width": tuple(parameters[0][0].shape), "dtype": str(hidden.dtype), "ep": self.ep.size,
-            "etp": self.etp.size, "mode": self.mode, "chunks": self.chunks, "deduplicate": self.deduplicate,
+            "width": tuple(parameters[0][0].shape) if len(parameters[0]) else (), "dtype": str(hidden.dtype),
+            "ep": self.ep.size, "etp": self.etp.size, "mode": self.mode, "chunks": self.chunks, "deduplicate": self.deduplicate,
             "max_tokens_per_rank": self.max_tokens_per_rank, "max_rows_per_pair": self.max_rows_per_pair,
             "ranks_per_node": self.in_node.size, "activation": spec.activation, "backend": backend,
         }  # fmt: skip

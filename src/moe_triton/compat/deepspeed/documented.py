@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from moe_triton.compat.deepspeed import groups, layer
@@ -34,6 +36,7 @@ class MoE(layer.MoE):
         top2_2nd_expert_sampling: bool = True,
         expert_group_name: str | None = None,
         drop_policy: str = "probs",
+        exchange: dict[str, Any] | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__(
@@ -54,6 +57,7 @@ class MoE(layer.MoE):
             top2_2nd_expert_sampling=top2_2nd_expert_sampling,
             expert_group_name=expert_group_name,
             drop_policy=drop_policy,
+            exchange=exchange,
             backend=backend,
         )
         self.follows_groups = ep_size is None

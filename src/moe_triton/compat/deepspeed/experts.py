@@ -7,6 +7,7 @@ Shapes: R rows of tokens, K choices, d hidden size, n expert intermediate size.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +17,10 @@ from torch import Tensor, nn
 from moe_triton.checks import check_int
 from moe_triton.compat.deepspeed import groups
 from moe_triton.compat.deepspeed.mlps import MLP, is_tampered, recognise
-from moe_triton.experts import run_experts
+from moe_triton.dispatch import dispatch
+from moe_triton.distributed import ExpertParallel
+from moe_triton.distributed.stages import Saved
+from moe_triton.experts import Parameters, in_autocast_dtype, run_experts
 from moe_triton.records import Dispatch, ExpertSpec
 from moe_triton.reference import wide
 
@@ -62,27 +66,82 @@ class Experts(nn.Module):
         self.kinds = _kinds(experts[0])
         self.prepare()
 
-    def forward(self, hidden_states: Tensor, weights: Tensor, plan: Dispatch) -> Tensor:
-        """hidden_states [R, d], weights [R, K] and a Dispatch to the local experts -> weighted sums [R, d]."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        weights: Tensor,
+        plan: Dispatch,
+        *,
+        experts: Tensor | None = None,
+        expert_parallel: ExpertParallel | None = None,
+        capacity: Callable[[int], int | None] = lambda num_tokens: None,
+    ) -> Tensor:
+        """hidden_states [S, d], weights [S, K] and a Dispatch to all experts -> weighted sums [S, d].
+
+        experts [S, K], the choices that the Dispatch was made from, and `capacity` (tokens -> places of an expert) are
+        for an `expert_parallel`, over whose ranks the experts are spread.
+        """
+        mlps = self._mlps()
+        if expert_parallel is not None:
+            if experts is None:
+                raise ValueError("experts: got None, wanted the choices [S, K] with expert_parallel")
+            ids = torch.where(plan.position >= 0, experts, -1)
+            return self._spread(hidden_states, weights, ids, expert_parallel, capacity, mlps)
+        if mlps is None:
+            return self._one_by_one(hidden_states, weights, plan)
+        return run_experts(hidden_states, weights, plan, *mlps[0], mlps[1], backend=self.backend)
+
+    def _mlps(self) -> tuple[Parameters, ExpertSpec] | None:
+        """The parameters of experts that are MLPs, as they are, and what they compute; None for other experts."""
         linears = self._linears()
         if linears is None or self.mlp is None:
-            return self._one_by_one(hidden_states, weights, plan)
+            return None
         gate_up_biases = down_biases = None
         if linears[0][0].bias is not None:
             gate_up_biases = [_joined([up.bias for up in ups]) for *ups, _ in linears]
         if linears[0][-1].bias is not None:
             down_biases = [down.bias for *_, down in linears]
-        return run_experts(
-            hidden_states,
-            weights,
-            plan,
-            [_joined([up.weight for up in ups]) for *ups, _ in linears],
-            [down.weight for *_, down in linears],
-            gate_up_biases,
-            down_biases,
-            ExpertSpec(activation=self.mlp.activation),
-            backend=self.backend,
-        )
+        gate_ups = [_joined([up.weight for up in ups]) for *ups, _ in linears]
+        downs = [down.weight for *_, down in linears]
+        return (gate_ups, downs, gate_up_biases, down_biases), ExpertSpec(activation=self.mlp.activation)
+
+    def _spread(
+        self,
+        hidden_states: Tensor,
+        weights: Tensor,
+        ids: Tensor,
+        expert_parallel: ExpertParallel,
+        capacity: Callable[[int], int | None],
+        mlps: tuple[Parameters, ExpertSpec] | None,
+    ) -> Tensor:
+        """The experts of all ranks on this rank's tokens; ids [S, K], -1 where nothing is to be computed."""
+        dtype, device = hidden_states.dtype, hidden_states.device.type
+        local = None
+        if mlps is None:
+            num_local = self.num_local_experts
+            first = num_local * expert_parallel.ep.rank if expert_parallel.mode == "allgather" else 0
+            autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+            local = CalledExperts(self._one_by_one, list(self.parameters()), num_local, first, autocast)
+            parameters: Parameters = (local.modules_parameters, [], None, None)
+            spec = ExpertSpec(activation=type(self.deepspeed_experts[0]).__name__)
+        else:
+            parameters, spec = mlps
+            hidden_states, weights, parameters = in_autocast_dtype(hidden_states, weights, parameters)
+        with torch.autocast(device, enabled=False):
+            out = expert_parallel.run(
+                hidden_states,
+                weights,
+                ids,
+                parameters,
+                spec,
+                num_experts=self.num_local_experts * expert_parallel.ep.size,
+                layer=self.layer_name or "MoE layer",
+                capacity=capacity,
+                recompute=False,
+                backend=self.backend,
+                local=local,  # type: ignore[arg-type]
+            )
+        return out.to(dtype)
 
     def _linears(self) -> list[list[Any]] | None:
         """Every expert's Linears; None when the experts are no MLPs, or not what they were any more."""
@@ -153,6 +212,53 @@ class Experts(nn.Module):
         return f"{self.num_local_experts} local experts, " + (
             "called one by one" if self.mlp is None else f"fused, activation={self.mlp.activation}"
         )
+
+
+class CalledExperts:
+    """Any modules as the innermost stage of an exchange (`moe_triton.distributed.stages`): a graph of their own."""
+
+    def __init__(
+        self,
+        run: Callable[[Tensor, Tensor, Dispatch], Tensor],
+        modules_parameters: list[Tensor],
+        num_experts: int,
+        first_expert: int,
+        autocast: torch.dtype | None,
+    ) -> None:
+        self.run, self.modules_parameters, self.autocast = run, modules_parameters, autocast
+        self.num_experts, self.first_expert = num_experts, first_expert
+        self.keeps_graph = torch.is_grad_enabled()
+        self.parameters: Any = None  # set by who runs the stages, and not needed: the modules have theirs
+        self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.gradients: list[Tensor] | None = None
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, assignments: int, saved: Saved) -> Tensor:
+        """Rows [R, d], ids [R, J], weights [R, J] -> [R, d]."""
+        local = ids - self.first_expert
+        plan = dispatch(torch.where((local >= 0) & (local < self.num_experts), local, -1), self.num_experts)
+        cast = torch.autocast(x.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None)
+        with torch.set_grad_enabled(self.keeps_graph), cast:
+            x, weights = (t.detach().requires_grad_(self.keeps_graph) for t in (x, weights))
+            out = self.run(x, weights, plan)
+        self.calls.append((x, weights, out))
+        return out.detach()
+
+    def backward_rows(self, call: int, grad: Tensor, saved: Saved) -> tuple[Tensor, Tensor]:
+        """The gradients of a call's rows and weights; those of the parameters are added up on the way."""
+        x, weights, out = self.calls[call]
+        wanted = [p for p in self.modules_parameters if p.requires_grad]
+        grad_x, grad_weights, *found = torch.autograd.grad(
+            out, [x, weights, *wanted], grad, retain_graph=True, materialize_grads=True, allow_unused=True
+        )
+        found = found if self.gradients is None else [a + b for a, b in zip(self.gradients, found, strict=True)]
+        self.gradients = found
+        return grad_x, grad_weights
+
+    def backward_weights(self, needs: object, saved: Saved) -> tuple[list[Tensor | None], None, None, None]:
+        """The parameters' gradients as the first of the four groups; None for a frozen one."""
+        found = iter(self.gradients or [])
+        self.gradients = None
+        return [next(found) if p.requires_grad else None for p in self.modules_parameters], None, None, None
 
 
 def _take_own_experts(experts: Experts, state_dict: dict[str, Any], prefix: str, *_: object) -> None:

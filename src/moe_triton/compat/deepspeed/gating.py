@@ -204,6 +204,13 @@ class TopKGate(nn.Module):
                 x = x * Uniform(low, high, validate_args=False).sample(x.shape)
             return F.linear(x, self.wg.weight.to(dtype))
 
+    def capacity(self, num_tokens: int) -> int | None:
+        """Assignments that an expert keeps of one rank's tokens in the present mode; None for all."""
+        if not self.drop_tokens:
+            return None
+        factor = self.k * (self.capacity_factor if self.training else self.eval_capacity_factor)
+        return capacity(num_tokens, self.wg.out_features, factor, self.min_capacity)
+
     def forward(self, x: Tensor, used_token: Tensor | None = None) -> Gating:
         """x [S, d], used_token [S] or None."""
         return top_k_gating(

@@ -9,13 +9,14 @@ every size is 1 and every rank 0.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch.distributed as dist
 
 from moe_triton.checks import check_int
 from moe_triton.compat.deepspeed import upstream
+from moe_triton.distributed import Group, ParallelGroups, RankTables, make_groups, plan
 
 
 @dataclass
@@ -24,6 +25,7 @@ class _State:
 
     ep_size: int | None = None
     mpu: Any = None
+    parallel: dict[str, ParallelGroups] = field(default_factory=dict)
     expert_parallel: dict[str, Any] = field(default_factory=dict)
     expert_parallel_ranks: dict[str, Any] = field(default_factory=dict)
     expert_data_parallel: dict[str, Any] = field(default_factory=dict)
@@ -136,68 +138,72 @@ def create_expert_groups(ep_size: int, *, within_lanes: bool = False, data_befor
 
     Args:
         ep_size: ranks per expert-parallel group; divides the ranks of a pipeline stage (of a lane).
-        within_lanes: only ranks with the same model-parallel rank form groups (experts that are tensor-parallel too).
-            Else all ranks of a stage do, and model-parallel ranks share out their tokens.
+        within_lanes: only ranks with the same model-parallel rank form groups, and each lane runs all tokens (experts
+            that are tensor-parallel by themselves). Else all ranks of a stage do, and model-parallel ranks, which hold
+            the same tokens, send a share of them each.
         data_before_expert: expert-parallel groups are strided, expert-data-parallel ones consecutive.
+
+    Raises ValueError where the sizes do not fit, or the mpu's groups are not runs of consecutive ranks, as Megatron's.
     """
     name = group_name(ep_size)
-    if not dist.is_initialized() or name in _state.expert_parallel:
+    if not dist.is_initialized() or name in _state.parallel:
         return
-    tensor_parallel = tensor_parallel_world_size()
-    if within_lanes and upstream.groups is not None:
-        upstream.groups.expert_tensor_parallel_world_size = tensor_parallel
-    tables = expert_rank_tables(
-        dist.get_world_size(),
-        ep_size,
-        tensor_parallel if within_lanes else 1,
-        pipeline_parallel_world_size(),
-        data_before_expert,
+    sizes = tensor_parallel_world_size(), pipeline_parallel_world_size()
+    tables = rank_tables(
+        dist.get_world_size(), ep_size, *sizes, within_lanes=within_lanes, data_before_expert=data_before_expert
     )
-    for lists, groups, ranks in zip(
-        tables,
-        (_state.expert_parallel, _state.expert_data_parallel),
-        (_state.expert_parallel_ranks, _state.expert_data_parallel_ranks),
-        strict=True,
+    _check_mpu_ranks(tables)
+    parallel = make_groups(tables)
+    _state.parallel[name] = parallel
+    for group, groups, ranks in (
+        (parallel.ep, _state.expert_parallel, _state.expert_parallel_ranks),
+        (parallel.edp, _state.expert_data_parallel, _state.expert_data_parallel_ranks),
     ):
-        for members in lists:
-            group = dist.new_group(members)
-            if dist.get_rank() in members:
-                groups[name], ranks[name] = group, members
+        if name not in groups:  # DeepSpeed's own layers may have made them
+            groups[name], ranks[name] = _handle(group), list(group.ranks)
+    if within_lanes and upstream.groups is not None:
+        upstream.groups.expert_tensor_parallel_world_size = sizes[0]
 
 
-def expert_rank_tables(
+def rank_tables(
     world_size: int,
     ep_size: int,
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
+    *,
+    within_lanes: bool = False,
     data_before_expert: bool = False,
-) -> tuple[list[list[int]], list[list[int]]]:
-    """(expert-parallel groups, expert-data-parallel groups), as lists of ranks in the order of their making.
+) -> RankTables:
+    """DeepSpeed's expert-parallel (.ep) and expert-data-parallel (.edp) groups, as lists of ranks.
 
-    W=8, ep=2: [0,1][2,3][4,5][6,7] and [0,2,4,6][1,3,5,7]. With tensor_parallel=2: [0,2][4,6][1,3][5,7] and
-    [0,4][2,6][1,5][3,7]. W=8, ep=2, data before expert: [0,4][1,5][2,6][3,7] and [0,1,2,3][4,5,6,7].
+    W=8, ep=2: [0,1][2,3][4,5][6,7] and [0,2,4,6][1,3,5,7]. With tensor_parallel=2, within lanes: [0,2][4,6][1,3][5,7]
+    and [0,4][2,6][1,5][3,7]. W=8, ep=2, data before expert: [0,4][1,5][2,6][3,7] and [0,1,2,3][4,5,6,7].
     """
-    stage_size = world_size // pipeline_parallel
-    lane_size = stage_size // tensor_parallel
-    if world_size != lane_size * tensor_parallel * pipeline_parallel:
-        raise ValueError(
-            f"world_size: got {world_size}, wanted a multiple of tensor {tensor_parallel} x pipeline "
-            f"{pipeline_parallel} parallelism"
-        )
-    if lane_size % ep_size:
-        raise ValueError(f"ep_size: got {ep_size}, wanted a divisor of the {lane_size} data-parallel ranks")
-    expert_parallel, expert_data_parallel = [], []
-    for stage in range(0, world_size, stage_size):
-        for first in range(stage, stage + tensor_parallel):
-            lane = list(range(first, stage + stage_size, tensor_parallel))
-            num_groups = lane_size // ep_size
-            if data_before_expert:
-                groups = [lane[i::num_groups] for i in range(num_groups)]
-            else:
-                groups = [lane[i * ep_size : (i + 1) * ep_size] for i in range(num_groups)]
-            expert_parallel += groups
-            expert_data_parallel += [list(ranks) for ranks in zip(*groups, strict=True)]
-    return expert_parallel, expert_data_parallel
+    options = {"pp": pipeline_parallel, "tp": tensor_parallel, "ep": ep_size}
+    if within_lanes and data_before_expert:
+        lanes = plan(world_size, **options, etp=tensor_parallel, order="data-before-expert")
+        return replace(lanes, order="tp-replicated", etp=[[rank] for ranks in lanes.etp for rank in ranks])
+    strided = "data-before-expert" if data_before_expert else "ep-consecutive"
+    return plan(world_size, **options, order="tp-replicated" if within_lanes else strided)
+
+
+def parallel_groups(ep_size: int) -> ParallelGroups | None:
+    """What the exchange runs over; None where `create_expert_groups` has made nothing."""
+    return _state.parallel.get(group_name(ep_size))
+
+
+def _handle(group: Group) -> dist.ProcessGroup:
+    """DeepSpeed wants a process group even where there is nobody to talk to."""
+    return group.handle or dist.new_group(list(group.ranks), use_local_synchronization=True)
+
+
+def _check_mpu_ranks(tables: RankTables) -> None:
+    for kind, names in (("tp", TENSOR), ("dp", DATA)):
+        group = _ask(get_mpu(), names, "group", None)
+        wanted = tables.group_of(kind, dist.get_rank())
+        if isinstance(group, dist.ProcessGroup) and dist.get_process_group_ranks(group) != wanted:
+            got = dist.get_process_group_ranks(group)
+            raise ValueError(f"mpu: got the {names[0]} ranks {got}, wanted {wanted}")
 
 
 # The model parallel unit. Megatron and DeepSpeed have had several names for the same things. --------------------------
@@ -271,8 +277,7 @@ def _check_started() -> None:
 
 def is_within_lanes(name: str) -> bool:
     """Whether the group keeps to one model-parallel lane (see `create_expert_groups`)."""
-    replicas = get_expert_parallel_world_size(name) * get_expert_data_parallel_world_size(name)
-    return replicas * pipeline_parallel_world_size() < _world_size()
+    return name in _state.parallel and _state.parallel[name].tables.order == "tp-replicated"
 
 
 def get_expert_parallel_group(name: str) -> Any:

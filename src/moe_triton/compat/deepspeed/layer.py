@@ -12,16 +12,19 @@ from moe_triton.checks import check_choice, check_int, check_tensor
 from moe_triton.compat.deepspeed import groups, upstream
 from moe_triton.compat.deepspeed.experts import Experts
 from moe_triton.compat.deepspeed.gating import TopKGate
+from moe_triton.distributed import ExpertParallel
 from moe_triton.runtime import BACKENDS
 
 _layer_numbers = itertools.count()
 
 
 class MOELayer(nn.Module):
-    """gate -> experts, with the loss and the counts of the last forward in `l_aux` and `exp_counts`."""
+    """gate -> exchange -> experts -> exchange, with the loss and the counts of the last forward as attributes."""
 
+    TRANSIENT = ("l_aux", "exp_counts", "expert_parallel")
     l_aux: Tensor | None = None
     exp_counts: Tensor | None = None
+    expert_parallel: ExpertParallel | None = None
 
     def __init__(self, gate: TopKGate, experts: Experts) -> None:
         super().__init__()
@@ -33,12 +36,19 @@ class MOELayer(nn.Module):
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         gating = self.gate(x, None if used_token is None else used_token.reshape(-1))
         self.l_aux, self.exp_counts = gating.l_aux, gating.exp_counts
-        output = self.experts(x, gating.weights, gating.plan).reshape(hidden_states.shape)
-        return output, gating.l_aux, gating.exp_counts
+        output = self.experts(
+            x,
+            gating.weights,
+            gating.plan,
+            experts=gating.experts,
+            expert_parallel=self.expert_parallel,
+            capacity=self.gate.capacity,
+        )
+        return output.reshape(hidden_states.shape), gating.l_aux, gating.exp_counts
 
     def __getstate__(self) -> dict[str, Any]:
-        # tensors that carry a graph can be neither copied nor pickled
-        return {name: value for name, value in super().__getstate__().items() if name not in ("l_aux", "exp_counts")}
+        # tensors that carry a graph, and process groups, can be neither copied nor pickled
+        return {name: value for name, value in super().__getstate__().items() if name not in self.TRANSIENT}
 
 
 class MoE(upstream.MoE):
@@ -65,6 +75,7 @@ class MoE(upstream.MoE):
             order of construction. The process group's key stays "ep_size_{ep_size}", in the attribute that DeepSpeed's
             engine reads, `expert_group_name`; the given name is in `layer_name`, here and on each expert parameter.
         drop_policy: for k > 2, "probs" or "position"; see `gating.top_k_gating`.
+        exchange: options of `moe_triton.distributed.ExpertParallel` (mode, chunks, deduplicate, ...) for ep_size > 1.
         backend: "auto", "triton", "torch" or "reference".
 
     Raises:
@@ -91,6 +102,7 @@ class MoE(upstream.MoE):
         *,
         expert_group_name: str | None = None,
         drop_policy: str = "probs",
+        exchange: dict[str, Any] | None = None,
         backend: str = "auto",
     ) -> None:
         nn.Module.__init__(self)  # not upstream's, which would build its own layer
@@ -102,6 +114,7 @@ class MoE(upstream.MoE):
             raise ValueError(f"num_experts: got {num_experts}, wanted a multiple of ep_size={ep_size}")
         if expert_group_name is not None and not isinstance(expert_group_name, str):
             raise TypeError(f"expert_group_name: got {expert_group_name!r}, wanted a str or None")
+        self.exchange = dict(exchange or {})
         self.hidden_size = hidden_size
         self.use_residual = use_residual
         self.enable_expert_tensor_parallelism = enable_expert_tensor_parallelism
@@ -140,12 +153,23 @@ class MoE(upstream.MoE):
             self.deepspeed_moe.experts.prepare()
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """Make the layer's process groups if there are none, and bind them. DeepSpeed's engine calls it."""
+        """Make the layer's process groups if there are none, and bind them. DeepSpeed's engine calls it on every rank.
+
+        Without the engine the first forward does. Raises RuntimeError where ep_size > 1 and torch.distributed is not
+        initialised.
+        """
         groups.create_expert_groups(
             self.ep_size,
-            within_lanes=self.enable_expert_tensor_parallelism,
+            within_lanes=self.enable_expert_tensor_parallelism and groups.get_mpu() is not None,
             data_before_expert=use_data_before_expert_parallel_,
         )
+        parallel = groups.parallel_groups(self.ep_size)
+        if parallel is None:
+            if self.ep_size > 1:
+                raise RuntimeError(f"ep_size: got {self.ep_size}, but torch.distributed is not initialised")
+            return
+        expert_parallel = ExpertParallel(parallel, **self.exchange)
+        self.deepspeed_moe.expert_parallel = None if expert_parallel.is_alone else expert_parallel
 
     def forward(self, hidden_states: Tensor, used_token: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Run the layer.
@@ -161,6 +185,8 @@ class MoE(upstream.MoE):
         check_tensor("hidden_states", hidden_states)
         if hidden_states.dim() < 1 or hidden_states.shape[-1] != self.hidden_size:
             raise ValueError(f"hidden_states: got shape {list(hidden_states.shape)}, wanted [..., {self.hidden_size}]")
+        if self.ep_size > 1 and self.deepspeed_moe.expert_parallel is None:
+            self.set_deepspeed_parallelism()
         output, l_aux, exp_counts = self.deepspeed_moe(hidden_states, used_token)
         if self.use_residual:
             dense = self.mlp(hidden_states)
