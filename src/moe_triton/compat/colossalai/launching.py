@@ -147,7 +147,7 @@ def initialize(
     settings = settings_of(global_context.config)
     if torch.cuda.is_available():
         model.cuda()
-    broadcast_parameters(model)
+    broadcast_parameters(model, global_context.groups())
     model.register_forward_pre_hook(lambda *_: MOE_CONTEXT.reset_loss())
     handlers = [MoeGradientHandler(model, optimizer)] if MOE_CONTEXT.is_initialized or holds_experts(model) else []
     engine = Engine(
@@ -159,5 +159,7 @@ def initialize(
         gradient_accumulation=settings.gradient_accumulation,
     )
     if verbose:
-        get_dist_logger().info(f"engine with {', '.join(type(h).__name__ for h in handlers) or 'no handler'}", ranks=[0])
+        get_dist_logger().info(
+            f"engine with {', '.join(type(h).__name__ for h in handlers) or 'no handler'}", ranks=[0]
+        )
     return engine, train_dataloader, test_dataloader, lr_scheduler

@@ -158,7 +158,9 @@ class Top1Router(MoeRouter):
         common = _common(options)
         is_first = _is_first_generation(_top1_v002, args, options, common.pop("generation"))
         given = _bound(_top1_v002 if is_first else _top1_v016, args, options)
-        super().__init__(top_k=1, noise_on="choice" if is_first else "logits", **_by_generation(is_first), **given, **common)
+        super().__init__(
+            top_k=1, noise_on="choice" if is_first else "logits", **_by_generation(is_first), **given, **common
+        )
 
 
 class Top2Router(MoeRouter):
@@ -265,5 +267,7 @@ def _bound(signature: Callable[..., dict[str, Any]], args: tuple[Any, ...], opti
     try:
         wanted.bind(*args, **options)
     except TypeError as error:
-        raise TypeError(f"router: {error}; wanted the arguments of one generation, {tuple(wanted.parameters)}") from None
+        raise TypeError(
+            f"router: {error}; wanted the arguments of one generation, {tuple(wanted.parameters)}"
+        ) from None
     return signature(*args, **options)
