@@ -3,7 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from moe_triton.distributed.errors import ConfigurationMismatch, ExpertParallelError
+from moe_triton.distributed.checkpoint import load_checkpoint, save_checkpoint
+from moe_triton.distributed.errors import CheckpointError, ConfigurationMismatch, ExpertParallelError
 from moe_triton.distributed.expert_parallel import ExpertParallel
 from moe_triton.distributed.groups import Group, ParallelGroups, make_groups
 from moe_triton.distributed.plan import RankTables, plan
@@ -24,6 +25,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "CheckpointError",
     "ConfigurationMismatch",
     "ExpertParallel",
     "ExpertParallelError",
@@ -34,9 +36,11 @@ __all__ = [
     "broadcast_parameters",
     "check_replicas",
     "clip_grad_norm_",
+    "load_checkpoint",
     "make_groups",
     "plan",
     "reduce_gradients",
+    "save_checkpoint",
     "wrap_ddp",
 ]
 

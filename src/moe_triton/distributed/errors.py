@@ -21,6 +21,10 @@ class ConfigurationMismatch(ExpertParallelError):
     """The ranks of a group do not agree on what they are about to compute."""
 
 
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read, or does not fit the model. The same on every rank; names the file."""
+
+
 Identity = tuple[str, int, int]  # host, process id, start time of the process in clock ticks (0 where unknown)
 
 

@@ -103,6 +103,12 @@ class Experts(nn.Module):
             return range(self.num_experts)
         return self.expert_parallel.experts_of(self.num_experts)
 
+    @property
+    def sliced_dimensions(self) -> dict[str, tuple[int, int]]:
+        """What expert tensor parallelism slices: parameter -> (dimension, parts), gate and up being sliced apart."""
+        parts = 2 if self.spec.is_gated else 1
+        return {"gate_up_proj": (1, parts), "gate_up_proj_bias": (1, parts), "down_proj": (2, 1)}
+
     def local_slice(self, whole: Tensor, *, is_down: bool = False) -> Tensor:
         """This rank's part of one expert's whole parameter: all of it without expert tensor parallelism.
 

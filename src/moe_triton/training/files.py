@@ -1,4 +1,4 @@
-"""Files that are either the old one or the new one, never half of each."""
+"""The files of a training run: replaced atomically, or written line by line."""
 
 from __future__ import annotations
 
@@ -8,46 +8,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from moe_triton import files
+from moe_triton.files import reason
 from moe_triton.training.errors import TrainingError
 
 
-def reason(error: OSError) -> str:
-    """The system's words for an error, such as "No space left on device"."""
-    return error.strerror or str(error)
-
-
 def replace_file(path: Path, chunks: Iterable[bytes]) -> None:
-    """Writes `path` atomically: a temporary file beside it, flushed to disk, then renamed over it.
-
-    Whatever happens on the way (a full disk, ctrl-C), the old file stays as it was and the temporary one is removed;
-    a kill may leave `path` + ".tmp" behind, which the next write overwrites. Raises TrainingError naming the file.
-    """
-    temporary = path.with_name(path.name + ".tmp")
+    """`moe_triton.files.replace_file`, but raises TrainingError naming the file."""
     try:
-        try:
-            with open(temporary, "wb") as file:
-                for chunk in chunks:
-                    file.write(chunk)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            sync_directory(path.parent)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        files.replace_file(path, chunks)
     except OSError as error:
         raise TrainingError(f"cannot write {path}: {reason(error)}; what was there before is intact") from error
-
-
-def sync_directory(path: Path) -> None:
-    """Makes a rename durable. Only POSIX systems can open a directory; elsewhere the rename alone has to do."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class MetricsFile:

@@ -181,6 +181,8 @@ class Experts(MoeExperts):
                 if name in self.paths or hasattr(self, name):
                     raise ValueError(f"expert: the name of its tensor {path} is taken here, wanted another one")
                 stacked = torch.stack([one[path].detach() for one in named])
+                if kind == "buffers" and self.parallel.ep.size > 1:
+                    raise ValueError(f"expert: has a buffer, {path}, wanted parameters only for experts over ranks")
                 if kind == "parameters":
                     self.register_parameter(name, nn.Parameter(stacked, requires_grad=tensor.requires_grad))
                 else:

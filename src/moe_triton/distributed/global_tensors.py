@@ -1,0 +1,177 @@
+"""A model's tensors as parts of global ones: which boxes of [E, ...] lie on this rank, whatever spread them.
+
+Three things spread a parameter, and each only cuts boxes out of the one before: expert parallelism gives a rank some
+experts, expert tensor parallelism a slice of each, and FSDP2 a shard of what is then there.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Offset = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlobalTensor:
+    """A tensor of the whole model, and the boxes of it that are here.
+
+    boxes   by their offset in the global tensor: views of this rank's memory, so that a load can write into them.
+            Ranks that hold the same experts, or the same dense parameter, have the same boxes.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    boxes: dict[Offset, Tensor]
+
+
+class Span(NamedTuple):
+    """Indices [start, stop) of a local dimension that lie at [to, ...) of the global one."""
+
+    start: int
+    stop: int
+    to: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertLayout:
+    """How a rank's expert parameter lies in the global one.
+
+    experts       the expert of each local slot, by global id
+    num_experts   E
+    sliced        (the dimension that expert tensor parallelism slices, in how many parts: 2 for gate and up), or None
+    slices, slot  into how many slices, and which of them is here
+    """
+
+    experts: tuple[int, ...]
+    num_experts: int
+    sliced: tuple[int, int] | None = None
+    slices: int = 1
+    slot: int = 0
+
+    def spread(self, shape: list[int], spans: list[list[Span]]) -> None:
+        """Turns the local shape, and every dimension's spans, into the global ones."""
+        shape[0] = self.num_experts
+        spans[0] = list(_runs(self.experts))
+        if self.sliced is not None and self.slices > 1:
+            dim, parts = self.sliced
+            size = shape[dim] // parts
+            spans[dim] = [Span(i * size, (i + 1) * size, (i * self.slices + self.slot) * size) for i in range(parts)]
+            shape[dim] *= self.slices
+
+
+def _runs(experts: Iterable[int]) -> Iterator[Span]:
+    """Consecutive ids in consecutive slots are one box."""
+    for _, run in itertools.groupby(enumerate(experts), key=lambda pair: pair[1] - pair[0]):
+        slots = list(run)
+        yield Span(slots[0][0], slots[-1][0] + 1, slots[0][1])
+
+
+def as_global(tensor: Tensor, layout: ExpertLayout | None) -> GlobalTensor:
+    """`tensor`: a plain tensor, or a DTensor, whose shards are then cut further."""
+    shape = list(tensor.shape)
+    spans = [[Span(0, size, 0)] for size in shape]
+    if layout is not None:
+        layout.spread(shape, spans)
+    boxes = {}
+    for start, local in _shards(tensor.detach()):
+        for spot in itertools.product(*spans):
+            lows = [max(span.start, low) for span, low in zip(spot, start, strict=True)]
+            highs = [min(span.stop, low + n) for span, low, n in zip(spot, start, local.shape, strict=True)]
+            if any(low >= high for low, high in zip(lows, highs, strict=True)):
+                continue
+            view = local
+            for dim, (low, high) in enumerate(zip(lows, highs, strict=True)):
+                view = view.narrow(dim, low - start[dim], high - low)
+            boxes[tuple(span.to + low - span.start for span, low in zip(spot, lows, strict=True))] = view
+    return GlobalTensor(shape=tuple(shape), dtype=tensor.dtype, boxes=boxes)
+
+
+def _shards(tensor: Tensor) -> list[tuple[Offset, Tensor]]:
+    """(offset, what is here): of a DTensor, in the words of torch.distributed.checkpoint's protocol for it."""
+    if not hasattr(tensor, "__create_chunk_list__"):
+        return [((0,) * tensor.dim(), tensor)]
+    chunks: list[Any] = tensor.__create_chunk_list__()
+    return [(tuple(chunk.offsets), tensor.to_local()) for chunk in chunks]  # type: ignore[attr-defined]
+
+
+class ModelTensor(NamedTuple):
+    """A parameter or persistent buffer, as it lives in the model."""
+
+    live: Tensor
+    layout: ExpertLayout | None
+
+    def as_global(self) -> GlobalTensor:
+        return as_global(self.live, self.layout)
+
+
+def model_tensors(model: nn.Module) -> dict[str, ModelTensor]:
+    """The model's parameters and persistent buffers by name; one that has several names by the first of them.
+
+    A module whose `expert_parallel` is not None holds experts: its own parameters are [local experts, ...], and it has
+    `num_experts` and `local_experts`, the ids of the local ones. Wrappers (DistributedDataParallel, torch.compile,
+    activation checkpointing) leave no trace in the names.
+
+    Raises:
+        TypeError: the model is no Module, or its state dict has something else than tensors.
+        ValueError: a tensor on the meta device; an expert module that does not say how its parameters are sliced.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
+    model = _unwrapped(model)
+    layouts = {
+        id(parameter): _expert_layout(name, module, own)
+        for name, module in model.named_modules()
+        if getattr(module, "expert_parallel", None) is not None
+        for own, parameter in module.named_parameters(recurse=False)
+    }
+    found: dict[str, ModelTensor] = {}
+    seen: set[int] = set()
+    for key, value in model.state_dict(keep_vars=True).items():
+        name = ".".join(part for part in key.split(".") if part not in WRAPPERS)
+        if not isinstance(value, Tensor):
+            raise TypeError(f"model: its state dict has a {type(value).__name__} at {name!r}, wanted tensors only")
+        if value.is_meta:
+            raise ValueError(f"model: {name!r} is on the meta device, wanted memory to read or write")
+        if id(value) not in seen:
+            seen.add(id(value))
+            found[name] = ModelTensor(value, layouts.get(id(value)))
+    return found
+
+
+def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that hold experts, spread or not, by name."""
+    found = {}
+    for key, module in _unwrapped(model).named_modules():
+        if hasattr(module, "expert_parallel") and hasattr(module, "num_experts"):
+            found[".".join(part for part in key.split(".") if part not in WRAPPERS)] = module
+    return found
+
+
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while isinstance(model, nn.parallel.DistributedDataParallel) or "_orig_mod" in model._modules:
+        model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model._orig_mod
+    return model
+
+
+def _expert_layout(name: str, module: Any, own: str) -> ExpertLayout:
+    etp = module.expert_parallel.etp
+    if etp.size > 1 and not hasattr(module, "sliced_dimensions"):
+        raise ValueError(
+            f"model: {name} has {etp.size} expert slices, but no `sliced_dimensions` that say how {own!r} is sliced"
+        )
+    return ExpertLayout(
+        experts=tuple(module.local_experts),
+        num_experts=module.num_experts,
+        sliced=module.sliced_dimensions.get(own) if etp.size > 1 else None,
+        slices=etp.size,
+        slot=etp.rank,
+    )
