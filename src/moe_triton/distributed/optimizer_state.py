@@ -94,9 +94,7 @@ class Restoration:
         self.optimizer = optimizer
         self.tensors: dict[str, GlobalTensor] = {}
         self.state: dict[int, dict[str, Any]] = {}
-        self.settings = [
-            {key: decode(value) for key, value in group["settings"].items()} for group in saved["groups"]
-        ]
+        self.settings = [{key: decode(value) for key, value in group["settings"].items()} for group in saved["groups"]]
         for index, name in enumerate(name for group in names for name in group):
             parameter, layout = model[name]
             for entry, value in saved["state"].get(name, {}).items():

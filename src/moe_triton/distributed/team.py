@@ -93,7 +93,11 @@ def _words(error: BaseException) -> str:
     """An exception of ours speaks for itself; of others the kind says more than the text alone."""
     lines = str(error).strip().splitlines()
     text = lines[0] if lines else ""
-    return text if isinstance(error, (CheckpointError, TypeError, ValueError, OSError)) else f"{type(error).__name__}: {text}"
+    return (
+        text
+        if isinstance(error, (CheckpointError, TypeError, ValueError, OSError))
+        else f"{type(error).__name__}: {text}"
+    )
 
 
 def _portable(error: Exception | None) -> Exception | None:

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from moe_triton.compat.colossalai.context.parallel_context import global_context
 from moe_triton.compat.colossalai.context.parallel_mode import ParallelMode
-from moe_triton.distributed.gradients import broadcast_parameters
 from moe_triton.distributed.parameters import expert_parameters
+from moe_triton.distributed.replicas import broadcast_parameters
 
 
 def get_current_device() -> torch.device:

@@ -127,8 +127,10 @@ class Engine:
             self.backward(loss)
         if loss is None:
             MOE_CONTEXT.reset_loss()
-        found = (output.detach() if isinstance(output, Tensor) else output, label) if return_output_label else (None,) * 2
-        return *found, None if loss is None or not return_loss else loss.detach()
+        loss = loss.detach() if loss is not None and return_loss else None
+        if not return_output_label:
+            return None, None, loss
+        return output.detach() if isinstance(output, Tensor) else output, label, loss
 
 
 def to_device(batch: Any) -> Any:

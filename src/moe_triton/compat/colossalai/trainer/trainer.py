@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
@@ -166,11 +167,12 @@ class Trainer:
             TextColumn("{task.fields[words]}"),
             TimeRemainingColumn(),
         )
-        progress = Progress(*columns, transient=True, disable=not wanted or global_context.get_global_rank() != 0)
+        shown = wanted and global_context.get_global_rank() == 0 and Console().is_terminal
+        progress = Progress(*columns, transient=True, disable=not shown)
         task = progress.add_task(title, total=total, words="")
 
         def advance(loss: Tensor | None) -> None:
-            if not progress.disable:
+            if shown:
                 progress.update(task, advance=1, words="" if loss is None else f"loss {float(loss):.4f}")
 
         with progress:

@@ -42,7 +42,7 @@ class _Linear1D(nn.Linear):
         return torch.cat(own, dim)
 
 
-class Linear1D_Col(_Linear1D):  # noqa: N801
+class Linear1D_Col(_Linear1D):
     """[..., in] -> [..., out / ranks]: this rank's outputs.
 
     parts: the outputs are so many matrices beside each other (3 for query, key and value), each split by itself.
@@ -55,7 +55,7 @@ class Linear1D_Col(_Linear1D):  # noqa: N801
         return F.linear(_Copied.apply(input, self.group), self.weight, self.bias)
 
 
-class Linear1D_Row(_Linear1D):  # noqa: N801
+class Linear1D_Row(_Linear1D):
     """[..., in / ranks], this rank's inputs -> [..., out], summed over the ranks; the bias, whole everywhere, once."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:

@@ -71,9 +71,8 @@ class MoeExperts(nn.Module):
         parameters = list(self.parameters(recurse=False))
         local = CalledExperts(run, parameters, self.num_local_experts, first, autocast)
         with torch.autocast(device, enabled=False):
-            return self._exchange(
-                hidden, weights, plan, ids, (parameters, [], None, None), ExpertSpec(activation="called"), capacity, local
-            )
+            spec = ExpertSpec(activation="called")
+            return self._exchange(hidden, weights, plan, ids, (parameters, [], None, None), spec, capacity, local)
 
     def run_fused(
         self,
@@ -137,9 +136,7 @@ class Experts(MoeExperts):
         ValueError, TypeError: E does not fit the ranks, or `expert` is no class of Modules.
     """
 
-    def __init__(
-        self, expert: Any = None, num_experts: int = 1, *, expert_cls: Any = None, **expert_args: Any
-    ) -> None:
+    def __init__(self, expert: Any = None, num_experts: int = 1, *, expert_cls: Any = None, **expert_args: Any) -> None:
         super().__init__()
         if (expert is None) == (expert_cls is None):
             raise TypeError("expert, expert_cls: wanted one of the two, the class of an expert")

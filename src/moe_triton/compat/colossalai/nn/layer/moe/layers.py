@@ -28,8 +28,8 @@ NOISY_POLICIES = (None, "Jitter", "Gaussian")
 class MoeLayer(nn.Module):
     """gate -> router -> experts. Returns the output; the auxiliary loss is in the MoE context, for `MoeLoss`.
 
-    The gate is the layer's own and computes in fp32 (fp64 for fp64 weights): an nn.Linear with bias in v0.0.2, in v0.1.6
-    one without, from a normal distribution with std sqrt(0.1 / d), cut off at 2.
+    The gate is the layer's own and computes in fp32 (fp64 for fp64 weights): an nn.Linear with bias in v0.0.2; in
+    v0.1.6 one without, from a normal distribution with std sqrt(0.1 / d), cut off at 2.
 
     The loss of a forward is E / K * sum_e (share of the assignments wanted of e) * (mean probability of e), before
     anything is dropped, over the tokens of all ranks: the shares of the ranks average to it.
