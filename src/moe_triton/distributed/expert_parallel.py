@@ -373,7 +373,8 @@ class _Exchanged(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved, flat = Saved(ctx.saved_tensors[: ctx.num_saved]), ctx.saved_tensors[ctx.num_saved :]
+        tensors = ctx.saved_tensors  # read once: activation checkpointing lets go of what it gave
+        saved, flat = Saved(tensors[: ctx.num_saved]), tensors[ctx.num_saved :]
         experts: LocalExperts = ctx.experts
         experts.parameters = _parameters(flat, ctx.sizes, ctx.stacked)
         wanted, needs, start = ctx.needs_input_grad[7:], [], 0
