@@ -29,6 +29,13 @@ class BaseHook:
     def __init__(self, priority: int = 10) -> None:
         self.priority = priority
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint of the trainer keeps of the hook."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`."""
+
     def after_hook_is_attached(self, trainer: Trainer) -> None: ...
     def before_train(self, trainer: Trainer) -> None: ...
     def after_train(self, trainer: Trainer) -> None: ...
@@ -108,6 +115,12 @@ class LRSchedulerHook(BaseHook):
         self.lr_scheduler = lr_scheduler
         self.by_epoch = by_epoch
         self.store_lr_in_state = store_lr_in_state
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.lr_scheduler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.lr_scheduler.load_state_dict(state)
 
     def after_train_iter(self, trainer: Trainer, output: Any, label: Any, loss: Tensor) -> None:
         if not self.by_epoch and trainer.has_stepped:

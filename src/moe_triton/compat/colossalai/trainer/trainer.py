@@ -45,6 +45,7 @@ class Trainer:
         self.has_stepped = False
         self.metrics: dict[str, dict[str, list[float]]] = {"train": {}, "test": {}}
         self.hooks: list[BaseHook] = []
+        self._hook_states: dict[str, dict[str, Any]] = {}
 
     def fit(
         self,
@@ -97,13 +98,15 @@ class Trainer:
 
     def save(self, folder: str | Path) -> None:
         """Save model, optimizer, metrics and place; every rank calls it. Loads on any number of ranks."""
-        extra = {"epoch": self.cur_epoch, "step": self.cur_step, "metrics": self.metrics}
+        states = {type(hook).__name__: state for hook in self.hooks if (state := hook.state_dict())}
+        extra = {"epoch": self.cur_epoch, "step": self.cur_step, "metrics": self.metrics, "hooks": states}
         save_checkpoint(folder, self.engine.model, self.engine.optimizer, extra=extra)
 
     def load(self, folder: str | Path) -> None:
-        """Go on from what `save` wrote, on any number of ranks."""
+        """Go on from what `save` wrote, on any number of ranks; the hooks' states wait for the next `fit`."""
         extra = load_checkpoint(folder, self.engine.model, self.engine.optimizer)
         self.cur_epoch, self.cur_step, self.metrics = extra["epoch"], extra["step"], extra["metrics"]
+        self._hook_states = extra["hooks"]
 
     def _train_epoch(
         self, loader: Any, epochs: int, max_steps: int | None, display_progress: bool, return_output_label: bool
@@ -151,6 +154,9 @@ class Trainer:
             if not isinstance(hook, BaseHook):
                 raise TypeError(f"hooks: got {type(hook).__name__}, wanted instances of BaseHook")
         self.hooks = sorted(hooks, key=lambda hook: hook.priority)
+        for hook in self.hooks:
+            if state := self._hook_states.pop(type(hook).__name__, None):
+                hook.load_state_dict(state)
         self._call("after_hook_is_attached")
 
     def _call(self, moment: str, *args: Any) -> None:
