@@ -349,7 +349,8 @@ class ExpertParallel:
         return {
             "num_experts": num_experts, "top_k": ids.shape[1], "hidden_size": hidden.shape[1],
             "width": tuple(parameters[0][0].shape) if len(parameters[0]) else (), "dtype": str(hidden.dtype),
-            "ep": self.ep.size, "etp": self.etp.size, "mode": self.mode, "chunks": self.chunks, "deduplicate": self.deduplicate,
+            "ep": self.ep.size, "etp": self.etp.size, "mode": self.mode, "chunks": self.chunks,
+            "deduplicate": self.deduplicate,
             "max_tokens_per_rank": self.max_tokens_per_rank, "max_rows_per_pair": self.max_rows_per_pair,
             "ranks_per_node": self.in_node.size, "activation": spec.activation, "backend": backend, "capacity": even,
         }  # fmt: skip

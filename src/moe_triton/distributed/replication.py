@@ -104,7 +104,7 @@ def rebalance(
         todo = moves(now, new)
         for tensor in _slot_tensors(module, optimizer):
             _move(tensor, todo, new.slots_per_rank, parallel, name)
-        module.place(new)
+        module.set_placement(new)
         assert module.load is not None
         module.load.zero_()
         found.append(Rebalanced(layer=name, before=now.imbalance, after=new.imbalance, moved=len(todo)))

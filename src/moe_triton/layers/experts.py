@@ -100,7 +100,7 @@ class Experts(nn.Module):
             loads = torch.ones(self.num_experts)
             self.placement = build_placement(self.physical_to_logical, loads, self.placement.num_ranks)
 
-    def place(self, placement: Placement) -> None:
+    def set_placement(self, placement: Placement) -> None:
         """Say which expert each slot holds now; `moe_triton.distributed.rebalance` moves the parameters along."""
         assert self.physical_to_logical is not None
         self.placement = placement

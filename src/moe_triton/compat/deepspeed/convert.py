@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from moe_triton.compat.deepspeed.layer import MoE
-from moe_triton.compat.deepspeed.mlps import is_tampered, recognise
+from moe_triton.compat.mlps import is_tampered, recognise
 
 PARTS = {
     "": "deepspeed.moe.layer.MoE",

@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moe_triton.checks import check_int
+from moe_triton.compat.called import CalledExperts, call_one_by_one
 from moe_triton.compat.deepspeed import groups
-from moe_triton.compat.deepspeed.mlps import MLP, is_tampered, recognise
-from moe_triton.dispatch import dispatch
+from moe_triton.compat.mlps import MLP, is_tampered, recognise
 from moe_triton.distributed import ExpertParallel
-from moe_triton.distributed.stages import Saved
 from moe_triton.experts import Parameters, in_autocast_dtype, run_experts
 from moe_triton.records import Dispatch, ExpertSpec
-from moe_triton.reference import wide
 
 
 class Experts(nn.Module):
@@ -159,20 +156,7 @@ class Experts(nn.Module):
 
     def _one_by_one(self, hidden_states: Tensor, weights: Tensor, plan: Dispatch) -> Tensor:
         """Each expert on its own rows, [1, 1, rows, d] as DeepSpeed has four dimensions; one host sync."""
-        bounds = plan.offsets.tolist()
-        size_d, num_rows = hidden_states.shape[1], bounds[-1]
-        rows_Sd = hidden_states[plan.source[:num_rows].long() // plan.top_k]
-        outs = []
-        for expert, (start, end) in zip(self.deepspeed_experts, pairwise(bounds), strict=True):
-            # an idle expert sees a row of zeros, so that its gradients are zeros and not None
-            rows = rows_Sd[start:end] if start < end else hidden_states.new_zeros(1, size_d)
-            out = expert(rows[None, None])
-            out = out[0] if isinstance(out, tuple) else out
-            outs.append(out.reshape(-1, size_d)[: end - start])
-        outs.append(outs[0].new_zeros(1, size_d))  # the row of the choices that were dropped or skipped
-        position = torch.where(plan.position < 0, num_rows, plan.position).long()
-        rows_RKd = torch.cat(outs)[position].to(wide(hidden_states.dtype))
-        return (rows_RKd * weights[..., None]).sum(1).to(hidden_states.dtype)
+        return call_one_by_one(list(self.deepspeed_experts), hidden_states, weights, plan)
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -212,53 +196,6 @@ class Experts(nn.Module):
         return f"{self.num_local_experts} local experts, " + (
             "called one by one" if self.mlp is None else f"fused, activation={self.mlp.activation}"
         )
-
-
-class CalledExperts:
-    """Any modules as the innermost stage of an exchange (`moe_triton.distributed.stages`): a graph of their own."""
-
-    def __init__(
-        self,
-        run: Callable[[Tensor, Tensor, Dispatch], Tensor],
-        modules_parameters: list[Tensor],
-        num_experts: int,
-        first_expert: int,
-        autocast: torch.dtype | None,
-    ) -> None:
-        self.run, self.modules_parameters, self.autocast = run, modules_parameters, autocast
-        self.num_experts, self.first_expert = num_experts, first_expert
-        self.keeps_graph = torch.is_grad_enabled()
-        self.parameters: Any = None  # set by who runs the stages, and not needed: the modules have theirs
-        self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
-        self.gradients: list[Tensor] | None = None
-
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, assignments: int, saved: Saved) -> Tensor:
-        """Rows [R, d], ids [R, J], weights [R, J] -> [R, d]."""
-        local = ids - self.first_expert
-        plan = dispatch(torch.where((local >= 0) & (local < self.num_experts), local, -1), self.num_experts)
-        cast = torch.autocast(x.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None)
-        with torch.set_grad_enabled(self.keeps_graph), cast:
-            x, weights = (t.detach().requires_grad_(self.keeps_graph) for t in (x, weights))
-            out = self.run(x, weights, plan)
-        self.calls.append((x, weights, out))
-        return out.detach()
-
-    def backward_rows(self, call: int, grad: Tensor, saved: Saved) -> tuple[Tensor, Tensor]:
-        """The gradients of a call's rows and weights; those of the parameters are added up on the way."""
-        x, weights, out = self.calls[call]
-        wanted = [p for p in self.modules_parameters if p.requires_grad]
-        grad_x, grad_weights, *found = torch.autograd.grad(
-            out, [x, weights, *wanted], grad, retain_graph=True, materialize_grads=True, allow_unused=True
-        )
-        found = found if self.gradients is None else [a + b for a, b in zip(self.gradients, found, strict=True)]
-        self.gradients = found
-        return grad_x, grad_weights
-
-    def backward_weights(self, needs: object, saved: Saved) -> tuple[list[Tensor | None], None, None, None]:
-        """The parameters' gradients as the first of the four groups; None for a frozen one."""
-        found = iter(self.gradients or [])
-        self.gradients = None
-        return [next(found) if p.requires_grad else None for p in self.modules_parameters], None, None, None
 
 
 def _take_own_experts(experts: Experts, state_dict: dict[str, Any], prefix: str, *_: object) -> None:

@@ -1,0 +1,183 @@
+"""The parallel layout of the experts, and the auxiliary losses of a forward: v0.1.6's MOE_CONTEXT.
+
+v0.0.2's `global_variables.moe_env` is a view of the same object.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_triton.checks import check_choice, check_int
+from moe_triton.compat.colossalai.context.parallel_context import global_context, world_size
+from moe_triton.distributed import ExpertParallel
+
+GENERATIONS = ("v0.0.2", "v0.1.6")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeParallelInfo:
+    """Where the experts of a layer are; every expert parameter carries it as `moe_info`.
+
+    Groups are torch's handles, None for a group of one. `parallel` is what computes there.
+    """
+
+    ep_size: int
+    dp_size: int
+    ep_group: dist.ProcessGroup | None
+    dp_group: dist.ProcessGroup | None
+    parallel: ExpertParallel = field(repr=False)
+
+
+@dataclass(frozen=True)
+class AuxiliaryLoss:
+    """One layer's loss of one forward, not yet weighted."""
+
+    value: Tensor
+    layer: object
+    has_gradient: bool  # whether autograd was on when it was computed
+
+
+class MoeContext:
+    """How the experts are spread, and the auxiliary losses since the last reset.
+
+    generation   "v0.0.2" or "v0.1.6": whose conventions hold where the two differ and a call does not tell
+    max_ep_size  the most ranks that share one set of experts (v0.0.2: model_parallel_size)
+    exchange     further options of `moe_triton.distributed.ExpertParallel`: mode, chunks, ...
+    """
+
+    def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
+        self.generation = "v0.0.2"
+        self.max_ep_size = 1
+        self.exchange: dict[str, Any] = {}
+        self.parallel_info_dict: dict[tuple[int, int], MoeParallelInfo] = {}
+        self._is_set_up = False
+        self._losses: list[AuxiliaryLoss] = []
+        self._is_reset = False
+
+    @property
+    def world_size(self) -> int:
+        return world_size()
+
+    @property
+    def min_dp_size(self) -> int:
+        """Ranks that hold the same experts when max_ep_size ranks share a set of them."""
+        return self.world_size // self.max_ep_size
+
+    def setup(
+        self,
+        seed: int | None = None,
+        use_kernel_optim: bool = True,
+        *,
+        max_ep_size: int | None = None,
+        generation: str = "v0.1.6",
+        exchange: dict[str, Any] | None = None,
+    ) -> None:
+        """Lay out the experts over the present processes, and seed the MoE streams with `seed`.
+
+        Args:
+            seed: for `context.random.moe_set_seed`; None seeds nothing.
+            use_kernel_optim: accepted and without effect: what upstream would make faster are this package's kernels.
+            max_ep_size: None takes the config's `max_ep_size`, and without one the number of processes.
+            generation: "v0.0.2" or "v0.1.6".
+            exchange: options of `ExpertParallel`.
+
+        Raises:
+            ValueError: the number of processes is not a multiple of max_ep_size.
+        """
+        check_choice("generation", generation, GENERATIONS)
+        if max_ep_size is None:
+            max_ep_size = global_context.config.get("max_ep_size", self.world_size)
+        check_int("max_ep_size", max_ep_size, low=1)
+        if self.world_size % max_ep_size:
+            raise ValueError(f"max_ep_size: got {max_ep_size}, wanted a divisor of the {self.world_size} processes")
+        self._forget()
+        self.generation, self.max_ep_size, self.exchange = generation, max_ep_size, dict(exchange or {})
+        self._is_set_up = True
+        global_context.moe_parallel = max_ep_size
+        if seed is not None:
+            from moe_triton.compat.colossalai.context.random import moe_set_seed  # which reads this context
+
+            moe_set_seed(seed)
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether the layout was set up; without that, all experts are on every process."""
+        return self._is_set_up
+
+    def reset(self) -> None:
+        """Back to one process and no layout."""
+        self._forget()
+        global_context.moe_parallel = 1
+
+    def get_info(self, num_experts: int) -> tuple[int, MoeParallelInfo]:
+        """(experts per rank, where they are) for a layer of E experts.
+
+        E >= max_ep_size: max_ep_size ranks share them; E < max_ep_size: E ranks do, with one expert each.
+
+        Raises ValueError when neither divides the other.
+        """
+        check_int("num_experts", num_experts, low=1)
+        if num_experts % self.max_ep_size and self.max_ep_size % num_experts:
+            raise ValueError(
+                f"num_experts: got {num_experts}, wanted a multiple or a divisor of max_ep_size={self.max_ep_size}"
+            )
+        ep_size = min(num_experts, self.max_ep_size)
+        return num_experts // ep_size, self._info(ep=ep_size, etp=1)
+
+    def get_slices(self) -> MoeParallelInfo:
+        """Where the slices of experts are that max_ep_size ranks split between them (`TPExperts`)."""
+        return self._info(ep=1, etp=self.max_ep_size)
+
+    def _info(self, *, ep: int, etp: int) -> MoeParallelInfo:
+        if (ep, etp) not in self.parallel_info_dict:
+            groups = global_context.groups(ep=ep, etp=etp)
+            # the engine averages the ranks' gradients, so that the losses have to average too
+            parallel = ExpertParallel(groups, loss_reduction="mean", **self.exchange)
+            shared = parallel.ep if etp == 1 else parallel.etp
+            self.parallel_info_dict[ep, etp] = MoeParallelInfo(
+                ep_size=shared.size,
+                dp_size=parallel.edp.size,
+                ep_group=shared.handle,
+                dp_group=parallel.edp.handle,
+                parallel=parallel,
+            )
+        return self.parallel_info_dict[ep, etp]
+
+    def reset_loss(self) -> None:
+        """Forget the auxiliary losses: the beginning of a forward. A model that `initialize` was given does it."""
+        self._losses = []
+        self._is_reset = True
+
+    def add_loss(self, loss: Tensor, layer: object = None) -> None:
+        """Count an auxiliary loss [] in.
+
+        What was added since `reset_loss` counts. Where nobody resets, a layer's newer loss takes the place of its older
+        one, so that forwards without a loss in between do not pile up.
+        """
+        if not self._is_reset and layer is not None:
+            self._losses = [other for other in self._losses if other.layer is not layer]
+        self._losses.append(AuxiliaryLoss(loss, layer, torch.is_grad_enabled()))
+
+    def get_loss(self) -> Tensor | float:
+        """The sum of the auxiliary losses, 0.0 when there is none."""
+        return sum((loss.value for loss in self._losses), 0.0)
+
+    def take_losses(self) -> list[AuxiliaryLoss]:
+        """All auxiliary losses, which then are forgotten."""
+        losses, self._losses, self._is_reset = self._losses, [], False
+        return losses
+
+    @property
+    def aux_loss(self) -> Tensor | float:
+        return self.get_loss()
+
+
+MOE_CONTEXT = MoeContext()

@@ -1,0 +1,425 @@
+"""Colossal-AI's containers of experts, over our fused products and exchange.
+
+All of them hold stacked parameters [local experts, ...], which `moe_triton.distributed` reduces, clips and saves by
+global expert id. Experts are drawn by their global id: they differ from each other, and do not depend on how many ranks
+share them.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_triton import layers
+from moe_triton.checks import check_int, check_number
+from moe_triton.compat.called import CalledExperts, call_one_by_one
+from moe_triton.compat.colossalai.context.moe_context import MOE_CONTEXT, MoeParallelInfo
+from moe_triton.compat.colossalai.context.parallel_mode import ParallelMode
+from moe_triton.compat.colossalai.context.random import expert_seeds, generators_seeded, seed
+from moe_triton.compat.mlps import is_tampered, recognise
+from moe_triton.distributed import ExpertParallel
+from moe_triton.experts import Parameters, in_autocast_dtype, run_experts
+from moe_triton.integrations.transformers import pointwise_name
+from moe_triton.records import Dispatch, ExpertSpec
+
+Run = Callable[[Tensor, Tensor, Dispatch], Tensor]
+Capacity = Callable[[int], int | None]
+
+
+def mark(module: nn.Module, info: MoeParallelInfo) -> None:
+    """What Colossal-AI's users look for on expert parameters: `moe_param` (v0.0.2) and `moe_info` (v0.1.6)."""
+    for parameter in module.parameters(recurse=False):
+        parameter.moe_param = 1  # type: ignore[attr-defined]
+        parameter.moe_info = info  # type: ignore[attr-defined]
+
+
+class MoeExperts(nn.Module):
+    """What `MoeLayer` needs of experts; the base of Colossal-AI's containers.
+
+    num_experts, num_local_experts  of all ranks that share them, and here
+    dist_info                       where the others are
+    """
+
+    num_experts: int
+    num_local_experts: int
+    dist_info: MoeParallelInfo
+    backend: str
+    layer_name: str
+
+    @property
+    def parallel(self) -> ExpertParallel:
+        return self.dist_info.parallel
+
+    def run_called(
+        self, run: Run, hidden: Tensor, weights: Tensor, plan: Dispatch, ids: Tensor | None, capacity: Capacity
+    ) -> Tensor:
+        """The experts' outputs [T, d] where `run` computes the local ones, under autograd."""
+        if self.parallel.is_alone:
+            return run(hidden, weights, plan)
+        if ids is None:
+            raise ValueError("experts: got None, wanted the choices [T, K] under expert parallelism")
+        device = hidden.device.type
+        first = self.num_local_experts * self.parallel.ep.rank if self.parallel.mode == "allgather" else 0
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        parameters: list[Tensor] = list(self.parameters(recurse=False))
+        local = CalledExperts(run, parameters, self.num_local_experts, first, autocast)
+        with torch.autocast(device, enabled=False):
+            spec = ExpertSpec(activation="called")
+            return self._exchange(hidden, weights, plan, ids, (parameters, [], None, None), spec, capacity, local)
+
+    def run_fused(
+        self,
+        hidden: Tensor,
+        weights: Tensor,
+        plan: Dispatch,
+        ids: Tensor | None,
+        capacity: Capacity,
+        parameters: Parameters,
+        spec: ExpertSpec,
+    ) -> Tensor:
+        """The experts' outputs [T, d] where they are MLPs of these stacked parameters."""
+        if self.parallel.is_alone:
+            return run_experts(hidden, weights, plan, *parameters, spec, backend=self.backend)
+        if ids is None:
+            raise ValueError("experts: got None, wanted the choices [T, K] under expert parallelism")
+        dtype = hidden.dtype
+        hidden, weights, parameters = in_autocast_dtype(hidden, weights, parameters)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self._exchange(hidden, weights, plan, ids, parameters, spec, capacity, None).to(dtype)
+
+    def _exchange(
+        self,
+        hidden: Tensor,
+        weights: Tensor,
+        plan: Dispatch,
+        ids: Tensor,
+        parameters: Parameters,
+        spec: ExpertSpec,
+        capacity: Capacity,
+        local: CalledExperts | None,
+    ) -> Tensor:
+        return self.parallel.run(
+            hidden,
+            weights,
+            torch.where(plan.position >= 0, ids, -1),
+            parameters,
+            spec,
+            num_experts=self.num_experts,
+            layer=self.layer_name,
+            capacity=capacity,
+            recompute=False,
+            backend=self.backend,
+            local=local,  # type: ignore[arg-type]
+        )
+
+
+class Experts(MoeExperts):
+    """E experts of any class, each constructed on its own, spread over the ranks that the MoE context names.
+
+    Only their parameters differ: those of the local experts are stacked, [local, ...] each, and `expert` is the module
+    that computes with one slice of them. MLPs (Linear, activation, Linear, with dropout that is not active, and gated
+    ones) run fused; any other class is called expert by expert, on [1, 1, rows, d].
+
+    Args:
+        expert: the class of an expert (v0.0.2), or `expert_cls` (v0.1.6).
+        num_experts: E.
+        expert_args: of the class.
+
+    Raises:
+        ValueError, TypeError: E does not fit the ranks, or `expert` is no class of Modules.
+    """
+
+    def __init__(self, expert: Any = None, num_experts: int = 1, *, expert_cls: Any = None, **expert_args: Any) -> None:
+        super().__init__()
+        if (expert is None) == (expert_cls is None):
+            raise TypeError("expert, expert_cls: wanted one of the two, the class of an expert")
+        kind = expert if expert_cls is None else expert_cls
+        if not callable(kind) or isinstance(kind, nn.Module):
+            raise TypeError(f"expert: got {type(kind).__name__}, wanted a class of Modules")
+        self.num_experts = num_experts
+        self.num_local_experts, self.dist_info = MOE_CONTEXT.get_info(num_experts)
+        self.expert_parallel = self.parallel
+        self.layer_name = self.parallel.new_layer()
+        self.backend = "auto"
+        seeds = expert_seeds()
+        made = []
+        for number in self.local_experts:
+            with generators_seeded(seeds(number)):
+                made.append(kind(**expert_args))
+        if not isinstance(made[0], nn.Module):
+            raise TypeError(f"expert: {kind!r} made a {type(made[0]).__name__}, wanted a Module")
+        self.mlp = recognise(_without_dropout(made[0]))
+        self._stack(made)
+        mark(self, self.dist_info)
+
+    @property
+    def local_experts(self) -> range:
+        """The global ids of the experts whose parameters are here."""
+        return self.parallel.experts_of(self.num_experts)
+
+    def _stack(self, made: list[Any]) -> None:
+        """The experts' tensors as ours, stacked; the first expert stays, without any, as what computes."""
+        self.paths: dict[str, list[str]] = {}  # of each of our tensors, where it belongs in the expert
+        for kind in ("parameters", "buffers"):
+            named = [dict(getattr(one, f"named_{kind}")(remove_duplicate=False)) for one in made]
+            names: dict[int, str] = {}
+            for path, tensor in named[0].items():
+                name = names.setdefault(id(tensor), path.replace(".", "_"))
+                if path.replace(".", "_") != name:  # tied to an earlier one
+                    self.paths[name].append(path)
+                    continue
+                if name in self.paths or hasattr(self, name):
+                    raise ValueError(f"expert: the name of its tensor {path} is taken here, wanted another one")
+                stacked = torch.stack([one[path].detach() for one in named])
+                if kind == "buffers" and self.parallel.ep.size > 1:
+                    raise ValueError(f"expert: has a buffer, {path}, wanted parameters only for experts over ranks")
+                if kind == "parameters":
+                    self.register_parameter(name, nn.Parameter(stacked, requires_grad=tensor.requires_grad))
+                else:
+                    self.register_buffer(name, stacked)
+                self.paths[name] = [path]
+        self.expert = made[0]
+        for module in self.expert.modules():
+            for tensors in (module._parameters, module._buffers):
+                tensors.update(dict.fromkeys(tensors))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_weights: Tensor,
+        plan: Dispatch,
+        *,
+        experts: Tensor | None = None,
+        capacity: Capacity = lambda num_tokens: None,
+    ) -> Tensor:
+        """hidden_states [T, d], weights [T, K], a Dispatch of the T tokens over all experts -> [T, d].
+
+        experts [T, K], the choices that `plan` was made from, and `capacity` are for expert parallelism.
+        """
+        if self.is_fused and self.mlp is not None:
+            parameters, spec = self._mlp_parameters(), ExpertSpec(activation=self.mlp.activation)
+            return self.run_fused(hidden_states, top_k_weights, plan, experts, capacity, parameters, spec)
+        return self.run_called(self._call, hidden_states, top_k_weights, plan, experts, capacity)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the experts, in the present mode, are MLPs that run fused."""
+        modules = list(self.expert.modules())
+        drops = self.training and any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules)
+        return self.mlp is not None and not drops and not any(map(is_tampered, modules))
+
+    def _mlp_parameters(self) -> Parameters:
+        assert self.mlp is not None
+        of_path = {path: getattr(self, name) for name, paths in self.paths.items() for path in paths}
+
+        def joined(names: tuple[str, ...], which: str) -> Tensor | None:
+            paths = [f"{name}.{which}" for name in names]
+            if paths[0] not in of_path:
+                return None
+            parts = [of_path[path] for path in paths]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+        up, down = joined(self.mlp.up, "weight"), joined((self.mlp.down,), "weight")
+        assert up is not None
+        assert down is not None
+        return up, down, joined(self.mlp.up, "bias"), joined((self.mlp.down,), "bias")
+
+    def _call(self, hidden: Tensor, weights: Tensor, plan: Dispatch) -> Tensor:
+        slices = {name: getattr(self, name).unbind(0) for name in self.paths}
+
+        def call(number: int, rows: Tensor) -> Any:
+            own = {path: slices[name][number] for name, paths in self.paths.items() for path in paths}
+            return torch.func.functional_call(self.expert, own, (rows,))
+
+        calls = [partial(call, number) for number in range(self.num_local_experts)]
+        return call_one_by_one(calls, hidden, weights, plan)
+
+    def extra_repr(self) -> str:
+        how = "called one by one" if self.mlp is None else f"fused, activation={self.mlp.activation}"
+        return f"{self.num_local_experts} of {self.num_experts}, {how}"
+
+
+class FFNExperts(layers.Experts, MoeExperts):
+    """E MLPs with biases as stacked parameters: `moe_triton.Experts` with Colossal-AI's start and dropout.
+
+    w1 [local, d, f], b1 [local, 1, f], w2 [local, f, d] and b2 [local, 1, d] are views of the parameters gate_up_proj
+    [local, f, d], gate_up_proj_bias, down_proj [local, d, f] and down_proj_bias. They start as a normal distribution,
+    cut off at 2, with std sqrt(0.1 / d) for w1 and b1 and sqrt(0.1 / f) for w2 and b2.
+
+    Args:
+        num_experts: E.
+        d_model, d_ff: d and f.
+        activation: a Module; None is nn.GELU(). One that our products do not know makes the experts run one by one.
+        drop_rate: dropout after the activation and after w2; while it is active the experts run one by one.
+        backend, device, dtype: as of `moe_triton.Experts`.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        d_model: int,
+        d_ff: int,
+        activation: Any = None,
+        drop_rate: float = 0,
+        *,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_number("drop_rate", drop_rate, low=0)
+        num_local, info = self.place(num_experts)
+        known = "gelu" if activation is None else pointwise_name(activation)
+        # a name that is as good as any for the shapes, where the activation itself is called
+        super().__init__(
+            d_model, d_ff, num_experts, activation=known or "relu", bias=True, expert_parallel=info.parallel,
+            backend=backend, device=device, dtype=dtype,
+        )  # fmt: skip
+        self.num_local_experts, self.dist_info = num_local, info
+        self.act = nn.GELU() if activation is None else activation
+        self.drop_rate = float(drop_rate)
+        self.is_known = known is not None
+        mark(self, info)
+
+    @staticmethod
+    def place(num_experts: int) -> tuple[int, MoeParallelInfo]:
+        """(experts here, where they are)."""
+        return MOE_CONTEXT.get_info(num_experts)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the local experts, each by its global id."""
+        d, f = self.down_proj.shape[1], self.intermediate_size
+        etp = self.parallel_slices
+        seeds = expert_seeds()
+        std_1, std_2 = math.sqrt(0.1 / d), math.sqrt(0.1 / f)
+        biases = self.gate_up_proj_bias, self.down_proj_bias
+        assert biases[0] is not None
+        assert biases[1] is not None
+        wanted = (  # what is drawn, and the dimension that slices split
+            (self.gate_up_proj, (f, d), std_1, 0),
+            (biases[0], (f,), std_1, 0),
+            (self.down_proj, (d, f), std_2, 1),
+            (biases[1], (d,), std_2, None),
+        )
+        for place, number in enumerate(self.local_experts):
+            with generators_seeded(seeds(number)):
+                for parameter, shape, std, dim in wanted:
+                    whole = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
+                    nn.init.trunc_normal_(whole, std=std)
+                    parameter[place] = whole if dim is None else whole.chunk(etp[0], dim=dim)[etp[1]]
+
+    @property
+    def parallel_slices(self) -> tuple[int, int]:
+        """(slices of each expert, which of them is here)."""
+        etp = self.expert_parallel.etp if self.expert_parallel is not None else None
+        return (1, 0) if etp is None else (etp.size, etp.rank)
+
+    @property
+    def w1(self) -> Tensor:
+        return self.gate_up_proj.mT
+
+    @property
+    def b1(self) -> Tensor:
+        return self.gate_up_proj_bias[:, None]  # type: ignore[index]
+
+    @property
+    def w2(self) -> Tensor:
+        return self.down_proj.mT
+
+    @property
+    def b2(self) -> Tensor:
+        return self.down_proj_bias[:, None]  # type: ignore[index]
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the experts, in the present mode, run fused."""
+        return self.is_known and not (self.training and self.drop_rate > 0)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_weights: Tensor,
+        plan: Dispatch,
+        *,
+        experts: Tensor | None = None,
+        capacity: Capacity = lambda num_tokens: None,
+        beside: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """As `Experts.forward`."""
+        if self.is_fused:
+            return super().forward(
+                hidden_states, top_k_weights, plan, experts=experts, capacity=capacity, beside=beside
+            )
+        if beside is not None:
+            beside()
+        return self.run_called(self._call, hidden_states, top_k_weights, plan, experts, capacity)
+
+    def _call(self, hidden: Tensor, weights: Tensor, plan: Dispatch) -> Tensor:
+        size, rank = self.parallel_slices
+        parameters = self.gate_up_proj, self.gate_up_proj_bias, self.down_proj, self.down_proj_bias
+        slices = [parameter.unbind(0) for parameter in parameters if parameter is not None]
+        # the slices of an expert's output are summed, so that they have to drop the same elements
+        last = ParallelMode.TENSOR if size == 1 else ParallelMode.GLOBAL
+
+        def call(number: int, rows: Tensor) -> Tensor:
+            w1, b1, w2, b2 = (parts[number] for parts in slices)
+            hidden = self.act(F.linear(rows, w1, b1))
+            with seed(ParallelMode.TENSOR):
+                hidden = F.dropout(hidden, self.drop_rate, self.training)
+            # of several slices one adds the bias, whose gradient all of them have
+            out = F.linear(hidden, w2) + (b2 if rank == 0 else b2 - b2.detach())
+            with seed(last):
+                return F.dropout(out, self.drop_rate, self.training)
+
+        return call_one_by_one([partial(call, i) for i in range(len(slices[0]))], hidden, weights, plan)
+
+
+class TPExperts(FFNExperts):
+    """`FFNExperts` for an E that the ranks cannot share: each rank has 1 / max_ep_size of every expert's d_ff.
+
+    Tokens are gathered, and the partial outputs are summed where they come from; b2, whole on every rank, counts once.
+
+    Raises:
+        ValueError: d_ff is not a multiple of max_ep_size.
+    """
+
+    @staticmethod
+    def place(num_experts: int) -> tuple[int, MoeParallelInfo]:
+        """(experts here: all, who has the other slices)."""
+        check_int("num_experts", num_experts, low=1)
+        return num_experts, MOE_CONTEXT.get_slices()
+
+
+def build_ffn_experts(
+    num_experts: int, d_model: int, d_ff: int, activation: Any = None, drop_rate: float = 0
+) -> FFNExperts:
+    """`FFNExperts` where the ranks can share E experts, else `TPExperts` where they can split d_ff.
+
+    Raises NotImplementedError where they can do neither.
+    """
+    check_int("num_experts", num_experts, low=1)
+    ranks = MOE_CONTEXT.max_ep_size
+    if num_experts % ranks == 0 or ranks % num_experts == 0:
+        return FFNExperts(num_experts, d_model, d_ff, activation, drop_rate)
+    if d_ff % ranks == 0:
+        return TPExperts(num_experts, d_model, d_ff, activation, drop_rate)
+    raise NotImplementedError(
+        f"num_experts, d_ff: got {num_experts} and {d_ff}, wanted one of them to fit max_ep_size={ranks}"
+    )
+
+
+def _without_dropout(expert: nn.Module) -> nn.Module:
+    """A copy whose dropouts do nothing, to see what the expert computes without them."""
+    trial = copy.deepcopy(expert)
+    for module in list(trial.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Dropout):
+                setattr(module, name, nn.Identity())
+    return trial
