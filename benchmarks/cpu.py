@@ -13,8 +13,8 @@ from typing import Annotated
 import torch
 import typer
 
+from moe_triton.benchmarking.environment import cpu_name
 from moe_triton.cli import app
-from moe_triton.cli.info import cpu_name
 
 RESULTS = Path(__file__).parent / "results" / "cpu"
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import json
 import platform
 import sys
@@ -13,53 +11,10 @@ import torch
 import typer
 
 from moe_triton import runtime
+from moe_triton.benchmarking.environment import devices, version
 
 PACKAGES = ("moe-triton", "torch", "triton", "transformers", "deepspeed", "einops", "numpy", "safetensors")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-
-def version(package: str) -> str | None:
-    """The installed version of a distribution, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def cpu_name() -> str:
-    """The processor's model name where the system tells it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:  # not Linux
-        pass
-    return platform.processor() or platform.machine()
-
-
-def devices() -> list[dict[str, Any]]:
-    """Every device that tensors can lie on here, the CPU first."""
-    found: list[dict[str, Any]] = [
-        {
-            "device": "cpu",
-            "name": cpu_name(),
-            "threads": torch.get_num_threads(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
-        }
-    ]
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(index)
-            found.append(
-                {
-                    "device": f"cuda:{index}",
-                    "name": properties.name,
-                    "memory_gib": round(properties.total_memory / 2**30, 1),
-                    "capability": f"{properties.major}.{properties.minor}",
-                }
-            )
-    return found
 
 
 def collect() -> dict[str, Any]:
