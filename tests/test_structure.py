@@ -66,7 +66,7 @@ def test_kernels_import_torch_and_triton_only(path):
 def test_only_the_triton_backend_and_the_tools_know_the_kernels():
     for path in SRC.rglob("*.py"):
         if any(name.startswith("moe_triton_kernels") for name in imports(path)):
-            assert path.relative_to(SRC).parts[:2] == ("backends", "triton"), path
+            assert path.relative_to(SRC).parts[:2] in (("backends", "triton"), ("cli", "inspect.py")), path
 
 
 @pytest.mark.parametrize("missing", ["triton", "transformers", "deepspeed", "matplotlib"])

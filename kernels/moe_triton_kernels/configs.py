@@ -22,7 +22,15 @@ from moe_triton_kernels.offline import Case
 OPS = ("up_gated", "up", "down", "d_hidden_gated", "d_hidden", "d_rows", "d_weight")
 BUCKETS = (16, 32, 64, 128)  # rows per expert: up to 16, up to 32, up to 64, more; also the rows of a tile
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-MODEL_SIZES = ((768, 256), (2048, 1024), (2048, 768), (4096, 14336), (7168, 2048), (2880, 2880))  # (d, n)
+# (d, n) of the benchmarks' shapes: sonic-12, the published models, and the granularity sweep at d = 4096
+MODEL_SIZES = (
+    *((768, n) for n in (256, 512, 1024)),
+    *((1536, n) for n in (256, 512, 1024)),
+    *((4096, n) for n in (256, 512, 1024, 1536, 2048, 4096, 8192, 14336)),
+    *((2048, n) for n in (768, 1024)),
+    (2880, 2880),
+    (7168, 2048),
+)
 TABLE = Path(__file__).with_name("configs.json")
 # their matrix units read shared memory through the asynchronous proxy
 HOPPER, BLACKWELL = ("sm_90",), ("sm_100", "sm_103")

@@ -6,6 +6,7 @@ import typer
 
 from moe_triton.cli.bench import bench
 from moe_triton.cli.info import info
+from moe_triton.cli.inspect import inspect
 from moe_triton.cli.train import train
 
 app = typer.Typer(
@@ -17,6 +18,7 @@ app = typer.Typer(
 )
 app.command()(info)
 app.command()(bench)
+app.command()(inspect)
 app.command()(train)
 
 
