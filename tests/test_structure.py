@@ -22,7 +22,7 @@ LEVELS = [
     ["routing", "dispatch", "losses"],
     ["experts"],
     ["layers"],
-    ["integrations", "training"],
+    ["explain", "integrations", "metrics", "training"],
     ["benchmarking"],
     ["cli"],
 ]

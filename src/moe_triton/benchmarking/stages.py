@@ -6,7 +6,7 @@ product and at the bandwidth that are measured in the same rounds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from moe_triton.benchmarking.limits import CPU_BUFFER_BYTES, GPU_BUFFER_BYTES, d
 from moe_triton.benchmarking.providers import PROVIDERS
 from moe_triton.benchmarking.report import three_digits
 from moe_triton.benchmarking.results import spread_from, spreads_from
-from moe_triton.benchmarking.timing import Call, Spread, Timer, ratios, run_rounds, spread
+from moe_triton.benchmarking.timing import Call, Spread, Timer, run_rounds, spread
 from moe_triton.benchmarking.ways import Runnable
 from moe_triton.records import Dispatch, RouterSpec
 from moe_triton.reference import wide
@@ -54,6 +54,22 @@ class StageRow:
     @property
     def full_name(self) -> str:
         return f"{self.name} (backward)" if self.is_backward else self.name
+
+    def fill(
+        self, parts: Sequence[Work], times: Sequence[float | None], flops_per_s: float, bytes_per_s: float
+    ) -> None:
+        """Its work, its times in seconds (one per round or step), and the floor at these speeds."""
+        self.flops, self.bytes = sum(part.flops for part in parts), sum(part.bytes for part in parts)
+        self.floor_s = sum(max(part.flops / flops_per_s, part.bytes / bytes_per_s) for part in parts)
+        self.time_s = spread(times)
+        self.of_floor = spread([None if time is None else self.floor_s / time for time in times])
+
+
+def stage_row(stage: Stage) -> StageRow:
+    """A stage's line, without times yet."""
+    return StageRow(
+        name=stage.name, is_backward=stage.is_backward, kernel=stage.kernel, config=stage.config, note=stage.note
+    )
 
 
 @dataclass(kw_only=True)
@@ -164,12 +180,22 @@ def works(stage: Stage, case: Case) -> list[Work]:
         flops = products * 2 * logits * case.hidden
         elements = (case.tokens + case.experts) * case.hidden * products
         return [Work(flops=flops, bytes=size * elements + 4 * logits)]
-    is_gated = case.expert_rows == 2 * case.intermediate
+    return [work_of(name, case) for name in stage.floors]
+
+
+def work_of(name: str, case: Case) -> Work:
+    """What a kernel of FLOORS computes and moves for a case."""
     shape = Shape(
         tokens=case.tokens, hidden=case.hidden, intermediate=case.intermediate, experts=case.experts, top_k=case.top_k,
-        dtype=DTYPE_NAMES[case.dtype], gated=is_gated,
+        dtype=DTYPE_NAMES[case.dtype], gated=case.expert_rows == 2 * case.intermediate,
     )  # fmt: skip
-    return [FLOORS[name](shape) for name in stage.floors]
+    return FLOORS[name](shape)
+
+
+def bandwidth_buffer(device: torch.device) -> Tensor:
+    """fp32 ones that no cache holds: their sum reads at the memory's bandwidth."""
+    size = GPU_BUFFER_BYTES if device.type == "cuda" else CPU_BUFFER_BYTES
+    return torch.ones(size // 4, dtype=torch.float32, device=device)
 
 
 def measure_stages(
@@ -183,9 +209,7 @@ def measure_stages(
     """Times every stage, the whole passes of the layer and the two speeds that floors need, in interleaved rounds."""
     case, device = workload.case, workload.hidden.device
     opened = open_layer(workload, backend)
-    buffer = torch.ones(
-        (GPU_BUFFER_BYTES if device.type == "cuda" else CPU_BUFFER_BYTES) // 4, dtype=torch.float32, device=device
-    )
+    buffer = bandwidth_buffer(device)
     layer = Runnable(PROVIDERS[opened.backend].build(workload), workload)
     named: dict[str, Call] = {
         f"{number}": stage.call for number, stage in enumerate(opened.stages) if stage.call is not None
@@ -196,19 +220,10 @@ def measure_stages(
 
     flops_per_s = case.flops("forward") / middle(spread(times[DENSE]))
     bytes_per_s = buffer.nbytes / middle(spread(times[BANDWIDTH]))
-    rows = []
-    for number, stage in enumerate(opened.stages):
-        row = StageRow(
-            name=stage.name, is_backward=stage.is_backward, kernel=stage.kernel, config=stage.config, note=stage.note
-        )
-        rows.append(row)
-        if stage.call is None:
-            continue
-        parts = works(stage, case)
-        row.flops, row.bytes = sum(p.flops for p in parts), sum(p.bytes for p in parts)
-        row.floor_s = sum(max(p.flops / flops_per_s, p.bytes / bytes_per_s) for p in parts)
-        row.time_s = spread(times[f"{number}"])
-        row.of_floor = ratios([row.floor_s] * len(times[f"{number}"]), times[f"{number}"])
+    rows = [stage_row(stage) for stage in opened.stages]
+    for number, (row, stage) in enumerate(zip(rows, opened.stages, strict=True)):
+        if stage.call is not None:
+            row.fill(works(stage, case), times[f"{number}"], flops_per_s, bytes_per_s)
     fill_shares(rows)
     return StageTable(
         case=case,

@@ -38,7 +38,29 @@ def collect() -> dict[str, Any]:
         "triton_interpreter": runtime.interpreting(),
         "devices": found,
         "backends": paths,
+        "tables": tables(found),
     }
+
+
+def tables(found: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Where kernel configurations come from here: the user's table and the shipped one; None without Triton."""
+    if not runtime.TRITON_INSTALLED:
+        return None
+    known = runtime.load("triton", "tables")
+    gpus = [torch.device(device["device"]) for device in found if device["device"] != "cpu"]
+    architectures = sorted({known.target_of(device).architecture for device in gpus})
+    return {"architectures": architectures, **known.table_facts(architectures)}
+
+
+def tables_line(facts: dict[str, Any]) -> str:
+    """What `moe-triton tune` and the shipped table contribute on this machine."""
+    where = facts["user_table"] or "switched off (MOE_TRITON_TABLE is empty)"
+    if not facts["architectures"]:
+        return f"Kernel configurations: no GPU here. The user's table would be read from {where}."
+    return (
+        f"Kernel configurations for {', '.join(facts['architectures'])}: {facts['user_entries']} entries in the user's "
+        f"table ({where}), {facts['shipped_entries']} in the shipped one, the heuristic for everything else."
+    )
 
 
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
@@ -64,5 +86,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON ob
     for path in facts["backends"]:
         paths.add_row(path["device"], path["dtype"], path["backend"], path["reason"])
     console.print(paths)
+    if facts["tables"] is not None:
+        console.print(tables_line(facts["tables"]), highlight=False, soft_wrap=True)
     if facts["triton_interpreter"]:
         console.print("TRITON_INTERPRET is set: backend='triton' runs the kernels on CPU tensors, slowly.")
