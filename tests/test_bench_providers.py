@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from moe_triton.benchmarking import correctness, runner
+from moe_triton.benchmarking import correctness, runner, ways
 from moe_triton.benchmarking.cases import Case, make_workload
 from moe_triton.benchmarking.correctness import TOLERANCE, check
 from moe_triton.benchmarking.memory import peak_bytes, saved_bytes
 from moe_triton.benchmarking.providers import PROVIDERS, Block, Provider, Unavailable, gpu_peers, huggingface
+from moe_triton.benchmarking.timing import ready
 
 CPU = torch.device("cpu")
 CASE = Case(tokens=70, hidden=32, intermediate=20, experts=12, top_k=3)
@@ -328,3 +331,70 @@ def test_our_layer_keeps_the_hidden_states_and_the_preactivation():
 
 def test_peak_bytes_are_for_gpus():
     assert peak_bytes(lambda: None, CPU) is None
+
+
+# Ways to run ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_compiled_block_is_checked_and_named(monkeypatch):
+    compiled = []
+
+    def compile(function):
+        compiled.append(function)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile)
+    found = runner.prepare("torch", make_workload(CASE, CPU), "compile")
+    assert (found.status, found.name, found.label) == ("ok", "torch+compile", "moe_triton (torch), compiled")
+    assert len(compiled) == 1
+    assert found.check.problem is None
+
+
+@pytest.mark.parametrize(("name", "status"), [("torch", "failed"), ("hf-eager", "not measured")])
+def test_a_peer_that_cannot_be_compiled_is_not_broken_but_ours_is(name, status, monkeypatch):
+    def compile(function):
+        raise RuntimeError("no compiler\nsecond line")
+
+    monkeypatch.setattr(torch, "compile", compile)
+    row = runner.prepare(name, make_workload(CASE, CPU), "compile").row("full")
+    assert (row.status, row.note) == (status, "RuntimeError: no compiler")
+
+
+def test_graphs_need_a_gpu():
+    row = runner.prepare("torch", make_workload(CASE, CPU), "graph").row("forward")
+    assert (row.status, row.note) == ("not measured", "CUDA graphs need a GPU")
+
+
+def test_a_replayed_block_is_checked_by_what_its_graphs_leave(monkeypatch):
+    """On a stand-in for CUDA graphs whose replay does nothing: the tensors of the capture are what is checked."""
+    replayed = []
+
+    class Graph:
+        def replay(self):
+            replayed.append(self)
+
+        def pool(self):
+            return None
+
+    for name, value in {
+        "CUDAGraph": Graph,
+        "graph": lambda *a, **k: contextlib.nullcontext(),
+        "Stream": lambda device: SimpleNamespace(wait_stream=lambda other: None),
+        "stream": lambda stream: contextlib.nullcontext(),
+        "current_stream": lambda device: SimpleNamespace(wait_stream=lambda other: None),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    workload = make_workload(CASE, CPU)
+    block = ways.Replayed(PROVIDERS["torch"].build(workload), workload)
+    assert block.check().problem is None
+    assert replayed == [block.inference, block.forward, block.backward]
+    for mode, graphs in (
+        ("forward", [block.inference]),
+        ("full", [block.forward, block.backward]),
+        ("backward", [block.forward, block.backward]),
+    ):
+        replayed.clear()
+        ready(block.call(mode))()
+        assert replayed == graphs
+    block.out = block.out * 0
+    assert "output" in block.check().problem

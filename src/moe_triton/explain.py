@@ -57,7 +57,7 @@ class Explanation:
         lines = [f"{f'{self.name}: ' if self.name else ''}{what}: backend {self.backend} ({self.reason})"]
         for part in self.parts:
             config = f"  {part.config} (from the {part.origin})" if part.config else ""
-            lines.append(f"  {part.step:22} {part.runs}{config}")
+            lines.append(f"  {part.step:26} {part.runs}{config}")
         return "\n".join(lines)
 
 
@@ -100,7 +100,7 @@ def explain(
     check_choice("activation", activation, ACTIVATIONS)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     shape = (sizes[0], sizes[1], sizes[2], sizes[3], sizes[4])
-    return [describe("", shape, dtype, where, backend, activation, recompute=False)]
+    return [describe("", shape, dtype, where, backend, activation)]
 
 
 def explain_layer(name: str, layer: MoE, tokens: int, device: torch.device | str | None) -> Explanation:
@@ -110,8 +110,9 @@ def explain_layer(name: str, layer: MoE, tokens: int, device: torch.device | str
     weight = experts.gate_up_proj
     where = weight.device if device is None else torch.device(device)
     return describe(
-        name, shape, weight.dtype, where, experts.backend, experts.spec.activation, recompute=experts.recompute
-    )
+        name, shape, weight.dtype, where, experts.backend, experts.spec.activation,
+        has_bias=experts.down_proj_bias is not None, recompute=experts.recompute,
+    )  # fmt: skip
 
 
 def describe(
@@ -122,11 +123,12 @@ def describe(
     backend: str,
     activation: str,
     *,
-    recompute: bool,
+    has_bias: bool = False,
+    recompute: bool = False,
 ) -> Explanation:
     choice = runtime.choose(backend, device, dtype)
     if choice.name == "triton":
-        parts = triton_parts(shape, dtype, device, activation in GATED)
+        parts = triton_parts(shape, dtype, device, activation in GATED, has_bias)
     elif choice.name == "torch":
         parts = torch_parts(device)
     else:
@@ -155,7 +157,7 @@ def torch_parts(device: torch.device) -> list[Part]:
 
 
 def triton_parts(
-    shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device, is_gated: bool
+    shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device, is_gated: bool, has_bias: bool
 ) -> list[Part]:
     tokens, d, n, num_experts, top_k = shape
     tables = runtime.load("triton", "tables")
@@ -170,6 +172,8 @@ def triton_parts(
         Part(step="dispatch", runs="permutation kernels"),
     ]
     for stage, kernel in tables.KERNELS.items():
+        if stage.startswith("d_bias") and not has_bias:
+            continue
         known = config.get(stage)
         step = f"{stage.removesuffix('_backward')} (backward)" if stage not in tables.FORWARD else stage
         parts.append(

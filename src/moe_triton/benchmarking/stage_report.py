@@ -53,7 +53,8 @@ def print_stages(tables: Sequence[StageTable], console: Console | None = None) -
     console = plain_console() if console is None else console
     for found in tables:
         box = Table().box if console.is_terminal else None
-        shown = Table(title=f"stages: {found.title}", title_justify="left", box=box)
+        console.print(f"stages: {found.title}", highlight=False, soft_wrap=True)
+        shown = Table(box=box)
         for number, name in enumerate(STAGE_HEADER):
             shown.add_column(name, justify="left" if number in (0, len(STAGE_HEADER) - 1) else "right")
         for row in found.stages:

@@ -210,13 +210,14 @@ def profile_training_step(
     from rich.table import Table
 
     console = plain_console()
-    shown = Table(
-        title=f"a training step: {config.num_layers} layers, {config.batch_size * config.seq_len} tokens, "
+    console.print(
+        f"a training step: {config.num_layers} layers, {config.batch_size * config.seq_len} tokens, "
         f"d={config.hidden_size} n={config.intermediate_size} E={config.num_experts} K={config.top_k}, "
         f"{milliseconds(found.step_s)} ms under the profiler",
-        title_justify="left",
-        box=Table().box if console.is_terminal else None,
+        highlight=False,
+        soft_wrap=True,
     )
+    shown = Table(box=Table().box if console.is_terminal else None)
     for name in ("part", "ms", "share"):
         shown.add_column(name, justify="left" if name == "part" else "right")
     for part, seconds, share in found.rows:
@@ -270,7 +271,8 @@ def profile_kernel(name: str, case: Case, device: torch.device, backend: str, bu
 
     console = plain_console()
     title = f"{stage}: {case.title()}, shipped configurations (the one that runs is marked)"
-    shown = Table(title=title, title_justify="left", box=Table().box if console.is_terminal else None)
+    console.print(title, highlight=False, soft_wrap=True)
+    shown = Table(box=Table().box if console.is_terminal else None)
     for column in ("configuration", "ms", "TFLOP/s", "of floor", "note"):
         shown.add_column(column, justify="left" if column in ("configuration", "note") else "right")
     for row in found:

@@ -203,8 +203,9 @@ def dry(problems: list[Problem], budget: float) -> None:
             problem.name, case.hidden, case.intermediate, case.torch_dtype, problem.bucket, problem.architecture
         )
         configs = [running, *tables.neighbours(running, problem.name, case.hidden, case.intermediate)]
-        shown = Table(title=f"{problem.title()}, {problem.architecture}: {len(configs) - 1} candidates beside today's",
-                      title_justify="left", box=Table().box if console.is_terminal else None)  # fmt: skip
+        title = f"{problem.title()}, {problem.architecture}: today's configuration and {len(configs) - 1} candidates"
+        console.print(title, highlight=False, soft_wrap=True)
+        shown = Table(box=Table().box if console.is_terminal else None)
         for name in ("configuration", "registers", "spills", "shared bytes", "offline gates"):
             shown.add_column(name, justify="left" if name in ("configuration", "offline gates") else "right")
 
