@@ -12,7 +12,7 @@ import importlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ LADDERS = {
     "parts": (1, 2, 4),
     "programs_per_sm": (1, 2, 3, 4),
 }
+SWITCH = (False, True)
 ACCUMULATORS = 128  # fp32 accumulators that a thread holds without a spill
 
 
@@ -66,7 +67,7 @@ def is_sound(config: Config, op: str, d: int, n: int) -> bool:
 
 def neighbours(config: Config, op: str, d: int, n: int) -> Iterator[Config]:
     """The sound configurations that are one step away in one field."""
-    for name, ladder in LADDERS.items():
+    for name, ladder in ((field.name, LADDERS.get(field.name, SWITCH)) for field in fields(config)):
         value = getattr(config, name)
         below = [step for step in ladder if step < value][-1:]
         above = [step for step in ladder if step > value][:1]

@@ -76,10 +76,10 @@ def test_neighbours_are_one_step_away_and_sound(op):
     for other in found:
         changed = [name for name in asdict(config) if getattr(config, name) != getattr(other, name)]
         assert len(changed) == 1
-        ladder = LADDERS[changed[0]]
         assert is_sound(other, op, 2048, 768)
-        below_or_above = ladder.index(getattr(other, changed[0]))
-        assert below_or_above >= 0
+        (name,) = changed
+        ladder = LADDERS[name]
+        assert abs(ladder.index(getattr(other, name)) - ladder.index(getattr(config, name))) == 1
 
 
 def test_what_is_not_sound():

@@ -31,7 +31,7 @@ FAR = 2.5  # a limit beyond this many times the fastest bar is written, not draw
 STYLE = """
 :root { --ink: #1f2937; --soft: #6b7280; --line: #e5e7eb; --ours: #1f6f8b; --peer: #b8c4cc; --roof: #c8553d; }
 * { box-sizing: border-box; }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: #fff; max-width: 960px; margin: 32px auto; padding: 0 20px; }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: #fff; max-width: 1100px; margin: 32px auto; padding: 0 20px; }
 h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 20px; margin: 40px 0 8px; border-bottom: 1px solid var(--line); padding-bottom: 4px; }
 h3 { font-size: 16px; margin: 24px 0 6px; } p { margin: 8px 0; } .note { color: var(--soft); font-size: 14px; }
 .lead { font-size: 18px; } .good { color: #15803d; } .bad { color: #b91c1c; font-weight: 600; }
@@ -152,7 +152,9 @@ def lead(runs: Sequence[Run], device: str) -> str:
     text = f"<b>{escape(ours)}</b> on {escape(device)}, {len(runs)} cells."
     if best:
         ahead = sum(value >= 1 for value in best)
-        text += f" Against the fastest peer of each cell it is at {factor(geometric_mean(best))}x (geometric mean), "
+        text += (
+            f" It is {factor(geometric_mean(best))} times as fast as the fastest peer of each cell (geometric mean), "
+        )
         text += f"and ahead in {ahead} of {len(best)}."
     return text
 
@@ -216,11 +218,12 @@ def render(
 ) -> str:
     """The page."""
     unit = speed_unit(runs)
-    steady = all(run.is_steady for run in runs)
+    checked = any(run.self_check is not None for run in runs)
+    steadiness = "note" if not checked else "good" if all(run.is_steady for run in runs) else "bad"
     faults = list(dict.fromkeys(f"{row.label}: {row.status}: {row.note}" for run in runs for row in run.faults))
     parts = [
         f'<h1>moe-triton bench</h1><p class="lead">{lead(runs, facts["device"]["name"])}</p>',
-        f'<p class="{"good" if steady else "bad"}">{escape(self_check_line(runs))}</p>',
+        f'<p class="{steadiness}">{escape(self_check_line(runs))}</p>',
         *(f'<p class="bad">{escape(fault)}</p>' for fault in faults),
         f"<section><h2>Against each peer</h2>{summary_table(runs)}",
         '<p class="note">Geometric means over the cells; a cell is one shape in one pass.</p></section>',

@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import torch
 import typer
@@ -38,7 +38,7 @@ __all__ = ["StepDisplay", "bench", "commit", "environment"]
 CELL_S = 1.6  # about how long a cell takes, in budgets: checks, and slow peers that need more
 
 
-def fail(message: str, code: int) -> Any:
+def fail(message: str, code: int) -> NoReturn:
     arguments.fail("bench", message, code)
 
 

@@ -27,7 +27,6 @@ class StepDisplay:
     ) -> None:
         self.cells, self.cell_s, self.clock = cells, cell_s, clock
         self.done = 0
-        self.measured = 0
         self.begun = clock()
         self.last = ""
         self.bar: Any = None
@@ -46,7 +45,7 @@ class StepDisplay:
 
     def left_s(self, share: float) -> float | None:
         """Seconds left: the cells that are not done at the pace of those that are; None while nothing is known."""
-        pace = (self.clock() - self.begun) / self.measured if self.measured else self.cell_s
+        pace = (self.clock() - self.begun) / self.done if self.done else self.cell_s
         return None if pace is None else pace * max(0.0, self.cells - self.done - share)
 
     def left(self, share: float) -> str:
@@ -62,10 +61,8 @@ class StepDisplay:
             print(f"{place}{what}{f' ({left})' if left else ''}", file=sys.stderr, flush=True)
         self.last = what
 
-    def finish_cell(self, is_new: bool = True) -> None:
-        """One cell is done; not `is_new` when it was there already and took no time."""
+    def finish_cell(self) -> None:
         self.done += 1
-        self.measured += is_new
 
     def __exit__(self, *_: object) -> None:
         if self.bar is not None:

@@ -6,7 +6,7 @@ import importlib.util
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import torch
 import typer
@@ -22,7 +22,7 @@ DEFAULT_MODELS = {"cpu": "cpu-fine", "cuda": "Qwen3-30B-A3B"}
 STEP_OPTIONS = ("num_layers", "hidden_size", "intermediate_size", "num_experts", "top_k", "batch_size", "seq_len")
 
 
-def fail(message: str, code: int) -> Any:
+def fail(message: str, code: int) -> NoReturn:
     arguments.fail("profile", message, code)
 
 
@@ -170,8 +170,8 @@ def print_files(out: Path, peak: int, drawn: bool) -> None:
 
 def proton_line(out: Path, workload: Any, backend: str, steps: int) -> str:
     """Runs the layer once more under Triton's own profiler, where there is one and a GPU for it."""
-    if importlib.util.find_spec("triton.profiler") is None if importlib.util.find_spec("triton") else True:
-        return "proton: not measured: this Triton has no triton.profiler"
+    if importlib.util.find_spec("triton") is None or importlib.util.find_spec("triton.profiler") is None:
+        return "proton: not measured: there is no triton.profiler here"
     if workload.hidden.device.type != "cuda":
         return "proton: not measured on this machine: needs a GPU"
     import triton.profiler as proton

@@ -7,7 +7,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import torch
 import typer
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 OFFLINE = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
-def fail(message: str, code: int) -> Any:
+def fail(message: str, code: int) -> NoReturn:
     arguments.fail("tune", message, code)
 
 

@@ -44,11 +44,15 @@ FORWARD = ("tile_tables", "up", "down", "combine")
 
 
 def in_words(config: Config) -> str:
-    """128x256x64 warps 8 stages 3, and what else is not 1."""
+    """128x256x64 warps 8 stages 3, and what else is not 1, or switched on."""
     text = f"{config.block_m}x{config.block_n}x{config.block_k} warps {config.num_warps} stages {config.num_stages}"
     known = ("block_m", "block_n", "block_k", "num_warps", "num_stages")
-    rest = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in known}
-    return text + "".join(f" {name} {value}" for name, value in rest.items() if value != 1)
+    for name, value in ((f.name, getattr(config, f.name)) for f in fields(config) if f.name not in known):
+        if isinstance(value, bool):
+            text += f" {name}" if value else ""
+        elif value != 1:
+            text += f" {name} {value}"
+    return text
 
 
 class Chosen(Problem):
