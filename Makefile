@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint gpu gpu-bench clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,16 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# On a GPU machine, with the Python that holds its torch and triton (make gpu GPU_PYTHON=...); nothing is installed.
+GPU_PYTHON ?= python3
+
+gpu:
+	PYTHONPATH=src:kernels $(GPU_PYTHON) benchmarks/gpu_check.py
+
+gpu-bench:
+	PYTHONPATH=src:kernels $(GPU_PYTHON) benchmarks/gpu_bench.py
+	PYTHONPATH=src:kernels $(GPU_PYTHON) benchmarks/gpu_bench.py --table
 
 clean:
 	rm -rf $(VENV) .triton-* .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -57,17 +56,6 @@ CHECKS: dict[str, Check] = {
 }
 
 
-def slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-
-
-def result_path(facts: dict[str, Any], kind: str, folder: Path) -> Path:
-    """Where the results of this device and commit lie; "dirty" where files differ from the commit."""
-    commit = facts["commit"]
-    name = "unknown" if commit is None else commit["hash"][:10] + "-dirty" * commit["dirty"]
-    return folder / slug(facts["device"]["name"]) / f"{kind}-{name}.json"
-
-
 def pick(names: str | None) -> list[str]:
     if names is None:
         return list(CHECKS)
@@ -85,7 +73,7 @@ def earlier(path: Path) -> dict[str, dict[str, Any]]:
 
 def run_all(options: argparse.Namespace, names: Sequence[str]) -> int:
     facts = environment(torch.device("cuda"))
-    path = result_path(facts, "gpu-check", options.out)
+    path = harness.result_path(facts, "gpu-check", options.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     results = earlier(path) if options.only is not None else {}
     settings = {"seed": options.seed, "budget_s": options.budget, "jobs": options.jobs}

@@ -344,7 +344,7 @@ def test_a_compiled_block_is_checked_and_named(monkeypatch):
         return function
 
     monkeypatch.setattr(torch, "compile", compile)
-    found = runner.prepare("torch", make_workload(CASE, CPU), "compile")
+    found = runner.prepare("torch", make_workload(CASE, CPU), way="compile")
     assert (found.status, found.name, found.label) == ("ok", "torch+compile", "moe_triton (torch), compiled")
     assert len(compiled) == 1
     assert found.check.problem is None
@@ -356,12 +356,12 @@ def test_a_peer_that_cannot_be_compiled_is_not_broken_but_ours_is(name, status, 
         raise RuntimeError("no compiler\nsecond line")
 
     monkeypatch.setattr(torch, "compile", compile)
-    row = runner.prepare(name, make_workload(CASE, CPU), "compile").row("full")
+    row = runner.prepare(name, make_workload(CASE, CPU), way="compile").row("full")
     assert (row.status, row.note) == (status, "RuntimeError: no compiler")
 
 
 def test_graphs_need_a_gpu():
-    row = runner.prepare("torch", make_workload(CASE, CPU), "graph").row("forward")
+    row = runner.prepare("torch", make_workload(CASE, CPU), way="graph").row("forward")
     assert (row.status, row.note) == ("not measured", "CUDA graphs need a GPU")
 
 

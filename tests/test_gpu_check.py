@@ -220,11 +220,17 @@ def test_the_file_and_the_exit_code(gpu: dict[str, str], tmp_path: Path, capsys:
     assert gpu_check.main(["--out", str(tmp_path), "--only", "layer"]) == 1
 
 
+def test_a_worker_prints_its_result(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert gpu_check.main(["--worker", "mutations", "--device", "cpu", "--seed", "3"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["detail"] == "4 mutations noticed"
+
+
 def test_the_name_of_the_file() -> None:
     dirty = {**FACTS, "commit": {"hash": "f" * 40, "dirty": True}}
     folder = Path("results")
-    assert gpu_check.result_path(dirty, "gpu-check", folder).name == "gpu-check-ffffffffff-dirty.json"
-    assert gpu_check.result_path({**FACTS, "commit": None}, "gpu-bench", folder).name == "gpu-bench-unknown.json"
+    assert harness.result_path(dirty, "gpu-check", folder).name == "gpu-check-ffffffffff-dirty.json"
+    assert harness.result_path({**FACTS, "commit": None}, "gpu-bench", folder).name == "gpu-bench-unknown.json"
 
 
 @pytest.mark.parametrize(

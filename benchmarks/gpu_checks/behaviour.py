@@ -23,7 +23,7 @@ REPEATS = 20
 
 
 def make_layer(setting: Setting, dtype: torch.dtype | None = None, **options) -> MoE:
-    sizes = (24, 16, 4, 2) if setting.tiny else (1024, 512, 32, 4)
+    sizes = (16, 16, 3, 2) if setting.tiny else (1024, 512, 32, 4)
     dtype = dtype or (torch.float32 if setting.tiny else torch.bfloat16)
     torch.manual_seed(torch.initial_seed())
     return MoE(*sizes, backend="triton", device=setting.device, dtype=dtype, aux_loss_weight=0.01, **options)
@@ -79,7 +79,7 @@ def stress(setting: Setting) -> str:
         num_experts = 4 if setting.tiny else rng.choice((8, 16, 64, 128))
         top_k = rng.choice((1, 2)) if setting.tiny else rng.choice((1, 2, 4, 8))
         d = 32 if setting.tiny else 64 * rng.randint(2, 64)
-        n = 16 if setting.tiny else 64 * rng.randint(1, 24)
+        n = 16 if setting.tiny else 64 * rng.randint(1, 12)
         tokens = rng.randint(5, 9) if setting.tiny else rng.randint(64, 16384)
         arguments = experts_arguments(setting, tokens, d, n, num_experts, top_k, dtype)
         first = run_experts(arguments, "triton")
@@ -97,15 +97,19 @@ def experts_arguments(
 ) -> list[Tensor]:
     """Hidden states, choices, weights, the two projections and a gradient; the choices are uneven on purpose."""
     device = setting.device
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
     popularity = torch.rand(num_experts, device=device)
     choices = (torch.rand(tokens, num_experts, device=device) * popularity).argsort(1)[:, -top_k:].int()
     return [
-        torch.randn(tokens, d, device=device).to(dtype),
+        normal(tokens, d),
         choices,
         torch.rand(tokens, top_k, device=device) + 0.1,
-        (torch.randn(num_experts, 2 * n, d, device=device) * d**-0.5).to(dtype),
-        (torch.randn(num_experts, d, n, device=device) * n**-0.5).to(dtype),
-        torch.randn(tokens, d, device=device).to(dtype),
+        normal(num_experts, 2 * n, d).mul_(d**-0.5),
+        normal(num_experts, d, n).mul_(n**-0.5),
+        normal(tokens, d),
     ]
 
 

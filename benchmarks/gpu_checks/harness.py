@@ -7,6 +7,7 @@ killed from outside, and compiling dozens of kernel variants one after another w
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -116,19 +117,18 @@ class Worker:
     begin: float
 
     def result(self, timed_out: bool) -> dict[str, Any]:
-        """The last line that it printed, or what there is to say when that is no result."""
+        """The line of its output that holds a result, or what there is to say when there is none."""
         self.output.seek(0)
         lines = self.output.read().strip().splitlines()
         self.output.close()
         seconds = round(time.perf_counter() - self.begin, 1)
         if timed_out:
             return {"result": "failed", "detail": "out of time: killed", "seconds": seconds}
-        try:
-            found = json.loads(lines[-1])
-            return {"result": found["result"], "detail": found["detail"], "seconds": seconds}
-        except (IndexError, ValueError, TypeError, KeyError):
+        line = next((line for line in reversed(lines) if line.startswith('{"result": ')), None)
+        if line is None:
             words = " | ".join(lines[-3:])
             return {"result": "failed", "detail": f"exit {self.process.returncode}: {words}", "seconds": seconds}
+        return {**json.loads(line), "seconds": seconds}
 
 
 def start(name: str, command: Sequence[str]) -> Worker:
@@ -178,6 +178,17 @@ def run_apart(
 def worker_command(name: str, seed: int, device: str, seconds: float) -> list[str]:
     options = ["--worker", name, "--seed", str(seed), "--device", device, "--seconds", str(seconds)]
     return [sys.executable, str(SCRIPT), *options]
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def result_path(facts: dict[str, Any], kind: str, folder: Path) -> Path:
+    """Where the results of this device and commit lie; "dirty" where files differ from the commit."""
+    commit = facts["commit"]
+    name = "unknown" if commit is None else commit["hash"][:10] + "-dirty" * commit["dirty"]
+    return folder / slug(facts["device"]["name"]) / f"{kind}-{name}.json"
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:

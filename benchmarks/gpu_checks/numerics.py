@@ -156,7 +156,7 @@ def experts_ungated(dtype: torch.dtype):
 
 def buckets(setting: Setting) -> str:
     """Every bucket of rows per expert with sizes that fill their tiles and sizes that do not; capacity drops too."""
-    sizes = ((16, 16), (24, 20)) if setting.tiny else ((512, 384), (320, 200), (130, 70), (33, 17))
+    sizes = ((24, 20),) if setting.tiny else ((512, 384), (320, 200), (130, 70), (33, 17))
     rows = (3,) if setting.tiny else (5, 20, 50, 300)
     count = 0
     for dtype in setting.dtypes:
@@ -184,14 +184,15 @@ def empty(setting: Setting) -> str:
         "every choice is skipped": torch.full((5, 2), -1),
         "ids past the end": torch.full((5, 2), 6),
     }
-    for dtype in setting.dtypes:
+    dtypes = setting.dtypes[:1] if setting.tiny else setting.dtypes
+    for dtype in dtypes:
         for name, choices in cases.items():
             problem = make_problem(choices.int(), 6, dtype=dtype)
             with poisoned():
                 found = run(problem)
             check(found, problem, TOLERANCE[dtype])
             assert all(torch.isfinite(x).all() for x in found.values()), name
-    return f"{len(cases) * len(setting.dtypes)} problems"
+    return f"{len(cases) * len(dtypes)} problems"
 
 
 def nan_logits(setting: Setting) -> str:

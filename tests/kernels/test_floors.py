@@ -8,6 +8,7 @@ import pytest
 
 from moe_triton_kernels import floors
 from moe_triton_kernels.floors import DEVICES, EXPERTS_BACKWARD, EXPERTS_FORWARD, FLOORS, Shape, Work
+from moe_triton_kernels.tiles import BLOCK_SIZES
 
 # T = 6, d = 8, n = 4, E = 5, K = 2: S = 12, X 48, rows 96, A 48, W2 160 elements
 SMALL = Shape(tokens=6, hidden=8, intermediate=4, experts=5, top_k=2)
@@ -69,6 +70,7 @@ def test_ungated_and_wider_dtypes() -> None:
 def test_the_tile_tables_of_many_rows() -> None:
     shape = Shape(tokens=600, hidden=8, intermediate=4, experts=4, top_k=1)  # 150 rows: 10, 5, 3 and 2 tiles
     assert FLOORS["tile_tables"](shape).bytes == 4 * (5 + 4 + 2 * 4 * 20)
+    assert floors.TILE_SIZES == BLOCK_SIZES
 
 
 def test_the_floor_is_the_slower_of_the_two() -> None:

@@ -12,11 +12,12 @@ from moe_triton.benchmarking.correctness import Check
 from moe_triton.benchmarking.environment import now
 from moe_triton.benchmarking.limits import Limit, limits
 from moe_triton.benchmarking.memory import peak_bytes, saved_bytes
-from moe_triton.benchmarking.providers import PROVIDERS, Provider, Unavailable
-from moe_triton.benchmarking.results import Row, Run
+from moe_triton.benchmarking.providers import PROVIDERS, Block, Provider, Unavailable
+from moe_triton.benchmarking.results import FAULTS, Row, Run
 from moe_triton.benchmarking.timing import Timer, Times, make_timer, ratios, run_rounds, spread
-from moe_triton.benchmarking.ways import LABELS, Runnable, runnable
+from moe_triton.benchmarking.ways import LABELS, Runnable, block_call, runnable
 
+__all__ = ["FAULTS", "OnStep", "Prepared", "block_call", "expert_counts", "measure_case", "prepare", "relate"]
 NOTE_LENGTH = 240
 OnStep = Callable[[str, float], None]  # (what is being done, share of the case's present mode that is done)
 
@@ -36,6 +37,10 @@ class Prepared:
     check: Check | None = None
     saved: int | None = None
 
+    @property
+    def block(self) -> Block | None:
+        return None if self.runnable is None else self.runnable.block
+
     def row(self, mode: str) -> Row:
         checked = self.check
         is_inference_only = self.runnable is not None and not self.runnable.block.is_trainable and mode != "forward"
@@ -53,9 +58,9 @@ class Prepared:
         )
 
 
-def prepare(name: str, workload: Workload, way: str = "eager") -> Prepared:
-    """Builds a provider and checks its result. A wrong or broken one is reported and not timed."""
-    provider = PROVIDERS[name]
+def prepare(name: str, workload: Workload, provider: Provider | None = None, way: str = "eager") -> Prepared:
+    """Builds a provider (None: that of the name) and checks its result. A wrong or broken one is not timed."""
+    provider = PROVIDERS[name] if provider is None else provider
     found = Prepared(
         name=name if way == "eager" else f"{name}+{way}",
         provider=provider,
@@ -213,7 +218,7 @@ def measure_case(
     for name, way in [(name, way) for way in ways for name in names]:
         if on_step is not None:
             on_step(f"{case.title()}: checking {PROVIDERS[name].label}{LABELS[way]}", 0.0)
-        prepared.append(prepare(name, workload, way))
+        prepared.append(prepare(name, workload, way=way))
     own = next((p for p in prepared if p.kind == "ours" and p.runnable is not None), None)
     if own is not None:
         prepared.append(twin_of(own, workload))

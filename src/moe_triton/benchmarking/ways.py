@@ -18,6 +18,35 @@ LABELS = {"eager": "", "compile": ", compiled", "graph": ", CUDA graph"}
 GRAPH_WARM_UP = 3  # calls on a side stream before a capture, as torch asks for
 
 
+def block_call(block: Block, workload: Workload, mode: str) -> Call:
+    """What is timed of a block.
+
+    forward: without autograd, as in inference. backward: the gradients of hidden states and parameters, the forward
+    that they need being run anew outside the timed part. full: both.
+    """
+    if mode == "forward":
+
+        def forward() -> object:
+            with torch.no_grad():
+                return block.forward(workload.hidden)
+
+        return forward
+    trained = workload.hidden.detach().clone().requires_grad_()
+    wanted = [trained, *block.leaves()]
+
+    def gradients(out: Tensor) -> object:
+        return torch.autograd.grad(out, wanted, workload.grad_out)
+
+    if mode == "full":
+        return lambda: gradients(block.forward(trained))
+
+    def make() -> Callable[[], object]:
+        out = block.forward(trained)
+        return lambda: gradients(out)
+
+    return Fresh(make)
+
+
 class Runnable:
     """A block in one way: its check, and its calls by mode."""
 
@@ -28,30 +57,7 @@ class Runnable:
         return check(self.block, self.workload)
 
     def call(self, mode: str) -> Call:
-        """forward: without autograd, as in inference. backward: the gradients of hidden states and parameters, the
-        forward that they need being run anew outside the timed part. full: both."""
-        block, workload = self.block, self.workload
-        if mode == "forward":
-
-            def forward() -> object:
-                with torch.no_grad():
-                    return block.forward(workload.hidden)
-
-            return forward
-        trained = workload.hidden.detach().clone().requires_grad_()
-        wanted = [trained, *block.leaves()]
-
-        def gradients(out: Tensor) -> object:
-            return torch.autograd.grad(out, wanted, workload.grad_out)
-
-        if mode == "full":
-            return lambda: gradients(block.forward(trained))
-
-        def make() -> Callable[[], object]:
-            out = block.forward(trained)
-            return lambda: gradients(out)
-
-        return Fresh(make)
+        return block_call(self.block, self.workload, mode)
 
 
 class Replayed(Runnable):
