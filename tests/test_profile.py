@@ -103,6 +103,7 @@ def test_one_kernel_needs_a_gpu(tmp_path, monkeypatch):
         ([*SHAPE, "--kernel=sideways"], "kernel: got 'sideways', wanted one of up"),
         ([*SHAPE, "--out=/proc/no"], "--out: cannot write to /proc/no"),
         (["--training-step", "--hidden=7"], "hidden_size: got 7"),
+        (["--training-step", "--model=OLMoE"], "training-step: got together with a layer's options"),
     ],
     ids=str,
 )

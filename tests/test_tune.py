@@ -24,6 +24,7 @@ CASE = Case(tokens=20, hidden=32, intermediate=16, experts=4, top_k=2)
 SHAPE = ["--tokens=20", "--hidden=32", "--intermediate=16", "--experts=4", "--top-k=2", "--dtype=float32"]
 FACTS = {"device": {"name": "a GPU"}, "versions": {"torch": "2.13"}, "commit": {"hash": "ab" * 20}}
 SETTINGS = tuning.Settings(device=torch.device("cpu"), seed=0, threads=1, candidate_s=0.0)
+TINY = Case(tokens=8, hidden=16, intermediate=16, experts=3, top_k=2)  # for the interpreter
 (PROBLEM,) = tuning.problems_of([CASE], ["down"], "interpreter")
 INCUMBENT = {
     "block_m": 16, "block_n": 16, "block_k": 16, "num_warps": 4, "num_stages": 1, "group": 2, "parts": 1,
@@ -148,14 +149,14 @@ def test_problems_are_distinct_table_entries():
 
 @pytest.mark.parametrize("change", [{}, {"activation": "relu2"}, {"activation": "gpt_oss", "bias": True}], ids=str)
 def test_every_operation_is_verified_against_float64(change):
-    workload = make_workload(replace(CASE, **change), torch.device("cpu"))
+    workload = make_workload(replace(TINY, **change), torch.device("cpu"))
     for op in kernel_search.operations():
         searched = Searched(workload, op, CpuTimer())
         assert 0 < searched.error(searched.incumbent) < 2e-5
 
 
 def test_a_wrong_result_may_not_win(monkeypatch):
-    workload = make_workload(CASE, torch.device("cpu"))
+    workload = make_workload(TINY, torch.device("cpu"))
     for op in kernel_search.operations():
         searched = Searched(workload, op, CpuTimer())
         stage = searched.stages[-1]
@@ -174,7 +175,7 @@ def test_a_wrong_result_may_not_win(monkeypatch):
 
 
 def test_a_candidate_that_raises_is_a_result(monkeypatch):
-    searched = Searched(make_workload(CASE, torch.device("cpu")), "down", CpuTimer())
+    searched = Searched(make_workload(TINY, torch.device("cpu")), "down", CpuTimer())
     outcome = searched.try_out(replace(searched.incumbent, block_m=48), searched.incumbent, 0.0)
     assert outcome.status == "failed"
     assert "block_m" in outcome.note

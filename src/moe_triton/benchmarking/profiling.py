@@ -20,7 +20,6 @@ from torch.profiler import ProfilerActivity, record_function
 from moe_triton.benchmarking.cases import Workload
 from moe_triton.benchmarking.environment import now
 from moe_triton.benchmarking.limits import dense
-from moe_triton.benchmarking.providers import PROVIDERS
 from moe_triton.benchmarking.stages import (
     LAYER,
     StageTable,
@@ -29,10 +28,10 @@ from moe_triton.benchmarking.stages import (
     middle,
     open_layer,
     stage_row,
+    whole_passes,
     works,
 )
 from moe_triton.benchmarking.timing import Timer, ready, run_rounds, spread
-from moe_triton.benchmarking.ways import Runnable
 
 WARM_UP = 2  # calls of everything before the profiler looks
 PREFIX = "moe::"  # of our ranges in a trace
@@ -101,7 +100,11 @@ def record(step: Callable[[], None], steps: int, device: torch.device, path: Pat
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities, profile_memory=True, record_shapes=True) as prof:
+    # backward in this thread, too: a range counts the kernels that its own thread launches
+    with (
+        torch.autograd.set_multithreading_enabled(False),
+        torch.profiler.profile(activities=activities, profile_memory=True, record_shapes=True) as prof,
+    ):
         for _ in range(steps):
             step()
         if device.type == "cuda":
@@ -180,8 +183,7 @@ def profile_layer(
     """
     device, case = workload.hidden.device, workload.case
     opened = open_layer(workload, backend)
-    layer = Runnable(PROVIDERS[opened.backend].build(workload), workload)
-    forward, backward = layer.call("forward"), layer.call("backward")
+    backward = whole_passes(opened, workload)[LAYER[1]]
     buffer = bandwidth_buffer(device)
     times = run_rounds({"dense": dense(workload, "forward").call, "sum": buffer.sum}, timer, budget_s=budget_s)
     flops_per_s = case.flops("forward") / middle(spread(times["dense"]))
@@ -195,10 +197,7 @@ def profile_layer(
             if call is not None:
                 with span(name):
                     call()
-        run = ready(forward)
         with span(LAYER[0]):
-            run()
-        with span("training forward"):
             run = ready(backward)
         with span(LAYER[1]):
             run()

@@ -22,16 +22,15 @@ from moe_triton.benchmarking.limits import CPU_BUFFER_BYTES, GPU_BUFFER_BYTES, d
 from moe_triton.benchmarking.providers import PROVIDERS
 from moe_triton.benchmarking.report import three_digits
 from moe_triton.benchmarking.results import spread_from, spreads_from
-from moe_triton.benchmarking.timing import Call, Spread, Timer, run_rounds, spread
-from moe_triton.benchmarking.ways import Runnable
+from moe_triton.benchmarking.timing import Call, Fresh, Spread, Timer, run_rounds, spread
+from moe_triton.benchmarking.ways import block_call
 from moe_triton.records import Dispatch, RouterSpec
 from moe_triton.reference import wide
 from moe_triton_kernels.floors import FLOORS, Shape, Work
 
 DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 DENSE, BANDWIDTH = "a dense product", "a sum over a large buffer"
-LAYER = ("layer forward", "layer backward")
-# what a layer's own pass does besides these stages: autograd, checks, allocation
+LAYER = ("layer forward", "layer backward")  # of a training step: besides its stages, autograd, checks, allocation
 PASSES = {False: LAYER[0], True: LAYER[1]}
 
 
@@ -192,6 +191,13 @@ def work_of(name: str, case: Case) -> Work:
     return FLOORS[name](shape)
 
 
+def whole_passes(opened: Opened, workload: Workload) -> dict[str, Call]:
+    """A training step's forward and backward of the whole layer, by the same backend."""
+    backward = block_call(PROVIDERS[opened.backend].build(workload), workload, "backward")
+    assert isinstance(backward, Fresh)
+    return {LAYER[0]: backward.make, LAYER[1]: backward}
+
+
 def bandwidth_buffer(device: torch.device) -> Tensor:
     """fp32 ones that no cache holds: their sum reads at the memory's bandwidth."""
     size = GPU_BUFFER_BYTES if device.type == "cuda" else CPU_BUFFER_BYTES
@@ -210,13 +216,12 @@ def measure_stages(
     case, device = workload.case, workload.hidden.device
     opened = open_layer(workload, backend)
     buffer = bandwidth_buffer(device)
-    layer = Runnable(PROVIDERS[opened.backend].build(workload), workload)
+    passes = whole_passes(opened, workload)
     named: dict[str, Call] = {
         f"{number}": stage.call for number, stage in enumerate(opened.stages) if stage.call is not None
     }
-    whole = {LAYER[0]: layer.call("forward"), LAYER[1]: layer.call("backward")}
     speeds: dict[str, Call] = {DENSE: dense(workload, "forward").call, BANDWIDTH: buffer.sum}
-    times = run_rounds({**named, **whole, **speeds}, timer, budget_s=budget_s, on_round=on_round)
+    times = run_rounds({**named, **passes, **speeds}, timer, budget_s=budget_s, on_round=on_round)
 
     flops_per_s = case.flops("forward") / middle(spread(times[DENSE]))
     bytes_per_s = buffer.nbytes / middle(spread(times[BANDWIDTH]))

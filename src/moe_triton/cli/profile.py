@@ -64,7 +64,6 @@ def profile(
     overrides = {"dtype": dtype, "skew": skew, "activation": activation, "bias": bias or None}
     try:
         where = pick_device(device)
-        case = pick_case(model, shape, {k: v for k, v in overrides.items() if v is not None}, where)
         arguments.check_settings(budget, threads, seed, [])
         if steps < 1:
             raise ValueError(f"steps: got {steps}, wanted at least 1")
@@ -72,10 +71,15 @@ def profile(
         arguments.make_directory(out, "--out")
         if threads is not None:
             torch.set_num_threads(threads)
+        of_a_layer = [model, kernel, *overrides.values()]
+        if training_step and any(value is not None for value in of_a_layer):
+            raise ValueError("training-step: got together with a layer's options, wanted sizes only")
         if training_step:
             chosen: dict[str, Any] = {"hidden_size": hidden, "intermediate_size": intermediate, "num_experts": experts}
             profile_training_step(out, where, backend, steps, seed, {**chosen, "top_k": top_k})
-        elif kernel is not None:
+            return
+        case = pick_case(model, shape, {k: v for k, v in overrides.items() if v is not None}, where)
+        if kernel is not None:
             profile_kernel(kernel, case, where, backend, budget, seed)
         else:
             profile_one_layer(out, case, where, backend, steps, budget, seed)
