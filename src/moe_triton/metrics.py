@@ -154,6 +154,7 @@ def plot_load(history: Sequence[Mapping[str, LoadStatistics]], path: str | Path)
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     if not history:
         raise ValueError("history: got nothing, wanted at least one reading")
@@ -178,6 +179,9 @@ def plot_load(history: Sequence[Mapping[str, LoadStatistics]], path: str | Path)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
         axes.set_ylim(0, 1.05 if field == "entropy" else None)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if field == "dropped":
+            axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     figure.supxlabel("reading", fontsize=9)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(path, format="png")
