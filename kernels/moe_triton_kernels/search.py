@@ -14,18 +14,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any
+from unittest import mock
 
 import torch
 
-from moe_triton_kernels.configs import (
-    TYPES,
-    Config,
-    Shipped,
-    block_constants,
-    fit,
-    main_loop_instructions,
-    pipeline_stages,
-)
+from moe_triton_kernels.configs import TYPES, Config, Shipped, fit
 from moe_triton_kernels.offline import TARGETS, Case, broken_gates, compile_case
 from moe_triton_kernels.tiles import BLOCK_SIZES
 
@@ -78,22 +71,15 @@ def neighbours(config: Config, op: str, d: int, n: int) -> Iterator[Config]:
 
 
 def candidate_case(op: str, dtype: torch.dtype, config: Config, arch: str) -> Case:
-    """The offline case of a candidate: that of the op's first shipped configuration, with other block sizes.
+    """The offline case of a candidate, as its kernel's file would list it if the candidate were all that ships.
 
     fp16 compiles like bf16.
     """
     name = TYPES.get(dtype, "bf16")
-    cases = importlib.import_module(f"moe_triton_kernels.{MODULES[op]}").offline_cases(arch)
-    sample = next(case for case in cases if case.name.startswith(f"{op}_{name}_"))
-    shipped = Shipped(op=op, dtype=name, config=config)
-    return replace(
-        sample,
-        name=f"{op}_{name}_{config.block_m}x{config.block_n}x{config.block_k}",
-        constexprs={**sample.constexprs, **block_constants(arch, config)},
-        num_warps=config.num_warps,
-        num_stages=pipeline_stages(arch, config),
-        wants=main_loop_instructions(shipped, arch),
-    )
+    module = importlib.import_module(f"moe_triton_kernels.{MODULES[op]}")
+    candidates = [Shipped(op=other, dtype=name, config=config) for other in MODULES if MODULES[other] == MODULES[op]]
+    with mock.patch.object(module, "shipped_configs", return_value=candidates):
+        return next(case for case in module.offline_cases(arch) if case.name.startswith(f"{op}_{name}_"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
