@@ -65,7 +65,8 @@ def neighbours(config: Config, op: str, d: int, n: int) -> Iterator[Config]:
         below = [step for step in ladder if step < value][-1:]
         above = [step for step in ladder if step > value][:1]
         for step in (*above, *below):
-            candidate = replace(config, **{name: step})
+            change: dict[str, Any] = {name: step}
+            candidate = replace(config, **change)
             if is_sound(candidate, op, d, n):
                 yield candidate
 
