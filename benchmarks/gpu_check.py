@@ -24,8 +24,8 @@ import torch  # noqa: E402
 from gpu_checks import behaviour, harness, numerics  # noqa: E402
 from gpu_checks.harness import Check, Setting  # noqa: E402
 
+from moe_triton.benchmarking.environment import environment  # noqa: E402
 from moe_triton.benchmarking.report import write_json  # noqa: E402
-from moe_triton.cli.bench import environment  # noqa: E402
 
 BUDGET_S = 520.0
 STRESS_S = 60.0

@@ -1,4 +1,5 @@
-"""Which block sizes a grouped kernel runs with: a shipped table of measured entries, and a heuristic behind it.
+"""Which block sizes a grouped kernel runs with: tables of measured entries (the user's, then the shipped one), and a
+heuristic behind them.
 
 A configuration is keyed by (op, d, n, dtype, architecture, bucket of rows per expert). Rows per expert is the average
 S / E of the static sizes: it is known without asking the device and takes few values, so neither a host sync nor a
@@ -8,6 +9,7 @@ recompilation follows from a new number of tokens. Nothing is tuned at run time:
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -102,24 +104,69 @@ def bucket_of(rows_per_expert: float) -> int:
     return next((bucket for bucket in BUCKETS if rows_per_expert <= bucket), BUCKETS[-1])
 
 
+Table = Mapping[tuple[Any, ...], Config]  # by KEYS
+KEYS = ("op", "d", "n", "dtype", "architecture", "bucket")
+
+
+def read_table(path: Path) -> Table:
+    """A table file, a JSON list of objects with KEYS and "config"; ValueError, naming the file, where it is broken."""
+    try:
+        return {tuple(entry[key] for key in KEYS): Config(**entry["config"]) for entry in json.loads(path.read_text())}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"table {path}: {type(error).__name__}: {error}") from error
+
+
 @lru_cache
-def shipped_table() -> Mapping[tuple[Any, ...], Config]:
-    """configs.json as {(op, d, n, dtype, architecture, bucket): Config}."""
-    entries = json.loads(TABLE.read_text())
-    keys = ("op", "d", "n", "dtype", "architecture", "bucket")
-    return {tuple(entry[key] for key in keys): Config(**entry["config"]) for entry in entries}
+def shipped_table() -> Table:
+    """configs.json, which comes with the kernels."""
+    return read_table(TABLE)
+
+
+def user_table_path() -> Path | None:
+    """Where this user's own table lies, as `moe-triton tune` writes it.
+
+    MOE_TRITON_TABLE names it (empty: none is read); else it is moe_triton/configs.json under $XDG_CONFIG_HOME, which
+    is ~/.config by default.
+    """
+    named = os.environ.get("MOE_TRITON_TABLE")
+    if named is not None:
+        return Path(named) if named else None
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "moe_triton" / "configs.json"
+
+
+@lru_cache
+def user_table() -> Table:
+    """The user's own table, which goes before the shipped one; read once. Empty where there is none."""
+    path = user_table_path()
+    if path is None or (not path.exists() and "MOE_TRITON_TABLE" not in os.environ):
+        return {}
+    return read_table(path)
+
+
+def find_config(
+    op: str, *, d: int, n: int, dtype: torch.dtype, num_rows: int, num_experts: int, architecture: str
+) -> tuple[Config, str]:
+    """The configuration for this case and where it is from: "user table", "shipped table" or "heuristic".
+
+    ValueError on an unknown op, and on a table that is broken.
+    """
+    if op not in OPS:
+        raise ValueError(f"op: got {op!r}, wanted one of {', '.join(OPS)}")
+    bucket = bucket_of(num_rows / max(num_experts, 1))
+    key = (op, d, n, str(dtype).removeprefix("torch."), architecture, bucket)
+    for table, origin in ((user_table(), "user table"), (shipped_table(), "shipped table")):
+        if key in table:
+            return table[key], origin
+    return heuristic(op, d, n, dtype.itemsize, architecture, bucket), "heuristic"
 
 
 def choose_config(
     op: str, *, d: int, n: int, dtype: torch.dtype, num_rows: int, num_experts: int, architecture: str
 ) -> Config:
-    """The shipped entry for this case if there is one, else the heuristic's answer. ValueError on an unknown op."""
-    if op not in OPS:
-        raise ValueError(f"op: got {op!r}, wanted one of {', '.join(OPS)}")
-    bucket = bucket_of(num_rows / max(num_experts, 1))
-    dtype_name = str(dtype).removeprefix("torch.")
-    entry = shipped_table().get((op, d, n, dtype_name, architecture, bucket))
-    return heuristic(op, d, n, dtype.itemsize, architecture, bucket) if entry is None else entry
+    """`find_config` without the origin."""
+    return find_config(
+        op, d=d, n=n, dtype=dtype, num_rows=num_rows, num_experts=num_experts, architecture=architecture
+    )[0]
 
 
 @dataclass(frozen=True, kw_only=True)

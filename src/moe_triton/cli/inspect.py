@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import torch
 import typer
 
-from moe_triton.cli.bench import StepDisplay
+from moe_triton.cli.display import StepDisplay
 
 if TYPE_CHECKING:
     from moe_triton_kernels.floors import Device, Shape
