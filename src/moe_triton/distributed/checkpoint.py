@@ -292,7 +292,7 @@ def _remove_others(path: Path, data: str) -> None:
 
 
 def _discard(path: Path, data: str) -> None:
-    """Removes a failed save's files, unless the manifest names them (then only flushing it failed) or cannot be read."""
+    """Removes a failed save's files, unless the manifest names them (only flushing it failed) or cannot be read."""
     current = _current(path)
     if current != data and (current is not None or not (path / NAME).exists()):
         shutil.rmtree(path / data, ignore_errors=True)
