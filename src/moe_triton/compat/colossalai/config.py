@@ -70,7 +70,8 @@ def settings_of(config: dict[str, Any]) -> Settings:
     pipeline, _ = _size("pipeline", parallel.get("pipeline", 1))
     if pipeline != 1:
         raise ValueError(f"parallel.pipeline: got {pipeline}, wanted 1: there is no pipeline parallelism here")
-    moe_size, exchange, max_ep_size = None, {}, config.get("max_ep_size")
+    moe_size, max_ep_size = None, config.get("max_ep_size")
+    exchange: dict[str, Any] = {}
     if "moe" in parallel:
         moe_size, exchange = _size("moe", parallel["moe"])
     if max_ep_size is not None:

@@ -36,7 +36,7 @@ def get_dataloader(
     if not add_sampler:
         return DataLoader(dataset, shuffle=shuffle, **arguments)
     group = global_context.group(ParallelMode.DATA)
-    sampler = DistributedSampler(
+    sampler: DistributedSampler[Any] = DistributedSampler(
         dataset, num_replicas=group.size, rank=group.rank, shuffle=shuffle, seed=seed,
         drop_last=arguments.get("drop_last", False),
     )  # fmt: skip

@@ -233,7 +233,7 @@ def _two_factors(
     }
 
 
-def _by_generation(is_first: bool) -> dict[str, str]:
+def _by_generation(is_first: bool) -> dict[str, Any]:
     return {"generation": GENERATIONS[0] if is_first else GENERATIONS[1]}
 
 
