@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[hf,dev]"
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint constraints.txt --editable ".[hf,dev]"
 	touch $(READY)
 
 # Trains the MoE and a dense model of the same active parameters on the Python standard library's source.

@@ -123,15 +123,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="a folder with a folder of images per class; default: digits")
     parser.add_argument("--image-size", type=int, default=32, help="to which the images of --data are resized")
+    parser.add_argument("--patch-size", type=int, default=4)
     parser.add_argument("--moe-size", type=int, default=1, help="ranks that share one set of experts")
     parser.add_argument("--tensor-size", type=int, default=1, help="ranks that split the attention's heads")
     parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--capacity-factor", type=float, help="of each rank's tokens; default: nothing is dropped")
     parser.add_argument("--noise", action="store_true", help="NormalNoiseGenerator on the router's logits")
     parser.add_argument("--drop-rate", type=float, default=0.0, help="dropout")
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=64, help="of all ranks together")
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("widenet-run"), help="folder of curves.png and checkpoint/")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
@@ -144,6 +145,7 @@ def main() -> None:
     images, labels, num_classes = digits() if options.data is None else image_folder(options.data, options.image_size)
     order = torch.from_numpy(np.random.default_rng(1234).permutation(len(images)))  # the same split for every seed
     held_out, trained = order[: len(order) // 5], order[len(order) // 5 :]
+    images = (images - images[trained].mean()) / images[trained].std()
     size = images.shape[-1]
     train_data = Batches(images[trained], labels[trained], options.batch_size, options.seed, augment=True)
     test_data = Batches(images[held_out], labels[held_out], options.batch_size, options.seed, augment=False)
@@ -153,7 +155,7 @@ def main() -> None:
         num_experts=options.experts,
         capacity_factor=options.capacity_factor,
         img_size=size,
-        patch_size=size // 4,
+        patch_size=options.patch_size,
         in_chans=images.shape[1],
         num_classes=num_classes,
         depth=4,

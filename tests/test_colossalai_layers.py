@@ -103,7 +103,7 @@ def test_dropout_is_for_training(kind):
     assert not torch.equal(once, again)
     layer.eval()
     assert experts.is_fused
-    assert_close(sum(layer.train()(x) for _ in range(400)) / 400, layer.eval()(x), tolerance=0.2)
+    assert_close(sum(layer.train()(x) for _ in range(100)) / 100, layer.eval()(x), tolerance=0.4)
 
 
 def test_hooks_on_an_expert_are_run():

@@ -97,13 +97,21 @@ class Trainer:
             return self.engine(to_device(data))
 
     def save(self, folder: str | Path) -> None:
-        """Save model, optimizer, metrics and place; every rank calls it. Loads on any number of ranks."""
+        """Save model, optimizer, metrics and place; every rank calls it. Loads on any number of ranks.
+
+        Raises NotImplementedError with tensor parallelism, whose slices of dense parameters checkpoints do not know.
+        """
+        _check_whole("save")
         states = {type(hook).__name__: state for hook in self.hooks if (state := hook.state_dict())}
         extra = {"epoch": self.cur_epoch, "step": self.cur_step, "metrics": self.metrics, "hooks": states}
         save_checkpoint(folder, self.engine.model, self.engine.optimizer, extra=extra)
 
     def load(self, folder: str | Path) -> None:
-        """Go on from what `save` wrote, on any number of ranks; the hooks' states wait for the next `fit`."""
+        """Go on from what `save` wrote, on any number of ranks; the hooks' states wait for the next `fit`.
+
+        Raises NotImplementedError with tensor parallelism.
+        """
+        _check_whole("load")
         extra = load_checkpoint(folder, self.engine.model, self.engine.optimizer)
         self.cur_epoch, self.cur_step, self.metrics = extra["epoch"], extra["step"], extra["metrics"]
         self._hook_states = extra["hooks"]
@@ -183,3 +191,10 @@ class Trainer:
 
         with progress:
             yield advance
+
+
+def _check_whole(what: str) -> None:
+    """One rank's slice of a dense parameter would be taken for the whole."""
+    size = global_context.tensor_parallel
+    if size > 1:
+        raise NotImplementedError(f"Trainer.{what}: got {size} tensor-parallel ranks, wanted 1")

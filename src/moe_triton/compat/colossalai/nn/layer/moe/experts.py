@@ -8,25 +8,19 @@ share them.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_triton import layers
-from moe_triton.checks import check_int, check_number
 from moe_triton.compat.called import CalledExperts, call_one_by_one
 from moe_triton.compat.colossalai.context.moe_context import MOE_CONTEXT, MoeParallelInfo
-from moe_triton.compat.colossalai.context.parallel_mode import ParallelMode
-from moe_triton.compat.colossalai.context.random import expert_seeds, generators_seeded, seed
+from moe_triton.compat.colossalai.context.random import expert_seeds, generators_seeded
 from moe_triton.compat.mlps import is_tampered, recognise
 from moe_triton.distributed import ExpertParallel
 from moe_triton.experts import Parameters, in_autocast_dtype, run_experts
-from moe_triton.integrations.transformers import pointwise_name
 from moe_triton.records import Dispatch, ExpertSpec
 
 Run = Callable[[Tensor, Tensor, Dispatch], Tensor]
@@ -220,10 +214,9 @@ class Experts(MoeExperts):
         of_path = {path: getattr(self, name) for name, paths in self.paths.items() for path in paths}
 
         def joined(names: tuple[str, ...], which: str) -> Tensor | None:
-            paths = [f"{name}.{which}" for name in names]
-            if paths[0] not in of_path:
+            parts = [of_path[path] for name in names if (path := f"{name}.{which}") in of_path]
+            if not parts:
                 return None
-            parts = [of_path[path] for path in paths]
             return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
         up, down = joined(self.mlp.up, "weight"), joined((self.mlp.down,), "weight")
@@ -244,175 +237,6 @@ class Experts(MoeExperts):
     def extra_repr(self) -> str:
         how = "called one by one" if self.mlp is None else f"fused, activation={self.mlp.activation}"
         return f"{self.num_local_experts} of {self.num_experts}, {how}"
-
-
-class FFNExperts(layers.Experts, MoeExperts):
-    """E MLPs with biases as stacked parameters: `moe_triton.Experts` with Colossal-AI's start and dropout.
-
-    w1 [local, d, f], b1 [local, 1, f], w2 [local, f, d] and b2 [local, 1, d] are views of the parameters gate_up_proj
-    [local, f, d], gate_up_proj_bias, down_proj [local, d, f] and down_proj_bias. They start as a normal distribution,
-    cut off at 2, with std sqrt(0.1 / d) for w1 and b1 and sqrt(0.1 / f) for w2 and b2.
-
-    Args:
-        num_experts: E.
-        d_model, d_ff: d and f.
-        activation: a Module; None is nn.GELU(). One that our products do not know makes the experts run one by one.
-        drop_rate: dropout after the activation and after w2; while it is active the experts run one by one.
-        backend, device, dtype: as of `moe_triton.Experts`.
-    """
-
-    def __init__(
-        self,
-        num_experts: int,
-        d_model: int,
-        d_ff: int,
-        activation: Any = None,
-        drop_rate: float = 0,
-        *,
-        backend: str = "auto",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        check_number("drop_rate", drop_rate, low=0)
-        num_local, info = self.place(num_experts)
-        known = "gelu" if activation is None else pointwise_name(activation)
-        # a name that is as good as any for the shapes, where the activation itself is called
-        super().__init__(
-            d_model, d_ff, num_experts, activation=known or "relu", bias=True, expert_parallel=info.parallel,
-            backend=backend, device=device, dtype=dtype,
-        )  # fmt: skip
-        self.num_local_experts, self.dist_info = num_local, info
-        self.act = nn.GELU() if activation is None else activation
-        self.drop_rate = float(drop_rate)
-        self.is_known = known is not None
-        mark(self, info)
-
-    @staticmethod
-    def place(num_experts: int) -> tuple[int, MoeParallelInfo]:
-        """(experts here, where they are)."""
-        return MOE_CONTEXT.get_info(num_experts)
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw the local experts, each by its global id."""
-        d, f = self.down_proj.shape[1], self.intermediate_size
-        etp = self.parallel_slices
-        seeds = expert_seeds()
-        std_1, std_2 = math.sqrt(0.1 / d), math.sqrt(0.1 / f)
-        biases = self.gate_up_proj_bias, self.down_proj_bias
-        assert biases[0] is not None
-        assert biases[1] is not None
-        wanted = (  # what is drawn, and the dimension that slices split
-            (self.gate_up_proj, (f, d), std_1, 0),
-            (biases[0], (f,), std_1, 0),
-            (self.down_proj, (d, f), std_2, 1),
-            (biases[1], (d,), std_2, None),
-        )
-        for place, number in enumerate(self.local_experts):
-            with generators_seeded(seeds(number)):
-                for parameter, shape, std, dim in wanted:
-                    whole = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
-                    nn.init.trunc_normal_(whole, std=std)
-                    parameter[place] = whole if dim is None else whole.chunk(etp[0], dim=dim)[etp[1]]
-
-    @property
-    def parallel_slices(self) -> tuple[int, int]:
-        """(slices of each expert, which of them is here)."""
-        etp = self.expert_parallel.etp if self.expert_parallel is not None else None
-        return (1, 0) if etp is None else (etp.size, etp.rank)
-
-    @property
-    def w1(self) -> Tensor:
-        return self.gate_up_proj.mT
-
-    @property
-    def b1(self) -> Tensor:
-        return self.gate_up_proj_bias[:, None]  # type: ignore[index]
-
-    @property
-    def w2(self) -> Tensor:
-        return self.down_proj.mT
-
-    @property
-    def b2(self) -> Tensor:
-        return self.down_proj_bias[:, None]  # type: ignore[index]
-
-    @property
-    def is_fused(self) -> bool:
-        """Whether the experts, in the present mode, run fused."""
-        return self.is_known and not (self.training and self.drop_rate > 0)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        top_k_weights: Tensor,
-        plan: Dispatch,
-        *,
-        experts: Tensor | None = None,
-        capacity: Capacity = lambda num_tokens: None,
-        beside: Callable[[], None] | None = None,
-    ) -> Tensor:
-        """As `Experts.forward`."""
-        if self.is_fused:
-            return super().forward(
-                hidden_states, top_k_weights, plan, experts=experts, capacity=capacity, beside=beside
-            )
-        if beside is not None:
-            beside()
-        return self.run_called(self._call, hidden_states, top_k_weights, plan, experts, capacity)
-
-    def _call(self, hidden: Tensor, weights: Tensor, plan: Dispatch) -> Tensor:
-        size, rank = self.parallel_slices
-        parameters = self.gate_up_proj, self.gate_up_proj_bias, self.down_proj, self.down_proj_bias
-        slices = [parameter.unbind(0) for parameter in parameters if parameter is not None]
-        # the slices of an expert's output are summed, so that they have to drop the same elements
-        last = ParallelMode.TENSOR if size == 1 else ParallelMode.GLOBAL
-
-        def call(number: int, rows: Tensor) -> Tensor:
-            w1, b1, w2, b2 = (parts[number] for parts in slices)
-            hidden = self.act(F.linear(rows, w1, b1))
-            with seed(ParallelMode.TENSOR):
-                hidden = F.dropout(hidden, self.drop_rate, self.training)
-            # of several slices one adds the bias, whose gradient all of them have
-            out = F.linear(hidden, w2) + (b2 if rank == 0 else b2 - b2.detach())
-            with seed(last):
-                return F.dropout(out, self.drop_rate, self.training)
-
-        return call_one_by_one([partial(call, i) for i in range(len(slices[0]))], hidden, weights, plan)
-
-
-class TPExperts(FFNExperts):
-    """`FFNExperts` for an E that the ranks cannot share: each rank has 1 / max_ep_size of every expert's d_ff.
-
-    Tokens are gathered, and the partial outputs are summed where they come from; b2, whole on every rank, counts once.
-
-    Raises:
-        ValueError: d_ff is not a multiple of max_ep_size.
-    """
-
-    @staticmethod
-    def place(num_experts: int) -> tuple[int, MoeParallelInfo]:
-        """(experts here: all, who has the other slices)."""
-        check_int("num_experts", num_experts, low=1)
-        return num_experts, MOE_CONTEXT.get_slices()
-
-
-def build_ffn_experts(
-    num_experts: int, d_model: int, d_ff: int, activation: Any = None, drop_rate: float = 0
-) -> FFNExperts:
-    """`FFNExperts` where the ranks can share E experts, else `TPExperts` where they can split d_ff.
-
-    Raises NotImplementedError where they can do neither.
-    """
-    check_int("num_experts", num_experts, low=1)
-    ranks = MOE_CONTEXT.max_ep_size
-    if num_experts % ranks == 0 or ranks % num_experts == 0:
-        return FFNExperts(num_experts, d_model, d_ff, activation, drop_rate)
-    if d_ff % ranks == 0:
-        return TPExperts(num_experts, d_model, d_ff, activation, drop_rate)
-    raise NotImplementedError(
-        f"num_experts, d_ff: got {num_experts} and {d_ff}, wanted one of them to fit max_ep_size={ranks}"
-    )
 
 
 def _without_dropout(expert: nn.Module) -> nn.Module:

@@ -149,12 +149,14 @@ class MoeModule(nn.Module):
             raise ValueError(f"noisy_policy: got {noisy_policy!r}, wanted one of None, 'Jitter', 'Gaussian'")
         if expert_cls is None and (expert_instance is None or (use_residual and residual_instance is None)):
             raise ValueError("expert_cls: got None, wanted a class of Modules where no instance is given")
-        noise: dict[str, Any] = {"Jitter": UniformNoiseGenerator, "Gaussian": lambda: NormalNoiseGenerator(num_experts)}
+        noisy_func: Any = None
+        if noisy_policy is not None:
+            noisy_func = UniformNoiseGenerator() if noisy_policy == "Jitter" else NormalNoiseGenerator(num_experts)
         router = (Top1Router if top_k == 1 else Top2Router)(
             capacity_factor_train=capacity_factor_train,
             capacity_factor_eval=capacity_factor_eval,
             min_capacity=min_capacity,
-            noisy_func=None if noisy_policy is None else noise[noisy_policy](),
+            noisy_func=noisy_func,
             drop_tks=drop_tks,
         )
         experts = expert_instance
