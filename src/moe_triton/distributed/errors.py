@@ -104,7 +104,7 @@ class Board:
     introduced   groups whose members know each other's identities
     agreed       (group, fingerprint) of what has been compared
     failures     as read so far
-    is_silent    the store did not answer, and is not asked again before `settle`
+    is_silent    the store did not answer, and is not asked again while a reason is sought
     """
 
     store: Any
@@ -131,6 +131,7 @@ class Board:
         """Whether collective `number` of the group cannot succeed any more, as far as is known here."""
         if self.dead(group.ranks):
             return True
+        self.is_silent = False
         self._read()
         return any(failure.issued[group.name] <= number for failure in self._recent(group))
 
