@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 from moe_triton.distributed.checkpoint import load_checkpoint, save_checkpoint
 from moe_triton.distributed.errors import CheckpointError, ConfigurationMismatch, ExpertParallelError
 from moe_triton.distributed.expert_parallel import ExpertParallel
+from moe_triton.distributed.export import export_safetensors
 from moe_triton.distributed.groups import Group, ParallelGroups, make_groups
 from moe_triton.distributed.plan import RankTables, plan
+from moe_triton.distributed.whole_tensors import load_experts_from
 
 if TYPE_CHECKING:
     from moe_triton.distributed.fsdp import apply_fsdp2
@@ -36,7 +38,9 @@ __all__ = [
     "broadcast_parameters",
     "check_replicas",
     "clip_grad_norm_",
+    "export_safetensors",
     "load_checkpoint",
+    "load_experts_from",
     "make_groups",
     "plan",
     "reduce_gradients",

@@ -1,8 +1,8 @@
 """Checkpoints of expert-parallel models: global tensors, so that any number of ranks can load what any other saved.
 
-A checkpoint is a folder with a manifest (`checkpoint.json`) and a folder of safetensors files. A save writes a new folder
-of files beside the old one, and only when every rank's are on disk is the manifest replaced, in one rename; then the old
-files go. So what a reader finds is one whole checkpoint, the old or the new. Usage: docs/checkpoints.md.
+A checkpoint is a folder with a manifest (`checkpoint.json`) and a folder of safetensors files. A save writes a new
+folder of files beside the old one, and only when every rank's are on disk is the manifest replaced, in one rename; then
+the old files go. So what a reader finds is one whole checkpoint, the old or the new. Usage: docs/checkpoints.md.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def save_checkpoint(
 
     Args:
         folder: on a file system that all ranks share; made where it does not exist.
-        model: its experts may be spread by `ExpertParallel`, its parameters by FSDP2; each piece that several ranks have
-            is written by one of them.
+        model: its experts may be spread by `ExpertParallel`, its parameters by FSDP2; what several ranks have is
+            written by one of them.
         optimizer: any torch optimizer whose state consists of tensors of the parameters' shapes and scalars.
         extra: anything else to keep, small: None, numbers, strings, tensors, and lists, tuples and dicts of such. The
             first rank's is saved.
@@ -130,8 +130,8 @@ def load_checkpoint(
     """Loads what `save_checkpoint` saved, into a model and optimizer that may be spread over other ranks or not at all.
 
     Every rank of `group` calls it and reads its own part, into the model's memory; values take the model's dtype. All
-    checks come first: of names, shapes and the files' checksums (each file is checked by one rank). Reading runs no code
-    from the checkpoint: it is safetensors and JSON.
+    checks come first: of names, shapes and the files' checksums (each file is checked by one rank). Reading runs no
+    code from the checkpoint: it is safetensors and JSON.
 
     Args:
         folder: where `save_checkpoint` saved.
@@ -292,6 +292,7 @@ def _remove_others(path: Path, data: str) -> None:
 
 
 def _discard(path: Path, data: str) -> None:
-    """Removes a failed save's files, unless the manifest already names them: then only flushing it failed."""
-    if _current(path) != data:
+    """Removes a failed save's files, unless the manifest names them (only flushing it failed) or cannot be read."""
+    current = _current(path)
+    if current != data and (current is not None or not (path / NAME).exists()):
         shutil.rmtree(path / data, ignore_errors=True)

@@ -22,7 +22,7 @@ class ConfigurationMismatch(ExpertParallelError):
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read, or does not fit the model. The same on every rank; names the file."""
+    """A checkpoint that cannot be written or read, or does not fit the model. The message names the file."""
 
 
 Identity = tuple[str, int, int]  # host, process id, start time of the process in clock ticks (0 where unknown)

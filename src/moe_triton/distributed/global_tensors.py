@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -21,13 +21,20 @@ Offset = tuple[int, ...]
 class GlobalTensor:
     """A tensor of the whole model, and the boxes of it that are here.
 
-    boxes   by their offset in the global tensor: views of this rank's memory, so that a load can write into them.
-            Ranks that hold the same experts, or the same dense parameter, have the same boxes.
+    boxes    by their offset in the global tensor: views of this rank's memory, so that a load can write into them.
+             Ranks that hold the same experts, or the same dense parameter, have the same boxes
+    copies   further places of boxes that this rank has more than once, as it has with two replicas of an expert
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     boxes: dict[Offset, Tensor]
+    copies: list[tuple[Offset, Tensor]] = field(default_factory=list)
+
+    def fill_copies(self) -> None:
+        """To be called once the boxes have been written to."""
+        for offset, view in self.copies:
+            view.copy_(self.boxes[offset])
 
 
 class Span(NamedTuple):
@@ -46,6 +53,8 @@ class ExpertLayout:
     num_experts   E
     sliced        (the dimension that expert tensor parallelism slices, in how many parts: 2 for gate and up), or None
     slices, slot  into how many slices, and which of them is here
+    apart         every expert is a box of its own. Else consecutive experts are one box, which replicas do not allow:
+                  the boxes of different ranks have to be either the same or apart
     """
 
     experts: tuple[int, ...]
@@ -53,11 +62,12 @@ class ExpertLayout:
     sliced: tuple[int, int] | None = None
     slices: int = 1
     slot: int = 0
+    apart: bool = False
 
     def spread(self, shape: list[int], spans: list[list[Span]]) -> None:
         """Turns the local shape, and every dimension's spans, into the global ones."""
         shape[0] = self.num_experts
-        spans[0] = list(_runs(self.experts))
+        spans[0] = [Span(i, i + 1, e) for i, e in enumerate(self.experts)] if self.apart else list(_runs(self.experts))
         if self.sliced is not None and self.slices > 1:
             dim, parts = self.sliced
             size = shape[dim] // parts
@@ -78,7 +88,8 @@ def as_global(tensor: Tensor, layout: ExpertLayout | None) -> GlobalTensor:
     spans = [[Span(0, size, 0)] for size in shape]
     if layout is not None:
         layout.spread(shape, spans)
-    boxes = {}
+    boxes: dict[Offset, Tensor] = {}
+    copies = []
     for start, local in _shards(tensor.detach()):
         for spot in itertools.product(*spans):
             lows = [max(span.start, low) for span, low in zip(spot, start, strict=True)]
@@ -88,8 +99,11 @@ def as_global(tensor: Tensor, layout: ExpertLayout | None) -> GlobalTensor:
             view = local
             for dim, (low, high) in enumerate(zip(lows, highs, strict=True)):
                 view = view.narrow(dim, low - start[dim], high - low)
-            boxes[tuple(span.to + low - span.start for span, low in zip(spot, lows, strict=True))] = view
-    return GlobalTensor(shape=tuple(shape), dtype=tensor.dtype, boxes=boxes)
+            offset = tuple(span.to + low - span.start for span, low in zip(spot, lows, strict=True))
+            if offset in boxes:
+                copies.append((offset, view))
+            boxes.setdefault(offset, view)
+    return GlobalTensor(shape=tuple(shape), dtype=tensor.dtype, boxes=boxes, copies=copies)
 
 
 def _shards(tensor: Tensor) -> list[tuple[Offset, Tensor]]:
@@ -101,10 +115,11 @@ def _shards(tensor: Tensor) -> list[tuple[Offset, Tensor]]:
 
 
 class ModelTensor(NamedTuple):
-    """A parameter or persistent buffer, as it lives in the model."""
+    """A parameter or persistent buffer, as it lives in the model; `layout` where expert parallelism spreads it."""
 
     live: Tensor
     layout: ExpertLayout | None
+    is_expert: bool
 
     def as_global(self) -> GlobalTensor:
         return as_global(self.live, self.layout)
@@ -113,8 +128,9 @@ class ModelTensor(NamedTuple):
 def model_tensors(model: nn.Module) -> dict[str, ModelTensor]:
     """The model's parameters and persistent buffers by name; one that has several names by the first of them.
 
-    A module whose `expert_parallel` is not None holds experts: its own parameters are [local experts, ...], and it has
-    `num_experts` and `local_experts`, the ids of the local ones. Wrappers (DistributedDataParallel, torch.compile,
+    A module with `expert_parallel` and `num_experts` holds experts; where `expert_parallel` is not None its own
+    parameters are [local experts, ...], and `local_experts` are their ids; with a `placement` these come in any order,
+    and several slots, here or elsewhere, may hold the same expert. Wrappers (DistributedDataParallel, torch.compile,
     activation checkpointing) leave no trace in the names.
 
     Raises:
@@ -126,52 +142,62 @@ def model_tensors(model: nn.Module) -> dict[str, ModelTensor]:
     model = _unwrapped(model)
     layouts = {
         id(parameter): _expert_layout(name, module, own)
-        for name, module in model.named_modules()
-        if getattr(module, "expert_parallel", None) is not None
+        for name, module in expert_modules(model).items()
         for own, parameter in module.named_parameters(recurse=False)
     }
     found: dict[str, ModelTensor] = {}
     seen: set[int] = set()
     for key, value in model.state_dict(keep_vars=True).items():
-        name = ".".join(part for part in key.split(".") if part not in WRAPPERS)
+        name = _plain(key)
         if not isinstance(value, Tensor):
             raise TypeError(f"model: its state dict has a {type(value).__name__} at {name!r}, wanted tensors only")
         if value.is_meta:
             raise ValueError(f"model: {name!r} is on the meta device, wanted memory to read or write")
         if id(value) not in seen:
             seen.add(id(value))
-            found[name] = ModelTensor(value, layouts.get(id(value)))
+            found[name] = ModelTensor(value, layouts.get(id(value)), id(value) in layouts)
     return found
 
 
 def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that hold experts, spread or not, by name."""
-    found = {}
-    for key, module in _unwrapped(model).named_modules():
-        if hasattr(module, "expert_parallel") and hasattr(module, "num_experts"):
-            found[".".join(part for part in key.split(".") if part not in WRAPPERS)] = module
-    return found
+    return {
+        _plain(name): module
+        for name, module in _unwrapped(model).named_modules()
+        if hasattr(module, "expert_parallel") and hasattr(module, "num_experts")
+    }
 
 
-WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # of torch.compile and of activation checkpointing
+
+
+def _plain(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    while isinstance(model, nn.parallel.DistributedDataParallel) or "_orig_mod" in model._modules:
-        model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model._orig_mod
-    return model
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model._modules["_orig_mod"]  # type: ignore[assignment]
+        else:
+            return model
 
 
-def _expert_layout(name: str, module: Any, own: str) -> ExpertLayout:
-    etp = module.expert_parallel.etp
-    if etp.size > 1 and not hasattr(module, "sliced_dimensions"):
+def _expert_layout(name: str, module: Any, own: str) -> ExpertLayout | None:
+    parallel = module.expert_parallel
+    if parallel is None:
+        return None
+    if parallel.etp.size > 1 and not hasattr(module, "sliced_dimensions"):
         raise ValueError(
-            f"model: {name} has {etp.size} expert slices, but no `sliced_dimensions` that say how {own!r} is sliced"
+            f"model: {name} has {parallel.etp.size} expert slices, but no `sliced_dimensions` to say how {own!r} is cut"
         )
     return ExpertLayout(
         experts=tuple(module.local_experts),
         num_experts=module.num_experts,
-        sliced=module.sliced_dimensions.get(own) if etp.size > 1 else None,
-        slices=etp.size,
-        slot=etp.rank,
+        sliced=module.sliced_dimensions.get(own) if parallel.etp.size > 1 else None,
+        slices=parallel.etp.size,
+        slot=parallel.etp.rank,
+        apart=getattr(module, "placement", None) is not None,
     )

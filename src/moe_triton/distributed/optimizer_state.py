@@ -45,7 +45,7 @@ def describe(
     state: dict[str, dict[str, Any]] = {}
     names = parameter_names(optimizer, model)
     for name in (name for group in names for name in group):
-        parameter, layout = model[name]
+        parameter, layout, _ = model[name]
         entries = optimizer.state.get(parameter, {})
         for entry, value in entries.items():
             where = f"optimizer.{name}.{entry}"
@@ -96,7 +96,7 @@ class Restoration:
         self.state: dict[int, dict[str, Any]] = {}
         self.settings = [{key: decode(value) for key, value in group["settings"].items()} for group in saved["groups"]]
         for index, name in enumerate(name for group in names for name in group):
-            parameter, layout = model[name]
+            parameter, layout, _ = model[name]
             for entry, value in saved["state"].get(name, {}).items():
                 if isinstance(value, dict) and "saved_as" in value:
                     room = torch.zeros_like(parameter, dtype=dtype_of(value["dtype"]), requires_grad=False)
@@ -110,10 +110,10 @@ class Restoration:
         keep = [{key: group[key] for key in ("params", "param_names") if key in group} for group in current]
         groups = [{**settings, **kept} for settings, kept in zip(self.settings, keep, strict=True)]
         self.optimizer.load_state_dict({"state": self.state, "param_groups": groups})
-        # torch casts the state to the parameter's dtype: fp32 moments of a bf16 parameter have to stay fp32
+        # torch casts state to the parameter's dtype, but a bf16 parameter's fp32 moments have to stay what they were
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for index, entries in self.state.items():
             for entry, value in entries.items():
                 loaded = self.optimizer.state[parameters[index]][entry]
-                if isinstance(value, Tensor) and value.dim() > 0 and loaded.dtype != value.dtype:
-                    self.optimizer.state[parameters[index]][entry] = value
+                if isinstance(value, Tensor) and loaded.dtype != value.dtype:
+                    self.optimizer.state[parameters[index]][entry] = value.to(loaded.device)

@@ -5,7 +5,7 @@ rank that holds experts 1 and 5 has two as well. So the planners here speak of b
 torch.distributed.checkpoint has for planners; no device mesh is needed, and one process is no special case. Storage is
 torch's own for safetensors, which runs no code when it is read.
 
-Imported where it is needed only: torch.distributed.checkpoint takes over a second to import.
+Imported where it is needed only: torch.distributed.checkpoint is slow to import.
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ def read(folder: Path, tensors: Tensors, team: Team) -> None:
     """Fills this rank's boxes from the files of `folder`, whoever wrote them."""
     reader = HuggingFaceStorageReader(str(folder))
     _run(team, "reading", lambda **how: dcp.load({**tensors}, storage_reader=reader, planner=_LoadPlanner(), **how))
+    for tensor in tensors.values():
+        tensor.fill_copies()
 
 
 def _run(team: Team, phase: str, function: Any) -> None:
@@ -78,7 +80,7 @@ def _chunk(offset: Offset, box: Tensor) -> ChunkStorageMetadata:
 class _SavePlanner(DefaultSavePlanner):
     """torch's planner, which gives boxes that several ranks have to one of them and checks that none is missing."""
 
-    state_dict: Tensors
+    state_dict: dict[str, GlobalTensor]
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -38,10 +38,13 @@ class Team:
 
     @property
     def is_alone(self) -> bool:
-        return self.group.handle is None
+        return self.group.size == 1
 
     def each(self, phase: str, function: Callable[[], T]) -> list[T]:
-        """What `function` returns on every rank, in rank order; an exception on any of them is raised on all."""
+        """What `function` returns on every rank, in rank order; an exception on any of them is raised on all.
+
+        A bad argument keeps its kind, TypeError or ValueError; all else is a CheckpointError.
+        """
         error: Exception | None = None
         result: Any = None
         try:
@@ -54,17 +57,19 @@ class Team:
             outcomes = channel.gather_objects((_portable(error), result), phase)  # type: ignore[assignment]
         failures = {rank: failed for rank, (failed, _) in enumerate(outcomes) if failed is not None}
         if failures:
-            raise self.failure(phase, failures) from error
+            kinds = {type(failed) for failed in failures.values()}
+            kind = kinds.pop() if kinds in ({TypeError}, {ValueError}) else CheckpointError
+            raise self.failure(phase, failures, kind) from error
         return [value for _, value in outcomes]
 
     def first(self, phase: str, function: Callable[[], T]) -> T:
         """What `function` returns on the first rank, which alone runs it; its exception is raised on all."""
         return self.each(phase, lambda: function() if self.is_first else None)[0]  # type: ignore[return-value]
 
-    def failure(self, phase: str, failures: dict[int, BaseException]) -> Exception:
-        """One exception for all ranks; a bad argument keeps its kind."""
-        kinds = {type(error) for error in failures.values()}
-        kind = kinds.pop() if len(kinds) == 1 and kinds <= {TypeError, ValueError} else CheckpointError
+    def failure(
+        self, phase: str, failures: Mapping[int, BaseException], kind: type[Exception] = CheckpointError
+    ) -> Exception:
+        """One exception that tells what went wrong on which ranks."""
         words: dict[str, list[str]] = {}
         for rank, error in failures.items():
             words.setdefault(_words(error), []).append(str(self.group.ranks[rank]))
@@ -75,7 +80,7 @@ class Team:
         return kind(f"{self.task}, {phase}: {told}")
 
     @contextmanager
-    def blame(self, phase: str):  # type: ignore[no-untyped-def]
+    def blame(self, phase: str) -> Iterator[None]:
         """Names rank, phase and the missing ranks where a collective of somebody else's code fails."""
         try:
             yield
@@ -93,11 +98,8 @@ def _words(error: BaseException) -> str:
     """An exception of ours speaks for itself; of others the kind says more than the text alone."""
     lines = str(error).strip().splitlines()
     text = lines[0] if lines else ""
-    return (
-        text
-        if isinstance(error, (CheckpointError, TypeError, ValueError, OSError))
-        else f"{type(error).__name__}: {text}"
-    )
+    ours = isinstance(error, (CheckpointError, TypeError, ValueError, OSError))
+    return text if ours else f"{type(error).__name__}: {text}"
 
 
 def _portable(error: Exception | None) -> Exception | None:
