@@ -6,11 +6,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint gpu gpu-bench clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[hf,dev]"
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint constraints.txt --editable ".[hf,dev]"
 	touch $(READY)
 
 # Trains the MoE and a dense model of the same active parameters on the Python standard library's source.
@@ -24,6 +24,16 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# On a GPU machine, with the Python that holds its torch and triton (make gpu GPU_PYTHON=...); nothing is installed.
+GPU_PYTHON ?= python3
+
+gpu:
+	PYTHONPATH=src:kernels $(GPU_PYTHON) benchmarks/gpu_check.py
+
+gpu-bench:
+	PYTHONPATH=src:kernels $(GPU_PYTHON) benchmarks/gpu_bench.py
+	PYTHONPATH=src:kernels $(GPU_PYTHON) benchmarks/gpu_bench.py --table
 
 clean:
 	rm -rf $(VENV) .triton-* .pytest_cache .hypothesis .mypy_cache .ruff_cache

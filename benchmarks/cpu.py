@@ -1,4 +1,4 @@
-"""The CPU suite in one command: `python benchmarks/cpu.py` measures preset "cpu" and keeps the result.
+"""The CPU suite in one command: `python benchmarks/cpu.py` measures suite "cpu" and keeps the result.
 
 Writes benchmarks/results/cpu/NAME.json (everything, raw times included), NAME.png (the chart) and NAME.md (a table for
 the README). Run it on a machine that does nothing else; it takes a few minutes on two cores.
@@ -13,8 +13,8 @@ from typing import Annotated
 import torch
 import typer
 
+from moe_triton.benchmarking.environment import cpu_name
 from moe_triton.cli import app
-from moe_triton.cli.info import cpu_name
 
 RESULTS = Path(__file__).parent / "results" / "cpu"
 
@@ -22,16 +22,16 @@ RESULTS = Path(__file__).parent / "results" / "cpu"
 def main(
     name: Annotated[str | None, typer.Option(help="Of the result files. Default: processor and threads.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the result files.")] = RESULTS,
-    preset: Annotated[str, typer.Option(help="A CPU preset of `moe-triton bench`.")] = "cpu",
+    suite: Annotated[str, typer.Option(help="A CPU suite of `moe-triton bench`.")] = "cpu",
     budget: Annotated[float, typer.Option(help="Seconds of timing per shape, dtype and mode.")] = 15.0,
 ) -> None:
-    """Measure the CPU preset and write JSON, chart and Markdown table."""
+    """Measure the CPU suite and write JSON, chart and Markdown table."""
     if name is None:
         name = re.sub(r"[^a-z0-9]+", "-", f"{cpu_name()} {torch.get_num_threads()} threads".lower()).strip("-")
     out.mkdir(parents=True, exist_ok=True)
     files = {f"--{kind}": out / f"{name}.{ending}" for kind, ending in (("json", "json"), ("chart", "png"))}
     files["--markdown"] = out / f"{name}.md"
-    arguments = ["bench", "--preset", preset, "--device", "cpu", "--budget", str(budget)]
+    arguments = ["bench", "--suite", suite, "--device", "cpu", "--budget", str(budget)]
     for option, path in files.items():
         arguments += [option, str(path)]
     app(arguments, prog_name="moe-triton")  # ends the process with the command's exit code

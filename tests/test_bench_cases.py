@@ -10,7 +10,7 @@ from compare import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_triton.benchmarking import limits
-from moe_triton.benchmarking.cases import CPU_CASES, PRESETS, SKEWS, Case, make_workload
+from moe_triton.benchmarking.cases import CPU_CASES, MODES, PRESETS, SKEWS, Case, make_workload
 from moe_triton.benchmarking.runner import expert_counts
 
 CPU = torch.device("cpu")
@@ -20,6 +20,7 @@ SMALL = Case(tokens=120, hidden=64, intermediate=24, experts=16, top_k=3)
 def test_flops_of_a_published_shape():
     case = CPU_CASES["cpu-fine"]  # 6 T K n d forward, three times that with backward
     assert case.flops("forward") == 6 * 2048 * 8 * 384 * 512
+    assert case.flops("backward") == 12 * 2048 * 8 * 384 * 512
     assert case.flops("full") == 18 * 2048 * 8 * 384 * 512
     assert replace(case, activation="relu2").flops("forward") == 4 * 2048 * 8 * 384 * 512
 
@@ -50,7 +51,7 @@ def test_presets():
         ({"activation": "tanh"}, "activation: got 'tanh'"),
         ({"experts": 65}, "experts: got 65, wanted at most hidden = 64"),
         ({"skew": "hot", "top_k": 16}, "skew: got 'hot' with top_k = experts"),
-        ({"skew": "empty", "top_k": 13}, "wanted top_k <= 12"),
+        ({"skew": "quarter-empty", "top_k": 13}, "wanted top_k <= 12"),
     ],
 )
 def test_bad_cases_are_named(change, message):
@@ -84,7 +85,7 @@ def test_hot_routing_gives_one_expert_exactly_half_of_the_tokens(dtype):
 
 @pytest.mark.parametrize("top_k", [3, 12])
 def test_empty_routing_leaves_a_quarter_without_tokens(top_k):
-    counts = expert_counts(make_workload(replace(SMALL, skew="empty", top_k=top_k), CPU))
+    counts = expert_counts(make_workload(replace(SMALL, skew="quarter-empty", top_k=top_k), CPU))
     assert counts[12:] == [0] * 4
     assert min(counts[:12]) > 0
 
@@ -103,12 +104,12 @@ def counted(call) -> int:
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "relu2"])
-@pytest.mark.parametrize("mode", ["forward", "full"])
+@pytest.mark.parametrize("mode", MODES)
 def test_the_limits_do_the_experts_flops(mode, activation):
-    workload = make_workload(replace(SMALL, skew="empty", activation=activation), CPU)
+    workload = make_workload(replace(SMALL, skew="quarter-empty", activation=activation), CPU)
     counts = expert_counts(workload)
     parts = limits.expert_products(workload, counts, mode)
-    assert len(parts) == 12 * (2 if mode == "forward" else 6)  # a quarter of 16 experts has no rows
+    assert len(parts) == 12 * {"forward": 2, "backward": 4, "full": 6}[mode]  # a quarter of 16 experts has no rows
     assert counted(limits.by_mm(parts)) == workload.case.flops(mode)
     assert counted(limits.by_mm([limits.dense_product(workload, mode)])) == workload.case.flops(mode)
 
@@ -118,8 +119,8 @@ def test_both_ways_do_the_same_products(dtype):
     workload = make_workload(replace(SMALL, dtype=dtype), CPU)
     parts = limits.expert_products(workload, expert_counts(workload), "full")
     limits.by_mm(parts)()
-    if limits.ONEDNN is None:
-        pytest.skip("this torch is built without oneDNN")
+    if limits.ONEDNN is None or workload.case.torch_dtype not in limits.onednn_dtypes():
+        pytest.skip("oneDNN has no such product here")
     seen = []
     limits.by_onednn(parts, lambda *a: seen.append(limits.ONEDNN(*a)))()
     for mine, (_, _, out) in zip(seen, parts, strict=True):
@@ -136,11 +137,18 @@ def test_the_faster_way_is_the_limit(mm, onednn, winner, monkeypatch):
     assert limits.fastest(parts)[1] == "torch.mm"
 
 
+def test_onednn_is_not_asked_for_a_bf16_product_that_it_does_not_have(monkeypatch):
+    monkeypatch.setattr(limits, "onednn_dtypes", lambda: (torch.float32,))
+    parts = [limits.dense_product(make_workload(replace(SMALL, dtype="bfloat16"), CPU), "forward")]
+    assert limits.fastest(parts)[1] == "torch.mm"
+
+
 def test_the_floor_is_the_bytes_that_must_move():
     case = Case(tokens=4, hidden=64, intermediate=24, experts=16, top_k=1, dtype="bfloat16")
     counts = [3, 0, 1] + [0] * 13
     one = 3 * 24 * 64 * 2
     assert limits.floor_bytes(case, counts, "forward") == 2 * one
+    assert limits.floor_bytes(case, counts, "backward") == (2 + 16) * one
     assert limits.floor_bytes(case, counts, "full") == (2 * 2 + 16) * one
     found = limits.floor(make_workload(case, CPU), counts, "forward")
     assert found.scale * limits.CPU_BUFFER_BYTES == 2 * one

@@ -10,9 +10,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from moe_triton.benchmarking import limits
+from moe_triton.benchmarking import environment, limits
 from moe_triton.benchmarking.providers import PROVIDERS, Provider
 from moe_triton.cli import app
+from moe_triton.cli.arguments import EXIT_FAULT, EXIT_NO_GPU, EXIT_USAGE
 
 bench = importlib.import_module("moe_triton.cli.bench")  # the package's attribute of that name is the command
 
@@ -32,7 +33,8 @@ def run(*arguments: str):
 def test_one_shape_gives_a_table_and_all_files(tmp_path):
     json_file, chart, table = tmp_path / "b.json", tmp_path / "b.png", tmp_path / "b.md"
     files = ["--json", str(json_file), "--chart", str(chart), "--markdown", str(table)]
-    done = run(*SHAPE, *QUICK, "--dtype", "float32,bfloat16", *files)
+    few = ["--providers", "auto,hf-eager,hf-grouped_mm"]
+    done = run(*SHAPE, *QUICK, *few, "--dtype", "float32,bfloat16", *files)
     assert done.exit_code == 0, done.output
     assert "moe_triton (torch)" in done.stdout
     assert "transformers grouped_mm" in done.stdout
@@ -40,12 +42,13 @@ def test_one_shape_gives_a_table_and_all_files(tmp_path):
     assert "\x1b[" not in done.stdout  # plain text where there is no terminal
 
     found = json.loads(json_file.read_text())
-    assert found["schema"] == "moe-triton-bench/1"
-    assert set(found) == {"schema", "created", "device", "platform", "versions", "commit", "settings", "runs"}
+    assert found["schema"] == "moe-triton-bench/2"
+    keys = {"schema", "created", "device", "platform", "versions", "commit", "settings", "runs", "stages"}
+    assert set(found) == keys
     assert found["device"]["device"] == "cpu"
     assert found["versions"]["torch"] == torch.__version__
     assert [(r["case"]["dtype"], r["mode"]) for r in found["runs"]] == [
-        (dtype, mode) for dtype in ("float32", "bfloat16") for mode in ("forward", "full")
+        (dtype, mode) for dtype in ("float32", "bfloat16") for mode in ("forward", "backward", "full")
     ]
     for one in found["runs"]:
         assert sum(one["counts"]) == 80
@@ -71,8 +74,8 @@ def test_one_shape_gives_a_table_and_all_files(tmp_path):
     assert png[:8] == b"\x89PNG\r\n\x1a\n"
     assert len(png) > 10_000
     lines = table.read_text().splitlines()
-    assert len([line for line in lines if line.startswith("| T=40")]) == 4
-    assert len({line.count("|") for line in lines[:6]}) == 1
+    assert len([line for line in lines if line.startswith("| T=40")]) == 6
+    assert len({line.count("|") for line in lines[:8]}) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["b.json", "b.md", "b.png"]  # no temporary file stays
 
 
@@ -90,7 +93,7 @@ def test_a_wrong_result_is_flagged_and_fails_the_command(monkeypatch, tmp_path):
     monkeypatch.setitem(PROVIDERS, "hf-eager", spoiled(lambda out: out * 0))
     json_file = tmp_path / "b.json"
     done = run(*SHAPE, *QUICK, "--mode", "forward", "--providers", "auto,hf-eager", "--json", str(json_file))
-    assert done.exit_code == bench.EXIT_FAULT
+    assert done.exit_code == EXIT_FAULT
     assert "MISMATCH 1e+00" in done.stdout
     assert "spoiled: mismatch: output 1.0e+00" in done.stderr
     own, wrong = json.loads(json_file.read_text())["runs"][0]["rows"][:2]
@@ -105,20 +108,22 @@ def test_a_provider_that_breaks_is_shown_and_fails_the_command(monkeypatch):
 
     monkeypatch.setitem(PROVIDERS, "hf-eager", spoiled(explode))
     done = run(*SHAPE, *QUICK, "--mode", "forward", "--providers", "auto,hf-eager")
-    assert done.exit_code == bench.EXIT_FAULT
+    assert done.exit_code == EXIT_FAULT
     assert "RuntimeError: no such kernel" in done.stderr
 
 
 def test_peers_that_are_not_installed_are_no_error(monkeypatch):
-    from moe_triton.benchmarking import providers
+    from moe_triton.benchmarking.providers import Unavailable, huggingface
 
     def missing(package):
-        raise providers.Unavailable("not installed", f"{package} is not installed")
+        raise Unavailable("not installed", f"{package} is not installed")
 
-    monkeypatch.setattr(providers, "require", missing)
+    monkeypatch.setattr(huggingface, "require", missing)
     done = run(*SHAPE, *QUICK, "--mode", "forward")
     assert done.exit_code == 0, done.output
-    assert done.stdout.count("not installed") >= 3
+    for label in ("transformers eager", "ScatterMoE", "Liger-Kernel", "SonicMoE", "MegaBlocks", "triton_kernels"):
+        line = next(line for line in done.stdout.splitlines() if line.strip().startswith(label))
+        assert "not installed" in line
     assert "moe_triton (torch)" in done.stdout
 
 
@@ -127,7 +132,7 @@ def test_without_a_gpu(arguments, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     done = run(*arguments)
-    assert done.exit_code == bench.EXIT_NO_GPU
+    assert done.exit_code == EXIT_NO_GPU
     assert "not measured on this machine" in done.stderr
     assert "needs a GPU" in done.stderr
 
@@ -135,14 +140,19 @@ def test_without_a_gpu(arguments, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "gpu"], "preset: got 'gpu', wanted one of"),
-        (["--preset", "cpu", "--tokens", "4"], "preset: got 'cpu' together with tokens"),
+        (["--preset", "gpu"], "suite: got 'gpu', wanted one of"),
+        (["--preset", "cpu", "--tokens", "4"], "suite: got 'cpu' together with tokens"),
         (["--tokens", "4", "--hidden", "8"], "intermediate, experts, top_k: missing"),
         ([*SHAPE, "--top-k", "9"], "top_k: got 9, wanted 1 to 8"),
         ([*SHAPE, "--dtype", "int8"], "dtype: got 'int8', wanted one of float32"),
         ([*SHAPE, "--dtype", ","], "dtype: got ','"),
         ([*SHAPE, "--skew", "odd"], "skew: got 'odd'"),
-        ([*SHAPE, "--mode", "backward"], "mode: got 'backward', wanted one of forward"),
+        ([*SHAPE, "--mode", "sideways"], "mode: got 'sideways', wanted one of forward"),
+        ([*SHAPE, "--how", "fast"], "how: got 'fast', wanted one of eager"),
+        ([*SHAPE, "--cache", "luke"], "cache: got 'luke', wanted one of cold"),
+        ([*SHAPE, "--fail-over", "much"], "fail-over: got 'much', wanted a percentage"),
+        ([*SHAPE, "--compare", "no.json"], "--compare: cannot read no.json"),
+        ([*SHAPE, "--report", "/proc/no"], "--report: cannot write to /proc/no"),
         ([*SHAPE, "--providers", "auto,tutel"], "providers: got 'tutel', wanted one of auto"),
         ([*SHAPE, "--device", "abacus"], "device: got 'abacus'"),
         ([*SHAPE, "--device", "meta"], "device: got 'meta'"),
@@ -158,7 +168,7 @@ def test_without_a_gpu(arguments, monkeypatch):
 def test_bad_arguments_are_named_before_anything_is_measured(arguments, message, monkeypatch):
     monkeypatch.setattr(bench, "measure", lambda *a: pytest.fail("something was measured"))
     done = run("--device", "cpu", *arguments)
-    assert done.exit_code == bench.EXIT_USAGE
+    assert done.exit_code == EXIT_USAGE
     assert message in done.stderr
     assert "Traceback" not in done.output
 
@@ -201,19 +211,19 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
 
 
 def test_the_commit_is_that_of_the_source(monkeypatch):
-    answers = {"ls-files": "bench.py", "rev-parse": "ab" * 20, "status": " M a.py"}
+    answers = {"ls-files": "environment.py", "rev-parse": "ab" * 20, "status": " M a.py"}
 
     class Done:
         def __init__(self, text):
             self.stdout = text + "\n"
 
-    monkeypatch.setattr(bench.subprocess, "run", lambda command, **_: Done(answers[command[4]]))
-    assert bench.commit() == {"hash": "ab" * 20, "dirty": True}
+    monkeypatch.setattr(environment.subprocess, "run", lambda command, **_: Done(answers[command[4]]))
+    assert environment.commit() == {"hash": "ab" * 20, "dirty": True}
     answers["status"] = ""
-    assert bench.commit() == {"hash": "ab" * 20, "dirty": False}
+    assert environment.commit() == {"hash": "ab" * 20, "dirty": False}
 
     def untracked(command, **_):
-        raise bench.subprocess.CalledProcessError(1, command)
+        raise environment.subprocess.CalledProcessError(1, command)
 
-    monkeypatch.setattr(bench.subprocess, "run", untracked)
-    assert bench.commit() is None
+    monkeypatch.setattr(environment.subprocess, "run", untracked)
+    assert environment.commit() is None

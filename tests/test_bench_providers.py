@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from moe_triton.benchmarking import correctness, providers, runner
+from moe_triton.benchmarking import correctness, runner, ways
 from moe_triton.benchmarking.cases import Case, make_workload
 from moe_triton.benchmarking.correctness import TOLERANCE, check
 from moe_triton.benchmarking.memory import peak_bytes, saved_bytes
-from moe_triton.benchmarking.providers import PROVIDERS, Block, Unavailable
+from moe_triton.benchmarking.providers import PROVIDERS, Block, Provider, Unavailable, gpu_peers, huggingface
+from moe_triton.benchmarking.timing import ready
 
 CPU = torch.device("cpu")
 CASE = Case(tokens=70, hidden=32, intermediate=20, experts=12, top_k=3)
-MEASURABLE = ["auto", "torch", "hf-eager", "hf-grouped_mm", "hf-batched_mm"]
+MEASURABLE = ["auto", "torch", "grouped_mm", "hf-eager", "hf-grouped_mm", "hf-batched_mm"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("change", [{}, {"top_k": 1}, {"skew": "empty", "top_k": 2}, {"skew": "hot"}], ids=str)
+@pytest.mark.parametrize("change", [{}, {"top_k": 1}, {"skew": "quarter-empty", "top_k": 2}, {"skew": "hot"}], ids=str)
 @pytest.mark.parametrize("name", MEASURABLE)
 def test_providers_are_right(name, change, dtype):
     # grouped_mm wants rows of a multiple of 16 bytes
@@ -41,6 +44,18 @@ def test_our_layer_with_other_experts(change):
     for peer in ("hf-eager", "hf-grouped_mm"):
         with pytest.raises(Unavailable, match="swiglu without biases"):
             PROVIDERS[peer].build(workload)
+
+
+def test_grouped_mm_says_what_it_does_not_take():
+    for change, message in (
+        ({"intermediate": 22}, "multiple of 16 bytes"),
+        ({"bias": True}, "no biases"),
+        ({"dtype": "float16"}, "bfloat16 and float32"),
+    ):
+        with pytest.raises(Unavailable, match=message):
+            PROVIDERS["grouped_mm"].build(make_workload(replace(CASE, **{"intermediate": 24, **change}), CPU))
+    workload = make_workload(replace(CASE, intermediate=24, activation="relu2"), CPU)
+    assert check(PROVIDERS["grouped_mm"].build(workload), workload).problem is None
 
 
 def test_every_provider_shares_the_workloads_memory():
@@ -80,18 +95,30 @@ def test_deepspeed_is_right():
             assert check(PROVIDERS["deepspeed"].build(workload), workload).problem is None
 
 
-@pytest.mark.parametrize(("name", "package"), [("hf-eager", "transformers"), ("deepspeed", "deepspeed")])
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [
+        ("hf-eager", "transformers"),
+        ("deepspeed", "deepspeed"),
+        ("scattermoe", "scattermoe"),
+        ("liger", "liger_kernel"),
+        ("sonicmoe", "sonicmoe"),
+        ("megablocks", "megablocks"),
+        ("triton_kernels", "triton_kernels"),
+    ],
+)
 def test_a_missing_package_is_listed(name, package, monkeypatch):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda wanted, *a: None if wanted == package else real(wanted, *a))
-    row = runner.prepare(name, make_workload(CASE, CPU)).row()
-    assert (row.status, row.note) == ("not installed", f"{package} is not installed")
+    row = runner.prepare(name, make_workload(CASE, CPU)).row("forward")
+    assert row.status == "not installed"
+    assert row.note.endswith("is not installed")
     assert row.errors == {}
 
 
 def test_triton_on_a_cpu_says_why_not(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    row = runner.prepare("triton", make_workload(CASE, CPU)).row()
+    row = runner.prepare("triton", make_workload(CASE, CPU)).row("forward")
     assert row.status == "not measured"
     assert "need a CUDA or ROCm GPU" in row.note
 
@@ -101,7 +128,7 @@ def test_batched_mm_only_takes_few_tokens():
         PROVIDERS["hf-batched_mm"].build(make_workload(replace(CASE, tokens=257), CPU))
     mixtral = Case(tokens=256, hidden=4096, intermediate=14336, experts=8, top_k=2, dtype="bfloat16")
     with pytest.raises(Unavailable, match="168 GiB of weights"):
-        providers.require_few_copies(mixtral)
+        huggingface.require_few_copies(mixtral)
 
 
 def test_the_reference_in_parts_is_the_whole_reference(monkeypatch):
@@ -171,11 +198,11 @@ WRONG = {
 def test_wrong_blocks_are_flagged(kind, dtype, monkeypatch):
     # enough tokens and experts that one of them drowns in the mean
     workload = make_workload(replace(CASE, tokens=600, experts=32, dtype=dtype), CPU)
-    monkeypatch.setitem(PROVIDERS, "torch-wrong", providers.Provider(label="wrong", build=WRONG[kind]))
+    monkeypatch.setitem(PROVIDERS, "torch-wrong", Provider(label="wrong", build=WRONG[kind]))
     found = runner.prepare("torch-wrong", workload)
     assert found.status == "mismatch"
     assert found.note
-    assert found.block is None
+    assert found.runnable is None
 
 
 def test_one_missing_expert_gradient_is_flagged():
@@ -226,6 +253,59 @@ def test_a_near_tie_may_go_either_way():
     assert correctness.check_choices(moved, workload)[0] == "experts chosen that are not among the best K"
 
 
+# Peers with another layout, and peers without a backward --------------------------------------------------------------
+
+
+def test_the_layouts_of_gpu_peers_go_there_and_back():
+    weight = torch.randn(3, 8, 5)
+    assert torch.equal(gpu_peers.swap_halves(gpu_peers.swap_halves(weight)), weight)
+    assert torch.equal(gpu_peers.swap_halves(weight)[:, :4], weight[:, 4:])
+    assert torch.equal(gpu_peers.deinterleave(gpu_peers.interleave(weight)), weight)
+    assert torch.equal(gpu_peers.interleave(weight)[:, 0::2], weight[:, :4])
+
+
+def test_gradients_come_back_in_the_workloads_layout():
+    """A block that works on a copy with gate and up swapped, as ScatterMoE does."""
+    workload = make_workload(CASE, CPU)
+    good = PROVIDERS["torch"].build(workload)
+    swapped = nn.Parameter(gpu_peers.swap_halves(workload.gate_up))
+
+    def forward(x):
+        return torch.func.functional_call(layer, {"experts.gate_up_proj": gpu_peers.swap_halves(swapped)}, (x,)).output
+
+    layer = next(cell.cell_contents for cell in good.forward.__closure__ if isinstance(cell.cell_contents, nn.Module))
+    parameters = {**good.parameters, "gate_up": swapped}
+    unpack = lambda named: {**named, "gate_up": gpu_peers.swap_halves(named["gate_up"])}  # noqa: E731
+    block = Block(forward=forward, choose=good.choose, parameters=parameters, unpack=unpack)
+    assert check(block, workload).problem is None
+    assert "gate_up" in check(replace(block, unpack=None), workload).problem
+
+
+def test_a_peer_without_a_backward_is_checked_and_timed_forward_only(monkeypatch):
+    def build(workload):
+        return replace(PROVIDERS["torch"].build(workload), is_trainable=False)
+
+    monkeypatch.setitem(PROVIDERS, "liger", Provider(label="inference", build=build))
+    workload = make_workload(CASE, CPU)
+    found = runner.prepare("liger", workload)
+    assert set(found.check.errors) == {"output"}
+    assert found.row("forward").status == "ok"
+    assert (found.row("backward").status, found.row("full").note) == ("not applicable", "inference only")
+
+
+@pytest.mark.parametrize("name", ["scattermoe", "liger", "sonicmoe", "megablocks", "triton_kernels"])
+def test_gpu_peers_say_that_they_need_a_gpu(name, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *a: object())
+    row = runner.prepare(name, make_workload(CASE, CPU)).row("forward")
+    assert row.status == "not measured"
+    assert "needs a GPU" in row.note
+
+
+def test_a_changed_peer_is_named():
+    with pytest.raises(Unavailable, match="this ScatterMoE has another interface"):
+        gpu_peers.members("ScatterMoE", "math", "GLUMLP")
+
+
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 
@@ -251,3 +331,70 @@ def test_our_layer_keeps_the_hidden_states_and_the_preactivation():
 
 def test_peak_bytes_are_for_gpus():
     assert peak_bytes(lambda: None, CPU) is None
+
+
+# Ways to run ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_compiled_block_is_checked_and_named(monkeypatch):
+    compiled = []
+
+    def compile(function):
+        compiled.append(function)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile)
+    found = runner.prepare("torch", make_workload(CASE, CPU), way="compile")
+    assert (found.status, found.name, found.label) == ("ok", "torch+compile", "moe_triton (torch), compiled")
+    assert len(compiled) == 1
+    assert found.check.problem is None
+
+
+@pytest.mark.parametrize(("name", "status"), [("torch", "failed"), ("hf-eager", "not measured")])
+def test_a_peer_that_cannot_be_compiled_is_not_broken_but_ours_is(name, status, monkeypatch):
+    def compile(function):
+        raise RuntimeError("no compiler\nsecond line")
+
+    monkeypatch.setattr(torch, "compile", compile)
+    row = runner.prepare(name, make_workload(CASE, CPU), way="compile").row("full")
+    assert (row.status, row.note) == (status, "RuntimeError: no compiler")
+
+
+def test_graphs_need_a_gpu():
+    row = runner.prepare("torch", make_workload(CASE, CPU), way="graph").row("forward")
+    assert (row.status, row.note) == ("not measured", "CUDA graphs need a GPU")
+
+
+def test_a_replayed_block_is_checked_by_what_its_graphs_leave(monkeypatch):
+    """On a stand-in for CUDA graphs whose replay does nothing: the tensors of the capture are what is checked."""
+    replayed = []
+
+    class Graph:
+        def replay(self):
+            replayed.append(self)
+
+        def pool(self):
+            return None
+
+    for name, value in {
+        "CUDAGraph": Graph,
+        "graph": lambda *a, **k: contextlib.nullcontext(),
+        "Stream": lambda device: SimpleNamespace(wait_stream=lambda other: None),
+        "stream": lambda stream: contextlib.nullcontext(),
+        "current_stream": lambda device: SimpleNamespace(wait_stream=lambda other: None),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    workload = make_workload(CASE, CPU)
+    block = ways.Replayed(PROVIDERS["torch"].build(workload), workload)
+    assert block.check().problem is None
+    assert replayed == [block.inference, block.forward, block.backward]
+    for mode, graphs in (
+        ("forward", [block.inference]),
+        ("full", [block.forward, block.backward]),
+        ("backward", [block.forward, block.backward]),
+    ):
+        replayed.clear()
+        ready(block.call(mode))()
+        assert replayed == graphs
+    block.out = block.out * 0
+    assert "output" in block.check().problem

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from moe_triton.benchmarking.timing import CpuTimer, Spread, ratios, run_rounds, spread
+from moe_triton.benchmarking import timing
+from moe_triton.benchmarking.timing import CpuTimer, Fresh, Spread, ratios, run_rounds, spread
 
 
 class Clock:
@@ -43,6 +44,26 @@ def test_freeing_the_result_is_not_timed():
         return Result()
 
     assert CpuTimer(clock).measure(call, 3) == pytest.approx(1.0)
+
+
+def test_what_a_fresh_call_is_made_of_is_not_timed():
+    clock = Clock()
+
+    def make():
+        clock.now += 50.0
+        return clock.call("backward", 1.0)
+
+    assert CpuTimer(clock).measure(Fresh(make), 3) == pytest.approx(1.0)
+    assert clock.now == pytest.approx(3 * 51.0)  # made anew before each
+
+
+def test_a_cold_call_finds_the_flush_buffer_in_the_cache(monkeypatch):
+    monkeypatch.setattr(timing, "CPU_FLUSH_BYTES", 64)
+    clock = Clock()
+    timer = CpuTimer(clock, cold=True)
+    assert timer.measure(clock.call("a", 1.0), 3) == pytest.approx(1.0)
+    assert timer.flush is not None
+    assert timer.flush.unique().tolist() == [3]  # written before each of the three
 
 
 def test_rounds_are_interleaved_and_the_order_turns():

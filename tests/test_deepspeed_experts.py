@@ -216,7 +216,7 @@ def test_compiled():
 
 
 def test_bad_arguments():
-    with pytest.raises(TypeError, match="expert: got function, wanted a torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"expert: got function, wanted a torch\.nn\.Module"):
         Experts(lambda x: x, 2)
     with pytest.raises(ValueError, match="num_local_experts: got 0"):
         Experts(Mlp(), 0)

@@ -1,4 +1,4 @@
-"""DeepSpeed's layer and ours side by side: outputs, losses, counts, gradients, state dicts; and what ours does better."""
+"""DeepSpeed's layer and ours side by side: outputs, losses, counts, gradients, state dicts; and what ours adds."""
 
 from __future__ import annotations
 

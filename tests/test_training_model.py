@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from moe_triton.training.config import TrainConfig
-from moe_triton.training.loop import dropped_share, evaluate, learning_rate, make_optimizer, train_step
+from moe_triton.training.loop import evaluate, kept_assignments, learning_rate, make_optimizer, train_step
 from moe_triton.training.model import LanguageModel, rotary_table, rotate
 
 TINY = TrainConfig(
@@ -61,15 +61,20 @@ def test_active_parameters_agree_within_one_percent(sizes: dict[str, int]) -> No
     assert total - active == config.num_layers * (config.num_experts - config.top_k) * expert
 
 
-def test_expert_counts_and_dropped_share() -> None:
-    config = dataclasses.replace(TINY, capacity_factor=1.0)
-    model = LanguageModel(config, "moe")
-    out = model(torch.randint(0, 256, (2, 24)))
+def test_expert_counts_and_what_the_capacity_keeps() -> None:
+    config = dataclasses.replace(TINY, capacity_factor=1.0, capacity_groups=2)
+    model = LanguageModel(config, "moe").train()
+    with kept_assignments(model) as kept:
+        out = model(torch.randint(0, 256, (2, 24)))
     assert out.expert_counts.shape == (2, 4)
     assert out.expert_counts.sum(1).tolist() == [2 * 24 * 2] * 2
-    load = torch.tensor([[24.0, 24.0, 24.0, 24.0], [48.0, 48.0, 0.0, 0.0]], dtype=torch.float64)
-    assert dropped_share(model, load, 48) == 48 / 192  # a capacity of 24: half of the second layer
-    assert dropped_share(LanguageModel(TINY, "moe"), load, 48) == 0.0
+    assert len(kept) == 2
+    for wanted, survived in zip(out.expert_counts, kept, strict=True):
+        assert (wanted - 24).clamp_min(0).sum() <= 96 - survived  # the groups' capacities of 12 drop at least as many
+        assert 0 < survived < 96
+    with kept_assignments(LanguageModel(TINY, "moe").train()) as kept:
+        pass
+    assert kept == []
 
 
 def test_evaluation_drops_nothing() -> None:

@@ -1,4 +1,5 @@
-"""Which block sizes a grouped kernel runs with: a shipped table of measured entries, and a heuristic behind it.
+"""Which block sizes a grouped kernel runs with: tables of measured entries (the user's, then the shipped one), and a
+heuristic behind them.
 
 A configuration is keyed by (op, d, n, dtype, architecture, bucket of rows per expert). Rows per expert is the average
 S / E of the static sizes: it is known without asking the device and takes few values, so neither a host sync nor a
@@ -8,6 +9,7 @@ recompilation follows from a new number of tokens. Nothing is tuned at run time:
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -20,9 +22,18 @@ import triton
 from moe_triton_kernels.offline import Case
 
 OPS = ("up_gated", "up", "down", "d_hidden_gated", "d_hidden", "d_rows", "d_weight")
+DECODED = ("up_gated", "up", "down")  # the kernels of a forward pass
 BUCKETS = (16, 32, 64, 128)  # rows per expert: up to 16, up to 32, up to 64, more; also the rows of a tile
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-MODEL_SIZES = ((768, 256), (2048, 1024), (2048, 768), (4096, 14336), (7168, 2048), (2880, 2880))  # (d, n)
+# (d, n) of the benchmarks' shapes: sonic-12, the published models, and the granularity sweep at d = 4096
+MODEL_SIZES = (
+    *((768, n) for n in (256, 512, 1024)),
+    *((1536, n) for n in (256, 512, 1024)),
+    *((4096, n) for n in (256, 512, 1024, 1536, 2048, 4096, 8192, 14336)),
+    *((2048, n) for n in (768, 1024)),
+    (2880, 2880),
+    (7168, 2048),
+)
 TABLE = Path(__file__).with_name("configs.json")
 # their matrix units read shared memory through the asynchronous proxy
 HOPPER, BLACKWELL = ("sm_90",), ("sm_100", "sm_103")
@@ -39,6 +50,9 @@ class Config:
     group                       tile rows that are walked through before the next tile column (L2 reuse)
     parts                       column blocks that the epilogue works through one after another (1, 2 or 4)
     programs_per_sm             resident programs per multiprocessor: bounds the persistent grid
+    gluon                       the warp-specialized schedule to run instead where it can (a key of gluon.schedules), in
+                                blocks of its own; only ever from the table, where a GPU measured it faster
+    descriptors                 weights come by tensor descriptors (TMA) where their layout allows it
     """
 
     block_m: int
@@ -49,6 +63,8 @@ class Config:
     group: int = 8
     parts: int = 1
     programs_per_sm: int = 1
+    gluon: str | None = None
+    descriptors: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,24 +104,69 @@ def bucket_of(rows_per_expert: float) -> int:
     return next((bucket for bucket in BUCKETS if rows_per_expert <= bucket), BUCKETS[-1])
 
 
+Table = Mapping[tuple[Any, ...], Config]  # by KEYS
+KEYS = ("op", "d", "n", "dtype", "architecture", "bucket")
+
+
+def read_table(path: Path) -> Table:
+    """A table file, a JSON list of objects with KEYS and "config"; ValueError, naming the file, where it is broken."""
+    try:
+        return {tuple(entry[key] for key in KEYS): Config(**entry["config"]) for entry in json.loads(path.read_text())}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"table {path}: {type(error).__name__}: {error}") from error
+
+
 @lru_cache
-def shipped_table() -> Mapping[tuple[Any, ...], Config]:
-    """configs.json as {(op, d, n, dtype, architecture, bucket): Config}."""
-    entries = json.loads(TABLE.read_text())
-    keys = ("op", "d", "n", "dtype", "architecture", "bucket")
-    return {tuple(entry[key] for key in keys): Config(**entry["config"]) for entry in entries}
+def shipped_table() -> Table:
+    """configs.json, which comes with the kernels."""
+    return read_table(TABLE)
+
+
+def user_table_path() -> Path | None:
+    """Where this user's own table lies, as `moe-triton tune` writes it.
+
+    MOE_TRITON_TABLE names it (empty: none is read); else it is moe_triton/configs.json under $XDG_CONFIG_HOME, which
+    is ~/.config by default.
+    """
+    named = os.environ.get("MOE_TRITON_TABLE")
+    if named is not None:
+        return Path(named) if named else None
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "moe_triton" / "configs.json"
+
+
+@lru_cache
+def user_table() -> Table:
+    """The user's own table, which goes before the shipped one; read once. Empty where there is none."""
+    path = user_table_path()
+    if path is None or (not path.exists() and "MOE_TRITON_TABLE" not in os.environ):
+        return {}
+    return read_table(path)
+
+
+def find_config(
+    op: str, *, d: int, n: int, dtype: torch.dtype, num_rows: int, num_experts: int, architecture: str
+) -> tuple[Config, str]:
+    """The configuration for this case and where it is from: "user table", "shipped table" or "heuristic".
+
+    ValueError on an unknown op, and on a table that is broken.
+    """
+    if op not in OPS:
+        raise ValueError(f"op: got {op!r}, wanted one of {', '.join(OPS)}")
+    bucket = bucket_of(num_rows / max(num_experts, 1))
+    key = (op, d, n, str(dtype).removeprefix("torch."), architecture, bucket)
+    for table, origin in ((user_table(), "user table"), (shipped_table(), "shipped table")):
+        if key in table:
+            return table[key], origin
+    return heuristic(op, d, n, dtype.itemsize, architecture, bucket), "heuristic"
 
 
 def choose_config(
     op: str, *, d: int, n: int, dtype: torch.dtype, num_rows: int, num_experts: int, architecture: str
 ) -> Config:
-    """The shipped entry for this case if there is one, else the heuristic's answer. ValueError on an unknown op."""
-    if op not in OPS:
-        raise ValueError(f"op: got {op!r}, wanted one of {', '.join(OPS)}")
-    bucket = bucket_of(num_rows / max(num_experts, 1))
-    dtype_name = str(dtype).removeprefix("torch.")
-    entry = shipped_table().get((op, d, n, dtype_name, architecture, bucket))
-    return heuristic(op, d, n, dtype.itemsize, architecture, bucket) if entry is None else entry
+    """`find_config` without the origin."""
+    return find_config(
+        op, d=d, n=n, dtype=dtype, num_rows=num_rows, num_experts=num_experts, architecture=architecture
+    )[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +191,8 @@ def shipped_configs(architecture: str) -> list[Shipped]:
                     config = choose_config(
                         op, d=d, n=n, dtype=dtype, num_rows=bucket, num_experts=1, architecture=architecture
                     )
-                    found[Shipped(op=op, dtype=TYPES[dtype], config=config)] = None
+                    plain = replace(config, gluon=None)  # the Gluon kernels list their own cases
+                    found[Shipped(op=op, dtype=TYPES[dtype], config=plain)] = None
     return list(found)
 
 
@@ -143,6 +205,7 @@ def heuristic(op: str, d: int, n: int, itemsize: int, architecture: str, bucket:
     """Tiles as large as the accumulator registers allow without a spill; shorter ones where experts have few rows."""
     if architecture == "interpreter":
         return Config(block_m=16, block_n=16, block_k=16, num_warps=4, num_stages=1, group=2)
+    width, contraction = (d, n) if op in ("down", "d_rows") else (n, d)
     if op == "d_weight":
         config = weight_gradient_tile(itemsize, architecture)
         config = replace(config, block_m=fit(config.block_m, min(d, n)), block_n=fit(config.block_n, max(d, n)))
@@ -151,13 +214,17 @@ def heuristic(op: str, d: int, n: int, itemsize: int, architecture: str, bucket:
             config = fp32_tile(op, bucket)
         elif bucket == BUCKETS[-1]:
             config = large_tile(op, architecture)
+        elif bucket == BUCKETS[0] and op in DECODED:
+            config = decode_tile(op, contraction, architecture)
         else:
             config = small_tile(op, bucket)
-        width = d if op in ("down", "d_rows") else n
-        contraction = n if op in ("down", "d_rows") else d
         block_n = fit(config.block_n, width)
         parts = min(config.parts, block_n // 16)
-        config = replace(config, block_n=block_n, block_k=fit(config.block_k, contraction), parts=parts)
+        # d_hidden's loop over 32 rows is shorter with pointers (73 instructions and 88); no other loop is
+        shorter = op not in ("d_hidden", "d_hidden_gated") or config.block_m != 32
+        descriptors = itemsize == 2 and architecture in HOPPER + BLACKWELL and shorter
+        block_k = fit(config.block_k, contraction)
+        config = replace(config, block_n=block_n, block_k=block_k, parts=parts, descriptors=descriptors)
     return replace(config, num_stages=2) if architecture.startswith("gfx") else config
 
 
@@ -176,7 +243,10 @@ def large_tile(op: str, architecture: str) -> Config:
     elif op in ("d_hidden_gated", "d_hidden"):
         block_n = 128
     parts = 2 if op in ("down", "d_rows") else 4
-    return Config(block_m=128, block_n=block_n, block_k=64, num_warps=8, num_stages=3, parts=parts)
+    # Of N stages N - 1 are on the way, for at least N - 2 steps. Hopper multiplies 128x256x64 in 0.6 us, 128x128x64 in
+    # half of that, and memory answers in about 0.8 us: 2 steps cover it, or 3 of the short ones.
+    stages = (5 if block_n == 128 and op != "up_gated" else 4) if wide else 3
+    return Config(block_m=128, block_n=block_n, block_k=64, num_warps=8, num_stages=stages, parts=parts)
 
 
 def small_tile(op: str, bucket: int) -> Config:
@@ -184,6 +254,24 @@ def small_tile(op: str, bucket: int) -> Config:
     block_n = 64 if op == "up_gated" else 128
     return Config(
         block_m=bucket, block_n=block_n, block_k=64, num_warps=warps, num_stages=4, parts=4, programs_per_sm=2
+    )
+
+
+def decode_tile(op: str, contraction: int, architecture: str) -> Config:
+    """With a few rows per expert the time is that of reading each touched expert's weights once: a tile made for it.
+
+    A GPU delivers its bandwidth to those who have about 4 MB on the way (4.3 TB/s times 0.9 us, both of an H200). One
+    token touches K experts only; with 64 columns a tile, half as many as for more rows, their tiles still ask for that
+    much in every model of MODEL_SIZES that has K > 1. Splitting the contraction would cost partial sums and a launch.
+    """
+    block_k, num_stages = (128, 4) if contraction % 128 == 0 else (64, 6)  # long runs, but no masked steps
+    return Config(
+        block_m=BUCKETS[0],
+        block_n=32 if op == "up_gated" else 64,
+        block_k=block_k,
+        num_warps=4,
+        num_stages=num_stages,
+        programs_per_sm=3 if architecture in HOPPER + BLACKWELL else 2,
     )
 
 
@@ -252,6 +340,7 @@ def offline_case(
     numbers = [name for name in fn.arg_names if name not in pointers and name not in constexprs]
     aligned = [name for name in numbers if name.startswith(("size_", "weight_stride_"))]
     tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
+    addresses = [name for name, kind in pointers.items() if kind.startswith("*") and name != "num_tiles"]
     return Case(
         name=f"{shipped.op}_{shipped.dtype}_{tile}_{variant}",
         fn=fn,
@@ -259,7 +348,7 @@ def offline_case(
         constexprs=constexprs,
         num_warps=config.num_warps,
         num_stages=pipeline_stages(arch, config),
-        aligned=[*(name for name in pointers if name != "num_tiles"), *aligned],
+        aligned=[*addresses, *aligned],
         sample=sample,
-        wants=main_loop_instructions(shipped, arch),
+        wants=[*main_loop_instructions(shipped, arch), *(["tma"] if constants.get("DESCRIPTOR") else [])],
     )

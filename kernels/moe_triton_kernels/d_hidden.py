@@ -17,7 +17,15 @@ from torch import Tensor
 
 from moe_triton_kernels.activations import GATED, UNGATED, check_activation, factor, factor_slope, up_factor, up_slope
 from moe_triton_kernels.configs import Config, launch_options, offline_case, persistent_grid, shipped_configs
-from moe_triton_kernels.grouped_gemm import PerExpert, expert_base, row_times_matrix, split_columns, tile_order
+from moe_triton_kernels.grouped_gemm import (
+    PerExpert,
+    expert_base,
+    offline_weight,
+    rows_times_weight,
+    split_columns,
+    tile_order,
+    weight_argument,
+)
 from moe_triton_kernels.offline import Case
 from moe_triton_kernels.tiles import TileTables, load_tile
 
@@ -47,6 +55,7 @@ def d_hidden_kernel(
     CONCATENATED: tl.constexpr,
     WEIGHT_TABLE: tl.constexpr,
     WEIGHT_ALIGNMENT: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -67,14 +76,20 @@ def d_hidden_kernel(
         row_mask = rows < end_row
         slots = tl.load(source + rows, mask=row_mask, other=0)  # rows past the end compute token 0 and store nothing
         n0 = tile_n * BLOCK_N
-        columns = n0 + tl.arange(0, BLOCK_N)
-        w2 = expert_base(weight, expert, weight_stride_e, WEIGHT_TABLE, WEIGHT_ALIGNMENT, DTYPE)
-        acc = row_times_matrix(
+        acc = rows_times_weight(
             grad_out + (slots // TOP_K).to(tl.int64) * size_d,
-            w2 + columns.to(tl.int64) * weight_stride_n,
-            columns < size_n,
+            weight,
+            expert,
+            n0,
             size_d,
+            size_n,
+            weight_stride_e,
             weight_stride_d,
+            weight_stride_n,
+            1,
+            WEIGHT_TABLE,
+            WEIGHT_ALIGNMENT,
+            DESCRIPTOR,
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
@@ -153,10 +168,13 @@ def d_hidden(
     num_n = triton.cdiv(size_n, config.block_n)
     shares = grad_out.new_empty((num_n, num_slots), dtype=torch.float32)
     table, num_tiles, max_tiles = tiles.select(config.block_m)
+    weight_data, weight_constants = weight_argument(
+        weight, config, size_k=size_d, size_columns=size_n, halves=1, block_n=config.block_n
+    )
     d_hidden_kernel[persistent_grid(grad_out.device, max_tiles * num_n, config)](
         grad_out,
         source,
-        weight.data,
+        weight_data,
         h,
         router_weights,
         weighted_a,
@@ -174,8 +192,7 @@ def d_hidden(
         ACTIVATION=activation,
         GATED=gated,
         CONCATENATED=is_concatenated,
-        WEIGHT_TABLE=weight.is_table,
-        WEIGHT_ALIGNMENT=weight.alignment,
+        **weight_constants,
         EVEN_K=size_d % config.block_k == 0,
         **launch_options(grad_out.device, config),
     )
@@ -283,7 +300,10 @@ def offline_cases(arch: str) -> list[Case]:
         for number, (entry, activation, transposed, concatenated, addresses) in enumerate(variants):
             stored = f"*{entry.dtype}"
             pointers = dict.fromkeys(("grad_out", "h", "weighted_a", "grad_h"), stored)
-            pointers |= {"weight": "*i64" if addresses else stored, "router_weights": "*fp32", "shares": "*fp32"}
+            weight, weight_constants = offline_weight(
+                entry, addresses=addresses, by_k=transposed, block_n=entry.config.block_n
+            )
+            pointers |= {"weight": weight, "router_weights": "*fp32", "shares": "*fp32"}
             cases.append(
                 offline_case(
                     d_hidden_kernel,
@@ -297,8 +317,7 @@ def offline_cases(arch: str) -> list[Case]:
                     ACTIVATION=activation,
                     GATED=op == "d_hidden_gated",
                     CONCATENATED=concatenated,
-                    WEIGHT_TABLE=addresses,
-                    WEIGHT_ALIGNMENT=16,
+                    **weight_constants,
                     EVEN_K=not addresses,
                 )
             )

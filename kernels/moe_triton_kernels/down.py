@@ -11,13 +11,16 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_triton_kernels.configs import Config, launch_options, offline_case, persistent_grid, shipped_configs
+from moe_triton_kernels.gluon.schedules import why_unsupported
 from moe_triton_kernels.grouped_gemm import (
     PerExpert,
     add_bias,
     expert_base,
-    row_times_matrix,
+    offline_weight,
+    rows_times_weight,
     split_columns,
     tile_order,
+    weight_argument,
 )
 from moe_triton_kernels.offline import Case
 from moe_triton_kernels.tiles import TileTables, load_tile
@@ -45,6 +48,7 @@ def rows_kernel(
     WEIGHTED: tl.constexpr,
     WEIGHT_TABLE: tl.constexpr,
     WEIGHT_ALIGNMENT: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
     BIAS_TABLE: tl.constexpr,
     BIAS_ALIGNMENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -65,14 +69,20 @@ def rows_kernel(
         rows = first_row + tl.arange(0, BLOCK_M)
         row_mask = rows < end_row
         n0 = tile_n * BLOCK_N
-        columns = n0 + tl.arange(0, BLOCK_N)
-        w = expert_base(weight, expert, weight_stride_e, WEIGHT_TABLE, WEIGHT_ALIGNMENT, DTYPE)
-        acc = row_times_matrix(
+        acc = rows_times_weight(
             a + tl.minimum(rows, end_row - 1).to(tl.int64) * size_k,
-            w + columns.to(tl.int64) * weight_stride_n,
-            columns < size_columns,
+            weight,
+            expert,
+            n0,
             size_k,
+            size_columns,
+            weight_stride_e,
             weight_stride_k,
+            weight_stride_n,
+            1,
+            WEIGHT_TABLE,
+            WEIGHT_ALIGNMENT,
+            DESCRIPTOR,
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
@@ -112,13 +122,30 @@ def rows_times_experts(
     contiguous, read at source[row] (None: no factor; `source` is then not needed). Rows past offsets[E] are neither
     read nor written.
     """
+    if why_unsupported(config.gluon, a, weight, bias, size_columns=size_columns) is None:
+        from moe_triton_kernels.gluon import down as warp_specialized  # imports Gluon, which is experimental
+
+        return warp_specialized.rows_times_experts(
+            a,
+            tiles,
+            offsets,
+            weight,
+            size_columns=size_columns,
+            config=config,
+            bias=bias,
+            router_weights=router_weights,
+            source=source,
+        )
     num_rows, size_k = a.shape
     out = a.new_empty((num_rows, size_columns))
     table, num_tiles, max_tiles = tiles.select(config.block_m)
     grid = persistent_grid(a.device, max_tiles * triton.cdiv(size_columns, config.block_n), config)
+    weight_data, weight_constants = weight_argument(
+        weight, config, size_k=size_k, size_columns=size_columns, halves=1, block_n=config.block_n
+    )
     rows_kernel[grid](
         a,
-        weight.data,
+        weight_data,
         weight.data if bias is None else bias.data,
         a if router_weights is None else router_weights,
         offsets if source is None else source,
@@ -134,8 +161,7 @@ def rows_times_experts(
         0 if bias is None else bias.strides[0],
         HAS_BIAS=bias is not None,
         WEIGHTED=router_weights is not None,
-        WEIGHT_TABLE=weight.is_table,
-        WEIGHT_ALIGNMENT=weight.alignment,
+        **weight_constants,
         BIAS_TABLE=bias is not None and bias.is_table,
         BIAS_ALIGNMENT=1 if bias is None else bias.alignment,
         EVEN_K=size_k % config.block_k == 0,
@@ -155,8 +181,11 @@ def offline_cases(arch: str) -> list[Case]:
         variants += [(entries[0], not columns_contiguous, True)]
         for number, (entry, contiguous, addresses) in enumerate(variants):
             stored = f"*{entry.dtype}"
-            parameter = "*i64" if addresses else stored
-            pointers = {"a": stored, "out": stored, "weight": parameter, "bias": parameter, "router_weights": "*fp32"}
+            weight, weight_constants = offline_weight(
+                entry, addresses=addresses, by_k=not contiguous, block_n=entry.config.block_n
+            )
+            pointers = {"a": stored, "out": stored, "weight": weight, "router_weights": "*fp32"}
+            pointers["bias"] = "*i64" if addresses else stored
             cases.append(
                 offline_case(
                     rows_kernel,
@@ -168,8 +197,7 @@ def offline_cases(arch: str) -> list[Case]:
                     sample=number == 0,
                     HAS_BIAS=op == "down",
                     WEIGHTED=op == "down",
-                    WEIGHT_TABLE=addresses,
-                    WEIGHT_ALIGNMENT=16,
+                    **weight_constants,
                     BIAS_TABLE=addresses,
                     BIAS_ALIGNMENT=16,
                     EVEN_K=not addresses,

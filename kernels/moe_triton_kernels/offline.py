@@ -1,8 +1,9 @@
 """Compile kernels for a GPU that is not there, and read what the binary says: registers, spills, matrix instructions.
 
 A kernel file lists its kernels by `offline_cases(arch) -> list[Case]`.
-`python -m moe_triton_kernels.offline --arch sm_90 --json` prints one JSON object per case; `compile_apart` runs that in
-a process of its own, because a process in which TRITON_INTERPRET is set has interpreted functions only.
+`python -m moe_triton_kernels.offline --arch sm_90 --json` prints one JSON object per case; `compile_apart` and
+`compile_parallel` run that in processes of their own, because one in which TRITON_INTERPRET is set has interpreted
+functions only.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -37,8 +39,9 @@ class Case:
     """One kernel with everything that its compilation depends on.
 
     name         unique within an architecture; begins with the name of the operation
-    fn           the @triton.jit function
-    signature    argument name -> Triton type ("*bf16", "i32", "fp32", ...); arguments in `constexprs` may be left out
+    fn           the @triton.jit or @gluon.jit function
+    signature    argument name -> Triton type ("*bf16", "i32", "tensordesc<...>", ...); those in `constexprs` may be
+                 left out
     constexprs   argument name -> value
     num_warps, num_stages   launch options
     aligned      arguments that are multiples of 16; None: every pointer, as torch allocates them
@@ -66,6 +69,8 @@ class Report:
     shared_bytes  shared memory per program, in bytes
     wgmma, mma    Hopper's warpgroup products; every other matrix instruction (mma.sync, tcgen05, mfma)
     cp_async, tma asynchronous copies to shared memory by pointers; by descriptors
+    setmaxnreg    changes of a warpgroup's share of the registers: warp specialization
+    proxy_fence   fences between the generic and the asynchronous proxy
     """
 
     kernel: str
@@ -77,6 +82,8 @@ class Report:
     mma: int
     cp_async: int
     tma: int
+    setmaxnreg: int = 0
+    proxy_fence: int = 0
 
 
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}  # bytes per program
@@ -87,12 +94,16 @@ PATTERNS = {
         "mma": r"\b(?:mma\.sync|tcgen05\.mma)",
         "cp_async": r"\bcp\.async\.c[ag]\.shared",
         "tma": r"\bcp\.async\.bulk\.tensor",
+        "setmaxnreg": r"\bsetmaxnreg",
+        "proxy_fence": r"\bfence\.proxy\.async",
     },
     "amdgcn": {
         "wgmma": r"$^",
         "mma": r"\bv_mfma",
         "cp_async": r"\b(?:global_load_lds|buffer_load\w* .*\blds\b)",
         "tma": r"$^",
+        "setmaxnreg": r"$^",
+        "proxy_fence": r"$^",
     },
 }
 
@@ -132,7 +143,7 @@ def compile_offline(
     attrs: Sequence[str] | None = None,
     name: str | None = None,
 ) -> Report:
-    """Compile one @triton.jit function for "sm_80", "sm_90", "sm_100" or "gfx942"; no GPU is needed.
+    """Compile one @triton.jit or @gluon.jit function for "sm_80", "sm_90", "sm_100" or "gfx942"; no GPU is needed.
 
     `attrs` names the arguments that are multiples of 16 (None: every pointer). `name` is what the report calls the
     kernel (None: the function's name). Raises RuntimeError where TRITON_INTERPRET is set, and what Triton raises where
@@ -144,7 +155,7 @@ def compile_offline(
         raise RuntimeError("compile_offline needs @triton.jit functions: unset TRITON_INTERPRET, or use compile_apart")
     types = {arg: "constexpr" if arg in constexprs else signature[arg] for arg in fn.arg_names}
     aligned = [arg for arg, kind in types.items() if kind.startswith("*")] if attrs is None else attrs
-    source = ASTSource(
+    source = source_class(fn)(
         fn=fn,
         signature=types,
         constexprs=dict(constexprs),
@@ -152,6 +163,13 @@ def compile_offline(
     )
     options = {"num_warps": num_warps, "num_stages": num_stages}
     return read_report(name or fn.__name__, arch, triton.compile(source, target=TARGETS[arch], options=options))
+
+
+def source_class(fn: triton.JITFunction) -> type[ASTSource]:
+    """The class that hands a function to the compiler; Gluon's is imported only for a function that needs it."""
+    if not fn.is_gluon():
+        return ASTSource
+    return importlib.import_module("triton.experimental.gluon._runtime").GluonASTSource
 
 
 def read_report(name: str, arch: str, compiled: CompiledKernel) -> Report:
@@ -187,6 +205,17 @@ def collect_cases(arch: str, modules: Sequence[str] | None = None, every: bool =
     return [case for case in cases if case.sample or every]
 
 
+def named_cases(cases: list[Case], names: str | None) -> list[Case]:
+    """The cases of these comma-separated names, in their order (None: all). ValueError on a name that is not there."""
+    if names is None:
+        return cases
+    found = {case.name: case for case in cases}
+    unknown = [name for name in names.split(",") if name not in found]
+    if unknown:
+        raise ValueError(f"only: got {', '.join(unknown)}, wanted names of cases")
+    return [found[name] for name in names.split(",")]
+
+
 def compile_case(case: Case, arch: str) -> Report:
     return compile_offline(
         case.fn,
@@ -205,16 +234,50 @@ def compile_apart(arch: str, modules: Sequence[str] | None = None, every: bool =
 
     Raises RuntimeError, with the compiler's words, if any case does not compile.
     """
-    command = [sys.executable, "-m", "moe_triton_kernels.offline", "--arch", arch, "--json"]
-    if modules is not None:
-        command += ["--modules", ",".join(modules)]
-    if every:
-        command.append("--all")
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    options = [] if modules is None else ["--modules", ",".join(modules)]
+    command, environment = own_process(arch, [*options, "--all"] if every else options)
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     if result.returncode != 0:
         raise RuntimeError(f"offline compilation for {arch} failed:\n{result.stdout}{result.stderr}")
     return [Report(**json.loads(line)) for line in result.stdout.splitlines()]
+
+
+def own_process(arch: str, options: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Command and environment of `main` in a process without TRITON_INTERPRET."""
+    command = [sys.executable, "-m", "moe_triton_kernels.offline", "--arch", arch, "--json", *options]
+    return command, {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+
+
+def compile_parallel(
+    arch: str, names: Sequence[str], jobs: int = 1, on_report: Callable[[Report], None] | None = None
+) -> tuple[dict[str, Report], str]:
+    """The reports of the named cases by name, compiled by `jobs` processes, and what the compiler said on stderr.
+
+    A case that does not compile is missing from the reports. `on_report` is told of every one as it comes, from the
+    thread that waits for its process.
+    """
+    reports: dict[str, Report] = {}
+
+    def run(share: Sequence[str]) -> str:
+        command, environment = own_process(arch, ["--only", ",".join(share)])
+        with (
+            tempfile.TemporaryFile("w+") as errors,
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+        ):
+            for line in process.stdout or ():
+                report = Report(**json.loads(line))
+                reports[report.kernel] = report
+                if on_report is not None:
+                    on_report(report)
+            process.wait()
+            errors.seek(0)
+            return errors.read()
+
+    # neighbours in the list take about as long as each other: dealt out in turn, the shares are about equal
+    shares = [share for first in range(jobs) if (share := names[first::jobs])]
+    with ThreadPoolExecutor(max(1, len(shares))) as pool:
+        errors = "".join(pool.map(run, shares))
+    return {name: reports[name] for name in names if name in reports}, errors
 
 
 def broken_gates(case: Case, report: Report) -> list[str]:
@@ -232,13 +295,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", choices=list(TARGETS), help="all of them if left out")
     parser.add_argument("--modules", help="comma-separated names of kernel files; all of them if left out")
     parser.add_argument("--all", action="store_true", help="every shipped configuration, not only the sample")
+    parser.add_argument("--only", help="comma-separated names of cases: these instead of the sample")
     parser.add_argument("--gate", action="store_true", help="fail on spills, too much shared memory, no matrix units")
     parser.add_argument("--json", action="store_true", help="one JSON object per kernel instead of a line of text")
     options = parser.parse_args(arguments)
     modules = None if options.modules is None else options.modules.split(",")
     failures = 0
     for arch in TARGETS if options.arch is None else [options.arch]:
-        for case in collect_cases(arch, modules, options.all):
+        for case in named_cases(collect_cases(arch, modules, options.all or options.only is not None), options.only):
             try:
                 report = compile_case(case, arch)
             except Exception as error:  # every kind of compiler error is reported, then the next kernel is tried

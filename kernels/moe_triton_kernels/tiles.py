@@ -28,6 +28,14 @@ def max_tiles(num_rows: int, num_experts: int, block_m: int) -> int:
     return min(num_rows, num_experts) + max(num_rows - num_experts, 0) // block_m
 
 
+def spaced(num_tiles: int) -> int:
+    """Entries from one table to the next: even, so that every table begins at a multiple of 16 bytes.
+
+    Triton compiles a kernel anew for a pointer that is aligned otherwise, so it must not depend on the number of rows.
+    """
+    return num_tiles + num_tiles % 2
+
+
 @dataclass(frozen=True, kw_only=True)
 class TileTables:
     """Tile tables of one dispatch, one per block size.
@@ -61,7 +69,7 @@ def load_tile(table, offsets, tile, BLOCK_M: tl.constexpr):
 def tile_tables_kernel(
     offsets, table, num_tiles, num_experts, num_rows, SIZES: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr
 ):
-    """One program per expert: it writes the expert's tiles into every table. The tables lie one behind the other."""
+    """One program per expert: it writes the expert's tiles into every table, at the places of `spaced`."""
     expert = tl.program_id(0)
     experts = tl.arange(0, BLOCK_E)
     inside = experts < num_experts
@@ -79,7 +87,8 @@ def tile_tables_kernel(
             tile = start + tl.arange(0, CHUNK)
             tl.store(entries + 2 * tile, expert, mask=tile < my_tiles)
             tl.store(entries + 2 * tile + 1, first_row + tile * size, mask=tile < my_tiles)
-        table += 2 * (tl.minimum(num_rows, num_experts) + tl.maximum(num_rows - num_experts, 0) // size)  # max_tiles
+        most = tl.minimum(num_rows, num_experts) + tl.maximum(num_rows - num_experts, 0) // size  # max_tiles
+        table += 2 * (most + most % 2)  # spaced
 
 
 def tile_tables(offsets: Tensor, num_rows: int, block_sizes: tuple[int, ...] = BLOCK_SIZES) -> TileTables:
@@ -89,7 +98,8 @@ def tile_tables(offsets: Tensor, num_rows: int, block_sizes: tuple[int, ...] = B
     """
     num_experts = offsets.shape[0] - 1
     lengths = [max_tiles(num_rows, num_experts, block_m) for block_m in block_sizes]
-    table = torch.empty((sum(lengths), 2), dtype=torch.int32, device=offsets.device)
+    places = [spaced(length) for length in lengths]
+    table = torch.empty((sum(places), 2), dtype=torch.int32, device=offsets.device)
     num_tiles = torch.empty(len(block_sizes), dtype=torch.int32, device=offsets.device)
     tile_tables_kernel[(num_experts,)](
         offsets,
@@ -101,7 +111,8 @@ def tile_tables(offsets: Tensor, num_rows: int, block_sizes: tuple[int, ...] = B
         BLOCK_E=triton.next_power_of_2(num_experts),
         CHUNK=CHUNK,
     )
-    return TileTables(block_sizes=tuple(block_sizes), num_tiles=num_tiles, tables=table.split(lengths))
+    tables = tuple(part[:length] for part, length in zip(table.split(places), lengths, strict=True))
+    return TileTables(block_sizes=tuple(block_sizes), num_tiles=num_tiles, tables=tables)
 
 
 def offline_cases(arch: str) -> list[Case]:

@@ -14,13 +14,16 @@ from torch import Tensor
 
 from moe_triton_kernels.activations import GATED, UNGATED, check_activation, factor, up_factor
 from moe_triton_kernels.configs import Config, launch_options, offline_case, persistent_grid, shipped_configs
+from moe_triton_kernels.gluon.schedules import why_unsupported
 from moe_triton_kernels.grouped_gemm import (
     PerExpert,
     add_bias,
     expert_base,
-    row_times_matrix,
+    offline_weight,
+    rows_times_weight,
     split_columns,
     tile_order,
+    weight_argument,
 )
 from moe_triton_kernels.offline import Case
 from moe_triton_kernels.tiles import TileTables, load_tile
@@ -53,6 +56,7 @@ def up_kernel(
     KEEP_H: tl.constexpr,
     WEIGHT_TABLE: tl.constexpr,
     WEIGHT_ALIGNMENT: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
     BIAS_TABLE: tl.constexpr,
     BIAS_ALIGNMENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -65,7 +69,7 @@ def up_kernel(
 ):
     DTYPE: tl.constexpr = x.dtype.element_ty
     FACTOR: tl.constexpr = 2 if GATED else 1
-    WIDTH: tl.constexpr = FACTOR * BLOCK_N
+    HALVES: tl.constexpr = 2 if GATED and CONCATENATED else 1
     num_m = tl.load(num_tiles)
     num_n = tl.cdiv(size_n, BLOCK_N)
     for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
@@ -77,23 +81,22 @@ def up_kernel(
         x_rows = x + (slots // TOP_K).to(tl.int64) * size_d
 
         n0 = tile_n * BLOCK_N
-        wide = tl.arange(0, WIDTH)
-        if GATED and CONCATENATED:
-            inner = n0 + wide % BLOCK_N
-            columns = wide // BLOCK_N * size_n + inner
-            column_mask = inner < size_n
-        else:
-            columns = FACTOR * n0 + wide
-            column_mask = columns < FACTOR * size_n
-        w = expert_base(weight, expert, weight_stride_e, WEIGHT_TABLE, WEIGHT_ALIGNMENT, DTYPE)
-        acc = row_times_matrix(
+        acc = rows_times_weight(
             x_rows,
-            w + columns.to(tl.int64) * weight_stride_n,
-            column_mask,
+            weight,
+            expert,
+            n0 * (FACTOR // HALVES),
             size_d,
+            size_n * (FACTOR // HALVES),
+            weight_stride_e,
             weight_stride_d,
+            weight_stride_n,
+            HALVES,
+            WEIGHT_TABLE,
+            WEIGHT_ALIGNMENT,
+            DESCRIPTOR,
             BLOCK_M,
-            WIDTH,
+            BLOCK_N * (FACTOR // HALVES),
             BLOCK_K,
             EVEN_K,
             FENCE,
@@ -169,15 +172,43 @@ def up(
     Rows past offsets[E] are not written.
     """
     gated = check_activation(activation)
+    sizes = {"size_columns": size_n, "projections": 2 if gated else 1}
+    if why_unsupported(config.gluon, x, weight, bias, is_concatenated=is_concatenated, **sizes) is None:
+        from moe_triton_kernels.gluon import up as warp_specialized  # imports Gluon, which is experimental
+
+        return warp_specialized.up(
+            x,
+            source,
+            tiles,
+            offsets,
+            weight,
+            bias,
+            size_n=size_n,
+            top_k=top_k,
+            activation=activation,
+            keep_activation=keep_activation,
+            keep_preactivation=keep_preactivation,
+            config=config,
+        )
     num_rows, size_d = source.shape[0], x.shape[1]
     a = x.new_empty((num_rows, size_n) if keep_activation else 0)
     h = x.new_empty((num_rows, 2 * size_n if gated else size_n) if keep_preactivation else 0)
     table, num_tiles, max_tiles = tiles.select(config.block_m)
     grid = persistent_grid(x.device, max_tiles * triton.cdiv(size_n, config.block_n), config)
+    halves = 2 if gated and is_concatenated else 1
+    per_half = 2 // halves if gated else 1  # columns of the weight that lie together for one of A
+    weight_data, weight_constants = weight_argument(
+        weight,
+        config,
+        size_k=size_d,
+        size_columns=per_half * size_n,
+        halves=halves,
+        block_n=per_half * config.block_n,
+    )
     up_kernel[grid](
         x,
         source,
-        weight.data,
+        weight_data,
         weight.data if bias is None else bias.data,
         a,
         h,
@@ -197,8 +228,7 @@ def up(
         HAS_BIAS=bias is not None,
         KEEP_A=keep_activation,
         KEEP_H=keep_preactivation,
-        WEIGHT_TABLE=weight.is_table,
-        WEIGHT_ALIGNMENT=weight.alignment,
+        **weight_constants,
         BIAS_TABLE=bias is not None and bias.is_table,
         BIAS_ALIGNMENT=1 if bias is None else bias.alignment,
         EVEN_K=size_d % config.block_k == 0,
@@ -222,8 +252,15 @@ def offline_cases(arch: str) -> list[Case]:
         for number, (entry, activation, transposed, concatenated, bias, addresses) in enumerate(variants):
             flags = "_T" * transposed + "_pairs" * (not concatenated) + "_bias" * bias + "_addresses" * addresses
             stored = f"*{entry.dtype}"
-            parameter = "*i64" if addresses else stored
-            pointers = {"x": stored, "a": stored, "h": stored, "weight": parameter, "bias": parameter}
+            weight, weight_constants = offline_weight(
+                entry,
+                addresses=addresses,
+                by_k=not transposed,
+                halves=2 if op == "up_gated" and concatenated else 1,
+                block_n=entry.config.block_n * (1 if op == "up" or concatenated else 2),
+            )
+            pointers = {"x": stored, "a": stored, "h": stored, "weight": weight}
+            pointers["bias"] = "*i64" if addresses else stored
             cases.append(
                 offline_case(
                     up_kernel,
@@ -240,8 +277,7 @@ def offline_cases(arch: str) -> list[Case]:
                     HAS_BIAS=bias,
                     KEEP_A=True,
                     KEEP_H=True,
-                    WEIGHT_TABLE=addresses,
-                    WEIGHT_ALIGNMENT=16,
+                    **weight_constants,
                     BIAS_TABLE=addresses,
                     BIAS_ALIGNMENT=16,
                     EVEN_K=not transposed,

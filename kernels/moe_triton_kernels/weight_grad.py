@@ -3,18 +3,26 @@
     out[e][i, j] = sum over e's rows r of left[r, i] * right[r, j]
 One of the two operands is a token matrix gathered by row -> token (X for dW1, dO for dW2), the other lies in expert
 order. Swapping them writes the transposed gradient, so either weight layout gets contiguous stores. An expert's rows
-are summed in order by one program: same input, same bits. An expert without rows gets zeros.
+are summed in order, by one program or, where they are very many, by several whose results are added in order
+(`row_pieces`): same input, same bits. An expert without rows gets zeros.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_triton_kernels.configs import Config, launch_options, offline_case, persistent_grid, shipped_configs
+from moe_triton_kernels.configs import Config, launch_options, offline_case, persistent_grid, shipped_configs, target_of
 from moe_triton_kernels.grouped_gemm import proxy_fence, split_columns, tile_order
 from moe_triton_kernels.offline import Case
+from moe_triton_kernels.row_pieces import load_piece, piece_rows_for, row_pieces, sum_pieces
+
+WEIGHT_UNITS = (
+    384  # 3 per processor of a large GPU: fewer leave programs idle at the end, more write more partial results
+)
+BIAS_UNITS = 4096  # its programs wait for memory: more of them run at once
 
 
 @triton.jit
@@ -26,16 +34,17 @@ def row_index(rows, row_mask, source, TOP_K: tl.constexpr, GATHER: tl.constexpr)
         return rows.to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["num_experts"])
+@triton.jit
 def weight_grad_kernel(
     left,  # [S, size_i], or [T, size_i] gathered
     right,  # [S, size_j], or [T, size_j] gathered
     source,  # [S]
     out,  # [E, size_i, size_j]
-    offsets,
+    partials,  # [slots, size_i, size_j] fp32
+    pieces,
+    state,
     size_i,
     size_j,
-    num_experts,
     TOP_K: tl.constexpr,
     GATHER_LEFT: tl.constexpr,
     GATHER_RIGHT: tl.constexpr,
@@ -52,12 +61,18 @@ def weight_grad_kernel(
     PART: tl.constexpr = BLOCK_N // PARTS
     num_i = tl.cdiv(size_i, BLOCK_M)
     num_j = tl.cdiv(size_j, BLOCK_N)
-    per_expert = num_i * num_j
-    for tile in tl.range(tl.program_id(0), num_experts * per_expert, tl.num_programs(0)):
-        expert = tile // per_expert
-        tile_i, tile_j = tile_order(tile % per_expert, num_i, num_j, GROUP)
-        first_row = tl.load(offsets + expert)
-        end_row = tl.load(offsets + expert + 1)
+    per_piece = num_i * num_j
+    num_units = tl.load(state) * per_piece
+    num_split = tl.load(state + 1)
+    unit = tl.program_id(0)
+    while unit < num_units:
+        if num_split > 0:  # units differ in length: whoever is free takes the next one
+            next_unit = tl.num_programs(0) + tl.atomic_add(state + 3, 1, sem="relaxed")
+        else:
+            next_unit = unit + tl.num_programs(0)
+        piece = unit // per_piece
+        tile_i, tile_j = tile_order(unit % per_piece, num_i, num_j, GROUP)
+        expert, first_row, end_row = load_piece(pieces, piece)
         i = tile_i * BLOCK_M + tl.arange(0, BLOCK_M)
         j = tile_j * BLOCK_N + tl.arange(0, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -80,12 +95,16 @@ def weight_grad_kernel(
             y = tl.load(right_rows[:, None] + j[None, :], mask=y_mask, other=0.0)
             proxy_fence(FENCE)
             acc = tl.dot(tl.trans(x), y, acc, input_precision="ieee")
-        out_rows = out + expert.to(tl.int64) * size_i * size_j + i.to(tl.int64) * size_j
         blocks = split_columns(acc, PARTS)
         for part in tl.static_range(PARTS):
             columns = tile_j * BLOCK_N + part * PART + tl.arange(0, PART)
             mask = (i < size_i)[:, None] & (columns < size_j)[None, :]
-            tl.store(out_rows[:, None] + columns[None, :], blocks[part].to(DTYPE), mask=mask)
+            cells = i.to(tl.int64)[:, None] * size_j + columns[None, :]
+            if piece < num_split:
+                tl.store(partials + piece.to(tl.int64) * size_i * size_j + cells, blocks[part], mask=mask)
+            else:
+                tl.store(out + expert.to(tl.int64) * size_i * size_j + cells, blocks[part].to(DTYPE), mask=mask)
+        unit = next_unit
 
 
 def weight_grad(
@@ -97,24 +116,30 @@ def weight_grad(
     top_k: int,
     gather_left: bool,
     config: Config,
+    piece_rows: int | None = None,
 ) -> Tensor:
     """[E, size_i, size_j] = left^T right over each expert's rows, in left's dtype.
 
     left [S, size_i] and right [S, size_j], contiguous, rows in expert order, except that one of them is a token matrix
-    [T, ...] read at source[row] // top_k: `left` if `gather_left`, else `right`.
+    [T, ...] read at source[row] // top_k: `left` if `gather_left`, else `right`. An expert with twice `piece_rows` rows
+    is split (None: chosen from the sizes).
     """
     size_i, size_j, num_experts = left.shape[1], right.shape[1], offsets.shape[0] - 1
     out = left.new_empty((num_experts, size_i, size_j))
-    num_tiles = num_experts * triton.cdiv(size_i, config.block_m) * triton.cdiv(size_j, config.block_n)
-    weight_grad_kernel[persistent_grid(left.device, num_tiles, config)](
+    tiles = triton.cdiv(size_i, config.block_m) * triton.cdiv(size_j, config.block_n)
+    num_rows = source.shape[0]
+    pieces = row_pieces(offsets, num_rows, piece_rows or piece_rows_for(num_rows, tiles, WEIGHT_UNITS))
+    partials = left.new_empty((pieces.num_slots, size_i, size_j), dtype=torch.float32)
+    weight_grad_kernel[persistent_grid(left.device, pieces.pieces.shape[0] * tiles, config)](
         left,
         right,
         source,
         out,
-        offsets,
+        partials,
+        pieces.pieces,
+        pieces.state,
         size_i,
         size_j,
-        num_experts,
         TOP_K=top_k,
         GATHER_LEFT=gather_left,
         GATHER_RIGHT=not gather_left,
@@ -122,6 +147,7 @@ def weight_grad(
         EVEN_J=size_j % config.block_n == 0,
         **launch_options(left.device, config),
     )
+    sum_pieces(partials, out, pieces, target_of(left.device).num_sms * 4)
     return out
 
 
@@ -131,18 +157,21 @@ def bias_grad_kernel(
     router_weights,  # [T * K]
     source,  # [S]
     out,  # [E, size]
-    offsets,
+    partials,  # [slots, size] fp32
+    pieces,
+    state,
     size,
     TOP_K: tl.constexpr,
     GATHERED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program per expert and column block."""
-    expert = tl.program_id(0)
+    """One program per piece and column block; those past the number of pieces have nothing to do."""
+    piece = tl.program_id(0)
+    if piece >= tl.load(state):
+        return
     columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    first_row = tl.load(offsets + expert)
-    end_row = tl.load(offsets + expert + 1)
+    expert, first_row, end_row = load_piece(pieces, piece)
     total = tl.zeros((BLOCK_C,), dtype=tl.float32)
     for start in tl.range(first_row, end_row, BLOCK_R):
         rows = start + tl.arange(0, BLOCK_R)
@@ -154,32 +183,48 @@ def bias_grad_kernel(
             slots = tl.load(source + rows, mask=row_mask, other=0)
             value *= tl.load(router_weights + slots, mask=row_mask, other=0.0).to(tl.float32)[:, None]
         total += tl.sum(value, 0)
-    tl.store(out + expert.to(tl.int64) * size + columns, total.to(out.dtype.element_ty), mask=columns < size)
+    if piece < tl.load(state + 1):
+        tl.store(partials + piece.to(tl.int64) * size + columns, total, mask=columns < size)
+    else:
+        tl.store(out + expert.to(tl.int64) * size + columns, total.to(out.dtype.element_ty), mask=columns < size)
 
 
 def bias_grad(
-    values: Tensor, source: Tensor, offsets: Tensor, *, top_k: int, router_weights: Tensor | None = None
+    values: Tensor,
+    source: Tensor,
+    offsets: Tensor,
+    *,
+    top_k: int,
+    router_weights: Tensor | None = None,
+    piece_rows: int | None = None,
 ) -> Tensor:
     """[E, size]: the sum of each expert's rows, in values' dtype; zeros for an expert without rows.
 
     Without `router_weights`, values [S, size] lie in expert order (db1 = sum dH). With them ([T, K] contiguous), values
-    [T, size] are read at the row's token and multiplied by its weight (db2 = sum w dO).
+    [T, size] are read at the row's token and multiplied by its weight (db2 = sum w dO). `piece_rows` as in
+    `weight_grad`.
     """
     num_experts, size = offsets.shape[0] - 1, values.shape[1]
     out = values.new_empty((num_experts, size))
     block_c = min(128, triton.next_power_of_2(size))
-    bias_grad_kernel[(num_experts, triton.cdiv(size, block_c))](
+    tiles, num_rows = triton.cdiv(size, block_c), source.shape[0]
+    pieces = row_pieces(offsets, num_rows, piece_rows or piece_rows_for(num_rows, tiles, BIAS_UNITS))
+    partials = values.new_empty((pieces.num_slots, size), dtype=torch.float32)
+    bias_grad_kernel[(pieces.pieces.shape[0], tiles)](
         values,
         values if router_weights is None else router_weights,
         source,
         out,
-        offsets,
+        partials,
+        pieces.pieces,
+        pieces.state,
         size,
         TOP_K=top_k,
         GATHERED=router_weights is not None,
         BLOCK_R=32,
         BLOCK_C=block_c,
     )
+    sum_pieces(partials, out, pieces, target_of(values.device).num_sms)
     return out
 
 
@@ -193,7 +238,8 @@ def offline_cases(arch: str) -> list[Case]:
             entry,
             arch,
             variant="gather_left" if gather_left else "gather_right",
-            pointers=dict.fromkeys(("left", "right", "out"), f"*{entry.dtype}") | {"source": "*i32", "offsets": "*i32"},
+            pointers=dict.fromkeys(("left", "right", "out"), f"*{entry.dtype}")
+            | {"partials": "*fp32", "source": "*i32", "pieces": "*i32", "state": "*i32"},
             sample=number == 0 or gather_left,
             TOP_K=8,
             GATHER_LEFT=gather_left,
@@ -203,7 +249,8 @@ def offline_cases(arch: str) -> list[Case]:
         )
         for number, (entry, gather_left) in enumerate(variants)
     ]
-    bias_pointers = {"values": "*bf16", "router_weights": "*fp32", "source": "*i32", "out": "*bf16", "offsets": "*i32"}
+    bias_pointers = {"values": "*bf16", "router_weights": "*fp32", "out": "*bf16", "partials": "*fp32"}
+    bias_pointers |= dict.fromkeys(("source", "pieces", "state"), "*i32")
     return cases + [
         Case(
             name=f"d_bias_{'gathered' if gathered else 'rows'}",

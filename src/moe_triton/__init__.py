@@ -3,9 +3,11 @@
 from moe_triton import compat
 from moe_triton.dispatch import dispatch, expert_capacity, renormalize
 from moe_triton.experts import moe_mlp
+from moe_triton.explain import Explanation, explain
 from moe_triton.integrations.swap import SwapReport, swap
 from moe_triton.layers import Experts, FeedForward, MoE, MoEOutput, Router, update_choice_biases
 from moe_triton.losses import load_balance_loss, z_loss
+from moe_triton.metrics import LoadMonitor, LoadStatistics, load_statistics, plot_load
 from moe_triton.records import Dispatch, Routing
 from moe_triton.routing import route
 
@@ -14,7 +16,10 @@ __version__ = "0.1.0"
 __all__ = [
     "Dispatch",
     "Experts",
+    "Explanation",
     "FeedForward",
+    "LoadMonitor",
+    "LoadStatistics",
     "MoE",
     "MoEOutput",
     "Router",
@@ -23,8 +28,11 @@ __all__ = [
     "compat",
     "dispatch",
     "expert_capacity",
+    "explain",
     "load_balance_loss",
+    "load_statistics",
     "moe_mlp",
+    "plot_load",
     "renormalize",
     "route",
     "swap",

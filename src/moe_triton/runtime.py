@@ -11,10 +11,11 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cache, lru_cache, wraps
 from types import ModuleType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 
@@ -39,6 +40,24 @@ def constant_while_compiling(function: Function) -> Function:
     """What `torch.compiler.assume_constant_result` does, without importing the compiler, which takes seconds."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def never_compiled(function: Function) -> Function:
+    """What `torch.compiler.disable` does, without importing the compiler where nothing is compiled."""
+
+    @wraps(function)
+    def call(*args: Any, **arguments: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **arguments)
+        return _disabled(function)(*args, **arguments)
+
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return cast(Function, call)
+
+
+@cache
+def _disabled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compiler.disable(function)
 
 
 def interpreting() -> bool:
@@ -94,6 +113,11 @@ def plain_maths(tensor: torch.Tensor) -> Iterator[None]:
         torch.cuda.device_of(tensor),
     ):
         yield
+
+
+def recomputing() -> bool:
+    """True while activation checkpointing runs a forward again inside backward: nothing may be counted twice there."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 @lru_cache(maxsize=16)

@@ -146,8 +146,8 @@ def assert_same_state(spread: Spread, net: Net, optimizer: torch.optim.Optimizer
     def local(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if not name.startswith("moe.experts."):
             return tensor
-        part = tensor[experts.local_experts.start : experts.local_experts.stop]
-        return torch.stack([experts.local_slice(expert, is_down=name.endswith("down_proj")) for expert in part])
+        part = tensor[list(experts.local_experts)]
+        return torch.stack([experts.local_slice(name.rpartition(".")[2], expert) for expert in part])
 
     assert int(net.steps) == steps
     for (name, mine), (_, theirs) in zip(net.state_dict().items(), whole.state_dict().items(), strict=True):

@@ -50,12 +50,12 @@ def check(case: Case) -> dict[str, torch.Tensor]:
     groups = make_groups(**case.sizes)
     parallel = ExpertParallel(groups, **case.exchange)
     local = make_layer(case, parallel)
-    whole = make_layer(case, None, **({"capacity_groups": groups.dp.size} if "capacity_factor" in case.layer else {}))
+    capacity_groups = groups.dp.size * case.layer.get("capacity_groups", 1)
+    whole = make_layer(case, None, **({"capacity_groups": capacity_groups} if "capacity_factor" in case.layer else {}))
     experts = local.experts.local_experts
     for name, parameter in local.experts.named_parameters():
-        full = getattr(whole.experts, name)[experts.start : experts.stop]
-        is_down = name == "down_proj"
-        wanted = torch.stack([local.experts.local_slice(expert, is_down=is_down) for expert in full])
+        full = getattr(whole.experts, name)[list(experts)]
+        wanted = torch.stack([local.experts.local_slice(name, expert) for expert in full])
         assert torch.equal(parameter, wanted), f"{name} starts differently from the whole layer's"
 
     x_all, grad_all = global_batch(case)
@@ -81,9 +81,9 @@ def check(case: Case) -> dict[str, torch.Tensor]:
             dist.all_reduce(total, group=group.handle)
         wanted = whole.get_parameter(name).grad
         if is_expert:
-            is_down = name == "experts.down_proj"
-            part = wanted[experts.start : experts.stop]
-            wanted = torch.stack([local.experts.local_slice(expert, is_down=is_down) for expert in part])
+            part = wanted[list(experts)]
+            short = name.removeprefix("experts.")
+            wanted = torch.stack([local.experts.local_slice(short, expert) for expert in part])
         assert_close(total, wanted, tolerance=case.tolerance)
     total = torch.stack([got.aux_loss.detach(), got.expert_counts.sum().to(got.aux_loss.dtype)])
     if groups.dp.size > 1:

@@ -20,7 +20,7 @@ from checkpointing import Net, Spread, make, resume, train_and_save
 from torch import nn
 
 from moe_triton import MoE
-from moe_triton.distributed import CheckpointError, load_checkpoint, save_checkpoint
+from moe_triton.distributed import CheckpointError, ExpertParallel, load_checkpoint, save_checkpoint
 
 
 @pytest.mark.parametrize("experts", [8, 7])
@@ -82,15 +82,15 @@ def saved(folder: Path, steps: int = 1) -> tuple[Net, torch.optim.Optimizer]:
 
 
 def test_extra_and_placement_come_back(tmp_path):
-    layer = MoE(8, 4, 4)
-    layer.experts.placement = torch.tensor([2, 0, 1, 3])
+    layer = MoE(8, 4, 4, expert_parallel=ExpertParallel(redundant_experts=2))
+    slots = layer.experts.placement.physical_to_logical
     extra = {"step": 3, "betas": (0.9, [float("inf"), None]), "rng": torch.get_rng_state(), "names": {"a": True}}
     save_checkpoint(tmp_path, layer, extra=extra)
     back = load_checkpoint(tmp_path, MoE(8, 4, 4))
     assert torch.equal(back.pop("rng"), extra.pop("rng"))
     assert back == extra
     experts = json.loads((tmp_path / "checkpoint.json").read_text())["manifest"]["experts"]["experts"]
-    assert experts == {"num_experts": 4, "placement": {"tensor": [2, 0, 1, 3], "dtype": "int64", "shape": [4]}}
+    assert experts == {"num_experts": 4, "placement": {"tensor": slots.tolist(), "dtype": "int32", "shape": [6]}}
 
 
 def test_state_keeps_its_dtype_and_parameters_take_the_models(tmp_path):

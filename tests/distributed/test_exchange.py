@@ -41,6 +41,12 @@ def test_capacity_equals_capacity_groups(four_ranks, mode):
     assert outputs.shape == (24, parity.HIDDEN)
 
 
+def test_several_capacity_groups_on_a_rank(four_ranks):
+    # ceil(0.9 * 3 * 3 / 8) = 2 places in each of two groups of 3 tokens, but 3 for the 6 tokens at once
+    layer = {"capacity_factor": 0.9, "min_capacity": 1, "capacity_groups": 2}
+    four_ranks.run(parity.check, Case(EVEN, exchange={"mode": "capacity"}, layer=layer))
+
+
 @pytest.mark.parametrize("sizes", [{"ep": 2}, {"ep": 2, "order": "data-before-expert"}, {"ep": 1}], ids=str)
 def test_fewer_expert_ranks_than_ranks(four_ranks, sizes):
     four_ranks.run(parity.check, Case(UNEVEN, sizes=sizes, layer=LOSSES))

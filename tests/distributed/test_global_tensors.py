@@ -11,6 +11,7 @@ from torch import nn
 from moe_triton.distributed import load_checkpoint, load_experts_from, save_checkpoint
 from moe_triton.distributed.global_tensors import ExpertLayout, as_global
 from moe_triton.distributed.groups import ALONE, Group
+from moe_triton.distributed.placement import build_placement
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -52,7 +53,9 @@ class Placed(nn.Module):
 
     def __init__(self, slots: list[list[int]], rank: int) -> None:
         super().__init__()
-        self.num_experts, self.local_experts, self.placement = 4, slots[rank], slots
+        self.num_experts, self.local_experts, self.slots = 4, slots[rank], slots
+        held = torch.tensor([expert for rank_slots in slots for expert in rank_slots])
+        self.placement = build_placement(held, torch.ones(4), 1)
         self.expert_parallel = type("", (), {"etp": ALONE})()
         self.weight = nn.Parameter(torch.full((len(slots[rank]), 2), float("nan")))
 
@@ -68,7 +71,7 @@ def replicas(folder: Path) -> None:
     load_checkpoint(folder, second)
     expected = torch.tensor(second.local_experts, dtype=torch.float32)[:, None].expand(-1, 2)
     assert torch.equal(second.weight, expected)
-    third = Placed(second.placement, rank)
+    third = Placed(second.slots, rank)
     load_experts_from({"weight": torch.arange(4.0)[:, None].expand(4, 2)}, third)
     assert torch.equal(third.weight, expected)
 

@@ -58,8 +58,8 @@ def local_part(model: Model, name: str, whole: torch.Tensor) -> torch.Tensor:
     if ".experts." not in name:
         return whole
     experts = model.moe.experts
-    part = whole[experts.local_experts.start : experts.local_experts.stop]
-    return torch.stack([experts.local_slice(e, is_down=name.endswith("down_proj")) for e in part])
+    part = whole[list(experts.local_experts)]
+    return torch.stack([experts.local_slice(name.rpartition(".")[2], expert) for expert in part])
 
 
 def compare(case: Case, model: Model, expected: dict[str, torch.Tensor], factor=lambda name: 1.0) -> None:

@@ -26,8 +26,8 @@ def load(sizes: dict[str, Any] | None, source: Any, experts: int) -> None:
     for name, parameter in net.named_parameters():
         if name in names:
             part = whole.get_parameter(name)[mine.start : mine.stop]
-            is_down = name.endswith("down_proj")
-            expected = torch.stack([net.moe.experts.local_slice(expert, is_down=is_down) for expert in part])
+            short = name.rpartition(".")[2]
+            expected = torch.stack([net.moe.experts.local_slice(short, expert) for expert in part])
         else:
             expected = untouched.get_parameter(name)
         assert torch.equal(parameter, expected), name

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 from moe_triton_kernels import configs
 from moe_triton_kernels.configs import BUCKETS, OPS, Config, bucket_of, choose_config, shipped_configs
@@ -62,6 +63,35 @@ def test_a_shipped_entry_wins_over_the_heuristic(monkeypatch: pytest.MonkeyPatch
         configs.shipped_table.cache_clear()
 
 
+@pytest.mark.parametrize("num_tokens", [1, 4, 16, 64])
+@pytest.mark.parametrize(
+    ("d", "n", "num_experts", "top_k"),
+    [
+        (2048, 1024, 64, 8),
+        (2048, 768, 128, 8),
+        (4096, 1536, 128, 8),
+        (4096, 14336, 8, 2),
+        (7168, 2048, 256, 8),
+        (2880, 2880, 32, 4),
+    ],
+)
+def test_decoding_has_enough_bytes_on_the_way(d: int, n: int, num_experts: int, top_k: int, num_tokens: int) -> None:
+    """4.3 TB/s times 0.9 us, even where all tokens choose the same experts; what waits fits into a processor."""
+    for op, width in (("up_gated", n), ("up", n), ("down", d)):
+        rows = num_tokens * top_k
+        sizes = {"d": d, "n": n, "num_rows": rows, "num_experts": num_experts, "architecture": "sm_90"}
+        config = choose_config(op, dtype=torch.bfloat16, **sizes)
+        contraction = n if op == "down" else d
+        assert config.block_m == 16
+        assert contraction % config.block_k == 0
+        programs = min(top_k * triton.cdiv(width, config.block_n), 132 * config.programs_per_sm)
+        columns = config.block_n * (2 if op == "up_gated" else 1)
+        ahead = min((config.num_stages - 1) * config.block_k, contraction)
+        assert programs * ahead * columns * 2 > 4e6
+        buffers = (config.num_stages - 1) * config.block_k * (columns + config.block_m) * 2
+        assert (buffers + 1024) * config.programs_per_sm <= 228 * 1024
+
+
 def test_the_shipped_table_is_well_formed() -> None:
     for op, d, n, dtype, architecture, bucket in configs.shipped_table():
         assert op in OPS
@@ -81,6 +111,20 @@ def test_shipped_configurations_are_listed_once_and_cover_every_op() -> None:
             first = next(entry for entry in entries if entry.op == op)
             assert first.dtype == "bf16"
             assert first.config == choose_config(op, **{**LARGE, "architecture": architecture})
+
+
+def test_the_benchmarked_shapes_have_no_configuration_of_their_own() -> None:
+    """What `offline` compiles and gates is all that the published model sizes (d, n) meet on a GPU."""
+    sizes = [(768, n) for n in (256, 512, 1024)] + [(1536, n) for n in (256, 512, 1024)]
+    sizes += [(4096, n) for n in (256, 512, 1024, 1536, 2048, 4096, 8192, 14336)]
+    sizes += [(2048, 768), (2048, 1024), (7168, 2048), (2880, 2880)]
+    for architecture in ARCHITECTURES[:-1]:
+        shipped = {(entry.op, entry.config) for entry in shipped_configs(architecture) if entry.dtype == "bf16"}
+        for op in OPS:
+            for rows in BUCKETS:
+                for d, n in sizes:
+                    given = {"d": d, "n": n, "dtype": torch.bfloat16, "num_experts": 1, "num_rows": rows}
+                    assert (op, choose_config(op, **given, architecture=architecture)) in shipped
 
 
 def test_an_unknown_op_and_a_cpu_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,12 +153,12 @@ def test_the_proxy_fence_follows_the_version(monkeypatch: pytest.MonkeyPatch, ve
 
 def test_the_persistent_grid_is_bounded_by_tiles_and_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     config = choose_config("down", **{**LARGE, "num_rows": 8})
-    assert config.programs_per_sm == 2
+    assert config.programs_per_sm == 3
     monkeypatch.setattr(configs, "target_of", lambda device: configs.Target(architecture="sm_90", num_sms=132))
     device = torch.device("cuda")
-    assert [configs.persistent_grid(device, tiles, config) for tiles in (0, 1, 264, 265)] == [
+    assert [configs.persistent_grid(device, tiles, config) for tiles in (0, 1, 396, 397)] == [
         (1,),
         (1,),
-        (264,),
-        (264,),
+        (396,),
+        (396,),
     ]

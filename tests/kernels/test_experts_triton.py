@@ -10,9 +10,11 @@ from compare import assert_close
 from expert_problem import DEVICE, PARAMETERS, check, make_problem, random_choices, run, with_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_triton.backends.triton.experts import experts_backward, experts_forward
 from moe_triton.records import ACTIVATIONS, GATED, ExpertSpec
+from moe_triton_kernels import configs, grouped_gemm
 
 # the sigmoid of a far negative number is 1 / (1 + inf) = 0, as it should be
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
@@ -45,6 +47,26 @@ def test_sequences_and_recomputation_give_the_same_bits(spec: ExpertSpec) -> Non
         assert actual.keys() == other.keys()
         for name in actual:
             assert torch.equal(actual[name], other[name]), name
+
+
+@pytest.mark.parametrize("spec", [*SPECS[:4], ExpertSpec(activation="relu2")], ids=name_of)
+def test_tensor_descriptors_give_the_same_bits(spec: ExpertSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make_problem(random_choices(9, 2, 4), 4, spec=spec)
+    expected = run(problem)
+    heuristic, made = configs.heuristic, []
+    monkeypatch.setattr(configs, "heuristic", lambda *key: replace(heuristic(*key), descriptors=True))
+
+    class Descriptor(TensorDescriptor):
+        def __post_init__(self) -> None:
+            made.append(self.block_shape)
+            super().__post_init__()
+
+    monkeypatch.setattr(grouped_gemm, "TensorDescriptor", Descriptor)
+    actual = run(problem)
+    assert len(made) == (3 if spec.is_transposed and spec.is_concatenated else 4)  # up, down, d_hidden, d_rows
+    check(actual, problem)
+    for name in expected:
+        assert torch.equal(actual[name], expected[name]), name
 
 
 @pytest.mark.parametrize("weights_dtype", [torch.float16, torch.float32])

@@ -18,12 +18,13 @@ from compare import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_triton import reference
 from moe_triton_kernels.configs import Config
 from moe_triton_kernels.d_hidden import d_hidden, d_router_weights
 from moe_triton_kernels.down import rows_times_experts
-from moe_triton_kernels.grouped_gemm import address_table, per_expert, tile_order
+from moe_triton_kernels.grouped_gemm import PerExpert, address_table, per_expert, tile_order, weight_argument
 from moe_triton_kernels.offline import TARGETS, Report, compile_apart
 from moe_triton_kernels.tiles import tile_tables
 from moe_triton_kernels.up import up
@@ -37,6 +38,8 @@ CONFIGS = [
     SMALL,
     replace(SMALL, block_n=64, parts=4, group=1),
     replace(SMALL, block_m=32, block_n=32, block_k=32, parts=2, group=3),
+    replace(SMALL, descriptors=True),
+    replace(SMALL, block_n=32, block_k=32, parts=2, descriptors=True),
 ]
 FORMS = [("swiglu", True), ("swiglu", False), ("silu", True)]  # (activation, is_concatenated): each has its epilogue
 ROWS = 40  # S: 37 kept rows of T = 20 tokens with K = 2 choices, three experts of which the second has none
@@ -56,6 +59,8 @@ class Setting:
         self.gate_up = torch.randn(3, d, 2 * n, device=device) / d**0.5
         self.down = torch.randn(3, n, d, device=device) / n**0.5
         self.slots = slots.long().to(device)
+        for weight in (self.gate_up, self.down):
+            weight[1] = float("nan")  # nobody's: must not come in where a tile reaches past the first expert's end
 
     def experts(self) -> list[tuple[int, slice, Tensor]]:
         """(expert, its rows, the tokens of its rows) for the experts that have rows."""
@@ -63,14 +68,14 @@ class Setting:
         return [(e, span, self.slots[span] // 2) for e, span in enumerate(spans) if span.start < span.stop]
 
     def up(
-        self, config: Config, activation: str = "swiglu", is_concatenated: bool = True, **keep: bool
+        self, config: Config, activation: str = "swiglu", is_concatenated: bool = True, by_k: bool = False, **keep: bool
     ) -> tuple[Tensor, Tensor]:
         return up(
             self.x,
             self.source,
             self.tiles,
             self.offsets,
-            per_expert(self.gate_up),
+            stored(self.gate_up, by_k),
             None,
             size_n=self.gate_up.shape[2] // (2 if activation == "swiglu" else 1),
             top_k=2,
@@ -79,6 +84,11 @@ class Setting:
             config=config,
             **{"keep_activation": True, "keep_preactivation": True, **keep},
         )
+
+
+def stored(weight: Tensor, by_k: bool) -> PerExpert:
+    """A weight [E, k, columns] with the columns, or with k, contiguous in memory."""
+    return per_expert(weight.mT.contiguous()).transposed() if by_k else per_expert(weight)
 
 
 def assert_untouched(*tensors: Tensor) -> None:
@@ -90,9 +100,10 @@ def assert_untouched(*tensors: Tensor) -> None:
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("d", [32, 40])  # a multiple of every block_k, and not
-def test_up(form: tuple[str, bool], config: Config, d: int) -> None:
+@pytest.mark.parametrize("by_k", [False, True])
+def test_up(form: tuple[str, bool], config: Config, d: int, by_k: bool) -> None:
     setting = Setting(d=d)
-    a, h = setting.up(config, *form)
+    a, h = setting.up(config, *form, by_k)
     for e, rows, tokens in setting.experts():
         expected = setting.x[tokens].double() @ setting.gate_up[e].double()
         assert_close(h[rows], expected)
@@ -121,12 +132,13 @@ def test_the_activation_is_that_of_the_rounded_preactivation() -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_rows_times_experts(config: Config) -> None:
+@pytest.mark.parametrize("by_k", [False, True])
+def test_rows_times_experts(config: Config, by_k: bool) -> None:
     setting = Setting()
     a = torch.randn(ROWS, 24, device=device)
     a[OFFSETS[-1] :] = float("nan")
     bias = torch.randn(3, 40, device=device)
-    weight = per_expert(setting.down)
+    weight = stored(setting.down, by_k)
     plain = rows_times_experts(a, setting.tiles, setting.offsets, weight, size_columns=40, config=config)
     scaled = rows_times_experts(
         a,
@@ -149,7 +161,8 @@ def test_rows_times_experts(config: Config) -> None:
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_d_hidden_and_the_router_weights_gradient(form: tuple[str, bool], config: Config) -> None:
+@pytest.mark.parametrize("by_k", [False, True])
+def test_d_hidden_and_the_router_weights_gradient(form: tuple[str, bool], config: Config, by_k: bool) -> None:
     setting = Setting()
     h = torch.randn(ROWS, 48 if form[0] == "swiglu" else 24, device=device)
     h[OFFSETS[-1] :] = float("nan")
@@ -159,7 +172,7 @@ def test_d_hidden_and_the_router_weights_gradient(form: tuple[str, bool], config
         setting.source,
         setting.tiles,
         setting.offsets,
-        per_expert(setting.down).transposed(),
+        stored(setting.down.mT, not by_k),
         h,
         setting.weights,
         size_n=24,
@@ -191,14 +204,15 @@ def test_d_hidden_and_the_router_weights_gradient(form: tuple[str, bool], config
 
 
 @pytest.mark.parametrize("gather_left", [False, True])
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_weight_grad(config: Config, gather_left: bool) -> None:
-    setting = Setting()
-    rows_in_order = torch.randn(ROWS, 24, device=device)
+@pytest.mark.parametrize("config", CONFIGS[:3], ids=str)
+@pytest.mark.parametrize("sizes", [(24, 40), (32, 64)])  # multiples of the blocks, and not
+def test_weight_grad(config: Config, gather_left: bool, sizes: tuple[int, int]) -> None:
+    setting = Setting(d=sizes[1])
+    rows_in_order = torch.randn(ROWS, sizes[0], device=device)
     rows_in_order[OFFSETS[-1] :] = float("nan")
     operands = (setting.x, rows_in_order) if gather_left else (rows_in_order, setting.x)
     grad = weight_grad(*operands, setting.source, setting.offsets, top_k=2, gather_left=gather_left, config=config)
-    expected = torch.zeros(3, 24, 40, dtype=torch.float64, device=device)
+    expected = torch.zeros(3, *sizes, dtype=torch.float64, device=device)
     for e, rows, tokens in setting.experts():
         expected[e] = rows_in_order[rows].double().T @ setting.x[tokens].double()
     assert_close(grad, expected.mT if gather_left else expected)
@@ -256,6 +270,37 @@ def test_addresses_are_kept_and_strides_are_made_equal() -> None:
     assert mixed.held[0] is matrices[0]
     assert mixed.data.tolist() == [tensor.data_ptr() for tensor in mixed.held]
     assert address_table((1, 2), torch.device(device)).dtype == torch.int64
+
+
+def test_a_descriptor_where_the_layout_allows_it() -> None:
+    config = replace(SMALL, block_n=32, descriptors=True)
+
+    def form(parameter: Tensor | list[Tensor], by_k: bool, halves: int = 1) -> str | None:
+        weight = per_expert(parameter).transposed() if by_k else per_expert(parameter)
+        size_k, columns = parameter[0].shape[::-1] if by_k else parameter[0].shape
+        argument, constants = weight_argument(
+            weight, config, size_k=size_k, size_columns=columns // halves, halves=halves, block_n=32
+        )
+        assert isinstance(argument, TensorDescriptor) == (constants["DESCRIPTOR"] is not None)
+        if isinstance(argument, TensorDescriptor) and by_k:
+            assert (argument.shape, argument.block_shape) == (
+                [3, halves, columns // halves, size_k],
+                [1, halves, 32, 16],
+            )
+        return constants["DESCRIPTOR"]
+
+    matrices = torch.randn(3, 8, 12, device=device)
+    assert (form(matrices, True), form(matrices, False), form(matrices, True, 2)) == ("k", "columns", "k")
+    assert form(matrices[:, :, :8], True) == "k"  # gaps between rows, and between experts, are no matter
+    assert form(matrices, False, 2) is None  # halves that are no blocks of whole rows
+    assert form(list(matrices), True) is None
+    assert form(matrices[:1].expand(3, 8, 12), True) is None
+    assert form(matrices[:, :, 1:9], True) is None  # not at a multiple of 16 bytes
+    assert form(torch.randn(3, 8, 10, device=device), True) is None  # nor are its rows
+    assert form(matrices[:, :, ::2], True) is None
+    plain, constants = weight_argument(per_expert(matrices), SMALL, size_k=8, size_columns=12, halves=1, block_n=32)
+    assert plain is matrices
+    assert constants == {"WEIGHT_TABLE": False, "WEIGHT_ALIGNMENT": 4, "DESCRIPTOR": None}
 
 
 @pytest.mark.skipif(device == "cuda", reason="takes address space, not memory, which only works on a CPU")

@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 from moe_triton_kernels import offline
-from moe_triton_kernels.offline import Case, Report, compile_apart, compile_offline, find_number
+from moe_triton_kernels.offline import (
+    Case,
+    Report,
+    compile_apart,
+    compile_offline,
+    compile_parallel,
+    find_number,
+    named_cases,
+)
 
 KERNELS = """
 import json, sys
@@ -118,6 +126,28 @@ def test_samples_are_a_part_of_all_cases() -> None:
     assert {case.name for case in sample} <= {case.name for case in every}
     names = [case.name for case in every]
     assert len(names) == len(set(names))
+
+
+def test_named_cases_in_several_processes() -> None:
+    """In the order of the names, whoever compiled them; what cannot be compiled is missing, and said so."""
+    names = ["tile_tables_E128", "permutation_count_E8", "tile_tables_E8"]
+    seen: list[str] = []
+    reports, errors = compile_parallel("sm_80", names, jobs=2, on_report=lambda report: seen.append(report.kernel))
+    assert list(reports) == names
+    assert sorted(seen) == sorted(names)
+    assert all(report.arch == "sm_80" and report.registers > 0 for report in reports.values())
+    assert errors == ""
+    reports, errors = compile_parallel("sm_80", ["no_such_case"])
+    assert reports == {}
+    assert "only: got no_such_case, wanted names of cases" in errors
+
+
+def test_cases_by_name() -> None:
+    cases = [Case(name=name, fn=None, signature={}) for name in "abc"]
+    assert named_cases(cases, None) == cases
+    assert named_cases(cases, "c,a") == [cases[2], cases[0]]
+    with pytest.raises(ValueError, match="only: got d, e, wanted names of cases"):
+        named_cases(cases, "a,d,e")
 
 
 def test_missing_output_is_an_error() -> None:

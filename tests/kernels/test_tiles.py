@@ -54,6 +54,13 @@ def test_max_tiles_is_reached_and_never_passed(num_rows: int, num_experts: int, 
     assert max_tiles(num_rows, num_experts, block_m) == most(num_rows, num_experts)
 
 
+@pytest.mark.parametrize("num_rows", [1, 8, 29, 36, 43, 50])
+def test_every_table_is_aligned_whatever_the_number_of_rows(num_rows: int) -> None:
+    """Triton compiles a kernel again for another alignment: a new number of tokens would then compile everything."""
+    tables = tile_tables(make_offsets([num_rows // 2, num_rows - num_rows // 2]), num_rows)
+    assert all(table.data_ptr() % 16 == 0 for table in tables.tables)
+
+
 def test_other_block_sizes_and_an_unknown_one() -> None:
     counts = [70, 0, 1]
     tables = tile_tables(make_offsets(counts), 71, block_sizes=(64, 8))

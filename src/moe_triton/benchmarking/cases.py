@@ -15,8 +15,8 @@ from moe_triton.checks import check_choice, check_int
 from moe_triton.records import ACTIVATIONS, GATED, ExpertSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SKEWS = ("uniform", "zipf", "hot", "empty")
-MODES = ("forward", "full")
+SKEWS = ("uniform", "zipf", "hot", "quarter-empty")
+MODES = ("forward", "backward", "full")
 ZIPF_EXPONENT = 1.2
 
 
@@ -28,7 +28,8 @@ class Case:
         tokens, hidden, intermediate, experts, top_k: T, d, n, E and K.
         dtype: "float32", "bfloat16" or "float16".
         skew: how the tokens spread over the experts: "uniform"; "zipf", probabilities falling as rank**-1.2; "hot",
-            expert 0 is chosen by half of the tokens and by no other; "empty", a quarter of the experts gets no token.
+            expert 0 is chosen by half of the tokens and by no other; "quarter-empty", a quarter of the experts gets no
+            token.
         activation, bias: of the experts, as in `moe_triton.MoE`.
         name: of the model or preset it stands for.
 
@@ -61,9 +62,10 @@ class Case:
             )
         if self.skew == "hot" and self.top_k == self.experts:
             raise ValueError("skew: got 'hot' with top_k = experts, where every token chooses every expert")
-        if self.skew == "empty" and self.top_k > self.experts - self.num_empty:
+        if self.skew == "quarter-empty" and self.top_k > self.experts - self.num_empty:
             raise ValueError(
-                f"skew: got 'empty' with top_k = {self.top_k}, wanted top_k <= {self.experts - self.num_empty}, "
+                f"skew: got 'quarter-empty' with top_k = {self.top_k}, "
+                f"wanted top_k <= {self.experts - self.num_empty}, "
                 f"the experts left when a quarter of {self.experts} is empty"
             )
 
@@ -73,7 +75,7 @@ class Case:
 
     @property
     def num_empty(self) -> int:
-        """Experts that "empty" leaves without a token: a quarter, at least one."""
+        """Experts that "quarter-empty" leaves without a token: a quarter, at least one."""
         return max(1, self.experts // 4)
 
     @property
@@ -89,7 +91,7 @@ class Case:
     def flops(self, mode: str) -> int:
         """Operations of the experts' products, backward being twice the forward; the gate is left out."""
         forward = 2 * self.tokens * self.top_k * self.weight_elements
-        return forward if mode == "forward" else 3 * forward
+        return {"forward": 1, "backward": 2, "full": 3}[mode] * forward
 
     def title(self) -> str:
         shape = f"T={self.tokens} d={self.hidden} n={self.intermediate} E={self.experts} K={self.top_k} {self.dtype}"
@@ -229,7 +231,7 @@ def wanted_logits(case: Case, generator: torch.Generator) -> Tensor:
         highest, lowest = logits.amax(1), logits.amin(1)
         chosen = torch.arange(case.tokens, device=device) % 2 == 0
         logits[:, 0] = torch.where(chosen, highest + 1, lowest - 1)
-    elif case.skew == "empty":
+    elif case.skew == "quarter-empty":
         left = case.experts - case.num_empty
         logits[:, left:] = logits[:, :left].amin(1, keepdim=True) - 1
     return logits - logits.mean()

@@ -8,8 +8,9 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from moe_triton.benchmarking.report import MODE_NAMES, caption, factor, speed_unit, three_digits
-from moe_triton.benchmarking.runner import Run
+from moe_triton.benchmarking.environment import caption
+from moe_triton.benchmarking.report import MODE_NAMES, factor, speed_unit, three_digits
+from moe_triton.benchmarking.results import Run
 
 COLOURS = {"ours": "#1f6f8b", "peer": "#b8c4cc"}
 LIMITS = {"roof": ("#c8553d", "-"), "dense": ("#7a6c5d", ":"), "floor": ("#8a5a9e", "--")}
@@ -19,7 +20,7 @@ FAR = 2.5  # limits beyond this many times the fastest bar, or the roof, are lef
 def draw_panel(axes: Any, run: Run, unit: tuple[str, float]) -> None:
     """Bars in the table's order. At our bar stands its share of the limits, at the others how much faster ours is."""
     name, scale = unit
-    rows = [row for row in run.rows if row.kind != "limit" and row.tflops is not None]
+    rows = [row for row in run.rows if row.kind in COLOURS and row.tflops is not None]
     speeds = [(row.tflops or 0.0) * scale for row in rows]
     bounds = [row for row in run.rows if row.kind == "limit" and row.time_s is not None]
     marks = {row.name: run.flops / row.time_s.p50 / 1e12 * scale for row in bounds if row.time_s is not None}
@@ -74,7 +75,7 @@ def draw(path: Path, runs: Sequence[Run], environment: dict[str, Any]) -> None:
     modes = list(dict.fromkeys(run.mode for run in runs))
     columns = len(modes) if len(modes) > 1 else min(2, max(1, len(runs)))
     lines = max(1, -(-len(runs) // columns))
-    bars = max((len(run.rows) for run in runs), default=1)
+    bars = max((sum(row.kind in COLOURS and row.tflops is not None for row in run.rows) for run in runs), default=1)
     figure = Figure(figsize=(6.4 * columns, (1.3 + 0.24 * bars) * lines + 0.4), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     unit = speed_unit(runs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,21 +74,33 @@ class Difference:
 
 
 def check(block: Block, workload: Workload) -> Check:
-    """Runs the block forward and backward once and compares with the reference for the experts that it chose.
+    """Runs the block forward, and backward if it is trainable, and judges the outcome."""
+    hidden = workload.hidden.detach().clone().requires_grad_(block.is_trainable)
+    with torch.no_grad():
+        chosen = block.choose(hidden).long()
+    if not block.is_trainable:
+        with torch.no_grad():
+            inferred = block.forward(hidden)
+        return verify(chosen, inferred, None, block, workload)
+    out = block.forward(hidden)
+    grads = torch.autograd.grad(out, [hidden, *block.leaves()], workload.grad_out)
+    return verify(chosen, out.detach(), grads, block, workload)
+
+
+def verify(
+    chosen_TK: Tensor, out_Td: Tensor, grads: Sequence[Tensor] | None, block: Block, workload: Workload
+) -> Check:
+    """Compares an output and its gradients (hidden states', then `block.leaves()`) with the reference's.
 
     Two experts may tie within the rounding of the logits, and a router may take either. So the block's own choices are
     first held against the float64 logits (each must be among the K best, up to that rounding) and then given to the
     reference. `moe_triton.reference` defines everything else.
     """
-    hidden = workload.hidden.detach().clone().requires_grad_()
-    with torch.no_grad():
-        chosen = block.choose(hidden).long()
-    out = block.forward(hidden)
-    grads = torch.autograd.grad(out, [hidden, *block.leaves()], workload.grad_out)
-    problem, moved = check_choices(chosen, workload)
+    problem, moved = check_choices(chosen_TK, workload)
     if problem is not None:
         return Check(errors={}, worst={}, moved=moved, problem=problem)
-    differences = compare(out.detach(), grads[0], block.grouped(list(grads[1:])), chosen, workload)
+    named = None if grads is None else block.grouped(list(grads[1:]))
+    differences = compare(out_Td, None if grads is None else grads[0], named, chosen_TK, workload)
     return judge(differences, moved, workload.case.torch_dtype)
 
 
@@ -121,9 +134,12 @@ def check_choices(chosen_TK: Tensor, workload: Workload) -> tuple[str | None, fl
 
 
 def compare(
-    out: Tensor, grad_hidden: Tensor, grads: dict[str, Parameter], chosen_TK: Tensor, workload: Workload
+    out: Tensor, grad_hidden: Tensor | None, grads: dict[str, Parameter] | None, chosen_TK: Tensor, workload: Workload
 ) -> dict[str, Difference]:
-    """The differences of every tensor, the reference being worked out for a few experts at a time."""
+    """The differences of every tensor, the reference being worked out for a few experts at a time.
+
+    Without gradients only the output is compared.
+    """
     case = workload.case
     spec = RouterSpec(top_k=case.top_k, normalize=case.top_k > 1)
     x = workload.hidden.double().requires_grad_()
@@ -163,12 +179,16 @@ def compare(
         out64 += partial.detach()
         grad_hidden64 += partial_hidden
         grad_weights64 += partial_weights
+        if grads is None:  # inference only
+            continue
         wanted = iter(expected)
         for name in named:
             for e in part:
                 differences[name].add(grads[name][e].reshape(1, -1), next(wanted).reshape(1, -1))
-    through_router, grad_gate64 = torch.autograd.grad(routing.weights, [x, gate], grad_weights64)
     differences["output"].add(out, out64)
+    if grad_hidden is None or grads is None:
+        return {"output": differences["output"]}
+    through_router, grad_gate64 = torch.autograd.grad(routing.weights, [x, gate], grad_weights64)
     differences["hidden"].add(grad_hidden, grad_hidden64 + through_router)
     grad_gate = grads["gate"]
     assert isinstance(grad_gate, Tensor)

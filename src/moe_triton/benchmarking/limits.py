@@ -54,8 +54,8 @@ def by_onednn(parts: Sequence[Product], linear: Callable[..., Tensor]) -> Callab
 
 
 def onednn_dtypes() -> tuple[torch.dtype, ...]:
-    """What oneDNN multiplies on this CPU; without AVX-512 it has no bf16 product."""
-    has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """What oneDNN's product takes: bf16 only on processors that oneDNN has bf16 kernels for."""
+    has_bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return (torch.float32, torch.bfloat16) if has_bf16 else (torch.float32,)
 
 
@@ -78,7 +78,7 @@ def fastest(parts: Sequence[Product], clock: Callable[[], float] = time.perf_cou
 
 
 def expert_products(workload: Workload, counts: Sequence[int], mode: str) -> list[Product]:
-    """The experts' products on contiguous rows, `counts` [E] rows each: 2 per expert forward, 6 for full."""
+    """The experts' products on contiguous rows, `counts` [E] of them: per expert 2 forward, 4 backward, 6 for full."""
     case = workload.case
     slots = torch.arange(sum(counts), device=workload.hidden.device) % case.tokens
     x_Sd, dy_Sd = workload.hidden[slots], workload.grad_out[slots]
@@ -88,9 +88,10 @@ def expert_products(workload: Workload, counts: Sequence[int], mode: str) -> lis
     x, h, a, y = (tensor.split(list(counts)) for tensor in (x_Sd, h_Sr, a_Sn, torch.zeros_like(x_Sd)))
     gate_up, down = workload.gate_up, workload.down
     parts: list[Product] = []
-    for e in used:
-        parts += [(x[e], gate_up[e].T, h[e]), (a[e], down[e].T, y[e])]
-    if mode == "full":
+    if mode != "backward":
+        for e in used:
+            parts += [(x[e], gate_up[e].T, h[e]), (a[e], down[e].T, y[e])]
+    if mode != "forward":
         backward = (dy_Sd, torch.zeros_like(a_Sn), torch.randn_like(h_Sr), torch.zeros_like(x_Sd))
         dy, da, dh, dx = (tensor.split(list(counts)) for tensor in backward)
         d_gate_up, d_down = torch.zeros_like(gate_up), torch.zeros_like(down)
@@ -111,9 +112,9 @@ def roof(workload: Workload, counts: Sequence[int], mode: str) -> Limit:
 
 
 def dense_product(workload: Workload, mode: str) -> Product:
-    """One product with the experts' FLOPs: [T, K 3n] @ [K 3n, d] (2n when ungated), three times T for full."""
+    """One product with the experts' FLOPs: [T, K 3n] @ [K 3n, d] (2n when ungated), 2 T for backward, 3 T for full."""
     case = workload.case
-    rows = case.tokens * (1 if mode == "forward" else 3)
+    rows = case.tokens * {"forward": 1, "backward": 2, "full": 3}[mode]
     inner = case.top_k * (case.expert_rows + case.intermediate)
     like = workload.hidden
     a = torch.randn(rows, inner, device=like.device, dtype=like.dtype)
@@ -127,11 +128,11 @@ def dense(workload: Workload, mode: str) -> Limit:
 
 
 def floor_bytes(case: Case, counts: list[int], mode: str) -> int:
-    """Bytes of weights that must move: forward reads the touched experts' weights once; full reads them twice and
-    writes every expert's gradient once."""
+    """Bytes of weights that must move: each pass reads the touched experts' weights once, and backward writes every
+    expert's gradient once."""
     one = case.weight_elements * case.torch_dtype.itemsize
     touched = sum(count > 0 for count in counts)
-    return one * touched if mode == "forward" else one * (2 * touched + case.experts)
+    return one * {"forward": touched, "backward": touched + case.experts, "full": 2 * touched + case.experts}[mode]
 
 
 def floor(workload: Workload, counts: list[int], mode: str) -> Limit:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from moe_triton.benchmarking.providers import Block
+from moe_triton.benchmarking.timing import Call, ready
 
 
 def saved_bytes(block: Block, hidden: Tensor) -> int:
@@ -31,14 +30,15 @@ def saved_bytes(block: Block, hidden: Tensor) -> int:
     return total
 
 
-def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
+def peak_bytes(call: Call, device: torch.device) -> int | None:
     """The most memory that one call holds beyond what was allocated before it; None where the device does not count."""
     if device.type != "cuda":
         return None
+    run = ready(call)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    result = call()
+    result = run()
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
     del result

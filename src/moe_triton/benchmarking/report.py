@@ -1,12 +1,14 @@
-"""How a result is shown and kept: a table, one JSON object, and Markdown rows."""
+"""How a result is shown and kept: a table, a JSON file, CSV and Markdown rows."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +16,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from moe_triton.benchmarking.runner import Row, Run
+from moe_triton.benchmarking.comparing import Comparison
+from moe_triton.benchmarking.environment import caption
+from moe_triton.benchmarking.results import SELF_CHECK_LIMIT, Row, Run
 from moe_triton.benchmarking.timing import Spread
 
-SCHEMA = "moe-triton-bench/1"
-MODE_NAMES = {"forward": "forward", "full": "forward+backward"}
+MODE_NAMES = {"forward": "forward", "backward": "backward", "full": "forward+backward"}
 PLAIN_WIDTH = 240  # wide enough that nothing wraps where there is no terminal
-
-
-def document(runs: Sequence[Run], environment: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Everything about a run as plain values; `moe_triton.benchmarking.runner` documents the fields."""
-    return {"schema": SCHEMA, **environment, "settings": settings, "runs": [asdict(run) for run in runs]}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -68,7 +66,7 @@ def speedup_cell(value: Spread | None) -> str:
 
 
 def mebibytes(count: int | None) -> str:
-    return "" if count is None else f"{count / 2**20:.1f}"
+    return "" if count is None else three_digits(count / 2**20)
 
 
 def time_cell(row: Row) -> str:
@@ -82,9 +80,15 @@ def error_cell(row: Row, mode: str) -> str:
     if not row.errors:
         return ""
     out = f"{row.errors['output']:.0e}"
-    gradient = max(error for name, error in row.errors.items() if name != "output")
+    gradients = [error for name, error in row.errors.items() if name != "output"]
     verdict = "ok" if row.status == "ok" else row.status.upper()
-    return f"{verdict} {out}" if mode == "forward" else f"{verdict} {out} / {gradient:.0e}"
+    return f"{verdict} {out}" if mode == "forward" or not gradients else f"{verdict} {out} / {max(gradients):.0e}"
+
+
+def note_cell(row: Row, run: Run) -> str:
+    if row.kind == "check" and run.self_difference is not None:
+        return f"differs by {run.self_difference:.1%}" + ("" if run.is_steady else ": NOT STEADY")
+    return row.note
 
 
 def headline(run: Run) -> str:
@@ -119,17 +123,20 @@ def table(run: Run, unit: tuple[str, float], plain: bool) -> Table:
         ]
         if has_peak:
             cells.append(mebibytes(row.peak_bytes))
-        cells += [error_cell(row, run.mode), row.note]
-        style = {"ours": "bold", "limit": "dim"}.get(row.kind)
+        cells += [error_cell(row, run.mode), note_cell(row, run)]
+        style = {"ours": "bold", "limit": "dim", "check": "dim"}.get(row.kind)
         shown.add_row(*cells, style="red" if row.status in ("mismatch", "failed") else style)
     return shown
 
 
+def plain_console() -> Console:
+    """A console that does not wrap where there is no terminal."""
+    console = Console()
+    return console if console.is_terminal else Console(width=PLAIN_WIDTH, no_color=True, highlight=False)
+
+
 def print_runs(runs: Sequence[Run], console: Console | None = None) -> None:
-    if console is None:
-        console = Console()
-        if not console.is_terminal:
-            console = Console(width=PLAIN_WIDTH, no_color=True, highlight=False)
+    console = plain_console() if console is None else console
     unit = speed_unit(runs)
     for run in runs:
         console.print(table(run, unit, plain=not console.is_terminal))
@@ -163,13 +170,71 @@ def markdown(runs: Sequence[Run], environment: dict[str, Any]) -> str:
     return "\n".join([*lines, "", caption(environment), ""])
 
 
-def caption(environment: dict[str, Any]) -> str:
-    """Device, versions and commit in one line."""
-    device, versions, commit = environment["device"], environment["versions"], environment["commit"]
-    parts = [device["name"]]
-    if device.get("threads"):
-        parts.append(f"{device['threads']} thread{'s' if device['threads'] > 1 else ''}")
-    parts += [f"{name} {found}" for name, found in versions.items() if found is not None]
-    if commit is not None:
-        parts.append(f"commit {commit['hash'][:10]}{' with changes' if commit['dirty'] else ''}")
-    return ", ".join([*parts, environment["created"]])
+def self_check_line(runs: Sequence[Run]) -> str:
+    """What the self-check found, in one line."""
+    found = [(run.self_difference, run) for run in runs if run.self_difference is not None]
+    if not found:
+        return "self-check: not measured"
+    worst, where = max(found, key=lambda pair: pair[0])
+    noisy = sum(not run.is_steady for run in runs)
+    at = f"{where.case.title()}, {MODE_NAMES[where.mode]}"
+    text = f"self-check: the same provider twice differs by at most {worst:.1%} (limit {SELF_CHECK_LIMIT:.0%}), at {at}"
+    if noisy:
+        text += f"; NOT STEADY: {noisy} of {len(found)} cells are beyond the limit, this machine was doing other work"
+    return text
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(sum(math.log(value) for value in values) / len(values))
+
+
+def comparison_lines(found: Comparison) -> list[str]:
+    """What became slower, worst first, and how much the machine itself changed."""
+    limit = f"{found.fail_over * 100:g}%"
+    if not found.slower:
+        lines = [f"compare: none of {found.compared} times is more than {limit} slower"]
+    else:
+        lines = [f"compare: {len(found.slower)} of {found.compared} times are more than {limit} slower"]
+    for change in found.slower:
+        times = f"{milliseconds(change.old_s)} -> {milliseconds(change.new_s)} ms"
+        machine = "" if change.machine is None else f"; a dense product {change.machine - 1:+.1%}"
+        noise = "" if change.is_steady else "; the self-check was beyond its limit"
+        where = f"{change.label}, {change.title}, {MODE_NAMES[change.mode]}"
+        lines.append(f"  {change.ratio - 1:+.1%}  {where}: {times}{machine}{noise}")
+    if found.missing:
+        lines.append(f"  not compared, {len(found.missing)} cells of the old file that were not measured now:")
+        lines += [f"    {title}" for title in found.missing]
+    return lines
+
+
+CSV_FIELDS = (
+    "tokens", "hidden", "intermediate", "experts", "top_k", "dtype", "skew", "activation", "bias", "name",
+)  # fmt: skip
+CSV_COLUMNS = (
+    *CSV_FIELDS, "mode", "provider", "label", "kind", "way", "status", "note", "p20_ms", "p50_ms", "p80_ms", "tflops",
+    "of_roof", "of_dense", "of_floor", "ours_is_faster", "self_difference", "saved_bytes", "peak_bytes", "output_error",
+    "gradient_error", "measured",
+)  # fmt: skip
+
+
+def csv_table(runs: Sequence[Run]) -> str:
+    """One line per cell and provider or limit; an empty field is what was not measured."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, CSV_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for run in runs:
+        for row in run.rows:
+            gradients = [error for name, error in row.errors.items() if name != "output"]
+            record: dict[str, Any] = {name: getattr(run.case, name) for name in CSV_FIELDS}
+            record |= {name: getattr(row, name) for name in ("label", "kind", "way", "status", "note", "tflops")}
+            record |= {"mode": run.mode, "provider": row.name, "measured": run.measured}
+            if row.time_s is not None:
+                record |= {f"{q}_ms": getattr(row.time_s, q) * 1e3 for q in ("p20", "p50", "p80")}
+            record |= {f"of_{bound}": share.p50 for bound, share in row.of.items()}
+            if row.name in run.speedups:
+                record["ours_is_faster"] = run.speedups[row.name].p50
+            record |= {"self_difference": run.self_difference, "output_error": row.errors.get("output")}
+            record |= {"saved_bytes": row.saved_bytes, "peak_bytes": row.peak_bytes}
+            record["gradient_error"] = max(gradients, default=None)
+            writer.writerow(record)
+    return out.getvalue()

@@ -2,92 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from moe_triton.benchmarking.cases import Case, Workload, make_workload
-from moe_triton.benchmarking.correctness import Check, check
+from moe_triton.benchmarking.correctness import Check
+from moe_triton.benchmarking.environment import now
 from moe_triton.benchmarking.limits import Limit, limits
 from moe_triton.benchmarking.memory import peak_bytes, saved_bytes
 from moe_triton.benchmarking.providers import PROVIDERS, Block, Provider, Unavailable
-from moe_triton.benchmarking.timing import Call, Spread, Timer, Times, make_timer, ratios, run_rounds, spread
+from moe_triton.benchmarking.results import FAULTS, Row, Run
+from moe_triton.benchmarking.timing import Timer, Times, make_timer, ratios, run_rounds, spread
+from moe_triton.benchmarking.ways import LABELS, Runnable, block_call, runnable
 
-FAULTS = ("mismatch", "failed")  # these make the command fail
-OnStep = Callable[[str, float], None]  # (what is being done, share of it that is done)
-
-
-@dataclass(kw_only=True)
-class Row:
-    """What is known of one provider or limit.
-
-    kind      "ours", "peer" or "limit"
-    status    "ok"; else it has no times: "mismatch" or "failed" (faults), "not installed", "not applicable",
-              "not measured", "too old" or "out of memory"; `note` says more
-    errors    relative RMS error per tensor against float64; worst: of the worst row or expert
-    moved     share of the router's choices that are not the reference's own (near-ties)
-    times_s   seconds per call in each round, None in a round that was left out
-    of        limit name -> limit time / this time, over the rounds
-    """
-
-    name: str
-    label: str
-    kind: str
-    status: str = "ok"
-    note: str = ""
-    errors: dict[str, float] = field(default_factory=dict)
-    worst: dict[str, float] = field(default_factory=dict)
-    moved: float | None = None
-    times_s: Times = field(default_factory=list)
-    time_s: Spread | None = None
-    tflops: float | None = None
-    of: dict[str, Spread] = field(default_factory=dict)
-    saved_bytes: int | None = None
-    peak_bytes: int | None = None
-
-
-@dataclass(kw_only=True)
-class Run:
-    """One case in one mode. speedups: provider name -> its time / our time over the rounds."""
-
-    case: Case
-    mode: str
-    flops: int
-    counts: list[int]
-    rows: list[Row]
-    ours: str | None
-    speedups: dict[str, Spread]
-
-    @property
-    def faults(self) -> list[Row]:
-        return [row for row in self.rows if row.status in FAULTS]
-
-    def row(self, name: str) -> Row | None:
-        return next((row for row in self.rows if row.name == name), None)
+__all__ = ["FAULTS", "OnStep", "Prepared", "block_call", "expert_counts", "measure_case", "prepare", "relate"]
+NOTE_LENGTH = 240
+OnStep = Callable[[str, float], None]  # (what is being done, share of the case's present mode that is done)
 
 
 @dataclass(kw_only=True)
 class Prepared:
-    """A provider after its check; no block when it cannot be measured or is wrong."""
+    """A provider in one way, after its check; nothing to run when it cannot be measured or is wrong."""
 
     name: str
     provider: Provider
     label: str
+    way: str = "eager"
+    kind: str = "peer"
     status: str = "ok"
     note: str = ""
-    block: Block | None = None
+    runnable: Runnable | None = None
     check: Check | None = None
     saved: int | None = None
 
-    def row(self) -> Row:
+    @property
+    def block(self) -> Block | None:
+        return None if self.runnable is None else self.runnable.block
+
+    def row(self, mode: str) -> Row:
         checked = self.check
+        is_inference_only = self.runnable is not None and not self.runnable.block.is_trainable and mode != "forward"
         return Row(
             name=self.name,
             label=self.label,
-            kind="ours" if self.provider.is_ours else "peer",
-            status=self.status,
-            note=self.note,
+            kind=self.kind,
+            way=self.way,
+            status="not applicable" if is_inference_only else self.status,
+            note="inference only" if is_inference_only else self.note,
             errors=dict(checked.errors) if checked else {},
             worst=dict(checked.worst) if checked else {},
             moved=checked.moved if checked else None,
@@ -95,45 +58,54 @@ class Prepared:
         )
 
 
-def prepare(name: str, workload: Workload) -> Prepared:
-    """Builds a provider and checks its result. A wrong or broken one is reported and not timed."""
-    provider = PROVIDERS[name]
-    found = Prepared(name=name, provider=provider, label=provider.label, note=provider.notes)
+def prepare(name: str, workload: Workload, provider: Provider | None = None, way: str = "eager") -> Prepared:
+    """Builds a provider (None: that of the name) and checks its result. A wrong or broken one is not timed."""
+    provider = PROVIDERS[name] if provider is None else provider
+    found = Prepared(
+        name=name if way == "eager" else f"{name}+{way}",
+        provider=provider,
+        label=provider.label + LABELS[way],
+        way=way,
+        kind="ours" if provider.is_ours else "peer",
+        note=provider.notes,
+    )
     try:
         block = provider.build(workload)
-        found.label = block.label or provider.label
-        found.check = check(block, workload)
-        found.saved = saved_bytes(block, workload.hidden)
+        found.label = (block.label or provider.label) + LABELS[way]
+        ready = runnable(block, workload, way)
+        found.check = ready.check()
+        if block.is_trainable and way != "graph":  # a replay keeps its memory whatever happens
+            found.saved = saved_bytes(ready.block, workload.hidden)
     except Unavailable as reason:
         found.status, found.note = reason.status, reason.reason
     except torch.OutOfMemoryError:
         found.status, found.note = "out of memory", "the GPU's memory does not hold it"
     except Exception as error:  # whatever a peer raises: it is shown, and the command fails
-        found.status, found.note = "failed", f"{type(error).__name__}: {error}"
+        # a peer that runs, but cannot be compiled or captured, is not broken
+        found.status = "failed" if way == "eager" or provider.is_ours else "not measured"
+        found.note = first_line(error)
     else:
-        found.block = block
+        found.runnable = ready
         if found.check.problem is not None:
-            found.status, found.note, found.block = "mismatch", found.check.problem, None
+            found.status, found.note, found.runnable = "mismatch", found.check.problem, None
     return found
 
 
-def block_call(block: Block, workload: Workload, mode: str) -> Call:
-    """forward: without autograd, as in inference. full: forward, then the gradients of hidden states and parameters."""
-    if mode == "forward":
-        hidden = workload.hidden
+def first_line(error: Exception) -> str:
+    """A compiler's error fills pages: its first line says what and where."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:NOTE_LENGTH]
 
-        def forward() -> object:
-            with torch.no_grad():
-                return block.forward(hidden)
 
-        return forward
-    trained = workload.hidden.detach().clone().requires_grad_()
-    wanted = [trained, *block.leaves()]
-
-    def full() -> object:
-        return torch.autograd.grad(block.forward(trained), wanted, workload.grad_out)
-
-    return full
+def twin_of(own: Prepared, workload: Workload) -> Prepared:
+    """The same provider, built once more under another name: what differs between the two is the measurement's."""
+    return Prepared(
+        name=f"{own.name} again",
+        provider=own.provider,
+        label=f"self-check: {own.label} again",
+        way=own.way,
+        kind="check",
+        runnable=runnable(own.provider.build(workload), workload, own.way),
+    )
 
 
 def expert_counts(workload: Workload) -> list[int]:
@@ -156,7 +128,12 @@ def measure_mode(
     case, device = workload.case, workload.hidden.device
     counts = expert_counts(workload)
     bounds = limits(workload, counts, mode)
-    calls = {p.name: block_call(p.block, workload, mode) for p in prepared if p.block is not None}
+    rows = [p.row(mode) for p in prepared]
+    calls = {
+        p.name: p.runnable.call(mode)
+        for p, row in zip(prepared, rows, strict=True)
+        if p.runnable is not None and row.status == "ok"
+    }
     label = f"{case.title()}, {mode}"
     times = run_rounds(
         {**calls, **{bound.name: bound.call for bound in bounds}},
@@ -164,11 +141,11 @@ def measure_mode(
         budget_s=budget_s,
         on_round=None if on_step is None else lambda share: on_step(label, share),
     )
-    rows = [p.row() for p in prepared]
     for row in rows:
         if row.name in calls:
             row.times_s = times[row.name]
-            row.peak_bytes = peak_bytes(calls[row.name], device)
+            if row.way != "graph":  # a graph holds its memory between replays
+                row.peak_bytes = peak_bytes(calls[row.name], device)
     rows += [limit_row(bound, times[bound.name]) for bound in bounds]
     return relate(case, mode, counts, rows)
 
@@ -179,7 +156,7 @@ def limit_row(bound: Limit, measured: Times) -> Row:
 
 
 def relate(case: Case, mode: str, counts: list[int], rows: list[Row]) -> Run:
-    """Fills in percentiles, TFLOP/s, the ratio to each limit and our speed-up over everybody else."""
+    """Fills in percentiles, TFLOP/s, the ratio to each limit, our speed-up over everybody else, and the self-check."""
     flops = case.flops(mode)
     bounds = [row for row in rows if row.kind == "limit"]
     for row in rows:
@@ -192,11 +169,13 @@ def relate(case: Case, mode: str, counts: list[int], rows: list[Row]) -> Run:
             shares = {bound.name: ratios(bound.times_s, row.times_s) for bound in bounds}
             row.of = {name: share for name, share in shares.items() if share is not None}
     own = next((row for row in rows if row.kind == "ours" and row.time_s is not None), None)
-    speedups = {}
+    speedups, self_check = {}, None
     if own is not None:
         for row in rows:
             factor = ratios(row.times_s, own.times_s) if row.times_s else None
-            if row.kind != "limit" and row is not own and factor is not None:
+            if row.kind == "check":
+                self_check = factor
+            elif row.kind != "limit" and row is not own and factor is not None:
                 speedups[row.name] = factor
     return Run(
         case=case,
@@ -206,6 +185,8 @@ def relate(case: Case, mode: str, counts: list[int], rows: list[Row]) -> Run:
         rows=rows,
         ours=None if own is None else own.name,
         speedups=speedups,
+        self_check=self_check,
+        measured=now(),
     )
 
 
@@ -215,23 +196,32 @@ def measure_case(
     device: torch.device,
     modes: Sequence[str],
     names: Sequence[str],
+    ways: Sequence[str] = ("eager",),
     budget_s: float,
     seed: int = 0,
     timer: Timer | None = None,
     on_step: OnStep | None = None,
-) -> list[Run]:
-    """A case in every mode, all of it on one set of tensors.
+) -> Iterator[Run]:
+    """A case in every mode, one run after the other, all of it on one set of tensors.
 
     Args:
         names: of `PROVIDERS`, ours first.
+        ways: of `ways.WAYS`; every provider is measured in each of them.
         budget_s: seconds of timing per mode; checks come on top.
-        on_step: told what is being done, and the share of it that is done.
+        on_step: told what is being done, and the share of the mode that is done; checks come before it, at 0.
     """
     workload = make_workload(case, device, seed)
+    if "compile" in ways:
+        # the code of a provider is the same function for every shape: its earlier graphs would count as recompilations
+        torch.compiler.reset()
     prepared = []
-    for index, name in enumerate(names):
+    for name, way in [(name, way) for way in ways for name in names]:
         if on_step is not None:
-            on_step(f"{case.title()}: checking {PROVIDERS[name].label}", index / len(names))
-        prepared.append(prepare(name, workload))
+            on_step(f"{case.title()}: checking {PROVIDERS[name].label}{LABELS[way]}", 0.0)
+        prepared.append(prepare(name, workload, way=way))
+    own = next((p for p in prepared if p.kind == "ours" and p.runnable is not None), None)
+    if own is not None:
+        prepared.append(twin_of(own, workload))
     timer = make_timer(device) if timer is None else timer
-    return [measure_mode(workload, prepared, mode, timer=timer, budget_s=budget_s, on_step=on_step) for mode in modes]
+    for mode in modes:
+        yield measure_mode(workload, prepared, mode, timer=timer, budget_s=budget_s, on_step=on_step)

@@ -12,7 +12,6 @@ from typing import Protocol
 import numpy as np
 import torch
 
-Call = Callable[[], object]
 Times = list[float | None]  # seconds per call, one entry per round; None in a round that was left out
 
 MIN_ROUNDS = 5
@@ -22,6 +21,22 @@ MAX_CALLS = 20
 SLOW = 4.0  # an entry whose sample lasts this many times the median one sits out two rounds of three
 SLOW_EVERY = 3
 LONG_S = 1.0
+CACHES = ("cold", "warm")
+CPU_FLUSH_BYTES = 256 << 20  # far beyond the caches
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """A call that is made anew before each time, outside the timed part: a backward needs its own forward."""
+
+    make: Callable[[], Callable[[], object]]
+
+
+Call = Callable[[], object] | Fresh
+
+
+def ready(call: Call) -> Callable[[], object]:
+    return call.make() if isinstance(call, Fresh) else call
 
 
 class Timer(Protocol):
@@ -34,20 +49,27 @@ class Timer(Protocol):
 
 
 class CpuTimer:
-    """Wall-clock time of each call. Freeing what a call returns is not counted: a caller keeps it."""
+    """Wall-clock time of each call. Freeing what a call returns is not counted: a caller keeps it.
+
+    `cold`: before each call a buffer larger than the caches is written, so that the call finds nothing of its own.
+    """
 
     warm_up = 1
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter, cold: bool = False) -> None:
         self.clock = clock
+        self.flush = torch.zeros(CPU_FLUSH_BYTES, dtype=torch.int8) if cold else None
 
     def measure(self, call: Call, calls: int) -> float:
         times = []
         for _ in range(calls):
+            run = ready(call)
+            if self.flush is not None:
+                self.flush.add_(1)
             start = self.clock()
-            result = call()
+            result = run()
             times.append(self.clock() - start)
-            del result
+            del result, run
         return statistics.median(times)
 
 
@@ -55,15 +77,17 @@ class GpuTimer:
     """CUDA events around each call, with the L2 cache flushed before it; one synchronisation after all the calls.
 
     Nothing here waits for the device between the calls. The flush keeps the device busy while the host launches the
-    first kernels, so a call shows launch latency only where it launches more slowly than the device works.
+    first kernels, so a call shows launch latency only where it launches more slowly than the device works. With
+    `cold=False` nothing is flushed, and a call may find its weights in the cache.
     """
 
     warm_up = 3
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, cold: bool = True) -> None:
         self.device = device
         cache = torch.cuda.get_device_properties(device).L2_cache_size
-        self.flush = torch.zeros(max(256 << 20, 4 * cache), dtype=torch.int8, device=device)
+        size = max(256 << 20, 4 * cache)
+        self.flush = torch.zeros(size, dtype=torch.int8, device=device) if cold else None
 
     def measure(self, call: Call, calls: int) -> float:
         with torch.cuda.device(self.device):
@@ -71,17 +95,22 @@ class GpuTimer:
             ends = [torch.cuda.Event(enable_timing=True) for _ in range(calls)]
             torch.cuda.synchronize()
             for start, end in zip(starts, ends, strict=True):
-                self.flush.zero_()
+                run = ready(call)
+                if self.flush is not None:
+                    self.flush.zero_()
                 start.record()
-                result = call()
+                result = run()
                 end.record()
-                del result
+                del result, run
             torch.cuda.synchronize()
             return statistics.median(start.elapsed_time(end) for start, end in zip(starts, ends, strict=True)) / 1e3
 
 
-def make_timer(device: torch.device) -> Timer:
-    return GpuTimer(device) if device.type == "cuda" else CpuTimer()
+def make_timer(device: torch.device, cache: str | None = None) -> Timer:
+    """The device's timer. cache: "cold" or "warm"; None is cold on a GPU and warm on a CPU."""
+    if device.type == "cuda":
+        return GpuTimer(device, cold=cache != "warm")
+    return CpuTimer(cold=cache == "cold")
 
 
 def run_rounds(

@@ -6,8 +6,11 @@ import typer
 
 from moe_triton.cli.bench import bench
 from moe_triton.cli.info import info
+from moe_triton.cli.inspect import inspect
+from moe_triton.cli.profile import profile
 from moe_triton.cli.simulate import simulate
 from moe_triton.cli.train import train
+from moe_triton.cli.tune import tune
 
 app = typer.Typer(
     name="moe-triton",
@@ -18,6 +21,9 @@ app = typer.Typer(
 )
 app.command()(info)
 app.command()(bench)
+app.command()(profile)
+app.command()(inspect)
+app.command()(tune)
 app.command()(train)
 app.command()(simulate)
 

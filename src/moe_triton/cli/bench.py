@@ -2,38 +2,52 @@
 
 from __future__ import annotations
 
-import datetime
-import platform
-import subprocess
+import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import torch
 import typer
 
-from moe_triton.cli.info import devices, version
+from moe_triton.benchmarking.environment import commit, environment, source_digest
+from moe_triton.cli import arguments
+from moe_triton.cli.arguments import (
+    EXIT_FAULT,
+    EXIT_INTERRUPTED,
+    EXIT_NO_GPU,
+    EXIT_SLOWER,
+    EXIT_USAGE,
+    SHAPE,
+    Unmeasurable,
+    pick,
+    pick_cases,
+    pick_device,
+    pick_several,
+)
+from moe_triton.cli.display import StepDisplay
 
 if TYPE_CHECKING:
     from moe_triton.benchmarking.cases import Case
-    from moe_triton.benchmarking.runner import Run
+    from moe_triton.benchmarking.results import Results, Run
+    from moe_triton.benchmarking.session import Session
+    from moe_triton.benchmarking.stages import StageTable
 
-EXIT_FAULT = 1  # a provider gave a wrong result, or broke
-EXIT_USAGE = 2
-EXIT_NO_GPU = 3
-SHAPE = ("tokens", "hidden", "intermediate", "experts", "top_k")
-VERSIONS = ("moe-triton", "torch", "triton", "transformers", "deepspeed")
+__all__ = ["StepDisplay", "bench", "commit", "environment"]
+CELL_S = 1.6  # about how long a cell takes, in budgets: checks, and slow peers that need more
 
 
-class Unmeasurable(Exception):
-    """What was asked for needs another machine."""
+def fail(message: str, code: int) -> NoReturn:
+    arguments.fail("bench", message, code)
 
 
 def bench(
-    preset: Annotated[
-        str | None, typer.Option(help="A named set of shapes (see --list). Default: cpu, or sonic-12 on a GPU.")
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            "--suite", "--preset", help="A named set of shapes (see --list). Default: cpu; sonic-12 on a GPU."
+        ),
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="T: tokens. With the next four: one shape instead.")] = None,
     hidden: Annotated[int | None, typer.Option(help="d: hidden size.")] = None,
@@ -41,243 +55,268 @@ def bench(
     experts: Annotated[int | None, typer.Option(help="E: experts.")] = None,
     top_k: Annotated[int | None, typer.Option(help="K: experts per token.")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16, float16, or several with commas. Default: the preset's.")
+        str | None, typer.Option(help="float32, bfloat16, float16, or several with commas. Default: the suite's.")
     ] = None,
     skew: Annotated[
-        str | None, typer.Option(help="How tokens spread over the experts: uniform, zipf, hot or empty.")
+        str | None, typer.Option(help="How tokens spread over the experts: uniform, zipf, hot or quarter-empty.")
     ] = None,
     activation: Annotated[str | None, typer.Option(help="The experts' activation. Default: swiglu.")] = None,
     bias: Annotated[bool, typer.Option("--bias", help="Give the experts biases.")] = False,
-    mode: Annotated[str, typer.Option(help="forward (inference), full (forward+backward) or both.")] = "both",
+    mode: Annotated[
+        str, typer.Option(help="forward (inference), backward, full (forward+backward); several with commas, or all.")
+    ] = "all",
+    how: Annotated[str, typer.Option(help="eager, compile (torch.compile), graph (CUDA graph); or several.")] = "eager",
     providers: Annotated[
         str | None, typer.Option(help="Names with commas (see --list), ours first. Default: all that suit.")
     ] = None,
+    stages: Annotated[
+        bool, typer.Option("--stages", help="Time every stage of our layer too, beside its floor.")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     budget: Annotated[float, typer.Option(help="Seconds of timing per shape, dtype and mode.")] = 10.0,
+    cache: Annotated[
+        str | None, typer.Option(help="cold (flushed before each call) or warm. Default: cold on a GPU, warm on a CPU.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads. Default: torch's.")] = None,
     seed: Annotated[int, typer.Option(help="Of the random tensors.")] = 0,
+    report_dir: Annotated[
+        Path | None, typer.Option("--report", help="A folder: report.html, results.json, results.csv, charts.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything, raw times included.")] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write a line per cell and provider.")] = None,
     chart_file: Annotated[Path | None, typer.Option("--chart", help="Write a PNG chart.")] = None,
     markdown_file: Annotated[Path | None, typer.Option("--markdown", help="Write a Markdown table.")] = None,
-    show_list: Annotated[bool, typer.Option("--list", help="List presets and providers, and stop.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Measure again what --json or --report holds already.")
+    ] = False,
+    compare_file: Annotated[
+        Path | None, typer.Option("--compare", help="An older result: list what became slower, and exit with 4.")
+    ] = None,
+    fail_over: Annotated[str, typer.Option(help="With --compare: how much slower is slower.")] = "5%",
+    show_list: Annotated[bool, typer.Option("--list", help="List suites and providers, and stop.")] = False,
 ) -> None:
-    """Measure our layer beside transformers, DeepSpeed and the limits of this machine.
+    """Measure our layer beside its peers and the limits of this machine.
 
-    Every provider is a whole MoE block over the same weights, and is checked against a float64 reference first.
-    Exit code: 0; 1 when a result is wrong or a provider breaks; 2 for bad arguments; 3 when a GPU is needed.
+    Every provider is a whole MoE block over the same weights, and is checked against a float64 reference first. With
+    --report or --json an interrupted run goes on where it was when the same command is given again.
+    Exit code: 0; 1 when a result is wrong or a provider breaks; 2 for bad arguments; 3 when a GPU is needed; 4 when
+    --compare finds something slower.
     """
-    from moe_triton.benchmarking import cases, report
+    from moe_triton.benchmarking.cases import MODES
     from moe_triton.benchmarking.providers import PROVIDERS
+    from moe_triton.benchmarking.session import Session
+    from moe_triton.benchmarking.timing import CACHES
+    from moe_triton.benchmarking.ways import WAYS
 
     if show_list:
-        for name, entry in cases.PRESETS.items():
-            print(f"preset    {name:14} {entry.about}{' (needs a GPU)' if entry.needs_gpu else ''}")
-        for name, provider in PROVIDERS.items():
-            print(f"provider  {name:14} {provider.label}{f': {provider.notes}' if provider.notes else ''}")
+        print_list()
         return
     shape = dict(zip(SHAPE, (tokens, hidden, intermediate, experts, top_k), strict=True))
     overrides = {"skew": skew, "activation": activation, "bias": bias or None}
-    outputs = (("--json", json_file), ("--chart", chart_file), ("--markdown", markdown_file))
+    files = {"--json": json_file, "--csv": csv_file, "--chart": chart_file, "--markdown": markdown_file}
+    if report_dir is not None and json_file is None:
+        json_file = report_dir / "results.json"
     try:
         where = pick_device(device)
-        chosen = pick_cases(preset, shape, dtype, {k: v for k, v in overrides.items() if v is not None}, where)
-        modes = pick(mode, "mode", {"forward": ("forward",), "full": ("full",), "both": cases.MODES})
-        names = None if providers is None else [pick(name, "providers", PROVIDERS, name) for name in split(providers)]
-        check_settings(budget, threads, seed, outputs)
+        chosen = pick_cases(suite, shape, dtype, {k: v for k, v in overrides.items() if v is not None}, where)
+        modes = {"all": list(MODES), "both": ["forward", "full"]}.get(mode) or pick_several(mode, "mode", MODES)
+        ways = pick_several(how, "how", WAYS)
+        names = None if providers is None else pick_several(providers, "providers", tuple(PROVIDERS))
+        share = arguments.pick_share(fail_over, "fail-over")
+        if cache is not None:
+            pick(cache, "cache", CACHES, cache)
+        arguments.check_settings(budget, threads, seed, list(files.items()))
+        if report_dir is not None:
+            arguments.make_directory(report_dir, "--report")
+        if threads is not None:
+            torch.set_num_threads(threads)
+        facts = environment(where)
+        settings = {"suite": suite, "modes": modes, "ways": ways, "budget_s": budget, "cache": cache, "seed": seed}
+        settings["command"] = shlex.join(["moe-triton", *sys.argv[1:]])
+        session = Session(path=json_file, facts=facts, settings=settings, source=source_digest())
+        old = read_old(compare_file)
+        if not fresh:
+            session.resume()
     except (ValueError, TypeError) as error:
         fail(str(error), EXIT_USAGE)
     except Unmeasurable as reason:
         fail(f"not measured on this machine: {reason}", EXIT_NO_GPU)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    settings = {"preset": preset, "modes": list(modes), "budget_s": budget, "seed": seed}
-    facts = environment(where)
-    runs: list[Run] = []
-    with StepDisplay() as on_step:
-        for case in chosen:
-            try:
-                runs += measure(case, where, modes, names, budget, seed, on_step)
-            except torch.OutOfMemoryError as error:
-                fail(f"out of memory at {case.title()}: {error}", EXIT_FAULT)
-            if json_file is not None:  # after every case: an interrupted run keeps what it has
-                report.write_json(json_file, report.document(runs, facts, settings))
-    report.print_runs(runs)
-    print(report.caption(facts))
-    if markdown_file is not None:
-        report.write_text(markdown_file, report.markdown(runs, facts))
-    if chart_file is not None:
-        from moe_triton.benchmarking.chart import draw
 
-        draw(chart_file, runs, facts)
-    faults = list(dict.fromkeys(f"{row.label}: {row.status}: {row.note}" for run in runs for row in run.faults))
-    if faults:
-        fail("; ".join(faults), EXIT_FAULT)
+    try:
+        measure_all(session, chosen, where, modes, ways, names, stages)
+    except KeyboardInterrupt:
+        show(session)
+        done = f"{len(session.cells())} of {len(session.order)} cells are done"
+        kept = f"; the same command goes on from {json_file}" if json_file is not None else ""
+        fail(f"interrupted: {done}{kept}", EXIT_INTERRUPTED)
+    except OSError as error:
+        show(session)
+        fail(f"cannot write {json_file}: {error.strerror}; what was there before is intact", EXIT_FAULT)
+    except torch.OutOfMemoryError as error:
+        show(session)
+        fail(f"out of memory: {error}", EXIT_FAULT)
+    finish(session, old, share, report_dir, csv_file, chart_file, markdown_file)
+
+
+def print_list() -> None:
+    from moe_triton.benchmarking.cases import PRESETS
+    from moe_triton.benchmarking.providers import PROVIDERS
+
+    for name, entry in PRESETS.items():
+        print(f"suite     {name:14} {entry.about}{' (needs a GPU)' if entry.needs_gpu else ''}")
+    for name, provider in PROVIDERS.items():
+        print(f"provider  {name:14} {provider.label}{f': {provider.notes}' if provider.notes else ''}")
+
+
+def read_old(path: Path | None) -> Results | None:
+    from moe_triton.benchmarking.results import read_results
+
+    return None if path is None else read_results(path, "--compare")
+
+
+# Measuring ------------------------------------------------------------------------------------------------------------
+
+
+def measure_all(
+    session: Session,
+    cases: Sequence[Case],
+    device: torch.device,
+    modes: Sequence[str],
+    ways: Sequence[str],
+    names: Sequence[str] | None,
+    with_stages: bool,
+) -> None:
+    """Measures every cell that the session does not hold yet, and adds it."""
+    from moe_triton.benchmarking.providers import default_names
+    from moe_triton.benchmarking.session import STAGES
+
+    kinds = [*modes, *([STAGES] if with_stages else [])]
+    wanted = {case: default_names(case, device) if names is None else list(names) for case in cases}
+    keys = {(case, kind): session.key(case, kind, wanted[case]) for case in cases for kind in kinds}
+    there = sum(key in session.found for key in keys.values())
+    if there:
+        print(
+            f"{there} of {len(keys)} cells were measured before and are taken from {session.path}; "
+            "--fresh measures them again",
+            file=sys.stderr,
+        )
+    budget = session.settings["budget_s"]
+    display = StepDisplay(len(keys) - there, CELL_S * budget)
+    with display as on_step:
+        for case in cases:
+            missing = [kind for kind in kinds if keys[case, kind] not in session.found]
+            if rest := [mode for mode in modes if mode in missing]:
+                for run in measure(case, device, rest, wanted[case], ways, session.settings, on_step):
+                    session.add(keys[case, run.mode], run)
+                    display.finish_cell()
+            if STAGES in missing:
+                session.add(keys[case, STAGES], take_apart(case, device, session.settings, on_step))
+                display.finish_cell()
 
 
 def measure(
     case: Case,
     device: torch.device,
     modes: Sequence[str],
-    names: Sequence[str] | None,
-    budget: float,
-    seed: int,
+    names: Sequence[str],
+    ways: Sequence[str],
+    settings: dict[str, Any],
     on_step: Any,
-) -> list[Run]:
-    from moe_triton.benchmarking.providers import default_names
+) -> Iterator[Run]:
     from moe_triton.benchmarking.runner import measure_case
+    from moe_triton.benchmarking.timing import make_timer
 
-    return measure_case(
+    yield from measure_case(
         case,
         device=device,
         modes=modes,
-        names=default_names(case, device) if names is None else names,
-        budget_s=budget,
-        seed=seed,
+        names=names,
+        ways=ways,
+        budget_s=settings["budget_s"],
+        seed=settings["seed"],
+        timer=make_timer(device, settings["cache"]),
         on_step=on_step,
     )
 
 
-# The arguments --------------------------------------------------------------------------------------------------------
+def take_apart(case: Case, device: torch.device, settings: dict[str, Any], on_step: Any) -> StageTable:
+    from moe_triton.benchmarking.cases import make_workload
+    from moe_triton.benchmarking.stages import measure_stages
+    from moe_triton.benchmarking.timing import make_timer
+
+    return measure_stages(
+        make_workload(case, device, settings["seed"]),
+        timer=make_timer(device, settings["cache"]),
+        budget_s=settings["budget_s"],
+        on_round=lambda share: on_step(f"{case.title()}, stages", share),
+    )
 
 
-def fail(message: str, code: int) -> NoReturn:
-    typer.echo(f"moe-triton bench: {message}", err=True)
-    raise typer.Exit(code)
+# The end --------------------------------------------------------------------------------------------------------------
 
 
-def split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+def show(session: Session) -> None:
+    """The tables of the finished cells."""
+    from moe_triton.benchmarking import report
+    from moe_triton.benchmarking.stage_report import print_stages
+
+    report.print_runs(session.runs)
+    print_stages(session.stages)
+    print(report.self_check_line(session.runs))
+    print(report.caption(session.facts))
 
 
-def pick(key: str, argument: str, table: Any, value: Any = None) -> Any:
-    """table[key], or `value` when one is given; a ValueError that lists the keys when there is no such key."""
-    if key not in table:
-        raise ValueError(f"{argument}: got {key!r}, wanted one of {', '.join(table)}")
-    return table[key] if value is None else value
+def finish(
+    session: Session,
+    old: Results | None,
+    share: float,
+    report_dir: Path | None,
+    csv_file: Path | None,
+    chart_file: Path | None,
+    markdown_file: Path | None,
+) -> None:
+    """Prints and writes everything that was asked for; ends the command with its exit code."""
+    from moe_triton.benchmarking import comparing, report
 
-
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    show(session)
+    runs, facts = session.runs, session.facts
+    comparison = None
+    if old is not None:
+        comparison = comparing.compare(old.runs, runs, share)
+        print("\n".join(report.comparison_lines(comparison)))
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device: got {name!r}, wanted auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: got {name!r}, wanted auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise Unmeasurable(f"needs a GPU: {name} is not there")
-    return device
+        session.write()
+        if csv_file is not None:
+            report.write_text(csv_file, report.csv_table(runs))
+        if markdown_file is not None:
+            report.write_text(markdown_file, report.markdown(runs, facts))
+        if chart_file is not None:
+            from moe_triton.benchmarking.chart import draw
+
+            draw(chart_file, runs, facts)
+        if report_dir is not None:
+            write_report(report_dir, session, comparison)
+    except OSError as error:
+        fail(f"cannot write {error.filename}: {error.strerror}; what was there before is intact", EXIT_FAULT)
+    faults = list(dict.fromkeys(f"{row.label}: {row.status}: {row.note}" for run in runs for row in run.faults))
+    if faults:
+        fail("; ".join(faults), EXIT_FAULT)
+    if comparison is not None and comparison.compared == 0:
+        fail("--compare: the old file holds no time of any cell that was measured now", EXIT_USAGE)
+    if comparison is not None and comparison.slower:
+        raise typer.Exit(EXIT_SLOWER)
 
 
-def pick_cases(
-    preset: str | None,
-    shape: dict[str, int | None],
-    dtype: str | None,
-    overrides: dict[str, Any],
-    device: torch.device,
-) -> list[Case]:
-    """The cases that the options ask for, in the preset's order, each once."""
-    from moe_triton.benchmarking.cases import DTYPES, PRESETS, Case
+def write_report(folder: Path, session: Session, comparison: Any) -> None:
+    """report.html, results.csv and a chart per mode; results.json is there already."""
+    from moe_triton.benchmarking import page, report
+    from moe_triton.benchmarking.chart import draw
 
-    dtypes = None if dtype is None else [pick(name, "dtype", DTYPES, name) for name in split(dtype)]
-    if dtypes == []:
-        raise ValueError(f"dtype: got {dtype!r}, wanted one of {', '.join(DTYPES)}")
-    given: dict[str, Any] = {name: value for name, value in shape.items() if value is not None}
-    if given:
-        if preset is not None:
-            raise ValueError(f"preset: got {preset!r} together with {', '.join(given)}, wanted one or the other")
-        missing = [name for name in shape if name not in given]
-        if missing:
-            raise ValueError(f"{', '.join(missing)}: missing; one shape needs all of {', '.join(shape)}")
-        bases: Sequence[Case] = [Case(**given)]
-    else:
-        name = preset or ("sonic-12" if device.type == "cuda" else "cpu")
-        found = pick(name, "preset", PRESETS)
-        if found.needs_gpu and device.type != "cuda":
-            raise Unmeasurable(f"preset {name} needs a GPU")
-        bases = found.cases
-    cases = [replace(base, dtype=name, **overrides) for base in bases for name in dtypes or [base.dtype]]
-    return list(dict.fromkeys(cases))
-
-
-def check_settings(budget: float, threads: int | None, seed: int, outputs: Sequence[tuple[str, Path | None]]) -> None:
-    """Fails before anything is measured, not after."""
-    if not 0 <= budget < float("inf"):
-        raise ValueError(f"budget: got {budget}, wanted seconds >= 0")
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads: got {threads}, wanted at least 1")
-    if seed < 0:
-        raise ValueError(f"seed: got {seed}, wanted at least 0")
-    check_outputs(outputs)
-
-
-def check_outputs(outputs: Sequence[tuple[str, Path | None]]) -> None:
-    for option, path in outputs:
-        if path is not None and path.is_dir():
-            raise ValueError(f"{option}: {path} is a directory, wanted a file")
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"{option}: no directory {path.parent}")
-
-
-# The surroundings -----------------------------------------------------------------------------------------------------
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Where and when a result was measured."""
-    name = "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"
-    return {
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": next(found for found in devices() if found["device"] == name),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}},
-        "commit": commit(),
-    }
-
-
-def commit() -> dict[str, Any] | None:
-    """The commit of this very source file, and whether anything differs from it; None outside a repository."""
-    here = Path(__file__).resolve()
-
-    def git(*arguments: str) -> str | None:
-        command = ["git", "--no-optional-locks", "-C", str(here.parent), *arguments]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return done.stdout.strip()
-
-    # an installed copy may lie inside somebody else's repository: only a tracked file counts
-    if git("ls-files", "--error-unmatch", here.name) is None:
-        return None
-    found, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
-    return None if found is None else {"hash": found, "dirty": bool(changes)}
-
-
-class StepDisplay:
-    """What is going on, on stderr: a bar in a terminal, else a line whenever something new begins."""
-
-    def __enter__(self) -> Any:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-        console = Console(file=sys.stderr)
-        self.last = ""
-        self.bar = None
-        if console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-            self.bar = Progress(*columns, console=console, transient=True)
-            self.bar.start()
-            self.task = self.bar.add_task("starting", total=1.0)
-        return self.step
-
-    def step(self, what: str, share: float) -> None:
-        if self.bar is not None:
-            self.bar.update(self.task, description=what, completed=share)
-        elif what != self.last:
-            print(what, file=sys.stderr, flush=True)
-        self.last = what
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+    runs, facts = session.runs, session.facts
+    report.write_text(folder / "results.csv", report.csv_table(runs))
+    for mode in dict.fromkeys(run.mode for run in runs):
+        draw(folder / f"chart-{mode}.png", [run for run in runs if run.mode == mode], facts)
+    command = session.settings["command"]
+    html = page.render(runs, facts, command, stages=session.stages, comparison=comparison)
+    report.write_text(folder / "report.html", html)
+    print(f"report: {folder / 'report.html'}")

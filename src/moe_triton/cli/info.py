@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import json
 import platform
 import sys
@@ -13,53 +11,10 @@ import torch
 import typer
 
 from moe_triton import runtime
+from moe_triton.benchmarking.environment import devices, version
 
 PACKAGES = ("moe-triton", "torch", "triton", "transformers", "deepspeed", "einops", "numpy", "safetensors")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-
-def version(package: str) -> str | None:
-    """The installed version of a distribution, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def cpu_name() -> str:
-    """The processor's model name where the system tells it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:  # not Linux
-        pass
-    return platform.processor() or platform.machine()
-
-
-def devices() -> list[dict[str, Any]]:
-    """Every device that tensors can lie on here, the CPU first."""
-    found: list[dict[str, Any]] = [
-        {
-            "device": "cpu",
-            "name": cpu_name(),
-            "threads": torch.get_num_threads(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
-        }
-    ]
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(index)
-            found.append(
-                {
-                    "device": f"cuda:{index}",
-                    "name": properties.name,
-                    "memory_gib": round(properties.total_memory / 2**30, 1),
-                    "capability": f"{properties.major}.{properties.minor}",
-                }
-            )
-    return found
 
 
 def collect() -> dict[str, Any]:
@@ -83,7 +38,29 @@ def collect() -> dict[str, Any]:
         "triton_interpreter": runtime.interpreting(),
         "devices": found,
         "backends": paths,
+        "tables": tables(found),
     }
+
+
+def tables(found: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Where kernel configurations come from here: the user's table and the shipped one; None without Triton."""
+    if not runtime.TRITON_INSTALLED:
+        return None
+    known = runtime.load("triton", "tables")
+    gpus = [torch.device(device["device"]) for device in found if device["device"] != "cpu"]
+    architectures = sorted({known.target_of(device).architecture for device in gpus})
+    return {"architectures": architectures, **known.table_facts(architectures)}
+
+
+def tables_line(facts: dict[str, Any]) -> str:
+    """What `moe-triton tune` and the shipped table contribute on this machine."""
+    where = facts["user_table"] or "switched off (MOE_TRITON_TABLE is empty)"
+    if not facts["architectures"]:
+        return f"Kernel configurations: no GPU here. The user's table would be read from {where}."
+    return (
+        f"Kernel configurations for {', '.join(facts['architectures'])}: {facts['user_entries']} entries in the user's "
+        f"table ({where}), {facts['shipped_entries']} in the shipped one, the heuristic for everything else."
+    )
 
 
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
@@ -109,5 +86,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON ob
     for path in facts["backends"]:
         paths.add_row(path["device"], path["dtype"], path["backend"], path["reason"])
     console.print(paths)
+    if facts["tables"] is not None:
+        console.print(tables_line(facts["tables"]), highlight=False, soft_wrap=True)
     if facts["triton_interpreter"]:
         console.print("TRITON_INTERPRET is set: backend='triton' runs the kernels on CPU tensors, slowly.")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moe_triton.cli.bench import check_outputs, pick, split
+from moe_triton.cli.arguments import check_outputs, pick, split
 
 if TYPE_CHECKING:
     from rich.table import Table

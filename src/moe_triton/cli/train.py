@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from moe_triton.distributed import ExpertParallelError
 from moe_triton.training import TrainConfig, TrainingError, run_job
 from moe_triton.training.config import KINDS
 
@@ -49,6 +51,15 @@ def train(
         float | None,
         setting("capacity_factor", "An expert's limit, in even shares; 0: none."),
     ] = None,
+    capacity_groups: Annotated[
+        int | None,
+        setting("capacity_groups", "Parts of a batch with a capacity each; a multiple of the processes."),
+    ] = None,
+    ep: Annotated[int, typer.Option(help="Under torchrun: over how many processes the experts are spread.")] = 1,
+    ep_mode: Annotated[
+        str, typer.Option(help="How rows travel to them: dropless, capacity, bounded or allgather.")
+    ] = "dropless",
+    ep_chunks: Annotated[int, typer.Option(help="Pieces in which they travel while others are computed.")] = 1,
     aux_loss_weight: Annotated[float | None, setting("aux_loss_weight", "Of the load-balance loss.")] = None,
     z_loss_weight: Annotated[float | None, setting("z_loss_weight", "Of the router's z loss.")] = None,
     weight_decay: Annotated[float | None, setting("weight_decay", "Of AdamW, on matrices.")] = None,
@@ -73,6 +84,7 @@ def train(
         "num_experts": num_experts,
         "top_k": top_k,
         "capacity_factor": capacity_factor,
+        "capacity_groups": capacity_groups,
         "aux_loss_weight": aux_loss_weight,
         "z_loss_weight": z_loss_weight,
         "weight_decay": weight_decay,
@@ -88,14 +100,22 @@ def train(
             resume=resume,
             compare_dense=compare_dense,
             checkpoint_every=checkpoint_every,
+            ep=ep,
+            ep_mode=ep_mode,
+            ep_chunks=ep_chunks,
             console=Console(),
         )
     except TrainingError as error:
         typer.echo(f"moe-triton train: {error}", err=True)
         raise typer.Exit(2) from error
+    except ExpertParallelError as error:
+        typer.echo(f"moe-triton train: {error}; the last checkpoint is intact", err=True)
+        raise typer.Exit(1) from error
     except KeyboardInterrupt:
         typer.echo(f"interrupted; go on with: moe-triton train --out {out} --resume", err=True)
         raise typer.Exit(130) from None
+    if os.environ.get("RANK", "0") != "0":
+        return
     typer.echo(f"report: {out / 'report.html'}")
     typer.echo(f"held-out loss: {', '.join(held_out(summary))}")
 

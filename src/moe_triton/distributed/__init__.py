@@ -4,7 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from moe_triton.distributed.checkpoint import load_checkpoint, save_checkpoint
-from moe_triton.distributed.errors import CheckpointError, ConfigurationMismatch, ExpertParallelError
+from moe_triton.distributed.errors import (
+    CheckpointError,
+    ConfigurationMismatch,
+    ExpertParallelError,
+    explain_termination,
+)
 from moe_triton.distributed.expert_parallel import ExpertParallel
 from moe_triton.distributed.export import export_safetensors
 from moe_triton.distributed.groups import Group, ParallelGroups, make_groups
@@ -15,6 +20,7 @@ if TYPE_CHECKING:
     from moe_triton.distributed.fsdp import apply_fsdp2
     from moe_triton.distributed.gradients import clip_grad_norm_, reduce_gradients, wrap_ddp
     from moe_triton.distributed.replicas import broadcast_parameters, check_replicas
+    from moe_triton.distributed.replication import Rebalanced, rebalance
 
 # These import DTensor or FSDP, which takes seconds: they are loaded when first asked for.
 _LAZY = {
@@ -22,6 +28,8 @@ _LAZY = {
     "broadcast_parameters": "replicas",
     "check_replicas": "replicas",
     "clip_grad_norm_": "gradients",
+    "rebalance": "replication",
+    "Rebalanced": "replication",
     "reduce_gradients": "gradients",
     "wrap_ddp": "gradients",
 }
@@ -34,15 +42,18 @@ __all__ = [
     "Group",
     "ParallelGroups",
     "RankTables",
+    "Rebalanced",
     "apply_fsdp2",
     "broadcast_parameters",
     "check_replicas",
     "clip_grad_norm_",
+    "explain_termination",
     "export_safetensors",
     "load_checkpoint",
     "load_experts_from",
     "make_groups",
     "plan",
+    "rebalance",
     "reduce_gradients",
     "save_checkpoint",
     "wrap_ddp",

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
+from torch.utils.checkpoint import _StopRecomputationError
 
-from moe_triton.distributed.errors import ExpertParallelError, missing_ranks
+from moe_triton.distributed.errors import (
+    Board,
+    ConfigurationMismatch,
+    ExpertParallelError,
+    board,
+    identity,
+    logger,
+)
 from moe_triton.distributed.groups import Group
 
 Listener = Callable[[str], None]
+
+LOOK = timedelta(seconds=0.2)  # how long to wait for a collective before looking whether it can still succeed
 
 
 class Work(Protocol):
     """What torch's asynchronous collectives return."""
 
-    def wait(self) -> object: ...
+    def wait(self, timeout: timedelta = ...) -> object: ...
+
+    def is_completed(self) -> bool: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +59,7 @@ class Channel:
         """Rows [sum sent, ...] by destination to `out` [sum received, ...] by source. Returns the wait for it."""
         return self._issue(
             phase,
+            out,
             lambda: dist.all_to_all_single(
                 out, rows, list(received), list(sent), group=self.group.handle, async_op=True
             ),
@@ -53,51 +68,152 @@ class Channel:
     def all_gather(self, out: Tensor, rows: Tensor, phase: str) -> Callable[[], None]:
         """Rows [M, ...] of every rank to `out` [P*M, ...]. Returns the wait for it."""
         return self._issue(
-            phase, lambda: dist.all_gather_into_tensor(out, rows, group=self.group.handle, async_op=True)
+            phase, out, lambda: dist.all_gather_into_tensor(out, rows, group=self.group.handle, async_op=True)
         )
 
     def all_reduce(self, tensor: Tensor, phase: str, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
         """In place, waited for."""
-        self._issue(phase, lambda: dist.all_reduce(tensor, op, group=self.group.handle, async_op=True))()
+        self._issue(phase, tensor, lambda: dist.all_reduce(tensor, op, group=self.group.handle, async_op=True))()
+
+    def broadcast(self, tensor: Tensor, phase: str) -> None:
+        """The first rank's to all, in place, waited for."""
+        source, handle = self.group.ranks[0], self.group.handle
+        self._issue(phase, tensor, lambda: dist.broadcast(tensor, source, group=handle, async_op=True))()
 
     def gather_objects(self, value: object, phase: str) -> list[object]:
         """Every rank's small Python value, in rank order."""
         found: list[object] = [None] * self.group.size
-        with self._blame(phase):
+        with self._blame(phase, board()):
             dist.all_gather_object(found, value, group=self.group.handle)
         return found
 
-    def _issue(self, phase: str, start: Callable[[], Work | None]) -> Callable[[], None]:
+    def agree(self, what: Mapping[str, object], phase: str, device: torch.device) -> int:
+        """A fingerprint of `what` the ranks are about to do; before they do it, that it is the same on all of them.
+
+        On a CPU it is compared every time, in one small message: gloo answers messages of unequal sizes with stale rows
+        or with an abort. Elsewhere it would cost a host sync, and is compared when it is new.
+
+        Raises:
+            ConfigurationMismatch: on every rank, with what differs.
+        """
+        fingerprint = zlib.crc32(repr(sorted(what.items())).encode()) & 0x7FFFFFFF
+        known = (self.group.name, fingerprint)
+        if device.type != "cpu" and known in board().agreed:
+            return fingerprint
+        everybody = torch.empty(self.group.size, dtype=torch.int64, device=device)
+        self.all_gather(everybody, torch.tensor([fingerprint], device=device), phase)()
+        if any(other != fingerprint for other in everybody.tolist()):
+            raise ConfigurationMismatch(f"{self._where(phase)}: {self._differences(what)}")
+        board().agreed.add(known)
+        return fingerprint
+
+    def _differences(self, mine: Mapping[str, object]) -> str:
+        theirs = self.gather_objects(dict(mine), "comparison of what differs")
+        differences = [
+            f"{name}: {mine.get(name)!r} here, {other.get(name)!r} on rank {rank}"
+            for rank, other in zip(self.group.ranks, theirs, strict=True)
+            if isinstance(other, dict)
+            for name in dict.fromkeys((*mine, *other))
+            if other.get(name) != mine.get(name)
+        ]
+        return f"the ranks of the group differ in {'; '.join(differences) or 'nothing here, but between others'}"
+
+    def _issue(self, phase: str, tensor: Tensor, start: Callable[[], Work | None]) -> Callable[[], None]:
+        known, name = board(), self.group.name
+        if name not in known.introduced:
+            self._introduce(known, tensor.device)
         self.note(f"issue {phase}")
-        with self._blame(phase), record_function(f"moe_triton: {phase}"):
+        known.issued[name] += 1
+        number = known.issued[name]
+        with self._blame(phase, known, number), record_function(f"moe_triton: {phase}"):
             work = start()
 
         def wait() -> None:
-            with self._blame(phase):
-                if work is not None:
-                    work.wait()
+            with self._blame(phase, known, number):
+                if work is not None and tensor.device.type == "cpu":
+                    self._wait_and_look(work, known, number)
+                elif work is not None:
+                    work.wait()  # this only queues
+            known.settled[name] = max(known.settled.get(name, 0), number)
 
         return wait
 
-    def _blame(self, phase: str) -> _Blame:
-        return _Blame(self, phase)
+    def _wait_and_look(self, work: Work, known: Board, number: int) -> None:
+        while True:
+            try:
+                work.wait(LOOK)
+                return
+            except RuntimeError:  # what it waited for, or this wait's own time-out
+                if work.is_completed():
+                    work.wait()
+                    return
+            if known.is_hopeless(self.group, number):
+                raise RuntimeError("another rank has failed")
+
+    def _introduce(self, known: Board, device: torch.device) -> None:
+        """Who the processes of the group are, exchanged before its first collective: the store may be gone later."""
+        known.introduced.add(self.group.name)
+        everybody = torch.empty(self.group.size, 3, dtype=torch.int64, device=device)
+        self.all_gather(everybody, torch.tensor([identity()], device=device), "introduction")()
+        for rank, (host, pid, started) in zip(self.group.ranks, everybody.tolist(), strict=True):
+            known.identities[rank] = (host, pid, started)
+
+    def _where(self, phase: str) -> str:
+        return f"rank {dist.get_rank()}, {self.layer}, {phase}"
+
+    def blame(self, phase: str) -> _Blame:
+        """`with channel.blame(phase):` somebody else's collective of this group fails with an error as ours do."""
+        return self._blame(phase, board())
+
+    def _blame(self, phase: str, known: Board, number: int | None = None) -> _Blame:
+        return _Blame(self, phase, known, known.issued[self.group.name] if number is None else number)
 
 
 class _Blame:
     """Turns a collective's RuntimeError into one that names rank, layer, phase and the ranks that are missing."""
 
-    def __init__(self, channel: Channel, phase: str) -> None:
-        self.channel, self.phase = channel, phase
+    def __init__(self, channel: Channel, phase: str, known: Board, number: int) -> None:
+        self.channel, self.phase, self.known, self.number = channel, phase, known, number
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, _trace: object) -> None:
         if isinstance(error, RuntimeError) and not isinstance(error, ExpertParallelError):
-            where = f"rank {dist.get_rank()}, {self.channel.layer}, {self.phase}"
-            missing = missing_ranks(self.channel.group.ranks, where)
-            cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ExpertParallelError(f"{where}: {missing} ({cause})") from error
+            where = self.channel._where(self.phase)
+            self.known.tell(where)
+            reason = self.known.reason(self.channel.group, self.number)
+            self.known.tell(where, reason)
+            self.known.settle()
+            message = f"{where}: {reason} ({_first_line(error) or type(error).__name__})"
+            logger.error(message)  # at once: a launcher may end this process before its traceback is printed
+            failure = ExpertParallelError(message)
+            failure.was_told = True  # type: ignore[attr-defined]
+            raise failure from error
+
+
+class Telling:
+    """`with Telling(layer):` an exception of this rank is told to the others, who would wait for it in vain."""
+
+    def __init__(self, layer: str) -> None:
+        self.layer = layer
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, _trace: object) -> None:
+        if error is None or hasattr(error, "was_told") or isinstance(error, _StopRecomputationError):
+            return
+        error.was_told = True  # type: ignore[attr-defined]
+        rank, known = dist.get_rank(), board()
+        known.tell(
+            f"rank {rank}, {self.layer}", f"rank {rank} failed with {type(error).__name__}: {_first_line(error)}"
+        )
+        known.settle()
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
 
 
 def to_host(*tensors: Tensor) -> Callable[[], list[list[int]]]:

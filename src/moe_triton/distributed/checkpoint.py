@@ -190,7 +190,7 @@ def _experts(name: str, module: Any) -> dict[str, Any]:
     placement = getattr(module, "placement", None)
     found = {"num_experts": module.num_experts}
     if placement is not None:
-        found["placement"] = encode(f"{name}.placement", placement)
+        found["placement"] = encode(f"{name}.placement", placement.physical_to_logical)
     return found
 
 

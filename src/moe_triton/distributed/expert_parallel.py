@@ -6,8 +6,7 @@ computed. Design and gradient rules: docs/distributed.md.
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,13 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from moe_triton import runtime
 from moe_triton.autograd.experts import Weights
 from moe_triton.checks import check_choice, check_int
-from moe_triton.distributed.channel import Channel, Listener, to_host
-from moe_triton.distributed.errors import (
-    ConfigurationMismatch,
-    ExpertParallelError,
-    publish_identity,
-    remember_identities,
-)
+from moe_triton.distributed.channel import Channel, Listener, Telling, to_host
+from moe_triton.distributed.errors import ExpertParallelError
 from moe_triton.distributed.groups import ALONE, Group, ParallelGroups, group_from_handle, subgroup
 from moe_triton.distributed.stages import Exchange, LocalExperts, Parameters, Planner, Saved, Stage
 from moe_triton.distributed.tensor_parallel import gather_tokens, slice_tokens
@@ -57,7 +51,8 @@ class ExpertParallel:
             dimension "ep" (the only one of a 1-D mesh), and "edp" and "etp" where it has them. `ParallelGroups`: from
             `make_groups`; with tensor parallelism it must be these.
         mode: "dropless": exactly the wanted rows; one host sync per call, for the sizes. "capacity": even exchange of
-            [E, C, d] for layers with a capacity factor. "bounded": room for every possible row. "allgather": every
+            [E, C, d] for layers with a capacity factor; as "dropless" where it drops nothing, as an infinite
+            eval_capacity_factor asks. "bounded": room for every possible row. "allgather": every
             rank sees all tokens. The last three have fixed sizes and no host sync, given `max_tokens_per_rank`.
         chunks: the exchange is cut up into so many, each issued before the one before it is computed.
         deduplicate: a token travels once to each rank that has several of its experts. False sends a row per choice,
@@ -68,8 +63,12 @@ class ExpertParallel:
             Rows without room raise: at once on a CPU, in the next call (or `check()`) on a GPU.
         ranks_per_node: exchange in two levels: between nodes once per (token, node), then inside the node. Must divide
             the group, whose ranks lie node by node. Mode "dropless" only.
+        redundant_experts: slots beyond one per expert, for replicas of hot ones (DeepSeek-V3): a token's choice goes to
+            one of its expert's replicas. E + this must be a multiple of the group's ranks. `rebalance` moves replicas
+            to where the load is; `reduce_gradients` sums their gradients.
         loss_reduction: "sum": the layers' aux_loss is this rank's share, the shares sum to the global loss. "mean": the
             shares average to it, for trainers that average gradients (DistributedDataParallel).
+        always_exchange: exchange in a group of one as well: to test and to measure the path where there is one rank.
         listener: called with a word for every step, as it is issued; for tests and profiling.
 
     Raises:
@@ -86,7 +85,9 @@ class ExpertParallel:
         max_tokens_per_rank: int | None = None,
         max_rows_per_pair: int | None = None,
         ranks_per_node: int | None = None,
+        redundant_experts: int = 0,
         loss_reduction: str = "sum",
+        always_exchange: bool = False,
         listener: Listener | None = None,
     ) -> None:
         check_choice("mode", mode, MODES)
@@ -101,18 +102,21 @@ class ExpertParallel:
         self.mode, self.chunks, self.deduplicate = mode, chunks, deduplicate
         self.max_tokens_per_rank, self.max_rows_per_pair = max_tokens_per_rank, max_rows_per_pair
         self.loss_reduction, self.listener = loss_reduction, listener
+        self.always_exchange = always_exchange
+        check_int("redundant_experts", redundant_experts, low=0)
+        self.redundant_experts, self.ranks_per_node = redundant_experts, ranks_per_node
         self.ep, self.edp, self.etp, self.tp, self.data = _groups(group_or_mesh)
         self.between_nodes, self.in_node = ALONE, self.ep
         if ranks_per_node is not None:
             self.between_nodes, self.in_node = _two_levels(self.ep, ranks_per_node, mode)
         self.num_layers = 0
-        self._agreed: set[str] = set()
         self._overflows: list[tuple[str, Callable[[], list[list[int]]]]] = []
 
     @property
     def is_alone(self) -> bool:
         """Whether no row has to travel: a group of one, with whole experts and tokens of its own."""
-        return self.ep.size == 1 and self.etp.size == 1 and self.tp.size == 1
+        exchanges = self.always_exchange or self.redundant_experts > 0
+        return not exchanges and self.ep.size == 1 and self.etp.size == 1 and self.tp.size == 1
 
     def experts_of(self, num_experts: int, rank: int | None = None) -> range:
         """The global ids of the experts of this rank of the group, or of another one.
@@ -133,7 +137,7 @@ class ExpertParallel:
         self.num_layers += 1
         return f"MoE layer {self.num_layers - 1}"
 
-    def most_tokens(self, num_tokens: int, device: torch.device) -> int:
+    def most_tokens(self, num_tokens: int, device: torch.device, layer: str) -> int:
         """The most tokens that any rank passes in this call: as the user said, or asked of the others."""
         if self.max_tokens_per_rank is not None:
             if num_tokens > self.max_tokens_per_rank:
@@ -142,7 +146,7 @@ class ExpertParallel:
         if self.ep.size == 1:
             return num_tokens
         most = torch.tensor([num_tokens], device=device)
-        self._channel(self.ep, "MoE layer").all_reduce(most, "exchange of the token counts", dist.ReduceOp.MAX)
+        self._channel(self.ep, layer).all_reduce(most, "exchange of the token counts", dist.ReduceOp.MAX)
         return int(most.item())
 
     def run(
@@ -167,17 +171,38 @@ class ExpertParallel:
         the local experts. capacity: tokens -> an expert's places, for mode "capacity". beside: run while rows travel.
         local: what computes the experts, where that is not a backend.
         """
+        with Telling(layer):
+            return self._run(
+                hidden, weights, ids, parameters, spec, num_experts, layer, capacity, recompute, backend, beside, local
+            )
+
+    def _run(
+        self,
+        hidden: Tensor,
+        weights: Tensor,
+        ids: Tensor,
+        parameters: Parameters,
+        spec: ExpertSpec,
+        num_experts: int,
+        layer: str,
+        capacity: Callable[[int], int | None],
+        recompute: bool,
+        backend: str,
+        beside: Callable[[], None] | None,
+        local: LocalExperts | None,
+    ) -> Tensor:
         name = runtime.choose(backend, hidden.device, hidden.dtype).name
         if name == "reference":
             raise ValueError("backend: got 'reference' with expert parallelism, wanted 'auto', 'triton' or 'torch'")
         self.check()
         ids = torch.where((ids >= 0) & (ids < num_experts), ids, -1).int()
         num_tokens = hidden.shape[0]
-        limit = self.most_tokens(num_tokens, hidden.device) if self.mode != "dropless" else 0
+        what = self._configuration(hidden, ids, num_experts, parameters, spec, name, capacity)
+        fingerprint = self._agree(what, layer, "forward", num_tokens, hidden.device)
+        limit = self.most_tokens(num_tokens, hidden.device, layer) if self.mode != "dropless" else 0
         if self.tp.size > 1:  # the tp ranks hold the same tokens: each sends a share of them
-            hidden, weights, ids = (slice_tokens(x, self.tp) for x in (hidden, weights, ids))
-        key = f"{layer}: {hidden.dtype}"
-        fingerprint = self._agree(key, hidden, ids, num_experts, layer, parameters, spec, name)
+            tp = self._channel(self.tp, layer)
+            hidden, weights, ids = (slice_tokens(x, tp) for x in (hidden, weights, ids))
         shape = Shape(
             num_experts=num_experts,
             per_rank=-(-num_experts // self.ep.size),
@@ -197,13 +222,18 @@ class ExpertParallel:
             note=self.listener or (lambda event: None),
         )
         places = capacity(limit) if self.mode == "capacity" else None
-        if self.mode == "capacity" and places is None:
-            raise ValueError("mode: got 'capacity' for a layer without a capacity factor, wanted 'dropless'")
         stage = self._stages(experts, shape, layer, -(-limit // self.tp.size), places, beside)
         sizes = [len(_as_list(group)) for group in parameters]
         stacked = [isinstance(group, Tensor) for group in parameters]
-        out = _Exchanged.apply(hidden, weights, ids, stage, experts, sizes, stacked, *_flat(parameters))
-        return gather_tokens(out, self.tp, num_tokens) if self.tp.size > 1 else out
+
+        def before_backward() -> Telling:
+            self._agree(what, layer, "backward", num_tokens, hidden.device)
+            return Telling(layer)
+
+        out = _Exchanged.apply(
+            hidden, weights, ids, stage, experts, sizes, stacked, before_backward, *_flat(parameters)
+        )
+        return gather_tokens(out, tp, num_tokens) if self.tp.size > 1 else out
 
     def check(self) -> None:
         """Raise for the rows that found no room in an earlier call; waits for the device."""
@@ -216,12 +246,17 @@ class ExpertParallel:
                     f"max_rows_per_pair={self.max_rows_per_pair}; they were left out"
                 )
 
-    def global_counts(self, counts: Tensor, num_tokens: Tensor) -> tuple[Tensor, Tensor]:
+    @runtime.never_compiled
+    def global_counts(self, counts: Tensor, num_tokens: Tensor, layer: str) -> tuple[Tensor, Tensor]:
         """Counts [E] and the number of tokens [], summed over all ranks that have tokens of their own; no gradient."""
         both = torch.cat([counts.double(), num_tokens.reshape(1).double()])
         for group in self.data:
             if group.size > 1:
-                self._channel(group, "MoE layer").all_reduce(both, "sum of the expert counts")
+                channel = self._channel(group, layer)
+                if group.ranks != self.ep.ranks:  # those have agreed already
+                    what = {"layer": layer, "num_experts": counts.numel()}
+                    channel.agree(what, "sum of the expert counts", both.device)
+                channel.all_reduce(both, "sum of the expert counts")
         return both[:-1].to(counts.dtype), both[-1].to(num_tokens.dtype)
 
     @property
@@ -245,7 +280,7 @@ class ExpertParallel:
         stage: Stage = experts
         if self.etp.size > 1:
             stage = self._over_slices(stage, shape, layer)
-        if self.ep.size == 1:
+        if self.ep.size == 1 and not self.always_exchange:
             return stage
         levels = [(self.in_node, shape)]
         if self.between_nodes.size > 1:
@@ -275,7 +310,7 @@ class ExpertParallel:
 
     def _planner(self, channel: Channel, shape: Shape, limit: int, places: int | None) -> Planner:
         def planner(ids: Tensor, weights: Tensor, _assignments: int) -> Callable[[], Transport]:
-            if self.mode == "dropless":
+            if self.mode == "dropless" or (self.mode == "capacity" and places is None):
                 return plan_dropless(channel, ids, weights, shape)
             if places is not None:
                 transport = plan_capacity(channel, ids, weights, shape, capacity=places)
@@ -299,45 +334,38 @@ class ExpertParallel:
         if overflow.device.type == "cpu":
             self.check()
 
-    def _agree(
+    def _configuration(
         self,
-        key: str,
         hidden: Tensor,
         ids: Tensor,
         num_experts: int,
-        layer: str,
         parameters: Parameters,
         spec: ExpertSpec,
         backend: str,
-    ) -> int:
-        """The fingerprint of this layer's configuration; before it is first used, that all ranks have the same one."""
-        mine: dict[str, object] = {
-            "layer": layer, "num_experts": num_experts, "top_k": ids.shape[1], "hidden_size": hidden.shape[1],
+        capacity: Callable[[int], int | None],
+    ) -> dict[str, object]:
+        """What has to be the same on all ranks of a layer, by the names of its arguments where it has some."""
+        even = (capacity(0), capacity(1 << 20)) if self.mode == "capacity" else None
+        return {
+            "num_experts": num_experts, "top_k": ids.shape[1], "hidden_size": hidden.shape[1],
             "width": tuple(parameters[0][0].shape) if len(parameters[0]) else (), "dtype": str(hidden.dtype),
-            "ep": self.ep.size, "etp": self.etp.size, "mode": self.mode, "chunks": self.chunks, "deduplicate": self.deduplicate,
+            "ep": self.ep.size, "etp": self.etp.size, "mode": self.mode, "chunks": self.chunks,
+            "deduplicate": self.deduplicate,
             "max_tokens_per_rank": self.max_tokens_per_rank, "max_rows_per_pair": self.max_rows_per_pair,
-            "ranks_per_node": self.in_node.size, "activation": spec.activation, "backend": backend,
+            "ranks_per_node": self.in_node.size, "activation": spec.activation, "backend": backend, "capacity": even,
         }  # fmt: skip
-        fingerprint = zlib.crc32(repr(sorted(mine.items())).encode()) & 0x7FFFFFFF
-        if self.is_alone or key in self._agreed:
-            return fingerprint
-        publish_identity()
+
+    def _agree(
+        self, what: Mapping[str, object], layer: str, direction: str, num_tokens: int, device: torch.device
+    ) -> int:
+        """The fingerprint of what is about to happen, once all ranks are known to be about to do the same."""
+        what = {"layer": layer, "direction": direction, **what}
+        phase, fingerprint = f"comparison of configurations ({direction})", 0
         for group in (self.ep, self.etp):
-            if group.size == 1:
-                continue
-            theirs = self._channel(group, layer).gather_objects(mine, "comparison of configurations")
-            differences = [
-                f"{name}: {value!r} here, {other[name]!r} on rank {rank}"
-                for rank, other in zip(group.ranks, theirs, strict=True)
-                for name, value in mine.items()
-                if isinstance(other, dict) and other[name] != value
-            ]
-            if differences:
-                raise ConfigurationMismatch(
-                    f"rank {dist.get_rank()}, {layer}: the ranks of the group differ in {'; '.join(differences)}"
-                )
-            remember_identities(group.ranks)
-        self._agreed.add(key)
+            if group.size > 1:
+                fingerprint = self._channel(group, layer).agree(what, phase, device)
+        if self.tp.size > 1:
+            self._channel(self.tp, layer).agree({**what, "tokens of the tp ranks": num_tokens}, phase, device)
         return fingerprint
 
     def __repr__(self) -> str:
@@ -357,6 +385,7 @@ class _Exchanged(torch.autograd.Function):
         experts: LocalExperts,
         sizes: list[int],
         stacked: list[bool],
+        before_backward: Callable[[], Telling],
         *flat: Tensor,
     ) -> Tensor:
         saved = Saved()
@@ -368,21 +397,22 @@ class _Exchanged(torch.autograd.Function):
         ctx.num_saved = len(saved.tensors)
         ctx.save_for_backward(*saved.tensors, *flat)
         ctx.stage, ctx.experts, ctx.sizes, ctx.stacked, ctx.dtype = stage, experts, sizes, stacked, weights.dtype
+        ctx.before_backward = before_backward
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors  # read once: activation checkpointing lets go of what it gave
+        tensors = ctx.saved_tensors  # once: activation checkpointing gives them out a single time
         saved, flat = Saved(tensors[: ctx.num_saved]), tensors[ctx.num_saved :]
         experts: LocalExperts = ctx.experts
         experts.parameters = _parameters(flat, ctx.sizes, ctx.stacked)
-        wanted, needs, start = ctx.needs_input_grad[7:], [], 0
+        wanted, needs, start = ctx.needs_input_grad[8:], [], 0
         for size in ctx.sizes:
             needs.append(any(wanted[start : start + size]))
             start += size
         grad = grads[0].contiguous()
-        with runtime.plain_maths(grad):
+        with ctx.before_backward(), runtime.plain_maths(grad):
             stage = ctx.stage
             if isinstance(stage, Exchange):
                 finish = stage.start_backward(0, grad, saved)
@@ -396,7 +426,7 @@ class _Exchanged(torch.autograd.Function):
         for group, size in zip(parameters, ctx.sizes, strict=True):
             found += [None] * size if group is None else _as_list(group)
         found = [g if want else None for g, want in zip(found, wanted, strict=True)]
-        return (grad_hidden, grad_weights.to(ctx.dtype), *(None,) * 5, *found)
+        return (grad_hidden, grad_weights.to(ctx.dtype), *(None,) * 6, *found)
 
 
 def _as_list(group: Weights | None) -> list[Tensor]:

@@ -40,7 +40,9 @@ def apply_fsdp2(
     check_choice("rule", rule, ("mean", "sum"))
     # FSDP2 averages over edp. What it gets is scaled, which needs no divide factor: that one counts twice on one rank.
     scale = groups.edp.size / (groups.dp.size if rule == "mean" else 1)
-    for name, module, _ in list(expert_modules(model)):
+    for name, module, parallel in list(expert_modules(model)):
+        if parallel.redundant_experts:
+            raise ValueError(f"model: got redundant_experts at {name!r}, whose replicas FSDP2 would not sum")
         if not hasattr(module, "gradient_scale"):
             raise TypeError(f"model: got {type(module).__name__} at {name!r}, wanted Experts with a gradient_scale")
         setattr(module, "gradient_scale", scale)  # noqa: B010 (nn.Module has it, its type does not)

@@ -146,7 +146,8 @@ def model_tensors(model: nn.Module) -> dict[str, ModelTensor]:
         for own, parameter in module.named_parameters(recurse=False)
     }
     found: dict[str, ModelTensor] = {}
-    seen: set[int] = set()
+    # where replicas lie is not the same on other ranks: experts are saved and loaded by their own ids
+    seen = {id(module.physical_to_logical) for module in model.modules() if hasattr(module, "physical_to_logical")}
     for key, value in model.state_dict(keep_vars=True).items():
         name = _plain(key)
         if not isinstance(value, Tensor):

@@ -8,6 +8,7 @@ tokens, both sums are divided by the number of data-parallel ranks: the experts'
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -25,6 +26,7 @@ from moe_triton.distributed.parameters import (
     is_sliced,
     number_of_ranks,
 )
+from moe_triton.distributed.replication import shares_of_slots, sum_replica_gradients
 
 RULES = ("mean", "sum", "deepspeed", "colossalai")
 BUCKET_BYTES = 25 << 20  # what DistributedDataParallel sends at a time
@@ -57,6 +59,7 @@ def reduce_gradients(
     over = data_groups(model, groups)
     num_ranks = number_of_ranks(over)
     experts = expert_parameters(model)
+    sum_replica_gradients(model)
     for copies in {parallel.edp: None for parallel in experts.values()}:
         divisor = {"sum": 1, "colossalai": copies.size}.get(rule, num_ranks)
         mine = (parameter for parameter, parallel in experts.items() if parallel.edp is copies)
@@ -81,6 +84,8 @@ def wrap_ddp(model: nn.Module, groups: ParallelGroups | None = None, **arguments
     if len(over) > 1:
         raise ValueError("groups: got a mesh whose data-parallel ranks are no one group, wanted make_groups(...)")
     experts = expert_parameters(model)
+    if any(parallel.redundant_experts for parallel in experts.values()):
+        raise ValueError("model: got layers with redundant_experts, whose gradients reduce_gradients has to sum")
     # a router's load is counted per rank, and summed when it is used: DDP must not overwrite it with rank 0's
     counted = {id(buffer) for module in model.modules() if (buffer := getattr(module, "load", None)) is not None}
     ignored = [name for name, parameter in model.named_parameters() if parameter in experts]
@@ -120,10 +125,14 @@ def clip_grad_norm_(
     check_number("max_norm", max_norm, low=0)
     sums: dict[tuple[Group, ...], list[Tensor]] = {}
     inside: dict[int, tuple[Group, ...]] = {}
+    shares: dict[int, Tensor] = {}
     for _, module, parallel in expert_modules(model):
+        share = shares_of_slots(module)
         for parameter in module.parameters(recurse=False):
             sliced = is_sliced(module, parameter)
             inside[id(parameter)] = (parallel.ep, parallel.etp) if sliced else (parallel.ep,)
+            if share is not None:
+                shares[id(parameter)] = share
     grads = []
     for parameter in model.parameters():
         if parameter.grad is None:
@@ -136,6 +145,9 @@ def clip_grad_norm_(
             grad = grad.to_local()
         grads.append(grad)
         key = tuple(group for group in over if group.size > 1)
+        if id(parameter) in shares and norm_type != float("inf"):  # an expert with replicas counts once
+            root = shares[id(parameter)].pow(1 / norm_type).to(grad)
+            grad = grad * root.view(-1, *(1 for _ in grad.shape[1:]))
         sums.setdefault(key, []).append(grad)
     if not grads:
         return torch.zeros(())
@@ -178,7 +190,11 @@ def _gradients(parameters: Iterator[nn.Parameter]) -> list[Tensor]:
 def _sum_over(over: Sequence[Group], tensors: Sequence[Tensor], divisor: int, what: str) -> None:
     """Each tensor becomes its sum over the ranks of the groups, divided; small ones travel together."""
     over = [group for group in over if group.size > 1]
-    if over:
+    if over and len(tensors) > 0:
+        layout = zlib.crc32(repr([(tuple(tensor.shape), tensor.dtype) for tensor in tensors]).encode())
+        same = {"reduced": what, "tensors": len(tensors), "layout": layout, "divisor": divisor}
+        for group in over:
+            Channel(group=group, layer="gradients").agree(same, f"comparison of {what}", tensors[0].device)
         for bucket in _buckets(tensors):
             # one large contiguous tensor needs no copy
             alone = len(bucket) == 1 and bucket[0].is_contiguous()

@@ -29,6 +29,11 @@ class Group:
     def size(self) -> int:
         return len(self.ranks)
 
+    @property
+    def name(self) -> str:
+        """torch's name of the group, the same on all of its ranks."""
+        return "" if self.handle is None else self.handle.group_name
+
 
 ALONE = Group(ranks=(0,), rank=0)
 
@@ -84,7 +89,8 @@ def default_timeout() -> timedelta:
     """What init_process_group was given. new_group would take 30 minutes where it is not told."""
     world = dist.group.WORLD
     assert world is not None
-    return world._get_backend(torch.device(device_type())).options._timeout
+    options = world._get_backend(torch.device(device_type())).options
+    return dist.default_pg_timeout if options is None else options._timeout  # the "fake" backend has none
 
 
 _made: dict[tuple[object, ...], dist.ProcessGroup] = {}  # by the default group and the members

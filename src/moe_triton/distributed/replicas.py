@@ -6,7 +6,6 @@ import zlib
 from collections.abc import Iterator, Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_triton.distributed.channel import Channel
@@ -62,7 +61,7 @@ def _saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _broadcast(tensor: Tensor, over: tuple[Group, ...]) -> None:
     for group in over:
         if group.size > 1:
-            dist.broadcast(tensor, src=group.ranks[0], group=group.handle)
+            Channel(group=group, layer="replicas").broadcast(tensor, "broadcast of the first rank's parameters")
 
 
 def _compare(tensors: Mapping[str, Tensor], group: Group) -> None:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from moe_triton.distributed.channel import Channel
-from moe_triton.distributed.errors import CheckpointError, ExpertParallelError, missing_ranks
+from moe_triton.distributed.errors import CheckpointError, ExpertParallelError
 from moe_triton.distributed.groups import ALONE, Group, group_from_handle
 
 T = TypeVar("T")
@@ -89,9 +89,8 @@ class Team:
         except RuntimeError as error:
             if self.is_alone:
                 raise CheckpointError(f"{self.task}, {phase}: {_words(error)}") from error
-            where = f"rank {dist.get_rank()}, {self.task}, {phase}"
-            missing = missing_ranks(self.group.ranks, where)
-            raise ExpertParallelError(f"{where}: {missing} ({_words(error)})") from error
+            with Channel(group=self.group, layer=self.task).blame(phase):
+                raise
 
 
 def _words(error: BaseException) -> str:

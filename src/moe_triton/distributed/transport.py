@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moe_triton.dispatch import dispatch
 from moe_triton.distributed.channel import Channel, to_host
-from moe_triton.distributed.errors import ConfigurationMismatch
+from moe_triton.distributed.errors import ConfigurationMismatch, ExpertParallelError
 from moe_triton.records import Dispatch
 
 Wait = Callable[[], None]
@@ -152,7 +152,9 @@ def plan_dropless(channel: Channel, ids: Tensor, weights: Tensor, shape: Shape) 
         received = [[row[1 + chunk] for row in answers] for chunk in range(chunks)]
         experts = [row[1 + chunks :] for row in answers]
         span = shape.per_rank
-        assignments = [sum(sum(row[c * span : (c + 1) * span]) for row in experts) for c in range(chunks)]
+        assigned = [[sum(row[c * span : (c + 1) * span]) for row in experts] for c in range(chunks)]
+        _check_counts(channel, received, assigned, top_k if shape.deduplicate else 1)
+        assignments = [sum(row) for row in assigned]
         num_rows = sum(sent)
         source = plan.source[:num_rows].long()
         tokens = source // top_k
@@ -321,6 +323,19 @@ def _fixed_rows(
         assignments=[assignments] * chunks,
         by_choice=not shape.deduplicate,
     )
+
+
+def _check_counts(
+    channel: Channel, received: Sequence[Sequence[int]], assigned: Sequence[Sequence[int]], most: int
+) -> None:
+    """Every announced row has one to `most` assignments: rows that do not come would be whatever was in the memory."""
+    for rows, wanted in zip(received, assigned, strict=True):
+        for rank, num_rows, num_assigned in zip(channel.group.ranks, rows, wanted, strict=True):
+            if not 0 <= num_rows <= num_assigned <= num_rows * most:
+                raise ExpertParallelError(
+                    f"rank {channel.group.ranks[channel.group.rank]}, {channel.layer}, exchange of counts: "
+                    f"rank {rank} announced {num_rows} rows for {num_assigned} assignments"
+                )
 
 
 def _check_fingerprints(channel: Channel, mine: int, theirs: Sequence[int]) -> None:

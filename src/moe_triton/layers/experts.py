@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from moe_triton.checks import check_choice, check_int
 from moe_triton.distributed.expert_parallel import ExpertParallel
+from moe_triton.distributed.placement import Placement, build_placement, plan_placement, replica_of
 from moe_triton.experts import Parameters, in_autocast_dtype, run_experts
 from moe_triton.records import ACTIVATIONS, GATED, Dispatch, ExpertSpec
 from moe_triton.reference import activate
+from moe_triton.runtime import recomputing
 
 
 class Experts(nn.Module):
@@ -22,8 +24,13 @@ class Experts(nn.Module):
     gate_up_proj [E, 2n, d] ([E, n, d] for an ungated activation), down_proj [E, d, n], and with `bias`
     gate_up_proj_bias [E, 2n] and down_proj_bias [E, d]. Each expert starts like an `nn.Linear` pair, with the same
     values however the experts are spread. With `expert_parallel` E is the number of the local experts, and n that of
-    their local slice: under expert tensor parallelism each rank has n / etp columns of gate, of up and of down.
+    their local slice: under expert tensor parallelism each rank has n / etp columns of gate, of up and of down. With
+    `ExpertParallel(redundant_experts=R)` a rank holds (E + R) / ep slots; `placement` says which expert is in each.
     """
+
+    placement: Placement | None
+    physical_to_logical: Tensor | None
+    load: Tensor | None
 
     def __init__(
         self,
@@ -58,8 +65,9 @@ class Experts(nn.Module):
                     f"intermediate_size: got {intermediate_size}, wanted a multiple of the {slices} expert slices"
                 )
             self.layer_name = expert_parallel.new_layer()
-            num_experts = len(expert_parallel.experts_of(num_experts))
             intermediate_size //= slices
+        self._place(device)
+        num_experts = len(self.local_experts)
         rows = 2 * intermediate_size if activation in GATED else intermediate_size
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -71,37 +79,66 @@ class Experts(nn.Module):
         self.down_proj_bias = parameter(num_experts, hidden_size) if bias else None
         self.reset_parameters()
 
+    def _place(self, device: torch.device | str | None) -> None:
+        """The first placement of replicas, before any load is known, and the counters for the next one."""
+        parallel, placed = self.expert_parallel, None
+        if parallel is not None and parallel.redundant_experts:
+            slots = self.num_experts + parallel.redundant_experts
+            placed = plan_placement(
+                torch.ones(self.num_experts), slots, parallel.ep.size, ranks_per_node=parallel.ranks_per_node
+            )
+        # saved, so that a checkpoint says which expert each slot holds
+        slots_map = None if placed is None else placed.physical_to_logical.to(device=device)
+        load = None if placed is None else torch.zeros(self.num_experts, dtype=torch.int64, device=device)
+        self.register_buffer("physical_to_logical", slots_map)
+        self.register_buffer("load", load, persistent=False)
+        self.placement = placed
+        self.register_load_state_dict_post_hook(lambda module, keys: self._read_map())
+
+    def _read_map(self) -> None:
+        if self.physical_to_logical is not None and self.placement is not None:
+            loads = torch.ones(self.num_experts)
+            self.placement = build_placement(self.physical_to_logical, loads, self.placement.num_ranks)
+
+    def set_placement(self, placement: Placement) -> None:
+        """Say which expert each slot holds now; `moe_triton.distributed.rebalance` moves the parameters along."""
+        assert self.physical_to_logical is not None
+        self.placement = placement
+        self.physical_to_logical.copy_(placement.physical_to_logical)
+
     def reset_parameters(self) -> None:
         """Draw every expert of the layer from torch's generator, in the order of their ids, and keep the local ones."""
         d, n = self.down_proj.shape[1], self.intermediate_size
         rows = 2 * n if self.spec.is_gated else n
-        pairs = (
-            (self.gate_up_proj, self.gate_up_proj_bias, (rows, d)),
-            (self.down_proj, self.down_proj_bias, (d, n)),
-        )
-        for weight, bias, shape in pairs:
+        for name, shape in (("gate_up_proj", (rows, d)), ("down_proj", (d, n))):
             bound = 1 / math.sqrt(shape[1])
-            self._draw(weight, shape, bound)
-            if bias is not None:
-                self._draw(bias, shape[:1], bound)
+            self._draw(name, shape, bound)
+            if getattr(self, f"{name}_bias") is not None:
+                self._draw(f"{name}_bias", shape[:1], bound)
 
     @torch.no_grad()
-    def _draw(self, parameter: Tensor, shape: tuple[int, ...], bound: float) -> None:
+    def _draw(self, name: str, shape: tuple[int, ...], bound: float) -> None:
+        parameter = self.get_parameter(name)
         if self.expert_parallel is None or parameter.is_meta:
             nn.init.uniform_(parameter, -bound, bound)
             return
         local = self.local_experts
         for expert in range(self.num_experts):
             whole = torch.empty(shape, dtype=parameter.dtype, device=parameter.device).uniform_(-bound, bound)
-            if expert in local:
-                parameter[expert - local.start] = self.local_slice(whole, is_down=parameter is self.down_proj)
+            for slot, held in enumerate(local):
+                if held == expert:
+                    parameter[slot] = self.local_slice(name, whole)
 
     @property
-    def local_experts(self) -> range:
-        """The global ids of the experts whose parameters are here."""
-        if self.expert_parallel is None:
+    def local_experts(self) -> Sequence[int]:
+        """The global ids of the experts whose parameters are here, by slot."""
+        parallel = self.expert_parallel
+        if parallel is None:
             return range(self.num_experts)
-        return self.expert_parallel.experts_of(self.num_experts)
+        if self.placement is None:
+            return parallel.experts_of(self.num_experts)
+        size, rank = self.placement.slots_per_rank, parallel.ep.rank
+        return self.placement.physical_to_logical[rank * size : (rank + 1) * size].tolist()
 
     @property
     def sliced_dimensions(self) -> dict[str, tuple[int, int]]:
@@ -109,19 +146,16 @@ class Experts(nn.Module):
         parts = 2 if self.spec.is_gated else 1
         return {"gate_up_proj": (1, parts), "gate_up_proj_bias": (1, parts), "down_proj": (2, 1)}
 
-    def local_slice(self, whole: Tensor, *, is_down: bool = False) -> Tensor:
-        """This rank's part of one expert's whole parameter: all of it without expert tensor parallelism.
+    def local_slice(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's part of one expert's whole parameter `name`: all of it without expert tensor parallelism.
 
-        A parameter of d elements, the down projection's bias, is whole on every rank.
+
+        The down projection's bias is whole on every rank.
         """
         etp = None if self.expert_parallel is None else self.expert_parallel.etp
-        if (
-            etp is None
-            or etp.size == 1
-            or (not is_down and whole.shape[0] == self.down_proj.shape[1] and whole.dim() == 1)
-        ):
+        if etp is None or etp.size == 1 or name == "down_proj_bias":
             return whole
-        if is_down:
+        if name == "down_proj":
             return whole.chunk(etp.size, dim=1)[etp.rank]
         parts = whole.chunk(2 if self.spec.is_gated else 1, dim=0)
         return torch.cat([part.chunk(etp.size, dim=0)[etp.rank] for part in parts])
@@ -155,6 +189,8 @@ class Experts(nn.Module):
         experts [T, K], the choices that `plan` was made from, `capacity` (tokens -> places of an expert) and `beside`
         (run while rows travel) are for expert parallelism.
         """
+        if self.load is not None and self.training and not recomputing():
+            self.load += plan.counts
         if self.expert_parallel is None or self.expert_parallel.is_alone:
             if beside is not None:
                 beside()
@@ -168,14 +204,18 @@ class Experts(nn.Module):
         hidden_states, top_k_weights, parameters = in_autocast_dtype(
             hidden_states, top_k_weights, self._parameters_in_order
         )
+        ids, num_slots = torch.where(plan.position >= 0, experts, -1), self.num_experts
+        if self.placement is not None:
+            self.placement = self.placement.to(ids.device)
+            ids, num_slots = replica_of(ids, self.placement), self.placement.physical_to_logical.shape[0]
         with torch.autocast(hidden_states.device.type, enabled=False):
             out = self.expert_parallel.run(
                 hidden_states,
                 top_k_weights,
-                torch.where(plan.position >= 0, experts, -1),
+                ids,
                 parameters,
                 self.spec,
-                num_experts=self.num_experts,
+                num_experts=num_slots,
                 layer=self.layer_name,
                 capacity=capacity,
                 recompute=self.recompute,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 from moe_triton import losses
 from moe_triton.checks import FLOATS, check_choice, check_int, check_number, check_tensor
 from moe_triton.dispatch import dispatch, expert_capacity, renormalize
+from moe_triton.distributed.channel import Telling
 from moe_triton.distributed.expert_parallel import ExpertParallel
 from moe_triton.layers.experts import Experts, FeedForward
 from moe_triton.layers.router import Router
 from moe_triton.records import PRIORITIES, Routing
-from moe_triton.runtime import BACKENDS
+from moe_triton.runtime import BACKENDS, never_compiled
 
 
 class MoEOutput(NamedTuple):
@@ -47,7 +49,7 @@ class MoE(nn.Module):
         router: a module that maps (hidden_states [T, d], token_mask) to a `Routing`; None makes
             `Router(hidden_size, num_experts, top_k)`: softmax, weights normalised over the K choices when K > 1.
         capacity_factor: in training each expert keeps max(min_capacity, ceil(capacity_factor * K * T / E)) assignments
-            of each group and the others are dropped; None drops nothing (dropless).
+            of each group and the others are dropped; None or infinity drops nothing (dropless).
         eval_capacity_factor: the same in eval; None takes `capacity_factor`.
         min_capacity: floor of the capacity.
         capacity_groups: G equal runs of tokens with a capacity each; reproduces a G-rank run. Must divide T.
@@ -104,14 +106,16 @@ class MoE(nn.Module):
         check_choice("drop_policy", drop_policy, PRIORITIES)
         check_choice("backend", backend, BACKENDS)
         for name, factor in (("capacity_factor", capacity_factor), ("eval_capacity_factor", eval_capacity_factor)):
-            if factor is not None:
+            if factor is not None and factor != math.inf:
                 check_number(name, factor, above=0)
         check_number("aux_loss_weight", aux_loss_weight, low=0)
         check_number("z_loss_weight", z_loss_weight, low=0)
         if expert_parallel is not None and not isinstance(expert_parallel, ExpertParallel):
             raise TypeError(f"expert_parallel: got {type(expert_parallel).__name__}, wanted an ExpertParallel or None")
-        if expert_parallel is not None and expert_parallel.mode == "capacity" and capacity_factor is None:
-            raise ValueError("capacity_factor: got None with expert_parallel mode 'capacity', wanted a number > 0")
+        if expert_parallel is not None and expert_parallel.mode == "capacity" and capacity_factor in (None, math.inf):
+            raise ValueError(
+                f"capacity_factor: got {capacity_factor} with expert_parallel mode 'capacity', wanted a number > 0"
+            )
         if shared_gate and not shared_intermediate_size:
             raise ValueError("shared_gate: got True, wanted a shared_intermediate_size > 0 beside it")
         self.hidden_size = hidden_size
@@ -165,12 +169,28 @@ class MoE(nn.Module):
         factor = self.capacity_factor
         if not self.training and self.eval_capacity_factor is not None:
             factor = self.eval_capacity_factor
-        if factor is None:
+        if factor is None or factor == math.inf:
             return None
         return expert_capacity(num_tokens, self.num_experts, self.top_k, factor, self.min_capacity)
 
+    def most_kept(self, num_tokens: int) -> int | None:
+        """Assignments that one expert keeps at most out of `num_tokens` tokens, over all their capacity groups."""
+        in_a_group = self.capacity(-(-num_tokens // self.capacity_groups))
+        return None if in_a_group is None else self.capacity_groups * in_a_group
+
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> MoEOutput:
         """hidden_states [..., d]; a token where `token_mask` [...] is 0 gets no expert and counts nowhere."""
+        parallel = self.experts.expert_parallel
+        if parallel is None or parallel.is_alone:
+            return self._forward(hidden_states, token_mask)
+        return self._forward_over_ranks(hidden_states, token_mask)
+
+    @never_compiled  # the order of collectives is Python's
+    def _forward_over_ranks(self, hidden_states: Tensor, token_mask: Tensor | None) -> MoEOutput:
+        with Telling(self.experts.layer_name):
+            return self._forward(hidden_states, token_mask)
+
+    def _forward(self, hidden_states: Tensor, token_mask: Tensor | None) -> MoEOutput:
         check_tensor("hidden_states", hidden_states, dtypes=FLOATS)
         if hidden_states.dim() < 1 or hidden_states.shape[-1] != self.hidden_size:
             raise ValueError(f"hidden_states: got shape {list(hidden_states.shape)}, wanted [..., {self.hidden_size}]")
@@ -182,7 +202,8 @@ class MoE(nn.Module):
             check_tensor("token_mask", token_mask, shape=hidden_states.shape[:-1], device=hidden_states.device)
             token_mask = token_mask.reshape(-1)
         num_tokens = x.shape[0]
-        if num_tokens % self.capacity_groups:
+        groups = 1 if self.capacity(num_tokens) is None else self.capacity_groups
+        if num_tokens % groups:
             raise ValueError(
                 f"capacity_groups: got {self.capacity_groups}, wanted a divisor of the {num_tokens} tokens"
             )
@@ -191,8 +212,8 @@ class MoE(nn.Module):
         plan = dispatch(
             routing.experts,
             self.num_experts,
-            capacity=self.capacity(num_tokens // self.capacity_groups),
-            capacity_groups=self.capacity_groups,
+            capacity=self.capacity(num_tokens // groups),
+            capacity_groups=groups,
             priority=self.drop_policy,
             weights=routing.weights,
             backend=self.backend,
@@ -204,7 +225,7 @@ class MoE(nn.Module):
             weights,
             plan,
             experts=routing.experts,
-            capacity=self.capacity,
+            capacity=self.most_kept,
             beside=self._shared_expert_of(x, shared) if self.shared_expert is not None else None,
         )
         for y in shared:
@@ -242,7 +263,7 @@ class MoE(nn.Module):
             return loss
         counts, num_tokens, parallel = routing.counts, routing.num_tokens, self.experts.expert_parallel
         if parallel is not None:
-            counts, num_tokens = parallel.global_counts(counts, num_tokens)
+            counts, num_tokens = parallel.global_counts(counts, num_tokens, self.experts.layer_name)
         if self.aux_loss_weight:
             balance = losses.load_balance_loss(counts, routing.score_sums, num_tokens, self.top_k)
             loss = loss + self.aux_loss_weight * balance

@@ -12,11 +12,7 @@ from moe_triton.checks import check_int, check_number
 from moe_triton.records import Routing
 from moe_triton.reference import wide
 from moe_triton.routing import route_by_spec, router_spec
-
-
-def recomputing() -> bool:
-    """True while activation checkpointing runs a forward again inside backward: nothing may be counted twice there."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+from moe_triton.runtime import recomputing
 
 
 class Router(nn.Module):

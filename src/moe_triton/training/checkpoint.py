@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from moe_triton.training.config import TrainConfig
 from moe_triton.training.errors import TrainingError
 from moe_triton.training.files import reason, replace_file
+from moe_triton.training.workers import ALONE, Workers
 
 FORMAT = "moe_triton.training/1"
 
@@ -43,13 +44,24 @@ def save_checkpoint(
     config: TrainConfig,
     digest: str,
     compare_dense: bool,
+    workers: Workers = ALONE,
 ) -> None:
-    """Replaces `path` atomically; the checkpoint before stays until this one is complete. Raises TrainingError."""
+    """Replaces `path` atomically; the checkpoint before stays until this one is complete. Raises TrainingError.
+
+    The file holds whole tensors with all experts, whatever the number of workers: all of them must call it, and the
+    first one writes.
+    """
+    parameters = dict(model.named_parameters())
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    owners = {f"model.{name}": parameter for name, parameter in parameters.items()}
     state = optimizer.state_dict()["state"]
     for index, name in enumerate(parameter_names(model, optimizer)):
         for key, value in state.get(index, {}).items():
             tensors[f"optimizer.{name}.{key}"] = value
+            owners[f"optimizer.{name}.{key}"] = parameters[name]
+    tensors = workers.whole(tensors, model, owners)
+    if not workers.is_first:
+        return
     tensors["rng.cpu"] = torch.get_rng_state()
     if torch.device(config.device).type == "cuda":
         tensors["rng.cuda"] = torch.cuda.get_rng_state(config.device)
@@ -90,8 +102,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise TrainingError(f"{damaged}: {error}") from error
 
 
-def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Puts the weights, the optimizer's state and the generators' in place. Raises TrainingError if they do not fit."""
+def restore(
+    checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, workers: Workers = ALONE
+) -> None:
+    """Puts the weights, the optimizer's state and the generators' in place. Raises TrainingError if they do not fit.
+
+    Every worker takes the rows of its own experts.
+    """
+    parameters = dict(model.named_parameters())
     names = parameter_names(model, optimizer)
     state: dict[int, dict[str, Tensor]] = {index: {} for index in range(len(names))}
     index_of = {name: index for index, name in enumerate(names)}
@@ -100,10 +118,10 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
         for name, value in checkpoint.tensors.items():
             kind, _, rest = name.partition(".")
             if kind == "model":
-                weights[rest] = value
+                weights[rest] = workers.local(value, parameters[rest], model) if rest in parameters else value
             elif kind == "optimizer":
                 parameter, _, key = rest.rpartition(".")
-                state[index_of[parameter]][key] = value
+                state[index_of[parameter]][key] = workers.local(value, parameters[parameter], model)
         model.load_state_dict(weights)
         groups = optimizer.state_dict()["param_groups"]
         # Before the first step AdamW has no state; an empty entry would make it believe that it has.

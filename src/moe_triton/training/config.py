@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ class TrainConfig:
                          the model; `intermediate_size` is one expert's
     capacity_factor      each expert takes at most this multiple of its even share in training; 0: no limit.
                          Nothing is dropped in evaluation and generation, whatever it is
+    capacity_groups      equal runs of a batch's sequences with a capacity each, whatever the number of processes: the
+                         curve is the same on 1, 2 or 4 of them. A multiple of their number, and divides batch_size;
+                         None: 4, or less where that does not divide it
     aux_loss_weight, z_loss_weight   factors of the load-balance and z losses (`moe_triton.losses`)
     weight_decay         of AdamW, on matrices only
     grad_clip            largest global gradient norm
@@ -49,6 +53,7 @@ class TrainConfig:
     num_experts: int = 16
     top_k: int = 2
     capacity_factor: float = 2.0
+    capacity_groups: int | None = None
     aux_loss_weight: float = 0.01
     z_loss_weight: float = 0.001
     weight_decay: float = 0.1
@@ -73,7 +78,18 @@ class TrainConfig:
             raise ValueError(
                 f"hidden_size: got {self.hidden_size}, wanted a multiple of 2 * num_heads = {2 * self.num_heads}"
             )
+        if self.capacity_groups is not None:
+            check_int("capacity_groups", self.capacity_groups, low=1)
+            if self.batch_size % self.capacity_groups:
+                raise ValueError(
+                    f"capacity_groups: got {self.capacity_groups}, wanted a divisor of the batch_size {self.batch_size}"
+                )
         check_choice("backend", self.backend, BACKENDS)
+
+    @property
+    def num_groups(self) -> int:
+        """Capacity groups of a whole batch."""
+        return math.gcd(4, self.batch_size) if self.capacity_groups is None else self.capacity_groups
 
     def peak_lr(self, kind: str) -> float:
         """The peak learning rate of the "moe" or the "dense" model."""

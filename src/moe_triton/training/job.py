@@ -23,6 +23,7 @@ from moe_triton.training.files import read_metrics, reason, replace_file
 from moe_triton.training.loop import evaluate, generate, run_files, train_model
 from moe_triton.training.model import LanguageModel
 from moe_triton.training.report import render_report
+from moe_triton.training.workers import Workers, started_workers
 
 PACKAGES = ("moe-triton", "torch", "triton", "safetensors")
 SAMPLE_BYTES = 400
@@ -35,6 +36,9 @@ def run_job(
     resume: bool = False,
     compare_dense: bool = False,
     checkpoint_every: int = 10,
+    ep: int = 1,
+    ep_mode: str = "dropless",
+    ep_chunks: int = 1,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """`moe-triton train`: everything that it writes lies under `out`; returns what summary.json holds.
@@ -42,15 +46,43 @@ def run_job(
     options: the fields of `TrainConfig` that are given; the rest are the defaults or, on resume, the saved run's.
     resume: go on from the checkpoints under `out`, whichever model was being trained; start afresh if there are none.
     compare_dense: train the dense model with the same active parameters too, on the same bytes.
+    ep, ep_mode, ep_chunks: under torchrun, over how many processes the experts are spread, and how rows travel (see
+        `moe_triton.distributed.ExpertParallel`). They do not change the curve beyond rounding, and may be others on
+        resume, as may the number of processes.
 
     Raises TrainingError, a ValueError: settings, data or files that do not work, in one line that names them. What was
     saved before stays as it was.
     """
-    console = Console() if console is None else console
     if checkpoint_every < 1:
         raise TrainingError(f"checkpoint_every: got {checkpoint_every}, wanted at least 1")
+    device = str(options.get("device", TrainConfig.device))
+    with started_workers(ep, ep_mode, ep_chunks, device) as workers:
+        console = (Console() if console is None else console) if workers.is_first else Console(quiet=True)
+        return run_by(workers, out, options, resume, compare_dense, checkpoint_every, console)
+
+
+def run_by(
+    workers: Workers,
+    out: Path,
+    options: Mapping[str, Any],
+    resume: bool,
+    compare_dense: bool,
+    checkpoint_every: int,
+    console: Console,
+) -> dict[str, Any]:
+    """`run_job` in each of its processes."""
     saved = saved_checkpoints(out, resume)
     config = settings(options, saved, out)
+    if config.capacity_factor and config.num_groups % workers.world:
+        raise TrainingError(
+            f"capacity_groups: got {config.num_groups}, wanted a multiple of the {workers.world} processes"
+        )
+    parallel = workers.expert_parallel()
+    if parallel is not None:
+        try:
+            parallel.experts_of(config.num_experts)
+        except ValueError as error:
+            raise TrainingError(str(error)) from error
     corpus = load_corpus(None if config.data is None else Path(config.data), config.seq_len)
     for checkpoint in saved.values():
         if checkpoint.digest != corpus.digest:
@@ -61,8 +93,9 @@ def run_job(
     except OSError as error:
         raise TrainingError(f"--out: cannot make {out}: {reason(error)}") from error
 
+    workers.sum(torch.zeros(1, device=config.device))  # all have looked at the directory before one writes to it
     with cpu_threads(config.threads):
-        return run(config, corpus, out, saved, compare_dense, checkpoint_every, console)
+        return run(config, corpus, out, saved, compare_dense, checkpoint_every, console, workers)
 
 
 def run(
@@ -73,6 +106,7 @@ def run(
     compare_dense: bool,
     checkpoint_every: int,
     console: Console,
+    workers: Workers,
 ) -> dict[str, Any]:
     """Trains and measures, then writes the summary and the report."""
     size = sum(part.numel() for part in (corpus.train, corpus.validation, corpus.held_out))
@@ -80,11 +114,15 @@ def run(
     results: dict[str, Any] = {}
     sample: dict[str, str] = {}
     for kind in KINDS if compare_dense else KINDS[:1]:
-        model = train_kind(kind, config, corpus, out, saved.get(kind), compare_dense, checkpoint_every, console)
-        results[kind] = measure(model, config, corpus, out)
+        before = saved.get(kind)
+        model = train_kind(kind, config, corpus, out, before, compare_dense, checkpoint_every, console, workers)
+        results[kind] = measure(model, config, corpus, out, workers)
         if kind == "moe":
             sample = write_sample(model, config, corpus)
-    summary = {**results, "sample": sample, **circumstances(config, corpus)}
+    spread = {"processes": workers.world, "ep": 1 if workers.groups is None else workers.groups.ep.size}
+    summary = {**results, "sample": sample, **circumstances(config, corpus), **spread}
+    if not workers.is_first:
+        return summary
     history = {kind: read_metrics(run_files(out, kind).metrics) for kind in results}
     replace_file(out / "summary.json", [json.dumps(summary, indent=2, allow_nan=False).encode() + b"\n"])
     replace_file(out / "report.html", [render_report(summary, history).encode()])
@@ -147,6 +185,7 @@ def train_kind(
     compare_dense: bool,
     checkpoint_every: int,
     console: Console,
+    workers: Workers,
 ) -> LanguageModel:
     """Trains one model, or what is left to train of it, with a display."""
     done = 0 if saved is None else saved.step
@@ -162,16 +201,17 @@ def train_kind(
             compare_dense=compare_dense,
             checkpoint_every=checkpoint_every,
             on_step=display.update,
+            workers=workers,
         )
 
 
-def measure(model: LanguageModel, config: TrainConfig, corpus: Corpus, out: Path) -> dict[str, Any]:
+def measure(model: LanguageModel, config: TrainConfig, corpus: Corpus, out: Path, workers: Workers) -> dict[str, Any]:
     """A trained model's results: losses in nats per byte, sizes, and sums over its steps."""
     total, active = model.parameter_counts()
     records = read_metrics(run_files(out, model.kind).metrics)
     result = {
-        "held_out_loss": evaluate(model, corpus.held_out, config),
-        "validation_loss": evaluate(model, corpus.validation, config),
+        "held_out_loss": evaluate(model, corpus.held_out, config, workers),
+        "validation_loss": evaluate(model, corpus.validation, config, workers),
         "train_loss": records[-1]["train_loss"],
         "parameters": total,
         "active_parameters": active,

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from moe_triton.layers import MoE
+from moe_triton.layers import Experts
 from moe_triton.training.checkpoint import Checkpoint, restore, save_checkpoint
 from moe_triton.training.config import TrainConfig
 from moe_triton.training.data import Corpus, batch, evaluation_windows
 from moe_triton.training.errors import TrainingError
 from moe_triton.training.files import MetricsFile
 from moe_triton.training.model import LanguageModel
+from moe_triton.training.workers import ALONE, Workers
 
 WARM_UP = 0.1  # share of the steps
 FINAL_LR = 0.1  # share of the peak learning rate
@@ -64,25 +66,28 @@ def train_model(
     compare_dense: bool = False,
     checkpoint_every: int = 10,
     on_step: Callable[[dict[str, Any]], None] = lambda record: None,
+    workers: Workers = ALONE,
 ) -> LanguageModel:
     """Trains the "moe" or "dense" model to `config.steps` and returns it.
 
     Writes one line of metrics per step and a checkpoint every `checkpoint_every` steps (and at the start and the end)
     under `out`; `resume_from` continues, with the same bits as a run that was never interrupted. `on_step` sees every
-    record. Raises TrainingError: files that cannot be written or do not fit, a loss that is not finite.
+    record. Of several `workers` each computes its share of every batch, and the first one writes. Raises TrainingError:
+    files that cannot be written or do not fit, a loss that is not finite.
     """
     device = torch.device(config.device)
     torch.manual_seed(config.seed)
-    model = LanguageModel(config, kind).to(device)
+    model = LanguageModel(config, kind, workers).to(device)
     optimizer = make_optimizer(model, config)
     files = run_files(out, kind)
     done = 0
     if resume_from is not None:
-        restore(resume_from, model, optimizer)
+        restore(resume_from, model, optimizer, workers)
         done = resume_from.step
 
     def save(step: int) -> None:
-        metrics.sync()
+        if metrics is not None:
+            metrics.sync()
         save_checkpoint(
             files.checkpoint,
             model,
@@ -91,33 +96,39 @@ def train_model(
             config=config,
             digest=corpus.digest,
             compare_dense=compare_dense,
+            workers=workers,
         )
 
-    with MetricsFile(files.metrics, done) as metrics:
+    with MetricsFile(files.metrics, done) if workers.is_first else contextlib.nullcontext() as metrics:
         if resume_from is None:
             save(0)  # a directory that cannot hold a checkpoint shows at once
         for step in range(done + 1, config.steps + 1):
             tokens = batch(corpus.train, config.seed, step, config.batch_size, config.seq_len)
-            record = train_step(
-                model, optimizer, tokens.to(device), learning_rate(config, kind, step), config.grad_clip
-            )
+            lr = learning_rate(config, kind, step)
+            record = train_step(model, optimizer, tokens.to(device), lr, config.grad_clip, workers)
             record = {"step": step, **record}
             if not math.isfinite(record["train_loss"] + record["grad_norm"]):
                 raise TrainingError(
                     f"the {kind} model's loss or gradient is not finite at step {step}: a lower "
                     f"{'--lr' if kind == 'moe' else '--dense-lr'} than {config.peak_lr(kind):g} may help"
                 )
-            metrics.write(record)
-            on_step(record)
+            if metrics is not None:
+                metrics.write(record)
+                on_step(record)
             if step % checkpoint_every == 0 or step == config.steps:
                 save(step)
     return model
 
 
 def train_step(
-    model: LanguageModel, optimizer: torch.optim.Optimizer, tokens: Tensor, lr: float, grad_clip: float
+    model: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    tokens: Tensor,
+    lr: float,
+    grad_clip: float,
+    workers: Workers = ALONE,
 ) -> dict[str, Any]:
-    """One step of AdamW on tokens [B, S + 1]; returns its metrics as plain numbers.
+    """One step of AdamW on tokens [B, S + 1], of which every worker computes its share; metrics as plain numbers.
 
     train_loss    mean cross-entropy in nats per byte, without the auxiliary loss
     aux_loss      the weighted load-balance and z losses, mean over layers
@@ -129,46 +140,67 @@ def train_step(
     model.train()
     for group in optimizer.param_groups:
         group["lr"] = lr
-    out = model(tokens[:, :-1])
-    loss = F.cross_entropy(out.logits.flatten(0, 1), tokens[:, 1:].flatten())
+    num_tokens = tokens[:, 1:].numel()
+    mine = workers.share(tokens)
+    with kept_assignments(model) as kept:
+        out = model(mine[:, :-1])
+    # shares that sum to the mean over the whole batch, so that the gradients of all workers do too
+    loss = F.cross_entropy(out.logits.flatten(0, 1), mine[:, 1:].flatten(), reduction="sum") / num_tokens
     optimizer.zero_grad()
     (loss + out.aux_loss).backward()
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    grad_norm = clip(model, grad_clip, workers)
     optimizer.step()
-    record: dict[str, Any] = {
-        "train_loss": loss.item(),
-        "lr": lr,
-        "grad_norm": grad_norm.item(),
-        "aux_loss": out.aux_loss.item(),
-    }
-    num_tokens = tokens[:, 1:].numel()
+    sums = workers.sum(torch.stack([loss.detach(), out.aux_loss.detach()]).double())
+    train_loss, aux_loss = sums.tolist()
+    record: dict[str, Any] = {"train_loss": train_loss, "lr": lr, "grad_norm": grad_norm.item(), "aux_loss": aux_loss}
     if model.kind == "moe":
-        load = out.expert_counts.double().cpu()
-        record["dropped"] = dropped_share(model, load, num_tokens)
-        record["max_load"] = (load.amax(1) / load.mean(1)).max().item()
-        record["expert_load"] = out.expert_counts.tolist()
+        load_LE = workers.sum(out.expert_counts.double())
+        num_kept = workers.sum(torch.stack(kept).double().sum())
+        record["dropped"] = 1 - (num_kept / load_LE.sum()).item()
+        record["max_load"] = (load_LE.amax(1) / load_LE.mean(1)).max().item()
+        record["expert_load"] = load_LE.long().tolist()
     record["seconds"] = time.perf_counter() - start
     record["tokens_per_s"] = num_tokens / record["seconds"]
     return record
 
 
-def dropped_share(model: LanguageModel, load_LE: Tensor, num_tokens: int) -> float:
-    """The share of all assignments that lie beyond their expert's capacity."""
-    capacity = next(layer.capacity(num_tokens) for layer in model.modules() if isinstance(layer, MoE))
-    return 0.0 if capacity is None else ((load_LE - capacity).clamp_min(0).sum() / load_LE.sum()).item()
+def clip(model: LanguageModel, grad_clip: float, workers: Workers) -> Tensor:
+    """Gradients of the whole batch, clipped; returns their norm."""
+    if workers.groups is None:
+        return torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    from moe_triton.distributed import clip_grad_norm_, reduce_gradients  # DTensor takes seconds to import
+
+    reduce_gradients(model, workers.groups, rule="sum")
+    return clip_grad_norm_(model, grad_clip, workers.groups)
+
+
+@contextlib.contextmanager
+def kept_assignments(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The list fills with the assignments that survived the capacity, a scalar for every layer that runs."""
+    found: list[Tensor] = []
+
+    def note(_module: nn.Module, inputs: tuple[Any, ...], _out: Tensor) -> None:
+        found.append(inputs[2].offsets[-1])
+
+    hooks = [layer.register_forward_hook(note) for layer in model.modules() if isinstance(layer, Experts)]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()
-def evaluate(model: LanguageModel, text: Tensor, config: TrainConfig) -> float:
+def evaluate(model: LanguageModel, text: Tensor, config: TrainConfig, workers: Workers = ALONE) -> float:
     """Mean cross-entropy in nats per byte over fixed windows of `text` [N] uint8; nothing is dropped."""
     model.eval()
     windows = evaluation_windows(text, config.seq_len)
-    total = 0.0
-    for tokens in windows.split(config.batch_size):
-        tokens = tokens.to(config.device)
+    total = torch.zeros((), dtype=torch.float64, device=config.device)
+    for batch_of_windows in windows.split(config.batch_size):
+        tokens = workers.share(batch_of_windows).to(config.device)
         logits = model(tokens[:, :-1]).logits
-        total += F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").item()
-    return total / windows[:, 1:].numel()
+        total += F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+    return workers.sum(total).item() / windows[:, 1:].numel()
 
 
 @torch.no_grad()

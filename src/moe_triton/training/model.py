@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from moe_triton.layers import FeedForward, MoE, MoEOutput
+from moe_triton.distributed import ExpertParallel
+from moe_triton.layers import Experts, FeedForward, MoE, MoEOutput
 from moe_triton.training.config import TrainConfig
+from moe_triton.training.workers import ALONE, Workers
 
 VOCABULARY = 256  # every byte
 
@@ -58,12 +60,12 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and feed-forward, each with a residual connection."""
 
-    def __init__(self, config: TrainConfig, kind: str) -> None:
+    def __init__(self, config: TrainConfig, kind: str, workers: Workers, parallel: ExpertParallel | None) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
         self.attention = Attention(config.hidden_size, config.num_heads)
         self.feed_forward_norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
-        self.feed_forward = feed_forward(config, kind)
+        self.feed_forward = feed_forward(config, kind, workers, parallel)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, MoEOutput | None]:
         """[B, S, d] -> [B, S, d], and what the MoE layer said if it is one."""
@@ -79,13 +81,14 @@ class LanguageModel(nn.Module):
     3 d n_dense = K 3 d n + E d, rounded to the nearest n_dense (the router counts as active).
     """
 
-    def __init__(self, config: TrainConfig, kind: str) -> None:
+    def __init__(self, config: TrainConfig, kind: str, workers: Workers = ALONE) -> None:
         super().__init__()
         self.config = config
         self.kind = kind
         self.head_size = config.hidden_size // config.num_heads
         self.embedding = nn.Embedding(VOCABULARY, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config, kind) for _ in range(config.num_layers))
+        parallel = workers.expert_parallel() if kind == "moe" else None
+        self.blocks = nn.ModuleList(Block(config, kind, workers, parallel) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
         self.head = nn.Linear(config.hidden_size, VOCABULARY, bias=False)
         self.reset_parameters()
@@ -116,13 +119,17 @@ class LanguageModel(nn.Module):
 
     def parameter_counts(self) -> tuple[int, int]:
         """(all parameters, active ones): of the experts, top_k out of num_experts work on a token."""
-        experts = sum(weight.numel() for name, weight in self.named_parameters() if ".experts." in name)
-        total = sum(weight.numel() for weight in self.parameters())
+        layers = [module for module in self.modules() if isinstance(module, Experts)]
+        here = sum(weight.numel() for layer in layers for weight in layer.parameters())
+        experts = sum(weight[0].numel() * layer.num_experts for layer in layers for weight in layer.parameters())
+        total = sum(weight.numel() for weight in self.parameters()) - here + experts
         return total, total - experts + experts * self.config.top_k // self.config.num_experts
 
 
-def feed_forward(config: TrainConfig, kind: str) -> MoE | FeedForward:
-    """One block's feed-forward layer."""
+def feed_forward(
+    config: TrainConfig, kind: str, workers: Workers = ALONE, parallel: ExpertParallel | None = None
+) -> MoE | FeedForward:
+    """One block's feed-forward layer; this process has its share of the run's capacity groups."""
     if kind == "dense":
         expert_rows = config.top_k * config.intermediate_size
         return FeedForward(config.hidden_size, expert_rows + round(config.num_experts / 3))
@@ -132,7 +139,9 @@ def feed_forward(config: TrainConfig, kind: str) -> MoE | FeedForward:
         config.num_experts,
         config.top_k,
         capacity_factor=config.capacity_factor or None,
-        eval_capacity_factor=config.num_experts / config.top_k if config.capacity_factor else None,
+        eval_capacity_factor=math.inf,
+        capacity_groups=max(1, config.num_groups // workers.world) if config.capacity_factor else 1,
+        expert_parallel=parallel,
         aux_loss_weight=config.aux_loss_weight,
         z_loss_weight=config.z_loss_weight,
         backend=config.backend,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_triton.backends.torch import experts_batched, experts_device, experts_loop
 from moe_triton.backends.torch.operands import Gradients, Needs, Operands, Weights, sum_rows
-from moe_triton.records import ExpertSpec
+from moe_triton.records import Dispatch, ExpertSpec
 
 # Only oneDNN's bf16 batched product beats a loop of single ones; without oneDNN it is a naive loop in torch itself.
 _HAS_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -141,6 +141,26 @@ def combine_rows(rows: Tensor, position: Tensor) -> Tensor:
     if rows.device.type != "cpu":
         return experts_device.sum_rows(rows, position)
     return sum_rows(torch.cat([rows, rows.new_zeros(1, rows.shape[1])]), position, zero_row=rows.shape[0])
+
+
+def way(
+    hidden: Tensor,
+    weights: Tensor,
+    plan: Dispatch,
+    gate_up_proj: Weights,
+    down_proj: Weights,
+    gate_up_bias: Weights | None,
+    down_bias: Weights | None,
+    spec: ExpertSpec,
+) -> str:
+    """Which of the three ways runs these operands, by the name of its module."""
+    operands = Operands(
+        hidden=hidden, weights=weights, offsets=plan.offsets, source=plan.source, position=plan.position,
+        gate_up_proj=gate_up_proj, down_proj=down_proj, gate_up_bias=gate_up_bias, down_bias=down_bias, spec=spec,
+    )  # fmt: skip
+    if hidden.device.type != "cpu":
+        return "experts_device"
+    return "experts_batched" if _is_batched(operands, plan.offsets.tolist()) else "experts_loop"
 
 
 def _is_batched(operands: Operands, bounds: list[int]) -> bool:

@@ -50,6 +50,7 @@ class Experts(nn.Module):
         check_int("num_local_experts", num_local_experts, low=1)
         self.expert_group_name = expert_group_name
         self.layer_name = layer_name
+        self.message_name = "MoE layer"  # in the exchange's messages; numbered when the layer is bound to its groups
         self.backend = backend
         self.adopt(nn.ModuleList([copy.deepcopy(expert) for _ in range(num_local_experts)]), recognise(expert))
         self.register_load_state_dict_pre_hook(_take_own_experts)
@@ -132,7 +133,7 @@ class Experts(nn.Module):
                 parameters,
                 spec,
                 num_experts=self.num_local_experts * expert_parallel.ep.size,
-                layer=self.layer_name or "MoE layer",
+                layer=self.message_name,
                 capacity=capacity,
                 recompute=False,
                 backend=self.backend,

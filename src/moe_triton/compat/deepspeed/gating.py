@@ -96,7 +96,7 @@ def top_k_gating(
     check_choice("drop_policy", drop_policy, tuple(DROP_POLICIES))
     if used_token is not None:
         check_tensor("used_token", used_token, shape=(num_tokens,), device=logits.device)
-    if k == 1 and drop_tokens and num_tokens < min_capacity:
+    if k == 1 and drop_tokens and 0 < num_tokens < min_capacity:
         raise ValueError(f"min_capacity: got {min_capacity} for {num_tokens} tokens, wanted at most that many when k=1")
 
     noise = _choice_noise(logits, k, rsample, top2_2nd_expert_sampling)

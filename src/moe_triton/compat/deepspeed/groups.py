@@ -25,6 +25,7 @@ class _State:
 
     ep_size: int | None = None
     mpu: Any = None
+    world: Any = None  # the default group that the others belong to
     parallel: dict[str, ParallelGroups] = field(default_factory=dict)
     expert_parallel: dict[str, Any] = field(default_factory=dict)
     expert_parallel_ranks: dict[str, Any] = field(default_factory=dict)
@@ -106,6 +107,7 @@ def ensure_initialized(mpu: Any = None) -> None:
 
 def is_initialized() -> bool:
     """Whether `initialize` has been called."""
+    _notice_world()
     return _state.ep_size is not None
 
 
@@ -119,6 +121,19 @@ def ep_size_for(num_experts: int) -> int:
 
 def reset() -> None:
     """Forget all groups and the mpu, as after torch.distributed.destroy_process_group()."""
+    _forget_groups()
+    _set_mpu(None)
+
+
+def _notice_world() -> None:
+    """Forget groups of a torch.distributed that has been started anew since."""
+    if dist.is_initialized():
+        if _state.world not in (None, dist.group.WORLD):
+            _forget_groups()
+        _state.world = dist.group.WORLD
+
+
+def _forget_groups() -> None:
     global _state
     for groups in (
         _state.expert_parallel,
@@ -127,10 +142,9 @@ def reset() -> None:
         _state.expert_data_parallel_ranks,
     ):
         groups.clear()
-    _set_mpu(None)
     if upstream.groups is not None:
         upstream.groups.expert_tensor_parallel_world_size = 1
-    _state = _new_state()
+    _state = replace(_new_state(), mpu=_state.mpu)
 
 
 def create_expert_groups(ep_size: int, *, within_lanes: bool = False, data_before_expert: bool = False) -> None:
@@ -146,6 +160,7 @@ def create_expert_groups(ep_size: int, *, within_lanes: bool = False, data_befor
     Raises ValueError where the sizes do not fit, or the mpu's groups are not runs of consecutive ranks, as Megatron's.
     """
     name = group_name(ep_size)
+    _notice_world()
     if not dist.is_initialized() or name in _state.parallel:
         return
     sizes = tensor_parallel_world_size(), pipeline_parallel_world_size()
@@ -273,11 +288,6 @@ def _check_started() -> None:
 
 
 # Getters --------------------------------------------------------------------------------------------------------------
-
-
-def is_within_lanes(name: str) -> bool:
-    """Whether the group keeps to one model-parallel lane (see `create_expert_groups`)."""
-    return name in _state.parallel and _state.parallel[name].tables.order == "tp-replicated"
 
 
 def get_expert_parallel_group(name: str) -> Any:

@@ -104,7 +104,7 @@ class MoeLayer(nn.Module):
     def aux_loss(self, routing: Routing) -> Tensor:
         """This rank's share of the load-balance loss [], not weighted; the shares average to the global loss."""
         parallel = self.experts.parallel
-        counts, num_tokens = parallel.global_counts(routing.counts, routing.num_tokens)
+        counts, num_tokens = parallel.global_counts(routing.counts, routing.num_tokens, "MoeLayer")
         loss = losses.load_balance_loss(counts, routing.score_sums, num_tokens, self.router.top_k)
         return loss * parallel.loss_scale
 

@@ -1,0 +1,277 @@
+"""Right results: every operation on the device against the float64 reference, on fresh random inputs, over poison."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import cycle
+
+import torch
+from compare import TOLERANCE, assert_close
+from expert_problem import check, make_problem, random_choices, run
+from torch import Tensor
+
+import moe_triton
+from gpu_checks.harness import Setting, poisoned
+from moe_triton import MoE, reference
+from moe_triton.benchmarking.cases import SKEWS, Case, make_workload
+from moe_triton.benchmarking.correctness import check as check_block
+from moe_triton.benchmarking.providers import PROVIDERS
+from moe_triton.records import ACTIVATIONS, GATED, UNGATED, ExpertSpec, RouterSpec
+from moe_triton.routing import route_by_spec
+
+LAYOUTS = ((False, True), (True, True), (False, False), (True, False))  # (is_transposed, is_concatenated)
+NEAR = 1e-5  # choice keys nearer than this are a tie in fp32
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# Routing and dispatch -------------------------------------------------------------------------------------------------
+
+ROUTERS = (  # experts, options
+    (8, RouterSpec(top_k=2, normalize=True)),
+    (64, RouterSpec(top_k=8)),
+    (128, RouterSpec(top_k=8, normalize=True)),
+    (32, RouterSpec(top_k=4, score="topk_softmax")),
+    (256, RouterSpec(top_k=8, score="sigmoid", normalize=True, scale=2.5, num_groups=8, top_groups=4)),
+    (96, RouterSpec(top_k=6, num_groups=6, top_groups=2, group_score="top2_sum")),
+    (1000, RouterSpec(top_k=16, normalize=True)),
+    (5, RouterSpec(top_k=5, score="sigmoid")),
+)
+
+
+def routing(setting: Setting) -> str:
+    """Choices, weights, sums and the gradient of the logits, with and without choice bias, noise and token mask."""
+    count = 0
+    for experts, spec in ROUTERS[:2] if setting.tiny else ROUTERS:
+        for dtype in setting.dtypes:
+            for extras in (False, True):
+                with poisoned():
+                    route_once(setting, experts, spec, dtype, extras)
+                count += 1
+    return f"{count} routers"
+
+
+def route_once(setting: Setting, num_experts: int, spec: RouterSpec, dtype: torch.dtype, extras: bool) -> None:
+    tokens, device = (7 if setting.tiny else 3001), setting.device
+    logits = (2 * torch.randn(tokens, num_experts, device=device)).to(dtype)
+    options: dict[str, Tensor] = {}
+    if extras:
+        options = {
+            "choice_bias": 0.1 * torch.randn(num_experts, device=device),
+            "noise": torch.randn(tokens, num_experts, device=device),
+            "token_mask": torch.rand(tokens, device=device) > 0.2,
+        }
+    mine, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    found = route_by_spec(mine, spec, **options, backend="triton")
+    wanted = reference.route(
+        exact, spec, **{name: x.double() if x.is_floating_point() else x for name, x in options.items()}
+    )
+    same = (found.experts == wanted.experts).all(1)
+    if not bool(same.all()):  # two keys that fp32 cannot tell apart: either choice is right
+        keys = reference.choice_keys(exact.detach(), spec, options.get("choice_bias"), options.get("noise"))
+        gap = keys.gather(1, found.experts.long().clamp_min(0)) - keys.gather(1, wanted.experts.long().clamp_min(0))
+        assert gap.abs().max().item() <= NEAR, f"E={num_experts} {spec}: an expert that is not among the best"
+        assert same.float().mean().item() > 0.99, f"E={num_experts} {spec}: too many near-ties"
+    else:
+        assert torch.equal(found.counts, wanted.counts)
+    assert_close(found.weights[same], wanted.weights[same])
+    assert_close(found.score_sums, wanted.score_sums)
+    assert_close(found.z_sum, wanted.z_sum)
+    grads = torch.randn_like(found.weights), torch.randn_like(found.score_sums), torch.randn_like(found.z_sum)
+    outputs = (found.weights, found.score_sums, found.z_sum), (wanted.weights, wanted.score_sums, wanted.z_sum)
+    (grad,) = torch.autograd.grad(outputs[0], mine, grads)
+    (expected,) = torch.autograd.grad(outputs[1], exact, tuple(g.double() for g in grads))
+    assert_close(grad[same], expected[same], tolerance=max(TOLERANCE[dtype], 1e-4))
+
+
+def dispatch(setting: Setting) -> str:
+    """Counts, offsets, source and position, bit for bit, for every priority, capacity and group."""
+    sizes = ((9, 2, 4),) if setting.tiny else ((1, 1, 1), (7, 3, 5), (4096, 8, 128), (5000, 4, 300), (20000, 2, 8))
+    count = 0
+    for tokens, top_k, num_experts in sizes:
+        experts = torch.rand(tokens, num_experts, device=setting.device).argsort(1)[:, :top_k].int()
+        experts = torch.where(torch.rand(tokens, top_k, device=setting.device) < 0.05, num_experts, experts)
+        experts = torch.where(torch.rand(tokens, top_k, device=setting.device) < 0.05, -1, experts)
+        weights = torch.rand(tokens, top_k, device=setting.device)
+        for capacity in (None, 0, max(1, tokens * top_k // (2 * num_experts))):
+            for priority in ("position", "choice", "probability"):
+                for ids in (experts, experts.long()):
+                    with poisoned():
+                        dispatch_once(ids, num_experts, capacity, priority, weights)
+                    count += 1
+    return f"{count} dispatches"
+
+
+def dispatch_once(experts: Tensor, num_experts: int, capacity: int | None, priority: str, weights: Tensor) -> None:
+    groups = 5 if experts.shape[0] % 5 == 0 else 1
+    options = {"capacity": capacity, "capacity_groups": groups, "priority": priority, "weights": weights}
+    found = moe_triton.dispatch(experts, num_experts, **options, backend="triton")
+    wanted = moe_triton.dispatch(experts, num_experts, **options, backend="reference")
+    for field in ("counts", "offsets", "source", "position"):
+        assert torch.equal(getattr(found, field), getattr(wanted, field)), f"{field} with {capacity=}, {priority=}"
+
+
+# The experts ----------------------------------------------------------------------------------------------------------
+
+
+def specs(activations: tuple[str, ...]) -> Iterator[tuple[ExpertSpec, bool]]:
+    """Every activation in every layout that it has, half of them with biases."""
+    biases = cycle((True, False, False, True, False, True, True))
+    for activation in activations:
+        for transposed, concatenated in LAYOUTS:
+            if concatenated or activation in GATED:
+                spec = ExpertSpec(activation=activation, is_transposed=transposed, is_concatenated=concatenated)
+                yield spec, next(biases)
+
+
+def experts(setting: Setting, dtype: torch.dtype, activations: tuple[str, ...]) -> str:
+    """Forward and all gradients for every activation and layout, rows per expert in turn of every bucket."""
+    rows = cycle((100, 24, 8, 48))
+    count = 0
+    for spec, bias in specs(activations):
+        if setting.tiny and count == 2:
+            break
+        num_experts, top_k = (4, 2) if setting.tiny else (9, 3)
+        tokens = 9 if setting.tiny else next(rows) * (num_experts - 1) // top_k
+        d, n = (24, 20) if setting.tiny else (192, 160)
+        choices = random_choices(tokens, top_k, num_experts)
+        problem = make_problem(choices, num_experts, spec=spec, bias=bias, d=d, n=n, dtype=dtype)
+        with poisoned():
+            found = run(problem, recompute=count % 3 == 1, sequence=count % 3 == 2)
+        check(found, problem, TOLERANCE[dtype])
+        count += 1
+    return f"{count} problems in {name_of(dtype)}"
+
+
+def experts_gated(dtype: torch.dtype):
+    return lambda setting: experts(setting, dtype, GATED)
+
+
+def experts_ungated(dtype: torch.dtype):
+    return lambda setting: experts(setting, dtype, UNGATED)
+
+
+def buckets(setting: Setting) -> str:
+    """Every bucket of rows per expert with sizes that fill their tiles and sizes that do not; capacity drops too."""
+    sizes = ((24, 20),) if setting.tiny else ((512, 384), (320, 200), (130, 70), (33, 17))
+    rows = (3,) if setting.tiny else (5, 20, 50, 300)
+    count = 0
+    for dtype in setting.dtypes:
+        for d, n in sizes:
+            for rows_per_expert in rows:
+                choices = random_choices(rows_per_expert * 8 // 2, 2, 8)
+                capacity = None if count % 2 else max(1, rows_per_expert // 2)
+                weights_dtype = dtype if count % 2 else torch.float32
+                problem = make_problem(
+                    choices, 8, bias=False, d=d, n=n, dtype=dtype, weights_dtype=weights_dtype, capacity=capacity
+                )
+                with poisoned():
+                    found = run(problem)
+                check(found, problem, TOLERANCE[dtype])
+                count += 1
+    return f"{count} problems"
+
+
+def empty(setting: Setting) -> str:
+    """No token, one token, no kept row, all rows with one expert, every choice skipped: zeros where nothing came."""
+    cases = {
+        "no token": torch.zeros(0, 2),
+        "one token": torch.tensor([[3, 1]]),
+        "one expert has all rows": torch.full((33, 1), 2),
+        "every choice is skipped": torch.full((5, 2), -1),
+        "ids past the end": torch.full((5, 2), 6),
+    }
+    dtypes = setting.dtypes[:1] if setting.tiny else setting.dtypes
+    for dtype in dtypes:
+        for name, choices in cases.items():
+            problem = make_problem(choices.int(), 6, dtype=dtype)
+            with poisoned():
+                found = run(problem)
+            check(found, problem, TOLERANCE[dtype])
+            assert all(torch.isfinite(x).all() for x in found.values()), name
+    return f"{len(cases) * len(dtypes)} problems"
+
+
+def nan_logits(setting: Setting) -> str:
+    """NaN and infinite logits: distinct experts in range, and every other token as if they were not there."""
+    tokens, num_experts, top_k = (6, 8, 2) if setting.tiny else (4097, 128, 8)
+    for dtype in setting.dtypes:
+        logits = torch.randn(tokens, num_experts, device=setting.device, dtype=torch.float32).to(dtype)
+        clean = logits.clone()
+        logits[0], logits[1, ::2], logits[2], logits[3, 0] = float("nan"), float("nan"), float("inf"), float("-inf")
+        with poisoned():
+            found = moe_triton.route(logits, top_k, backend="triton")
+            expected = moe_triton.route(clean, top_k, backend="triton")
+        chosen = found.experts.sort(1).values
+        assert bool((chosen[:, 1:] > chosen[:, :-1]).all()), "a token chose an expert twice"
+        assert int(chosen.min()) >= 0
+        assert int(chosen.max()) < num_experts
+        assert torch.equal(found.experts[4:], expected.experts[4:])
+        assert torch.equal(found.weights[4:], expected.weights[4:])
+    return f"{len(setting.dtypes)} dtypes"
+
+
+# The layer ------------------------------------------------------------------------------------------------------------
+
+
+def layer(setting: Setting) -> str:
+    """The whole layer, router included, and every gradient against the reference, in every skew and dtype."""
+    if setting.tiny:
+        cases = [Case(tokens=9, hidden=24, intermediate=16, experts=4, top_k=2, skew=skew) for skew in SKEWS[:2]]
+    else:
+        base = Case(tokens=4096, hidden=1024, intermediate=384, experts=64, top_k=8)
+        names = ("float32", "float16", "bfloat16")
+        cases = [replace(base, skew=skew, dtype=dtype) for skew in SKEWS for dtype in names]
+        cases += [replace(base, tokens=tokens, dtype="bfloat16") for tokens in (1, 37)]
+        cases += [replace(base, activation="gpt_oss", bias=True, dtype=dtype) for dtype in names]
+        cases += [replace(base, hidden=1000, intermediate=200, experts=11, top_k=3, dtype="bfloat16")]
+    worst = 0.0
+    for case in cases:
+        workload = make_workload(case, setting.device, seed=torch.initial_seed() % 2**31)
+        with poisoned():
+            found = check_block(PROVIDERS["triton"].build(workload), workload)
+        assert found.problem is None, f"{case.title()}: {found.problem}"
+        worst = max(worst, found.output_error, found.gradient_error)
+    return f"{len(cases)} layers, largest error {worst:.1e}"
+
+
+def mutations(setting: Setting) -> str:
+    """The comparisons above can fail: zeros, swapped experts and one dropped token are each found out."""
+    problem = make_problem(random_choices(11, 2, 4), 4, dtype=torch.float32)
+    actual = run(problem)
+    check(actual, problem)
+    dropped = actual["out"].clone()
+    dropped[3] = 0.0
+    wrong = {
+        "zeros": {"out": torch.zeros_like(actual["out"])},
+        "swapped experts": {"down": actual["down"][[1, 0, 2, 3]]},
+        "a dropped token": {"out": dropped},
+        "one NaN": {"hidden": actual["hidden"].index_fill(0, torch.tensor([2], device=setting.device), float("nan"))},
+    }
+    for name, change in wrong.items():
+        try:
+            check({**actual, **change}, problem)
+        except AssertionError:
+            continue
+        raise AssertionError(f"{name}: nobody noticed")
+    return f"{len(wrong)} mutations noticed"
+
+
+def small(setting: Setting) -> str:
+    """A few launches of every kernel: what compute-sanitizer looks at."""
+    torch.manual_seed(0)
+    for dtype in (torch.float32,) if setting.tiny else (torch.float32, torch.bfloat16):
+        tokens, d, n = (6, 16, 16) if setting.tiny else (40, 72, 40)
+        problem = make_problem(random_choices(tokens, 2, 5), 5, d=d, n=n, dtype=dtype)
+        check(run(problem), problem, TOLERANCE[dtype])
+        block = MoE(d, n, 5, 2, backend="triton", device=setting.device, dtype=dtype, capacity_factor=1.0)
+        x = torch.randn(tokens, d, device=setting.device, dtype=dtype, requires_grad=True)
+        out = block(x)
+        (out.output.square().sum() + out.aux_loss).backward()
+    return "the experts, and the layer with capacity"
+
+
+assert set(GATED + UNGATED) == set(ACTIVATIONS)

@@ -1,0 +1,26 @@
+"""Warp-specialized grouped GEMMs in Gluon, for Hopper: other kernels behind the same functions, off by default.
+
+Gluon is an experimental API of Triton. What plain Triton cannot do, it can: one warpgroup loads, two multiply, and a
+tile's loads and stores hide behind the products of another. `Config.gluon` names the schedule of a shipped entry;
+no entry has one yet, since these kernels have been compiled, and run in an emulator of the barrier protocol, but have
+never run on a GPU. Where `schedules.why_unsupported` has a reason, the plain kernel runs.
+
+schedules  which schedules there are, and what they can run; imports no Gluon
+names      Gluon's names in every supported version of Triton
+pipeline   the ring of stages, its barriers, the producer, the main loop
+down, up   kernels and launchers of the operations of these names
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from moe_triton_kernels.offline import Case
+
+
+def offline_cases(arch: str) -> list[Case]:
+    """Every kernel in every schedule, on Hopper."""
+    if arch != "sm_90":
+        return []
+    modules = [importlib.import_module(f"moe_triton_kernels.gluon.{name}") for name in ("down", "up")]
+    return [case for module in modules for case in module.offline_cases()]

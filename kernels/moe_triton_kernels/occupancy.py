@@ -1,0 +1,84 @@
+"""How many programs of a compiled kernel a multiprocessor holds at once: the occupancy calculators, on paper.
+
+NVIDIA's limits are those of the CUDA C++ programming guide ("Technical specifications per compute capability"), AMD's
+those of the CDNA3 instruction set guide.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Multiprocessor:
+    """One streaming multiprocessor or compute unit. Its registers lie in `parts` equal files, each with its own warps.
+
+    warps             resident warps at most (waves on AMD)
+    programs          resident programs at most
+    registers         per part and lane, counted per warp: how many registers of one lane a part's file holds
+    register_step     granularity in which a lane's registers are allocated
+    shared_bytes      shared memory of all resident programs
+    reserved_bytes    shared memory that the system takes of every program's
+    shared_step       granularity in which shared memory is allocated, in bytes
+    """
+
+    warps: int
+    programs: int
+    registers: int
+    register_step: int
+    shared_bytes: int
+    reserved_bytes: int
+    shared_step: int
+    parts: int = 4
+
+
+def nvidia(shared_kib: int) -> Multiprocessor:
+    """64 warps, 32 programs, four files of 16384 32-bit registers: 512 per lane of a 32-lane warp."""
+    return Multiprocessor(
+        warps=64,
+        programs=32,
+        registers=512,
+        register_step=8,
+        shared_bytes=shared_kib << 10,
+        reserved_bytes=1 << 10,
+        shared_step=128,
+    )
+
+
+MULTIPROCESSORS = {
+    "sm_80": nvidia(164),
+    "sm_90": nvidia(228),
+    "sm_100": nvidia(228),
+    # four SIMDs of 8 waves, each with 512 vector registers per lane, accumulation registers included
+    "gfx942": Multiprocessor(
+        warps=32,
+        programs=32,
+        registers=512,
+        register_step=8,
+        shared_bytes=64 << 10,
+        reserved_bytes=0,
+        shared_step=512,
+    ),
+}
+
+
+def round_up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def resident_programs(arch: str, *, registers: int, shared_bytes: int, num_warps: int) -> int:
+    """Programs that one multiprocessor of `arch` holds at once; 0 where it cannot hold a single one.
+
+    registers per thread, shared_bytes and num_warps per program, as a `Report` and a `Case` of `offline` have them.
+    ValueError on an architecture without an entry in MULTIPROCESSORS.
+    """
+    if arch not in MULTIPROCESSORS:
+        raise ValueError(f"arch: got {arch!r}, wanted one of {', '.join(MULTIPROCESSORS)}")
+    unit = MULTIPROCESSORS[arch]
+    warps_per_part = unit.warps // unit.parts
+    if registers > 0:
+        warps_per_part = min(warps_per_part, unit.registers // round_up(registers, unit.register_step))
+    by_warps = warps_per_part * unit.parts // num_warps
+    shared = round_up(shared_bytes + unit.reserved_bytes, unit.shared_step)
+    by_shared = unit.shared_bytes // shared if shared else unit.programs
+    return min(unit.programs, by_warps, by_shared)

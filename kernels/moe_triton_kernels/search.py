@@ -1,0 +1,104 @@
+"""Other configurations of a grouped kernel: a configuration's neighbours, and what each compiles to with no GPU.
+
+`python -m moe_triton_kernels.search --arch sm_90` reads candidates from stdin, a JSON list of {"op", "dtype", "config"}
+objects, and prints one JSON object for each, as soon as it is compiled: its offline report and broken gates, or
+the error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields, replace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from moe_triton_kernels.configs import TYPES, Config, Shipped, fit
+from moe_triton_kernels.offline import TARGETS, Case, broken_gates, compile_case
+from moe_triton_kernels.tiles import BLOCK_SIZES
+
+MODULES = {
+    "up_gated": "up", "up": "up", "down": "down", "d_rows": "down", "d_hidden_gated": "d_hidden",
+    "d_hidden": "d_hidden", "d_weight": "weight_grad",
+}  # fmt: skip
+LADDERS = {
+    "block_m": BLOCK_SIZES,
+    "block_n": (16, 32, 64, 128, 256),
+    "block_k": (16, 32, 64, 128),
+    "num_warps": (2, 4, 8, 16),
+    "num_stages": (1, 2, 3, 4, 5, 6),
+    "group": (1, 2, 4, 8, 16),
+    "parts": (1, 2, 4),
+    "programs_per_sm": (1, 2, 3, 4),
+}
+SWITCH = (False, True)
+ACCUMULATORS = 128  # fp32 accumulators that a thread holds without a spill
+
+
+def is_sound(config: Config, op: str, d: int, n: int) -> bool:
+    """Whether a configuration can be compiled for this size and is no waste from the start."""
+    width = config.block_n * (2 if op == "up_gated" else 1)
+    rows, columns, inner = {
+        "down": (BLOCK_SIZES[-1], d, n),
+        "d_rows": (BLOCK_SIZES[-1], d, n),
+        "d_weight": (min(d, n), max(d, n), BLOCK_SIZES[-1]),
+    }.get(op, (BLOCK_SIZES[-1], n, d))
+    return (
+        config.block_m <= fit(config.block_m, rows)
+        and config.block_n <= fit(config.block_n, columns)
+        and config.block_k <= fit(config.block_k, inner)
+        and config.block_n // config.parts >= 16
+        and config.block_m * width <= 32 * config.num_warps * ACCUMULATORS
+        and config.block_m * width >= 32 * config.num_warps  # an accumulator for every thread
+    )
+
+
+def neighbours(config: Config, op: str, d: int, n: int) -> Iterator[Config]:
+    """The sound configurations that are one step away in one field."""
+    for name, ladder in ((field.name, LADDERS.get(field.name, SWITCH)) for field in fields(config)):
+        value = getattr(config, name)
+        below = [step for step in ladder if step < value][-1:]
+        above = [step for step in ladder if step > value][:1]
+        for step in (*above, *below):
+            change: dict[str, Any] = {name: step}
+            candidate = replace(config, **change)
+            if is_sound(candidate, op, d, n):
+                yield candidate
+
+
+def candidate_case(op: str, dtype: torch.dtype, config: Config, arch: str) -> Case:
+    """The offline case of a candidate, as its kernel's file would list it if the candidate were all that ships.
+
+    fp16 compiles like bf16.
+    """
+    name = TYPES.get(dtype, "bf16")
+    module = importlib.import_module(f"moe_triton_kernels.{MODULES[op]}")
+    candidates = [Shipped(op=other, dtype=name, config=config) for other in MODULES if MODULES[other] == MODULES[op]]
+    with mock.patch.object(module, "shipped_configs", return_value=candidates):
+        return next(case for case in module.offline_cases(arch) if case.name.startswith(f"{op}_{name}_"))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m moe_triton_kernels.search", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", choices=list(TARGETS), required=True)
+    arch = parser.parse_args(arguments).arch
+    for candidate in json.load(sys.stdin):
+        found: dict[str, Any] = {"report": None, "broken": [], "error": ""}
+        try:
+            dtype = getattr(torch, candidate["dtype"])
+            case = candidate_case(candidate["op"], dtype, Config(**candidate["config"]), arch)
+            report = compile_case(case, arch)
+            found |= {"report": asdict(report), "broken": broken_gates(case, report)}
+        except Exception as error:  # a candidate that does not compile is a result, too
+            found["error"] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        print(json.dumps(found), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

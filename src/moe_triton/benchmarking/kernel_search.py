@@ -1,0 +1,166 @@
+"""One kernel with many configurations: those that ship (`moe-triton profile --kernel`), or candidates, each checked.
+
+A candidate is timed beside the best one so far, in interleaved rounds, after its result was held against float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moe_triton import runtime
+from moe_triton.benchmarking.cases import Workload
+from moe_triton.benchmarking.correctness import TOLERANCE
+from moe_triton.benchmarking.limits import dense
+from moe_triton.benchmarking.stages import bandwidth_buffer, middle, work_of
+from moe_triton.benchmarking.timing import Timer, ratios, run_rounds, spread
+from moe_triton.records import Dispatch, RouterSpec
+from moe_triton.reference import wide
+
+OK, WRONG, FAILED = "ok", "wrong", "failed"
+
+
+def stage_names() -> list[str]:
+    """The stages whose kernels have configurations."""
+    return list(runtime.load("triton", "stages").OP_OF)
+
+
+def operations() -> list[str]:
+    """The operations that have a configuration each; a gated one has its own."""
+    return list(runtime.load("triton", "stages").STAGES_OF)
+
+
+def open_kernels(workload: Workload) -> Any:
+    """The experts' kernels over a workload, its tokens routed by its own gate."""
+    case, x = workload.case, workload.hidden
+    dtype = wide(case.torch_dtype)
+    spec = RouterSpec(top_k=case.top_k, normalize=case.top_k > 1)
+    with runtime.plain_maths(x):
+        logits = x.to(dtype) @ workload.gate.to(dtype).T
+        experts, weights, *_ = runtime.load("triton", "routing").route_forward(logits, spec, None, None, None)
+        built = runtime.load("triton", "dispatch").build_dispatch(experts, case.experts, None, 1, False, None)
+        plan = Dispatch(**dict(zip(("counts", "offsets", "source", "position"), built, strict=True)))
+        return runtime.load("triton", "stages").ExpertKernels(
+            x, weights, plan, workload.gate_up, workload.down, workload.gate_up_bias, workload.down_bias, workload.spec,
+            workload.grad_out,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of a candidate.
+
+    status   "ok"; "wrong": its result is not within tolerance, so it may not win; "failed": `note` says how
+    time_s   median seconds of the operation's stages together; ratio: over the time of the one it ran against
+    error    the largest relative RMS error of any expert
+    """
+
+    status: str
+    time_s: float | None = None
+    ratio: float | None = None
+    error: float | None = None
+    note: str = ""
+
+
+class Searched:
+    """An operation of the experts over one workload, run with any configuration."""
+
+    def __init__(self, workload: Workload, op: str, timer: Timer) -> None:
+        self.workload, self.op, self.timer = workload, op, timer
+        self.kernels = open_kernels(workload)
+        self.stages = runtime.load("triton", "stages").STAGES_OF[op]
+
+    @property
+    def incumbent(self) -> Any:
+        """What runs without a search."""
+        self.kernels.problem.chosen = {}
+        return self.kernels.problem.config(self.op)
+
+    def call(self, config: Any) -> Callable[[], object]:
+        def run() -> list[object]:
+            self.kernels.problem.chosen = {self.op: config}
+            with runtime.plain_maths(self.workload.hidden):
+                return [self.kernels.call(stage)() for stage in self.stages]
+
+        return run
+
+    def error(self, config: Any) -> float:
+        """How far the results are from float64."""
+        stage_error = runtime.load("triton", "verify").stage_error
+        results = self.call(config)()
+        assert isinstance(results, list)
+        return max(stage_error(self.kernels, s, r) for s, r in zip(self.stages, results, strict=True))
+
+    def try_out(self, config: Any, against: Any, budget_s: float) -> Outcome:
+        """Checks a configuration and times it beside another one."""
+        try:
+            error = self.error(config)
+            if not error <= TOLERANCE[self.workload.case.torch_dtype]:
+                return Outcome(status=WRONG, error=error, note=f"relative error {error:.1e}")
+            times = run_rounds(
+                {"candidate": self.call(config), "against": self.call(against)}, self.timer, budget_s=budget_s
+            )
+        except Exception as problem:  # out of shared memory, a compiler that gives up, a launch that fails, ...
+            line = (str(problem).strip().splitlines() or [""])[0]
+            return Outcome(status=FAILED, note=f"{type(problem).__name__}: {line}"[:240])
+        ratio = ratios(times["candidate"], times["against"])
+        assert ratio is not None
+        return Outcome(status=OK, time_s=middle(spread(times["candidate"])), ratio=ratio.p50, error=error)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """One configuration of a kernel, in words; without a time `note` says why."""
+
+    config: str
+    time_s: float | None
+    flops: int
+    floor_s: float
+    note: str = ""
+
+
+def time_shipped(
+    workload: Workload, stage: str, timer: Timer, budget_s: float, on_step: Callable[[str, float], None]
+) -> list[Timed]:
+    """A stage's kernel with every configuration that ships for this device and dtype, fastest first."""
+    stages = runtime.load("triton", "stages")
+    kernels = open_kernels(workload)
+    op, case = stages.OP_OF[stage], workload.case
+    running = kernels.problem.config(op)
+    shipped = runtime.load("triton", "tables").shipped_for(kernels.problem, op)
+    buffer = bandwidth_buffer(workload.hidden.device)
+    limits = run_rounds({"dense": dense(workload, "forward").call, "sum": buffer.sum}, timer, budget_s=budget_s / 10)
+    flops_per_s = case.flops("forward") / middle(spread(limits["dense"]))
+    bytes_per_s = buffer.nbytes / middle(spread(limits["sum"]))
+    work = work_of(stage, case)
+    floor_s = max(work.flops / flops_per_s, work.bytes / bytes_per_s)
+    found = []
+    configs = list(dict.fromkeys([running, *shipped]))
+    for number, config in enumerate(configs):
+        words = stages.in_words(config)
+        on_step(words, number / len(configs))
+
+        def run(config: Any = config) -> object:
+            kernels.problem.chosen = {op: config}
+            with runtime.plain_maths(workload.hidden):
+                return kernels.call(stage)()
+
+        note = "runs" if config == running else ""
+        try:
+            times = run_rounds({"kernel": run}, timer, budget_s=budget_s / len(configs))["kernel"]
+        except Exception as error:  # a configuration for another size may not fit
+            line = (str(error).strip().splitlines() or [""])[0]
+            note = f"{note} {type(error).__name__}: {line}".strip()[:120]
+            found.append(Timed(config=words, time_s=None, flops=work.flops, floor_s=floor_s, note=note))
+            continue
+        time_s = middle(spread(times))
+        found.append(Timed(config=words, time_s=time_s, flops=work.flops, floor_s=floor_s, note=note))
+    return sorted(found, key=lambda row: float("inf") if row.time_s is None else row.time_s)
+
+
+def is_fatal(outcome: Outcome) -> bool:
+    """Whether the GPU is lost to this process: after a failed launch every later one fails too."""
+    return outcome.status == FAILED and torch.cuda.is_available() and "CUDA error" in outcome.note

@@ -1,0 +1,265 @@
+"""Our layer taken apart: the time of every stage beside its floor, on the tensors that the stage before it made.
+
+A stage's floor is the least time that its FLOPs and bytes need (`moe_triton_kernels.floors`) at the speed of a dense
+product and at the bandwidth that are measured in the same rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_triton import runtime
+from moe_triton.backends.stages import Stage
+from moe_triton.benchmarking.cases import Case, Workload
+from moe_triton.benchmarking.environment import now
+from moe_triton.benchmarking.limits import CPU_BUFFER_BYTES, GPU_BUFFER_BYTES, dense
+from moe_triton.benchmarking.providers import PROVIDERS
+from moe_triton.benchmarking.report import three_digits
+from moe_triton.benchmarking.results import spread_from, spreads_from
+from moe_triton.benchmarking.timing import Call, Fresh, Spread, Timer, run_rounds, spread
+from moe_triton.benchmarking.ways import block_call
+from moe_triton.records import Dispatch, RouterSpec
+from moe_triton.reference import wide
+from moe_triton_kernels.floors import FLOORS, Shape, Work
+
+DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+DENSE, BANDWIDTH = "a dense product", "a sum over a large buffer"
+LAYER = ("layer forward", "layer backward")  # of a training step: besides its stages, autograd, checks, allocation
+PASSES = {False: LAYER[0], True: LAYER[1]}
+
+
+@dataclass(kw_only=True)
+class StageRow:
+    """One stage. share: of the summed stages of its pass; of_floor: floor time / its time, over the rounds."""
+
+    name: str
+    is_backward: bool
+    kernel: str = ""
+    config: str = ""
+    flops: int | None = None
+    bytes: int | None = None
+    time_s: Spread | None = None
+    share: float | None = None
+    floor_s: float | None = None
+    of_floor: Spread | None = None
+    note: str = ""
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.name} (backward)" if self.is_backward else self.name
+
+    def fill(
+        self, parts: Sequence[Work], times: Sequence[float | None], flops_per_s: float, bytes_per_s: float
+    ) -> None:
+        """Its work, its times in seconds (one per round or step), and the floor at these speeds."""
+        self.flops, self.bytes = sum(part.flops for part in parts), sum(part.bytes for part in parts)
+        self.floor_s = sum(max(part.flops / flops_per_s, part.bytes / bytes_per_s) for part in parts)
+        self.time_s = spread(times)
+        self.of_floor = spread([None if time is None else self.floor_s / time for time in times])
+
+
+def stage_row(stage: Stage) -> StageRow:
+    """A stage's line, without times yet."""
+    return StageRow(
+        name=stage.name, is_backward=stage.is_backward, kernel=stage.kernel, config=stage.config, note=stage.note
+    )
+
+
+@dataclass(kw_only=True)
+class StageTable:
+    """The stages of one case. flops_per_s, bytes_per_s: measured beside them; layer_s: whole passes of the layer."""
+
+    case: Case
+    backend: str
+    stages: list[StageRow]
+    flops_per_s: float
+    bytes_per_s: float
+    layer_s: dict[str, Spread]
+    measured: str = ""
+    key: str = ""
+
+    @property
+    def title(self) -> str:
+        rates = f"{three_digits(self.flops_per_s / 1e12)} TFLOP/s dense, {three_digits(self.bytes_per_s / 1e9)} GB/s"
+        return f"{self.case.title()}, backend {self.backend} ({rates})"
+
+    @property
+    def furthest(self) -> StageRow | None:
+        """The stage that spends the most time above its floor."""
+        known = [s for s in self.stages if s.time_s is not None and s.floor_s is not None]
+        return max(known, key=lambda s: s.time_s.p50 - s.floor_s if s.time_s and s.floor_s else 0.0, default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A workload's layer, opened: its stages in order, the dispatch that they share, and the backend that runs them."""
+
+    backend: str
+    stages: list[Stage]
+    plan: Dispatch
+
+
+def open_layer(workload: Workload, backend: str = "auto", **options: object) -> Opened:
+    """Runs the layer once, keeping what every stage needs. `options` go to the backend's `expert_stages`."""
+    case, x = workload.case, workload.hidden
+    name = runtime.choose(backend, x.device, case.torch_dtype).name
+    if name == "reference":
+        raise ValueError("backend: got 'reference', wanted auto, torch or triton: the reference has no stages")
+    routing, dispatching = runtime.load(name, "routing"), runtime.load(name, "dispatch")
+    spec = RouterSpec(top_k=case.top_k, normalize=case.top_k > 1)
+    dtype = wide(case.torch_dtype)
+    gate = workload.gate
+
+    def gate_forward() -> Tensor:
+        return F.linear(x.to(dtype), gate.to(dtype))
+
+    with runtime.plain_maths(x):
+        logits = gate_forward()
+        experts, weights, _, score_sums, z_sum = routing.route_forward(logits, spec, None, None, None)
+        counts, offsets, source, position = dispatching.build_dispatch(experts, case.experts, None, 1, False, None)
+        plan = Dispatch(counts=counts, offsets=offsets, source=source, position=position)
+        inner = runtime.load(name, "stages").expert_stages(
+            x, weights, plan, workload.gate_up, workload.down, workload.gate_up_bias, workload.down_bias, workload.spec,
+            workload.grad_out, **options,
+        )  # fmt: skip
+        grad_weights = torch.randn_like(weights)
+        zeros = torch.zeros_like(score_sums), torch.zeros_like(z_sum)
+        grad_logits = routing.route_backward(grad_weights, *zeros, logits, experts, spec)
+
+    def gate_backward() -> tuple[Tensor, Tensor]:
+        return (grad_logits @ gate.to(dtype)).to(x.dtype), (grad_logits.T @ x.to(dtype)).to(gate.dtype)
+
+    def plain(call: Callable[[], object]) -> Callable[[], object]:
+        def run() -> object:
+            with runtime.plain_maths(x):
+                return call()
+
+        return run
+
+    outer = [
+        Stage(name="gate", kernel="linear in fp32", call=plain(gate_forward)),
+        Stage(
+            name="route",
+            kernel=f"{name}.routing.route_forward",
+            floors=("topk",),
+            call=plain(lambda: routing.route_forward(logits, spec, None, None, None)),
+        ),
+        Stage(
+            name="dispatch",
+            kernel=f"{name}.dispatch.build_dispatch",
+            floors=("permutation",),
+            call=plain(lambda: dispatching.build_dispatch(experts, case.experts, None, 1, False, None)),
+        ),
+    ]
+    behind = [
+        Stage(
+            name="route",
+            is_backward=True,
+            kernel=f"{name}.routing.route_backward",
+            floors=("topk_backward",),
+            call=plain(lambda: routing.route_backward(grad_weights, *zeros, logits, experts, spec)),
+        ),
+        Stage(name="gate", is_backward=True, kernel="two products in fp32", call=plain(gate_backward)),
+    ]
+    wrapped = [stage if stage.call is None else Stage(**{**vars(stage), "call": plain(stage.call)}) for stage in inner]
+    return Opened(backend=name, stages=[*outer, *wrapped, *behind], plan=plan)
+
+
+def works(stage: Stage, case: Case) -> list[Work]:
+    """What a stage computes and moves, part by part."""
+    size = case.torch_dtype.itemsize
+    if stage.name == "gate":
+        logits, products = case.tokens * case.experts, 2 if stage.is_backward else 1
+        flops = products * 2 * logits * case.hidden
+        elements = (case.tokens + case.experts) * case.hidden * products
+        return [Work(flops=flops, bytes=size * elements + 4 * logits)]
+    return [work_of(name, case) for name in stage.floors]
+
+
+def work_of(name: str, case: Case) -> Work:
+    """What a kernel of FLOORS computes and moves for a case."""
+    shape = Shape(
+        tokens=case.tokens, hidden=case.hidden, intermediate=case.intermediate, experts=case.experts, top_k=case.top_k,
+        dtype=DTYPE_NAMES[case.dtype], gated=case.expert_rows == 2 * case.intermediate,
+    )  # fmt: skip
+    return FLOORS[name](shape)
+
+
+def whole_passes(opened: Opened, workload: Workload) -> dict[str, Call]:
+    """A training step's forward and backward of the whole layer, by the same backend."""
+    backward = block_call(PROVIDERS[opened.backend].build(workload), workload, "backward")
+    assert isinstance(backward, Fresh)
+    return {LAYER[0]: backward.make, LAYER[1]: backward}
+
+
+def bandwidth_buffer(device: torch.device) -> Tensor:
+    """fp32 ones that no cache holds: their sum reads at the memory's bandwidth."""
+    size = GPU_BUFFER_BYTES if device.type == "cuda" else CPU_BUFFER_BYTES
+    return torch.ones(size // 4, dtype=torch.float32, device=device)
+
+
+def measure_stages(
+    workload: Workload,
+    *,
+    timer: Timer,
+    budget_s: float,
+    backend: str = "auto",
+    on_round: Callable[[float], None] | None = None,
+) -> StageTable:
+    """Times every stage, the whole passes of the layer and the two speeds that floors need, in interleaved rounds."""
+    case, device = workload.case, workload.hidden.device
+    opened = open_layer(workload, backend)
+    buffer = bandwidth_buffer(device)
+    passes = whole_passes(opened, workload)
+    named: dict[str, Call] = {
+        f"{number}": stage.call for number, stage in enumerate(opened.stages) if stage.call is not None
+    }
+    speeds: dict[str, Call] = {DENSE: dense(workload, "forward").call, BANDWIDTH: buffer.sum}
+    times = run_rounds({**named, **passes, **speeds}, timer, budget_s=budget_s, on_round=on_round)
+
+    flops_per_s = case.flops("forward") / middle(spread(times[DENSE]))
+    bytes_per_s = buffer.nbytes / middle(spread(times[BANDWIDTH]))
+    rows = [stage_row(stage) for stage in opened.stages]
+    for number, (row, stage) in enumerate(zip(rows, opened.stages, strict=True)):
+        if stage.call is not None:
+            row.fill(works(stage, case), times[f"{number}"], flops_per_s, bytes_per_s)
+    fill_shares(rows)
+    return StageTable(
+        case=case,
+        backend=opened.backend,
+        stages=rows,
+        flops_per_s=flops_per_s,
+        bytes_per_s=bytes_per_s,
+        layer_s={name: found for name in LAYER if (found := spread(times[name])) is not None},
+        measured=now(),
+    )
+
+
+def table_from(value: dict[str, Any]) -> StageTable:
+    """The StageTable of its `dataclasses.asdict`. Raises KeyError, TypeError or ValueError on anything else."""
+    rows = [
+        StageRow(**{**row, **{name: spread_from(row[name]) for name in ("time_s", "of_floor")}})
+        for row in value["stages"]
+    ]
+    changed = {"case": Case(**value["case"]), "stages": rows, "layer_s": spreads_from(value["layer_s"])}
+    return StageTable(**{**value, **changed})
+
+
+def middle(found: Spread | None) -> float:
+    assert found is not None, "every entry has at least one sample"
+    return found.p50
+
+
+def fill_shares(rows: list[StageRow]) -> None:
+    """Each stage's share of the summed stages of its pass."""
+    for is_backward in (False, True):
+        own = [row for row in rows if row.is_backward == is_backward and row.time_s is not None]
+        total = sum(middle(row.time_s) for row in own)
+        for row in own:
+            row.share = middle(row.time_s) / total if total > 0 else None

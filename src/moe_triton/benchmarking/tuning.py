@@ -1,0 +1,331 @@
+"""The search for faster configurations, and the table that it writes.
+
+From the configuration that runs today, the best one's neighbours (one step away in one field) are tried until none is
+faster or the time is over: hill climbing. Every candidate is verified before it may win, and is timed beside the best
+one in interleaved rounds. Measuring happens in a process of its own; one that dies costs its candidate only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_triton import runtime
+from moe_triton.benchmarking.cases import Case
+from moe_triton.benchmarking.environment import now
+from moe_triton.benchmarking.kernel_search import FAILED, OK, Outcome
+from moe_triton.benchmarking.report import write_json, write_text
+
+SCHEMA = "moe-triton-tune/1"
+GAIN = 0.99  # a candidate wins with less than this share of the time of the best so far
+PATIENCE_S = 180.0  # for one candidate, its compilation included
+START_S = 300.0  # for the worker to import torch and make tensors
+Entry = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One entry of the table: an operation at the sizes of a case, with the rows per expert that the case has.
+
+    name: of the operation in tables ("up_gated", "down", ...).
+    """
+
+    case: Case
+    op: str
+    name: str
+    bucket: int
+    architecture: str
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """As `moe_triton_kernels.configs.KEYS`."""
+        return {
+            "op": self.name, "d": self.case.hidden, "n": self.case.intermediate, "dtype": self.case.dtype,
+            "architecture": self.architecture, "bucket": self.bucket,
+        }  # fmt: skip
+
+    def title(self) -> str:
+        rows = f"{'more than 64' if self.bucket > 64 else f'up to {self.bucket}'} rows per expert"
+        return f"{self.name} d={self.case.hidden} n={self.case.intermediate} {self.case.dtype} {rows}"
+
+
+def problems_of(cases: list[Case], ops: list[str], architecture: str) -> list[Problem]:
+    """The distinct table entries that the cases ask for; the first case of each stands for it."""
+    tables = runtime.load("triton", "tables")
+    found: dict[str, Problem] = {}
+    for case in cases:
+        is_gated = case.expert_rows == 2 * case.intermediate
+        for op in ops:
+            problem = Problem(
+                case=case,
+                op=op,
+                name=tables.full_name(op, is_gated),
+                bucket=tables.bucket_of(case.tokens * case.top_k / case.experts),
+                architecture=architecture,
+            )
+            found.setdefault(json.dumps(problem.key), problem)
+    return list(found.values())
+
+
+@dataclass(kw_only=True)
+class State:
+    """What is known of one problem.
+
+    incumbent   the configuration that runs without a user's table; best: the fastest so far
+    best_ratio  best's time over the incumbent's, as the product of the steps
+    tried       configuration (as JSON) -> outcome
+    """
+
+    incumbent: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)
+    best_ratio: float = 1.0
+    tried: dict[str, dict[str, Any]] = field(default_factory=dict)
+    is_done: bool = False
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """The search's own file: it is rewritten after every candidate, so that the same command goes on where it was.
+
+    `circumstances` (device, versions, source) are part of every key: another GPU or another kernel starts afresh.
+    """
+
+    path: Path
+    circumstances: dict[str, Any]
+    states: dict[str, State] = field(default_factory=dict)
+
+    def key(self, problem: Problem) -> str:
+        return json.dumps([problem.key, self.circumstances], sort_keys=True)
+
+    def load(self) -> None:
+        """ValueError where the file is none of ours."""
+        if not self.path.exists():
+            return
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            if content["schema"] != SCHEMA:
+                raise ValueError(f"schema {content['schema']!r}")
+            self.states = {key: State(**value) for key, value in content["states"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self.path} is no progress of moe-triton tune: {error}") from error
+
+    def state(self, problem: Problem) -> State:
+        return self.states.setdefault(self.key(problem), State())
+
+    def write(self) -> None:
+        states = {key: asdict(state) for key, state in self.states.items()}
+        write_json(self.path, {"schema": SCHEMA, "states": states})
+
+
+def read_table(path: Path) -> list[Entry]:
+    """The entries of a table file, [] where there is none; ValueError where it is broken."""
+    if not path.exists():
+        return []
+    runtime.load("triton", "tables").check_table(path)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def merge(entries: list[Entry], problem: Problem, new: Entry | None) -> list[Entry]:
+    """The table with the problem's entry replaced; `new` None removes it."""
+    kept = [entry for entry in entries if {name: entry[name] for name in problem.key} != problem.key]
+    return kept if new is None else [*kept, new]
+
+
+def write_table(path: Path, entries: list[Entry]) -> None:
+    """One entry per line, sorted, so that two tables can be compared and merged by line."""
+    lines = sorted(json.dumps(entry) for entry in entries)
+    write_text(path, "[\n" + ",\n".join(lines) + "\n]\n" if lines else "[]\n")
+
+
+# Measuring ------------------------------------------------------------------------------------------------------------
+
+
+class Crashed(Exception):
+    """The worker died, or did not answer in time."""
+
+
+class Worker:
+    """The process that measures one problem; a context manager."""
+
+    command = (sys.executable, "-m", "moe_triton.benchmarking.tune_worker")
+
+    def __init__(self, problem: Problem, device: torch.device, seed: int, threads: int | None) -> None:
+        self.process = subprocess.Popen(
+            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            env={**os.environ, "MOE_TRITON_TABLE": ""},  # against what ships, not against an earlier find
+        )  # fmt: skip
+        job = {"case": asdict(problem.case), "op": problem.op, "device": str(device), "seed": seed, "threads": threads}
+        self.ready = self.ask(job, START_S)
+
+    def ask(self, question: Mapping[str, Any], patience_s: float) -> dict[str, Any]:
+        """One line to the worker, and its answer. Raises Crashed."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps(question) + "\n")
+            self.process.stdin.flush()
+        except OSError as error:
+            raise Crashed("the process died") from error
+        if not select.select([self.process.stdout], [], [], patience_s)[0]:
+            raise Crashed(f"no answer within {patience_s:.0f} s")
+        line = self.process.stdout.readline()
+        if not line:
+            code = self.process.wait()
+            raise Crashed(f"the process died ({f'signal {-code}' if code < 0 else f'exit code {code}'})")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):  # what it could not be told any more
+                    pipe.close()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a search measures. candidate_s: seconds of timing per candidate."""
+
+    device: torch.device
+    seed: int
+    threads: int | None
+    candidate_s: float
+
+
+def untried(problem: Problem, state: State) -> dict[str, Any] | None:
+    """The next neighbour of the best configuration; None where all have been tried."""
+    tables = runtime.load("triton", "tables")
+    best = tables.Config(**state.best)
+    for candidate in tables.neighbours(best, problem.name, problem.case.hidden, problem.case.intermediate):
+        config = asdict(candidate)
+        if json.dumps(config) not in state.tried:
+            return config
+    return None
+
+
+def search(
+    problem: Problem,
+    progress: Progress,
+    settings: Settings,
+    seconds: float,
+    on_try: Callable[[str, Outcome], None],
+    clock: Callable[[], float] = time.monotonic,
+) -> State:
+    """Climbs until no neighbour is faster, or `seconds` are over; keeps the progress after every candidate.
+
+    Raises Crashed where the worker cannot even start (its problem does not fit the device).
+    """
+    state = progress.state(problem)
+    if state.is_done:
+        return state
+    begin = clock()
+    worker: Worker | None = None
+    try:
+        while clock() - begin < seconds or not state.tried:
+            if worker is None:
+                worker = Worker(problem, settings.device, settings.seed, settings.threads)
+                if "error" in worker.ready:
+                    raise Crashed(worker.ready["error"])
+                state.incumbent = state.incumbent or worker.ready["incumbent"]
+                state.best = state.best or state.incumbent
+                state.tried.setdefault(json.dumps(state.incumbent), {"status": OK, "ratio": 1.0})
+            candidate = untried(problem, state)
+            if candidate is None:
+                state.is_done = True
+                break
+            asked = {"config": candidate, "against": state.best, "budget_s": settings.candidate_s}
+            try:
+                outcome = Outcome(**worker.ask(asked, PATIENCE_S + settings.candidate_s))
+            except Crashed as reason:
+                outcome = Outcome(status=FAILED, note=str(reason))
+                worker.close()
+                worker = None
+            state.tried[json.dumps(candidate)] = asdict(outcome)
+            if outcome.status == OK and outcome.ratio is not None and outcome.ratio < GAIN:
+                state.best, state.best_ratio = candidate, state.best_ratio * outcome.ratio
+            progress.write()
+            on_try(in_words(candidate), outcome)
+    finally:
+        if worker is not None:
+            worker.close()
+    progress.write()
+    return state
+
+
+def in_words(config: Mapping[str, Any]) -> str:
+    tables = runtime.load("triton", "tables")
+    return tables.in_words(tables.Config(**config))
+
+
+def confirmed_ratio(problem: Problem, state: State, settings: Settings) -> float:
+    """The best one's time over the incumbent's, measured once more directly; 1 where there is nothing better."""
+    if state.best == state.incumbent:
+        return 1.0
+    with Worker(problem, settings.device, settings.seed, settings.threads) as worker:
+        asked = {"config": state.best, "against": state.incumbent, "budget_s": 3 * settings.candidate_s}
+        outcome = Outcome(**worker.ask(asked, PATIENCE_S + 3 * settings.candidate_s))
+    return outcome.ratio if outcome.status == OK and outcome.ratio is not None else 1.0
+
+
+def entry_of(problem: Problem, state: State, ratio: float, facts: Mapping[str, Any]) -> Entry:
+    """The table's entry: the key, the configuration, and how it was found."""
+    case = problem.case
+    measured = {
+        "time_over_incumbent": round(ratio, 4), "incumbent": state.incumbent, "tried": len(state.tried) - 1,
+        "tokens": case.tokens, "experts": case.experts, "top_k": case.top_k, "device": facts["device"]["name"],
+        "versions": {name: facts["versions"].get(name) for name in ("torch", "triton", "moe-triton")},
+        "commit": None if facts["commit"] is None else facts["commit"]["hash"], "created": now(),
+    }  # fmt: skip
+    return {**problem.key, "config": state.best, "measured": measured}
+
+
+# With no GPU ----------------------------------------------------------------------------------------------------------
+
+
+def offline_gates(
+    problem: Problem, configs: list[dict[str, Any]], on_report: Callable[[dict[str, Any], dict[str, Any]], None]
+) -> None:
+    """Compiles candidates for an architecture that is not there, and tells of each: report, broken gates, error.
+
+    A compiler that dies takes its candidate with it, and the rest is compiled by another process.
+    """
+    left = list(configs)
+    while left:
+        asked = [{"op": problem.name, "dtype": problem.case.dtype, "config": config} for config in left]
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "moe_triton_kernels.search", "--arch", problem.architecture],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
+        )  # fmt: skip
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(asked))
+            process.stdin.close()
+            for line in process.stdout:
+                on_report(left.pop(0), json.loads(line))
+            process.wait()
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+        if left:
+            on_report(left.pop(0), {"report": None, "broken": [], "error": "the compiler's process died"})

@@ -1,0 +1,130 @@
+"""The ways to run a block: eager, compiled by torch.compile, or captured once and replayed as a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from moe_triton.benchmarking.cases import Workload
+from moe_triton.benchmarking.correctness import Check, check, verify
+from moe_triton.benchmarking.providers.block import Block, Unavailable
+from moe_triton.benchmarking.timing import Call, Fresh
+
+WAYS = ("eager", "compile", "graph")
+LABELS = {"eager": "", "compile": ", compiled", "graph": ", CUDA graph"}
+GRAPH_WARM_UP = 3  # calls on a side stream before a capture, as torch asks for
+
+
+def block_call(block: Block, workload: Workload, mode: str) -> Call:
+    """What is timed of a block.
+
+    forward: without autograd, as in inference. backward: the gradients of hidden states and parameters, the forward
+    that they need being run anew outside the timed part. full: both.
+    """
+    if mode == "forward":
+
+        def forward() -> object:
+            with torch.no_grad():
+                return block.forward(workload.hidden)
+
+        return forward
+    trained = workload.hidden.detach().clone().requires_grad_()
+    wanted = [trained, *block.leaves()]
+
+    def gradients(out: Tensor) -> object:
+        return torch.autograd.grad(out, wanted, workload.grad_out)
+
+    if mode == "full":
+        return lambda: gradients(block.forward(trained))
+
+    def make() -> Callable[[], object]:
+        out = block.forward(trained)
+        return lambda: gradients(out)
+
+    return Fresh(make)
+
+
+class Runnable:
+    """A block in one way: its check, and its calls by mode."""
+
+    def __init__(self, block: Block, workload: Workload) -> None:
+        self.block, self.workload = block, workload
+
+    def check(self) -> Check:
+        return check(self.block, self.workload)
+
+    def call(self, mode: str) -> Call:
+        return block_call(self.block, self.workload, mode)
+
+
+class Replayed(Runnable):
+    """A block captured in three graphs: the forward of inference, and forward and backward of training."""
+
+    def __init__(self, block: Block, workload: Workload) -> None:
+        super().__init__(block, workload)
+        device = workload.hidden.device
+        self.hidden = workload.hidden.detach().clone().requires_grad_(block.is_trainable)
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            for _ in range(GRAPH_WARM_UP):
+                self.infer()
+                if block.is_trainable:
+                    self.gradients(block.forward(self.hidden))
+        torch.cuda.current_stream(device).wait_stream(side)
+        self.inference = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.inference):
+            self.inferred = self.infer()
+        if block.is_trainable:
+            self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.forward):
+                self.out = block.forward(self.hidden)
+            with torch.cuda.graph(self.backward, pool=self.forward.pool()):
+                self.grads = self.gradients(self.out)
+
+    def infer(self) -> Tensor:
+        with torch.no_grad():
+            return self.block.forward(self.workload.hidden)
+
+    def gradients(self, out: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(out, [self.hidden, *self.block.leaves()], self.workload.grad_out)
+
+    def train(self) -> None:
+        self.forward.replay()
+        self.backward.replay()
+
+    def check(self) -> Check:
+        """Of what a replay leaves in the captured tensors."""
+        with torch.no_grad():
+            chosen = self.block.choose(self.workload.hidden).long()
+        self.inference.replay()
+        if not self.block.is_trainable:
+            return verify(chosen, self.inferred, None, self.block, self.workload)
+        self.train()
+        return verify(chosen, self.out.detach(), self.grads, self.block, self.workload)
+
+    def call(self, mode: str) -> Call:
+        if mode == "forward":
+            return self.inference.replay
+        if mode == "full":
+            return self.train
+
+        def make() -> Callable[[], object]:
+            self.forward.replay()
+            return self.backward.replay
+
+        return Fresh(make)
+
+
+def runnable(block: Block, workload: Workload, way: str) -> Runnable:
+    """The block, ready to be checked and timed in a way of `WAYS`; Unavailable where the device has no such way."""
+    if way == "eager":
+        return Runnable(block, workload)
+    if way == "compile":
+        return Runnable(replace(block, forward=torch.compile(block.forward)), workload)
+    if workload.hidden.device.type != "cuda":
+        raise Unavailable("not measured", "CUDA graphs need a GPU")
+    return Replayed(block, workload)

@@ -1,0 +1,134 @@
+"""What the commands share: how arguments are read, and how a command ends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+import typer
+
+if TYPE_CHECKING:
+    from moe_triton.benchmarking.cases import Case
+
+EXIT_FAULT = 1  # a provider gave a wrong result, or broke
+EXIT_USAGE = 2
+EXIT_NO_GPU = 3
+EXIT_SLOWER = 4
+EXIT_INTERRUPTED = 130
+SHAPE = ("tokens", "hidden", "intermediate", "experts", "top_k")
+
+
+class Unmeasurable(Exception):
+    """What was asked for needs another machine."""
+
+
+def fail(command: str, message: str, code: int) -> NoReturn:
+    typer.echo(f"moe-triton {command}: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def pick(key: str, argument: str, table: Any, value: Any = None) -> Any:
+    """table[key], or `value` when one is given; a ValueError that lists the keys when there is no such key."""
+    if key not in table:
+        raise ValueError(f"{argument}: got {key!r}, wanted one of {', '.join(table)}")
+    return table[key] if value is None else value
+
+
+def pick_several(text: str, argument: str, table: Sequence[str]) -> list[str]:
+    """The names in a comma-separated text, each one of the table's, each once."""
+    found = [pick(name, argument, table, name) for name in dict.fromkeys(split(text))]
+    if not found:
+        raise ValueError(f"{argument}: got {text!r}, wanted one of {', '.join(table)}")
+    return found
+
+
+def pick_share(text: str, argument: str) -> float:
+    """ "5%" or "5" -> 0.05."""
+    try:
+        value = float(text.strip().removesuffix("%"))
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{argument}: got {text!r}, wanted a percentage such as 5%")
+    return value / 100
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: got {name!r}, wanted auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: got {name!r}, wanted auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise Unmeasurable(f"needs a GPU: {name} is not there")
+    return device
+
+
+def pick_cases(
+    suite: str | None,
+    shape: dict[str, int | None],
+    dtype: str | None,
+    overrides: dict[str, Any],
+    device: torch.device,
+) -> list[Case]:
+    """The cases that the options ask for, in the suite's order, each once."""
+    from moe_triton.benchmarking.cases import DTYPES, PRESETS, Case
+
+    dtypes = None if dtype is None else pick_several(dtype, "dtype", tuple(DTYPES))
+    given: dict[str, Any] = {name: value for name, value in shape.items() if value is not None}
+    if given:
+        if suite is not None:
+            raise ValueError(f"suite: got {suite!r} together with {', '.join(given)}, wanted one or the other")
+        missing = [name for name in shape if name not in given]
+        if missing:
+            raise ValueError(f"{', '.join(missing)}: missing; one shape needs all of {', '.join(shape)}")
+        bases: Sequence[Case] = [Case(**given)]
+    else:
+        name = suite or ("sonic-12" if device.type == "cuda" else "cpu")
+        found = pick(name, "suite", PRESETS)
+        if found.needs_gpu and device.type != "cuda":
+            raise Unmeasurable(f"suite {name} needs a GPU")
+        bases = found.cases
+    cases = [replace(base, dtype=name, **overrides) for base in bases for name in dtypes or [base.dtype]]
+    return list(dict.fromkeys(cases))
+
+
+def check_settings(budget: float, threads: int | None, seed: int, outputs: Sequence[tuple[str, Path | None]]) -> None:
+    """Fails before anything is measured, not after."""
+    if not 0 <= budget < float("inf"):
+        raise ValueError(f"budget: got {budget}, wanted seconds >= 0")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads: got {threads}, wanted at least 1")
+    if seed < 0:
+        raise ValueError(f"seed: got {seed}, wanted at least 0")
+    check_outputs(outputs)
+
+
+def check_outputs(outputs: Sequence[tuple[str, Path | None]]) -> None:
+    for option, path in outputs:
+        if path is not None and path.is_dir():
+            raise ValueError(f"{option}: {path} is a directory, wanted a file")
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"{option}: no directory {path.parent}")
+
+
+def make_directory(path: Path, option: str) -> None:
+    """The directory, made where it is missing; ValueError naming the option where it cannot be written to."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".moe-triton-probe"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"{option}: cannot write to {path}: {error.strerror}") from error

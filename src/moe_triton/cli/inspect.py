@@ -1,0 +1,314 @@
+"""`moe-triton inspect`: what every kernel compiles to, with no GPU: registers, spills, instructions, floor time."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import torch
+import typer
+
+from moe_triton.cli.display import StepDisplay
+
+if TYPE_CHECKING:
+    from moe_triton_kernels.floors import Device, Shape
+    from moe_triton_kernels.offline import Case, Report
+
+EXIT_BROKEN = 1  # a gate is broken, or a kernel does not compile
+EXIT_USAGE = 2
+EXIT_NO_TRITON = 3
+ARCHITECTURES = {"sm_80": "a100", "sm_90": "h200", "sm_100": "b200", "gfx942": "mi300x"}  # and a device of each
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DEFAULT_MODEL = "qwen3-30b"
+
+
+def inspect(
+    arch: Annotated[str, typer.Option(help="sm_80, sm_90, sm_100, gfx942, or all.")] = "sm_90",
+    kernel: Annotated[
+        str | None, typer.Option(help="Only kernels whose name begins like this, such as up_gated.")
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="Floors are for this GPU: h200, h100, a100, b200, mi300x. Default: by architecture."),
+    ] = None,
+    shape: Annotated[str | None, typer.Option(help="Floors are for this layer: T,d,n,E,K.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help=f"Or for a model's, such as mixtral-8x7b or olmoe. Default: {DEFAULT_MODEL}.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Only the experts' kernels for bf16, fp16 (the same configurations) or fp32.")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(help="Processes that compile. Default: one per core, 8 at most.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array, an object per configuration.")] = False,
+) -> None:
+    """Compile every kernel and shipped configuration for a GPU that is not there, and read its binary.
+
+    Gates: no spills, shared memory within the limit, matrix instructions and asynchronous copies in the main loops.
+    Exit code: 0; 1 when a gate is broken; 2 for bad arguments; 3 when Triton is not installed.
+    """
+    if importlib.util.find_spec("triton") is None:
+        fail("Triton is not installed: pip install triton (Linux)", EXIT_NO_TRITON)
+    try:
+        wanted = pick_shape(shape, model, dtype)
+        devices = {name: pick_device(name, device) for name in pick_architectures(arch)}
+        cases = {name: pick_cases(name, kernel, dtype) for name in devices}
+        if jobs is not None and jobs < 1:
+            raise ValueError(f"jobs: got {jobs}, wanted at least 1")
+    except ValueError as error:
+        fail(str(error), EXIT_USAGE)
+    rows: list[dict[str, Any]] = []
+    with StepDisplay() as on_step:
+        for name in devices:
+            reports = compile_all(name, cases[name], jobs or min(8, available_cores()), on_step)
+            rows += [describe(case, reports.get(case.name), name, wanted, devices[name]) for case in cases[name]]
+    if as_json:
+        json.dump(rows, sys.stdout, indent=2)
+        print()
+    else:
+        print_tables(rows, wanted, devices)
+    broken = [f"{row['arch']} {row['kernel']}: {', '.join(row['gate'])}" for row in rows if row["gate"]]
+    if broken:
+        fail("broken gates:\n  " + "\n  ".join(broken), EXIT_BROKEN)
+
+
+# The arguments --------------------------------------------------------------------------------------------------------
+
+
+def fail(message: str, code: int) -> NoReturn:
+    typer.echo(f"moe-triton inspect: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def pick_architectures(arch: str) -> list[str]:
+    if arch == "all":
+        return list(ARCHITECTURES)
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"arch: got {arch!r}, wanted one of {', '.join(ARCHITECTURES)}, all")
+    return [arch]
+
+
+def pick_device(arch: str, device: str | None) -> Device:
+    from moe_triton_kernels.floors import DEVICES
+
+    name = ARCHITECTURES[arch] if device is None else device.lower()
+    if name not in DEVICES:
+        raise ValueError(f"device: got {device!r}, wanted one of {', '.join(DEVICES)}")
+    return DEVICES[name]
+
+
+def pick_shape(shape: str | None, model: str | None, dtype: str | None) -> Shape:
+    """The layer that floors are computed for; dtype and activation follow each kernel's own."""
+    from moe_triton_kernels.floors import Shape
+
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype: got {dtype!r}, wanted one of {', '.join(DTYPES)}")
+    if shape is not None and model is not None:
+        raise ValueError(f"shape: got {shape!r} together with model {model!r}, wanted one or the other")
+    if shape is None:
+        return model_shape(model or DEFAULT_MODEL, dtype or "bf16")
+    numbers = [part.strip() for part in shape.split(",")]
+    if len(numbers) != 5 or not all(re.fullmatch(r"\d+", number) for number in numbers):
+        raise ValueError(f"shape: got {shape!r}, wanted five integers T,d,n,E,K")
+    tokens, hidden, intermediate, experts, top_k = map(int, numbers)
+    return Shape(
+        tokens=tokens, hidden=hidden, intermediate=intermediate, experts=experts, top_k=top_k, dtype=dtype or "bf16"
+    )
+
+
+def model_shape(model: str, dtype: str) -> Shape:
+    """The benchmark shape whose name begins with `model`; the one with the most tokens where it has several."""
+    from moe_triton.benchmarking.cases import PRESETS
+    from moe_triton_kernels.floors import Shape
+
+    cases = {slug(case.name): case for name in ("sonic-12", "models") for case in PRESETS[name].cases}
+    found = [name for name in cases if name.startswith(slug(model))]
+    if slug(model) in found:
+        found = [slug(model)]
+    if len(found) != 1:
+        raise ValueError(f"model: got {model!r}, wanted one of {', '.join(found or cases)}")
+    case = cases[found[0]]  # of a name that stands twice, the larger one comes later
+    return Shape(
+        tokens=case.tokens,
+        hidden=case.hidden,
+        intermediate=case.intermediate,
+        experts=case.experts,
+        top_k=case.top_k,
+        dtype=dtype,
+    )
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+
+
+def pick_cases(arch: str, kernel: str | None, dtype: str | None) -> list[Case]:
+    from moe_triton_kernels.floors import ITEMSIZE
+    from moe_triton_kernels.offline import collect_cases
+
+    cases = collect_cases(arch, every=True)
+    if dtype is not None:  # bf16 and fp16 share their configurations
+        wanted = (None, *(name for name, size in ITEMSIZE.items() if size == ITEMSIZE[dtype]))
+        cases = [case for case in cases if is_routing(case) or float_type(case) in wanted]
+    found = [case for case in cases if kernel is None or case.name.startswith(kernel)]
+    if not found:
+        names = dict.fromkeys(floor_name(case.name) or case.name for case in cases)
+        raise ValueError(f"kernel: got {kernel!r}, wanted the beginning of a name: {', '.join(names)}")
+    return found
+
+
+# The kernels ----------------------------------------------------------------------------------------------------------
+
+
+def floor_name(kernel: str) -> str | None:
+    """The entry of FLOORS that a case's name begins with: the longest. None for a kernel without one."""
+    from moe_triton_kernels.floors import FLOORS
+
+    if kernel.startswith("d_weight_"):  # in the default layout dW2 = dO^T (w A) gathers left, dW1 = dH^T X right
+        return "d_weight_down" if kernel.endswith("_gather_left") else "d_weight_up"
+    names = [name for name in FLOORS if kernel == name or kernel.startswith(f"{name}_")]
+    return max(names, key=len, default=None)
+
+
+def is_routing(case: Case) -> bool:
+    """Whether the kernel knows router weights and indices only: these are fp32 and int32, whatever the model is."""
+    name = floor_name(case.name) or ""
+    return name == "d_router_weights" or name.startswith(("topk", "permutation", "tile_tables"))
+
+
+def float_type(case: Case) -> str | None:
+    """Triton's name of the first floating-point tensor among the arguments."""
+    types = (str(case.signature.get(name, "")) for name in case.fn.arg_names)
+    return next((kind[1:] for kind in types if kind in ("*bf16", "*fp16", "*fp32")), None)
+
+
+def compile_all(arch: str, cases: Sequence[Case], jobs: int, on_step: Any) -> dict[str, Report]:
+    from moe_triton_kernels.offline import compile_parallel
+
+    lock, done = threading.Lock(), 0
+    what = f"compiling {len(cases)} kernels for {arch}, {jobs} at a time"
+    on_step(what, 0.0)
+
+    def count(_: Report) -> None:
+        nonlocal done
+        with lock:
+            done += 1
+            on_step(what, done / len(cases))
+
+    reports, errors = compile_parallel(arch, [case.name for case in cases], jobs, count)
+    if len(reports) < len(cases):
+        typer.echo(errors, err=True)
+    return reports
+
+
+def describe(case: Case, report: Report | None, arch: str, shape: Shape, device: Device) -> dict[str, Any]:
+    """One configuration as plain values.
+
+    `gate` lists what is broken, [] when nothing is; the binary's numbers are null where it does not compile. `chosen`:
+    whether this shape runs with this configuration (null for a kernel that has only one). flops, bytes and floor_us are
+    those of the whole launch at this shape, in the kernel's own dtype.
+    """
+    from moe_triton_kernels.floors import FLOORS
+    from moe_triton_kernels.occupancy import resident_programs
+    from moe_triton_kernels.offline import broken_gates
+
+    values = dict(case.constexprs)
+    config = {name: value for name, value in values.items() if isinstance(value, bool | int | str)}
+    own = replace(shape, dtype=float_type(case) or shape.dtype, gated=values.get("GATED", shape.gated))
+    name = floor_name(case.name)
+    work = None if name is None else FLOORS[name](own)
+    counts = ("registers", "spills", "shared_bytes", "wgmma", "mma", "cp_async", "tma")
+    resident = None
+    if report is not None:
+        resident = resident_programs(
+            arch, registers=report.registers, shared_bytes=report.shared_bytes, num_warps=case.num_warps
+        )
+    return {
+        "kernel": case.name,
+        "arch": arch,
+        "config": {**config, "num_warps": case.num_warps, "num_stages": case.num_stages},
+        **{count: None if report is None else getattr(report, count) for count in counts},
+        "resident_blocks": resident,
+        "chosen": is_chosen(case, arch, own),
+        "device": device.name,
+        "flops": None if work is None else work.flops,
+        "bytes": None if work is None else work.bytes,
+        "floor_us": None if work is None else work.floor_s(device, own.dtype) * 1e6,
+        "gate": ["does not compile"] if report is None else broken_gates(case, report),
+    }
+
+
+def is_chosen(case: Case, arch: str, shape: Shape) -> bool | None:
+    from moe_triton_kernels.configs import OPS, block_constants, choose_config, pipeline_stages
+
+    ops = [op for op in OPS if case.name.startswith(f"{op}_{shape.dtype}_")]
+    if not ops:
+        return None
+    config = choose_config(
+        max(ops, key=len),
+        d=shape.hidden,
+        n=shape.intermediate,
+        dtype=DTYPES[shape.dtype],
+        num_rows=shape.rows,
+        num_experts=shape.experts,
+        architecture=arch,
+    )
+    wanted = {**block_constants(arch, config), "num_warps": config.num_warps}
+    wanted["num_stages"] = pipeline_stages(arch, config)
+    mine = {**case.constexprs, "num_warps": case.num_warps, "num_stages": case.num_stages}
+    return all(mine.get(name) == value for name, value in wanted.items())
+
+
+# The table ------------------------------------------------------------------------------------------------------------
+
+
+def print_tables(rows: Sequence[dict[str, Any]], shape: Shape, devices: dict[str, Device]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = 240  # nothing wraps where there is no terminal
+    sizes = f"T={shape.tokens} d={shape.hidden} n={shape.intermediate} E={shape.experts} K={shape.top_k}"
+    for arch, device in devices.items():
+        table = Table(title=f"{arch}: floors at {sizes} on {device.name} ({device.source}); * what it runs with")
+        table.add_column("kernel", no_wrap=True)
+        for heading in ("regs", "spills", "shared KiB", "wgmma", "mma", "cp.async", "TMA", "per SM"):
+            table.add_column(heading, justify="right")
+        for heading in ("GFLOP", "MB", "floor us"):
+            table.add_column(heading, justify="right")
+        table.add_column("gate")
+        for row in rows:
+            if row["arch"] == arch:
+                table.add_row(*cells(row))
+        console.print(table)
+    broken = sum(bool(row["gate"]) for row in rows)
+    console.print(f"{len(rows)} configurations, {broken or 'no'} broken gate{'s' * (broken != 1)}", highlight=False)
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row of the table; a number that is not known is left empty."""
+
+    def number(name: str, scale: float = 1, digits: int = 0) -> str:
+        return "" if row[name] is None else f"{row[name] / scale:,.{digits}f}"
+
+    return [
+        row["kernel"] + " *" * bool(row["chosen"]),
+        *(number(name) for name in ("registers", "spills")),
+        number("shared_bytes", 1024, 1),
+        *(number(name) for name in ("wgmma", "mma", "cp_async", "tma", "resident_blocks")),
+        number("flops", 1e9),
+        number("bytes", 1e6),
+        number("floor_us", 1, 1),
+        ", ".join(row["gate"]) or "ok",
+    ]

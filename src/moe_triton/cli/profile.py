@@ -1,0 +1,288 @@
+"""`moe-triton profile`: where the time of a layer, of a training step or of one kernel goes."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import torch
+import typer
+
+from moe_triton.cli import arguments
+from moe_triton.cli.arguments import EXIT_FAULT, EXIT_NO_GPU, EXIT_USAGE, SHAPE, Unmeasurable, pick_device
+from moe_triton.cli.display import StepDisplay
+
+if TYPE_CHECKING:
+    from moe_triton.benchmarking.cases import Case
+
+DEFAULT_MODELS = {"cpu": "cpu-fine", "cuda": "Qwen3-30B-A3B"}
+STEP_OPTIONS = ("num_layers", "hidden_size", "intermediate_size", "num_experts", "top_k", "batch_size", "seq_len")
+
+
+def fail(message: str, code: int) -> NoReturn:
+    arguments.fail("profile", message, code)
+
+
+def profile(
+    out: Annotated[Path, typer.Option(help="A folder: trace.json, memory.png, profile.json.")] = Path("profile"),
+    model: Annotated[
+        str | None, typer.Option(help="A layer by name: cpu-fine, cpu-coarse, cpu-decode, OLMoE, Qwen3-30B-A3B, ...")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="T: tokens; alone, instead of the model's own number.")] = None,
+    hidden: Annotated[int | None, typer.Option(help="d: hidden size. With the others: a layer by its shape.")] = None,
+    intermediate: Annotated[int | None, typer.Option(help="n: intermediate size of an expert.")] = None,
+    experts: Annotated[int | None, typer.Option(help="E: experts.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="K: experts per token.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the model's.")] = None,
+    skew: Annotated[str | None, typer.Option(help="uniform, zipf, hot or quarter-empty.")] = None,
+    activation: Annotated[str | None, typer.Option(help="The experts' activation.")] = None,
+    bias: Annotated[bool, typer.Option("--bias", help="Give the experts biases.")] = False,
+    training_step: Annotated[
+        bool,
+        typer.Option("--training-step", help="Profile a step of `moe-triton train` instead."),
+    ] = False,
+    kernel: Annotated[
+        str | None, typer.Option(help="One kernel over its shipped configurations: up, down, d_hidden, d_rows, ...")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="auto, torch or triton.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    steps: Annotated[int, typer.Option(help="Steps that the profiler records.")] = 5,
+    budget: Annotated[float, typer.Option(help="Seconds for the two speeds that floors need, or per --kernel.")] = 3.0,
+    threads: Annotated[int | None, typer.Option(help="CPU threads. Default: torch's.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random tensors.")] = 0,
+) -> None:
+    """Where the time goes: every stage with its share, FLOPs, bytes, floor, kernel and configuration.
+
+    Writes a trace for Perfetto (ui.perfetto.dev), a memory timeline, and everything as JSON. On a GPU the ranges are
+    NVTX ranges too, for nsys, and Triton's proton writes proton.hatchet where it is installed.
+    Exit code: 0; 1 when a file cannot be written; 2 for bad arguments; 3 when a GPU is needed.
+    """
+    shape = dict(zip(SHAPE, (tokens, hidden, intermediate, experts, top_k), strict=True))
+    overrides = {"dtype": dtype, "skew": skew, "activation": activation, "bias": bias or None}
+    try:
+        where = pick_device(device)
+        arguments.check_settings(budget, threads, seed, [])
+        if steps < 1:
+            raise ValueError(f"steps: got {steps}, wanted at least 1")
+        arguments.pick(backend, "backend", ("auto", "torch", "triton"), backend)
+        arguments.make_directory(out, "--out")
+        if threads is not None:
+            torch.set_num_threads(threads)
+        of_a_layer = [model, kernel, *overrides.values()]
+        if training_step and any(value is not None for value in of_a_layer):
+            raise ValueError("training-step: got together with a layer's options, wanted sizes only")
+        if training_step:
+            chosen: dict[str, Any] = {"hidden_size": hidden, "intermediate_size": intermediate, "num_experts": experts}
+            profile_training_step(out, where, backend, steps, seed, {**chosen, "top_k": top_k})
+            return
+        case = pick_case(model, shape, {k: v for k, v in overrides.items() if v is not None}, where)
+        if kernel is not None:
+            profile_kernel(kernel, case, where, backend, budget, seed)
+        else:
+            profile_one_layer(out, case, where, backend, steps, budget, seed)
+    except (ValueError, TypeError) as error:
+        fail(str(error), EXIT_USAGE)
+    except Unmeasurable as reason:
+        fail(f"not measured on this machine: {reason}", EXIT_NO_GPU)
+    except OSError as error:
+        fail(f"cannot write to {out}: {error.strerror}", EXIT_FAULT)
+
+
+def pick_case(model: str | None, shape: dict[str, int | None], overrides: dict[str, Any], device: torch.device) -> Case:
+    """The layer that is asked for: a model's, perhaps with another number of tokens, or one of this very shape."""
+    from moe_triton.benchmarking.cases import PRESETS, Case
+
+    sizes: dict[str, Any] = {name: value for name, value in shape.items() if value is not None}
+    if set(sizes) - {"tokens"}:
+        if model is not None:
+            raise ValueError(f"model: got {model!r} together with {', '.join(sizes)}, wanted one or the other")
+        missing = [name for name in shape if name not in sizes]
+        if missing:
+            raise ValueError(f"{', '.join(missing)}: missing; one shape needs all of {', '.join(shape)}")
+        return Case(**sizes, **overrides)
+    known = {case.name.lower(): case for name in ("cpu", "models") for case in reversed(PRESETS[name].cases)}
+    wanted = (model or DEFAULT_MODELS[device.type]).lower()
+    if wanted not in known:
+        raise ValueError(f"model: got {model!r}, wanted one of {', '.join(case.name for case in known.values())}")
+    return replace(known[wanted], **sizes, **overrides)
+
+
+# A layer --------------------------------------------------------------------------------------------------------------
+
+
+def profile_one_layer(
+    out: Path, case: Case, device: torch.device, backend: str, steps: int, budget: float, seed: int
+) -> None:
+    from moe_triton.benchmarking import profiling
+    from moe_triton.benchmarking.cases import make_workload
+    from moe_triton.benchmarking.environment import environment
+    from moe_triton.benchmarking.memory_chart import draw_memory
+    from moe_triton.benchmarking.report import write_json
+    from moe_triton.benchmarking.stage_report import print_stages
+    from moe_triton.benchmarking.timing import make_timer
+    from moe_triton.metrics import load_statistics
+
+    with StepDisplay() as on_step:
+        on_step(f"{case.title()}: making tensors", 0.0)
+        workload = make_workload(case, device, seed)
+        on_step(f"{case.title()}: {steps} steps under the profiler", 0.3)
+        found = profiling.profile_layer(
+            workload, backend=backend, steps=steps, timer=make_timer(device), budget_s=budget, path=out / "trace.json"
+        )
+    print_stages([found.table])
+    print_inside(found.trace.inside, steps)
+    statistics = load_statistics(torch.tensor(found.counts), dropped=0)
+    print(f"experts: {statistics}")
+    title = f"{case.title()}, backend {found.table.backend}: memory of one step, stage by stage"
+    drawn = draw_memory(out / "memory.png", found.trace, "gate", title)
+    peak = max((m.bytes for m in found.trace.memory), default=0)
+    write_json(
+        out / "profile.json",
+        {
+            "schema": "moe-triton-profile/1",
+            **environment(device),
+            "stages": asdict(found.table),
+            "inside": found.trace.inside,
+            "load": {"counts": found.counts, **statistics._asdict()},
+            "peak_bytes": peak,
+        },
+    )
+    print(proton_line(out, workload, backend, steps))
+    print_files(out, peak, drawn)
+
+
+def print_inside(inside: dict[str, dict[str, float]], steps: int) -> None:
+    """What the operators inside the experts' stages are, where the profiler sees operators (on a CPU)."""
+    for name in ("experts", "experts (backward)"):
+        kinds = inside.get(name, {})
+        total = sum(kinds.values())
+        if total > 0:
+            parts = sorted(kinds.items(), key=lambda item: -item[1])
+            text = ", ".join(f"{kind} {seconds / total:.0%}" for kind, seconds in parts)
+            print(f"inside {name}: {text} (of {total / steps * 1e3:.3g} ms in operators, under the profiler)")
+
+
+def print_files(out: Path, peak: int, drawn: bool) -> None:
+    print(f"memory: at most {peak / 2**20:.3g} MiB beyond what was held before{f', {out}/memory.png' if drawn else ''}")
+    print(f"trace: {out / 'trace.json'} (open it at ui.perfetto.dev)")
+    if not torch.cuda.is_available():
+        print("not measured on this machine, for want of a GPU: kernels' own times, NVTX ranges for nsys")
+
+
+def proton_line(out: Path, workload: Any, backend: str, steps: int) -> str:
+    """Runs the layer once more under Triton's own profiler, where there is one and a GPU for it."""
+    if importlib.util.find_spec("triton") is None or importlib.util.find_spec("triton.profiler") is None:
+        return "proton: not measured: there is no triton.profiler here"
+    if workload.hidden.device.type != "cuda":
+        return "proton: not measured on this machine: needs a GPU"
+    import triton.profiler as proton
+
+    from moe_triton.benchmarking.providers import PROVIDERS
+    from moe_triton.benchmarking.timing import ready
+    from moe_triton.benchmarking.ways import Runnable
+
+    call = Runnable(PROVIDERS[backend].build(workload), workload).call("full")
+    proton.start(str(out / "proton"), hook="triton")
+    for _ in range(steps):
+        ready(call)()
+    torch.cuda.synchronize()
+    proton.finalize()
+    return f"proton: {out / 'proton.hatchet'} (proton-viewer -m time/ms {out / 'proton.hatchet'})"
+
+
+# A training step ------------------------------------------------------------------------------------------------------
+
+
+def profile_training_step(
+    out: Path, device: torch.device, backend: str, steps: int, seed: int, sizes: dict[str, Any]
+) -> None:
+    from moe_triton.benchmarking import profiling
+    from moe_triton.benchmarking.environment import environment
+    from moe_triton.benchmarking.memory_chart import draw_memory
+    from moe_triton.benchmarking.report import milliseconds, plain_console, write_json
+    from moe_triton.metrics import load_statistics
+    from moe_triton.training.config import TrainConfig
+
+    given = {name: value for name, value in sizes.items() if value is not None}
+    config = TrainConfig(backend=backend, device=str(device), seed=seed, threads=torch.get_num_threads(), **given)
+    with StepDisplay() as on_step:
+        on_step(f"{steps} training steps under the profiler", 0.3)
+        found = profiling.profile_step(config, steps=steps, path=out / "trace.json")
+    from rich.table import Table
+
+    console = plain_console()
+    console.print(
+        f"a training step: {config.num_layers} layers, {config.batch_size * config.seq_len} tokens, "
+        f"d={config.hidden_size} n={config.intermediate_size} E={config.num_experts} K={config.top_k}, "
+        f"{milliseconds(found.step_s)} ms under the profiler",
+        highlight=False,
+        soft_wrap=True,
+    )
+    shown = Table(box=Table().box if console.is_terminal else None)
+    for name in ("part", "ms", "share"):
+        shown.add_column(name, justify="left" if name == "part" else "right")
+    for part, seconds, share in found.rows:
+        shown.add_row(part, milliseconds(seconds), f"{share:.1%}")
+    console.print(shown)
+    for layer, counts in enumerate(found.load):
+        print(f"experts of layer {layer}: {load_statistics(torch.tensor(counts), dropped=None)}")
+    print(f"dropped: {found.dropped:.2%} of the assignments (capacity factor {config.capacity_factor:g})")
+    title = "a training step: memory, forward by module"
+    drawn = draw_memory(out / "memory.png", found.trace, "step", title)
+    peak = max((m.bytes for m in found.trace.memory), default=0)
+    rows = [{"part": part, "seconds": seconds, "share": share} for part, seconds, share in found.rows]
+    write_json(
+        out / "profile.json",
+        {
+            "schema": "moe-triton-profile/1",
+            **environment(device),
+            "config": config.as_dict(),
+            "step_s": found.step_s,
+            "parts": rows,
+            "load": found.load,
+            "dropped": found.dropped,
+            "peak_bytes": peak,
+        },
+    )
+    print_files(out, peak, drawn)
+
+
+# One kernel -----------------------------------------------------------------------------------------------------------
+
+
+def profile_kernel(name: str, case: Case, device: torch.device, backend: str, budget: float, seed: int) -> None:
+    """The kernel with every configuration that ships for this device and dtype, fastest first."""
+    from moe_triton import runtime
+    from moe_triton.benchmarking import kernel_search
+    from moe_triton.benchmarking.cases import make_workload
+    from moe_triton.benchmarking.report import milliseconds, plain_console, three_digits
+    from moe_triton.benchmarking.timing import make_timer
+
+    try:
+        runtime.choose("triton", device, case.torch_dtype)
+    except RuntimeError as error:
+        raise Unmeasurable(f"--kernel times Triton kernels: {error}") from error
+    stage = arguments.pick(name, "kernel", kernel_search.stage_names(), name)
+    with StepDisplay() as on_step:
+        workload = make_workload(case, device, seed)
+        found = kernel_search.time_shipped(
+            workload, stage, make_timer(device), budget, lambda what, share: on_step(f"{stage} {what}", share)
+        )
+    from rich.table import Table
+
+    console = plain_console()
+    title = f"{stage}: {case.title()}, shipped configurations (the one that runs is marked)"
+    console.print(title, highlight=False, soft_wrap=True)
+    shown = Table(box=Table().box if console.is_terminal else None)
+    for column in ("configuration", "ms", "TFLOP/s", "of floor", "note"):
+        shown.add_column(column, justify="left" if column in ("configuration", "note") else "right")
+    for row in found:
+        speed = "" if row.time_s is None else three_digits(row.flops / row.time_s / 1e12)
+        share = "" if row.time_s is None else f"{row.floor_s / row.time_s:.2f}"
+        shown.add_row(row.config, "" if row.time_s is None else milliseconds(row.time_s), speed, share, row.note)
+    console.print(shown)
+    if device.type == "cpu":
+        print("these are times of Triton's interpreter: they say nothing about a GPU", file=sys.stderr)

@@ -1,0 +1,225 @@
+"""`moe-triton tune`: searches faster configurations of the kernels for given shapes, and keeps them in a table."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import torch
+import typer
+
+from moe_triton import runtime
+from moe_triton.benchmarking.environment import environment, source_digest
+from moe_triton.cli import arguments
+from moe_triton.cli.arguments import (
+    EXIT_FAULT,
+    EXIT_INTERRUPTED,
+    EXIT_NO_GPU,
+    EXIT_USAGE,
+    SHAPE,
+    Unmeasurable,
+    pick,
+    pick_device,
+    pick_several,
+)
+from moe_triton.cli.display import StepDisplay
+
+if TYPE_CHECKING:
+    from moe_triton.benchmarking.cases import Case
+    from moe_triton.benchmarking.tuning import Problem, Progress, Settings
+
+OFFLINE = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+def fail(message: str, code: int) -> NoReturn:
+    arguments.fail("tune", message, code)
+
+
+def tune(
+    suite: Annotated[str | None, typer.Option(help="Shapes by name: see `moe-triton bench --list`.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="T: tokens. With the next four: one shape instead.")] = None,
+    hidden: Annotated[int | None, typer.Option(help="d: hidden size.")] = None,
+    intermediate: Annotated[int | None, typer.Option(help="n: intermediate size of an expert.")] = None,
+    experts: Annotated[int | None, typer.Option(help="E: experts.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="K: experts per token.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, or several with commas.")] = None,
+    ops: Annotated[
+        str | None, typer.Option(help="up, down, d_hidden, d_weight, d_rows, or several. Default: all.")
+    ] = None,
+    budget: Annotated[float, typer.Option(help="Seconds for the whole search.")] = 600.0,
+    candidate_s: Annotated[float, typer.Option("--candidate-seconds", help="Seconds of timing per candidate.")] = 0.5,
+    table: Annotated[
+        Path | None, typer.Option(help="The table. Default: $MOE_TRITON_TABLE or ~/.config/moe_triton/configs.json.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cuda or cuda:N; cpu only in Triton's interpreter.")] = "auto",
+    arch: Annotated[str, typer.Option(help="With --dry-run: sm_80, sm_90, sm_100 or gfx942.")] = "sm_90",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the first candidates and what they compile to; needs no GPU.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(help="CPU threads. Default: torch's.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random tensors.")] = 0,
+) -> None:
+    """Search faster kernel configurations for given shapes, verify them, and keep the faster ones in a table.
+
+    The search goes on where it was when the same command is given again. The library reads the table from its default
+    place, or from the file that MOE_TRITON_TABLE names.
+    Exit code: 0; 1 when a file cannot be written; 2 for bad arguments; 3 when a GPU is needed.
+    """
+    from moe_triton.benchmarking import kernel_search, tuning
+
+    if importlib.util.find_spec("triton") is None:
+        fail("Triton is not installed: there is nothing to tune", EXIT_NO_GPU)
+    shape = dict(zip(SHAPE, (tokens, hidden, intermediate, experts, top_k), strict=True))
+    try:
+        where = pick_device(device)
+        if suite is None and all(value is None for value in shape.values()):
+            raise ValueError(f"suite: missing; name one (see moe-triton bench --list), or give {', '.join(shape)}")
+        cases = tunable_cases(suite, shape, dtype)
+        names = kernel_search.operations() if ops is None else pick_several(ops, "ops", kernel_search.operations())
+        arguments.check_settings(budget, threads, seed, [])
+        if not 0 <= candidate_s < float("inf"):
+            raise ValueError(f"candidate-seconds: got {candidate_s}, wanted seconds >= 0")
+        if dry_run:
+            pick(arch, "arch", OFFLINE, arch)
+            dry(tuning.problems_of(cases, names, arch), budget)
+            return
+        architecture = measurable(where, cases)
+        path = table_path(table)
+        entries = tuning.read_table(path)
+        facts = environment(where)
+        circumstances = {"device": facts["device"]["name"], "source": source_digest(), "candidate_s": candidate_s}
+        circumstances |= {name: facts["versions"][name] for name in ("torch", "triton")}
+        progress = tuning.Progress(path=path.with_suffix(".progress.json"), circumstances=circumstances)
+        progress.load()
+    except (ValueError, TypeError) as error:
+        fail(str(error), EXIT_USAGE)
+    except Unmeasurable as reason:
+        fail(f"not measured on this machine: {reason}", EXIT_NO_GPU)
+    problems = tuning.problems_of(cases, names, architecture)
+    settings = tuning.Settings(device=where, seed=seed, threads=threads, candidate_s=candidate_s)
+    try:
+        run(problems, progress, settings, budget, path, entries, facts)
+    except KeyboardInterrupt:
+        fail(f"interrupted; the same command goes on from {progress.path}", EXIT_INTERRUPTED)
+    except OSError as error:
+        fail(f"cannot write to {path.parent}: {error.strerror}; what was there before is intact", EXIT_FAULT)
+
+
+def tunable_cases(suite: str | None, shape: dict[str, int | None], dtype: str | None) -> list[Case]:
+    """As for `bench`, whatever the device: a dry run needs none."""
+    return arguments.pick_cases(suite, shape, dtype, {}, torch.device("cuda"))
+
+
+def measurable(device: torch.device, cases: list[Case]) -> str:
+    """The architecture that is tuned for. Unmeasurable where the kernels cannot run."""
+    try:
+        runtime.choose("triton", device, cases[0].torch_dtype)
+    except RuntimeError as error:
+        raise Unmeasurable(f"{error}; --dry-run needs none") from error
+    return runtime.load("triton", "tables").target_of(device).architecture
+
+
+def table_path(given: Path | None) -> Path:
+    """Where the table is written, its folder made; ValueError where that cannot be."""
+    path = given or runtime.load("triton", "tables").user_table_path()
+    if path is None:
+        raise ValueError("table: MOE_TRITON_TABLE is empty, so there is no place for it; name one")
+    if path.is_dir():
+        raise ValueError(f"table: {path} is a directory, wanted a file")
+    arguments.make_directory(path.parent, "table")
+    return path
+
+
+def run(
+    problems: list[Problem],
+    progress: Progress,
+    settings: Settings,
+    budget: float,
+    path: Path,
+    entries: list[dict[str, Any]],
+    facts: dict[str, Any],
+) -> None:
+    """Every problem in turn, each with an equal share of the time that is left; the table is written after each."""
+    from moe_triton.benchmarking import tuning
+
+    begin = time.monotonic()
+    display = StepDisplay(len(problems), budget / max(1, len(problems)))
+    with display as on_step:
+        for number, problem in enumerate(problems):
+            left = budget - (time.monotonic() - begin)
+            share = max(0.0, left) / (len(problems) - number)
+            on_step(problem.title(), 0.0)
+            title = problem.title()
+            on_try = lambda words, outcome, title=title: on_step(f"{title}: {words}: {outcome.status}", 0.5)  # noqa: E731
+            try:
+                state = tuning.search(problem, progress, settings, share, on_try)
+                ratio = tuning.confirmed_ratio(problem, state, settings)
+            except tuning.Crashed as reason:
+                print(f"{problem.title()}: not tuned: {reason}")
+                display.finish_cell()
+                continue
+            is_better = ratio < tuning.GAIN
+            entry = tuning.entry_of(problem, state, ratio, facts) if is_better else None
+            if entry is not None or state.is_done:
+                entries = tuning.merge(entries, problem, entry)
+                tuning.write_table(path, entries)
+            print(summary(problem, state, ratio, is_better))
+            display.finish_cell()
+    print(f"table: {path} ({len(entries)} entries)")
+    if path != runtime.load("triton", "tables").user_table_path():
+        print(f"to use it: export MOE_TRITON_TABLE={path}")
+
+
+def summary(problem: Problem, state: Any, ratio: float, is_better: bool) -> str:
+    from moe_triton.benchmarking import tuning
+
+    statuses = [outcome["status"] for outcome in state.tried.values()]
+    bad = {status: statuses.count(status) for status in ("wrong", "failed") if status in statuses}
+    counts = f"{len(statuses) - 1} tried" + "".join(f", {count} {status}" for status, count in bad.items())
+    end = "" if state.is_done else "; the time was over before all neighbours were tried"
+    if not is_better:
+        return f"{problem.title()}: nothing faster than {tuning.in_words(state.incumbent)} ({counts}{end})"
+    better = f"{tuning.in_words(state.best)}, {1 / ratio:.2f}x as fast as {tuning.in_words(state.incumbent)}"
+    return f"{problem.title()}: {better} ({counts}{end})"
+
+
+def dry(problems: list[Problem], budget: float) -> None:
+    """The configuration that runs today and its neighbours, compiled for an architecture that may not be here."""
+    from rich.table import Table
+
+    from moe_triton.benchmarking import tuning
+    from moe_triton.benchmarking.report import plain_console
+
+    tables = runtime.load("triton", "tables")
+    console = plain_console()
+    begin = time.monotonic()
+    for problem in problems:
+        case = problem.case
+        running = tables.chosen_config(
+            problem.name, case.hidden, case.intermediate, case.torch_dtype, problem.bucket, problem.architecture
+        )
+        configs = [running, *tables.neighbours(running, problem.name, case.hidden, case.intermediate)]
+        title = f"{problem.title()}, {problem.architecture}: today's configuration and {len(configs) - 1} candidates"
+        console.print(title, highlight=False, soft_wrap=True)
+        shown = Table(box=Table().box if console.is_terminal else None)
+        for name in ("configuration", "registers", "spills", "shared bytes", "offline gates"):
+            shown.add_column(name, justify="left" if name in ("configuration", "offline gates") else "right")
+
+        def on_report(config: dict[str, Any], found: dict[str, Any], shown: Table = shown) -> None:
+            report = found["report"] or {}
+            verdict = found["error"] or ", ".join(found["broken"]) or "ok"
+            cells = [str(report.get(name, "")) for name in ("registers", "spills", "shared_bytes")]
+            shown.add_row(tuning.in_words(config), *cells, verdict)
+
+        print(f"compiling {problem.title()}", file=sys.stderr, flush=True)
+        if time.monotonic() - begin < budget:
+            tuning.offline_gates(problem, [asdict(config) for config in configs], on_report)
+        else:
+            for config in configs:
+                shown.add_row(tables.in_words(config), "", "", "", "not compiled: the budget is spent")
+        console.print(shown)
+        console.print()

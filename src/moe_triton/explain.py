@@ -1,0 +1,187 @@
+"""What will run, and why: backend, kernels, configurations, for a module or for a shape, without running anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from moe_triton import runtime
+from moe_triton.checks import check_choice, check_int
+from moe_triton.layers import Experts, MoE
+from moe_triton.records import ACTIVATIONS, GATED
+
+DEFAULT_TOKENS = 4096
+SHAPE = ("tokens", "hidden_size", "intermediate_size", "num_experts", "top_k")
+TORCH_WAYS = {
+    True: "CPU: a loop over experts that keeps an expert's rows in cache, or one padded batched product where experts "
+    "have few rows; the rows of the very call decide",
+    False: "F.grouped_mm where dtype and strides allow it, products over padded groups elsewhere; no host sync",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One step: what runs it, its configuration, and where that is from; "" where it has none."""
+
+    step: str
+    runs: str
+    config: str = ""
+    origin: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """What will run for one layer. str() gives it in words.
+
+    name      of the module; "" for a shape
+    shape     T, d, n, E, K
+    backend   "triton", "torch" or "reference"; reason: why
+    parts     step by step
+    """
+
+    name: str
+    shape: tuple[int, int, int, int, int]
+    dtype: torch.dtype
+    device: torch.device
+    backend: str
+    reason: str
+    parts: tuple[Part, ...]
+
+    def __str__(self) -> str:
+        tokens, d, n, num_experts, top_k = self.shape
+        dtype = str(self.dtype).removeprefix("torch.")
+        what = f"T={tokens} d={d} n={n} E={num_experts} K={top_k} {dtype} on {self.device}"
+        lines = [f"{f'{self.name}: ' if self.name else ''}{what}: backend {self.backend} ({self.reason})"]
+        for part in self.parts:
+            config = f"  {part.config} (from the {part.origin})" if part.config else ""
+            lines.append(f"  {part.step:26} {part.runs}{config}")
+        return "\n".join(lines)
+
+
+def explain(
+    module_or_shape: nn.Module | Iterable[int],
+    *,
+    tokens: int = DEFAULT_TOKENS,
+    activation: str = "swiglu",
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str | None = None,
+    backend: str = "auto",
+) -> list[Explanation]:
+    """What will run for every MoE layer of a module, or for one shape (T, d, n, E, K).
+
+    Args:
+        module_or_shape: a module with `moe_triton.MoE` layers (or one itself), or five sizes.
+        tokens: T, for a module; configurations depend on the rows per expert, T K / E.
+        activation, dtype, backend: for a shape; a module has its own.
+        device: where it would run. None: the module's own; for a shape a GPU if there is one.
+
+    Returns one Explanation per layer. Nothing is launched. On another architecture than this machine's, ask
+    `moe-triton tune --dry-run` or `moe-triton inspect`.
+
+    Raises:
+        ValueError, TypeError: no MoE layer in the module, a wrong shape, an unknown name. RuntimeError: backend
+        "triton" where the kernels cannot run.
+    """
+    if isinstance(module_or_shape, nn.Module):
+        check_int("tokens", tokens, low=1)
+        found = [(name, layer) for name, layer in module_or_shape.named_modules() if isinstance(layer, MoE)]
+        if not found:
+            raise ValueError("module_or_shape: got a module without a moe_triton.MoE layer, wanted at least one")
+        return [explain_layer(name, layer, tokens, device) for name, layer in found]
+    sizes = tuple(module_or_shape)
+    if len(sizes) != len(SHAPE):
+        raise ValueError(f"module_or_shape: got {len(sizes)} sizes, wanted {len(SHAPE)}: {', '.join(SHAPE)}")
+    for name, size in zip(SHAPE, sizes, strict=True):
+        check_int(name, size, low=1)
+    check_int("top_k", sizes[4], low=1, high=sizes[3])
+    check_choice("activation", activation, ACTIVATIONS)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    shape = (sizes[0], sizes[1], sizes[2], sizes[3], sizes[4])
+    return [describe("", shape, dtype, where, backend, activation)]
+
+
+def explain_layer(name: str, layer: MoE, tokens: int, device: torch.device | str | None) -> Explanation:
+    experts: Experts = layer.experts
+    _, hidden, intermediate = experts.down_proj.shape
+    shape = (tokens, hidden, intermediate, layer.num_experts, layer.top_k)
+    weight = experts.gate_up_proj
+    where = weight.device if device is None else torch.device(device)
+    return describe(
+        name, shape, weight.dtype, where, experts.backend, experts.spec.activation,
+        has_bias=experts.down_proj_bias is not None, recompute=experts.recompute,
+    )  # fmt: skip
+
+
+def describe(
+    name: str,
+    shape: tuple[int, int, int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str,
+    activation: str,
+    *,
+    has_bias: bool = False,
+    recompute: bool = False,
+) -> Explanation:
+    choice = runtime.choose(backend, device, dtype)
+    if choice.name == "triton":
+        parts = triton_parts(shape, dtype, device, activation in GATED, has_bias)
+    elif choice.name == "torch":
+        parts = torch_parts(device)
+    else:
+        parts = [Part(step="everything", runs="moe_triton.reference, under plain autograd")]
+    if recompute:
+        parts.append(Part(step="backward, first", runs="the up projection again (recompute=True)"))
+    return Explanation(
+        name=name,
+        shape=shape,
+        dtype=dtype,
+        device=device,
+        backend=choice.name,
+        reason=choice.reason,
+        parts=tuple(parts),
+    )
+
+
+def torch_parts(device: torch.device) -> list[Part]:
+    is_cpu = device.type == "cpu"
+    return [
+        Part(step="gate", runs="torch linear in fp32 (fp64 for fp64 parameters)"),
+        Part(step="route", runs="torch.topk over 64-bit keys (exact, ties to the lower index)"),
+        Part(step="dispatch", runs="a stable radix sort of the choices" if is_cpu else "torch.sort of the choices"),
+        Part(step="experts, both passes", runs=TORCH_WAYS[is_cpu]),
+    ]
+
+
+def triton_parts(
+    shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device, is_gated: bool, has_bias: bool
+) -> list[Part]:
+    tokens, d, n, num_experts, top_k = shape
+    tables = runtime.load("triton", "tables")
+    chosen = tables.chosen_configs(
+        d=d, n=n, dtype=dtype, num_rows=tokens * top_k, num_experts=num_experts, is_gated=is_gated,
+        architecture=tables.target_of(device).architecture,
+    )  # fmt: skip
+    config = {stage: found for found in chosen for stage in found["stages"]}
+    parts = [
+        Part(step="gate", runs="torch linear in fp32"),
+        Part(step="route", runs="top-k kernels"),
+        Part(step="dispatch", runs="permutation kernels"),
+    ]
+    for stage, kernel in tables.KERNELS.items():
+        if stage.startswith("d_bias") and not has_bias:
+            continue
+        known = config.get(stage)
+        step = f"{stage.removesuffix('_backward')} (backward)" if stage not in tables.FORWARD else stage
+        parts.append(
+            Part(
+                step=step,
+                runs=kernel,
+                config="" if known is None else known["config"],
+                origin="" if known is None else known["from"],
+            )
+        )
+    return parts

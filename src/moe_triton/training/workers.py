@@ -1,0 +1,106 @@
+"""The processes of one run: alone, or started by torchrun, with the experts spread over them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moe_triton.distributed import ExpertParallel, ParallelGroups, make_groups
+from moe_triton.distributed.parameters import expert_parameters
+from moe_triton.training.errors import TrainingError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """This process among those of the run. A batch is cut into runs of sequences, one for each rank, in order."""
+
+    rank: int = 0
+    world: int = 1
+    groups: ParallelGroups | None = None
+    mode: str = "dropless"
+    chunks: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes the files and the display."""
+        return self.rank == 0
+
+    def expert_parallel(self) -> ExpertParallel | None:
+        """For the layers of one model; None where everything is in one process."""
+        return None if self.groups is None else ExpertParallel(self.groups, mode=self.mode, chunks=self.chunks)
+
+    def share(self, sequences: Tensor) -> Tensor:
+        """This rank's run of the sequences [B, ...]; the first ranks have one more where they do not divide."""
+        return sequences.tensor_split(self.world)[self.rank]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all ranks."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def whole(self, tensors: dict[str, Tensor], model: nn.Module, owners: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+        """The tensors with all experts: those that `owners` gives to an expert parameter are gathered, by name.
+
+        Complete on the first rank, and on all ranks that share its experts. Every rank must call it.
+        """
+        spread = expert_parameters(model)
+        found = {}
+        for name, value in tensors.items():
+            owner = owners.get(name)
+            parallel = None if owner is None or value.dim() == 0 else spread.get(owner)
+            found[name] = value if parallel is None else gather_experts(value, parallel)
+        return found
+
+    def local(self, value: Tensor, parameter: nn.Parameter, model: nn.Module) -> Tensor:
+        """The rows of a whole tensor that belong to this rank's experts, if `parameter` is one of an expert."""
+        parallel = expert_parameters(model).get(parameter)
+        if parallel is None or value.dim() == 0:
+            return value
+        experts = parallel.experts_of(value.shape[0])
+        return value[experts.start : experts.stop]
+
+
+ALONE = Workers()
+
+
+def gather_experts(local: Tensor, parallel: ExpertParallel) -> Tensor:
+    """A tensor [E_local, ...] of every rank of the group as one [E, ...]."""
+    if parallel.ep.size == 1:
+        return local
+    sizes = torch.tensor([local.shape[0]], device=local.device)
+    dist.all_reduce(sizes, dist.ReduceOp.MAX, group=parallel.ep.handle)
+    most = int(sizes.item())
+    padded = local.new_zeros(most, *local.shape[1:])
+    padded[: local.shape[0]] = local
+    out = local.new_empty(parallel.ep.size * most, *local.shape[1:])
+    dist.all_gather_into_tensor(out, padded, group=parallel.ep.handle)
+    kept = torch.tensor([local.shape[0]], device=local.device)
+    dist.all_reduce(kept, group=parallel.ep.handle)
+    return out[: int(kept.item())]  # only the last rank has fewer
+
+
+@contextlib.contextmanager
+def started_workers(ep: int, mode: str, chunks: int, device: str) -> Iterator[Workers]:
+    """The run's processes, by torchrun's environment variables. Raises TrainingError: sizes that do not fit."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if ep < 1 or world % ep:
+        hint = "" if world > 1 else "; start it with torchrun --nproc_per_node N -m moe_triton train"
+        raise TrainingError(f"--ep: got {ep}, wanted a divisor of the {world} processes{hint}")
+    if world == 1:
+        yield ALONE
+        return
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
+    try:
+        groups = make_groups(ep=ep)
+        yield Workers(rank=groups.rank, world=world, groups=groups, mode=mode, chunks=chunks)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,122 @@
+"""`moe-triton train` under torchrun: the losses of one process, and checkpoints that any number of them go on from."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+STEPS = 40
+TINY = [
+    *("--batch-size", "8", "--seq-len", "16", "--num-layers", "2", "--hidden-size", "16", "--intermediate-size", "8"),
+    *("--num-experts", "7", "--steps", str(STEPS), "--checkpoint-every", "2", "--capacity-factor", "1.0"),
+]
+
+
+def command(out: Path, text: Path, *options: str, processes: int) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    parts = [sys.executable, *launcher, "-m", "moe_triton", "train", "--out", out, "--data", text, *TINY, *options]
+    return [str(part) for part in parts]
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def train(out: Path, text: Path, *options: str, processes: int = 1) -> str:
+    """Runs to the end; what was printed."""
+    done = subprocess.run(
+        command(out, text, *options, processes=processes),
+        capture_output=True, text=True, check=False, timeout=240, env=ENVIRONMENT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def train_and_kill(out: Path, text: Path, *options: str, processes: int, after: int) -> int:
+    """SIGKILL to all processes at once when `after` steps are on disk; the number of steps that were then."""
+    process = subprocess.Popen(
+        command(out, text, *options, processes=processes),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    try:
+        while len(losses(out)) < after:
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        for child in children_of(process.pid):
+            os.kill(child, signal.SIGKILL)
+        process.kill()
+        process.wait()
+    return len(losses(out))
+
+
+def children_of(pid: int) -> list[int]:
+    """The processes that a launcher started: torchrun gives each a session of its own."""
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in children.read_text().split()] if children.exists() else []
+
+
+def losses(out: Path) -> list[float]:
+    path = out / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line)["train_loss"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"{i} is followed by {i + 1}, and {i * i} is its square.\n" for i in range(3000)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, text) -> Path:
+    out = tmp_path_factory.mktemp("run") / "alone"
+    train(out, text)
+    return out
+
+
+def test_killed_on_four_processes_resumed_on_two_then_on_one(tmp_path, text, alone):
+    out = tmp_path / "run"
+    first = train_and_kill(out, text, "--ep", "4", "--ep-chunks", "2", processes=4, after=4)
+    assert first < STEPS
+    second = train_and_kill(out, text, "--ep", "2", "--resume", processes=2, after=first + 4)
+    assert second < STEPS
+    printed = train(out, text, "--resume")
+    assert "going on after step" in printed
+    assert losses(out) == pytest.approx(losses(alone), rel=2e-5)
+
+
+def test_every_process_counts_the_same(tmp_path, text, alone):
+    out = tmp_path / "run"
+    printed = train(out, text, "--ep", "2", "--ep-mode", "capacity", processes=2)
+    assert printed.count("held-out loss:") == 1, "one process speaks for all"
+    assert losses(out) == pytest.approx(losses(alone), rel=2e-5)
+    summary, wanted = (json.loads((folder / "summary.json").read_text()) for folder in (out, alone))
+    assert (summary["processes"], summary["ep"]) == (2, 2)
+    for key in ("held_out_loss", "validation_loss", "parameters", "active_parameters", "dropped", "tokens"):
+        assert summary["moe"][key] == pytest.approx(wanted["moe"][key], rel=1e-4), key
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ep", "2"], "--ep: got 2, wanted a divisor of the 1 processes; start it with torchrun"),
+        (["--ep", "0"], "--ep: got 0"),
+    ],
+)
+def test_bad_sizes(tmp_path, text, options, message):
+    done = subprocess.run(
+        command(tmp_path / "run", text, *options, processes=1), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,131 @@
+"""The values, the memories and the barriers of the Gluon emulator (see `gluon_emulator`), over NumPy arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+
+class Race(Exception):
+    """A product of what cp.async wrote, with no proxy fence between; or more arrivals than a barrier counts."""
+
+
+class Tile(np.ndarray):
+    """A block of values, with the methods of a Triton tensor that the kernels use."""
+
+    type = SimpleNamespace(layout=None)
+
+    def to(self, dtype: Any) -> Tile:
+        return self.astype(dtype)
+
+    def permute(self, *order: int) -> Tile:
+        return self.transpose(*order)
+
+    def split(self) -> tuple[Tile, Tile]:
+        return self[..., 0], self[..., 1]
+
+
+class Scalar(int):
+    """A loaded integer."""
+
+    def to(self, _: Any) -> int:
+        return int(self)
+
+
+class Pointer:
+    """Into a flat array of global memory; every access is checked."""
+
+    def __init__(self, array: np.ndarray, offsets: Any = 0) -> None:
+        self.array, self.offsets = array, offsets
+        self.dtype = SimpleNamespace(element_ty=array.dtype.type)
+
+    def __add__(self, offsets: Any) -> Pointer:
+        return Pointer(self.array, self.offsets + offsets)
+
+    def __getitem__(self, index: Any) -> Pointer:
+        return Pointer(self.array, self.offsets[index])
+
+
+def load(pointer: Pointer, mask: Any = None, other: float = 0) -> Any:
+    if np.ndim(pointer.offsets) == 0:
+        return Scalar(pointer.array[pointer.offsets])
+    inside = np.broadcast_to(True if mask is None else mask, np.shape(pointer.offsets))
+    result = np.full(np.shape(pointer.offsets), other, pointer.array.dtype)
+    chosen = np.asarray(pointer.offsets)[inside]
+    assert chosen.size == 0 or chosen.min() >= 0
+    result[inside] = pointer.array[chosen]
+    return result.view(Tile)
+
+
+def store(pointer: Pointer, value: np.ndarray, mask: np.ndarray) -> None:
+    inside = np.broadcast_to(mask, np.shape(value))
+    chosen = np.asarray(np.broadcast_to(pointer.offsets, np.shape(value)))[inside]
+    assert chosen.size == 0 or chosen.min() >= 0
+    pointer.array[chosen] = np.asarray(value)[inside]
+
+
+class Descriptor:
+    """A matrix that TMA loads blocks of; outside of it there are zeros."""
+
+    def __init__(self, matrix: np.ndarray, block: Sequence[int]) -> None:
+        self.matrix, self.block = matrix, list(block)
+
+    def read(self, at: Sequence[int]) -> np.ndarray:
+        result = np.zeros(self.block, self.matrix.dtype)
+        part = self.matrix[tuple(slice(start, start + size) for start, size in zip(at, self.block, strict=True))]
+        result[tuple(slice(0, size) for size in part.shape)] = part
+        return result
+
+
+class Shared:
+    """Shared memory: its content, and when cp.async last wrote each element (0: TMA did)."""
+
+    def __init__(self, data: np.ndarray, written: np.ndarray) -> None:
+        self.data, self.written, self.shape = data, written, data.shape
+
+    def index(self, i: int) -> Shared:
+        assert 0 <= i < self.shape[0]
+        return Shared(self.data[i], self.written[i])
+
+    def slice(self, start: int, length: int, dim: int = 0) -> Shared:
+        assert start + length <= self.shape[dim]
+        where = (slice(None),) * dim + (slice(start, start + length),)
+        return Shared(self.data[where], self.written[where])
+
+    def permute(self, order: Sequence[int]) -> Shared:
+        return Shared(self.data.transpose(order), self.written.transpose(order))
+
+
+class Barrier:
+    """An mbarrier: a phase completes when `count` arrivals were made and all the expected bytes have come."""
+
+    def __init__(self) -> None:
+        self.count = self.arrivals = self.bytes = self.phases = 0
+        self.fenced = self.completed_fenced = 0  # the latest proxy fence among the arrivals of this phase; of the last
+
+    def arrive(self, count: int, fenced: int = 0) -> None:
+        self.arrivals += count
+        self.fenced = max(self.fenced, fenced)
+        if self.arrivals > self.count:
+            raise Race("more arrivals than the barrier counts")
+        self.complete()
+
+    def complete(self) -> None:
+        if self.arrivals == self.count and self.bytes == 0:
+            self.phases += 1
+            self.arrivals, self.completed_fenced = 0, self.fenced
+
+    def passed(self, parity: int) -> bool:
+        """Whether the phase of this parity is the last one completed; on a fresh barrier that is the odd one."""
+        return self.phases % 2 != parity
+
+
+class Barriers:
+    def __init__(self, number: int) -> None:
+        self.members = [Barrier() for _ in range(number)]
+
+    def index(self, i: int) -> Barrier:
+        return self.members[i]

@@ -1,0 +1,316 @@
+"""The Gluon kernels behind `up` and `rows_times_experts`: when they run, what they compute, what they compile to.
+
+On a Hopper GPU they run on it; elsewhere the emulator runs their source.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from compare import assert_close
+from expert_problem import check, make_problem, random_choices, run
+from gluon_emulator import Emulator
+from gluon_memory import Descriptor, Pointer
+from torch import Tensor
+
+from moe_triton import reference
+from moe_triton.backends.triton import experts
+from moe_triton_kernels import configs, offline
+from moe_triton_kernels.activations import GATED, UNGATED
+from moe_triton_kernels.configs import Config, Target
+from moe_triton_kernels.down import rows_times_experts
+from moe_triton_kernels.gluon import down as gluon_down
+from moe_triton_kernels.gluon import launch, schedules
+from moe_triton_kernels.gluon import up as gluon_up
+from moe_triton_kernels.gluon.schedules import SCHEDULES, why_unsupported
+from moe_triton_kernels.grouped_gemm import per_expert
+from moe_triton_kernels.offline import SHARED_LIMIT, compile_apart
+from moe_triton_kernels.tiles import tile_tables
+from moe_triton_kernels.up import up
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]  # NumPy has no bfloat16
+PLAIN = Config(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=1)
+OFFSETS = (0, 150, 150, 201)
+NUM_ROWS, TOP_K = 210, 2  # nine rows belong to nobody
+
+
+class EmulatedKernel:
+    """Stands for a kernel: `kernel[grid](...)` runs its source in the emulator."""
+
+    def __init__(self, kernel: Any, module: str) -> None:
+        self.kernel, self.module = kernel, module
+        self.signature = inspect.signature(kernel.fn)
+        self.calls: list[tuple[tuple[int], dict[str, Any]]] = []
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        def launch(*arguments: Any, num_warps: int, **constants: Any) -> None:
+            bound = self.signature.bind(*arguments, **constants)
+            self.calls.append((grid, bound.arguments))
+            assert num_warps == 4
+            emulated = {name: self.emulated(value) for name, value in bound.arguments.items()}
+            Emulator(len(self.calls)).launch(self.module, self.kernel.fn.__name__, grid[0], **emulated)
+
+        return launch
+
+    @staticmethod
+    def emulated(value: Any) -> Any:
+        if isinstance(value, launch.TensorDescriptor):
+            return Descriptor(value.base.as_strided(value.shape, value.strides).numpy(), value.block_shape)
+        return Pointer(value.reshape(-1).numpy()) if isinstance(value, Tensor) else value
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> dict[str, EmulatedKernel]:
+    """Hopper: tensors on the CPU count as on one of two multiprocessors, and what is launched is emulated."""
+    if DEVICE == "cuda":
+        if torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("not a Hopper GPU")
+        return {}
+    for module in (schedules, launch):
+        monkeypatch.setattr(module, "target_of", lambda device: Target(architecture="sm_90", num_sms=2))
+    kernels = {
+        "down": EmulatedKernel(gluon_down.rows_kernel, "down"),
+        "up": EmulatedKernel(gluon_up.up_kernel, "up"),
+    }
+    monkeypatch.setattr(gluon_down, "rows_kernel", kernels["down"])
+    monkeypatch.setattr(gluon_up, "up_kernel", kernels["up"])
+    return kernels
+
+
+class Setting:
+    """A dispatch of 210 slots to three experts, of which the second gets none; d = 128."""
+
+    def __init__(self, dtype: torch.dtype = torch.float16) -> None:
+        self.dtype = dtype
+        self.offsets = torch.tensor(OFFSETS, dtype=torch.int32, device=DEVICE)
+        self.slots = torch.randperm(NUM_ROWS, device=DEVICE)[: OFFSETS[-1]]
+        nobody = self.slots.new_full((NUM_ROWS - OFFSETS[-1],), -1)
+        self.source = torch.cat([self.slots, nobody]).int()
+        self.tiles = tile_tables(self.offsets, NUM_ROWS)
+        self.x = self.random(NUM_ROWS // TOP_K, 128)
+        self.router_weights = torch.rand(NUM_ROWS // TOP_K, TOP_K, device=DEVICE) + 0.1
+
+    def random(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device=DEVICE).to(self.dtype)
+
+    def weight(self, size_k: int, size_columns: int, transposed: bool = False) -> Tensor:
+        """[E, k, columns], as the kernel reads them: k is contiguous (in a view), or, `transposed`, the columns are."""
+        weight = self.random(3, size_columns, size_k) / size_k**0.5
+        return weight.transpose(1, 2).contiguous() if transposed else weight.transpose(1, 2)
+
+    def experts(self) -> list[tuple[int, slice]]:
+        return [(e, slice(OFFSETS[e], OFFSETS[e + 1])) for e in range(3)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rows_times_experts(
+    hopper: dict[str, EmulatedKernel], schedule: str, transposed: bool, dtype: torch.dtype
+) -> None:
+    setting = Setting(dtype)
+    a, weight, bias = setting.random(NUM_ROWS, 64), setting.weight(64, 272, transposed), setting.random(3, 272)
+    a[OFFSETS[-1] :] = float("nan")
+    out = rows_times_experts(
+        a,
+        setting.tiles,
+        setting.offsets,
+        per_expert(weight),
+        size_columns=272,
+        config=replace(PLAIN, gluon=schedule, group=3),
+        bias=per_expert(bias),
+        router_weights=setting.router_weights,
+        source=setting.source,
+    )
+    if hopper:
+        ((grid, arguments),) = hopper["down"].calls
+        assert grid == (2,)
+        assert arguments["GROUP"] == 3
+        assert arguments["K_CONTIGUOUS"] == (not transposed)
+    for e, span in setting.experts():
+        scale = setting.router_weights.reshape(-1)[setting.slots[span]].double()
+        assert_close(out[span], (a[span].double() @ weight[e].double() + bias[e].double()) * scale[:, None])
+    assert out[OFFSETS[-1] :].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_gradient_of_rows(hopper: dict[str, EmulatedKernel], schedule: str, dtype: torch.dtype) -> None:
+    """d_rows: neither bias nor router weights, and the columns are contiguous."""
+    setting = Setting(dtype)
+    a, weight = setting.random(NUM_ROWS, 128), setting.weight(128, 48, transposed=True)
+    config = replace(PLAIN, gluon=schedule)
+    out = rows_times_experts(a, setting.tiles, setting.offsets, per_expert(weight), size_columns=48, config=config)
+    for e, span in setting.experts():
+        assert_close(out[span], a[span].double() @ weight[e].double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("activation", "transposed"), [("swiglu", False), ("gpt_oss", True), ("relu2", False)])
+def test_up(
+    hopper: dict[str, EmulatedKernel], schedule: str, activation: str, transposed: bool, dtype: torch.dtype
+) -> None:
+    setting, size_n = Setting(dtype), 80
+    width = size_n if activation == "relu2" else 2 * size_n
+    weight, bias = setting.weight(128, width, transposed), setting.random(3, width)
+    sizes = {"size_n": size_n, "top_k": TOP_K, "activation": activation, "is_concatenated": True}
+
+    def run(**keep: bool) -> tuple[Tensor, Tensor]:
+        return up(
+            setting.x,
+            setting.source,
+            setting.tiles,
+            setting.offsets,
+            per_expert(weight.transpose(1, 2)).transposed(),
+            per_expert(bias),
+            config=replace(PLAIN, gluon=schedule),
+            **sizes,
+            **keep,
+        )
+
+    a, h = run(keep_activation=True, keep_preactivation=True)
+    for e, span in setting.experts():
+        rows = setting.x[setting.slots[span] // TOP_K]
+        assert_close(h[span], rows.double() @ weight[e].double() + bias[e].double())
+        assert_close(a[span], reference.activate(h[span].double(), activation, True))
+    assert a[OFFSETS[-1] :].isnan().all()
+    assert h[OFFSETS[-1] :].isnan().all()
+    kept = slice(0, OFFSETS[-1])
+    alone, nothing = run(keep_activation=True, keep_preactivation=False)
+    none, h_alone = run(keep_activation=False, keep_preactivation=True)
+    assert nothing.shape == none.shape == (0,)
+    assert torch.equal(alone[kept], a[kept])
+    assert torch.equal(h_alone[kept], h[kept])
+    if hopper:
+        assert len(hopper["up"].calls) == 3
+
+
+def test_experts_forward_and_backward(hopper: dict[str, EmulatedKernel], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up, down and d_rows warp-specialized, the rest plain."""
+
+    def choose(op: str, **sizes: Any) -> Config:
+        return replace(configs.choose_config(op, **sizes), gluon="ping_pong")
+
+    monkeypatch.setattr(experts, "choose_config", choose)
+    problem = make_problem(random_choices(9, 2, 4), 4, d=64, n=64, dtype=torch.float16)
+    check(run(problem), problem, tolerance=2e-3)
+    if hopper:
+        assert [len(hopper[name].calls) for name in ("up", "down")] == [1, 2]
+
+
+def test_what_is_not_supported_runs_on_the_plain_kernels() -> None:
+    """The experts' matrices are tensors of their own: the result is the one without a schedule."""
+    setting = Setting()
+    weight = per_expert(list(setting.weight(128, 144, transposed=True)))
+    sizes = {"size_n": 72, "top_k": TOP_K, "activation": "swiglu", "is_concatenated": True}
+    kept = slice(0, OFFSETS[-1])
+    found = []
+    for config in (PLAIN, replace(PLAIN, gluon="cooperative")):
+        a, h = up(
+            setting.x,
+            setting.source,
+            setting.tiles,
+            setting.offsets,
+            weight,
+            None,
+            config=config,
+            keep_activation=True,
+            keep_preactivation=True,
+            **sizes,
+        )
+        rows = rows_times_experts(
+            h, setting.tiles, setting.offsets, weight.transposed(), size_columns=128, config=config
+        )
+        found.append(torch.cat([a[kept], h[kept], rows[kept]], dim=1))
+    assert torch.equal(*found)
+    reason = why_unsupported("cooperative", setting.x, weight, None, size_columns=72, projections=2)
+    if DEVICE == "cpu":
+        assert reason == "architecture interpreter, wanted one of sm_90"
+
+
+def test_the_reasons(hopper: dict[str, EmulatedKernel]) -> None:
+    rows, weight = torch.randn(8, 128, device=DEVICE).bfloat16(), torch.randn(3, 160, 128, device=DEVICE).bfloat16()
+    stacked = per_expert(weight).transposed()
+
+    def reason(rows: Tensor = rows, weight: Any = stacked, bias: Any = None, **changed: Any) -> str | None:
+        arguments = {"schedule": "ping_pong", "size_columns": 160, **changed}
+        return why_unsupported(arguments.pop("schedule"), rows, weight, bias, **arguments)
+
+    assert reason() is None
+    assert reason(projections=2, size_columns=80) is None
+    assert reason(weight=per_expert(weight.transpose(1, 2).contiguous())) is None
+    assert reason(bias=per_expert(torch.randn(3, 160, device=DEVICE))) is None
+    assert reason(schedule=None) == "no schedule is chosen"
+    assert "torch.float32 rows and torch.bfloat16 weights, wanted both in one of" in reason(rows=rows.float())
+    assert "torch.float16 rows and torch.bfloat16 weights" in reason(rows=rows.half())
+    not_one = "the experts' matrices are not one contiguous tensor"
+    assert reason(weight=per_expert(list(weight)).transposed()) == not_one
+    assert reason(weight=per_expert(weight[:, :, ::2]).transposed()) == not_one
+    assert reason(weight=per_expert(torch.randn(6, 160, 128, device=DEVICE).bfloat16()[::2]).transposed()) == not_one
+    assert "biases are not one tensor" in reason(bias=per_expert(list(torch.randn(3, 160, device=DEVICE))))
+    assert reason(projections=2, size_columns=80, is_concatenated=False) == "gate and up columns are interleaved"
+    assert reason(rows=rows[:0]) == "no rows"
+    odd = per_expert(torch.randn(3, 160, 96, device=DEVICE).bfloat16()).transposed()
+    assert reason(rows=rows[:, :96].contiguous(), weight=odd) == "a contraction of 96, wanted a multiple of 64"
+    narrow = per_expert(torch.randn(3, 12, 128, device=DEVICE).bfloat16()).transposed()
+    assert reason(weight=narrow, size_columns=12) == "12 columns, wanted a multiple of 16"
+    shifted = torch.randn(8 * 128 + 1, device=DEVICE).bfloat16()[1:].view(8, 128)
+    assert reason(rows=shifted) == "rows or weights do not begin at a multiple of 16 bytes"
+    with pytest.raises(ValueError, match="gluon: got 'solo', wanted None or one of cooperative, ping_pong"):
+        reason(schedule="solo")
+
+
+def test_a_gluon_that_cannot_be_imported_is_a_reason(
+    hopper: dict[str, EmulatedKernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "moe_triton_kernels.gluon.names", None)
+    schedules.import_error.cache_clear()
+    rows, weight = torch.randn(8, 64, device=DEVICE).half(), per_expert(torch.randn(2, 64, 16, device=DEVICE).half())
+    try:
+        assert why_unsupported("cooperative", rows, weight, None, size_columns=16).startswith("ModuleNotFoundError: ")
+    finally:
+        schedules.import_error.cache_clear()
+
+
+def test_no_shipped_configuration_names_a_schedule() -> None:
+    """They have never run on a GPU. An entry of the table gets one when a GPU has measured it faster."""
+    assert all(config.gluon is None for config in configs.shipped_table().values())
+    large = {"d": 4096, "n": 2048, "dtype": torch.bfloat16, "num_rows": 65536, "num_experts": 8}
+    assert all(configs.choose_config(op, architecture="sm_90", **large).gluon is None for op in configs.OPS)
+
+
+def test_what_the_kernels_compile_to() -> None:
+    cases = {case.name: case for case in offline.collect_cases("sm_90", ["gluon"])}
+    reports = compile_apart("sm_90", ["gluon"])
+    assert [report.kernel for report in reports] == list(cases)
+    for report in reports:
+        case = cases[report.kernel]
+        gathered, ping_pong = report.kernel.startswith("up"), case.constexprs["PING_PONG"]
+        assert offline.broken_gates(case, report) == []
+        assert report.spills == 0
+        assert report.shared_bytes <= SHARED_LIMIT["sm_90"]
+        assert report.setmaxnreg > 0
+        # two main loops of BLOCK_K / 16 instructions for each 64 rows; a step's 128 rows of A in 8 copies a thread
+        assert report.wgmma == (16 if ping_pong else 8)
+        assert report.cp_async == (8 if gathered else 0)
+        assert report.tma >= 2
+        assert report.proxy_fence == (3 if gathered else 1)  # after the barriers are made, and in each gathered loop
+
+
+def test_every_kernel_has_its_cases() -> None:
+    cases = offline.collect_cases("sm_90", ["gluon"], every=True)
+    assert {case.constexprs.get("ACTIVATION", GATED[0]) for case in cases} == {*GATED, *UNGATED}
+    for op in ("down", "d_rows", "up_gated", "up"):
+        types = [f"{op}_bf16_", f"{op}_fp16_"]
+        mine = [case for case in cases if case.name.startswith(tuple(types))]
+        assert all(any(case.name.startswith(stored) for case in mine) for stored in types)
+        assert {case.constexprs["PING_PONG"] for case in mine} == {False, True}
+        assert {case.constexprs["K_CONTIGUOUS"] for case in mine} == {False, True}
+    assert offline.collect_cases("sm_100", ["gluon"], every=True) == []

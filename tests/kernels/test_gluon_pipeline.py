@@ -1,0 +1,289 @@
+"""The Gluon kernels' source in the emulator: right in every order of events that the barriers allow, and variants that
+must not be.
+
+A GPU compiles the same source; what this cannot show is in the compiler and in the hardware.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from compare import assert_close
+from gluon_emulator import Deadlock, Emulator
+from gluon_memory import Descriptor, Pointer, Race
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_triton import reference
+
+BLOCK_M, BLOCK_K = 8, 4
+OFFSETS = np.array([0, 11, 11, 24, 27], np.int32)  # four experts of which the second has no row
+NUM_ROWS = 30  # rows 27 to 29 belong to nobody
+TOP_K = 2
+EXPERTS = len(OFFSETS) - 1
+
+
+def tiles() -> dict[str, Pointer]:
+    entries = [(e, row) for e in range(EXPERTS) for row in range(OFFSETS[e], OFFSETS[e + 1], BLOCK_M)]
+    table = np.array(entries, np.int32).reshape(-1)
+    number = np.array([len(entries)], np.int32)
+    return {"table": Pointer(table), "num_tiles": Pointer(number), "offsets": Pointer(OFFSETS)}
+
+
+def matrices(random: np.random.Generator, size_k: int, size_columns: int) -> np.ndarray:
+    """The experts' matrices [E, k, columns]."""
+    return random.standard_normal((EXPERTS, size_k, size_columns)).astype(np.float32)
+
+
+def stack(weight: np.ndarray, k_contiguous: bool) -> np.ndarray:
+    """One below the other, as they are or each transposed."""
+    return np.concatenate(list(weight.transpose(0, 2, 1) if k_contiguous else weight))
+
+
+class Case:
+    """A product that the emulator runs, and its float64 answer."""
+
+    def __init__(self, *, ping_pong: bool, stages: int, steps: int, k_contiguous: bool = True, seed: int = 0) -> None:
+        self.random = np.random.default_rng(seed)
+        self.k_contiguous, self.size_k = k_contiguous, steps * BLOCK_K
+        self.constants = {
+            "PING_PONG": ping_pong,
+            "K_CONTIGUOUS": k_contiguous,
+            "BLOCK_M": BLOCK_M,
+            "BLOCK_K": BLOCK_K,
+            "STAGES": stages,
+            "GROUP": 2,
+        }
+
+    def rows(self, emulator: Emulator, programs: int = 2) -> None:
+        """down: 24 columns in tiles of 16, with bias and router weights."""
+        columns, block_n = 24, 16
+        a = self.random.standard_normal((NUM_ROWS, self.size_k)).astype(np.float32)
+        a[OFFSETS[-1] :] = np.nan
+        weight = matrices(self.random, self.size_k, columns)
+        bias = self.random.standard_normal((EXPERTS, columns)).astype(np.float32)
+        router_weights = self.random.random(NUM_ROWS).astype(np.float32) + 0.1
+        source = self.random.permutation(NUM_ROWS).astype(np.int32)
+        out = np.full(NUM_ROWS * columns, np.nan, np.float32)
+        emulator.launch(
+            "down",
+            "rows_kernel",
+            programs,
+            a=Descriptor(a, [BLOCK_M, BLOCK_K]),
+            weight=Descriptor(
+                stack(weight, self.k_contiguous), [block_n, BLOCK_K] if self.k_contiguous else [BLOCK_K, block_n]
+            ),
+            bias=Pointer(bias.reshape(-1)),
+            router_weights=Pointer(router_weights),
+            source=Pointer(source),
+            out=Pointer(out),
+            **tiles(),
+            size_k=self.size_k,
+            size_columns=columns,
+            bias_stride_e=columns,
+            HAS_BIAS=True,
+            WEIGHTED=True,
+            BLOCK_N=block_n,
+            PARTS=2,
+            **self.constants,
+        )
+        result = torch.from_numpy(out).reshape(NUM_ROWS, columns)
+        for e in range(EXPERTS):
+            span = slice(OFFSETS[e], OFFSETS[e + 1])
+            product = a[span].astype(np.float64) @ weight[e].astype(np.float64) + bias[e]
+            assert_close(result[span], torch.from_numpy(product * router_weights[source[span], None]))
+        assert result[OFFSETS[-1] :].isnan().all()
+
+    def up(self, emulator: Emulator, activation: str = "swiglu", programs: int = 2, keep_h: bool = True) -> None:
+        """up: 24 columns (and 24 of gate) in tiles of 16, gathered from NUM_ROWS / TOP_K tokens."""
+        gated, size_n, block_n = activation == "swiglu", 24, 32
+        projections = 2 if gated else 1
+        width = block_n // projections
+        x = self.random.standard_normal((NUM_ROWS // TOP_K, self.size_k)).astype(np.float32)
+        weight = matrices(self.random, self.size_k, projections * size_n)
+        bias = self.random.standard_normal((EXPERTS, projections * size_n)).astype(np.float32)
+        source = self.random.permutation(NUM_ROWS).astype(np.int32)
+        source[OFFSETS[-1] :] = -1
+        a = np.full(NUM_ROWS * size_n, np.nan, np.float32)
+        h = np.full(NUM_ROWS * projections * size_n if keep_h else 0, np.nan, np.float32)
+        emulator.launch(
+            "up",
+            "up_kernel",
+            programs,
+            x=Pointer(x.reshape(-1)),
+            source=Pointer(source),
+            weight=Descriptor(
+                stack(weight, self.k_contiguous), [width, BLOCK_K] if self.k_contiguous else [BLOCK_K, width]
+            ),
+            bias=Pointer(bias.reshape(-1)),
+            a=Pointer(a),
+            h=Pointer(h),
+            **tiles(),
+            size_d=self.size_k,
+            size_n=size_n,
+            bias_stride_e=projections * size_n,
+            TOP_K=TOP_K,
+            ACTIVATION=activation,
+            GATED=gated,
+            HAS_BIAS=True,
+            KEEP_A=True,
+            KEEP_H=keep_h,
+            BLOCK_N=block_n,
+            PARTS=2,
+            **self.constants,
+        )
+        a_rows = torch.from_numpy(a).reshape(NUM_ROWS, size_n)
+        h_rows = torch.from_numpy(h).reshape(-1, projections * size_n)
+        for e in range(EXPERTS):
+            span = slice(OFFSETS[e], OFFSETS[e + 1])
+            expected = x[source[span] // TOP_K].astype(np.float64) @ weight[e].astype(np.float64) + bias[e]
+            assert_close(a_rows[span], reference.activate(torch.from_numpy(expected), activation, True), tolerance=1e-4)
+            if keep_h:
+                assert_close(h_rows[span], torch.from_numpy(expected))
+        assert a_rows[OFFSETS[-1] :].isnan().all()
+        assert h_rows[OFFSETS[-1] :].isnan().all()
+
+
+paces = st.tuples(*(st.sampled_from([0.02, 0.3, 1, 20]) for _ in range(4)))
+cases = st.builds(
+    Case,
+    ping_pong=st.booleans(),
+    stages=st.integers(2, 5),
+    steps=st.integers(1, 7),
+    k_contiguous=st.booleans(),
+    seed=st.integers(0, 99),
+)
+
+
+@settings(deadline=None, max_examples=25)
+@given(case=cases, seed=st.integers(0, 10**6), pace=paces, programs=st.integers(1, 12))
+def test_rows_in_any_order(case: Case, seed: int, pace: tuple[float, ...], programs: int) -> None:
+    case.rows(Emulator(seed, pace), programs)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    case=cases,
+    seed=st.integers(0, 10**6),
+    pace=paces,
+    activation=st.sampled_from(["swiglu", "gelu_tanh"]),
+    programs=st.integers(1, 12),
+    keep_h=st.booleans(),
+)
+def test_up_in_any_order(
+    case: Case, seed: int, pace: tuple[float, ...], activation: str, programs: int, keep_h: bool
+) -> None:
+    case.up(Emulator(seed, pace), activation, programs, keep_h)
+
+
+FENCE = "        if work.GATHERED:\n            fence_async_shared()\n"
+EMPTY_WAIT = "            mbarrier.wait(ring.empty.index(stage), phase ^ 1)\n"
+FULL_WAIT = "        mbarrier.wait(ring.full.index(stage), phase)\n"
+BYTES = "(work.BLOCK_N if work.GATHERED else work.BLOCK_N + work.BLOCK_M)"
+TURN_WAIT = "mbarrier.wait(ring.turn.index(CONSUMER), (number // 2 + CONSUMER + 1) % 2)"
+TURN_ARRIVE = "        mbarrier.arrive(ring.turn.index(1 - CONSUMER), count=1)\n"
+STAGES = 3
+
+
+def outcomes(changes: dict[str, str], *, gathered: bool, ping_pong: bool, steps: int = 5) -> set[str]:
+    """How twelve orders of events end, with these changes to the source."""
+    found = set()
+    for seed in range(12):
+        case = Case(ping_pong=ping_pong, stages=STAGES, steps=steps)
+        emulator = Emulator(seed, ((0.2, 1, 0.2, 1), (0.02, 1, 1, 1))[seed % 2], changes)
+        try:
+            (case.up if gathered else case.rows)(emulator)
+        except (AssertionError, Race, Deadlock) as error:
+            found.add({AssertionError: "wrong", Race: "race", Deadlock: "deadlock"}[type(error)])
+        else:
+            found.add("right")
+    return found
+
+
+FORMS = pytest.mark.parametrize(("gathered", "ping_pong"), [(False, False), (False, True), (True, False), (True, True)])
+
+
+@FORMS
+def test_the_source_as_it_is(gathered: bool, ping_pong: bool) -> None:
+    assert outcomes({}, gathered=gathered, ping_pong=ping_pong) == {"right"}
+
+
+@FORMS
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        pytest.param({EMPTY_WAIT: ""}, {"wrong", "race"}, id="fills a stage in use"),
+        pytest.param({FULL_WAIT: ""}, {"wrong", "race", "deadlock"}, id="reads a stage that is not full"),
+        pytest.param({"phase ^ 1)\n": "phase)\n"}, {"deadlock"}, id="waits for a release before the first"),
+        pytest.param({"warpgroup_mma_wait(1,": "warpgroup_mma_wait(2,"}, {"wrong", "right"}, id="releases too early"),
+        pytest.param({"warpgroup_mma_wait(0,": "warpgroup_mma_wait(1,"}, {"wrong", "right"}, id="reads too early"),
+        pytest.param({BYTES: "8"}, {"wrong", "race", "deadlock"}, id="expects too few bytes"),
+    ],
+)
+def test_a_broken_ring_is_found(changes: dict[str, str], expected: set[str], gathered: bool, ping_pong: bool) -> None:
+    found = outcomes(changes, gathered=gathered, ping_pong=ping_pong)
+    assert found - {"right"}
+    assert found <= expected
+
+
+def test_both_consumers_have_to_release_a_shared_stage() -> None:
+    changes = {"1 if work.PING_PONG else 2": "1"}
+    assert outcomes(changes, gathered=True, ping_pong=False) & {"wrong", "race"}
+    assert outcomes(changes, gathered=True, ping_pong=True) == {"right"}
+
+
+@pytest.mark.parametrize("ping_pong", [False, True])
+def test_gathered_rows_need_the_proxy_fence(ping_pong: bool) -> None:
+    assert outcomes({FENCE: ""}, gathered=True, ping_pong=ping_pong) == {"race"}
+    assert outcomes({FENCE: ""}, gathered=False, ping_pong=ping_pong) == {"right"}
+
+
+@pytest.mark.parametrize("ping_pong", [False, True])
+@pytest.mark.parametrize(("lag", "expected"), [(0, {"right"}), (STAGES - 2, {"right"}), (STAGES - 1, {"deadlock"})])
+def test_a_producer_that_fences_may_lag_by_all_stages_but_two(lag: int, expected: set[str], ping_pong: bool) -> None:
+    """The other way to fence: the producer waits for its copies, `lag` steps behind, fences, and then arrives.
+
+    A stage is released when the next product has been issued. One that lags by all stages but one waits for the
+    release of a stage, which waits for the next stage to be full, which waits for the producer.
+    """
+    changes = {
+        "    cp_async_arrive,\n": "    commit_group,\n    wait_group,\n",
+        "    phase = gl.to_tensor(0)\n": "    phase = gl.to_tensor(0)\n    issued = 0\n",
+        "                cp_async_arrive(full, increment_count=False)\n": f"""
+                commit_group()
+                wait_group({lag})
+                fence_async_shared()
+                mbarrier.arrive(ring.full.index((stage - {lag}) % work.STAGES), count=128, pred=issued >= {lag})
+                issued += 1
+""",
+        "            stage, phase = advance(stage, phase, work.STAGES)\n": f"""
+            stage, phase = advance(stage, phase, work.STAGES)
+    if work.GATHERED:
+        wait_group(0)
+        fence_async_shared()
+        for behind in range(min({lag}, issued), 0, -1):
+            mbarrier.arrive(ring.full.index((stage - behind) % work.STAGES), count=128)
+""",
+        FENCE: "",
+    }
+    assert outcomes(changes, gathered=True, ping_pong=ping_pong) == expected
+
+
+def test_consumers_take_turns() -> None:
+    """Ping-pong: a tile's products are issued with none of the other consumer's between.
+
+    Without that, a consumer that is ahead by a tile takes the phase before last of a full stage for the one it waits
+    for: the parity is the same.
+    """
+    steps = 5
+    for seed in range(8):
+        emulator = Emulator(seed)
+        Case(ping_pong=True, stages=STAGES, steps=steps).rows(emulator, programs=1)
+        tiles_taken = emulator.issued[::steps]
+        assert emulator.issued == [consumer for consumer in tiles_taken for _ in range(steps)]
+        assert tiles_taken == [i % 2 for i in range(len(tiles_taken))]
+    without = {TURN_WAIT: "pass", TURN_ARRIVE: "        pass\n"}
+    assert outcomes(without, gathered=False, ping_pong=True) & {"wrong", "race", "deadlock"}
+    other_first = {TURN_WAIT: TURN_WAIT.replace("+ 1)", "+ 2)")}
+    assert outcomes(other_first, gathered=False, ping_pong=True) == {"deadlock"}

@@ -1,0 +1,64 @@
+"""What `explain` says is what runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import moe_triton
+from moe_triton import explain, runtime
+from moe_triton.backends.triton import stages
+from moe_triton.benchmarking.cases import Case, make_workload
+from moe_triton.benchmarking.stages import open_layer
+
+SHAPE = (20, 32, 16, 4, 2)
+
+
+def test_a_shape_on_a_cpu():
+    (found,) = explain(SHAPE, device="cpu")
+    assert (found.backend, found.shape, found.name) == ("torch", SHAPE, "")
+    assert found.reason == runtime.choose("auto", torch.device("cpu"), torch.bfloat16).reason
+    assert [part.step for part in found.parts] == ["gate", "route", "dispatch", "experts, both passes"]
+    assert "backend torch (the Triton kernels need a CUDA or ROCm GPU" in str(found)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_kernels_and_configurations_are_those_that_run(bias):
+    """In the interpreter: what is explained against what the opened layer runs."""
+    layer = moe_triton.MoE(32, 16, 4, 2, bias=bias, backend="triton")
+    (found,) = explain(layer, tokens=20)
+    case = Case(tokens=20, hidden=32, intermediate=16, experts=4, top_k=2, bias=bias)
+    opened = open_layer(make_workload(case, torch.device("cpu")), "triton")
+    running = [(s.kernel, s.config) for s in opened.stages if s.kernel in stages.KERNELS.values()]
+    assert [(p.runs, p.config) for p in found.parts if p.runs in stages.KERNELS.values()] == running
+    assert {p.origin for p in found.parts if p.config} == {"heuristic"}
+
+
+def test_a_module_names_its_layers():
+    model = nn.ModuleDict({"a": moe_triton.MoE(8, 4, 4), "b": moe_triton.MoE(8, 4, 4, recompute=True)}).double()
+    first, second = explain(model)
+    assert (first.name, second.name) == ("a", "b")
+    assert first.dtype == torch.float64
+    assert first.shape == (4096, 8, 4, 4, 2)
+    assert "again" in second.parts[-1].runs
+    assert "a: T=4096" in str(first)
+    (reference,) = explain(moe_triton.MoE(8, 4, 4, backend="reference"))
+    assert reference.backend == "reference"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((1, 2, 3), {}, "module_or_shape: got 3 sizes, wanted 5: tokens"),
+        ((1, 2, 3, 4, 5), {}, "top_k: got 5, wanted 1 to 4"),
+        ((0, 2, 3, 4, 2), {}, "tokens: got 0"),
+        (SHAPE, {"activation": "tanh"}, "activation: got 'tanh'"),
+        (SHAPE, {"backend": "tpu", "device": "cpu"}, "backend: got 'tpu'"),
+        (nn.Linear(2, 2), {}, "without a moe_triton.MoE layer"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        explain(arguments, **options)
