@@ -81,9 +81,9 @@ class Batches:
         angles = random.uniform(-0.15, 0.15, size=len(order))
         for start in range(0, len(self) * self.batch_size, self.batch_size):
             chosen = np.arange(start, min(start + self.batch_size, len(order)))
-            # equal shares, so that the mean of the ranks' means is the batch's; a last, smaller batch is everybody's
-            even = len(chosen) % self.group.size == 0
-            mine = np.split(chosen, self.group.size)[self.group.rank] if even else chosen
+            # shares are equal but in the last batch of the held-out images, which everybody takes if it is too small
+            shares = len(chosen) >= self.group.size
+            mine = np.array_split(chosen, self.group.size)[self.group.rank] if shares else chosen
             images = self.images[order[mine]]
             if self.augment:
                 images = moved(images, shifts[mine], angles[mine])
@@ -135,7 +135,10 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("widenet-run"), help="folder of curves.png and checkpoint/")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument("--stop-after", type=int, metavar="EPOCHS", help="stop early, to be resumed")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the checkpoint in --out, to the same --epochs"
+    )
     options = parser.parse_args()
 
     parallel = {"moe": {"size": options.moe_size}, "tensor": {"size": options.tensor_size, "mode": "1d"}}
@@ -180,7 +183,7 @@ def main() -> None:
     start = time.perf_counter()
     trainer.fit(
         train_data,
-        options.epochs,
+        options.epochs if options.stop_after is None else min(options.stop_after, options.epochs),
         test_dataloader=test_data,
         test_interval=every,
         display_progress=True,
@@ -193,10 +196,13 @@ def main() -> None:
         ],
     )
     seconds = time.perf_counter() - start
-    trainer.evaluate(test_data, hooks=[hooks.LossHook(), hooks.AccuracyHook()])
+    if trainer.cur_epoch % every:
+        trainer.save(options.out / "checkpoint")
     if is_first:
         options.out.mkdir(parents=True, exist_ok=True)
         draw_curves(trainer.metrics, options.out / "curves.png", every)
+    trainer.evaluate(test_data, hooks=[hooks.LossHook(), hooks.AccuracyHook()])
+    if is_first:
         train, test = trainer.metrics["train"], trainer.metrics["test"]
         print(f"first losses {' '.join(f'{loss:.6f}' for loss in train['Loss'][:3])}")
         print(f"held-out accuracy {test['Accuracy'][-1]:.2%} on {len(held_out)} images, trained {seconds:.0f} s")

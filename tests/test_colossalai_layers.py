@@ -98,12 +98,12 @@ def test_dropout_is_for_training(kind):
     experts = experts_of(kind, drop_rate=0.5)
     layer = MoeLayer(D, E, Top2Router(None), experts)
     assert not experts.is_fused
-    x = torch.randn(64, D)
+    x = torch.randn(16, D)
     once, again = layer(x), layer(x)
     assert not torch.equal(once, again)
     layer.eval()
     assert experts.is_fused
-    assert_close(sum(layer.train()(x) for _ in range(100)) / 100, layer.eval()(x), tolerance=0.4)
+    assert_close(sum(layer.train()(x) for _ in range(40)) / 40, layer.eval()(x), tolerance=0.5)
 
 
 def test_hooks_on_an_expert_are_run():

@@ -233,9 +233,9 @@ def test_trainer_stops_and_resumes(tmp_path):
     def run(epochs: int, resume: bool, save: bool, max_steps: int | None = None) -> Trainer:
         engine, data = make_engine()
         trainer = Trainer(engine)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(engine.optimizer, 1e-2, total_steps=12)  # sets the rate itself
         if resume:
             trainer.load(tmp_path)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(engine.optimizer, 1e-2, total_steps=12)
         wanted = [hooks.LossHook(), hooks.LRSchedulerHook(schedule, by_epoch=False)]
         wanted += [hooks.SaveCheckpointHook(1, tmp_path)] if save else []
         trainer.fit(data, epochs, max_steps, hooks=wanted)

@@ -80,15 +80,17 @@ class _MeanHook(BaseHook):
 
 
 class LossHook(_MeanHook):
-    """The mean loss of the steps."""
+    """The mean loss, of the samples where labels are known."""
 
     name = "Loss"
 
     def after_train_iter(self, trainer: Trainer, output: Any, label: Any, loss: Tensor) -> None:
-        self._add(float(loss), 1)
+        size = 1 if label is None else len(label)
+        self._add(size * float(loss), size)
 
     def after_test_iter(self, trainer: Trainer, output: Any, label: Any, loss: Tensor) -> None:
-        self._add(float(loss), 1)
+        size = 1 if label is None else len(label)
+        self._add(size * float(loss), size)
 
 
 class AccuracyHook(_MeanHook):

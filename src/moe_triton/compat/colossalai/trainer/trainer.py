@@ -109,6 +109,8 @@ class Trainer:
     def load(self, folder: str | Path) -> None:
         """Go on from what `save` wrote, on any number of ranks; the hooks' states wait for the next `fit`.
 
+        Make learning-rate schedulers before: they set the optimizer's rate when they are made.
+
         Raises NotImplementedError with tensor parallelism.
         """
         _check_whole("load")
