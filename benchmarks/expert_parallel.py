@@ -2,9 +2,10 @@
 
     python benchmarks/expert_parallel.py [--rounds N] [--out FILE]
 
-Every process runs on one thread, so that 4 of them on 2 cores share these: what is shown is the cost of the exchange, not
-a speed-up. Beside it stands what the cost model of `moe-triton simulate` predicts for the exchange, with a latency and a
-bandwidth that are measured here in the same run. The overhead of `ExpertParallel` in a group of one is measured too.
+Every process runs on one thread, so that 4 of them on 2 cores share these: what is shown is the cost of the exchange,
+not a speed-up. Beside it stands what the cost model of `moe-triton simulate` predicts for the exchange, with a latency
+and a bandwidth that are measured here in the same run. The overhead of `ExpertParallel` in a group of one is measured
+too.
 """
 
 from __future__ import annotations
