@@ -1,4 +1,7 @@
-"""Exchange + experts + exchange as one autograd Function: backward sends rows' gradients while parameters' are computed."""
+"""Exchange + experts + exchange as one autograd Function.
+
+So backward can send the rows' gradients while the parameters' are computed.
+"""
 
 from __future__ import annotations
 
