@@ -18,6 +18,13 @@ import pytest
 TIMEOUT = 30  # seconds for a collective, long enough for a busy machine; tests of faults make their own processes
 
 
+def fork_context() -> Any:
+    """Processes are forks of one that has imported everything, once, and done nothing."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed.tensor", "moe_triton.distributed.gradients"])
+    return context
+
+
 class Ranks:
     """`run(function, *args)` calls function(*args) in every process and returns their results by rank."""
 
@@ -27,7 +34,7 @@ class Ranks:
 
     def start(self) -> None:
         self.folder = tempfile.TemporaryDirectory()
-        world, context = self.world, mp.get_context("spawn")
+        world, context = self.world, fork_context()
         pipes = [context.Pipe() for _ in range(world)]
         store = str(Path(self.folder.name) / "store")
         self.processes = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing as mp
 import os
 import signal
 import socket
@@ -15,6 +14,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from ranks import fork_context
 from torch import nn
 
 from moe_triton import MoE
@@ -127,8 +127,7 @@ def _serve(rank: int, world: int, port: int, function: Callable[..., None], args
 
 @contextmanager
 def processes(world: int, function: Callable[..., None], *args: Any) -> Iterator[list[tuple[Any, Any]]]:
-    context = mp.get_context("forkserver")  # forks of a process that has imported everything and done nothing
-    context.set_forkserver_preload(["faults", "torch.distributed.tensor"])
+    context = fork_context()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

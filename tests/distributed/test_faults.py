@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
@@ -71,6 +72,7 @@ def test_torchrun_names_the_rank_that_was_killed():
         text=True,
         check=False,
         timeout=faults.DEADLINE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert done.returncode == 1
     for rank in {0, 1, 2, 3} - {2}:

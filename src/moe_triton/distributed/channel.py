@@ -130,10 +130,11 @@ class Channel:
 
         def wait() -> None:
             with self._blame(phase, known, number):
-                if work is not None and tensor.device.type == "cpu":
-                    self._wait_and_look(work, known, number)
-                elif work is not None:
+                if work is not None and tensor.device.type != "cpu":
                     work.wait()  # this only queues
+                    return
+                if work is not None:
+                    self._wait_and_look(work, known, number)
             known.settled[name] = max(known.settled.get(name, 0), number)
 
         return wait

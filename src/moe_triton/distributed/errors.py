@@ -108,7 +108,7 @@ class Board:
     introduced   groups whose members know each other's identities
     agreed       (group, fingerprint) of what has been compared
     failures     as read so far
-    is_silent    the store did not answer, and is not asked again before `settle`
+    is_silent    the store did not answer, and is not asked again while a reason is sought
     """
 
     store: Any
@@ -135,6 +135,7 @@ class Board:
         """Whether collective `number` of the group cannot succeed any more, as far as is known here."""
         if self.dead(group.ranks):
             return True
+        self.is_silent = False
         self._read()
         return any(failure.issued[group.name] <= number for failure in self._recent(group))
 
@@ -149,7 +150,8 @@ class Board:
             silent = others - {failure.rank for failure in failures}
             left = {failure.rank for failure in self.failures} - silent  # they failed first, and said so
             if died := [f"rank {rank} has died" for rank in dead if rank not in left]:
-                return ", ".join(died)
+                stopped = [rank for rank in sorted(silent) if self._state(rank) == "stopped"]
+                return ", ".join(died + self._do_not_answer(stopped))
             gave_up = [failure for failure in failures if failure.issued[group.name] <= number]
             if causes := [failure.cause for failure in gave_up if failure.cause]:
                 return ", ".join(dict.fromkeys(causes))
@@ -159,7 +161,7 @@ class Board:
             time.sleep(0.02)
         if not answers:
             silent = {rank for rank in others if self._state(rank)}
-        found = [f"rank {rank} does not answer{self._in_words(rank)}" for rank in sorted(silent)]
+        found = self._do_not_answer(sorted(silent))
         if not answers:
             found.append("the store does not answer: the process that serves it has gone or is stuck")
         return ", ".join(found) or "no rank is missing"
@@ -207,9 +209,11 @@ class Board:
     def _state(self, rank: int) -> str:
         return state_of(self.identities[rank]) if rank in self.identities else ""
 
-    def _in_words(self, rank: int) -> str:
-        state = self._state(rank)
-        return f" (its process is {state})" if state else ""
+    def _do_not_answer(self, ranks: Iterable[int]) -> list[str]:
+        states = {rank: self._state(rank) for rank in ranks}
+        return [
+            f"rank {r} does not answer" + (f" (its process is {state})" if state else "") for r, state in states.items()
+        ]
 
 
 _boards: WeakKeyDictionary[dist.ProcessGroup, Board] = WeakKeyDictionary()

@@ -1,8 +1,4 @@
-"""Expert parallelism: how an MoE layer's experts are spread over ranks, and the autograd Function that runs them.
-
-Exchange + experts + exchange is one Function, so that backward can send the rows' gradients while the parameters' are
-computed. Design and gradient rules: docs/distributed.md.
-"""
+"""Expert parallelism: how an MoE layer's experts are spread over ranks. Usage and rules: docs/distributed.md."""
 
 from __future__ import annotations
 
@@ -12,16 +8,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from moe_triton import runtime
-from moe_triton.autograd.experts import Weights
 from moe_triton.checks import check_choice, check_int
 from moe_triton.distributed.channel import Channel, Listener, Telling, to_host
 from moe_triton.distributed.errors import ExpertParallelError
+from moe_triton.distributed.function import Exchanged, as_list, flatten
 from moe_triton.distributed.groups import ALONE, Group, ParallelGroups, group_from_handle, subgroup
-from moe_triton.distributed.stages import Exchange, LocalExperts, Parameters, Planner, Saved, Stage
+from moe_triton.distributed.stages import Exchange, LocalExperts, Parameters, Planner, Stage
 from moe_triton.distributed.tensor_parallel import gather_tokens, slice_tokens
 from moe_triton.distributed.transport import (
     Shape,
@@ -211,7 +206,7 @@ class ExpertParallel:
             backend=name,
             fingerprint=fingerprint,
         )
-        training = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, weights, *_flat(parameters)))
+        training = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, weights, *flatten(parameters)))
         experts = local or LocalExperts(
             num_experts=len(parameters[0]),
             spec=spec,
@@ -223,15 +218,15 @@ class ExpertParallel:
         )
         places = capacity(limit) if self.mode == "capacity" else None
         stage = self._stages(experts, shape, layer, -(-limit // self.tp.size), places, beside)
-        sizes = [len(_as_list(group)) for group in parameters]
+        sizes = [len(as_list(group)) for group in parameters]
         stacked = [isinstance(group, Tensor) for group in parameters]
 
         def before_backward() -> Telling:
             self._agree(what, layer, "backward", num_tokens, hidden.device)
             return Telling(layer)
 
-        out = _Exchanged.apply(
-            hidden, weights, ids, stage, experts, sizes, stacked, before_backward, *_flat(parameters)
+        out = Exchanged.apply(
+            hidden, weights, ids, stage, experts, sizes, stacked, before_backward, *flatten(parameters)
         )
         return gather_tokens(out, tp, num_tokens) if self.tp.size > 1 else out
 
@@ -370,83 +365,6 @@ class ExpertParallel:
 
     def __repr__(self) -> str:
         return f"ExpertParallel(ep={self.ep.size}, etp={self.etp.size}, mode={self.mode!r}, chunks={self.chunks})"
-
-
-class _Exchanged(torch.autograd.Function):
-    """Exchange + experts + exchange."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weights: Tensor,
-        ids: Tensor,
-        stage: Stage,
-        experts: LocalExperts,
-        sizes: list[int],
-        stacked: list[bool],
-        before_backward: Callable[[], Telling],
-        *flat: Tensor,
-    ) -> Tensor:
-        saved = Saved()
-        experts.parameters = _parameters(flat, sizes, stacked)
-        wide = weights if weights.dtype == torch.float64 else weights.float()
-        with runtime.plain_maths(hidden):
-            out = stage.forward(hidden.contiguous(), ids, wide.contiguous(), ids.numel(), saved)
-        experts.parameters = None  # autograd holds what backward needs
-        ctx.num_saved = len(saved.tensors)
-        ctx.save_for_backward(*saved.tensors, *flat)
-        ctx.stage, ctx.experts, ctx.sizes, ctx.stacked, ctx.dtype = stage, experts, sizes, stacked, weights.dtype
-        ctx.before_backward = before_backward
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors  # once: activation checkpointing gives them out a single time
-        saved, flat = Saved(tensors[: ctx.num_saved]), tensors[ctx.num_saved :]
-        experts: LocalExperts = ctx.experts
-        experts.parameters = _parameters(flat, ctx.sizes, ctx.stacked)
-        wanted, needs, start = ctx.needs_input_grad[8:], [], 0
-        for size in ctx.sizes:
-            needs.append(any(wanted[start : start + size]))
-            start += size
-        grad = grads[0].contiguous()
-        with ctx.before_backward(), runtime.plain_maths(grad):
-            stage = ctx.stage
-            if isinstance(stage, Exchange):
-                finish = stage.start_backward(0, grad, saved)
-            else:
-                rows = stage.backward_rows(0, grad, saved)
-                finish = lambda: rows  # noqa: E731
-            parameters = experts.backward_weights((needs[0], needs[1], needs[2], needs[3]), saved)
-            grad_hidden, grad_weights = finish()
-        experts.parameters = None
-        found: list[Tensor | None] = []
-        for group, size in zip(parameters, ctx.sizes, strict=True):
-            found += [None] * size if group is None else _as_list(group)
-        found = [g if want else None for g, want in zip(found, wanted, strict=True)]
-        return (grad_hidden, grad_weights.to(ctx.dtype), *(None,) * 6, *found)
-
-
-def _as_list(group: Weights | None) -> list[Tensor]:
-    if group is None:
-        return []
-    return [group] if isinstance(group, Tensor) else list(group)
-
-
-def _flat(parameters: Parameters) -> list[Tensor]:
-    return [tensor for group in parameters for tensor in _as_list(group)]
-
-
-def _parameters(flat: tuple[Tensor, ...], sizes: list[int], stacked: list[bool]) -> Parameters:
-    groups: list[Any] = []
-    start = 0
-    for size, one in zip(sizes, stacked, strict=True):
-        part = flat[start : start + size]
-        groups.append(None if size == 0 else part[0] if one else list(part))
-        start += size
-    return groups[0], groups[1], groups[2], groups[3]
 
 
 def _product(sizes: Any) -> int:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe_triton.distributed import ExpertParallel, ParallelGroups, make_groups
+from moe_triton.distributed import ExpertParallel, ParallelGroups, explain_termination, make_groups
 from moe_triton.distributed.parameters import expert_parameters
 from moe_triton.training.errors import TrainingError
 
@@ -99,6 +99,7 @@ def started_workers(ep: int, mode: str, chunks: int, device: str) -> Iterator[Wo
     if torch.device(device).type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
+    explain_termination()  # torchrun ends the others when one process dies: they say which one did
     try:
         groups = make_groups(ep=ep)
         yield Workers(rank=groups.rank, world=world, groups=groups, mode=mode, chunks=chunks)

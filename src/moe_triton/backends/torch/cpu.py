@@ -8,10 +8,12 @@ from torch import Tensor
 ROW_QUANTUM = 16
 
 # oneDNN's fp32 product, which torch otherwise uses only in compiled graphs. On CPUs with AVX-512 that are not Intel's
-# it runs at about twice the speed of torch.mm (MKL). None in builds of torch without oneDNN.
+# it runs at about twice the speed of torch.mm (MKL); without AVX-512 it is the slower one (benchmarks/NOTES.md).
 _ONEDNN_LINEAR = (
     torch.ops.mkldnn._linear_pointwise.default
-    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     else None
 )
 
