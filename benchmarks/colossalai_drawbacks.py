@@ -14,7 +14,6 @@ import argparse
 import json
 import multiprocessing as mp
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -90,15 +89,16 @@ def peak_memory(provider: str, size: dict[str, int], num_tokens: int, answer: An
         step(provider, layer, x)
         answer.send(torch.cuda.max_memory_allocated() - before)
         return
-    before = resident()
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = memory_status("VmRSS")
     step(provider, layer, x)
-    answer.send(max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before))
+    answer.send(memory_status("VmHWM") - before)
 
 
-def resident() -> int:
-    """Bytes of memory that this process has now (Linux)."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+def memory_status(name: str) -> int:
+    """Bytes of this process (Linux): VmRSS, what it has now, or VmHWM, the most it had."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def measure(size: dict[str, int], tokens: list[int], rounds: int, memory_limit: int) -> list[dict[str, Any]]:

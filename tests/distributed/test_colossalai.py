@@ -18,6 +18,7 @@ from moe_triton.compat.colossalai.global_variables import moe_env
 from moe_triton.compat.colossalai.nn.layer import WrappedDropout
 from moe_triton.compat.colossalai.nn.layer.moe import TPExperts, build_ffn_experts
 from moe_triton.compat.colossalai.nn.loss import MoeCrossEntropyLoss
+from moe_triton.distributed import load_checkpoint, save_checkpoint
 
 TOLERANCE = 1e-10
 
@@ -208,3 +209,23 @@ def bad_size() -> str:
     with pytest.raises(ValueError, match="size") as error, launched(moe(3)):
         pass
     return str(error.value)
+
+
+def saved(folder: str, kind: str) -> Tensor:
+    """What a model over two ranks per set of experts computes, after saving it."""
+    with launched(moe(2)):
+        moe_set_seed(5)
+        model = layers(kind=kind)
+        save_checkpoint(folder, model)
+        return model(torch.ones(2, 3, 16)).detach()
+
+
+@pytest.mark.parametrize("kind", ["mixed", "called"])
+def test_a_checkpoint_loads_on_one_process(four_ranks, tmp_path, kind):
+    expected = four_ranks.run(saved, str(tmp_path), kind)[0]
+    with launched({}):
+        moe_set_seed(6)
+        model = layers(kind=kind)
+        assert not torch.allclose(model(torch.ones(2, 3, 16)), expected)
+        load_checkpoint(tmp_path, model)
+        assert_close(model(torch.ones(2, 3, 16)), expected)
