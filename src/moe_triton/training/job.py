@@ -118,7 +118,8 @@ def run(
         model = train_kind(kind, config, corpus, out, before, compare_dense, checkpoint_every, console, workers)
         results[kind] = measure(model, config, corpus, out, workers)
         if kind == "moe":
-            sample = write_sample(model, config, corpus)
+            whole = whole_model(model, config, workers)
+            sample = write_sample(whole, config, corpus) if workers.is_first else {}
     spread = {"processes": workers.world, "ep": 1 if workers.groups is None else workers.groups.ep.size}
     summary = {**results, "sample": sample, **circumstances(config, corpus), **spread}
     if not workers.is_first:
@@ -223,6 +224,21 @@ def measure(model: LanguageModel, config: TrainConfig, corpus: Corpus, out: Path
     if model.kind == "moe":
         result["dropped"] = sum(record["dropped"] for record in records) / len(records)
     return result
+
+
+def whole_model(model: LanguageModel, config: TrainConfig, workers: Workers) -> LanguageModel:
+    """The model with all experts in this process, where it is whole; every worker has to call it.
+
+    A text is written byte by byte: exchanges of single tokens would take most of the time.
+    """
+    if workers.groups is None:
+        return model
+    owners = dict(model.named_parameters())
+    tensors = workers.whole(model.state_dict(), model, owners)
+    alone = LanguageModel(config, model.kind).to(config.device)
+    if workers.is_first:
+        alone.load_state_dict(tensors)
+    return alone
 
 
 def write_sample(model: LanguageModel, config: TrainConfig, corpus: Corpus) -> dict[str, str]:
