@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 if not os.environ.get("MOE_TRITON_TEST_ON_GPU"):
@@ -22,6 +23,21 @@ torch.set_num_threads(1 if os.environ.get("PYTEST_XDIST_WORKER") else 2)
 def poisoned_empty() -> Iterator[None]:
     with poisoned():
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_process_group() -> Iterator[None]:
+    """One that a test makes in this very process, as DeepSpeed's layer needs, must not be there for the next test."""
+    yield
+    if not torch.distributed.is_initialized():
+        return
+    torch.distributed.destroy_process_group()
+    if comm := sys.modules.get("deepspeed.comm.comm"):
+        comm.cdb = None
+    if groups := sys.modules.get("deepspeed.utils.groups"):
+        for name, value in vars(groups).items():
+            if name.startswith("_") and name.isupper() and isinstance(value, dict):
+                value.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,10 @@ COUNTS = ("registers", "spills", "shared_bytes", "wgmma", "mma", "cp_async", "tm
 
 
 def fine(kernel: str, arch: str = "sm_90", **changes: int) -> Report:
-    counts = {"registers": 128, "spills": 0, "shared_bytes": 1024, "wgmma": 4, "mma": 4, "cp_async": 8, "tma": 0}
+    counts = {"registers": 128, "spills": 0, "shared_bytes": 1024, "wgmma": 4, "mma": 4, "cp_async": 8, "tma": 4}
+    counts |= {"setmaxnreg": 0, "proxy_fence": 1}
+    if "cooperative" in kernel or "ping_pong" in kernel:
+        counts["setmaxnreg"] = 8
     return Report(kernel=kernel, arch=arch, **{**counts, **changes})
 
 
@@ -203,7 +206,7 @@ def test_dtype_filters_the_experts_kernels_only(compiled: dict[str, Report | Non
     assert names["bf16"] == names["fp16"]
     assert not any("_fp32_" in name and not name.startswith("topk") for name in names["bf16"])
     assert not any("_bf16_" in name for name in names["fp32"])
-    routing = {name for name in names["bf16"] if name.startswith(("topk", "permutation", "tile", "d_router"))}
+    routing = {name for name in names["bf16"] if name.startswith(("topk", "permutation", "tile", "d_router", "row_"))}
     assert routing == names["bf16"] & names["fp32"]
 
 

@@ -223,6 +223,16 @@ def tile_tables(shape: Shape) -> Work:
     return Work(flops=0, bytes=INDEX * (shape.experts + 1 + len(TILE_SIZES) + 2 * tiles))
 
 
+def row_pieces(shape: Shape) -> Work:
+    """Offsets -> the pieces of every expert's rows: one each (expert, first row, end), where they spread evenly."""
+    return Work(flops=0, bytes=INDEX * (4 * shape.experts + 1))
+
+
+def sum_pieces(shape: Shape) -> Work:
+    """How many experts are split is read; where rows spread evenly none is, and there is nothing to add."""
+    return Work(flops=0, bytes=INDEX)
+
+
 FLOORS: dict[str, Callable[[Shape], Work]] = {
     "topk": topk,
     "topk_sums": topk_sums,
@@ -233,6 +243,8 @@ FLOORS: dict[str, Callable[[Shape], Work]] = {
     "permutation_keep": permutation_keep,
     "permutation_place": permutation_place,
     "tile_tables": tile_tables,
+    "row_pieces": row_pieces,
+    "sum_pieces": sum_pieces,
     "up": up,
     "down": down,
     "combine": combine,

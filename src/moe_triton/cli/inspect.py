@@ -183,7 +183,7 @@ def floor_name(kernel: str) -> str | None:
 def is_routing(case: Case) -> bool:
     """Whether the kernel knows router weights and indices only: these are fp32 and int32, whatever the model is."""
     name = floor_name(case.name) or ""
-    return name == "d_router_weights" or name.startswith(("topk", "permutation", "tile_tables"))
+    return name == "d_router_weights" or name.startswith(("topk", "permutation", "tile_tables", "row_pieces"))
 
 
 def float_type(case: Case) -> str | None:
@@ -230,8 +230,10 @@ def describe(case: Case, report: Report | None, arch: str, shape: Shape, device:
     counts = ("registers", "spills", "shared_bytes", "wgmma", "mma", "cp_async", "tma")
     resident = None
     if report is not None:
+        # of a warp-specialized program the launch option counts one of three groups of warps
+        warps = 3 * case.num_warps if report.setmaxnreg else case.num_warps
         resident = resident_programs(
-            arch, registers=report.registers, shared_bytes=report.shared_bytes, num_warps=case.num_warps
+            arch, registers=report.registers, shared_bytes=report.shared_bytes, num_warps=warps
         )
     return {
         "kernel": case.name,
