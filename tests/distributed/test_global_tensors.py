@@ -81,7 +81,7 @@ def test_replicas_are_saved_once_and_filled_everywhere(two_ranks, tmp_path):
 
 
 def test_slices_that_nobody_explains():
-    module = Placed([[0, 1]], 0)
+    module = Placed([[0, 1, 2, 3]], 0)
     module.expert_parallel.etp = Group(ranks=(0, 1), rank=0)
     with pytest.raises(ValueError, match=r"has 2 expert slices, but no `sliced_dimensions` to say how 'weight' is cut"):
         save_checkpoint("/nowhere", module)

@@ -15,7 +15,7 @@ from moe_triton.checks import check_choice, check_int
 from moe_triton.distributed.channel import Channel, Listener, Telling, to_host
 from moe_triton.distributed.errors import ExpertParallelError
 from moe_triton.distributed.function import Exchanged, as_list, flatten
-from moe_triton.distributed.groups import ALONE, Group, ParallelGroups, group_from_handle, subgroup
+from moe_triton.distributed.groups import ALONE, Group, ParallelGroups, group_from_handle, my_group
 from moe_triton.distributed.stages import Exchange, LocalExperts, Parameters, Planner, Stage
 from moe_triton.distributed.tensor_parallel import gather_tokens, slice_tokens
 from moe_triton.distributed.transport import (
@@ -103,7 +103,9 @@ class ExpertParallel:
         self.ep, self.edp, self.etp, self.tp, self.data = _groups(group_or_mesh)
         self.between_nodes, self.in_node = ALONE, self.ep
         if ranks_per_node is not None:
-            self.between_nodes, self.in_node = _two_levels(self.ep, ranks_per_node, mode)
+            self.between_nodes, self.in_node = _two_levels(
+                self.ep, _all_ep_groups(group_or_mesh, self.ep), ranks_per_node, mode
+            )
         self.num_layers = 0
         self._overflows: list[tuple[str, Callable[[], list[list[int]]]]] = []
 
@@ -408,7 +410,17 @@ def _groups(given: object) -> tuple[Group, Group, Group, Group, tuple[Group, ...
     return ep, ALONE, ALONE, ALONE, (ep,)
 
 
-def _two_levels(ep: Group, ranks_per_node: int, mode: str) -> tuple[Group, Group]:
+def _all_ep_groups(given: object, ep: Group) -> list[list[int]]:
+    """The ranks of every expert-parallel group of the world."""
+    if isinstance(given, ParallelGroups):
+        return given.tables.ep
+    if isinstance(given, DeviceMesh) and given.ndim > 1:
+        axis = (given.mesh_dim_names or ()).index("ep")
+        return given.mesh.movedim(axis, -1).reshape(-1, ep.size).tolist()
+    return [list(ep.ranks)]
+
+
+def _two_levels(ep: Group, every: list[list[int]], ranks_per_node: int, mode: str) -> tuple[Group, Group]:
     """(between nodes, in the node): the ranks at the same place of every node, and the node's own."""
     check_int("ranks_per_node", ranks_per_node, low=1)
     if ep.size % ranks_per_node:
@@ -417,7 +429,6 @@ def _two_levels(ep: Group, ranks_per_node: int, mode: str) -> tuple[Group, Group
         raise ValueError(f"mode: got {mode!r} with ranks_per_node, wanted 'dropless'")
     if ranks_per_node in (1, ep.size):  # one level has one rank
         return ALONE, ep
-    place, node = ep.rank % ranks_per_node, ep.rank // ranks_per_node
-    between = subgroup(ep.ranks[place::ranks_per_node])
-    inside = subgroup(ep.ranks[node * ranks_per_node : (node + 1) * ranks_per_node])
-    return between, inside
+    starts = range(0, ep.size, ranks_per_node)
+    between = my_group([ranks[place::ranks_per_node] for ranks in every for place in range(ranks_per_node)])
+    return between, my_group([ranks[start : start + ranks_per_node] for ranks in every for start in starts])

@@ -126,15 +126,14 @@ def make_groups(tables: RankTables | None = None, *, timeout: timedelta | None =
     return ParallelGroups(tables=tables, rank=rank, **mine)
 
 
-def subgroup(ranks: tuple[int, ...]) -> Group:
-    """A group that only its own members make, for a partition of a group that exists."""
-    rank = ranks.index(dist.get_rank())
-    if len(ranks) == 1:
-        return Group(ranks=ranks, rank=rank)
-    key = (dist.group.WORLD, ranks, "local")
-    if key not in _made:
-        _made[key] = dist.new_group(list(ranks), timeout=default_timeout(), use_local_synchronization=True)
-    return Group(ranks=ranks, rank=rank, handle=_made[key])
+def my_group(partition: list[list[int]]) -> Group:
+    """This rank's group of a partition of the world. Every rank makes all of them, in one order, as torch wants it."""
+    rank, mine = dist.get_rank(), ALONE
+    for ranks in partition:
+        handle = _process_group(tuple(ranks), None)
+        if rank in ranks:
+            mine = Group(ranks=tuple(ranks), rank=ranks.index(rank), handle=handle)
+    return mine
 
 
 def _process_group(ranks: tuple[int, ...], timeout: timedelta | None) -> dist.ProcessGroup | None:
