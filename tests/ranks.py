@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-TIMEOUT = 30  # seconds for a collective, long enough for a busy machine; tests of faults make their own processes
+TIMEOUT = 120  # seconds for a collective, long enough for a busy machine; tests of faults make their own processes
 
 
 def fork_context() -> Any:

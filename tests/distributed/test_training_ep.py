@@ -32,7 +32,7 @@ def train(out: Path, text: Path, *options: str, processes: int = 1) -> str:
     """Runs to the end; what was printed."""
     done = subprocess.run(
         command(out, text, *options, processes=processes),
-        capture_output=True, text=True, check=False, timeout=240, env=ENVIRONMENT,
+        capture_output=True, text=True, check=False, timeout=600, env=ENVIRONMENT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -44,7 +44,7 @@ def train_and_kill(out: Path, text: Path, *options: str, processes: int, after: 
         command(out, text, *options, processes=processes),
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT, start_new_session=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     try:
         while len(losses(out)) < after:
             assert process.poll() is None, "the run ended before it could be killed"
