@@ -33,6 +33,7 @@ CPU = torch.device("cpu")
 TINY = Case(tokens=6, hidden=16, intermediate=16, experts=3, top_k=2)
 QUICK = {"budget_s": 0.0, "min_rounds": 1, "size": 32, "copied": 1024}
 LAUNCHED_IN_PARTS = {"topk_sums", "permutation_count", "permutation_scan", "permutation_keep", "permutation_place"}
+LAUNCHED_IN_PARTS |= {"row_pieces", "sum_pieces"}
 
 
 class OneCall:

@@ -95,8 +95,9 @@ def row_pieces(offsets: Tensor, num_rows: int, piece_rows: int) -> RowPieces:
     `num_rows` is the most rows that offsets can hold: S of the dispatch.
     """
     num_experts, num_slots = offsets.shape[0] - 1, num_rows // piece_rows
-    table = torch.empty((4 + 3 * (num_experts + num_slots + num_slots // 2)), dtype=torch.int32, device=offsets.device)
-    state, pieces, splits = table.split([4, 3 * (num_experts + num_slots), 3 * (num_slots // 2)])
+    # three tensors: in one, their alignment would change with the sizes, and with it what is compiled
+    sizes = (4, 3 * (num_experts + num_slots), 3 * (num_slots // 2))
+    state, pieces, splits = (torch.empty(size, dtype=torch.int32, device=offsets.device) for size in sizes)
     row_pieces_kernel[(num_experts,)](
         offsets,
         pieces,
@@ -134,9 +135,8 @@ def sum_pieces_kernel(partials, out, splits, state, size, BLOCK: tl.constexpr):
 
 def sum_pieces(partials: Tensor, out: Tensor, pieces: RowPieces, num_programs: int) -> None:
     """Write out[e] for the experts that are split, from fp32 partials [slots, ...]; out [E, ...] is contiguous."""
-    if pieces.num_slots > 1:  # else nothing can be split
-        size = out[0].numel()
-        sum_pieces_kernel[(num_programs,)](partials, out, pieces.splits, pieces.state, size, BLOCK=BLOCK_SUM)
+    size = out[0].numel()  # launched even where nothing can be split: a first launch later would compile then
+    sum_pieces_kernel[(num_programs,)](partials, out, pieces.splits, pieces.state, size, BLOCK=BLOCK_SUM)
 
 
 def offline_cases(arch: str) -> list[Case]:
