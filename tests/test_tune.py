@@ -28,7 +28,7 @@ TINY = Case(tokens=8, hidden=16, intermediate=16, experts=3, top_k=2)  # for the
 (PROBLEM,) = tuning.problems_of([CASE], ["down"], "interpreter")
 INCUMBENT = {
     "block_m": 16, "block_n": 16, "block_k": 16, "num_warps": 4, "num_stages": 1, "group": 2, "parts": 1,
-    "programs_per_sm": 1,
+    "programs_per_sm": 1, "gluon": None, "descriptors": False,
 }  # fmt: skip
 
 
