@@ -1,4 +1,7 @@
-"""Several processes on gloo that run the functions of tests, one after the other: started once, used by many tests."""
+"""Several processes on gloo that run the functions of a file's tests, one after the other.
+
+A new file gets new processes: each of gloo's groups has threads that wake a hundred times a second until it is gone.
+"""
 
 from __future__ import annotations
 
@@ -94,13 +97,13 @@ def started(world: int) -> Iterator[Ranks]:
         ranks.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def four_ranks() -> Iterator[Ranks]:
     with started(4) as ranks:
         yield ranks
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def two_ranks() -> Iterator[Ranks]:
     with started(2) as ranks:
         yield ranks

@@ -302,4 +302,4 @@ def test_bad_arguments_are_named(arguments, error, message):
 )
 def test_bad_inputs_are_named(inputs, error, message):
     with pytest.raises(error, match=message):
-        MoE(8, 4, 4, 2, capacity_groups=3)(*inputs)
+        MoE(8, 4, 4, 2, capacity_factor=1.0, capacity_groups=3)(*inputs)

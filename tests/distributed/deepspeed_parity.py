@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from moe_triton.compat import deepspeed as compat
 from moe_triton.compat.deepspeed import groups, utils
 from moe_triton.compat.deepspeed import layer as our_layer
+from moe_triton.distributed.groups import _made
 
 LAYERS = {"upstream": upstream_layer.MoE, "ours": our_layer.MoE}
 
@@ -57,16 +58,22 @@ class Model(nn.Module):
 
 
 def start_deepspeed() -> None:
-    """Over the process group that there is already."""
+    """Over the process group that there is; without the shared-memory reduction, which takes a minute to build."""
     logger.setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     os.environ["LOCAL_RANK"] = str(dist.get_rank())
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
 
 
 def reset() -> None:
-    """Every engine starts without groups."""
+    """Every engine starts without groups, and leaves none: their threads are never idle."""
     groups.reset()
     upstream_groups._WORLD_GROUP = None
+    _made.clear()
+    dist.barrier()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def make_engine(kind: str, case: Case) -> Any:
@@ -235,6 +242,7 @@ def layer_group(case: Case) -> dist.ProcessGroup:
 
 def initialized_groups(tensor_parallel: int, arguments: dict[str, Any]) -> dict[str, Any]:
     """What `groups.initialize` makes on this rank."""
+    start_deepspeed()
     reset()
     mpu = Mpu(tensor_parallel) if tensor_parallel > 1 else None
     try:

@@ -160,6 +160,6 @@ def outcomes(world: int, function: Callable[..., None], *args: Any, without: int
                 error = pipe.recv()
             except EOFError:
                 pass
-            process.join(10)
+            process.join(max(0.0, deadline - time.monotonic()))
             found.append(Outcome(code=process.exitcode, error=error))
     return found

@@ -89,11 +89,13 @@ def test_the_same_bits(four_ranks, tokens, dtype):
 
 
 def test_the_same_bits_by_kernels(two_ranks):
-    two_ranks.run(parity.check_bits, Case([7, 5], sizes={"ep": 2}, dtype=torch.float32, layer={"bias": True}), "triton")
+    case = Case([7, 5], sizes={"ep": 2}, dtype=torch.float32, layer={"bias": True}, experts=4)
+    two_ranks.run(parity.check_bits, case, "triton")
 
 
 @pytest.mark.parametrize("mode", ["dropless", "capacity", "bounded", "allgather"])
 def test_kernels(two_ranks, mode):
-    layer = {**LOSSES, "backend": "triton", "capacity_factor": 1.0}
-    case = Case([6, 6], sizes={"ep": 2}, exchange={"mode": mode, "chunks": 2}, layer=layer, dtype=torch.float32)
+    layer = {**LOSSES, "backend": "triton", "capacity_factor": 1.0, "top_k": 2}
+    exchange = {"mode": mode, "chunks": 2}
+    case = Case([6, 6], sizes={"ep": 2}, exchange=exchange, layer=layer, dtype=torch.float32, experts=4)
     two_ranks.run(parity.check, case)

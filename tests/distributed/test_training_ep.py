@@ -73,7 +73,7 @@ def losses(out: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"{i} is followed by {i + 1}, and {i * i} is its square.\n" for i in range(3000)))
+    path.write_text("".join(f"{i} is followed by {i + 1}, and {i * i} is its square.\n" for i in range(1000)))
     return path
 
 

@@ -22,7 +22,7 @@ from moe_triton.distributed.errors import (
     identity,
     logger,
 )
-from moe_triton.distributed.groups import Group
+from moe_triton.distributed.groups import Group, all_gather_single
 
 Listener = Callable[[str], None]
 
@@ -67,9 +67,7 @@ class Channel:
 
     def all_gather(self, out: Tensor, rows: Tensor, phase: str) -> Callable[[], None]:
         """Rows [M, ...] of every rank to `out` [P*M, ...]. Returns the wait for it."""
-        return self._issue(
-            phase, out, lambda: dist.all_gather_into_tensor(out, rows, group=self.group.handle, async_op=True)
-        )
+        return self._issue(phase, out, lambda: all_gather_single(out, rows, group=self.group.handle, async_op=True))
 
     def all_reduce(self, tensor: Tensor, phase: str, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
         """In place, waited for."""

@@ -13,6 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from moe_triton.distributed.plan import KINDS, RankTables, plan
 
+# torch 2.13 has renamed it, and warns of the old name
+all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Group:

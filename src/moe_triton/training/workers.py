@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_triton.distributed import ExpertParallel, ParallelGroups, explain_termination, make_groups
+from moe_triton.distributed.groups import all_gather_single
 from moe_triton.distributed.parameters import expert_parameters
 from moe_triton.training.errors import TrainingError
 
@@ -80,7 +81,7 @@ def gather_experts(local: Tensor, parallel: ExpertParallel) -> Tensor:
     padded = local.new_zeros(most, *local.shape[1:])
     padded[: local.shape[0]] = local
     out = local.new_empty(parallel.ep.size * most, *local.shape[1:])
-    dist.all_gather_into_tensor(out, padded, group=parallel.ep.handle)
+    all_gather_single(out, padded, group=parallel.ep.handle)
     kept = torch.tensor([local.shape[0]], device=local.device)
     dist.all_reduce(kept, group=parallel.ep.handle)
     return out[: int(kept.item())]  # only the last rank has fewer
