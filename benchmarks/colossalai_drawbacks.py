@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing as mp
-import platform
 import statistics
 import sys
 import time
@@ -25,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_triton.cli.info import cpu_name
 from moe_triton.compat.colossalai.context.random import moe_set_seed
 from moe_triton.compat.colossalai.nn.layer.moe import FFNExperts, MoeLayer, Top2Router
 from moe_triton.compat.colossalai.utils import get_current_device
@@ -187,7 +187,7 @@ def main() -> None:
         )
     if arguments.out is not None:
         device = get_current_device()
-        where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
         versions = {"python": sys.version.split()[0], "torch": torch.__version__}
         record = {"device": where, "threads": torch.get_num_threads(), "versions": versions, "size": size}
         arguments.out.write_text(json.dumps({**record, "summary": found, "rows": rows}, indent=1) + "\n")

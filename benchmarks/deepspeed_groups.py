@@ -24,7 +24,7 @@ import typer
 from torch import nn
 
 from moe_triton.benchmarking.memory import peak_bytes
-from moe_triton.benchmarking.timing import make_timer, run_rounds, spread
+from moe_triton.benchmarking.timing import Call, Fresh, make_timer, run_rounds, spread
 from moe_triton.cli.info import cpu_name
 from moe_triton.compat.deepspeed.layer import MoE
 from moe_triton.compat.deepspeed.utils import BY, configure_moe_param_groups
@@ -66,12 +66,11 @@ class ZeroStep:
         }
         self.engine = deepspeed.initialize(model=Stack(model), model_parameters=groups, config=config)[0]
 
-    def prepare(self) -> None:
+    def make(self) -> Callable[[], object]:
         output, l_aux = self.engine(self.x)
         self.engine.backward(output.square().mean() + l_aux)
-
-    def __call__(self) -> None:
-        self.engine.step()
+        step: Callable[[], object] = self.engine.step
+        return step
 
 
 class Stack(nn.Module):
@@ -87,24 +86,6 @@ class Stack(nn.Module):
             y, l_aux, _ = layer(x)
             x, total = x + y, total + l_aux
         return x, total
-
-
-class PreparedTimer:
-    """A timer that lets a call prepare itself outside the clock, once per timed call."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.timer = make_timer(device)
-        self.warm_up = self.timer.warm_up
-
-    def measure(self, call: Callable[[], object], calls: int) -> float:
-        prepare = getattr(call, "prepare", None)
-        if prepare is None:
-            return self.timer.measure(call, calls)
-        times = []
-        for _ in range(calls):
-            prepare()
-            times.append(self.timer.measure(call, 1))
-        return sorted(times)[len(times) // 2]
 
 
 def start_one_process() -> None:
@@ -130,7 +111,7 @@ def main(
 ) -> None:
     """Measure, write the JSON and print the table."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    calls: dict[str, Callable[[], object]] = {}
+    calls: dict[str, Call] = {}
     largest: dict[str, dict[str, Any]] = {}
     if zero:
         start_one_process()
@@ -142,9 +123,9 @@ def main(
             largest[by] = {"groups": len(sizes), "largest_elements": max(sizes)}
         if zero:
             model = make_model(layers, experts, hidden, intermediate, device)
-            calls[f"{by}: ZeRO-1"] = ZeroStep(model, by, hidden, device)
-    times = run_rounds(calls, PreparedTimer(device), budget_s=budget)
-    peaks = {key: peak_bytes(call, device) for key, call in calls.items() if not hasattr(call, "prepare")}
+            calls[f"{by}: ZeRO-1"] = Fresh(ZeroStep(model, by, hidden, device).make)
+    times = run_rounds(calls, make_timer(device), budget_s=budget)
+    peaks = {key: peak_bytes(call, device) for key, call in calls.items() if not isinstance(call, Fresh)}
     found = {key: spread(values) for key, values in times.items()}
 
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
