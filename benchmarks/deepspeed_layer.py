@@ -2,9 +2,10 @@
 
     python benchmarks/deepspeed_layer.py [--tokens 2048 --hidden 512 --intermediate 1024 --budget 20 --out FILE.json]
 
-For 8 and 64 experts and k of 1, 2 and 4, as DeepSpeed's defaults have it (capacity factor 1, tokens dropped, experts
-Linear, GELU, Linear). The two layers take turns over rounds; what counts is the median of the rounds' ratios. They are
-first compared: the same seed must give the same output. Run it on a machine that does nothing else. Needs deepspeed.
+For 8 and 64 experts and k of 1, 2 and 4, with DeepSpeed's defaults (capacity factor 1, tokens dropped, experts Linear,
+GELU, Linear) and with drop_tokens=False, where DeepSpeed pads every expert to the fullest one. The layers take turns over
+rounds; what counts is the median of the rounds' ratios. They are first compared: the same seed must give the same output.
+bfloat16 too where the processor has it. Run it on a machine that does nothing else. Needs deepspeed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -27,10 +29,16 @@ from moe_triton.compat.deepspeed.layer import MoE
 
 RESULT = Path(__file__).parent / "results" / "deepspeed" / "layer.json"
 EXPERTS, CHOICES = (8, 64), (1, 2, 4)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def make_layers(hidden: int, intermediate: int, experts: int, k: int, dtype: torch.dtype) -> dict[str, nn.Module]:
+def dtypes(device: torch.device) -> list[torch.dtype]:
+    has_bf16 = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return [torch.float32, torch.bfloat16] if has_bf16 else [torch.float32]
+
+
+def make_layers(
+    hidden: int, intermediate: int, experts: int, k: int, dtype: torch.dtype, drop_tokens: bool = True
+) -> dict[str, nn.Module]:
     """Both layers with the same weights."""
     with contextlib.redirect_stdout(io.StringIO()):  # deepspeed prints while it is imported and built
         import deepspeed
@@ -44,7 +52,7 @@ def make_layers(hidden: int, intermediate: int, experts: int, k: int, dtype: tor
         for name, layer_class in (("moe_triton", MoE), ("deepspeed", UpstreamMoE)):
             torch.manual_seed(0)
             expert = nn.Sequential(nn.Linear(hidden, intermediate), nn.GELU(), nn.Linear(intermediate, hidden))
-            layer = layer_class(hidden, expert, num_experts=experts, k=k)
+            layer = layer_class(hidden, expert, num_experts=experts, k=k, drop_tokens=drop_tokens)
             layer.set_deepspeed_parallelism()
             layers[name] = layer.to(dtype)
     layers["deepspeed"].load_state_dict(layers["moe_triton"].state_dict())
@@ -75,36 +83,29 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows: list[dict[str, Any]] = []
-    print("| dtype | experts | k | moe_triton, ms | deepspeed, ms | times faster (20% to 80%) |")
-    print("|---|---|---|---|---|---|")
-    for dtype_name, dtype in DTYPES.items():
-        for experts in EXPERTS:
-            for k in CHOICES:
-                layers = make_layers(options.hidden, options.intermediate, experts, k, dtype)
-                torch.manual_seed(2)
-                x = torch.randn(options.tokens, options.hidden, dtype=dtype, device=device, requires_grad=True)
-                grad = torch.randn_like(x)
-                steps = {name: step_of(layer.to(device), x, grad) for name, layer in layers.items()}
-                ours, theirs = (step().float() for step in steps.values())
-                error = ((ours - theirs).norm() / theirs.norm()).item()
-                if not error < (1e-4 if dtype == torch.float32 else 2e-2):
-                    raise SystemExit(f"{dtype_name}, {experts} experts, k={k}: the two outputs differ by {error:.1e}")
-                times = run_rounds(steps, make_timer(device), budget_s=options.budget)
-                faster = ratios(times["deepspeed"], times["moe_triton"])
-                medians = {name: spread(values) for name, values in times.items()}
-                assert faster is not None
-                rows.append(
-                    {
-                        "dtype": dtype_name, "experts": experts, "k": k, "error": error, "times_faster": asdict(faster),
-                        "seconds": {name: asdict(value) for name, value in medians.items() if value is not None},
-                    }
-                )  # fmt: skip
-                cells = [f"{1e3 * value.p50:.1f}" for value in medians.values() if value is not None]
-                print(
-                    f"| {dtype_name} | {experts} | {k} | {' | '.join(cells)} | "
-                    f"{faster.p50:.2f} ({faster.p20:.2f} to {faster.p80:.2f}) |",
-                    flush=True,
-                )
+    print("| dtype | tokens | experts | k | moe_triton, ms | deepspeed, ms | times faster (20% to 80%) |")
+    print("|---|---|---|---|---|---|---|")
+    for dtype, drops, experts, k in itertools.product(dtypes(device), (True, False), EXPERTS, CHOICES):
+        layers = make_layers(options.hidden, options.intermediate, experts, k, dtype, drops)
+        torch.manual_seed(2)
+        x = torch.randn(options.tokens, options.hidden, dtype=dtype, device=device, requires_grad=True)
+        grad = torch.randn_like(x)
+        steps = {name: step_of(layer.to(device), x, grad) for name, layer in layers.items()}
+        ours, theirs = (step().float() for step in steps.values())
+        error = ((ours - theirs).norm() / theirs.norm()).item()
+        if not error < (1e-4 if dtype == torch.float32 else 2e-2):
+            raise SystemExit(f"{dtype}, {experts} experts, k={k}: the two outputs differ by {error:.1e}")
+        times = run_rounds(steps, make_timer(device), budget_s=options.budget)
+        faster = ratios(times["deepspeed"], times["moe_triton"])
+        medians = {name: spread(values) for name, values in times.items()}
+        assert faster is not None
+        row = {"dtype": str(dtype).removeprefix("torch."), "drop_tokens": drops, "experts": experts, "k": k}
+        seconds = {name: asdict(value) for name, value in medians.items() if value is not None}
+        rows.append({**row, "error": error, "times_faster": asdict(faster), "seconds": seconds})
+        cells = [row["dtype"], "dropped" if drops else "all kept", experts, k]
+        cells += [f"{1e3 * value['p50']:.1f}" for value in seconds.values()]
+        cells += [f"{faster.p50:.2f} ({faster.p20:.2f} to {faster.p80:.2f})"]
+        print(f"| {' | '.join(map(str, cells))} |", flush=True)
     shape = {"tokens": options.tokens, "hidden": options.hidden, "intermediate": options.intermediate}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     record = {"schema": "moe-triton-deepspeed-layer/1", **environment(device), "shape": shape, "rows": rows}

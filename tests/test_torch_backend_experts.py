@@ -134,7 +134,21 @@ def ragged_choices(sizes: list[int], top_k: int = 2) -> Tensor:
     return ids[torch.randperm(len(ids))].view(-1, top_k)
 
 
-SIZES = [5, 0, 33, 1, 7, 20]  # an empty expert, two that share a block, and two whose rows are padded
+SIZES = [5, 0, 33, 1, 7, 20]  # an empty expert, two that share a block, and two whose rows may be padded
+
+
+@pytest.fixture(params=[False, True], ids=["", "compiles per shape"])
+def compiles_per_shape(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether rows are padded, on whatever processor this runs."""
+    monkeypatch.setattr(cpu, "_COMPILES_PER_SHAPE", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_with_and_without_padding(compiles_per_shape: bool, bias: bool) -> None:
+    sizes = [*SIZES, 16, 90, 90, 90, 0, 300]
+    for spec in (ExpertSpec(), ExpertSpec(activation="gelu", is_transposed=True)):
+        check(WAYS["loop"], make_case(ragged_choices(sizes), len(sizes), spec=spec, bias=bias))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -381,6 +395,13 @@ def test_empty_is_aligned_contiguous_and_writable(shape: tuple[int, ...], dtype:
 @settings(max_examples=60, deadline=None)
 @given(sizes=st.lists(st.one_of(st.integers(0, 16), st.integers(0, 300)), max_size=60))
 def test_blocks_cover_every_row_once(sizes: list[int]) -> None:
+    for compiles_per_shape in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cpu, "_COMPILES_PER_SHAPE", compiles_per_shape)
+            check_blocks(sizes)
+
+
+def check_blocks(sizes: list[int]) -> None:
     bounds = [0, *torch.tensor(sizes, dtype=torch.long).cumsum(0).tolist()]
     rows_of = {e: range(bounds[e], bounds[e + 1]) for e, size in enumerate(sizes) if size > 0}
     for block in experts_loop._blocks(bounds):
@@ -393,15 +414,19 @@ def test_blocks_cover_every_row_once(sizes: list[int]) -> None:
     assert not rows_of
 
 
-def test_experts_with_few_rows_share_a_block() -> None:
+def test_experts_with_few_rows_share_a_block(compiles_per_shape: bool) -> None:
     blocks = experts_loop._blocks([0, 3, 3, 19, 36, 40])
-    assert [(block.start, block.size, block.computed) for block in blocks] == [(0, 19, 19), (19, 17, 32), (36, 4, 4)]
+    found = [(block.start, block.size, block.computed) for block in blocks]
+    assert found == ([(0, 19, 19), (19, 17, 32), (36, 4, 4)] if compiles_per_shape else [(0, 40, 40)])
     assert len(experts_loop._blocks([16 * i for i in range(33)])) == 2
+    assert len(experts_loop._blocks([0, 200, 400])) == 2
 
 
-def test_padded_sizes_recur() -> None:
-    assert [cpu.padded(m) for m in (0, 1, 16, 17, 32, 33)] == [0, 1, 16, 32, 32, 48]
-    assert len({cpu.padded(m) for m in range(200, 300)}) <= 8
+def test_padded_sizes_recur(compiles_per_shape: bool) -> None:
+    found = [cpu.padded(m) for m in (0, 1, 16, 17, 32, 33)]
+    assert found == ([0, 1, 16, 32, 32, 48] if compiles_per_shape else [0, 1, 16, 17, 32, 33])
+    if compiles_per_shape:
+        assert len({cpu.padded(m) for m in range(200, 300)}) <= 8
 
 
 def test_which_way_runs(monkeypatch: pytest.MonkeyPatch) -> None:

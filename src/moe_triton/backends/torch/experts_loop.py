@@ -1,7 +1,7 @@
 """The experts on the CPU: a loop over blocks of rows that stay in cache through all of their products.
 
-A block is one expert's rows, or those of consecutive experts that have a few each: then only the products are made
-expert by expert, and the cost of the other calls is shared.
+A block is one expert's rows, or those of consecutive experts that have few enough together and need no padding: then
+only the products are made expert by expert, and the cost of the other calls is shared.
 """
 
 from __future__ import annotations
@@ -124,8 +124,9 @@ class BlockBuffers:
     def load_tokens(self, block: Block, hidden: Tensor, grad_out: Tensor, tokens: Tensor) -> None:
         """Gather the block's x and dy, and clear the padding of all four."""
         here = slice(block.start, block.start + block.size)
-        for buffer in (self.x, self.dy, self.weighted_a, self.dh):
-            buffer[block.size : block.computed].zero_()
+        if block.computed > block.size:
+            for buffer in (self.x, self.dy, self.weighted_a, self.dh):
+                buffer[block.size : block.computed].zero_()
         torch.index_select(hidden, 0, tokens[here], out=self.x[: block.size])
         torch.index_select(grad_out, 0, tokens[here], out=self.dy[: block.size])
 
@@ -159,7 +160,9 @@ class RowGradients:
         if self.grad_row_weights is not None:
             self.grad_row_weights[here] = torch.linalg.vecdot(da, a)
             if operands.down_bias is not None:
-                self.grad_row_weights[here] += _products(block, dy, _row_vector(operands.down_bias))[:size, 0]
+                for e, part in block.parts:
+                    rows = slice(part.start, min(part.stop, size))
+                    self.grad_row_weights[here][rows] += torch.mv(dy[rows], operands.down_bias[e])
         if need_a:
             torch.mul(a, w, out=work.weighted_a[:size])
         activate_backward(da.mul_(w), h, activated_gate, spec, dh[:size])
@@ -212,7 +215,7 @@ class WeightGradients:
 
 
 def _blocks(bounds: list[int]) -> list[Block]:
-    """The kept rows in order, as blocks. Only experts whose rows need no padding share a block."""
+    """The kept rows in order, as blocks. Experts whose rows need no padding share one that stays in cache."""
     blocks: list[Block] = []
     for e, (start, end) in enumerate(pairwise(bounds)):
         size = end - start
@@ -221,8 +224,8 @@ def _blocks(bounds: list[int]) -> list[Block]:
         last = blocks[-1] if blocks else None
         if (
             last is not None
-            and (len(last.parts) > 1 or last.size <= ROW_QUANTUM)
-            and size <= ROW_QUANTUM
+            and last.computed == last.size
+            and padded(size) == size
             and last.size + size <= SHARED_BLOCK_ROWS
         ):
             last.parts.append((e, slice(last.size, last.size + size)))
@@ -250,11 +253,6 @@ def _products(
 def _projection(weights: Weights, spec: ExpertSpec) -> ByExpert:
     """Expert -> its projection as [out, in], a view."""
     return (lambda e: weights[e].T) if spec.is_transposed else (lambda e: weights[e])
-
-
-def _row_vector(vectors: Weights) -> ByExpert:
-    """Expert -> its vector as [1, length], a view."""
-    return lambda e: vectors[e][None]
 
 
 def _outer(x_mI: Tensor, dy_mO: Tensor, out: Tensor, spec: ExpertSpec) -> None:
