@@ -3,8 +3,8 @@
     python benchmarks/deepspeed_layer.py [--tokens 2048 --hidden 512 --intermediate 1024 --budget 20 --out FILE.json]
 
 For 8 and 64 experts and k of 1, 2 and 4, with DeepSpeed's defaults (capacity factor 1, tokens dropped, experts Linear,
-GELU, Linear) and with drop_tokens=False, where DeepSpeed pads every expert to the fullest one. The layers take turns over
-rounds; what counts is the median of the rounds' ratios. They are first compared: the same seed must give the same output.
+GELU, Linear) and with drop_tokens=False, where DeepSpeed pads every expert to the fullest one. The layers take turns
+over rounds; what counts is the median of the rounds' ratios. Before that the same seed must give the same output.
 bfloat16 too where the processor has it. Run it on a machine that does nothing else. Needs deepspeed.
 """
 
