@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_triton.cli.info import cpu_name
+from moe_triton.benchmarking.environment import cpu_name
 from moe_triton.compat.colossalai.context.random import moe_set_seed
 from moe_triton.compat.colossalai.nn.layer.moe import FFNExperts, MoeLayer, Top2Router
 from moe_triton.compat.colossalai.utils import get_current_device

@@ -23,9 +23,9 @@ import torch
 import typer
 from torch import nn
 
+from moe_triton.benchmarking.environment import cpu_name
 from moe_triton.benchmarking.memory import peak_bytes
 from moe_triton.benchmarking.timing import Call, Fresh, make_timer, run_rounds, spread
-from moe_triton.cli.info import cpu_name
 from moe_triton.compat.deepspeed.layer import MoE
 from moe_triton.compat.deepspeed.utils import BY, configure_moe_param_groups
 from moe_triton.training.job import version

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from moe_triton.cli.info import cpu_name
+from moe_triton.benchmarking.environment import cpu_name
 from moe_triton.training.config import KINDS, TrainConfig
 from moe_triton.training.data import load_corpus
 from moe_triton.training.files import replace_file

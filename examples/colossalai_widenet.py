@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--capacity-factor", type=float, help="of each rank's tokens; default: nothing is dropped")
     parser.add_argument("--noise", action="store_true", help="NormalNoiseGenerator on the router's logits")
     parser.add_argument("--drop-rate", type=float, default=0.0, help="dropout")
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--batch-size", type=int, default=64, help="of all ranks together")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -81,7 +82,7 @@ class Hide(importlib.abc.MetaPathFinder):
         if name.split(".")[0] == {missing!r}:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Hide())
-import importlib.util
+import importlib
 real = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name.split(".")[0] == {missing!r} else real(name, *a)
 import torch, moe_triton
@@ -98,3 +99,9 @@ def test_importing_is_light():
     program = f"import sys, moe_triton; print(sorted(set(sys.modules) & {heavy!r}))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_the_scripts_of_benchmarks_find_what_they_import(path, monkeypatch):
+    monkeypatch.syspath_prepend(str(path.parent))
+    importlib.import_module(path.stem)

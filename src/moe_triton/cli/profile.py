@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import typer
 from moe_triton.cli import arguments
 from moe_triton.cli.arguments import EXIT_FAULT, EXIT_NO_GPU, EXIT_USAGE, SHAPE, Unmeasurable, pick_device
 from moe_triton.cli.display import StepDisplay
+from moe_triton.cli.profile_ranks import profile_over_ranks
 
 if TYPE_CHECKING:
     from moe_triton.benchmarking.cases import Case
@@ -47,6 +49,10 @@ def profile(
     kernel: Annotated[
         str | None, typer.Option(help="One kernel over its shipped configurations: up, down, d_hidden, d_rows, ...")
     ] = None,
+    ep_mode: Annotated[
+        str | None, typer.Option(help="Under torchrun: mode of the exchange. Default: dropless.")
+    ] = None,
+    ep_chunks: Annotated[int | None, typer.Option(help="Under torchrun: chunks of the exchange. Default: 1.")] = None,
     backend: Annotated[str, typer.Option(help="auto, torch or triton.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     steps: Annotated[int, typer.Option(help="Steps that the profiler records.")] = 5,
@@ -58,6 +64,7 @@ def profile(
 
     Writes a trace for Perfetto (ui.perfetto.dev), a memory timeline, and everything as JSON. On a GPU the ranges are
     NVTX ranges too, for nsys, and Triton's proton writes proton.hatchet where it is installed.
+    Under torchrun the layer's experts are spread over the processes: the exchange, its overlap, and a trace per rank.
     Exit code: 0; 1 when a file cannot be written; 2 for bad arguments; 3 when a GPU is needed.
     """
     shape = dict(zip(SHAPE, (tokens, hidden, intermediate, experts, top_k), strict=True))
@@ -71,6 +78,11 @@ def profile(
         arguments.make_directory(out, "--out")
         if threads is not None:
             torch.set_num_threads(threads)
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if processes == 1 and (ep_mode is not None or ep_chunks is not None):
+            raise ValueError("ep-mode, ep-chunks: got one without torchrun; wanted torchrun -m moe_triton profile ...")
+        if processes > 1 and (training_step or kernel is not None):
+            raise ValueError("training-step, kernel: got one under torchrun, where a layer's exchange is profiled")
         of_a_layer = [model, kernel, *overrides.values()]
         if training_step and any(value is not None for value in of_a_layer):
             raise ValueError("training-step: got together with a layer's options, wanted sizes only")
@@ -79,7 +91,10 @@ def profile(
             profile_training_step(out, where, backend, steps, seed, {**chosen, "top_k": top_k})
             return
         case = pick_case(model, shape, {k: v for k, v in overrides.items() if v is not None}, where)
-        if kernel is not None:
+        if processes > 1:
+            mode, chunks = "dropless" if ep_mode is None else ep_mode, 1 if ep_chunks is None else ep_chunks
+            profile_over_ranks(out, case, where, backend, mode, chunks, steps, seed)
+        elif kernel is not None:
             profile_kernel(kernel, case, where, backend, budget, seed)
         else:
             profile_one_layer(out, case, where, backend, steps, budget, seed)

@@ -26,6 +26,7 @@ from moe_triton.distributed.groups import Group, all_gather_single
 
 Listener = Callable[[str], None]
 
+ISSUE, WAIT = "moe_triton: ", "moe_triton, wait: "  # names of ranges in torch.profiler, and then the phase's
 LOOK = timedelta(seconds=0.2)  # how long to wait for a collective before looking whether it can still succeed
 
 
@@ -123,11 +124,11 @@ class Channel:
         self.note(f"issue {phase}")
         known.issued[name] += 1
         number = known.issued[name]
-        with self._blame(phase, known, number), record_function(f"moe_triton: {phase}"):
+        with self._blame(phase, known, number), record_function(f"{ISSUE}{phase}"):
             work = start()
 
         def wait() -> None:
-            with self._blame(phase, known, number):
+            with self._blame(phase, known, number), record_function(f"{WAIT}{phase}"):
                 if work is not None and tensor.device.type != "cpu":
                     work.wait()  # this only queues
                     return

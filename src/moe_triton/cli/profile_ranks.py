@@ -1,0 +1,68 @@
+"""`moe-triton profile` under torchrun: the exchange of an expert-parallel layer, and how much of it is overlapped."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from moe_triton.benchmarking.cases import Case
+    from moe_triton.benchmarking.exchange import RankExchange
+
+
+def profile_over_ranks(
+    out: Path, case: Case, device: torch.device, backend: str, mode: str, chunks: int, steps: int, seed: int
+) -> None:
+    """The case's layer, its experts over all processes; rank 0 prints and writes out/profile.json."""
+    import torch.distributed as dist
+
+    from moe_triton.benchmarking.environment import environment
+    from moe_triton.benchmarking.exchange import as_json, profile_exchange
+    from moe_triton.benchmarking.report import write_json
+
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        ranks = profile_exchange(
+            case, device, backend=backend, mode=mode, chunks=chunks, steps=steps, seed=seed, out=out
+        )
+        if dist.get_rank() == 0:
+            print_ranks(ranks, f"{case.title()}, experts over {len(ranks)} processes, mode {mode}, {chunks} chunks")
+            exchange = {"mode": mode, "chunks": chunks, "ranks": as_json(ranks)}
+            record = {"schema": "moe-triton-profile/1", **environment(device), "exchange": exchange}
+            write_json(out / "profile.json", record)
+            print(f"traces: {out / 'trace-rank-0.json'} and one per rank (open them at ui.perfetto.dev)")
+    finally:
+        dist.destroy_process_group()
+
+
+def print_ranks(ranks: list[RankExchange], title: str) -> None:
+    from rich.table import Table
+
+    from moe_triton.benchmarking.report import milliseconds, plain_console
+
+    console = plain_console()
+    box = Table().box if console.is_terminal else None
+    console.print(f"forward and backward: {title}", highlight=False, soft_wrap=True)
+    by_rank = Table(box=box)
+    for name in ("rank", "tokens", "step ms", "exchange ms", "exposed ms", "overlap", "exposed of step"):
+        by_rank.add_column(name, justify="right")
+    for r in ranks:
+        times = [milliseconds(seconds) for seconds in (r.step_s, r.exchange_s, r.exposed_s)]
+        share = r.exposed_s / r.step_s if r.step_s > 0 else 0.0
+        by_rank.add_row(str(r.rank), str(r.tokens), *times, f"{r.overlap:.0%}", f"{share:.1%}")
+    console.print(by_rank)
+    by_phase = Table(box=box)
+    for name in ("waiting for", "ms, mean of ranks", "ms, longest rank"):
+        by_phase.add_column(name, justify="left" if name == "waiting for" else "right")
+    phases = dict.fromkeys(phase for r in ranks for phase in r.waits)
+    for phase in sorted(phases, key=lambda phase: -mean(r.waits.get(phase, 0.0) for r in ranks)):
+        waited = [r.waits.get(phase, 0.0) for r in ranks]
+        by_phase.add_row(phase, milliseconds(mean(waited)), milliseconds(max(waited)))
+    console.print(by_phase)
