@@ -245,6 +245,17 @@ def test_choice_bias_balances_the_load_without_a_loss():
         Router(8, 4).update_choice_bias()
 
 
+def test_the_load_of_the_choice_bias_is_summed_over_the_group_that_is_named(monkeypatch):
+    summed = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda load, group: summed.append((load.tolist(), group)))
+    layer = MoE(8, 4, 4, 2, router=Router(8, 4, 2, score="sigmoid", choice_bias=True))
+    counts = layer(torch.randn(6, 8)).expert_counts.tolist()
+    moe_triton.update_choice_biases(layer, group="stage")
+    moe_triton.update_choice_biases(layer)
+    assert summed == [(counts, "stage"), ([0, 0, 0, 0], None)]
+
+
 def test_a_router_of_ones_own():
     class RoundRobin(torch.nn.Module):
         def forward(self, x, token_mask=None):

@@ -135,8 +135,13 @@ class Router(nn.Module):
         return f"hidden_size={self.weight.shape[1]}, num_experts={self.num_experts}, {self.spec}"
 
 
-def update_choice_biases(model: nn.Module, rate: float = 1e-3) -> None:
-    """`Router.update_choice_bias` for every router of the model that has a choice bias."""
+def update_choice_biases(
+    model: nn.Module, rate: float = 1e-3, group: torch.distributed.ProcessGroup | None = None
+) -> None:
+    """`Router.update_choice_bias` for every router of the model that has a choice bias.
+
+    group: the ranks that hold the same layers; with pipeline parallelism these are not all (None).
+    """
     for module in model.modules():
         if isinstance(module, Router) and module.choice_bias is not None:
-            module.update_choice_bias(rate)
+            module.update_choice_bias(rate, group)
