@@ -16,6 +16,7 @@ STEPS = 40
 TINY = [
     *("--batch-size", "8", "--seq-len", "16", "--num-layers", "2", "--hidden-size", "16", "--intermediate-size", "8"),
     *("--num-experts", "7", "--steps", str(STEPS), "--checkpoint-every", "2", "--capacity-factor", "1.0"),
+    *("--dtype", "float64"),  # in float32 rounding would turn a near-tie of the router in some step
 ]
 
 
@@ -92,18 +93,18 @@ def test_killed_on_four_processes_resumed_on_two_then_on_one(tmp_path, text, alo
     assert second < STEPS
     printed = train(out, text, "--resume")
     assert "going on after step" in printed
-    assert losses(out) == pytest.approx(losses(alone), rel=2e-5)
+    assert losses(out) == pytest.approx(losses(alone), rel=1e-12)
 
 
 def test_every_process_counts_the_same(tmp_path, text, alone):
     out = tmp_path / "run"
     printed = train(out, text, "--ep", "2", "--ep-mode", "capacity", processes=2)
     assert printed.count("held-out loss:") == 1, "one process speaks for all"
-    assert losses(out) == pytest.approx(losses(alone), rel=2e-5)
+    assert losses(out) == pytest.approx(losses(alone), rel=1e-12)
     summary, wanted = (json.loads((folder / "summary.json").read_text()) for folder in (out, alone))
     assert (summary["processes"], summary["ep"]) == (2, 2)
     for key in ("held_out_loss", "validation_loss", "parameters", "active_parameters", "dropped", "tokens"):
-        assert summary["moe"][key] == pytest.approx(wanted["moe"][key], rel=1e-4), key
+        assert summary["moe"][key] == pytest.approx(wanted["moe"][key], rel=1e-9), key
 
 
 @pytest.mark.parametrize(

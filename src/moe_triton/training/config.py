@@ -12,6 +12,7 @@ from moe_triton.checks import check_choice, check_int, check_number
 from moe_triton.runtime import BACKENDS
 
 KINDS = ("moe", "dense")  # of models
+DTYPES = ("float32", "float64")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class TrainConfig:
     aux_loss_weight, z_loss_weight   factors of the load-balance and z losses (`moe_triton.losses`)
     weight_decay         of AdamW, on matrices only
     grad_clip            largest global gradient norm
+    dtype                of the model: "float32", or "float64" to compare runs whose sums have another order
     backend, device      see `moe_triton.MoE`; any torch device
     threads              of torch on the CPU. The default model is too small to gain much from a second one, and on a
                          busy machine the threads would wait for each other; their number also changes the last bits
@@ -58,6 +60,7 @@ class TrainConfig:
     z_loss_weight: float = 0.001
     weight_decay: float = 0.1
     grad_clip: float = 1.0
+    dtype: str = "float32"
     backend: str = "auto"
     device: str = "cpu"
     threads: int = 1
@@ -84,6 +87,7 @@ class TrainConfig:
                 raise ValueError(
                     f"capacity_groups: got {self.capacity_groups}, wanted a divisor of the batch_size {self.batch_size}"
                 )
+        check_choice("dtype", self.dtype, DTYPES)
         check_choice("backend", self.backend, BACKENDS)
 
     @property

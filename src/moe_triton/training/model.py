@@ -92,6 +92,7 @@ class LanguageModel(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
         self.head = nn.Linear(config.hidden_size, VOCABULARY, bias=False)
         self.reset_parameters()
+        self.to(getattr(torch, config.dtype))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
