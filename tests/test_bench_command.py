@@ -173,11 +173,15 @@ def test_bad_arguments_are_named_before_anything_is_measured(arguments, message,
     assert "Traceback" not in done.output
 
 
-def test_the_default_is_the_cpu_preset(monkeypatch):
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("float32",)], ids=str)
+def test_the_default_is_the_cpu_preset_in_the_dtypes_that_the_processor_has(monkeypatch, dtypes):
     seen = []
     monkeypatch.setattr(bench, "measure", lambda case, *a: seen.append((case.name, case.dtype)) or [])
-    assert run("--device", "cpu").exit_code == 0
-    assert seen == [(f"cpu-{n}", d) for n in ("fine", "coarse", "decode") for d in ("float32", "bfloat16")]
+    monkeypatch.setattr(limits, "onednn_dtypes", lambda: tuple(getattr(torch, dtype) for dtype in dtypes))
+    done = run("--device", "cpu")
+    assert done.exit_code == 0
+    assert seen == [(f"cpu-{n}", d) for n in ("fine", "coarse", "decode") for d in dtypes]
+    assert ("bfloat16 is left out: this processor has no fast product" in done.stderr) == (len(dtypes) == 1)
 
 
 def test_options_override_a_preset(monkeypatch):

@@ -119,6 +119,8 @@ def bench(
     try:
         where = pick_device(device)
         chosen = pick_cases(suite, shape, dtype, {k: v for k, v in overrides.items() if v is not None}, where)
+        if dtype is None and not any(shape.values()):
+            chosen = without_slow_dtypes(chosen, where)
         modes = {"all": list(MODES), "both": ["forward", "full"]}.get(mode) or pick_several(mode, "mode", MODES)
         ways = pick_several(how, "how", WAYS)
         names = None if providers is None else pick_several(providers, "providers", tuple(PROVIDERS))
@@ -156,6 +158,19 @@ def bench(
         show(session)
         fail(f"out of memory: {error}", EXIT_FAULT)
     finish(session, old, share, report_dir, csv_file, chart_file, markdown_file)
+
+
+def without_slow_dtypes(cases: list[Case], device: torch.device) -> list[Case]:
+    """A suite's cases, without bfloat16 on a CPU that has no product in it: they take an hour and tell nothing."""
+    from moe_triton.benchmarking.limits import onednn_dtypes
+
+    if device.type != "cpu" or torch.bfloat16 in onednn_dtypes():
+        return cases
+    kept = [case for case in cases if case.torch_dtype != torch.bfloat16]
+    if len(kept) < len(cases):
+        reason = "this processor has no fast product in it (--dtype bfloat16 measures it all the same)"
+        print(f"bfloat16 is left out: {reason}", file=sys.stderr)
+    return kept
 
 
 def print_list() -> None:
