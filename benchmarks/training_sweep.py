@@ -68,7 +68,8 @@ def run_all(path: Path, jobs: list[tuple[str, dict[str, Any]]], part: str) -> di
     results: dict[str, Any] = {**facts, "runs": []}
     if path.exists():
         results = json.loads(path.read_text(encoding="utf-8"))
-        if results["config"] != facts["config"] or results["data"] != facts["data"]:
+        settings = {**facts["config"], **results["config"]}  # one that is newer than the file was at its default
+        if settings != facts["config"] or results["data"] != facts["data"]:
             raise SystemExit(f"{path} holds results of other settings or another text: move it away first")
     done = {(found["model"], found["seed"], found["lr"]) for found in results["runs"]}
     left = [
