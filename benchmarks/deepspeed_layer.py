@@ -11,8 +11,6 @@ bfloat16 too where the processor has it. Run it on a machine that does nothing e
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import itertools
 from collections.abc import Callable
 from dataclasses import asdict
@@ -23,6 +21,8 @@ import torch
 from torch import nn
 
 from moe_triton.benchmarking.environment import environment
+from moe_triton.benchmarking.limits import onednn_dtypes
+from moe_triton.benchmarking.providers.deepspeed_moe import quiet, start_one_process
 from moe_triton.benchmarking.report import write_json
 from moe_triton.benchmarking.timing import make_timer, ratios, run_rounds, spread
 from moe_triton.compat.deepspeed.layer import MoE
@@ -31,23 +31,14 @@ RESULT = Path(__file__).parent / "results" / "deepspeed" / "layer.json"
 EXPERTS, CHOICES = (8, 64), (1, 2, 4)
 
 
-def dtypes(device: torch.device) -> list[torch.dtype]:
-    has_bf16 = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return [torch.float32, torch.bfloat16] if has_bf16 else [torch.float32]
-
-
 def make_layers(
     hidden: int, intermediate: int, experts: int, k: int, dtype: torch.dtype, drop_tokens: bool = True
 ) -> dict[str, nn.Module]:
     """Both layers with the same weights."""
-    with contextlib.redirect_stdout(io.StringIO()):  # deepspeed prints while it is imported and built
-        import deepspeed
+    with quiet():
         from deepspeed.moe.layer import MoE as UpstreamMoE
 
-        if not torch.distributed.is_initialized():
-            store = torch.distributed.HashStore()
-            torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-            deepspeed.comm.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+        start_one_process()
         layers: dict[str, nn.Module] = {}
         for name, layer_class in (("moe_triton", MoE), ("deepspeed", UpstreamMoE)):
             torch.manual_seed(0)
@@ -82,10 +73,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtypes = onednn_dtypes() if device.type == "cpu" else (torch.float32, torch.bfloat16)
     rows: list[dict[str, Any]] = []
     print("| dtype | tokens | experts | k | moe_triton, ms | deepspeed, ms | times faster (20% to 80%) |")
     print("|---|---|---|---|---|---|---|")
-    for dtype, drops, experts, k in itertools.product(dtypes(device), (True, False), EXPERTS, CHOICES):
+    for dtype, drops, experts, k in itertools.product(dtypes, (True, False), EXPERTS, CHOICES):
         layers = make_layers(options.hidden, options.intermediate, experts, k, dtype, drops)
         torch.manual_seed(2)
         x = torch.randn(options.tokens, options.hidden, dtype=dtype, device=device, requires_grad=True)

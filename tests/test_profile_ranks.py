@@ -96,7 +96,9 @@ def test_a_trace_on_a_cpu(tmp_path):
 
 def test_a_trace_on_a_gpu(tmp_path):
     events = [
-        ("user_annotation", "moe::step", 0, 100),
+        ("user_annotation", "moe::step", -60, -40),  # the host is ahead
+        ("kernel", "ncclDevKernel_AllReduce", -30, -10),  # the barrier
+        ("gpu_user_annotation", "moe::step", 0, 100),
         ("kernel", "ncclDevKernel_SendRecv", 10, 40),
         ("kernel", "up_kernel", 0, 20),
         ("kernel", "down_kernel", 35, 60),

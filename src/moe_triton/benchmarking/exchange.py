@@ -27,7 +27,7 @@ from moe_triton.layers import MoE
 
 Interval = tuple[float, float]
 STEP = "step"
-RANGE = "user_annotation"  # the trace's category of our ranges
+RANGE, GPU_RANGE = "user_annotation", "gpu_user_annotation"  # the trace's categories of our ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +83,16 @@ def read_exchange(path: Path, device: torch.device, steps: int, rank: int, token
         if event["name"].startswith(WAIT) and event.get("cat") == RANGE:
             phase = event["name"].removeprefix(WAIT)
             waits[phase] = waits.get(phase, 0.0) + event["dur"] / 1e6 / steps
-    whole = intervals(RANGE, lambda name: name == PREFIX + STEP)
-    if device.type == "cuda":
-        exchange = intervals("kernel", lambda name: "nccl" in name.lower())
-        others = intervals("kernel", lambda name: "nccl" not in name.lower())
-        exposed = length(exchange) - common(exchange, others)
+    on_gpu = device.type == "cuda"
+    whole = intervals(GPU_RANGE if on_gpu else RANGE, lambda name: name == PREFIX + STEP)
+    if on_gpu:
+        collectives = intervals("kernel", lambda name: "nccl" in name.lower())
     else:
-        begun = intervals(None, lambda name: name.startswith("gloo:"))
-        exchange = [(start, end) for start, end in begun if any(a <= start < b for a, b in whole)]  # not the barriers
+        collectives = intervals(None, lambda name: name.startswith("gloo:"))
+    exchange = [(start, end) for start, end in collectives if any(a <= start < b for a, b in whole)]  # not the barriers
+    if on_gpu:
+        exposed = length(exchange) - common(exchange, intervals("kernel", lambda name: "nccl" not in name.lower()))
+    else:
         exposed = common(exchange, intervals(RANGE, lambda name: name.startswith(WAIT)))
     return RankExchange(
         rank=rank, tokens=tokens, step_s=length(whole) / steps, exchange_s=length(exchange) / steps,
@@ -121,6 +123,7 @@ def profile_exchange(
     def step() -> None:
         dist.barrier()  # the ranks begin together, so that a wait is for this step's work
         layer.zero_grad()
+        x.grad = None
         with span(STEP):
             layer(x).output.backward(grad)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from typing import Any
 
 import torch
@@ -53,19 +55,27 @@ def deepspeed_moe(workload: Workload) -> Block:
     )
 
 
+def quiet() -> contextlib.AbstractContextManager[object]:
+    """DeepSpeed prints while it is imported and while its layers are built."""
+    return contextlib.redirect_stdout(io.StringIO())
+
+
+def start_one_process() -> None:
+    """DeepSpeed's layer wants a process group; here it is of this process alone."""
+    import deepspeed.comm
+
+    if not torch.distributed.is_initialized():
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    deepspeed.comm.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+
+
 def deepspeed_layer(case: Case) -> nn.Module:
     """The layer on the meta device, in a process group of this one process."""
-    import contextlib
-    import io
-
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints while it is imported and built
-        import deepspeed.comm
+    with quiet():
         from deepspeed.moe.layer import MoE as DeepSpeedMoE
 
-        if not torch.distributed.is_initialized():
-            store = torch.distributed.HashStore()
-            torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-        deepspeed.comm.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+        start_one_process()
         with torch.device("meta"):
             layer = DeepSpeedMoE(
                 case.hidden,
