@@ -16,8 +16,8 @@ from moe_triton.records import ACTIVATIONS, GATED
 DEFAULT_TOKENS = 4096
 SHAPE = ("tokens", "hidden_size", "intermediate_size", "num_experts", "top_k")
 TORCH_WAYS = {
-    True: "CPU: a loop over experts that keeps an expert's rows in cache, or one padded batched product where experts "
-    "have few rows; the rows of the very call decide",
+    True: "CPU: blocks of rows that stay in cache, an expert's or those of neighbours in one batched product; the rows "
+    "of the very call decide",
     False: "F.grouped_mm where dtype and strides allow it, products over padded groups elsewhere; no host sync",
 }
 

@@ -1,24 +1,15 @@
-"""The experts in plain torch: which of three ways runs a call.
-
-On the CPU a loop over experts that keeps one expert's rows in cache, or one batched product for a few rows per expert;
-elsewhere products that the host need not know the group sizes for.
+"""The experts in plain torch: on the CPU in blocks of rows that stay in cache (`experts_cpu`), elsewhere by products
+that the host need not know the group sizes for (`experts_device`).
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
-from moe_triton.backends.torch import experts_batched, experts_device, experts_loop
+from moe_triton.backends.torch import experts_cpu, experts_device
 from moe_triton.backends.torch.operands import Gradients, Needs, Operands, Weights, sum_rows
-from moe_triton.records import Dispatch, ExpertSpec
-
-# Only oneDNN's bf16 batched product beats a loop of single ones; without oneDNN it is a naive loop in torch itself.
-_HAS_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-_BATCHED_DTYPES = (torch.bfloat16,) if _HAS_BF16 else ()
-_BATCHED_MOST_ROWS = 32
+from moe_triton.records import ExpertSpec
 
 
 def experts_forward(
@@ -45,9 +36,7 @@ def experts_forward(
     )  # fmt: skip
     if hidden.device.type != "cpu":
         return experts_device.forward(operands, keep_preactivation)
-    bounds = offsets.tolist()
-    way = experts_batched if _is_batched(operands, bounds) else experts_loop
-    return way.forward(operands, bounds, keep_preactivation)
+    return experts_cpu.forward(operands, offsets.tolist(), keep_preactivation)
 
 
 def experts_backward(
@@ -76,9 +65,7 @@ def experts_backward(
     )  # fmt: skip
     if hidden.device.type != "cpu":
         return experts_device.backward(operands, grad_out, preactivation, needs)
-    bounds = offsets.tolist()
-    way = experts_batched if _is_batched(operands, bounds) else experts_loop
-    return way.backward(operands, bounds, grad_out, preactivation, needs)
+    return experts_cpu.backward(operands, offsets.tolist(), grad_out, preactivation, needs)
 
 
 def experts_backward_rows(
@@ -107,7 +94,7 @@ def experts_backward_rows(
     )  # fmt: skip
     if hidden.device.type != "cpu":
         return experts_device.backward_rows(operands, grad_out, preactivation, needs)
-    return experts_loop.backward_rows(operands, offsets.tolist(), grad_out, preactivation, needs)
+    return experts_cpu.backward_rows(operands, offsets.tolist(), grad_out, preactivation, needs)
 
 
 def experts_backward_weights(
@@ -133,7 +120,7 @@ def experts_backward_weights(
     )  # fmt: skip
     if hidden.device.type != "cpu":
         return experts_device.backward_weights(operands, grad_out, grad_h, weighted_a, needs)
-    return experts_loop.backward_weights(operands, offsets.tolist(), grad_out, grad_h, weighted_a, needs)
+    return experts_cpu.backward_weights(operands, offsets.tolist(), grad_out, grad_h, weighted_a, needs)
 
 
 def combine_rows(rows: Tensor, position: Tensor) -> Tensor:
@@ -141,32 +128,3 @@ def combine_rows(rows: Tensor, position: Tensor) -> Tensor:
     if rows.device.type != "cpu":
         return experts_device.sum_rows(rows, position)
     return sum_rows(torch.cat([rows, rows.new_zeros(1, rows.shape[1])]), position, zero_row=rows.shape[0])
-
-
-def way(
-    hidden: Tensor,
-    weights: Tensor,
-    plan: Dispatch,
-    gate_up_proj: Weights,
-    down_proj: Weights,
-    gate_up_bias: Weights | None,
-    down_bias: Weights | None,
-    spec: ExpertSpec,
-) -> str:
-    """Which of the three ways runs these operands, by the name of its module."""
-    operands = Operands(
-        hidden=hidden, weights=weights, offsets=plan.offsets, source=plan.source, position=plan.position,
-        gate_up_proj=gate_up_proj, down_proj=down_proj, gate_up_bias=gate_up_bias, down_bias=down_bias, spec=spec,
-    )  # fmt: skip
-    if hidden.device.type != "cpu":
-        return "experts_device"
-    return "experts_batched" if _is_batched(operands, plan.offsets.tolist()) else "experts_loop"
-
-
-def _is_batched(operands: Operands, bounds: list[int]) -> bool:
-    """Whether padding all experts to the fullest one is cheap: stacked weights, few rows, most experts in use."""
-    parameters = (operands.gate_up_proj, operands.down_proj, operands.gate_up_bias, operands.down_bias)
-    if operands.hidden.dtype not in _BATCHED_DTYPES or not all(p is None or isinstance(p, Tensor) for p in parameters):
-        return False
-    sizes = [end - start for start, end in pairwise(bounds)]
-    return max(sizes) <= _BATCHED_MOST_ROWS and 4 * sum(size > 0 for size in sizes) >= 3 * len(sizes)

@@ -1,4 +1,4 @@
-"""What the three ways of running the experts share: their operands, and how a token's rows are summed."""
+"""What the ways of running the experts share: their operands, and how a token's rows are summed."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ class Operands:
     def intermediate_size(self) -> int:
         return self.width // 2 if self.spec.is_gated else self.width
 
-    def row_slots(self, kept: int, padding: int = 0) -> tuple[Tensor, Tensor]:
-        """Token and router weight [.., 1] of the `kept` rows, and then of `padding` more that are some slot's."""
-        slots = self.source[:kept] if padding == 0 else F.pad(self.source[:kept], (0, padding))
+    def row_slots(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Token [.] and router weight [., 1] of the dispatch's `rows`."""
+        slots = self.source.index_select(0, rows)
         return slots // self.position.shape[1], self.weights.reshape(-1).index_select(0, slots)[:, None]
 
     def scatter_to_slots(self, row_values: Tensor) -> Tensor:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from moe_triton.backends.stages import Stage
-from moe_triton.backends.torch.experts import experts_backward, experts_forward, way
+from moe_triton.backends.torch.experts import experts_backward, experts_forward
 from moe_triton.records import Dispatch, ExpertSpec
 
-INSIDE = "inside `experts`, expert by expert: not measured apart on this machine"
+INSIDE = "inside `experts`, block by block: not measured apart on this machine"
 
 
 def expert_stages(
@@ -27,7 +27,7 @@ def expert_stages(
     biases = (gate_up_bias, down_bias)
     _, h = experts_forward(hidden, weights, *index, gate_up_proj, down_proj, *biases, spec, True)
     needs = (True, True, True, True, gate_up_bias is not None, down_bias is not None)
-    name = way(hidden, weights, plan, gate_up_proj, down_proj, *biases, spec)
+    name = "experts_cpu" if hidden.device.type == "cpu" else "experts_device"
     return [
         Stage(name="up, down, combine", note=INSIDE),
         Stage(

@@ -1,0 +1,171 @@
+"""How a CPU cuts the dispatched rows into blocks that stay in cache through all of their products.
+
+A block is one expert's rows; or those of neighbours that are alike enough in size to go through one batched product,
+each padded to the fullest; or those of neighbours with few rows, one after the other, whose products are made one by
+one and who share the cost of all other calls. Rows are computed at their places in the blocks, padding included;
+`Layout` leads from the dispatch's rows to these places and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from moe_triton.backends.torch.cpu import padded, shapes_should_recur
+
+SHARED_BLOCK_ROWS = 256  # the most rows of a block whose experts have products of their own
+BATCHED_BLOCK_ROWS = (64, 1280)  # the fewest and the most rows of a block with one batched product
+# MKL's cost of m rows, in rows of a batched product: m + 24, and 1.1 m + 36 for a product alone (benchmarks/NOTES.md).
+BATCHED_OVERHEAD = 24
+ALONE_PER_ROW, ALONE_OVERHEAD = 1.1, 36
+
+
+@dataclass(slots=True)
+class Block:
+    """Some consecutive experts' rows.
+
+    rows       of the dispatch
+    places     of the layout: where those rows are computed, padding included
+    parts      the experts that have rows, each with the places of these, counted from the block's first; with the
+               padding where a part is a product of its own
+    batch      the experts, if they go through one batched product: all have equally many places then
+    """
+
+    rows: slice
+    places: slice
+    parts: list[tuple[int, slice]]
+    batch: slice | None = None
+
+    @property
+    def size(self) -> int:
+        """The number of places."""
+        return self.places.stop - self.places.start
+
+    @property
+    def is_padded(self) -> bool:
+        return self.size > self.rows.stop - self.rows.start
+
+
+class Layout:
+    """All blocks, and the index from rows to places.
+
+    blocks         in the dispatch's order
+    num_places     of all blocks together
+    place_of_row   [kept]
+    row_of_place   [num_places]; row 0 in the padding
+    """
+
+    def __init__(self, bounds: Sequence[int], most_batched_rows: int, *, may_share: bool) -> None:
+        """bounds: the offsets [E+1]. most_batched_rows: see `cpu`; 0 also where the weights are not stacked.
+
+        may_share: whether experts with products of their own may share a block.
+        """
+        self.blocks = cut(bounds, most_batched_rows, may_share=may_share)
+        self.num_places = self.blocks[-1].places.stop if self.blocks else 0
+        self.place_of_row = self.row_of_place = torch.arange(bounds[-1])
+        if self.num_places > bounds[-1]:
+            shift = [0] * (len(bounds) - 1)
+            for block in self.blocks:
+                for e, part in block.parts:
+                    shift[e] = block.places.start + part.start - bounds[e]
+            rows = self.row_of_place
+            self.place_of_row = rows + torch.tensor(shift).repeat_interleave(torch.tensor(bounds).diff())
+            self.row_of_place = rows.new_zeros(self.num_places)
+            self.row_of_place[self.place_of_row] = rows
+
+    def clear(self, index: int, values: Tensor) -> Tensor:
+        """Zeros, in place, in the padding of block `index`, if a product over all places will read it.
+
+        `values` has a row for every place of the block.
+        """
+        block = self.blocks[index]
+        if block.is_padded and shapes_should_recur():
+            filled = block.rows.stop - block.rows.start
+            if block.batch is None:
+                values[filled:].zero_()
+            else:
+                is_padding = torch.ones(block.size, dtype=torch.bool)
+                is_padding[self.place_of_row[block.rows] - block.places.start] = False
+                values.masked_fill_(is_padding[:, None], 0)
+        return values
+
+    def spread(self, index: int, row_values: Tensor) -> Tensor:
+        """The values of block `index` at its places, its padding cleared; a view where there is none."""
+        block = self.blocks[index]
+        if not block.is_padded:
+            return row_values[block.rows]
+        return self.clear(index, row_values.index_select(0, self.row_of_place[block.places]))
+
+    def collect(self, index: int, place_values: Tensor, out: Tensor) -> None:
+        """Writes to the rows of `out` what is at the places of block `index`."""
+        block = self.blocks[index]
+        if block.is_padded:
+            place = self.place_of_row[block.rows] - block.places.start
+            torch.index_select(place_values, 0, place, out=out[block.rows])
+        else:
+            out[block.rows] = place_values
+
+    def places(self, position: Tensor) -> Tensor:
+        """A dispatch's position [T, K] with places instead of rows; -1 finds the place after the last."""
+        if self.num_places == len(self.place_of_row):
+            return position.remainder(self.num_places + 1)
+        return torch.cat([self.place_of_row, self.place_of_row.new_tensor([self.num_places])])[position]
+
+
+def cut(bounds: Sequence[int], most_batched_rows: int, *, may_share: bool) -> list[Block]:
+    """The blocks; every row is in one, and all of an expert's rows are in the same."""
+    sizes = [end - start for start, end in pairwise(bounds)]
+    blocks: list[Block] = []
+    e = place = 0
+    while e < len(sizes):
+        if sizes[e] == 0 and not shapes_should_recur():
+            e += 1
+            continue
+        stop = _batch_end(sizes, e, most_batched_rows)
+        rows = slice(bounds[e], bounds[stop])
+        last = blocks[-1] if may_share and blocks and blocks[-1].batch is None else None
+        if stop > e + 1:
+            each = padded(max(sizes[e:stop]), batched=True)
+            parts = [(i, slice((i - e) * each, (i - e) * each + sizes[i])) for i in range(e, stop) if sizes[i] > 0]
+            blocks.append(Block(rows, slice(place, place + (stop - e) * each), parts, batch=slice(e, stop)))
+        elif (
+            last is not None
+            and 0 < padded(sizes[e]) == sizes[e] <= SHARED_BLOCK_ROWS - last.size
+            and not last.is_padded
+        ):
+            parts = [*last.parts, (e, slice(last.size, last.size + sizes[e]))]
+            blocks[-1] = Block(slice(last.rows.start, rows.stop), slice(last.places.start, place + sizes[e]), parts)
+        elif sizes[e] > 0:
+            each = padded(sizes[e])
+            blocks.append(Block(rows, slice(place, place + each), [(e, slice(0, each))]))
+        place = blocks[-1].places.stop if blocks else 0
+        e = stop
+    return blocks
+
+
+def _batch_end(sizes: Sequence[int], first: int, most_rows: int) -> int:
+    """Where the experts end that go with `first` into one batched product, since that costs less; first + 1 if none."""
+    if shapes_should_recur():  # then all of them or none, where the fullest and most others have few rows
+        together = first == 0 and max(sizes) <= most_rows and 4 * sum(size > 0 for size in sizes) >= 3 * len(sizes)
+        return len(sizes) if together else first + 1
+    fewest_places, most_places = BATCHED_BLOCK_ROWS
+    num_threads = torch.get_num_threads()  # each gets at least one product of its own
+    end = first + 1
+    most, alone = 0, 0.0
+    for e in range(first, len(sizes)):
+        most = max(most, sizes[e])
+        count = e + 1 - first
+        if sizes[e] == 0:  # goes with the others if one behind it pays for it
+            if (count + 1) * (most + BATCHED_OVERHEAD) > alone + ALONE_PER_ROW * most + ALONE_OVERHEAD:
+                break
+            continue
+        alone += ALONE_PER_ROW * sizes[e] + ALONE_OVERHEAD
+        if most > most_rows or count * most > most_places or count * (most + BATCHED_OVERHEAD) > alone:
+            break
+        if count * most >= fewest_places and count >= num_threads:
+            end = e + 1
+    return end

@@ -1,0 +1,244 @@
+"""The experts on the CPU: a loop over blocks of rows that stay in cache through all of their products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from moe_triton.backends.torch.activations import activate, activate_backward, activate_for_backward
+from moe_triton.backends.torch.blocks import Block, Layout
+from moe_triton.backends.torch.cpu import batched_product, most_batched_rows, product, shapes_should_recur
+from moe_triton.backends.torch.memory import empty
+from moe_triton.backends.torch.operands import Gradients, Needs, Operands, Weights, as_given, sum_rows
+from moe_triton.records import ExpertSpec
+
+Projection = Callable[[int | slice], Tensor]
+
+
+def forward(operands: Operands, bounds: list[int], keep_preactivation: bool) -> tuple[Tensor, Tensor]:
+    """`experts_forward`, given the offsets as a list."""
+    hidden, spec, layout = operands.hidden, operands.spec, _layout(operands, bounds, backward=False)
+    up, down = _projection(operands.gate_up_proj, spec), _projection(operands.down_proj, spec)
+    tokens, weights = operands.row_slots(layout.row_of_place)
+    y = empty((layout.num_places + 1, operands.hidden_size), hidden.dtype)
+    kept = empty((operands.source.shape[0], operands.width), hidden.dtype) if keep_preactivation else None
+    for index, block in enumerate(layout.blocks):
+        here = block.places
+        x = hidden.index_select(0, tokens[here])  # a padding row is some token's here, and nothing reads its results
+        h_out = None if kept is None or block.is_padded else kept[block.rows]
+        h = _products(block, x, up, operands.gate_up_bias, h_out)
+        if kept is not None and h_out is None:
+            layout.collect(index, h, kept)
+        torch.mul(_products(block, activate(h, spec), down, operands.down_bias), weights[here], out=y[here])
+    out = sum_rows(y, layout.places(operands.position), zero_row=layout.num_places)
+    return out, hidden.new_empty(0) if kept is None else kept
+
+
+def backward(operands: Operands, bounds: list[int], grad_out: Tensor, preactivation: Tensor, needs: Needs) -> Gradients:
+    """`experts_backward`, given the offsets as a list."""
+    layout = _layout(operands, bounds, backward=True)
+    work = BlockBuffers.for_blocks(layout.blocks, operands)
+    rows = RowGradients(operands, layout, grad_out, preactivation, needs)
+    weights = WeightGradients(operands, layout, needs)
+    for index in range(len(layout.blocks)):
+        rows.run(index, work, need_a=needs[3])
+        weights.run(index, work)
+    return (*rows.results(), *weights.results())
+
+
+def backward_rows(
+    operands: Operands, bounds: list[int], grad_out: Tensor, preactivation: Tensor, needs: Needs
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+    """`experts_backward_rows`, given the offsets as a list."""
+    hidden, num_rows, layout = operands.hidden, operands.source.shape[0], _layout(operands, bounds, backward=True)
+    work = BlockBuffers.for_blocks(layout.blocks, operands)
+    rows = RowGradients(operands, layout, grad_out, preactivation, needs)
+    grad_h = empty((num_rows, operands.width), hidden.dtype)
+    weighted_a = empty((num_rows, operands.intermediate_size), hidden.dtype)
+    for index, block in enumerate(layout.blocks):
+        rows.run(index, work, need_a=True)
+        layout.collect(index, work.dh[: block.size], grad_h)
+        layout.collect(index, work.weighted_a[: block.size], weighted_a)
+    return (*rows.results(), grad_h, weighted_a)
+
+
+def backward_weights(
+    operands: Operands, bounds: list[int], grad_out: Tensor, grad_h: Tensor, weighted_a: Tensor, needs: Needs
+) -> tuple[Weights | None, Weights | None, Weights | None, Weights | None]:
+    """`experts_backward_weights`, given the offsets as a list."""
+    layout = _layout(operands, bounds, backward=True)
+    work = BlockBuffers.for_blocks(layout.blocks, operands)
+    weights = WeightGradients(operands, layout, needs)
+    for index, block in enumerate(layout.blocks):
+        work.load_tokens(index, layout, operands.hidden, grad_out, weights.tokens)
+        work.dh[: block.size] = layout.spread(index, grad_h)
+        work.weighted_a[: block.size] = layout.spread(index, weighted_a)
+        weights.run(index, work)
+    return weights.results()
+
+
+@dataclass
+class BlockBuffers:
+    """What is at one block's places: x, dy, the weighted activation and the pre-activation's gradient; padding is 0."""
+
+    x: Tensor
+    dy: Tensor
+    weighted_a: Tensor
+    dh: Tensor
+
+    @classmethod
+    def for_blocks(cls, blocks: list[Block], operands: Operands) -> BlockBuffers:
+        most = max((block.size for block in blocks), default=0)
+        widths = (operands.hidden_size, operands.hidden_size, operands.intermediate_size, operands.width)
+        return cls(*(empty((most, width), operands.hidden.dtype) for width in widths))
+
+    def load_tokens(self, index: int, layout: Layout, hidden: Tensor, grad_out: Tensor, tokens: Tensor) -> None:
+        """Gather the block's x and dy."""
+        block = layout.blocks[index]
+        for values, buffer in ((hidden, self.x), (grad_out, self.dy)):
+            here = buffer[: block.size]
+            torch.index_select(values, 0, tokens[block.places], out=here)
+            layout.clear(index, here)
+
+
+class RowGradients:
+    """The gradients that belong to rows, block by block: of the hidden states and of the router's weights."""
+
+    def __init__(
+        self, operands: Operands, layout: Layout, grad_out: Tensor, preactivation: Tensor, needs: Needs
+    ) -> None:
+        self.operands, self.layout, self.grad_out, self.preactivation = operands, layout, grad_out, preactivation
+        up, down = (_projection(p, operands.spec) for p in (operands.gate_up_proj, operands.down_proj))
+        self.up, self.up_back, self.down_back = up, lambda e: up(e).mT, lambda e: down(e).mT
+        self.tokens, self.weights = operands.row_slots(layout.row_of_place)
+        shape = (layout.num_places + 1, operands.hidden_size)
+        self.dx = empty(shape, operands.hidden.dtype) if needs[0] else None
+        self.dw = operands.weights.new_empty(layout.num_places) if needs[1] else None
+
+    def run(self, index: int, work: BlockBuffers, *, need_a: bool) -> None:
+        """Leaves the block's x, dy, dh, and if asked the weighted activation, in `work`."""
+        operands, spec, block = self.operands, self.operands.spec, self.layout.blocks[index]
+        here = block.places
+        work.load_tokens(index, self.layout, operands.hidden, self.grad_out, self.tokens)
+        x, dy, weighted_a, dh = (buffer[: block.size] for buffer in (work.x, work.dy, work.weighted_a, work.dh))
+        w = self.weights[here]
+        if self.preactivation.numel() > 0:
+            h = self.layout.spread(index, self.preactivation)
+        else:
+            h = self.layout.clear(index, _products(block, x, self.up, operands.gate_up_bias))
+        a, activated_gate = activate_for_backward(h, spec)
+        da = _products(block, dy, self.down_back)
+        if self.dw is not None:
+            self.dw[here] = torch.linalg.vecdot(da, a)
+            if operands.down_bias is not None:
+                for e, part in block.parts:
+                    self.dw[here][part] += torch.mv(dy[part], operands.down_bias[e])
+        if need_a:
+            torch.mul(a, w, out=weighted_a)
+        activate_backward(da.mul_(w), h, activated_gate, spec, dh)
+        if self.dx is not None:
+            _products(block, dh, self.up_back, out=self.dx[here])
+
+    def results(self) -> tuple[Tensor | None, Tensor | None]:
+        layout, operands = self.layout, self.operands
+        return (
+            None
+            if self.dx is None
+            else sum_rows(self.dx, layout.places(operands.position), zero_row=layout.num_places),
+            None if self.dw is None else operands.scatter_to_slots(self.dw.index_select(0, layout.place_of_row)),
+        )
+
+
+class WeightGradients:
+    """The gradients of the experts' parameters, block by block."""
+
+    def __init__(self, operands: Operands, layout: Layout, needs: Needs) -> None:
+        self.spec, self.layout = operands.spec, layout
+        self.tokens, self.weights = operands.row_slots(layout.row_of_place)
+        self.parameters = (
+            operands.gate_up_proj, operands.down_proj, operands.gate_up_bias, operands.down_bias,
+        )  # fmt: skip
+        self.grads = [
+            _gradient(p, layout.blocks) if need else None for p, need in zip(self.parameters, needs[2:], strict=True)
+        ]
+
+    def run(self, index: int, work: BlockBuffers) -> None:
+        """Adds what the rows in `work` give; all of an expert's rows are in one block."""
+        block = self.layout.blocks[index]
+        grad_up, grad_down, grad_up_bias, grad_down_bias = self.grads
+        x, dy, weighted_a, dh = (buffer[: block.size] for buffer in (work.x, work.dy, work.weighted_a, work.dh))
+        if grad_down is not None:
+            _outer_products(block, weighted_a, dy, grad_down, self.spec)
+        if grad_down_bias is not None:
+            weighted_dy = dy * self.weights[block.places]
+            for e, part in block.parts:
+                grad_down_bias[e] = weighted_dy[part].sum(0)
+        if grad_up is not None:
+            _outer_products(block, x, dh, grad_up, self.spec)
+        if grad_up_bias is not None:
+            for e, part in block.parts:
+                grad_up_bias[e] = dh[part].sum(0)
+
+    def results(self) -> tuple[Weights | None, Weights | None, Weights | None, Weights | None]:
+        up, down, up_bias, down_bias = (as_given(p, g) for p, g in zip(self.parameters, self.grads, strict=True))
+        return up, down, up_bias, down_bias
+
+
+def _layout(operands: Operands, bounds: list[int], *, backward: bool) -> Layout:
+    parameters = (operands.gate_up_proj, operands.down_proj, operands.gate_up_bias, operands.down_bias)
+    are_stacked = all(p is None or isinstance(p, Tensor) for p in parameters)
+    most = most_batched_rows(operands.hidden.dtype, backward=backward) if are_stacked else 0
+    return Layout(bounds, most, may_share=not shapes_should_recur())
+
+
+def _projection(weights: Weights, spec: ExpertSpec) -> Projection:
+    """Expert -> its projection as [out, in], a view; or several experts' of stacked weights."""
+    of = cast(Tensor, weights)  # what is not stacked is never sliced
+    return (lambda e: of[e].mT) if spec.is_transposed else (lambda e: of[e])
+
+
+def _products(
+    block: Block, x_mI: Tensor, weight: Projection, biases: Weights | None = None, out: Tensor | None = None
+) -> Tensor:
+    """x @ weight(e).T + bias[e] for the rows of every expert e of the block, [m, O]. See `product` for `out`."""
+    if block.batch is not None:
+        count = block.batch.stop - block.batch.start
+        x_CmI = x_mI.view(count, -1, x_mI.shape[1])
+        bias_CO = cast(Tensor, biases)[block.batch] if biases is not None else None
+        out_CmO = None if out is None else out.view(count, -1, out.shape[1])
+        return batched_product(x_CmI, weight(block.batch), bias_CO, out_CmO).flatten(0, 1)
+    if len(block.parts) == 1:
+        e = block.parts[0][0]
+        return product(x_mI, weight(e), None if biases is None else biases[e], out)
+    if out is None:
+        out = x_mI.new_empty(x_mI.shape[0], weight(block.parts[0][0]).shape[0])
+    for e, part in block.parts:
+        product(x_mI[part], weight(e), None if biases is None else biases[e], out[part])
+    return out
+
+
+def _outer_products(block: Block, x_mI: Tensor, dy_mO: Tensor, grad: Tensor, spec: ExpertSpec) -> None:
+    """Writes the gradients of the block's projections, given their inputs and the gradients of their outputs."""
+    left, right = (x_mI, dy_mO) if spec.is_transposed else (dy_mO, x_mI)
+    if block.batch is not None and shapes_should_recur():
+        count = block.batch.stop - block.batch.start
+        left_Cmo, right_Cmi = (rows.view(count, -1, rows.shape[1]) for rows in (left, right))
+        batched_product(left_Cmo.mT, right_Cmi.mT, out=grad[block.batch])
+        return
+    for e, part in block.parts:  # a batch would gain less here than summing over the padding costs
+        product(left[part].T, right[part].T, out=grad[e])
+
+
+def _gradient(weights: Weights | None, blocks: list[Block]) -> Tensor | None:
+    """Memory for the gradient of stacked weights, or of a sequence of them; zeros for the experts without rows."""
+    if weights is None:
+        return None
+    grad = empty((len(weights), *weights[0].shape), weights[0].dtype)
+    idle = set(range(len(weights))).difference(*([e for e, _ in block.parts] for block in blocks))
+    for e in idle:
+        grad[e].zero_()
+    return grad
