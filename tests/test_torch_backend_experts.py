@@ -411,8 +411,8 @@ def test_blocks_cover_every_row_once(sizes: list[int]) -> None:
         for most_batched_rows in (0, 32, 320):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(cpu, "_COMPILES_PER_SHAPE", recurring)
-                check_blocks(blocks.cut(bounds, most_batched_rows, may_share=not recurring), sizes, bounds)
-                check_layout(blocks.Layout(bounds, most_batched_rows, may_share=not recurring))
+                check_blocks(blocks.cut(bounds, most_batched_rows), sizes, bounds)
+                check_layout(blocks.Layout(bounds, most_batched_rows))
 
 
 def check_blocks(found: list[blocks.Block], sizes: list[int], bounds: list[int]) -> None:
@@ -457,17 +457,17 @@ def check_layout(layout: blocks.Layout) -> None:
 @pytest.mark.parametrize("recurring", [False, True])
 def test_experts_with_few_rows_share_a_block(recurring: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "_COMPILES_PER_SHAPE", recurring)
-    found = blocks.cut([0, 3, 3, 19, 36, 40], 0, may_share=True)
+    found = blocks.cut([0, 3, 3, 19, 36, 40], 0)
     assert [(b.rows.start, b.rows.stop, b.size) for b in found] == (
         [(0, 19, 19), (19, 36, 32), (36, 40, 4)] if recurring else [(0, 40, 40)]
     )
-    assert len(blocks.cut([16 * i for i in range(33)], 0, may_share=True)) == 2
-    assert len(blocks.cut([0, 200, 400], 0, may_share=True)) == 2
+    assert len(blocks.cut([16 * i for i in range(33)], 0)) == 2
+    assert len(blocks.cut([0, 200, 400], 0)) == 2
 
 
 def batches(sizes: list[int], most_batched_rows: int = 320) -> list[tuple[int, int]]:
     bounds = [0, *torch.tensor(sizes).cumsum(0).tolist()]
-    found = blocks.cut(bounds, most_batched_rows, may_share=True)
+    found = blocks.cut(bounds, most_batched_rows)
     return [(b.batch.start, b.batch.stop) for b in found if b.batch]
 
 

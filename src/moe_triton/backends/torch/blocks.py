@@ -59,14 +59,12 @@ class Layout:
     row_of_place   [num_places]; row 0 in the padding
     """
 
-    def __init__(self, bounds: Sequence[int], most_batched_rows: int, *, may_share: bool) -> None:
-        """bounds: the offsets [E+1]. most_batched_rows: see `cpu`; 0 also where the weights are not stacked.
-
-        may_share: whether experts with products of their own may share a block.
-        """
-        self.blocks = cut(bounds, most_batched_rows, may_share=may_share)
+    def __init__(self, bounds: Sequence[int], most_batched_rows: int) -> None:
+        """bounds: the offsets [E+1]. most_batched_rows: see `cpu`; 0 also where the weights are not stacked."""
+        self.blocks = cut(bounds, most_batched_rows)
         self.num_places = self.blocks[-1].places.stop if self.blocks else 0
         self.place_of_row = self.row_of_place = torch.arange(bounds[-1])
+        self._padding_of: dict[int, Tensor] = {}
         if self.num_places > bounds[-1]:
             shift = [0] * (len(bounds) - 1)
             for block in self.blocks:
@@ -88,10 +86,17 @@ class Layout:
             if block.batch is None:
                 values[filled:].zero_()
             else:
-                is_padding = torch.ones(block.size, dtype=torch.bool)
-                is_padding[self.place_of_row[block.rows] - block.places.start] = False
-                values.masked_fill_(is_padding[:, None], 0)
+                values.index_fill_(0, self._padding(index), 0)
         return values
+
+    def _padding(self, index: int) -> Tensor:
+        """The places of block `index` that no row has, counted from its first."""
+        if index not in self._padding_of:
+            block = self.blocks[index]
+            is_padding = torch.ones(block.size, dtype=torch.bool)
+            is_padding[self.place_of_row[block.rows] - block.places.start] = False
+            self._padding_of[index] = is_padding.nonzero().squeeze(1)
+        return self._padding_of[index]
 
     def spread(self, index: int, row_values: Tensor) -> Tensor:
         """The values of block `index` at its places, its padding cleared; a view where there is none."""
@@ -116,7 +121,7 @@ class Layout:
         return torch.cat([self.place_of_row, self.place_of_row.new_tensor([self.num_places])])[position]
 
 
-def cut(bounds: Sequence[int], most_batched_rows: int, *, may_share: bool) -> list[Block]:
+def cut(bounds: Sequence[int], most_batched_rows: int) -> list[Block]:
     """The blocks; every row is in one, and all of an expert's rows are in the same."""
     sizes = [end - start for start, end in pairwise(bounds)]
     blocks: list[Block] = []
@@ -127,7 +132,7 @@ def cut(bounds: Sequence[int], most_batched_rows: int, *, may_share: bool) -> li
             continue
         stop = _batch_end(sizes, e, most_batched_rows)
         rows = slice(bounds[e], bounds[stop])
-        last = blocks[-1] if may_share and blocks and blocks[-1].batch is None else None
+        last = blocks[-1] if blocks and blocks[-1].batch is None else None
         if stop > e + 1:
             each = padded(max(sizes[e:stop]), batched=True)
             parts = [(i, slice((i - e) * each, (i - e) * each + sizes[i])) for i in range(e, stop) if sizes[i] > 0]

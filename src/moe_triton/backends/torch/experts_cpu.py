@@ -192,7 +192,7 @@ def _layout(operands: Operands, bounds: list[int], *, backward: bool) -> Layout:
     parameters = (operands.gate_up_proj, operands.down_proj, operands.gate_up_bias, operands.down_bias)
     are_stacked = all(p is None or isinstance(p, Tensor) for p in parameters)
     most = most_batched_rows(operands.hidden.dtype, backward=backward) if are_stacked else 0
-    return Layout(bounds, most, may_share=not shapes_should_recur())
+    return Layout(bounds, most)
 
 
 def _projection(weights: Weights, spec: ExpertSpec) -> Projection:
