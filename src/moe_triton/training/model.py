@@ -36,9 +36,9 @@ def rotary_table(seq_len: int, head_size: int, device: torch.device) -> tuple[Te
     return angle.cos(), angle.sin()
 
 
-def rotate(x_BHSh: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pair (x[i], x[i + h/2]) by its position's angle."""
-    left, right = x_BHSh.chunk(2, dim=-1)
+def rotate(x_Sh: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the pair (x[i], x[i + h/2]) by its position's angle; x [..., S, h]."""
+    left, right = x_Sh.chunk(2, dim=-1)
     return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
 
 
@@ -52,8 +52,9 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q, k, v = rearrange(self.qkv_proj(x), "b s (three H h) -> three b H s h", three=3, H=self.num_heads)
-        mixed = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
+        qkv = rearrange(self.qkv_proj(x), "b s (three H h) -> three b H s h", three=3, H=self.num_heads)
+        q, k = rotate(qkv[:2], cos, sin)
+        mixed = F.scaled_dot_product_attention(q, k, qkv[2], is_causal=True)
         return self.out_proj(rearrange(mixed, "b H s h -> b s (H h)"))
 
 
