@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from ranks import fork_context
 
 STEPS = 40
 TINY = [
@@ -41,28 +42,39 @@ def train(out: Path, text: Path, *options: str, processes: int = 1) -> str:
 
 def train_and_kill(out: Path, text: Path, *options: str, processes: int, after: int) -> int:
     """SIGKILL to all processes at once when `after` steps are on disk; the number of steps that were then."""
-    process = subprocess.Popen(
-        command(out, text, *options, processes=processes),
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT, start_new_session=True,
-    )  # fmt: skip
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    arguments = [str(part) for part in ("train", "--out", out, "--data", text, *TINY, *options)]
+    running = [
+        fork_context().Process(target=train_as, args=(rank, processes, port, arguments)) for rank in range(processes)
+    ]
     deadline = time.monotonic() + 300
     try:
+        for process in running:
+            process.start()
         while len(losses(out)) < after:
-            assert process.poll() is None, "the run ended before it could be killed"
+            assert all(process.is_alive() for process in running), "the run ended before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.005)
     finally:
-        for child in children_of(process.pid):
-            os.kill(child, signal.SIGKILL)
-        process.kill()
-        process.wait()
+        for process in running:
+            process.kill()
+        for process in running:
+            process.join()
     return len(losses(out))
 
 
-def children_of(pid: int) -> list[int]:
-    """The processes that a launcher started: torchrun gives each a session of its own."""
-    children = Path(f"/proc/{pid}/task/{pid}/children")
-    return [int(child) for child in children.read_text().split()] if children.exists() else []
+def train_as(rank: int, world: int, port: int, arguments: list[str]) -> None:
+    """What torchrun starts as one rank, forked from a process that has imported torch already."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    from moe_triton.cli import app
+
+    app(arguments)
 
 
 def losses(out: Path) -> list[float]:
