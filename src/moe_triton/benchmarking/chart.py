@@ -14,6 +14,7 @@ from moe_triton.benchmarking.results import Run
 
 COLOURS = {"ours": "#1f6f8b", "peer": "#b8c4cc"}
 LIMITS = {"roof": ("#c8553d", "-"), "dense": ("#7a6c5d", ":"), "floor": ("#8a5a9e", "--")}
+PANEL_CHARACTERS = 80  # a label of as many would be as wide as a panel
 FAR = 2.5  # limits beyond this many times the fastest bar, or the roof, are left out of the picture
 
 
@@ -44,14 +45,17 @@ def draw_panel(axes: Any, run: Run, unit: tuple[str, float]) -> None:
             fontsize=7,
             color=colour,
         )
-    background = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.8}
+    background = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # the limits' lines end there
+    longest = 0
     for index, row in enumerate(rows):
         if row.name in run.speedups:
             text = f"ours is {factor(run.speedups[row.name].p50)}x"
         else:
             text = ", ".join(f"{share.p50:.2f} of {bound}" for bound, share in row.of.items())
+        label = f"{three_digits(speeds[index])}  ({text})" if text else three_digits(speeds[index])
+        longest = max(longest, len(label))
         axes.annotate(
-            f"{three_digits(speeds[index])}  ({text})" if text else three_digits(speeds[index]),
+            label,
             (speeds[index], index),
             (5, 0),
             textcoords="offset points",
@@ -61,7 +65,8 @@ def draw_panel(axes: Any, run: Run, unit: tuple[str, float]) -> None:
         )
     axes.set_yticks(range(len(rows)), [row.label for row in rows], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.7 * max([*speeds, *marks.values()], default=1.0))
+    room = 1 - min(longest, 60) / PANEL_CHARACTERS  # for the label at the longest bar
+    axes.set_xlim(0, max([*speeds, *marks.values()], default=1.0) / room)
     axes.set_xlabel(name, fontsize=8)
     axes.tick_params(axis="x", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
