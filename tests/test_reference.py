@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mpmath
 import pytest
 import torch
 from compare import assert_close, relative_rms
@@ -158,6 +159,25 @@ def test_moe_mlp_gradcheck(activation):
         return reference.moe_mlp(x, w, plan, *parameters, ExpertSpec(activation=activation))
 
     assert torch.autograd.gradcheck(run, inputs)
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh"])
+def test_gelu_far_from_zero(name):
+    """Against 60 digits: a kernel's gradient of 1e-11 was once compared with four."""
+    points = [-9.0, -7.5, -6.0, -1.0, 0.5, 3.0]
+
+    def exact(x):
+        if name == "gelu":
+            return x * mpmath.erfc(-x / mpmath.sqrt(2)) / 2
+        return x * (1 + mpmath.tanh(mpmath.sqrt(2 / mpmath.pi) * (x + mpmath.mpf("0.044715") * x**3))) / 2
+
+    x = torch.tensor(points, dtype=torch.float64, requires_grad=True)
+    y = reference.pointwise(x, name)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    with mpmath.workdps(60):
+        for index, point in enumerate(points):
+            assert float(exact(mpmath.mpf(point))) == pytest.approx(y[index].item(), rel=1e-12)
+            assert float(mpmath.diff(exact, mpmath.mpf(point))) == pytest.approx(slope[index].item(), rel=1e-11)
 
 
 def test_moe_mlp_is_the_formula():

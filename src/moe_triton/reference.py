@@ -6,6 +6,7 @@ agrees with this page. Shapes: T tokens, d hidden size, n intermediate size, E e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -181,13 +182,17 @@ def activate(hidden: Tensor, activation: str, is_concatenated: bool = True) -> T
 
 
 def pointwise(x: Tensor, name: str) -> Tensor:
-    """The ungated activations: silu, gelu (erf), gelu_tanh, relu, relu2 (relu squared, Primer)."""
+    """The ungated activations: silu, gelu (erf), gelu_tanh, relu, relu2 (relu squared, Primer).
+
+    The two forms of GELU (arXiv 1606.08415) are written without 1 + erf and 1 + tanh, of which nothing is left for far
+    negative x even in float64.
+    """
     if name == "silu":
         return F.silu(x)
-    if name == "gelu":
-        return F.gelu(x)
-    if name == "gelu_tanh":
-        return F.gelu(x, approximate="tanh")
+    if name == "gelu":  # x (1 + erf(x / sqrt 2)) / 2
+        return x * torch.erfc(x * -math.sqrt(0.5)) / 2
+    if name == "gelu_tanh":  # x (1 + tanh y) / 2
+        return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
     return F.relu(x) if name == "relu" else F.relu(x).square()
 
 
