@@ -124,39 +124,40 @@ class Layout:
 def cut(bounds: Sequence[int], most_batched_rows: int) -> list[Block]:
     """The blocks; every row is in one, and all of an expert's rows are in the same."""
     sizes = [end - start for start, end in pairwise(bounds)]
+    together = shapes_should_recur() and _may_go_together(sizes, most_batched_rows)
     blocks: list[Block] = []
     e = place = 0
     while e < len(sizes):
-        if sizes[e] == 0 and not shapes_should_recur():
+        if sizes[e] == 0 and not together:
             e += 1
             continue
-        stop = _batch_end(sizes, e, most_batched_rows)
+        stop = len(sizes) if together else _batch_end(sizes, e, most_batched_rows)
         rows = slice(bounds[e], bounds[stop])
         last = blocks[-1] if blocks and blocks[-1].batch is None else None
         if stop > e + 1:
             each = padded(max(sizes[e:stop]), batched=True)
             parts = [(i, slice((i - e) * each, (i - e) * each + sizes[i])) for i in range(e, stop) if sizes[i] > 0]
             blocks.append(Block(rows, slice(place, place + (stop - e) * each), parts, batch=slice(e, stop)))
-        elif (
-            last is not None
-            and 0 < padded(sizes[e]) == sizes[e] <= SHARED_BLOCK_ROWS - last.size
-            and not last.is_padded
-        ):
+        elif last is not None and not last.is_padded and padded(sizes[e]) == sizes[e] <= SHARED_BLOCK_ROWS - last.size:
             parts = [*last.parts, (e, slice(last.size, last.size + sizes[e]))]
             blocks[-1] = Block(slice(last.rows.start, rows.stop), slice(last.places.start, place + sizes[e]), parts)
-        elif sizes[e] > 0:
+        else:
             each = padded(sizes[e])
             blocks.append(Block(rows, slice(place, place + each), [(e, slice(0, each))]))
-        place = blocks[-1].places.stop if blocks else 0
+        place = blocks[-1].places.stop
         e = stop
     return blocks
 
 
+def _may_go_together(sizes: Sequence[int], most_rows: int) -> bool:
+    """Whether all experts are one batch: the fullest has few rows, and most have some."""
+    return max(sizes) <= most_rows and 4 * sum(size > 0 for size in sizes) >= 3 * len(sizes)
+
+
 def _batch_end(sizes: Sequence[int], first: int, most_rows: int) -> int:
     """Where the experts end that go with `first` into one batched product, since that costs less; first + 1 if none."""
-    if shapes_should_recur():  # then all of them or none, where the fullest and most others have few rows
-        together = first == 0 and max(sizes) <= most_rows and 4 * sum(size > 0 for size in sizes) >= 3 * len(sizes)
-        return len(sizes) if together else first + 1
+    if shapes_should_recur():  # a batch of some experts would be a new shape in every call
+        return first + 1
     fewest_places, most_places = BATCHED_BLOCK_ROWS
     num_threads = torch.get_num_threads()  # each gets at least one product of its own
     end = first + 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -41,8 +40,8 @@ def forward(operands: Operands, bounds: list[int], keep_preactivation: bool) -> 
 def backward(operands: Operands, bounds: list[int], grad_out: Tensor, preactivation: Tensor, needs: Needs) -> Gradients:
     """`experts_backward`, given the offsets as a list."""
     layout = _layout(operands, bounds, backward=True)
-    work = BlockBuffers.for_blocks(layout.blocks, operands)
-    rows = RowGradients(operands, layout, grad_out, preactivation, needs)
+    work = BlockBuffers(layout, operands, grad_out)
+    rows = RowGradients(operands, layout, preactivation, needs)
     weights = WeightGradients(operands, layout, needs)
     for index in range(len(layout.blocks)):
         rows.run(index, work, need_a=needs[3])
@@ -55,8 +54,8 @@ def backward_rows(
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
     """`experts_backward_rows`, given the offsets as a list."""
     hidden, num_rows, layout = operands.hidden, operands.source.shape[0], _layout(operands, bounds, backward=True)
-    work = BlockBuffers.for_blocks(layout.blocks, operands)
-    rows = RowGradients(operands, layout, grad_out, preactivation, needs)
+    work = BlockBuffers(layout, operands, grad_out)
+    rows = RowGradients(operands, layout, preactivation, needs)
     grad_h = empty((num_rows, operands.width), hidden.dtype)
     weighted_a = empty((num_rows, operands.intermediate_size), hidden.dtype)
     for index, block in enumerate(layout.blocks):
@@ -71,50 +70,45 @@ def backward_weights(
 ) -> tuple[Weights | None, Weights | None, Weights | None, Weights | None]:
     """`experts_backward_weights`, given the offsets as a list."""
     layout = _layout(operands, bounds, backward=True)
-    work = BlockBuffers.for_blocks(layout.blocks, operands)
+    work = BlockBuffers(layout, operands, grad_out)
     weights = WeightGradients(operands, layout, needs)
     for index, block in enumerate(layout.blocks):
-        work.load_tokens(index, layout, operands.hidden, grad_out, weights.tokens)
+        work.load_tokens(index)
         work.dh[: block.size] = layout.spread(index, grad_h)
         work.weighted_a[: block.size] = layout.spread(index, weighted_a)
         weights.run(index, work)
     return weights.results()
 
 
-@dataclass
 class BlockBuffers:
-    """What is at one block's places: x, dy, the weighted activation and the pre-activation's gradient; padding is 0."""
+    """What is at one block's places: x, dy, the weighted activation and the pre-activation's gradient; padding is 0.
 
-    x: Tensor
-    dy: Tensor
-    weighted_a: Tensor
-    dh: Tensor
+    weights    the router's, of all places [num_places, 1]
+    """
 
-    @classmethod
-    def for_blocks(cls, blocks: list[Block], operands: Operands) -> BlockBuffers:
-        most = max((block.size for block in blocks), default=0)
+    def __init__(self, layout: Layout, operands: Operands, grad_out: Tensor) -> None:
+        self._layout, self._hidden, self._grad_out = layout, operands.hidden, grad_out
+        self._tokens, self.weights = operands.row_slots(layout.row_of_place)
+        most = max((block.size for block in layout.blocks), default=0)
         widths = (operands.hidden_size, operands.hidden_size, operands.intermediate_size, operands.width)
-        return cls(*(empty((most, width), operands.hidden.dtype) for width in widths))
+        self.x, self.dy, self.weighted_a, self.dh = (empty((most, width), operands.hidden.dtype) for width in widths)
 
-    def load_tokens(self, index: int, layout: Layout, hidden: Tensor, grad_out: Tensor, tokens: Tensor) -> None:
-        """Gather the block's x and dy."""
-        block = layout.blocks[index]
-        for values, buffer in ((hidden, self.x), (grad_out, self.dy)):
+    def load_tokens(self, index: int) -> None:
+        """Gather the x and dy of block `index`."""
+        block = self._layout.blocks[index]
+        for values, buffer in ((self._hidden, self.x), (self._grad_out, self.dy)):
             here = buffer[: block.size]
-            torch.index_select(values, 0, tokens[block.places], out=here)
-            layout.clear(index, here)
+            torch.index_select(values, 0, self._tokens[block.places], out=here)
+            self._layout.clear(index, here)
 
 
 class RowGradients:
     """The gradients that belong to rows, block by block: of the hidden states and of the router's weights."""
 
-    def __init__(
-        self, operands: Operands, layout: Layout, grad_out: Tensor, preactivation: Tensor, needs: Needs
-    ) -> None:
-        self.operands, self.layout, self.grad_out, self.preactivation = operands, layout, grad_out, preactivation
+    def __init__(self, operands: Operands, layout: Layout, preactivation: Tensor, needs: Needs) -> None:
+        self.operands, self.layout, self.preactivation = operands, layout, preactivation
         up, down = (_projection(p, operands.spec) for p in (operands.gate_up_proj, operands.down_proj))
         self.up, self.up_back, self.down_back = up, lambda e: up(e).mT, lambda e: down(e).mT
-        self.tokens, self.weights = operands.row_slots(layout.row_of_place)
         shape = (layout.num_places + 1, operands.hidden_size)
         self.dx = empty(shape, operands.hidden.dtype) if needs[0] else None
         self.dw = operands.weights.new_empty(layout.num_places) if needs[1] else None
@@ -123,9 +117,9 @@ class RowGradients:
         """Leaves the block's x, dy, dh, and if asked the weighted activation, in `work`."""
         operands, spec, block = self.operands, self.operands.spec, self.layout.blocks[index]
         here = block.places
-        work.load_tokens(index, self.layout, operands.hidden, self.grad_out, self.tokens)
+        work.load_tokens(index)
         x, dy, weighted_a, dh = (buffer[: block.size] for buffer in (work.x, work.dy, work.weighted_a, work.dh))
-        w = self.weights[here]
+        w = work.weights[here]
         if self.preactivation.numel() > 0:
             h = self.layout.spread(index, self.preactivation)
         else:
@@ -158,7 +152,6 @@ class WeightGradients:
 
     def __init__(self, operands: Operands, layout: Layout, needs: Needs) -> None:
         self.spec, self.layout = operands.spec, layout
-        self.tokens, self.weights = operands.row_slots(layout.row_of_place)
         self.parameters = (
             operands.gate_up_proj, operands.down_proj, operands.gate_up_bias, operands.down_bias,
         )  # fmt: skip
@@ -174,7 +167,7 @@ class WeightGradients:
         if grad_down is not None:
             _outer_products(block, weighted_a, dy, grad_down, self.spec)
         if grad_down_bias is not None:
-            weighted_dy = dy * self.weights[block.places]
+            weighted_dy = dy * work.weights[block.places]
             for e, part in block.parts:
                 grad_down_bias[e] = weighted_dy[part].sum(0)
         if grad_up is not None:
