@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing as mp
+import socket
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -26,6 +27,13 @@ def fork_context() -> Any:
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed.tensor", "moe_triton.distributed.gradients"])
     return context
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 class Ranks:

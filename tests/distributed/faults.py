@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from ranks import fork_context
+from ranks import fork_context, free_port
 from torch import nn
 
 from moe_triton import MoE
@@ -127,10 +126,7 @@ def _serve(rank: int, world: int, port: int, function: Callable[..., None], args
 
 @contextmanager
 def processes(world: int, function: Callable[..., None], *args: Any) -> Iterator[list[tuple[Any, Any]]]:
-    context = fork_context()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    context, port = fork_context(), free_port()
     started = []
     for rank in range(world):
         ours, theirs = context.Pipe()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 from compare import relative_rms
 from faults import EXPERTS, HIDDEN, Model, Scenario, fresh_groups, outcomes, step
+from ranks import free_port
 
 from moe_triton import MoE
 from moe_triton.distributed import (
@@ -61,11 +61,8 @@ def test_a_rank_that_hangs_is_named_by_all_others(victim):
 
 
 def test_torchrun_names_the_rank_that_was_killed():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     worker = Path(__file__).with_name("torchrun_worker.py")
-    arguments = ["--nproc_per_node", str(WORLD), "--master_port", str(port), str(worker)]
+    arguments = ["--nproc_per_node", str(WORLD), "--master_port", str(free_port()), str(worker)]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *arguments],
         capture_output=True,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from ranks import fork_context
+from ranks import fork_context, free_port
 
 STEPS = 40
 TINY = [
@@ -42,17 +41,16 @@ def train(out: Path, text: Path, *options: str, processes: int = 1) -> str:
 
 def train_and_kill(out: Path, text: Path, *options: str, processes: int, after: int) -> int:
     """SIGKILL to all processes at once when `after` steps are on disk; the number of steps that were then."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     arguments = [str(part) for part in ("train", "--out", out, "--data", text, *TINY, *options)]
+    context, port = fork_context(), free_port()
     running = [
-        fork_context().Process(target=train_as, args=(rank, processes, port, arguments)) for rank in range(processes)
+        context.Process(target=train_as, args=(rank, processes, port, arguments), daemon=True)
+        for rank in range(processes)
     ]
+    for process in running:
+        process.start()
     deadline = time.monotonic() + 300
     try:
-        for process in running:
-            process.start()
         while len(losses(out)) < after:
             assert all(process.is_alive() for process in running), "the run ended before it could be killed"
             assert time.monotonic() < deadline
