@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_triton import MoE
 from moe_triton.distributed import ExpertParallel, stages
-from moe_triton.distributed.errors import board
+from moe_triton.distributed.failure_board import failure_board
 from moe_triton.layers.router import Router
 
 MODES = ("dropless", "capacity", "bounded", "allgather")
@@ -42,14 +42,14 @@ def checkpointed(mode: str) -> None:
     layer = parity.make_layer(case, ExpertParallel(fresh_groups(ep=4), mode=mode, chunks=2))
     x = torch.randn(5, HIDDEN, dtype=torch.float64)
     wanted, _ = gradients(layer, x, checkpointed=False)
-    load, told = layer.router.load.clone(), board().store.add("moe_triton/failures", 0)
+    load, reported = layer.router.load.clone(), failure_board().store.add("moe_triton/failures", 0)
     got, choices = gradients(layer, x, checkpointed=True)
     assert len(choices) == 2
     assert torch.equal(*choices), "the recomputation routes the same way"
     assert torch.equal(layer.router.load, 2 * load), "and is not counted"
     for a, b in zip(got, wanted, strict=True):
         assert torch.equal(a, b)
-    assert board().store.add("moe_triton/failures", 0) == told, "the end of a recomputation is no failure"
+    assert failure_board().store.add("moe_triton/failures", 0) == reported, "the end of a recomputation is no failure"
 
 
 def freed() -> None:

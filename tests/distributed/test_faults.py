@@ -268,11 +268,11 @@ def test_a_rank_that_runs_another_layer(four_ranks, mode, experts):
 @pytest.mark.parametrize(
     ("where", "aux_loss_weight", "ep"), [("first step", 0.0, 4), ("second step", 0.0, 4), ("second step", 0.1, 2)]
 )
-def test_an_exception_on_one_rank_is_told_to_the_others(four_ranks, where, aux_loss_weight, ep):
+def test_an_exception_on_one_rank_is_reported_to_the_others(four_ranks, where, aux_loss_weight, ep):
     four_ranks.run(bad_input, where, aux_loss_weight, ep)
 
 
-def test_an_exception_in_one_backward_is_told_to_the_others(four_ranks):
+def test_an_exception_in_one_backward_is_reported_to_the_others(four_ranks):
     four_ranks.run(broken_backward)
 
 

@@ -4,14 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from moe_triton.distributed.checkpoint import load_checkpoint, save_checkpoint
-from moe_triton.distributed.errors import (
-    CheckpointError,
-    ConfigurationMismatch,
-    ExpertParallelError,
-    explain_termination,
-)
+from moe_triton.distributed.errors import CheckpointError, ConfigurationMismatch, ExpertParallelError
 from moe_triton.distributed.expert_parallel import ExpertParallel
 from moe_triton.distributed.export import export_safetensors
+from moe_triton.distributed.failure_board import explain_termination
 from moe_triton.distributed.groups import Group, ParallelGroups, make_groups
 from moe_triton.distributed.plan import RankTables, plan
 from moe_triton.distributed.whole_tensors import load_experts_from

@@ -1,4 +1,4 @@
-"""The collectives of one group on behalf of one layer: named, so that a failure says where and whose it is."""
+"""The collectives of one group for one layer, each with a name, so that a failure says where it happened and why."""
 
 from __future__ import annotations
 
@@ -14,20 +14,14 @@ from torch import Tensor
 from torch.profiler import record_function
 from torch.utils.checkpoint import _StopRecomputationError
 
-from moe_triton.distributed.errors import (
-    Board,
-    ConfigurationMismatch,
-    ExpertParallelError,
-    board,
-    identity,
-    logger,
-)
+from moe_triton.distributed.errors import ConfigurationMismatch, ExpertParallelError
+from moe_triton.distributed.failure_board import FailureBoard, failure_board, identity, logger
 from moe_triton.distributed.groups import Group, all_gather_single
 
 Listener = Callable[[str], None]
 
 ISSUE, WAIT = "moe_triton: ", "moe_triton, wait: "  # names of ranges in torch.profiler, and then the phase's
-LOOK = timedelta(seconds=0.2)  # how long to wait for a collective before looking whether it can still succeed
+POLL_INTERVAL_S = 0.2  # how long to wait for a collective before checking whether it can still complete
 
 
 class Work(Protocol):
@@ -40,7 +34,7 @@ class Work(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Channel:
-    """A group of at least two ranks, the layer that talks over it, and who wants to hear of it.
+    """A group of at least two ranks, the layer that uses it, and an optional listener.
 
     layer      as error messages call it
     listener   called with "issue X" when collective X is issued, and with what `note` is given
@@ -82,7 +76,7 @@ class Channel:
     def gather_objects(self, value: object, phase: str) -> list[object]:
         """Every rank's small Python value, in rank order."""
         found: list[object] = [None] * self.group.size
-        with self._blame(phase, board()):
+        with self._error_context(phase, failure_board()):
             dist.all_gather_object(found, value, group=self.group.handle)
         return found
 
@@ -97,13 +91,13 @@ class Channel:
         """
         fingerprint = zlib.crc32(repr(sorted(what.items())).encode()) & 0x7FFFFFFF
         known = (self.group.name, fingerprint)
-        if device.type != "cpu" and known in board().agreed:
+        if device.type != "cpu" and known in failure_board().agreed:
             return fingerprint
         everybody = torch.empty(self.group.size, dtype=torch.int64, device=device)
         self.all_gather(everybody, torch.tensor([fingerprint], device=device), phase)()
         if any(other != fingerprint for other in everybody.tolist()):
             raise ConfigurationMismatch(f"{self._where(phase)}: {self._differences(what)}")
-        board().agreed.add(known)
+        failure_board().agreed.add(known)
         return fingerprint
 
     def _differences(self, mine: Mapping[str, object]) -> str:
@@ -118,62 +112,62 @@ class Channel:
         return f"the ranks of the group differ in {'; '.join(differences) or 'nothing here, but between others'}"
 
     def _issue(self, phase: str, tensor: Tensor, start: Callable[[], Work | None]) -> Callable[[], None]:
-        known, name = board(), self.group.name
-        if name not in known.introduced:
-            self._introduce(known, tensor.device)
+        board, name = failure_board(), self.group.name
+        if name not in board.identified:
+            self._exchange_identities(board, tensor.device)
         self.note(f"issue {phase}")
-        known.issued[name] += 1
-        number = known.issued[name]
-        with self._blame(phase, known, number), record_function(f"{ISSUE}{phase}"):
+        board.issued[name] += 1
+        number = board.issued[name]
+        with self._error_context(phase, board, number), record_function(f"{ISSUE}{phase}"):
             work = start()
 
         def wait() -> None:
-            with self._blame(phase, known, number), record_function(f"{WAIT}{phase}"):
+            with self._error_context(phase, board, number), record_function(f"{WAIT}{phase}"):
                 if work is not None and tensor.device.type != "cpu":
                     work.wait()  # this only queues
                     return
                 if work is not None:
-                    self._wait_and_look(work, known, number)
-            known.settled[name] = max(known.settled.get(name, 0), number)
+                    self._wait_polling(work, board, number)
+            board.handled[name] = max(board.handled.get(name, 0), number)
 
         return wait
 
-    def _wait_and_look(self, work: Work, known: Board, number: int) -> None:
+    def _wait_polling(self, work: Work, board: FailureBoard, number: int) -> None:
         while True:
             try:
-                work.wait(LOOK)
+                work.wait(timedelta(seconds=POLL_INTERVAL_S))
                 return
             except RuntimeError:  # what it waited for, or this wait's own time-out
                 if work.is_completed():
                     work.wait()
                     return
-            if known.is_hopeless(self.group, number):
+            if board.cannot_complete(self.group, number):
                 raise RuntimeError("another rank has failed")
 
-    def _introduce(self, known: Board, device: torch.device) -> None:
-        """Who the processes of the group are, exchanged before its first collective: the store may be gone later."""
-        known.introduced.add(self.group.name)
+    def _exchange_identities(self, board: FailureBoard, device: torch.device) -> None:
+        """Tell the group's processes apart, before its first collective: the store may have gone when it matters."""
+        board.identified.add(self.group.name)
         everybody = torch.empty(self.group.size, 3, dtype=torch.int64, device=device)
-        self.all_gather(everybody, torch.tensor([identity()], device=device), "introduction")()
+        self.all_gather(everybody, torch.tensor([identity()], device=device), "exchange of process identities")()
         for rank, (host, pid, started) in zip(self.group.ranks, everybody.tolist(), strict=True):
-            known.identities[rank] = (host, pid, started)
+            board.identities[rank] = (host, pid, started)
 
     def _where(self, phase: str) -> str:
         return f"rank {dist.get_rank()}, {self.layer}, {phase}"
 
-    def blame(self, phase: str) -> _Blame:
-        """`with channel.blame(phase):` somebody else's collective of this group fails with an error as ours do."""
-        return self._blame(phase, board())
+    def error_context(self, phase: str) -> _CollectiveErrorContext:
+        """`with channel.error_context(phase):` name the error of other code's collective."""
+        return self._error_context(phase, failure_board())
 
-    def _blame(self, phase: str, known: Board, number: int | None = None) -> _Blame:
-        return _Blame(self, phase, known, known.issued[self.group.name] if number is None else number)
+    def _error_context(self, phase: str, board: FailureBoard, number: int | None = None) -> _CollectiveErrorContext:
+        return _CollectiveErrorContext(self, phase, board, board.issued[self.group.name] if number is None else number)
 
 
-class _Blame:
+class _CollectiveErrorContext:
     """Turns a collective's RuntimeError into one that names rank, layer, phase and the ranks that are missing."""
 
-    def __init__(self, channel: Channel, phase: str, known: Board, number: int) -> None:
-        self.channel, self.phase, self.known, self.number = channel, phase, known, number
+    def __init__(self, channel: Channel, phase: str, board: FailureBoard, number: int) -> None:
+        self.channel, self.phase, self.board, self.number = channel, phase, board, number
 
     def __enter__(self) -> None:
         return None
@@ -181,19 +175,19 @@ class _Blame:
     def __exit__(self, kind: object, error: BaseException | None, _trace: object) -> None:
         if isinstance(error, RuntimeError) and not isinstance(error, ExpertParallelError):
             where = self.channel._where(self.phase)
-            self.known.tell(where)
-            reason = self.known.reason(self.channel.group, self.number)
-            self.known.tell(where, reason)
-            self.known.settle()
+            self.board.report(where)
+            reason = self.board.find_cause(self.channel.group, self.number)
+            self.board.report(where, reason)
+            self.board.mark_handled()
             message = f"{where}: {reason} ({_first_line(error) or type(error).__name__})"
             logger.error(message)  # at once: a launcher may end this process before its traceback is printed
             failure = ExpertParallelError(message)
-            failure.was_told = True  # type: ignore[attr-defined]
+            failure.was_reported = True  # type: ignore[attr-defined]
             raise failure from error
 
 
-class Telling:
-    """`with Telling(layer):` an exception of this rank is told to the others, who would wait for it in vain."""
+class report_failure:
+    """`with report_failure(layer):` publish this rank's exception, so that the other ranks stop waiting."""
 
     def __init__(self, layer: str) -> None:
         self.layer = layer
@@ -202,14 +196,14 @@ class Telling:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, _trace: object) -> None:
-        if error is None or hasattr(error, "was_told") or isinstance(error, _StopRecomputationError):
+        if error is None or hasattr(error, "was_reported") or isinstance(error, _StopRecomputationError):
             return
-        error.was_told = True  # type: ignore[attr-defined]
-        rank, known = dist.get_rank(), board()
-        known.tell(
+        error.was_reported = True  # type: ignore[attr-defined]
+        rank, board = dist.get_rank(), failure_board()
+        board.report(
             f"rank {rank}, {self.layer}", f"rank {rank} failed with {type(error).__name__}: {_first_line(error)}"
         )
-        known.settle()
+        board.mark_handled()
 
 
 def _first_line(error: BaseException) -> str:

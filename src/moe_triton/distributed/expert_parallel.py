@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from moe_triton import runtime
 from moe_triton.checks import check_choice, check_int
-from moe_triton.distributed.channel import Channel, Listener, Telling, to_host
+from moe_triton.distributed.channel import Channel, Listener, report_failure, to_host
 from moe_triton.distributed.errors import ExpertParallelError
 from moe_triton.distributed.function import Exchanged, as_list, flatten
 from moe_triton.distributed.groups import ALONE, Group, ParallelGroups, group_from_handle, my_group
@@ -168,7 +168,7 @@ class ExpertParallel:
         the local experts. capacity: tokens -> an expert's places, for mode "capacity". beside: run while rows travel.
         local: what computes the experts, where that is not a backend.
         """
-        with Telling(layer):
+        with report_failure(layer):
             return self._run(
                 hidden, weights, ids, parameters, spec, num_experts, layer, capacity, recompute, backend, beside, local
             )
@@ -223,9 +223,9 @@ class ExpertParallel:
         sizes = [len(as_list(group)) for group in parameters]
         stacked = [isinstance(group, Tensor) for group in parameters]
 
-        def before_backward() -> Telling:
+        def before_backward() -> report_failure:
             self._agree(what, layer, "backward", num_tokens, hidden.device)
-            return Telling(layer)
+            return report_failure(layer)
 
         out = Exchanged.apply(
             hidden, weights, ids, stage, experts, sizes, stacked, before_backward, *flatten(parameters)

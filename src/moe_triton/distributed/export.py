@@ -208,14 +208,14 @@ def _rows(
             into = whole[(slice(low - start, high - start), *here)]
             into.copy_(source if source is not None else _receive(into, owner, team))
         elif source is not None:
-            with team.blame("sending"):
+            with team.error_context("sending"):
                 dist.send(_as_bytes(source.to(device_type())), team.group.ranks[0], group=team.group.handle)
     return whole
 
 
 def _receive(like: Tensor, owner: int, team: Team) -> Tensor:
     room = torch.zeros(like.shape, dtype=like.dtype, device=device_type())
-    with team.blame("receiving"):
+    with team.error_context("receiving"):
         dist.recv(_as_bytes(room), team.group.ranks[owner], group=team.group.handle)
     return room
 

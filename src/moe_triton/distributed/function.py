@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from moe_triton import runtime
 from moe_triton.autograd.experts import Weights
-from moe_triton.distributed.channel import Telling
+from moe_triton.distributed.channel import report_failure
 from moe_triton.distributed.stages import Exchange, LocalExperts, Parameters, Saved, Stage
 
 
@@ -31,7 +31,7 @@ class Exchanged(torch.autograd.Function):
         experts: LocalExperts,
         sizes: list[int],
         stacked: list[bool],
-        before_backward: Callable[[], Telling],
+        before_backward: Callable[[], report_failure],
         *flat: Tensor,
     ) -> Tensor:
         saved = Saved()
@@ -49,7 +49,7 @@ class Exchanged(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors  # once: activation checkpointing gives them out a single time
+        tensors = ctx.saved_tensors  # read once: checkpointing hooks allow a single unpack
         saved, flat = Saved(tensors[: ctx.num_saved]), tensors[ctx.num_saved :]
         experts: LocalExperts = ctx.experts
         experts.parameters = unflatten(flat, ctx.sizes, ctx.stacked)

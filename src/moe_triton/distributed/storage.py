@@ -65,7 +65,7 @@ def read(folder: Path, tensors: Tensors, team: Team) -> None:
 
 
 def _run(team: Team, phase: str, function: Any) -> None:
-    with team.blame(phase), warnings.catch_warnings():
+    with team.error_context(phase), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
             function(process_group=team.group.handle, no_dist=team.is_alone)

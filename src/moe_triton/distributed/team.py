@@ -69,19 +69,19 @@ class Team:
     def failure(
         self, phase: str, failures: Mapping[int, BaseException], kind: type[Exception] = CheckpointError
     ) -> Exception:
-        """One exception that tells what went wrong on which ranks."""
+        """Make one exception that says what failed on which ranks."""
         words: dict[str, list[str]] = {}
         for rank, error in failures.items():
             words.setdefault(_words(error), []).append(str(self.group.ranks[rank]))
-        told = "; ".join(
-            text if len(ranks) == self.group.size else f"rank {', '.join(ranks)}: {text}"
-            for text, ranks in words.items()
+        text = "; ".join(
+            line if len(ranks) == self.group.size else f"rank {', '.join(ranks)}: {line}"
+            for line, ranks in words.items()
         )
-        return kind(f"{self.task}, {phase}: {told}")
+        return kind(f"{self.task}, {phase}: {text}")
 
     @contextmanager
-    def blame(self, phase: str) -> Iterator[None]:
-        """Names rank, phase and the missing ranks where a collective of somebody else's code fails."""
+    def error_context(self, phase: str) -> Iterator[None]:
+        """`with team.error_context(phase):` a collective of other code fails with rank, phase and the missing ranks."""
         try:
             yield
         except (CheckpointError, ExpertParallelError):
@@ -89,7 +89,7 @@ class Team:
         except RuntimeError as error:
             if self.is_alone:
                 raise CheckpointError(f"{self.task}, {phase}: {_words(error)}") from error
-            with Channel(group=self.group, layer=self.task).blame(phase):
+            with Channel(group=self.group, layer=self.task).error_context(phase):
                 raise
 
 

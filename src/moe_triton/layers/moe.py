@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moe_triton import losses
 from moe_triton.checks import FLOATS, check_choice, check_int, check_number, check_tensor
 from moe_triton.dispatch import dispatch, expert_capacity, renormalize
-from moe_triton.distributed.channel import Telling
+from moe_triton.distributed.channel import report_failure
 from moe_triton.distributed.expert_parallel import ExpertParallel
 from moe_triton.layers.experts import Experts, FeedForward
 from moe_triton.layers.router import Router
@@ -187,7 +187,7 @@ class MoE(nn.Module):
 
     @never_compiled  # the order of collectives is Python's
     def _forward_over_ranks(self, hidden_states: Tensor, token_mask: Tensor | None) -> MoEOutput:
-        with Telling(self.experts.layer_name):
+        with report_failure(self.experts.layer_name):
             return self._forward(hidden_states, token_mask)
 
     def _forward(self, hidden_states: Tensor, token_mask: Tensor | None) -> MoEOutput:
