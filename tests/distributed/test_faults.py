@@ -23,7 +23,9 @@ from moe_triton.distributed import (
     ConfigurationMismatch,
     ExpertParallel,
     ExpertParallelError,
+    make_groups,
     reduce_gradients,
+    save_checkpoint,
 )
 
 WORLD = 4
@@ -60,6 +62,41 @@ def test_a_rank_that_hangs_is_named_by_all_others(victim):
             assert f"rank {victim} does not answer (its process is stopped)" in outcome.error
 
 
+def in_other_places(rank: int, folder: str) -> None:
+    """Rank 1 believes that the training is over."""
+    model = Model(ExpertParallel(fresh_groups(4, ep=3)))
+    step(model)
+    if rank == 1:
+        save_checkpoint(folder, model)
+    step(model)
+
+
+def test_every_rank_says_where_the_others_wait(tmp_path):
+    forward = r"MoE layer 0, comparison of configurations \(forward\)"
+    saving = r"save_checkpoint to [^,]+, [a-z ]+"
+    found = outcomes(3, in_other_places, str(tmp_path))
+    for rank, other in ((0, 2), (2, 0)):
+        wanted = (
+            rf"^ExpertParallelError: rank {rank}, {forward}: rank 1 waits in {saving}, rank {other} waits in {forward}"
+        )
+        assert re.match(wanted, found[rank].error), found[rank].error
+    places = f"ranks 0, 2 wait in {forward}"
+    assert re.match(f"ExpertParallelError: rank 1, {saving}: {places}", found[1].error), found[1].error
+
+
+def over_the_default_group(rank: int) -> None:
+    """Only rank 1 raises."""
+    layer = MoE(HIDDEN, 8, EXPERTS, expert_parallel=ExpertParallel())
+    layer(torch.randn(4, HIDDEN))
+    layer(torch.randn(4, HIDDEN + (rank == 1)))
+
+
+def test_an_exception_is_reported_over_the_default_group():
+    found = outcomes(2, over_the_default_group)
+    assert found[1].error.startswith("ValueError: hidden_states: got shape [4, 9]")
+    assert "rank 1 failed with ValueError: hidden_states: got shape [4, 9]" in found[0].error
+
+
 def test_torchrun_names_the_rank_that_was_killed():
     worker = Path(__file__).with_name("torchrun_worker.py")
     arguments = ["--nproc_per_node", str(WORLD), "--master_port", str(free_port()), str(worker)]
@@ -84,7 +121,7 @@ def raises_everywhere(parallel: ExpertParallel, wrong: dict, name: str) -> None:
     layer = MoE(**arguments, expert_parallel=parallel)
     dtype = arguments.get("dtype", torch.float32)
     x = torch.randn(4 + dist.get_rank(), arguments["hidden_size"], dtype=dtype)
-    with pytest.raises(ConfigurationMismatch, match=rf"^rank {dist.get_rank()}, MoE layer \d, .*{name}: "):
+    with pytest.raises(ConfigurationMismatch, match=rf"^rank {dist.get_rank()}, MoE layer \d+, .*[ ;]{name}: "):
         layer(x)
 
 
@@ -95,12 +132,15 @@ WRONG_LAYERS = {
     "num_experts": {"num_experts": 16},
     "activation": {"activation": "geglu"},
     "width": {"intermediate_size": 4},
+    "backend": {"backend": "triton"},
 }
 WRONG_EXCHANGES = {
     "mode": {"mode": "bounded"},
     "chunks": {"chunks": 2},
     "deduplicate": {"deduplicate": False},
     "max_tokens_per_rank": {"mode": "bounded", "max_tokens_per_rank": 8},
+    "max_rows_per_pair": {"mode": "bounded", "max_rows_per_pair": 3},
+    "ranks_per_node": {"ranks_per_node": 2},
 }
 
 
@@ -117,9 +157,23 @@ def different_layers(mode: str) -> None:
 def different_exchanges() -> None:
     groups = fresh_groups(ep=WORLD)
     for name, wrong in WRONG_EXCHANGES.items():
-        parallel = ExpertParallel(groups, **(wrong if dist.get_rank() == 1 else {}))
-        raises_everywhere(parallel, {}, name)
+        parallels = ExpertParallel(groups), ExpertParallel(groups, **wrong)  # nodes need groups, which all ranks make
+        raises_everywhere(parallels[dist.get_rank() == 1], {}, name)
     step(Model(ExpertParallel(groups)))
+
+
+def different_groups(name: str) -> None:
+    """Some ranks spread their experts in another way, over groups that have the same ranks."""
+    slices = {"ep": 2, "etp": 2}  # ep groups (0, 2) and (1, 3), etp groups (0, 1) and (2, 3)
+    other = {"ep": {"ep": 1, "etp": 2}, "etp": {"ep": 2, "order": "data-before-expert"}}[name]
+    groups, others = make_groups(**slices), make_groups(**other)
+    assert groups.etp == others.etp if name == "ep" else groups.ep == others.ep
+    is_other = dist.get_rank() in ((1, 3) if name == "ep" else (2, 3))
+    raises_everywhere(ExpertParallel(others if is_other else groups), {}, name)
+
+
+def different_tokens() -> None:
+    raises_everywhere(ExpertParallel(make_groups(tp=2, ep=4)), {}, "tokens of the tp ranks")
 
 
 def changed_later(name: str) -> None:
@@ -127,7 +181,9 @@ def changed_later(name: str) -> None:
     parallel = ExpertParallel(fresh_groups(ep=WORLD), mode="dropless")
     model = Model(parallel, capacity_factor=1.0)
     step(model)
-    expected = pytest.raises(ConfigurationMismatch, match=rf"^rank {rank}, MoE layer 0, .*{name}: ")
+    expected = pytest.raises(
+        ConfigurationMismatch, match=rf"^rank {rank}, {model.layers[0].experts.layer_name}, .*{name}: "
+    )
     if name == "direction":  # one rank goes on to its next step, where the others go back
         loss = model(x)
         with pytest.raises(ConfigurationMismatch, match="'forward'"):
@@ -147,7 +203,8 @@ def another_order(mode: str, experts: int) -> None:
     parallel = ExpertParallel(fresh_groups(ep=WORLD), mode=mode, max_tokens_per_rank=4)
     layers = [MoE(HIDDEN, 8, e, expert_parallel=parallel, capacity_factor=1.0) for e in (EXPERTS, experts)]
     first, other = (0, 1) if dist.get_rank() != 1 else (1, 0)
-    with pytest.raises(ConfigurationMismatch, match=rf"layer: 'MoE layer {first}' here, 'MoE layer {other}' on rank"):
+    mine, theirs = (layers[i].experts.layer_name for i in (first, other))
+    with pytest.raises(ConfigurationMismatch, match=rf"layer: '{mine}' here, '{theirs}' on rank"):
         layers[first](torch.randn(4, HIDDEN))
 
 
@@ -252,6 +309,15 @@ def test_layers_that_differ_between_ranks(four_ranks, mode):
 
 def test_exchanges_that_differ_between_ranks(four_ranks):
     four_ranks.run(different_exchanges)
+
+
+@pytest.mark.parametrize("name", ["ep", "etp"])
+def test_groups_that_differ_between_ranks(four_ranks, name):
+    four_ranks.run(different_groups, name)
+
+
+def test_tokens_that_differ_between_tensor_parallel_ranks(four_ranks):
+    four_ranks.run(different_tokens)
 
 
 @pytest.mark.parametrize("name", ["mode", "chunks", "top_k", "dtype", "direction"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,17 +11,19 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import record_function
 from torch.utils.checkpoint import _StopRecomputationError
 
 from moe_triton.distributed.errors import ConfigurationMismatch, ExpertParallelError
 from moe_triton.distributed.failure_board import FailureBoard, failure_board, identity, logger
-from moe_triton.distributed.groups import Group, all_gather_single
+from moe_triton.distributed.groups import Group, all_gather_single, device_type
 
 Listener = Callable[[str], None]
 
 ISSUE, WAIT = "moe_triton: ", "moe_triton, wait: "  # names of ranges in torch.profiler, and then the phase's
+MOST_AGREED = 4096  # fingerprints of a group that are kept
 POLL_INTERVAL_S = 0.2  # how long to wait for a collective before checking whether it can still complete
 
 
@@ -74,14 +77,18 @@ class Channel:
         self._issue(phase, tensor, lambda: dist.broadcast(tensor, source, group=handle, async_op=True))()
 
     def gather_objects(self, value: object, phase: str) -> list[object]:
-        """Every rank's small Python value, in rank order."""
-        found: list[object] = [None] * self.group.size
-        with self._error_context(phase, failure_board()):
-            dist.all_gather_object(found, value, group=self.group.handle)
-        return found
+        """Return every rank's small Python value, in rank order."""
+        device = torch.device(device_type())
+        mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(device)
+        lengths = torch.empty(self.group.size, dtype=torch.int64, device=device)
+        self.all_gather(lengths, torch.tensor([mine.numel()], device=device), phase)()
+        sizes = lengths.tolist()
+        padded = torch.empty(self.group.size, max(sizes), dtype=torch.uint8, device=device)
+        self.all_gather(padded.view(-1), F.pad(mine, (0, max(sizes) - mine.numel())), phase)()
+        return [pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(padded.cpu(), sizes, strict=True)]
 
     def agree(self, what: Mapping[str, object], phase: str, device: torch.device) -> int:
-        """A fingerprint of `what` the ranks are about to do; before they do it, that it is the same on all of them.
+        """Return a fingerprint of `what` the ranks are about to do, once it is known to be the same on all of them.
 
         On a CPU it is compared every time, in one small message: gloo answers messages of unequal sizes with stale rows
         or with an abort. Elsewhere it would cost a host sync, and is compared when it is new.
@@ -90,14 +97,17 @@ class Channel:
             ConfigurationMismatch: on every rank, with what differs.
         """
         fingerprint = zlib.crc32(repr(sorted(what.items())).encode()) & 0x7FFFFFFF
-        known = (self.group.name, fingerprint)
-        if device.type != "cpu" and known in failure_board().agreed:
+        name = self.group.name
+        agreed = failure_board().agreed[name]
+        if device.type != "cpu" and fingerprint in agreed:
             return fingerprint
         everybody = torch.empty(self.group.size, dtype=torch.int64, device=device)
         self.all_gather(everybody, torch.tensor([fingerprint], device=device), phase)()
         if any(other != fingerprint for other in everybody.tolist()):
             raise ConfigurationMismatch(f"{self._where(phase)}: {self._differences(what)}")
-        failure_board().agreed.add(known)
+        if len(agreed) == MOST_AGREED and fingerprint not in agreed:
+            agreed.clear()  # on all ranks of the group at once: they have agreed on the same things
+        agreed.add(fingerprint)
         return fingerprint
 
     def _differences(self, mine: Mapping[str, object]) -> str:
@@ -112,7 +122,7 @@ class Channel:
         return f"the ranks of the group differ in {'; '.join(differences) or 'nothing here, but between others'}"
 
     def _issue(self, phase: str, tensor: Tensor, start: Callable[[], Work | None]) -> Callable[[], None]:
-        board, name = failure_board(), self.group.name
+        name, board = self.group.name, failure_board()
         if name not in board.identified:
             self._exchange_identities(board, tensor.device)
         self.note(f"issue {phase}")
@@ -174,12 +184,13 @@ class _CollectiveErrorContext:
 
     def __exit__(self, kind: object, error: BaseException | None, _trace: object) -> None:
         if isinstance(error, RuntimeError) and not isinstance(error, ExpertParallelError):
-            where = self.channel._where(self.phase)
-            self.board.report(where)
-            reason = self.board.find_cause(self.channel.group, self.number)
-            self.board.report(where, reason)
+            group, place = self.channel.group, f"{self.channel.layer}, {self.phase}"
+            self.board.report(place)
+            cause = self.board.find_cause(group, self.number)
+            self.board.report(place, cause)
+            reason = cause or self.board.describe_places(group, place)
             self.board.mark_handled()
-            message = f"{where}: {reason} ({_first_line(error) or type(error).__name__})"
+            message = f"{self.channel._where(self.phase)}: {reason} ({_first_line(error) or type(error).__name__})"
             logger.error(message)  # at once: a launcher may end this process before its traceback is printed
             failure = ExpertParallelError(message)
             failure.was_reported = True  # type: ignore[attr-defined]
@@ -199,10 +210,10 @@ class report_failure:
         if error is None or hasattr(error, "was_reported") or isinstance(error, _StopRecomputationError):
             return
         error.was_reported = True  # type: ignore[attr-defined]
-        rank, board = dist.get_rank(), failure_board()
-        board.report(
-            f"rank {rank}, {self.layer}", f"rank {rank} failed with {type(error).__name__}: {_first_line(error)}"
-        )
+        if not dist.is_initialized():
+            return
+        board = failure_board()
+        board.report(self.layer, f"rank {dist.get_rank()} failed with {type(error).__name__}: {_first_line(error)}")
         board.mark_handled()
 
 

@@ -16,7 +16,7 @@ import signal
 import socket
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -30,7 +30,7 @@ import torch.distributed as dist
 from moe_triton.distributed.groups import Group
 
 T = TypeVar("T")
-Identity = tuple[int, int, int]  # hash of the host's name, process id, its start in clock ticks (0 where unknown)
+Identity = tuple[int, int, int]  # hash of where its process id is valid, process id, its start in clock ticks
 
 FAILURE_GRACE_S = 3.0  # how long a failed rank waits for the other ranks' reports
 logger = logging.getLogger("moe_triton")
@@ -38,16 +38,25 @@ logger = logging.getLogger("moe_triton")
 
 def identity() -> Identity:
     """Identify this process by three numbers, so that the other ranks can check whether it runs."""
-    return _host(), os.getpid(), _start_time(os.getpid())
+    return _pid_space(), os.getpid(), _start_time(os.getpid())
 
 
 @cache
-def _host() -> int:
-    return int.from_bytes(hashlib.sha256(socket.gethostname().encode()).digest()[:7])
+def _pid_space() -> int:
+    """Hash where a process id is valid and visible in /proc: machine, boot and namespaces. Random where unknown."""
+    try:
+        if os.readlink("/proc/self") != str(os.getpid()):
+            raise OSError("/proc shows another PID namespace than this process's own")
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        namespaces = [os.stat(f"/proc/self/ns/{kind}").st_ino for kind in ("pid", "time")]
+        place = repr((socket.gethostname(), boot, namespaces)).encode()
+    except OSError:  # then no other rank looks for this process, and this one for none
+        place = os.urandom(32)
+    return int.from_bytes(hashlib.sha256(place).digest()[:7])
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat from the third (the state) on; empty when there is no such process."""
+    """Return the fields of /proc/PID/stat from the third (the state) on; empty when it cannot be read."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -61,28 +70,35 @@ def _start_time(pid: int) -> int:
 
 
 def state_of(who: Identity) -> str:
-    """ "dead", "stopped", or "" for a process that runs, or of which nothing can be known from this machine."""
-    host, pid, started = who
-    if host != _host() or not Path("/proc/self/stat").exists():
+    """Return "dead", "stopped", or "" for a process that runs or that cannot be seen from here."""
+    pid_space, pid, started = who
+    if pid_space != _pid_space():
         return ""
-    fields = _stat(pid)
-    if not fields or fields[0] in "ZX" or int(fields[19]) != started:
+    if fields := _stat(pid):
+        if fields[0] in "ZX" or int(fields[19]) != started:
+            return "dead"
+        return "stopped" if fields[0] in "Tt" else ""
+    try:
+        os.kill(pid, 0)  # its file may be hidden, or this process may have no file descriptor left to read it
+    except ProcessLookupError:
         return "dead"
-    return "stopped" if fields[0] in "Tt" else ""
+    except OSError:
+        pass
+    return ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FailureReport:
     """What a rank that failed writes for the other ranks.
 
-    where     rank, layer and phase
-    cause     an exception of its own, or the missing ranks; empty while that is being found out
+    place     layer and phase
+    cause     an exception of its own, or the missing ranks; None while it is sought, "" where none was found
     issued    the collectives that it had issued, by the name of the group, for every group that it is in
     """
 
     rank: int
-    where: str
-    cause: str
+    place: str
+    cause: str | None
     issued: dict[str, int]
 
 
@@ -94,7 +110,8 @@ class FailureBoard:
     handled       reports with fewer collectives are old: a later one succeeded, or this rank failed with the others
     identities    of global ranks
     identified    groups whose members know each other's identities
-    agreed        (group, fingerprint) of what has been compared
+    agreed        fingerprints that were compared, by the name of the group
+    num_layers    MoE layers made so far, by the ranks over which their experts are spread
     reports       as read so far
     store_failed  the store did not answer, and is not asked again while a cause is sought
     """
@@ -104,14 +121,15 @@ class FailureBoard:
     handled: dict[str, int] = field(default_factory=dict)
     identities: dict[int, Identity] = field(default_factory=dict)
     identified: set[str] = field(default_factory=set)
-    agreed: set[tuple[str, int]] = field(default_factory=set)
+    agreed: defaultdict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
+    num_layers: Counter[tuple[int, ...]] = field(default_factory=Counter)
     reports: list[FailureReport] = field(default_factory=list)
     store_failed: bool = False
 
-    def report(self, where: str, cause: str = "") -> None:
+    def report(self, place: str, cause: str | None = None) -> None:
         """Write a failure report of this rank for the other ranks."""
-        failure = FailureReport(rank=dist.get_rank(), where=where, cause=cause, issued=self._counts())
-        entry = json.dumps(asdict(failure))
+        report = FailureReport(rank=dist.get_rank(), place=place, cause=cause, issued=self._counts())
+        entry = json.dumps(asdict(report))
         self._ask(lambda: self.store.set(f"moe_triton/failure/{self.store.add('moe_triton/failures', 1)}", entry))
 
     def mark_handled(self) -> None:
@@ -125,36 +143,46 @@ class FailureBoard:
             return True
         self.store_failed = False
         self._read()
-        return any(failure.issued[group.name] <= number for failure in self._recent(group))
+        return any(report.issued[group.name] <= number for report in self._recent(group))
 
     def find_cause(self, group: Group, number: int) -> str:
-        """Say why collective `number` failed. Waits for the reports of the group's other ranks."""
+        """Say why collective `number` failed; "" where no cause is found. Waits for the other ranks' reports."""
         others = {rank for rank in group.ranks if rank != dist.get_rank()}
         deadline = time.monotonic() + FAILURE_GRACE_S
         while True:
             dead = self.dead(self.identities)  # of any group: it may be why the others failed in this one
             answers = self._read()
-            failures = self._recent(group)
-            silent = others - {failure.rank for failure in failures}
-            reported = {
-                failure.rank for failure in self.reports
-            } - silent  # they failed before they ended, and reported it
+            reports = self._recent(group)
+            silent = others - {report.rank for report in reports}
+            reported = {report.rank for report in self.reports} - silent  # they ended after they had reported a failure
             if died := [f"rank {rank} has died" for rank in dead if rank not in reported]:
                 stopped = [rank for rank in sorted(silent) if self._state(rank) == "stopped"]
                 return ", ".join(died + self._do_not_answer(stopped))
-            failed_here = [failure for failure in failures if failure.issued[group.name] <= number]
-            if causes := [failure.cause for failure in failed_here if failure.cause]:
+            failed_here = [report for report in reports if report.issued[group.name] <= number]
+            if causes := [report.cause for report in failed_here if report.cause]:
                 return ", ".join(dict.fromkeys(causes))
-            waiting = bool(silent) or bool(failed_here)
-            if not answers or not waiting or time.monotonic() > deadline + bool(failed_here):
+            sought = any(report.cause is None for report in failed_here)
+            if not answers or not (silent or sought) or time.monotonic() > deadline + sought:
                 break
             time.sleep(0.02)
-        if not answers:
-            silent = {rank for rank in others if self._state(rank)}
-        found = self._do_not_answer(sorted(silent))
-        if not answers:
+        if silent and not answers:  # who has reported since is not known
+            found = self._do_not_answer(sorted(rank for rank in silent if self._state(rank)))
             found.append("the store does not answer: the process that serves it has ended or is stuck")
-        return ", ".join(found) or "no rank is missing"
+        else:
+            found = self._do_not_answer(sorted(silent))
+        return ", ".join(found)
+
+    def describe_places(self, group: Group, here: str) -> str:
+        """Say where each other rank of the group waits, where no cause is found and they do not all wait `here`."""
+        ranks_at: dict[str, list[int]] = {}
+        for report in sorted(self._recent(group), key=lambda report: (report.place == here, report.rank)):
+            ranks_at.setdefault(report.place, []).append(report.rank)
+        if set(ranks_at) <= {here}:
+            return "no rank is missing, all wait here"
+        return ", ".join(
+            f"rank {ranks[0]} waits in {place}" if len(ranks) == 1 else f"ranks {_listed(ranks)} wait in {place}"
+            for place, ranks in ranks_at.items()
+        )
 
     def dead(self, ranks: Iterable[int]) -> list[int]:
         """Return those of the ranks whose processes ran on this machine and have ended."""
@@ -162,10 +190,10 @@ class FailureBoard:
 
     def _recent(self, group: Group) -> list[FailureReport]:
         """Return the latest report of each other rank of the group, unless it is old or older than the group."""
-        latest = {failure.rank: failure for failure in self.reports if failure.rank in group.ranks}
+        latest = {report.rank: report for report in self.reports if report.rank in group.ranks}
         latest.pop(dist.get_rank(), None)
         oldest = self.handled.get(group.name, 0)
-        return [failure for failure in latest.values() if failure.issued.get(group.name, -1) >= oldest]
+        return [report for report in latest.values() if report.issued.get(group.name, -1) >= oldest]
 
     def _counts(self) -> dict[str, int]:
         """Return the number of collectives issued, for every group that this rank is in."""
@@ -204,6 +232,11 @@ class FailureBoard:
         return [
             f"rank {r} does not answer" + (f" (its process is {state})" if state else "") for r, state in states.items()
         ]
+
+
+def _listed(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8]))
+    return shown if len(ranks) <= 8 else f"{shown}, ... ({len(ranks)} ranks)"
 
 
 _boards: WeakKeyDictionary[dist.ProcessGroup, FailureBoard] = WeakKeyDictionary()

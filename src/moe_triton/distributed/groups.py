@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -21,12 +22,13 @@ all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tens
 class Group:
     """One of this rank's groups: its members' global ranks, this rank's place, and torch's handle.
 
-    `handle` is None for a group of one, which never communicates.
+    `handle` is None for a group of one, which never communicates. A deep copy shares the process group; pickling leaves
+    it out, and `handle` of an unpickled group raises RuntimeError.
     """
 
     ranks: tuple[int, ...]
     rank: int
-    handle: dist.ProcessGroup | None = None
+    handle: dist.ProcessGroup | None = field(default_factory=lambda: None, repr=False)  # no class attribute: see below
 
     @property
     def size(self) -> int:
@@ -37,12 +39,28 @@ class Group:
         """torch's name of the group, the same on all of its ranks."""
         return "" if self.handle is None else self.handle.group_name
 
+    def __deepcopy__(self, memo: object) -> Group:
+        return self
+
+    def __getstate__(self) -> dict[str, object]:
+        return {k: v for k, v in vars(self).items() if k != "handle" or v is None}
+
+    def __getattr__(self, name: str) -> Any:
+        """Raise for what is missing: for `handle` with the reason."""
+        if name == "handle":
+            raise RuntimeError(
+                "handle: got an unpickled group, which has no process group; wanted a layer made in this process with "
+                "ExpertParallel(...), which can load the unpickled layer's state_dict"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
 
 ALONE = Group(ranks=(0,), rank=0)
 
 
 def group_from_handle(handle: dist.ProcessGroup | None) -> Group:
-    """The Group of a torch process group that this rank is in."""
+    """Return the Group of a torch process group that this rank is in; None is the default group."""
+    handle = dist.group.WORLD if handle is None else handle
     ranks = dist.get_process_group_ranks(handle)
     return Group(ranks=tuple(ranks), rank=dist.get_rank(handle), handle=handle if len(ranks) > 1 else None)
 
@@ -84,8 +102,9 @@ class ParallelGroups:
 
 
 def device_type() -> str:
-    """The device that the default process group's collectives take: "cuda" under NCCL, else "cpu"."""
-    return "cuda" if "nccl" in dist.get_backend() else "cpu"
+    """Return the device whose collectives the default process group runs: "cuda" where it has NCCL, else "cpu"."""
+    # not get_backend(), which is "undefined" after init_process_group() without a backend
+    return "cuda" if "cuda:nccl" in dist.get_backend_config() else "cpu"
 
 
 def default_timeout() -> timedelta:
@@ -96,7 +115,8 @@ def default_timeout() -> timedelta:
     return dist.default_pg_timeout if options is None else options._timeout  # the "fake" backend has none
 
 
-_made: dict[tuple[object, ...], dist.ProcessGroup] = {}  # by the default group and the members
+# by the default group, for as long as there is that one; then by members and time-out
+_made: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[object, ...], dist.ProcessGroup]] = WeakKeyDictionary()
 
 
 def make_groups(tables: RankTables | None = None, *, timeout: timedelta | None = None, **sizes: Any) -> ParallelGroups:
@@ -143,8 +163,9 @@ def _process_group(ranks: tuple[int, ...], timeout: timedelta | None) -> dist.Pr
     if len(ranks) == 1:
         return None
     world = dist.group.WORLD
-    timeout = default_timeout() if timeout is None else timeout
-    key = (world, ranks, timeout)
-    if key not in _made:
-        _made[key] = dist.new_group(list(ranks), timeout=timeout)
-    return _made[key]
+    assert world is not None
+    made = _made.setdefault(world, {})
+    key = (ranks, default_timeout() if timeout is None else timeout)
+    if key not in made:
+        made[key] = dist.new_group(list(ranks), timeout=key[1])
+    return made[key]
