@@ -16,6 +16,7 @@ from moe_triton.distributed.channel import Channel, Listener, report_failure, to
 from moe_triton.distributed.errors import ExpertParallelError
 from moe_triton.distributed.function import Exchanged, as_list, flatten
 from moe_triton.distributed.groups import ALONE, Group, ParallelGroups, group_from_handle, my_group
+from moe_triton.distributed.layer_names import new_layer_name
 from moe_triton.distributed.stages import Exchange, LocalExperts, Parameters, Planner, Stage
 from moe_triton.distributed.tensor_parallel import gather_tokens, slice_tokens
 from moe_triton.distributed.transport import (
@@ -106,7 +107,6 @@ class ExpertParallel:
             self.between_nodes, self.in_node = _two_levels(
                 self.ep, _all_ep_groups(group_or_mesh, self.ep), ranks_per_node, mode
             )
-        self.num_layers = 0
         self._overflows: list[tuple[str, Callable[[], list[list[int]]]]] = []
 
     @property
@@ -130,9 +130,16 @@ class ExpertParallel:
         return range(rank * per_rank, min((rank + 1) * per_rank, num_experts))
 
     def new_layer(self) -> str:
-        """A name for a layer's messages, by the order of creation, which has to be the same on all ranks."""
-        self.num_layers += 1
-        return f"MoE layer {self.num_layers - 1}"
+        """Return a name for a layer's messages, by the order of creation, which has to be the same on all ranks."""
+        return new_layer_name(self.ep.ranks)
+
+    def __deepcopy__(self, memo: object) -> ExpertParallel:
+        """Return this one: the copy of a layer shares the process groups."""
+        return self
+
+    def __getstate__(self) -> dict[str, object]:
+        """Return what can be pickled: neither process groups (see `Group`) nor the listener."""
+        return {**vars(self), "listener": None, "_overflows": []}
 
     def most_tokens(self, num_tokens: int, device: torch.device, layer: str) -> int:
         """The most tokens that any rank passes in this call: as the user said, or asked of the others."""
@@ -195,10 +202,12 @@ class ExpertParallel:
         ids = torch.where((ids >= 0) & (ids < num_experts), ids, -1).int()
         num_tokens = hidden.shape[0]
         what = self._configuration(hidden, ids, num_experts, parameters, spec, name, capacity)
-        fingerprint = self._agree(what, layer, "forward", num_tokens, hidden.device)
+        fingerprint = self._agree(what, layer, "forward", hidden.device)
+        tp = self._channel(self.tp, layer)
+        if self.tp.size > 1:
+            tp.agree({"tokens of the tp ranks": num_tokens}, "comparison of the number of tokens", hidden.device)
         limit = self.most_tokens(num_tokens, hidden.device, layer) if self.mode != "dropless" else 0
         if self.tp.size > 1:  # the tp ranks hold the same tokens: each sends a share of them
-            tp = self._channel(self.tp, layer)
             hidden, weights, ids = (slice_tokens(x, tp) for x in (hidden, weights, ids))
         shape = Shape(
             num_experts=num_experts,
@@ -224,7 +233,7 @@ class ExpertParallel:
         stacked = [isinstance(group, Tensor) for group in parameters]
 
         def before_backward() -> report_failure:
-            self._agree(what, layer, "backward", num_tokens, hidden.device)
+            self._agree(what, layer, "backward", hidden.device)
             return report_failure(layer)
 
         out = Exchanged.apply(
@@ -251,7 +260,7 @@ class ExpertParallel:
             if group.size > 1:
                 channel = self._channel(group, layer)
                 if group.ranks != self.ep.ranks:  # those have agreed already
-                    what = {"layer": layer, "num_experts": counts.numel()}
+                    what = {"layer": str(layer), "num_experts": counts.numel()}
                     channel.agree(what, "sum of the expert counts", both.device)
                 channel.all_reduce(both, "sum of the expert counts")
         return both[:-1].to(counts.dtype), both[-1].to(num_tokens.dtype)
@@ -352,17 +361,13 @@ class ExpertParallel:
             "ranks_per_node": self.in_node.size, "activation": spec.activation, "backend": backend, "capacity": even,
         }  # fmt: skip
 
-    def _agree(
-        self, what: Mapping[str, object], layer: str, direction: str, num_tokens: int, device: torch.device
-    ) -> int:
+    def _agree(self, what: Mapping[str, object], layer: str, direction: str, device: torch.device) -> int:
         """The fingerprint of what is about to happen, once all ranks are known to be about to do the same."""
-        what = {"layer": layer, "direction": direction, **what}
+        what = {"layer": str(layer), "direction": direction, **what}
         phase, fingerprint = f"comparison of configurations ({direction})", 0
-        for group in (self.ep, self.etp):
+        for group in (self.ep, self.etp, self.tp):
             if group.size > 1:
                 fingerprint = self._channel(group, layer).agree(what, phase, device)
-        if self.tp.size > 1:
-            self._channel(self.tp, layer).agree({**what, "tokens of the tp ranks": num_tokens}, phase, device)
         return fingerprint
 
     def __repr__(self) -> str:

@@ -16,7 +16,6 @@ from moe_triton.distributed import ExpertParallel
 from moe_triton.runtime import BACKENDS
 
 _layer_numbers = itertools.count()
-_bound_numbers = itertools.count()  # layers are bound on all ranks at once, but may be made on one alone
 
 
 class MOELayer(nn.Module):
@@ -170,7 +169,8 @@ class MoE(upstream.MoE):
                 raise RuntimeError(f"ep_size: got {self.ep_size}, but torch.distributed is not initialised")
             return
         expert_parallel = ExpertParallel(parallel, **self.exchange)
-        self.deepspeed_moe.experts.message_name = f"MoE layer {next(_bound_numbers)}"
+        # now, since layers are bound on all ranks at once, but may be made on one alone
+        self.deepspeed_moe.experts.message_name = expert_parallel.new_layer()
         self.deepspeed_moe.expert_parallel = None if expert_parallel.is_alone else expert_parallel
 
     def forward(self, hidden_states: Tensor, used_token: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
