@@ -184,7 +184,7 @@ class Exchange:
     inner: Stage
     channel: Channel
     backend: str
-    beside: Callable[[], None] | None = None  # run once while the counts and the first chunk travel
+    beside: Callable[[], None] | None = None  # run once while the first chunk travels
     calls: list[ExchangeCall] = field(default_factory=list)
     inner_calls: int = 0
 
