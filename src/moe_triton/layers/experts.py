@@ -185,7 +185,7 @@ class Experts(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        top_k_weights: Tensor | Uncast,
+        top_k_weights: Tensor,
         plan: Dispatch,
         *,
         experts: Tensor | None = None,
@@ -197,7 +197,7 @@ class Experts(nn.Module):
         experts [T, K], the choices that `plan` was made from, `capacity` (tokens -> places of an expert) and `beside`
         (run while rows travel) are for expert parallelism.
         """
-        if isinstance(top_k_weights, Uncast):
+        if isinstance(top_k_weights, Uncast):  # as `MoE` gives them to a unit of FSDP
             top_k_weights = top_k_weights.tensor
         dtype = self.gate_up_proj.dtype
         if hidden_states.dtype != dtype and not torch.is_autocast_enabled(hidden_states.device.type):
@@ -267,8 +267,9 @@ class Uncast:
 
 
 def casts_inputs(module: nn.Module) -> bool:
-    """Whether the module is a unit of FSDP2 or FSDP1, known without their import."""
-    return any(hasattr(type(module), name) for name in ("_get_fsdp_state", "summon_full_params"))
+    """Whether the module is Experts that are a unit of FSDP2, which changes their class, or FSDP1, which wraps them."""
+    inner = module._modules.get("_fsdp_wrapped_module", module)
+    return isinstance(inner, Experts) and (inner is not module or hasattr(type(module), "_get_fsdp_state"))
 
 
 class FeedForward(nn.Module):
