@@ -66,10 +66,10 @@ class Net(nn.Module):
             self.dp = spread.make_group()
             self.group = self.dp.handle
             mesh = DeviceMesh.from_group(self.group, "cpu", mesh=torch.tensor(spread.ranks), mesh_dim_names=("ep",))
-            parallel = ExpertParallel(mesh)
+            parallel = ExpertParallel(mesh, loss_reduction="sum")
         elif spread.sizes is not None:
             groups = make_groups(**spread.sizes)
-            self.dp, self.edp, parallel = groups.dp, groups.edp, ExpertParallel(groups)
+            self.dp, self.edp, parallel = groups.dp, groups.edp, ExpertParallel(groups, loss_reduction="sum")
         torch.manual_seed(seed)
         double = {"dtype": torch.float64}
         router = Router(HIDDEN, spread.experts, TOP_K, choice_bias=True, **double)

@@ -51,7 +51,7 @@ class Model(nn.Module):
 
 def step(model: Model, tokens: int = 6) -> None:
     model(torch.randn(tokens, HIDDEN)).backward()
-    reduce_gradients(model, rule="sum")
+    reduce_gradients(model)
     model.zero_grad()
 
 

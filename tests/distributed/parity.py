@@ -48,7 +48,7 @@ def make_layer(case: Case, parallel: ExpertParallel | None, **more: Any) -> MoE:
 def check(case: Case) -> dict[str, torch.Tensor]:
     """Outputs, hidden-state gradients, every parameter's gradient and the loss; on every rank."""
     groups = make_groups(**case.sizes)
-    parallel = ExpertParallel(groups, **case.exchange)
+    parallel = ExpertParallel(groups, loss_reduction="sum", **case.exchange)
     local = make_layer(case, parallel)
     capacity_groups = groups.dp.size * case.layer.get("capacity_groups", 1)
     whole = make_layer(case, None, **({"capacity_groups": capacity_groups} if "capacity_factor" in case.layer else {}))

@@ -89,7 +89,8 @@ def autocast() -> None:
     """fp32 parameters, products in bf16, the result of one process under autocast."""
     case = Case([5, 0, 7, 4], dtype=torch.float32, layer={"aux_loss_weight": 0.1})
     groups = fresh_groups(ep=4)
-    local, whole = (parity.make_layer(case, p) for p in (ExpertParallel(groups, chunks=2), None))
+    parallel = ExpertParallel(groups, chunks=2, loss_reduction="sum")
+    local, whole = (parity.make_layer(case, p) for p in (parallel, None))
     x_all, grad_all = parity.global_batch(case)
     start = sum(case.tokens[: groups.ep.rank])
     here, mine = slice(start, start + case.tokens[groups.ep.rank]), local.experts.local_experts

@@ -280,7 +280,8 @@ def uneven_batches() -> None:
     here = x[sum(sizes[:rank]) :][: sizes[rank]]
     whole = MoE(HIDDEN, 8, EXPERTS)
     whole(x).output.square().mean().backward()
-    layer = MoE(HIDDEN, 8, EXPERTS, expert_parallel=ExpertParallel(fresh_groups(ep=WORLD)))
+    parallel = ExpertParallel(fresh_groups(ep=WORLD))
+    layer = MoE(HIDDEN, 8, EXPERTS, expert_parallel=parallel)
     mine = layer.experts.local_experts
     with torch.no_grad():
         layer.router.weight.copy_(whole.router.weight)
@@ -292,6 +293,7 @@ def uneven_batches() -> None:
         squares = layer(here).output.square()
         loss = squares.sum() / x.numel() if rule == "sum" else squares.mean() if here.numel() else squares.sum()
         loss.backward()
+        parallel.loss_reduction = rule
         reduce_gradients(layer, rule=rule)
         pairs = [(layer.router.weight.grad, whole.router.weight.grad)]
         for name, parameter in layer.experts.named_parameters():

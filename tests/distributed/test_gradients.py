@@ -1,4 +1,4 @@
-"""Gradients, their norm, DDP, FSDP2 and equal replicas, against one process on the global batch."""
+"""Gradients, their norm and equal replicas, against one process on the global batch."""
 
 from __future__ import annotations
 
@@ -7,78 +7,22 @@ import pytest
 import torch
 import torch.distributed as dist
 from compare import assert_close
+from gradient_parity import LAYER, TOKENS, Model, backward_here, compare, expected_gradients, losses
 from parity import HIDDEN, Case
 from ranks import products
 from torch import nn
 
+from moe_triton.compat.deepspeed.layer import MoE as DeepSpeedMoE
 from moe_triton.distributed import (
     ConfigurationMismatch,
     ExpertParallel,
-    apply_fsdp2,
     broadcast_parameters,
     check_replicas,
     clip_grad_norm_,
     make_groups,
     reduce_gradients,
-    wrap_ddp,
 )
-
-TOKENS = [5, 5, 5, 5]
-LAYER = {"aux_loss_weight": 0.1, "bias": True}
-
-
-class Model(nn.Module):
-    """A dense layer, an MoE layer, and a parameter that no loss reaches."""
-
-    def __init__(self, case: Case, parallel: ExpertParallel | None) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.first = nn.Linear(HIDDEN, HIDDEN, dtype=case.dtype)
-        self.unused = nn.Parameter(torch.ones(3, dtype=case.dtype))
-        self.moe = parity.make_layer(case, parallel)
-
-    def forward(self, x):
-        return self.moe(self.first(x))
-
-
-def losses(case, model, x, grad, divisor):
-    out = model(x)
-    return (out.output * grad).sum() / divisor + out.aux_loss
-
-
-def expected_gradients(case: Case, scale: float) -> dict[str, torch.Tensor]:
-    """Of the global batch in one process; `scale` times the loss without its auxiliary part."""
-    model = Model(case, None)
-    x, grad = parity.global_batch(case)
-    losses(case, model, x, grad, 1 / scale).backward()
-    return {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in model.named_parameters()}
-
-
-def local_part(model: Model, name: str, whole: torch.Tensor) -> torch.Tensor:
-    if ".experts." not in name:
-        return whole
-    experts = model.moe.experts
-    part = whole[list(experts.local_experts)]
-    return torch.stack([experts.local_slice(name.rpartition(".")[2], expert) for expert in part])
-
-
-def compare(case: Case, model: Model, expected: dict[str, torch.Tensor], factor=lambda name: 1.0) -> None:
-    for name, parameter in model.named_parameters():
-        wanted = local_part(model, name, expected[name]) * factor(name)
-        grad = parameter.grad
-        grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
-        assert_close(grad, wanted)
-
-
-def backward_here(case: Case, groups, rule: str, **exchange) -> Model:
-    """Losses that sum, or that average, to the global one."""
-    parallel = ExpertParallel(groups, loss_reduction="sum" if rule == "sum" else "mean", **exchange)
-    model = Model(case, parallel)
-    x, grad = parity.global_batch(case)
-    start = sum(case.tokens[: groups.dp.rank])
-    here = slice(start, start + case.tokens[groups.dp.rank])
-    losses(case, model, x[here], grad[here], 1.0 if rule == "sum" else 1 / groups.dp.size).backward()
-    return model
+from moe_triton.distributed.errors import board
 
 
 def reduced(sizes: dict, rule: str) -> None:
@@ -106,40 +50,6 @@ def clipped(sizes: dict, norm_type: float) -> None:
     got = clip_grad_norm_(model, 0.5, norm_type=norm_type)
     assert_close(got, wanted)
     compare(case, model, {name: p.grad for name, p in whole.named_parameters()})
-
-
-def ddp(sizes: dict) -> None:
-    groups = make_groups(**sizes)
-    case = Case(TOKENS[: groups.dp.size], layer=LAYER)
-    model = Model(case, ExpertParallel(groups, loss_reduction="mean"))
-    wrapped = wrap_ddp(model, find_unused_parameters=True)
-    x, grad = parity.global_batch(case)
-    start = sum(case.tokens[: groups.dp.rank])
-    here = slice(start, start + case.tokens[groups.dp.rank])
-    for _ in range(2):  # two micro-batches, reduced once
-        with wrapped.no_sync() if _ == 0 else torch.enable_grad():
-            losses(case, wrapped, x[here], grad[here], 1 / groups.dp.size).backward()
-    expected = {name: 2 * value for name, value in expected_gradients(case, 1.0).items()}
-    model.unused.grad = torch.zeros_like(model.unused) if model.unused.grad is None else model.unused.grad
-    compare(case, model, expected)
-
-
-def fsdp(sizes: dict, rule: str) -> None:
-    groups = make_groups(**sizes)
-    case = Case(TOKENS[: groups.dp.size], layer=LAYER)
-    model = Model(case, ExpertParallel(groups, loss_reduction=rule))
-    del model.unused
-    expected = expected_gradients(case, 1.0)
-    x, grad = parity.global_batch(case)
-    start = sum(case.tokens[: groups.dp.rank])
-    here = slice(start, start + case.tokens[groups.dp.rank])
-    whole = Model(case, None)
-    losses(case, whole, x, grad, 1.0).backward()
-    wanted = nn.utils.clip_grad_norm_([p for p in whole.parameters() if p.grad is not None], 0.5)
-    apply_fsdp2(model, groups, rule=rule)
-    losses(case, model, x[here], grad[here], 1.0 if rule == "sum" else 1 / groups.dp.size).backward()
-    compare(case, model, expected)
-    assert_close(clip_grad_norm_(model, 0.5), wanted)
 
 
 def drifted() -> None:
@@ -170,15 +80,90 @@ def test_norm_over_dense_and_expert_gradients(four_ranks, sizes, norm):
     four_ranks.run(clipped, sizes, norm)
 
 
-@pytest.mark.parametrize("sizes", [{"ep": 4}, {"ep": 2}], ids=str)
-def test_ddp_with_accumulation(four_ranks, sizes):
-    four_ranks.run(ddp, sizes)
-
-
-@pytest.mark.parametrize(("sizes", "rule"), products(sizes=({"ep": 4}, {"ep": 2}), rule=("sum", "mean")))
-def test_fsdp2(four_ranks, sizes, rule):
-    four_ranks.run(fsdp, sizes, rule)
-
-
 def test_drifted_routers_are_seen_and_mended(four_ranks):
     four_ranks.run(drifted)
+
+
+def disagreeing(rule: str) -> None:
+    """Every rank refuses, before anything is sent."""
+    groups = make_groups(ep=2)
+    other = "mean" if rule == "sum" else "sum"
+    model = backward_here(Case(TOKENS, layer=LAYER), groups, other)
+    before = model.first.weight.grad.clone()
+    issued = board().issued.total()
+    with pytest.raises(ValueError, match=rf"rule: got '{rule}' with loss_reduction='{other}' at 'moe.experts'"):
+        reduce_gradients(model, rule=rule)
+    assert torch.equal(model.first.weight.grad, before)
+    assert board().issued.total() == issued
+
+
+def disagreeing_ranks() -> None:
+    groups = make_groups(ep=4)
+    reduction = "sum" if dist.get_rank() == 2 else "mean"
+    model = Model(Case(TOKENS), ExpertParallel(groups, loss_reduction=reduction))
+    with pytest.raises(ConfigurationMismatch, match="loss_reduction"):
+        model(torch.randn(5, HIDDEN, dtype=torch.float64))
+
+
+def clipped_with_gradients_on_some_ranks(without: list[int], pieces: list[str]) -> None:
+    """The norm counts what there is; a rank without any gradient takes part."""
+    groups = make_groups(ep=2)
+    model = Model(Case(TOKENS, layer=LAYER), ExpertParallel(groups))
+    rank = dist.get_rank()
+    for name, parameter in model.named_parameters():
+        if rank not in without and any(piece in name for piece in pieces):
+            parameter.grad = torch.full_like(parameter, rank + 1.0)
+    given = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    dense = sum(g.square().sum() for name, g in given.items() if ".experts." not in name)
+    expert = torch.tensor(0.0, dtype=torch.float64) + sum(
+        g.square().sum() for name, g in given.items() if ".experts." in name
+    )
+    dist.all_reduce(expert, group=groups.ep.handle)
+    wanted = (dense + expert).sqrt()
+    assert_close(clip_grad_norm_(model, 1.0, groups), wanted)
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == (name in given)
+        if name in given:
+            assert_close(parameter.grad, given[name] * (1 / (wanted + 1e-6)).clamp_max(1))
+
+
+def deepspeed_layer() -> None:
+    """The experts of a DeepSpeed layer are no copies of each other either."""
+    torch.manual_seed(0)
+    expert = nn.Sequential(nn.Linear(HIDDEN, 8), nn.ReLU(), nn.Linear(8, HIDDEN))
+    layer = DeepSpeedMoE(HIDDEN, expert, num_experts=4, ep_size=2, k=1, capacity_factor=4.0)
+    torch.manual_seed(dist.get_rank())
+    layer(torch.randn(6, HIDDEN))[0].square().sum().backward()
+    held = dict(layer.deepspeed_moe.experts.named_parameters())
+    pairs = list(layer.named_parameters())
+    wanted, copies = {}, layer.deepspeed_moe.expert_parallel.edp
+    for name, parameter in pairs:
+        total = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        dist.all_reduce(total, group=copies.handle if any(parameter is p for p in held.values()) else None)
+        wanted[name] = total / 4
+    reduce_gradients(layer)
+    squares = torch.zeros(2)
+    for name, parameter in pairs:
+        assert_close(parameter.grad, wanted[name])
+        squares[int(any(parameter is p for p in held.values()))] += wanted[name].square().sum()
+    dist.all_reduce(squares[1:], group=layer.deepspeed_moe.expert_parallel.ep.handle)
+    assert_close(clip_grad_norm_(layer, 1.0), squares.sum().sqrt())
+
+
+@pytest.mark.parametrize("rule", ["sum", "mean", "colossalai"])
+def test_layer_and_reducer_have_to_agree(four_ranks, rule):
+    four_ranks.run(disagreeing, rule)
+
+
+def test_ranks_have_to_agree_on_the_loss(four_ranks):
+    four_ranks.run(disagreeing_ranks)
+
+
+@pytest.mark.parametrize("without", [[1], [0, 3], [0, 1, 2, 3]], ids=str)
+@pytest.mark.parametrize("pieces", [[""], ["experts"], ["first"]], ids=str)
+def test_norm_where_ranks_have_no_gradients(four_ranks, without, pieces):
+    four_ranks.run(clipped_with_gradients_on_some_ranks, without, pieces)
+
+
+def test_deepspeed_experts_are_experts(four_ranks):
+    four_ranks.run(deepspeed_layer)

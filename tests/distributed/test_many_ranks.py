@@ -72,7 +72,8 @@ def test_32_ranks_equal_one(sizes):
     def rank_of_many() -> None:
         rank = dist.get_rank()
         groups = make_groups(timeout=timedelta(seconds=60), **sizes)
-        layer = MoE(HIDDEN, INTERMEDIATE, experts, expert_parallel=ExpertParallel(groups, chunks=2), **arguments)
+        parallel = ExpertParallel(groups, chunks=2, loss_reduction="sum")
+        layer = MoE(HIDDEN, INTERMEDIATE, experts, expert_parallel=parallel, **arguments)
         mine, here = layer.experts.local_experts, slice(sum(tokens[:rank]), sum(tokens[: rank + 1]))
         with torch.no_grad():
             layer.router.weight.copy_(whole.router.weight)

@@ -9,7 +9,15 @@ import torch.distributed as dist
 from compare import assert_close
 from parity import HIDDEN, Case
 
-from moe_triton.distributed import ExpertParallel, clip_grad_norm_, make_groups, rebalance, reduce_gradients, wrap_ddp
+from moe_triton.distributed import (
+    ConfigurationMismatch,
+    ExpertParallel,
+    clip_grad_norm_,
+    make_groups,
+    rebalance,
+    reduce_gradients,
+    wrap_ddp,
+)
 
 LAYER = {"aux_loss_weight": 0.1, "bias": True}
 
@@ -41,7 +49,7 @@ def trained(sizes: dict, redundant: int, steps: int) -> None:
     """AdamW with clipping on both; the replicated one is rebalanced after every step but the last."""
     groups = make_groups(**sizes)
     case = Case([5] * groups.dp.size, layer=LAYER)
-    layer = parity.make_layer(case, ExpertParallel(groups, redundant_experts=redundant))
+    layer = parity.make_layer(case, ExpertParallel(groups, redundant_experts=redundant, loss_reduction="sum"))
     whole = parity.make_layer(case, None)
     optimizers = [torch.optim.AdamW(x.parameters(), lr=0.05) for x in (layer, whole)]
     moved = 0
@@ -109,3 +117,15 @@ def test_the_map_is_saved(two_ranks):
 def test_bad_number_of_redundant_experts():
     with pytest.raises(ValueError, match="redundant_experts: got -1"):
         ExpertParallel(redundant_experts=-1)
+
+
+def moved_with_other_gradients() -> None:
+    layer = parity.make_layer(Case([5] * 4, layer=LAYER), ExpertParallel(make_groups(ep=4), redundant_experts=4))
+    if dist.get_rank() == 1:
+        layer.experts.down_proj.grad = torch.zeros_like(layer.experts.down_proj)
+    with pytest.raises(ConfigurationMismatch, match=r"comparison of what moves with the experts: .* moved: "):
+        rebalance(layer)
+
+
+def test_ranks_have_to_move_the_same(four_ranks):
+    four_ranks.run(moved_with_other_gradients)

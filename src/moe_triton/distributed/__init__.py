@@ -13,8 +13,10 @@ from moe_triton.distributed.plan import RankTables, plan
 from moe_triton.distributed.whole_tensors import load_experts_from
 
 if TYPE_CHECKING:
+    from moe_triton.distributed.amp import GradScaler
+    from moe_triton.distributed.ddp import wrap_ddp
     from moe_triton.distributed.fsdp import apply_fsdp2
-    from moe_triton.distributed.gradients import clip_grad_norm_, reduce_gradients, wrap_ddp
+    from moe_triton.distributed.gradients import clip_grad_norm_, reduce_gradients
     from moe_triton.distributed.replicas import broadcast_parameters, check_replicas
     from moe_triton.distributed.replication import Rebalanced, rebalance
 
@@ -24,10 +26,11 @@ _LAZY = {
     "broadcast_parameters": "replicas",
     "check_replicas": "replicas",
     "clip_grad_norm_": "gradients",
+    "GradScaler": "amp",
     "rebalance": "replication",
     "Rebalanced": "replication",
     "reduce_gradients": "gradients",
-    "wrap_ddp": "gradients",
+    "wrap_ddp": "ddp",
 }
 
 __all__ = [
@@ -35,6 +38,7 @@ __all__ = [
     "ConfigurationMismatch",
     "ExpertParallel",
     "ExpertParallelError",
+    "GradScaler",
     "Group",
     "ParallelGroups",
     "RankTables",

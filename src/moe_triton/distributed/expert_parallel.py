@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
 
 from moe_triton import runtime
 from moe_triton.checks import check_choice, check_int
 from moe_triton.distributed.channel import Channel, Listener, report_failure, to_host
 from moe_triton.distributed.errors import ExpertParallelError
+from moe_triton.distributed.expert_groups import all_ep_groups, expert_groups, two_levels
 from moe_triton.distributed.function import Exchanged, as_list, flatten
-from moe_triton.distributed.groups import ALONE, Group, ParallelGroups, group_from_handle, my_group
+from moe_triton.distributed.groups import ALONE, Group, ParallelGroups, number_of_ranks
 from moe_triton.distributed.layer_names import new_layer_name
 from moe_triton.distributed.stages import Exchange, LocalExperts, Parameters, Planner, Stage
 from moe_triton.distributed.tensor_parallel import gather_tokens, slice_tokens
@@ -44,8 +45,9 @@ class ExpertParallel:
     Args:
         group_or_mesh: where the experts are spread. None: the default group, or one process alone where
             torch.distributed is not initialised. A ProcessGroup: that one, if it is the world. A DeviceMesh: its
-            dimension "ep" (the only one of a 1-D mesh), and "edp" and "etp" where it has them. `ParallelGroups`: from
-            `make_groups`; with tensor parallelism it must be these.
+            dimension "ep" (the only one of a 1-D mesh), "edp" (other tokens, the same experts) and "etp" where it has
+            them; "tp" and "pp" are left alone. `ParallelGroups`: from `make_groups`; with tensor parallelism of the
+            tokens it must be these.
         mode: "dropless": exactly the wanted rows; one host sync per call, for the sizes. "capacity": even exchange of
             [E, C, d] for layers with a capacity factor; as "dropless" where it drops nothing, as an infinite
             eval_capacity_factor asks. "bounded": room for every possible row. "allgather": every
@@ -62,8 +64,9 @@ class ExpertParallel:
         redundant_experts: slots beyond one per expert, for replicas of hot ones (DeepSeek-V3): a token's choice goes to
             one of its expert's replicas. E + this must be a multiple of the group's ranks. `rebalance` moves replicas
             to where the load is; `reduce_gradients` sums their gradients.
-        loss_reduction: "sum": the layers' aux_loss is this rank's share, the shares sum to the global loss. "mean": the
-            shares average to it, for trainers that average gradients (DistributedDataParallel).
+        loss_reduction: how the ranks' losses make the global one. "mean": they average to it, as every rank's mean over
+            its own tokens does, and so do the layers' aux_loss. "sum": they sum to it, as losses divided by the tokens
+            of all ranks do. The rule of what reduces the gradients has to be the same.
         always_exchange: exchange in a group of one as well: to test and to measure the path where there is one rank.
         listener: called with a word for every step, as it is issued; for tests and profiling.
 
@@ -82,7 +85,7 @@ class ExpertParallel:
         max_rows_per_pair: int | None = None,
         ranks_per_node: int | None = None,
         redundant_experts: int = 0,
-        loss_reduction: str = "sum",
+        loss_reduction: str = "mean",
         always_exchange: bool = False,
         listener: Listener | None = None,
     ) -> None:
@@ -101,11 +104,11 @@ class ExpertParallel:
         self.always_exchange = always_exchange
         check_int("redundant_experts", redundant_experts, low=0)
         self.redundant_experts, self.ranks_per_node = redundant_experts, ranks_per_node
-        self.ep, self.edp, self.etp, self.tp, self.data = _groups(group_or_mesh)
+        self.ep, self.edp, self.etp, self.tp, self.data = expert_groups(group_or_mesh)
         self.between_nodes, self.in_node = ALONE, self.ep
         if ranks_per_node is not None:
-            self.between_nodes, self.in_node = _two_levels(
-                self.ep, _all_ep_groups(group_or_mesh, self.ep), ranks_per_node, mode
+            self.between_nodes, self.in_node = two_levels(
+                self.ep, all_ep_groups(group_or_mesh, self.ep), ranks_per_node, mode
             )
         self._overflows: list[tuple[str, Callable[[], list[list[int]]]]] = []
 
@@ -128,6 +131,12 @@ class ExpertParallel:
             )
         rank = self.ep.rank if rank is None else rank
         return range(rank * per_rank, min((rank + 1) * per_rank, num_experts))
+
+    def has_copies_on(self, ranks: Iterable[int]) -> bool:
+        """Whether all of these global ranks hold the experts that this rank holds, the same slices of them."""
+        if self.ep.size == 1 and self.etp.size == 1:
+            return True
+        return set(ranks) <= set(self.edp.ranks if self.edp.size > 1 else (dist.get_rank(),))
 
     def new_layer(self) -> str:
         """Return a name for a layer's messages, by the order of creation, which has to be the same on all ranks."""
@@ -199,6 +208,10 @@ class ExpertParallel:
         if name == "reference":
             raise ValueError("backend: got 'reference' with expert parallelism, wanted 'auto', 'triton' or 'torch'")
         self.check()
+        if (wrapper := DistributedDataParallel._get_active_ddp_module()) is not None:
+            from moe_triton.distributed.ddp import refuse_plain_ddp  # which imports this file
+
+            refuse_plain_ddp(wrapper)
         ids = torch.where((ids >= 0) & (ids < num_experts), ids, -1).int()
         num_tokens = hidden.shape[0]
         what = self._configuration(hidden, ids, num_experts, parameters, spec, name, capacity)
@@ -268,7 +281,7 @@ class ExpertParallel:
     @property
     def loss_scale(self) -> int:
         """What turns a share of a loss that sums over ranks into one that averages, by `loss_reduction`."""
-        return 1 if self.loss_reduction == "sum" else _product(group.size for group in self.data)
+        return 1 if self.loss_reduction == "sum" else number_of_ranks(self.data)
 
     def _channel(self, group: Group, layer: str) -> Channel:
         return Channel(group=group, layer=layer, listener=self.listener)
@@ -359,6 +372,7 @@ class ExpertParallel:
             "deduplicate": self.deduplicate,
             "max_tokens_per_rank": self.max_tokens_per_rank, "max_rows_per_pair": self.max_rows_per_pair,
             "ranks_per_node": self.in_node.size, "activation": spec.activation, "backend": backend, "capacity": even,
+            "loss_reduction": self.loss_reduction,
         }  # fmt: skip
 
     def _agree(self, what: Mapping[str, object], layer: str, direction: str, device: torch.device) -> int:
@@ -372,68 +386,3 @@ class ExpertParallel:
 
     def __repr__(self) -> str:
         return f"ExpertParallel(ep={self.ep.size}, etp={self.etp.size}, mode={self.mode!r}, chunks={self.chunks})"
-
-
-def _product(sizes: Any) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
-
-
-def _groups(given: object) -> tuple[Group, Group, Group, Group, tuple[Group, ...]]:
-    """(ep, edp, etp, tp, the groups over which the tokens are spread)."""
-    if isinstance(given, ParallelGroups):
-        # with replicated experts the copies of a token at the tp ranks go to copies of its experts
-        tp = ALONE if given.tables.order == "tp-replicated" else given.tp
-        return given.ep, given.edp, given.etp, tp, (given.dp,)
-    if isinstance(given, DeviceMesh):
-        names = given.mesh_dim_names or ()
-        if given.ndim == 1 and "ep" not in names:
-            ep = group_from_handle(given.get_group())
-            return ep, ALONE, ALONE, ALONE, (ep,)
-        if "ep" not in names:
-            raise ValueError(f"group_or_mesh: got a mesh with the dimensions {names}, wanted one called 'ep'")
-
-        def dimension(name: str) -> Group:
-            return group_from_handle(given.get_group(name)) if name in names else ALONE
-
-        ep, edp, etp = (dimension(name) for name in ("ep", "edp", "etp"))
-        return ep, edp, etp, ALONE, (ep, edp, etp)
-    if given is None and not (dist.is_available() and dist.is_initialized()):
-        return ALONE, ALONE, ALONE, ALONE, (ALONE,)
-    if given is not None and not isinstance(given, dist.ProcessGroup):
-        raise TypeError(
-            f"group_or_mesh: got {type(given).__name__}, wanted a ProcessGroup, a DeviceMesh, ParallelGroups or None"
-        )
-    ep = group_from_handle(given)
-    if ep.size < dist.get_world_size():
-        raise ValueError(
-            f"group_or_mesh: got a group of {ep.size} of {dist.get_world_size()} ranks, which does not say who holds "
-            "the same experts; wanted a DeviceMesh with 'edp' and 'ep', or make_groups(ep=...)"
-        )
-    return ep, ALONE, ALONE, ALONE, (ep,)
-
-
-def _all_ep_groups(given: object, ep: Group) -> list[list[int]]:
-    """The ranks of every expert-parallel group of the world."""
-    if isinstance(given, ParallelGroups):
-        return given.tables.ep
-    if isinstance(given, DeviceMesh) and given.ndim > 1:
-        axis = (given.mesh_dim_names or ()).index("ep")
-        return given.mesh.movedim(axis, -1).reshape(-1, ep.size).tolist()
-    return [list(ep.ranks)]
-
-
-def _two_levels(ep: Group, every: list[list[int]], ranks_per_node: int, mode: str) -> tuple[Group, Group]:
-    """(between nodes, in the node): the ranks at the same place of every node, and the node's own."""
-    check_int("ranks_per_node", ranks_per_node, low=1)
-    if ep.size % ranks_per_node:
-        raise ValueError(f"ranks_per_node: got {ranks_per_node}, wanted a divisor of the group's {ep.size} ranks")
-    if mode != "dropless":
-        raise ValueError(f"mode: got {mode!r} with ranks_per_node, wanted 'dropless'")
-    if ranks_per_node in (1, ep.size):  # one level has one rank
-        return ALONE, ep
-    starts = range(0, ep.size, ranks_per_node)
-    between = my_group([ranks[place::ranks_per_node] for ranks in every for place in range(ranks_per_node)])
-    return between, my_group([ranks[start : start + ranks_per_node] for ranks in every for start in starts])

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from moe_triton.checks import check_choice
 from moe_triton.distributed.groups import ParallelGroups
-from moe_triton.distributed.parameters import expert_modules
+from moe_triton.distributed.parameters import check_rule, expert_modules
 
 
 def apply_fsdp2(
@@ -31,13 +31,16 @@ def apply_fsdp2(
         model: changed in place, and returned.
         groups: from `make_groups`, the ones the layers' ExpertParallel was made from.
         blocks: modules to shard as units of their own, such as the transformer's layers, innermost first.
-        rule: "mean": for losses that are means over a rank's tokens. "sum": for losses that sum over ranks.
-        arguments: of `torch.distributed.fsdp.fully_shard`: mp_policy, reshard_after_forward, offload_policy.
+        rule: "mean": for losses that are means over a rank's tokens, and `ExpertParallel(loss_reduction="mean")`, as
+            both are by default. "sum": for losses that sum over ranks, and `loss_reduction="sum"`.
+        arguments: of `torch.distributed.fsdp.fully_shard`: mp_policy, reshard_after_forward, offload_policy. The router
+            weights stay fp32 where mp_policy casts the experts' inputs.
 
     Raises:
-        ValueError: an unknown rule.
+        ValueError: an unknown rule, or a layer's `loss_reduction` is of the other one; redundant_experts.
     """
     check_choice("rule", rule, ("mean", "sum"))
+    check_rule(model, rule)
     # FSDP2 averages over edp. What it gets is scaled, which needs no divide factor: that one counts twice on one rank.
     scale = groups.edp.size / (groups.dp.size if rule == "mean" else 1)
     for name, module, parallel in list(expert_modules(model)):

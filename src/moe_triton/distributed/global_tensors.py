@@ -141,7 +141,7 @@ def model_tensors(model: nn.Module) -> dict[str, ModelTensor]:
         raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
     model = _unwrapped(model)
     layouts = {
-        id(parameter): _expert_layout(name, module, own)
+        id(parameter): expert_layout(name, module, own)
         for name, module in expert_modules(model).items()
         for own, parameter in module.named_parameters(recurse=False)
     }
@@ -186,7 +186,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def _expert_layout(name: str, module: Any, own: str) -> ExpertLayout | None:
+def expert_layout(name: str, module: Any, own: str) -> ExpertLayout | None:
     parallel = module.expert_parallel
     if parallel is None:
         return None

@@ -8,28 +8,31 @@ tokens, both sums are divided by the number of data-parallel ranks: the experts'
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.tensor import DTensor
 
 from moe_triton.checks import check_choice, check_number
 from moe_triton.distributed.channel import Channel
-from moe_triton.distributed.groups import Group, ParallelGroups, group_from_handle
+from moe_triton.distributed.groups import Group, ParallelGroups, device_type, group_from_handle, number_of_ranks
 from moe_triton.distributed.parameters import (
+    check_rule,
     data_groups,
     expert_modules,
     expert_parameters,
+    held_parameters,
     is_sliced,
-    number_of_ranks,
 )
 from moe_triton.distributed.replication import shares_of_slots, sum_replica_gradients
 
-RULES = ("mean", "sum", "deepspeed", "colossalai")
+RULES = ("mean", "sum", "colossalai")
 BUCKET_BYTES = 25 << 20  # what DistributedDataParallel sends at a time
+REDUCED = "_moe_triton_reduced"  # on a parameter whose gradient wrap_ddp reduces
 
 
 def reduce_gradients(
@@ -47,61 +50,33 @@ def reduce_gradients(
     Args:
         model: with any number of expert-parallel layers, none included.
         groups: None takes those of the model's layers.
-        rule: "mean": for losses that are means over a rank's tokens. "sum": for losses whose sum over ranks is the
-            global one. "deepspeed": what DeepSpeed does now, which is "mean". "colossalai": as "mean", but an expert's
-            gradient is averaged over its copies only: ep times larger (also DeepSpeed's before 0.6).
+        rule: "mean": for losses that are means over a rank's tokens, and layers of
+            `ExpertParallel(loss_reduction="mean")`, as both are by default. "sum": for losses whose sum over ranks is
+            the global one, and `loss_reduction="sum"`. "colossalai": as "mean", but an expert's gradient is averaged
+            over its copies only: ep times larger (also DeepSpeed's before 0.6).
         experts_only: leave the dense gradients to somebody else, such as DistributedDataParallel.
 
     Raises:
+        ValueError: a layer's `loss_reduction` is of another rule; `wrap_ddp` reduces the experts already; FSDP2 takes
+            different experts for copies.
         ExpertParallelError: a rank is gone; the message names it.
     """
     check_choice("rule", rule, RULES)
+    check_rule(model, rule)
+    _check_shards(model)
     over = data_groups(model, groups)
     num_ranks = number_of_ranks(over)
     experts = expert_parameters(model)
+    if any(hasattr(parameter, REDUCED) for parameter in experts):
+        raise ValueError("model: got one whose experts' gradients wrap_ddp reduces, wanted either that or this")
     sum_replica_gradients(model)
     for copies in {parallel.edp: None for parallel in experts.values()}:
         divisor = {"sum": 1, "colossalai": copies.size}.get(rule, num_ranks)
         mine = (parameter for parameter, parallel in experts.items() if parallel.edp is copies)
-        _sum_over((copies,), _gradients(mine), divisor, "expert gradients")
+        sum_over((copies,), _gradients(mine), divisor, "expert gradients")
     if not experts_only:
         dense = (parameter for parameter in model.parameters() if parameter not in experts)
-        _sum_over(over, _gradients(dense), 1 if rule == "sum" else num_ranks, "dense gradients")
-
-
-def wrap_ddp(model: nn.Module, groups: ParallelGroups | None = None, **arguments: object) -> DistributedDataParallel:
-    """DistributedDataParallel for a model with expert-parallel layers, by the rule "mean".
-
-    DDP averages the dense gradients over the data-parallel ranks, and leaves the experts alone: their gradients are
-    reduced as they are accumulated, in the backward passes in which DDP would reduce its own (not under `no_sync`).
-    Give the layers `ExpertParallel(loss_reduction="mean")`.
-
-    Args:
-        groups: None takes those of the model's layers.
-        arguments: DDP's own.
-    """
-    over = [group for group in data_groups(model, groups) if group.size > 1]
-    if len(over) > 1:
-        raise ValueError("groups: got a mesh whose data-parallel ranks are no one group, wanted make_groups(...)")
-    experts = expert_parameters(model)
-    if any(parallel.redundant_experts for parallel in experts.values()):
-        raise ValueError("model: got layers with redundant_experts, whose gradients reduce_gradients has to sum")
-    # a router's load is counted per rank, and summed when it is used: DDP must not overwrite it with rank 0's
-    counted = {id(buffer) for module in model.modules() if (buffer := getattr(module, "load", None)) is not None}
-    ignored = [name for name, parameter in model.named_parameters() if parameter in experts]
-    ignored += [name for name, buffer in model.named_buffers() if id(buffer) in counted]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
-    handle = over[0].handle if over else (groups.dp.handle if groups is not None else None)
-    wrapped = DistributedDataParallel(model, process_group=handle, **arguments)  # type: ignore[arg-type]
-    divisor = number_of_ranks(tuple(over))
-    for parameter, parallel in experts.items():
-
-        def reduce(parameter: Tensor, copies: Group = parallel.edp) -> None:
-            if wrapped.require_backward_grad_sync and parameter.grad is not None:
-                _sum_over((copies,), [parameter.grad], divisor, "expert gradients")
-
-        parameter.register_post_accumulate_grad_hook(reduce)
-    return wrapped
+        sum_over(over, _gradients(dense), 1 if rule == "sum" else num_ranks, "dense gradients")
 
 
 @torch.no_grad()
@@ -123,38 +98,41 @@ def clip_grad_norm_(
         The norm [], before clipping, equal on all ranks.
     """
     check_number("max_norm", max_norm, low=0)
-    sums: dict[tuple[Group, ...], list[Tensor]] = {}
+    _check_shards(model)
     inside: dict[int, tuple[Group, ...]] = {}
     shares: dict[int, Tensor] = {}
     for _, module, parallel in expert_modules(model):
         share = shares_of_slots(module)
-        for parameter in module.parameters(recurse=False):
+        for parameter in held_parameters(module):
             sliced = is_sliced(module, parameter)
             inside[id(parameter)] = (parallel.ep, parallel.etp) if sliced else (parallel.ep,)
             if share is not None:
                 shares[id(parameter)] = share
+    parameters = list(model.parameters())
+    # what is sent depends on the parameters, not on this rank's gradients: all ranks have to send the same
+    device = parameters[0].device if parameters else torch.device(device_type() if dist.is_initialized() else "cpu")
+    dtype = functools.reduce(torch.promote_types, [parameter.dtype for parameter in parameters], torch.float32)
+    is_max = norm_type == float("inf")
+    sums: dict[tuple[Group, ...], list[Tensor]] = {}
     grads = []
-    for parameter in model.parameters():
+    for parameter in parameters:
+        over = inside.get(id(parameter), ())
+        if isinstance(parameter, DTensor):
+            mesh = parameter.device_mesh
+            shards = [i for i, placement in enumerate(parameter.placements) if not placement.is_replicate()]
+            over = (*(group_from_handle(mesh.get_group(i)) for i in shards), *over)
+        found = sums.setdefault(tuple(group for group in over if group.size > 1), [])
         if parameter.grad is None:
             continue
-        grad, over = parameter.grad, inside.get(id(parameter), ())
-        if isinstance(grad, DTensor):
-            mesh = grad.device_mesh
-            shards = [i for i, placement in enumerate(grad.placements) if isinstance(placement, Shard)]
-            over = (*(group_from_handle(mesh.get_group(i)) for i in shards), *over)
-            grad = grad.to_local()
+        grad = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
         grads.append(grad)
-        key = tuple(group for group in over if group.size > 1)
-        if id(parameter) in shares and norm_type != float("inf"):  # an expert with replicas counts once
+        if id(parameter) in shares and not is_max:  # an expert with replicas counts once
             root = shares[id(parameter)].pow(1 / norm_type).to(grad)
             grad = grad * root.view(-1, *(1 for _ in grad.shape[1:]))
-        sums.setdefault(key, []).append(grad)
-    if not grads:
-        return torch.zeros(())
-    is_max = norm_type == float("inf")
-    total = grads[0].new_zeros((), dtype=torch.promote_types(grads[0].dtype, torch.float32))
+        found.append(grad)
+    total = torch.zeros((), dtype=dtype, device=device)
     for key, tensors in sums.items():
-        norms = torch.stack([norm.to(total) for norm in torch._foreach_norm(tensors, norm_type)])
+        norms = torch.stack([total.new_zeros(()), *(norm.to(total) for norm in _norms(tensors, norm_type))])
         part = norms.max() if is_max else norms.pow(norm_type).sum()
         total = _over_ranks(part, key, total, is_max)
     if groups is not None and groups.pp.size > 1:
@@ -162,13 +140,31 @@ def clip_grad_norm_(
     norm: Tensor = total if is_max else total.pow(1 / norm_type)
     if error_if_nonfinite and not torch.isfinite(norm):
         raise RuntimeError(f"clip_grad_norm_: the gradients' norm is {norm.item()}")
-    torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp_max(1.0))
+    if grads:
+        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp_max(1.0))
     return norm
+
+
+def _check_shards(model: nn.Module) -> None:
+    """Raise ValueError where FSDP2 shards experts over ranks that hold different ones, as if they were the same."""
+    for name, module, parallel in expert_modules(model):
+        for parameter in held_parameters(module):
+            if isinstance(parameter, DTensor):
+                ranks = parameter.device_mesh.mesh.flatten().tolist()
+                if not parallel.has_copies_on(ranks):
+                    raise ValueError(
+                        f"model: got different experts at {name!r} sharded as if they were the same on the ranks "
+                        f"{ranks}, wanted apply_fsdp2(model, groups)"
+                    )
+
+
+def _norms(tensors: list[Tensor], norm_type: float) -> Sequence[Tensor]:
+    return torch._foreach_norm(tensors, norm_type) if tensors else ()
 
 
 def _over_ranks(part: Tensor, over: Sequence[Group], total: Tensor, is_max: bool) -> Tensor:
     """`total` with `part` of every rank of the groups added to it."""
-    op = torch.distributed.ReduceOp.MAX if is_max else torch.distributed.ReduceOp.SUM
+    op = dist.ReduceOp.MAX if is_max else dist.ReduceOp.SUM
     for group in over:
         Channel(group=group, layer="gradients").all_reduce(part, "sum of the squared norms", op)
     return torch.maximum(total, part) if is_max else total + part
@@ -187,7 +183,7 @@ def _gradients(parameters: Iterator[nn.Parameter]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _sum_over(over: Sequence[Group], tensors: Sequence[Tensor], divisor: int, what: str) -> None:
+def sum_over(over: Sequence[Group], tensors: Sequence[Tensor], divisor: int, what: str) -> None:
     """Each tensor becomes its sum over the ranks of the groups, divided; small ones travel together."""
     over = [group for group in over if group.size > 1]
     if over and len(tensors) > 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
@@ -63,6 +65,11 @@ def group_from_handle(handle: dist.ProcessGroup | None) -> Group:
     handle = dist.group.WORLD if handle is None else handle
     ranks = dist.get_process_group_ranks(handle)
     return Group(ranks=tuple(ranks), rank=dist.get_rank(handle), handle=handle if len(ranks) > 1 else None)
+
+
+def number_of_ranks(groups: Iterable[Group]) -> int:
+    """Ranks in the product of the groups."""
+    return math.prod(group.size for group in groups)
 
 
 @dataclass(frozen=True, kw_only=True)

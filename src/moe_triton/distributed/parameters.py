@@ -1,11 +1,12 @@
 """Which parameters of a model belong to experts that are spread over ranks, and over which ranks the others are equal.
 
-A module whose attribute `expert_parallel` is an ExpertParallel holds expert parameters: its own, not its children's.
+A module whose attribute `expert_parallel` is an ExpertParallel holds expert parameters: its own, not its children's,
+unless it has a method `held_parameters` that gives them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch.distributed as dist
 from torch import nn
@@ -22,12 +23,16 @@ def expert_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, ExpertPar
             yield name, module, parallel
 
 
+def held_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The expert parameters of one of `expert_modules`."""
+    held: Callable[[], Iterator[nn.Parameter]] | None = getattr(module, "held_parameters", None)
+    return module.parameters(recurse=False) if held is None else held()
+
+
 def expert_parameters(model: nn.Module) -> dict[nn.Parameter, ExpertParallel]:
     """Every expert parameter of the model with the ExpertParallel that spreads it."""
     return {
-        parameter: parallel
-        for _, module, parallel in expert_modules(model)
-        for parameter in module.parameters(recurse=False)
+        parameter: parallel for _, module, parallel in expert_modules(model) for parameter in held_parameters(module)
     }
 
 
@@ -48,9 +53,12 @@ def data_groups(model: nn.Module, groups: ParallelGroups | None = None) -> tuple
     return (group_from_handle(None),) if dist.is_available() and dist.is_initialized() else ()
 
 
-def number_of_ranks(groups: tuple[Group, ...]) -> int:
-    """Ranks in the product of the groups."""
-    total = 1
-    for group in groups:
-        total *= group.size
-    return total
+def check_rule(model: nn.Module, rule: str) -> None:
+    """Raise ValueError where a layer's losses make the global one in another way than gradients are reduced by."""
+    wanted = "sum" if rule == "sum" else "mean"
+    for name, _, parallel in expert_modules(model):
+        if parallel.loss_reduction != wanted:
+            raise ValueError(
+                f"rule: got {rule!r} with loss_reduction={parallel.loss_reduction!r} at {name!r}, wanted "
+                f"ExpertParallel(loss_reduction={wanted!r}) or the other rule: either the ranks' losses average, or sum"
+            )

@@ -101,7 +101,12 @@ def rebalance(
             previous=now,
         )
         todo = moves(now, new)
-        for tensor in _slot_tensors(module, optimizer):
+        tensors = list(_slot_tensors(module, optimizer))
+        if parallel.ep.size > 1:  # a rank without gradients or state would leave the others waiting
+            what = {"moved": [(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors]}
+            device = tensors[0].device
+            Channel(group=parallel.ep, layer=name).agree(what, "comparison of what moves with the experts", device)
+        for tensor in tensors:
             _move(tensor, todo, new.slots_per_rank, parallel, name)
         module.set_placement(new)
         assert module.load is not None

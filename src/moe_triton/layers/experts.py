@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moe_triton.checks import check_choice, check_int
 from moe_triton.distributed.expert_parallel import ExpertParallel
+from moe_triton.distributed.global_tensors import as_global, expert_layout
 from moe_triton.distributed.placement import Placement, build_placement, plan_placement, replica_of
 from moe_triton.experts import Parameters, in_autocast_dtype, run_experts
 from moe_triton.records import ACTIVATIONS, GATED, Dispatch, ExpertSpec
@@ -107,7 +108,10 @@ class Experts(nn.Module):
         self.physical_to_logical.copy_(placement.physical_to_logical)
 
     def reset_parameters(self) -> None:
-        """Draw every expert of the layer from torch's generator, in the order of their ids, and keep the local ones."""
+        """Draw every expert of the layer from torch's generator, in the order of their ids, and keep what is here.
+
+        However the experts are spread over ranks and sharded by FSDP2, they get the values of one process.
+        """
         d, n = self.down_proj.shape[1], self.intermediate_size
         rows = 2 * n if self.spec.is_gated else n
         for name, shape in (("gate_up_proj", (rows, d)), ("down_proj", (d, n))):
@@ -115,19 +119,23 @@ class Experts(nn.Module):
             self._draw(name, shape, bound)
             if getattr(self, f"{name}_bias") is not None:
                 self._draw(f"{name}_bias", shape[:1], bound)
+        if self.placement is not None and self.load is not None and not self.load.is_meta:
+            self.set_placement(self.placement)
+            self.load.zero_()
 
     @torch.no_grad()
     def _draw(self, name: str, shape: tuple[int, ...], bound: float) -> None:
         parameter = self.get_parameter(name)
-        if self.expert_parallel is None or parameter.is_meta:
-            nn.init.uniform_(parameter, -bound, bound)
+        if parameter.is_meta:
             return
-        local = self.local_experts
+        here = as_global(parameter, expert_layout(name, self, name))
+        views = [*here.boxes.items(), *here.copies]
         for expert in range(self.num_experts):
             whole = torch.empty(shape, dtype=parameter.dtype, device=parameter.device).uniform_(-bound, bound)
-            for slot, held in enumerate(local):
-                if held == expert:
-                    parameter[slot] = self.local_slice(name, whole)
+            for (first, *rest), view in views:
+                if first <= expert < first + view.shape[0]:
+                    box = tuple(slice(low, low + size) for low, size in zip(rest, view.shape[1:], strict=True))
+                    view[expert - first] = whole[box]
 
     @property
     def local_experts(self) -> Sequence[int]:
@@ -189,6 +197,11 @@ class Experts(nn.Module):
         experts [T, K], the choices that `plan` was made from, `capacity` (tokens -> places of an expert) and `beside`
         (run while rows travel) are for expert parallelism.
         """
+        if isinstance(top_k_weights, Uncast):  # as `MoE` gives them to a unit of FSDP
+            top_k_weights = top_k_weights.tensor
+        dtype = self.gate_up_proj.dtype
+        if hidden_states.dtype != dtype and not torch.is_autocast_enabled(hidden_states.device.type):
+            raise TypeError(f"hidden_states: got dtype {hidden_states.dtype}, wanted {dtype}, the layer's own")
         if self.load is not None and self.training and not recomputing():
             self.load += plan.counts
         if self.expert_parallel is None or self.expert_parallel.is_alone:
@@ -241,6 +254,22 @@ class ScaleGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0] * ctx.scale, None
+
+
+class Uncast:
+    """A tensor that FSDP's mixed precision hands on as it is: what it finds in a module's arguments, it casts.
+
+    The router weights are fp32 whatever the experts compute in.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def casts_inputs(module: nn.Module) -> bool:
+    """Whether the module is Experts that are a unit of FSDP2, which changes their class, or FSDP1, which wraps them."""
+    inner = module._modules.get("_fsdp_wrapped_module", module)
+    return isinstance(inner, Experts) and (inner is not module or hasattr(type(module), "_get_fsdp_state"))
 
 
 class FeedForward(nn.Module):

@@ -15,7 +15,7 @@ from moe_triton.checks import FLOATS, check_choice, check_int, check_number, che
 from moe_triton.dispatch import dispatch, expert_capacity, renormalize
 from moe_triton.distributed.channel import report_failure
 from moe_triton.distributed.expert_parallel import ExpertParallel
-from moe_triton.layers.experts import Experts, FeedForward
+from moe_triton.layers.experts import Experts, FeedForward, Uncast, casts_inputs
 from moe_triton.layers.router import Router
 from moe_triton.records import PRIORITIES, Routing
 from moe_triton.runtime import BACKENDS, never_compiled
@@ -194,9 +194,6 @@ class MoE(nn.Module):
         check_tensor("hidden_states", hidden_states, dtypes=FLOATS)
         if hidden_states.dim() < 1 or hidden_states.shape[-1] != self.hidden_size:
             raise ValueError(f"hidden_states: got shape {list(hidden_states.shape)}, wanted [..., {self.hidden_size}]")
-        dtype = self.experts.gate_up_proj.dtype
-        if hidden_states.dtype != dtype and not torch.is_autocast_enabled(hidden_states.device.type):
-            raise TypeError(f"hidden_states: got dtype {hidden_states.dtype}, wanted {dtype}, the layer's own")
         x = hidden_states.reshape(-1, self.hidden_size)
         if token_mask is not None:
             check_tensor("token_mask", token_mask, shape=hidden_states.shape[:-1], device=hidden_states.device)
@@ -222,7 +219,7 @@ class MoE(nn.Module):
         shared: list[Tensor] = []
         out = self.experts(
             x,
-            weights,
+            Uncast(weights) if casts_inputs(self.experts) else weights,
             plan,
             experts=routing.experts,
             capacity=self.most_kept,

@@ -34,7 +34,9 @@ class Workers:
 
     def expert_parallel(self) -> ExpertParallel | None:
         """For the layers of one model; None where everything is in one process."""
-        return None if self.groups is None else ExpertParallel(self.groups, mode=self.mode, chunks=self.chunks)
+        if self.groups is None:
+            return None
+        return ExpertParallel(self.groups, mode=self.mode, chunks=self.chunks, loss_reduction="sum")
 
     def share(self, sequences: Tensor) -> Tensor:
         """This rank's run of the sequences [B, ...]; the first ranks have one more where they do not divide."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch.nn.functional as F
@@ -45,6 +46,10 @@ class MOELayer(nn.Module):
             capacity=self.gate.capacity,
         )
         return output.reshape(hidden_states.shape), gating.l_aux, gating.exp_counts
+
+    def held_parameters(self) -> Iterator[nn.Parameter]:
+        """Those that differ between the ranks of `expert_parallel`, for `moe_triton.distributed.reduce_gradients`."""
+        return self.experts.parameters()
 
     def __getstate__(self) -> dict[str, Any]:
         # tensors that carry a graph, and process groups, can be neither copied nor pickled

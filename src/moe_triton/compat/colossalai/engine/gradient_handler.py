@@ -24,7 +24,7 @@ class MoeGradientHandler:
         optimizer: not used; upstream's second argument.
         rule: "mean": experts' sums are divided by the number of data-parallel ranks, so that an update does not depend
             on how many ranks share the experts. "colossalai": by the number of copies, as upstream does: ep times
-            larger. "sum" and "deepspeed": see `moe_triton.distributed.reduce_gradients`.
+            larger. "sum": see `moe_triton.distributed.reduce_gradients`.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | None = None, *, rule: str = "mean") -> None:

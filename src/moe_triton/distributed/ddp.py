@@ -1,0 +1,88 @@
+"""DistributedDataParallel for models with expert-parallel layers, and a word where it was put around one by itself."""
+
+from __future__ import annotations
+
+from weakref import WeakSet
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from moe_triton.distributed.gradients import REDUCED, sum_over
+from moe_triton.distributed.groups import Group, ParallelGroups, number_of_ranks
+from moe_triton.distributed.parameters import check_rule, data_groups, expert_parameters
+
+
+def wrap_ddp(model: nn.Module, groups: ParallelGroups | None = None, **arguments: object) -> DistributedDataParallel:
+    """Wrap a model with expert-parallel layers in DistributedDataParallel, by the rule "mean".
+
+    DDP averages the dense gradients over the data-parallel ranks, and leaves the experts alone: a hook averages theirs
+    over their copies, in the backward passes in which DDP averages its own (not under `no_sync`), any number of times.
+
+    Args:
+        model: with layers of `ExpertParallel(loss_reduction="mean")`, the default.
+        groups: None takes those of the model's layers.
+        arguments: DDP's own.
+
+    Raises:
+        ValueError: a layer's `loss_reduction` is "sum", it has `redundant_experts`, or the data-parallel ranks are no
+            one group.
+    """
+    check_rule(model, "mean")
+    over = [group for group in data_groups(model, groups) if group.size > 1]
+    if len(over) > 1:
+        raise ValueError("groups: got a mesh whose data-parallel ranks are no one group, wanted make_groups(...)")
+    experts = expert_parameters(model)
+    if any(parallel.redundant_experts for parallel in experts.values()):
+        raise ValueError("model: got layers with redundant_experts, whose gradients reduce_gradients has to sum")
+    # a router's load is counted per rank, and summed when it is used: DDP must not overwrite it with rank 0's
+    counted = {id(buffer) for module in model.modules() if (buffer := getattr(module, "load", None)) is not None}
+    ignored = [name for name, parameter in model.named_parameters() if parameter in experts]
+    ignored += [name for name, buffer in model.named_buffers() if id(buffer) in counted]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+    handle = over[0].handle if over else (groups.dp.handle if groups is not None else None)
+    wrapped = DistributedDataParallel(model, process_group=handle, **arguments)  # type: ignore[arg-type]
+    num_ranks = number_of_ranks(over)
+    for parameter, parallel in experts.items():
+        if not parameter.requires_grad:
+            continue
+        scale = parallel.edp.size / num_ranks
+
+        def scaled(grad: Tensor, scale: float = scale) -> Tensor:
+            return grad * scale
+
+        def average(parameter: Tensor, copies: Group = parallel.edp) -> None:
+            # of the flags, one is as of now and one as of the forward pass, which DDP goes by
+            syncs = wrapped.require_backward_grad_sync or wrapped.require_forward_param_sync
+            if syncs and parameter.grad is not None:
+                sum_over((copies,), [parameter.grad], copies.size, "expert gradients")
+
+        # A gradient may be accumulated on top of one that has been reduced: what is new is scaled before, and an
+        # average leaves the rest as it is.
+        if scale != 1.0:
+            parameter.register_hook(scaled)
+        parameter.register_post_accumulate_grad_hook(average)
+        setattr(parameter, REDUCED, True)
+    return wrapped
+
+
+_examined: WeakSet[DistributedDataParallel] = WeakSet()
+
+
+def refuse_plain_ddp(wrapper: DistributedDataParallel) -> None:
+    """Raise ValueError where a DistributedDataParallel takes different experts for copies; looks once at each.
+
+    Called in its forward pass: before that a layer cannot know.
+    """
+    if wrapper in _examined:
+        return
+    ranks = dist.get_process_group_ranks(wrapper.process_group)
+    experts = expert_parameters(wrapper.module)
+    for name, parameter in wrapper.module.named_parameters():
+        parallel = experts.get(parameter)
+        if parallel is not None and name not in wrapper.parameters_to_ignore and not parallel.has_copies_on(ranks):
+            raise ValueError(
+                f"model: got a DistributedDataParallel that takes the different experts at {name!r} for copies, and "
+                "has given all ranks the first one's; wanted moe_triton.distributed.wrap_ddp(model), of a fresh model"
+            )
+    _examined.add(wrapper)
