@@ -7,7 +7,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
@@ -22,6 +22,7 @@ from moe_triton.cli.arguments import (
     EXIT_USAGE,
     SHAPE,
     Unmeasurable,
+    fail,
     pick,
     pick_device,
     pick_several,
@@ -33,10 +34,6 @@ if TYPE_CHECKING:
     from moe_triton.benchmarking.tuning import Problem, Progress, Settings
 
 OFFLINE = ("sm_80", "sm_90", "sm_100", "gfx942")
-
-
-def fail(message: str, code: int) -> NoReturn:
-    arguments.fail("tune", message, code)
 
 
 def tune(
@@ -72,7 +69,7 @@ def tune(
     from moe_triton.benchmarking import kernel_search, tuning
 
     if importlib.util.find_spec("triton") is None:
-        fail("Triton is not installed: there is nothing to tune", EXIT_NO_GPU)
+        fail("tune", "Triton is not installed: there is nothing to tune", EXIT_NO_GPU)
     shape = dict(zip(SHAPE, (tokens, hidden, intermediate, experts, top_k), strict=True))
     try:
         where = pick_device(device)
@@ -96,17 +93,17 @@ def tune(
         progress = tuning.Progress(path=path.with_suffix(".progress.json"), circumstances=circumstances)
         progress.load()
     except (ValueError, TypeError) as error:
-        fail(str(error), EXIT_USAGE)
+        fail("tune", str(error), EXIT_USAGE)
     except Unmeasurable as reason:
-        fail(f"not measured on this machine: {reason}", EXIT_NO_GPU)
+        fail("tune", f"not measured on this machine: {reason}", EXIT_NO_GPU)
     problems = tuning.problems_of(cases, names, architecture)
     settings = tuning.Settings(device=where, seed=seed, threads=threads, candidate_s=candidate_s)
     try:
         run(problems, progress, settings, budget, path, entries, facts)
     except KeyboardInterrupt:
-        fail(f"interrupted; the same command goes on from {progress.path}", EXIT_INTERRUPTED)
+        fail("tune", f"interrupted; the same command goes on from {progress.path}", EXIT_INTERRUPTED)
     except OSError as error:
-        fail(f"cannot write to {path.parent}: {error.strerror}; what was there before is intact", EXIT_FAULT)
+        fail("tune", f"cannot write to {path.parent}: {error.strerror}; what was there before is intact", EXIT_FAULT)
 
 
 def tunable_cases(suite: str | None, shape: dict[str, int | None], dtype: str | None) -> list[Case]:
