@@ -270,6 +270,32 @@ def test_a_record_with_another_load_is_named(tmp_path: Path, text: Path, load: A
         run_job(tmp_path / "a", {}, resume=True)
 
 
+def test_a_checkpoint_is_renamed_when_its_metrics_are_on_disk(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And when its own bytes are; the directory is synced after the rename: whatever a power cut leaves can go on."""
+    order: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def note_sync(descriptor: int) -> None:
+        order.append("sync " + Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def note_rename(source: Path, target: Path) -> None:
+        order.append("rename " + Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_rename)
+    run_job(tmp_path / "a", {**SIZES, "steps": 4, "data": str(text)}, checkpoint_every=2)
+    checkpoint = ["sync checkpoint.safetensors.tmp", "rename checkpoint.safetensors", "sync a"]
+    assert order[: 3 * 4] == ["sync metrics.jsonl", *checkpoint] * 3  # steps 0, 2 and 4
+    assert order[12:] == [
+        *("sync summary.json.tmp", "rename summary.json", "sync a"),
+        *("sync report.html.tmp", "rename report.html", "sync a"),
+    ]
+
+
 def test_a_run_that_failed_before_its_first_step_does_not_block_the_directory(tmp_path: Path, text: Path) -> None:
     options = {**SIZES, "steps": 2, "data": str(text)}
     with pytest.MonkeyPatch.context() as patch:

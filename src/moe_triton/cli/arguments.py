@@ -14,6 +14,7 @@ import typer
 
 from moe_triton import runtime
 from moe_triton.checks import check_threads
+from moe_triton.files import Locked, locked
 
 if TYPE_CHECKING:
     from moe_triton.benchmarking.cases import Case
@@ -142,6 +143,16 @@ def check_outputs(outputs: Sequence[tuple[str, Path | None]]) -> None:
             raise ValueError(f"{option}: no directory {path.parent}")
         if path is not None:
             check_writable(path.parent, option)
+
+
+def lock(ctx: typer.Context, path: Path, option: str) -> None:
+    """Keeps other processes from working on the same file until the command ends; ValueError where one does."""
+    try:
+        ctx.with_resource(locked(path.with_name(f".{path.name}.lock")))
+    except Locked as holder:
+        raise ValueError(f"{option}: {holder} is working on {path}; name another file") from None
+    except OSError as error:
+        raise ValueError(f"{option}: cannot write to {path.parent}: {error.strerror}") from error
 
 
 def make_directory(path: Path, option: str) -> None:

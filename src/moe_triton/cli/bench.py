@@ -40,6 +40,7 @@ CELL_S = 1.6  # about how long a cell takes, in budgets: checks, and slow peers 
 
 
 def bench(
+    ctx: typer.Context,
     suite: Annotated[
         str | None,
         typer.Option(
@@ -134,6 +135,8 @@ def bench(
         settings["command"] = shlex.join(["moe-triton", *sys.argv[1:]])
         session = Session(path=json_file, facts=facts, settings=settings, source=source_digest())
         old = read_old(compare_file)
+        if json_file is not None:
+            arguments.lock(ctx, json_file, "--json")
         if not fresh:
             session.resume()
     except (ValueError, TypeError) as error:

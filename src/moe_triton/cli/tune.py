@@ -37,6 +37,7 @@ OFFLINE = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 def tune(
+    ctx: typer.Context,
     suite: Annotated[str | None, typer.Option(help="Shapes by name: see `moe-triton bench --list`.")] = None,
     tokens: Annotated[int | None, typer.Option(help="T: tokens. With the next four: one shape instead.")] = None,
     hidden: Annotated[int | None, typer.Option(help="d: hidden size.")] = None,
@@ -86,6 +87,7 @@ def tune(
             return
         architecture = measurable(where, cases)
         path = table_path(table)
+        arguments.lock(ctx, path, "table")
         entries = tuning.read_table(path)
         facts = environment(where)
         circumstances = {"device": facts["device"]["name"], "source": source_digest(), "candidate_s": candidate_s}
