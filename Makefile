@@ -33,7 +33,7 @@ gpu:
 
 gpu-bench:
 	PYTHONPATH=src:kernels $(GPU_PYTHON) benchmarks/gpu_bench.py
-	PYTHONPATH=src:kernels $(GPU_PYTHON) benchmarks/gpu_bench.py --table
+	PYTHONPATH=src:kernels $(GPU_PYTHON) benchmarks/tables.py
 
 clean:
 	rm -rf $(VENV) .triton-* .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -21,6 +21,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from tables import deepspeed_groups
 from torch import nn
 
 from moe_triton.benchmarking.environment import cpu_name
@@ -31,7 +32,6 @@ from moe_triton.compat.deepspeed.utils import BY, configure_moe_param_groups
 from moe_triton.training.job import version
 
 RESULTS = Path(__file__).parent / "results" / "deepspeed"
-MIB = 2**20
 
 
 def make_model(layers: int, experts: int, hidden: int, intermediate: int, device: torch.device) -> nn.Module:
@@ -143,18 +143,8 @@ def main(
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"groups-{label}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
-    ways = [key.removeprefix(f"{BY[0]}: ") for key in calls if key.startswith(f"{BY[0]}: ")]
     print(f"{device_name}, {torch.get_num_threads()} threads, {record['versions']}, {record['shape']}\n")
-    print(f"| by | groups | largest group, MiB | {' | '.join(f'{way}, ms' for way in ways)} |")
-    print(f"|---|---|---|{'---|' * len(ways)}")
-    for by in BY:
-        cells = [f"{by}", f"{largest[by]['groups']}", f"{4 * largest[by]['largest_elements'] / MIB:.1f}"]
-        for way in ways:
-            value = found[f"{by}: {way}"]
-            cells.append(
-                "-" if value is None else f"{1e3 * value.p50:.2f} ({1e3 * value.p20:.2f}-{1e3 * value.p80:.2f})"
-            )
-        print(f"| {' | '.join(cells)} |")
+    print(deepspeed_groups(record))
     if zero:
         torch.distributed.destroy_process_group()
 

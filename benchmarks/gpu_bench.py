@@ -1,10 +1,9 @@
 """`make gpu-bench`: measures kernels and layers on the GPU of this machine, in resumable parts of under nine minutes.
 
     PYTHONPATH=src:kernels python benchmarks/gpu_bench.py [--part kernels|layers|skew|decode] [--budget SECONDS]
-    PYTHONPATH=src:kernels python benchmarks/gpu_bench.py --table
 
 A call measures what benchmarks/results/<device>/gpu-bench-<commit>.json does not hold yet, one shape after another,
-until the budget is spent; call it again for the rest. --table makes benchmarks/README.md from all results, anywhere.
+until the budget is spent; call it again for the rest. benchmarks/tables.py makes benchmarks/README.md from all results.
 Exit code: 0, also when something is left to do; 1 when a result is wrong or a shape fails; 2 with no GPU, or for bad
 arguments.
 """
@@ -27,17 +26,15 @@ sys.path[:0] = [str(ROOT / name) for name in ("benchmarks", "tests", "tests/kern
 import torch  # noqa: E402
 from gpu_benches.kernels import measure_kernels  # noqa: E402
 from gpu_benches.layers import measure_layers  # noqa: E402
-from gpu_benches.page import page  # noqa: E402
 from gpu_checks.harness import RESULTS, result_path  # noqa: E402
 
 from moe_triton.benchmarking.cases import PRESETS, Case  # noqa: E402
 from moe_triton.benchmarking.environment import environment  # noqa: E402
-from moe_triton.benchmarking.report import write_json, write_text  # noqa: E402
+from moe_triton.benchmarking.report import write_json  # noqa: E402
 from moe_triton.benchmarking.runner import FAULTS  # noqa: E402
 from moe_triton.benchmarking.timing import Timer, make_timer  # noqa: E402
 
 SCHEMA = "moe-triton-gpu-bench/1"
-README = ROOT / "benchmarks" / "README.md"
 BUDGET_S = 500.0
 ITEM_S = 4.0  # of timing per shape
 Measure = Callable[..., dict[str, Any]]
@@ -148,12 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds for this call")
     parser.add_argument("--seconds", type=float, default=ITEM_S, help="of timing per shape")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--table", action="store_true", help=f"make {README.relative_to(ROOT)} from all results")
     options = parser.parse_args(arguments)
-    if options.table:
-        write_text(README, page(options.out))
-        print(README)
-        return 0
     for name in ("budget", "seconds"):
         if getattr(options, name) <= 0:
             print(f"gpu_bench: {name}: got {getattr(options, name)}, wanted more than 0", file=sys.stderr)

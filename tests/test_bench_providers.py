@@ -225,6 +225,43 @@ def test_one_missing_expert_gradient_is_flagged():
     assert "worst part of down" in correctness.judge(spoiled, 0.0, torch.float32).problem
 
 
+@pytest.mark.parametrize("computed", [torch.bfloat16, torch.float16], ids=str)
+def test_a_float32_block_that_computes_in_a_lower_precision_is_a_mismatch(computed):
+    """What goes in and comes out is float32; the experts' weights are rounded on the way."""
+    workload = make_workload(CASE, CPU)
+    lower = {name: getattr(workload, name).to(computed).float() for name in ("gate_up", "down")}
+    assert check(PROVIDERS["torch"].build(workload), workload).problem is None
+    found = check(PROVIDERS["torch"].build(replace(workload, **lower)), workload)
+    assert found.problem is not None
+    assert "output" in found.problem
+
+
+@pytest.mark.parametrize("name", ["output", "hidden"])
+@pytest.mark.parametrize(
+    ("dtype", "right", "wrong", "wrong_row"),
+    [
+        (torch.float32, 1e-5, 1e-4, 1e-3),
+        (torch.float16, 1e-3, 1e-2, 0.1),
+        (torch.bfloat16, 1e-2, 5e-2, 0.6),
+    ],
+    ids=str,
+)
+def test_the_tolerance_of_every_dtype(dtype, right, wrong, wrong_row, name):
+    expected = torch.randn(1000, 64, dtype=torch.float64)
+
+    def problem(error, rows):
+        actual = expected.clone()
+        actual[:rows] *= 1 + error
+        difference = correctness.Difference()
+        difference.add(actual, expected)
+        return correctness.judge({name: difference}, 0.0, dtype).problem
+
+    assert problem(right, 1000) is None
+    assert f"{name} {wrong:.1e}" in problem(wrong, 1000)
+    assert f"worst part of {name} {wrong_row:.1e}" in problem(wrong_row, 1)
+    assert problem(right, 1) is None
+
+
 def test_an_expert_without_tokens_must_get_exactly_zero():
     difference = correctness.Difference()
     difference.add(torch.full((1, 4), 1e-30), torch.zeros(1, 4, dtype=torch.float64))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import json
+import os
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -18,6 +19,7 @@ from moe_triton.benchmarking.runner import relate
 from moe_triton.cli import app
 from moe_triton.cli.arguments import EXIT_FAULT, EXIT_INTERRUPTED, EXIT_SLOWER, EXIT_USAGE
 from moe_triton.cli.display import StepDisplay, in_words
+from moe_triton.files import locked
 
 bench = importlib.import_module("moe_triton.cli.bench")
 CASE = Case(tokens=40, hidden=32, intermediate=24, experts=8, top_k=2)
@@ -30,14 +32,16 @@ FACTS = {
 }
 
 
-def run_of(case: Case, mode: str, ours_s: float = 1.0, again_s: float = 1.01, peer_s: float = 2.0) -> Run:
+def run_of(
+    case: Case, mode: str, ours_s: float = 1.0, again_s: float = 1.01, peer_s: float = 2.0, dense_s: float = 0.5
+) -> Run:
     """A run with made-up times."""
     rows = [
         Row(name="auto", label="moe_triton (torch)", kind="ours", times_s=[ours_s] * 3, errors={"output": 1e-7}),
         Row(name="peer", label="a <peer>", kind="peer", times_s=[peer_s] * 3, errors={"output": 1e-7}),
         Row(name="gone", label="gone", kind="peer", status="not installed", note="gone is not installed"),
         Row(name="auto again", label="self-check", kind="check", times_s=[again_s] * 3),
-        Row(name="dense", label="limit: dense", kind="limit", times_s=[0.5] * 3),
+        Row(name="dense", label="limit: dense", kind="limit", times_s=[dense_s] * 3),
     ]
     return relate(case, mode, [10] * 8, rows)
 
@@ -132,7 +136,7 @@ def test_a_full_disk_loses_nothing(tmp_path, measured, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(report.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     done = invoke("--mode", "forward,full", "--json", str(path))
     assert done.exit_code == EXIT_FAULT
     assert f"cannot write {path}: No space left on device; what was there before is intact" in done.stderr
@@ -171,6 +175,27 @@ def test_results_of_the_first_schema_are_readable():
     assert found.runs[0].self_check is None
 
 
+def test_two_commands_on_one_file_are_refused(tmp_path, measured):
+    path = tmp_path / "r.json"
+    with locked(tmp_path / ".r.json.lock"):
+        done = invoke("--json", str(path))
+    assert done.exit_code == EXIT_USAGE
+    assert f"--json: process {os.getpid()} on " in done.stderr
+    assert f"is working on {path}" in done.stderr
+    assert measured == []
+    assert invoke("--json", str(path)).exit_code == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_results_are_on_disk_before_they_replace_the_old_ones(tmp_path, monkeypatch):
+    order = []
+    fsync, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (order.append("sync"), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (order.append("rename"), rename(old, new)))
+    report.write_json(tmp_path / "r.json", {"a": 1})
+    assert order == ["sync", "rename", "sync"]  # the file, the new name, the directory
+
+
 # Comparing ------------------------------------------------------------------------------------------------------------
 
 
@@ -181,6 +206,8 @@ def test_slower_cells_are_listed_worst_first():
     assert [(c.label, c.mode) for c in found.slower] == [("a <peer>", "full"), ("moe_triton (torch)", "full")]
     assert found.slower[0].ratio == pytest.approx(1.5)
     assert found.slower[0].machine == pytest.approx(1.0)
+    slower_machine = comparing.compare([run_of(CASE, "full")], [run_of(CASE, "full", dense_s=1.25)], 0.05)
+    assert [c.machine for c in slower_machine.changes] == [pytest.approx(2.5)] * 2  # new over old, as `ratio`
     assert found.compared == 4  # limits, the self-check and who has no times are not compared
     assert found.missing == [f"{CASE.title()}, backward"]
     assert comparing.compare(old, new, 0.6).slower == []
@@ -293,3 +320,12 @@ def test_the_time_left_follows_the_pace():
     assert display.left_s(0.0) == pytest.approx(90.0)
     assert StepDisplay().left_s(0.0) is None
     assert [in_words(s) for s in (0.2, 60, 600, 7200)] == ["1 s", "60 s", "10 min", "2.0 h"]
+
+
+def test_the_progress_says_who_runs(capsys):
+    display = StepDisplay()
+    for who in ("ours", "peer", "ours", "peer"):
+        display.step("a case, full", 0.0, who)
+    display.step("a case, backward", 0.0, "ours")
+    lines = ["a case, full: ours", "a case, full: peer", "a case, backward: ours"]
+    assert capsys.readouterr().err.splitlines() == lines

@@ -123,6 +123,29 @@ def test_a_call_is_warmed_up_before_it_is_estimated_unless_it_is_long():
     assert len(clock.log) == 1 + 1
 
 
+def test_an_entry_that_is_far_slower_than_ours_gets_three_samples_and_no_more():
+    clock = Clock()
+    calls = {"slow": clock.call("slow", 0.5), "ours": clock.call("ours", 0.02), "twice": clock.call("twice", 0.04)}
+    named: list[str] = []
+    times = run_rounds(
+        calls, CpuTimer(clock), budget_s=30.0, clock=clock, max_rounds=50, against="ours", on_call=named.append
+    )
+    assert sum(t is not None for t in times["slow"]) == 3
+    assert clock.log.count("slow") == 2 + 3
+    assert len(times["ours"]) == len(times["slow"]) == 50
+    assert None not in times["ours"] + times["twice"]
+    assert named[:2] == ["ours", "ours"]  # its time is known before the others'
+    assert set(named) == set(calls)
+
+
+def test_an_entry_is_far_slower_from_twenty_times_on():
+    for slow in (0.95, 1.05):
+        clock = Clock()
+        calls = {"ours": clock.call("ours", 0.05), "other": clock.call("other", slow), "slow": clock.call("slow", 0.3)}
+        times = run_rounds(calls, CpuTimer(clock), budget_s=40.0, clock=clock, max_rounds=45, against="ours")
+        assert (sum(t is not None for t in times["other"]) == 3) == (slow > 1.0)
+
+
 def test_no_entries():
     assert run_rounds({}, CpuTimer(), budget_s=1.0) == {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import moe_triton
-from moe_triton import runtime
+from moe_triton import cli, runtime
 from moe_triton.cli import app
 
 
@@ -55,3 +56,91 @@ def test_choice_of_backend(monkeypatch):
     assert runtime.choose("auto", torch.device("cuda", 0), torch.float64).name == "torch"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "8.0; the GPU has 7.5" in runtime.choose("auto", torch.device("cuda", 0), torch.bfloat16).reason
+
+
+def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "moe_triton", *words],
+        capture_output=True, text=True, check=False, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(not runtime.TRITON_INSTALLED, reason="the tables come with the kernels")
+@pytest.mark.parametrize("contents", [b"{broken", b"\xff", b'[{"op": "up"}]', None])
+def test_a_broken_table_is_one_line_after_everything_else(tmp_path, contents):
+    table = tmp_path / "configs.json"
+    table.mkdir() if contents is None else table.write_bytes(contents)
+    done = run("info", "--json", MOE_TRITON_TABLE=str(table))
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"moe-triton info: kernel configurations: table {table}: ")
+    assert done.stderr.count("\n") == 1
+    facts = json.loads(done.stdout)
+    assert facts["tables"] == {"error": done.stderr.strip().removeprefix("moe-triton info: kernel configurations: ")}
+    assert facts["backends"]
+
+
+@pytest.mark.skipif(not runtime.TRITON_INSTALLED, reason="the tables come with the kernels")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["inspect", "--kernel", "up_gated"],
+        ["profile", "--backend", "triton", "--model", "cpu-decode"],
+        ["train", "--backend", "triton"],
+        ["tune", "--dry-run", "--tokens=8", "--hidden=16", "--intermediate=16", "--experts=2", "--top-k=1", "--ops=up"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_no_command_begins_with_a_broken_table(tmp_path, words, monkeypatch):
+    table = tmp_path / "configs.json"
+    table.write_text("{broken")
+    out = ["--out", str(tmp_path / "out")] if words[0] in ("profile", "train") else []
+    done = run(*words, *out, MOE_TRITON_TABLE=str(table), TRITON_INTERPRET="1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"table {table}: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_version_and_short_help():
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, f"moe-triton {moe_triton.__version__}\n")
+    for words in (["-h"], ["train", "-h"]):
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0
+        assert "Usage" in result.stdout
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+def test_a_full_disk_behind_stdout_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "moe_triton", "info"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, done.stderr) == (1, "moe-triton: [Errno 28] No space left on device\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (MemoryError(), "moe-triton: out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nmore"), "moe-triton: CUDA out of memory."),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "moe-triton: DefaultCPUAllocator"),
+        (RuntimeError("a fault of ours"), None),
+    ],
+)
+def test_too_little_memory_is_one_line(monkeypatch, capsys, error, line):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # which `main` replaces
+    if line is None:  # a traceback is what a report of it needs
+        with pytest.raises(RuntimeError, match="a fault of ours"):
+            cli.main()
+        return
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 1
+    found = capsys.readouterr().err
+    assert found.startswith(line)
+    assert found.count("\n") == 1

@@ -274,10 +274,6 @@ def test_only_the_newest_run_of_a_device_is_shown(tmp_path: Path) -> None:
     assert "| geometric mean" not in text  # of one row
 
 
-def test_the_committed_page_is_made_from_the_committed_results() -> None:
-    assert gpu_bench.README.read_text() == page.page(gpu_bench.RESULTS)
-
-
 # The command ----------------------------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ import torch
 from typer.testing import CliRunner
 
 from moe_triton.cli import app
-from moe_triton.training import TrainingError, job, run_job
+from moe_triton.training import TrainingError, job, loop, run_job
 from moe_triton.training.files import read_metrics
 
 SIZES = {"batch_size": 2, "seq_len": 32, "num_layers": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 8,
@@ -237,6 +237,133 @@ def test_a_corrupt_checkpoint_stops_resume_without_loss(tmp_path: Path, text: Pa
     assert snapshot(tmp_path / "a") == before
 
 
+def test_resume_without_the_checkpoint_keeps_the_metrics(tmp_path: Path, text: Path) -> None:
+    run_job(tmp_path / "a", {**SIZES, "steps": 2, "data": str(text)})
+    (tmp_path / "a" / "checkpoint.safetensors").unlink()
+    before = snapshot(tmp_path / "a")
+    result = command(tmp_path / "a", "--resume")
+    assert result.exit_code == 2
+    assert "holds metrics.jsonl but no checkpoint.safetensors" in result.stderr
+    assert snapshot(tmp_path / "a") == before
+
+
+@pytest.mark.parametrize("name", ["train_loss", "dropped", "expert_load", "seconds"])
+def test_a_record_without_a_key_is_named_and_kept(tmp_path: Path, text: Path, name: str) -> None:
+    run_job(tmp_path / "a", {**SIZES, "steps": 3, "data": str(text)})
+    metrics = tmp_path / "a" / "metrics.jsonl"
+    lines = metrics.read_text().splitlines()
+    metrics.write_text("\n".join([lines[0], lines[1].replace(f'"{name}"', '"other"'), lines[2], ""]))
+    before = snapshot(tmp_path / "a")
+    result = command(tmp_path / "a", "--resume")
+    assert result.exit_code == 2
+    assert f"metrics.jsonl: line 2: {name}: " in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert snapshot(tmp_path / "a") == before
+
+
+@pytest.mark.parametrize("load", [[[16, 16]], [[16, 16, 16, 16], [16, 16, 16, 16]], [[16, 16, 16, "x"]], 3])
+def test_a_record_with_another_load_is_named(tmp_path: Path, text: Path, load: Any) -> None:
+    run_job(tmp_path / "a", {**SIZES, "steps": 1, "data": str(text)})
+    metrics = tmp_path / "a" / "metrics.jsonl"
+    metrics.write_text(json.dumps({**json.loads(metrics.read_text()), "expert_load": load}) + "\n")
+    with pytest.raises(TrainingError, match=r"line 1: expert_load: wanted 1 lists of 4 counts"):
+        run_job(tmp_path / "a", {}, resume=True)
+
+
+def test_a_checkpoint_is_renamed_when_its_metrics_are_on_disk(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And when its own bytes are; the directory is synced after the rename: whatever a power cut leaves can go on."""
+    order: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def note_sync(descriptor: int) -> None:
+        order.append("sync " + Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def note_rename(source: Path, target: Path) -> None:
+        order.append("rename " + Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_rename)
+    run_job(tmp_path / "a", {**SIZES, "steps": 4, "data": str(text)}, checkpoint_every=2)
+    checkpoint = ["sync checkpoint.safetensors.tmp", "rename checkpoint.safetensors", "sync a"]
+    assert order[: 3 * 4] == ["sync metrics.jsonl", *checkpoint] * 3  # steps 0, 2 and 4
+    assert order[12:] == [
+        *("sync summary.json.tmp", "rename summary.json", "sync a"),
+        *("sync report.html.tmp", "rename report.html", "sync a"),
+    ]
+
+
+def test_a_run_that_failed_before_its_first_step_does_not_block_the_directory(tmp_path: Path, text: Path) -> None:
+    options = {**SIZES, "steps": 2, "data": str(text)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_step", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("the device is gone")))
+        with pytest.raises(RuntimeError, match="the device is gone"):
+            run_job(tmp_path / "a", options)
+    assert sorted(snapshot(tmp_path / "a")) == ["checkpoint.safetensors", "metrics.jsonl"]
+    run_job(tmp_path / "a", {**options, "seed": 3})
+    assert [step for step, _ in losses(tmp_path / "a" / "metrics.jsonl")] == [1, 2]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_two_runs_in_one_directory_are_refused(finished: Path, tmp_path: Path, exists: bool) -> None:
+    """The second one is told who is there, and changes nothing; a SIGKILL of the first one frees the directory."""
+    out = tmp_path / "run"
+    if exists:
+        shutil.copytree(finished, out)
+    program = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from moe_triton.training import job\n"
+        "def wait(*_):\n"
+        "    print('training', flush=True)\n"
+        "    time.sleep(600)\n"
+        "job.run = wait\n"
+        f"job.run_job(Path({str(out)!r}), {{}}, resume=True)\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    first = subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "training\n"
+        before = snapshot(out)
+        result = command(out, "--resume")
+        assert result.exit_code == 2
+        assert f"--out: process {first.pid} on " in result.stderr
+        assert f"is training in {out}" in result.stderr
+        assert snapshot(out) == before
+    finally:
+        first.send_signal(signal.SIGKILL)
+        assert first.wait() == -signal.SIGKILL
+        first.stdout.close()
+    if exists:
+        assert command(out, "--resume").exit_code == 0
+        assert losses(out / "metrics.jsonl") == losses(finished / "metrics.jsonl")
+        assert not (out / ".lock").exists()
+
+
+def test_a_directory_that_appears_meanwhile_is_not_overwritten(finished: Path, tmp_path: Path, text: Path) -> None:
+    out = tmp_path / "run"
+    load = job.load_corpus
+
+    def slow(*arguments: Any) -> Any:
+        shutil.copytree(finished, out)
+        return load(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "load_corpus", slow)
+        with pytest.raises(TrainingError, match="already holds a run"):
+            run_job(out, {**SIZES, "steps": 2, "data": str(text)})
+    shutil.rmtree(out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "load_corpus", slow)
+        with pytest.raises(TrainingError, match="another process has just trained"):
+            run_job(out, {**SIZES, "steps": 2, "data": str(text)}, resume=True)
+    assert losses(out / "metrics.jsonl") == losses(finished / "metrics.jsonl")
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
@@ -246,6 +373,9 @@ def test_a_corrupt_checkpoint_stops_resume_without_loss(tmp_path: Path, text: Pa
         (["--device", "abacus"], "device: got 'abacus'"),
         (["--backend", "abacus"], "backend: got 'abacus'"),
         (["--checkpoint-every", "0"], "checkpoint_every: got 0"),
+        (["--ep-mode", "abacus"], "ep_mode: got 'abacus', wanted one of dropless"),
+        (["--ep-chunks", "0"], "ep_chunks: got 0, wanted at least 1"),
+        (["--threads", "100000"], "threads: got 100000, wanted 1 to"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path: Path, words: list[str], named: str) -> None:
@@ -254,6 +384,20 @@ def test_bad_input_is_one_line(tmp_path: Path, words: list[str], named: str) -> 
     assert named in result.stderr
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "a").exists()
+
+
+def test_a_backend_that_cannot_run_here_leaves_no_directory(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    result = command(tmp_path / "a", "--data", str(text), "--backend", "triton", *flags(**SIZES, steps=2))
+    assert result.exit_code == 2
+    assert result.stderr.startswith("moe-triton train: backend: got 'triton', but")
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "a").exists()
+    result = command(tmp_path / "a", "--backend", "triton", "--dtype", "float64")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "float64" in result.stderr
 
 
 def test_out_must_be_a_directory(tmp_path: Path, text: Path) -> None:

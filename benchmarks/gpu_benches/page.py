@@ -12,7 +12,7 @@ from gpu_benches.layers import OURS, PEER
 
 HEAD = """# Benchmarks
 
-Made by `python benchmarks/gpu_bench.py --table` from the files in `results/`; do not edit. How we measure, and the log
+Made by `python benchmarks/tables.py` from the files in `results/`; do not edit. How we measure, and the log
 of what was tried: [NOTES.md](NOTES.md). The CPU suite: `python benchmarks/cpu.py`, results in `results/cpu/`.
 
 On a machine with a GPU, `make gpu` proves the kernels (`gpu_check.py`), and `make gpu-bench` measures them

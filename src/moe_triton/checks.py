@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
+THREADS_PER_CORE = 16
 
 
 def check_tensor(
@@ -48,6 +50,11 @@ def check_int(name: str, value: object, *, low: int, high: int | None = None) ->
     if value < low or (high is not None and value > high):
         wanted = f"at least {low}" if high is None else f"{low} to {high}"
         raise ValueError(f"{name}: got {value}, wanted {wanted}")
+
+
+def check_threads(name: str, value: object) -> None:
+    """At least 1, and at most `THREADS_PER_CORE` on each core: starting many more ends the process."""
+    check_int(name, value, low=1, high=THREADS_PER_CORE * (os.cpu_count() or 1))
 
 
 def check_number(name: str, value: object, *, above: float | None = None, low: float | None = None) -> None:

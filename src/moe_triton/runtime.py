@@ -104,6 +104,13 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> Choice:
     raise RuntimeError(f"backend: got 'triton', but {unfit}{hint}")
 
 
+def check_usable(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises what `choose` raises, and ValueError where the table that the kernels read their configurations from is
+    broken: before anything is run."""
+    if choose(backend, device, dtype).name == "triton":
+        load("triton", "tables").user_table()
+
+
 @contextlib.contextmanager
 def plain_maths(tensor: torch.Tensor) -> Iterator[None]:
     """What an implementation runs under: no autograd, no autocast, and the tensor's GPU as the current one."""

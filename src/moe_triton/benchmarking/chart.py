@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
@@ -11,6 +11,7 @@ from typing import Any
 from moe_triton.benchmarking.environment import caption
 from moe_triton.benchmarking.report import MODE_NAMES, factor, speed_unit, three_digits
 from moe_triton.benchmarking.results import Run
+from moe_triton.files import replace_file
 
 COLOURS = {"ours": "#1f6f8b", "peer": "#b8c4cc"}
 LIMITS = {"roof": ("#c8553d", "-"), "dense": ("#7a6c5d", ":"), "floor": ("#8a5a9e", "--")}
@@ -94,10 +95,7 @@ def draw(path: Path, runs: Sequence[Run], environment: dict[str, Any]) -> None:
 
 
 def save(path: Path, figure: Any) -> None:
-    """Writes the whole PNG or leaves the old one: through a temporary file beside it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(temporary, format="png")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Writes the whole PNG or leaves the old one."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    replace_file(path, [image.getbuffer()])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
+from moe_triton.benchmarking.chart import save
 from moe_triton.benchmarking.profiling import Trace
 
 COLOURS = ("#dbe7f0", "#f0e6db")  # of neighbouring ranges
@@ -45,12 +45,7 @@ def draw_memory(path: Path, trace: Trace, first: str, title: str) -> bool:
     axes.set_ylabel("MiB held", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(temporary, format="png")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save(path, figure)
     return True
 
 

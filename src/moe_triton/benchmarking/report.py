@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import math
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,19 +19,15 @@ from moe_triton.benchmarking.comparing import Comparison
 from moe_triton.benchmarking.environment import caption
 from moe_triton.benchmarking.results import SELF_CHECK_LIMIT, Row, Run
 from moe_triton.benchmarking.timing import Spread
+from moe_triton.files import replace_file
 
 MODE_NAMES = {"forward": "forward", "backward": "backward", "full": "forward+backward"}
 PLAIN_WIDTH = 240  # wide enough that nothing wraps where there is no terminal
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes the whole file or leaves the old one: through a temporary file beside it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Writes the whole file or leaves the old one (`moe_triton.files.replace_file`)."""
+    replace_file(path, [text.encode()])
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

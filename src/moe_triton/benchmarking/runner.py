@@ -14,12 +14,22 @@ from moe_triton.benchmarking.limits import Limit, limits
 from moe_triton.benchmarking.memory import peak_bytes, saved_bytes
 from moe_triton.benchmarking.providers import PROVIDERS, Block, Provider, Unavailable
 from moe_triton.benchmarking.results import FAULTS, Row, Run
-from moe_triton.benchmarking.timing import Timer, Times, make_timer, ratios, run_rounds, spread
+from moe_triton.benchmarking.timing import (
+    FAR_SLOWER,
+    MIN_ROUNDS,
+    Timer,
+    Times,
+    make_timer,
+    ratios,
+    run_rounds,
+    samples,
+    spread,
+)
 from moe_triton.benchmarking.ways import LABELS, Runnable, block_call, runnable
 
 __all__ = ["FAULTS", "OnStep", "Prepared", "block_call", "expert_counts", "measure_case", "prepare", "relate"]
 NOTE_LENGTH = 240
-OnStep = Callable[[str, float], None]  # (what is being done, share of the case's present mode that is done)
+OnStep = Callable[..., None]  # (what is being done, share of the case's present mode that is done, who runs: "")
 
 
 @dataclass(kw_only=True)
@@ -134,12 +144,25 @@ def measure_mode(
         for p, row in zip(prepared, rows, strict=True)
         if p.runnable is not None and row.status == "ok"
     }
-    label = f"{case.title()}, {mode}"
+    own = next((row.name for row in rows if row.kind == "ours" and row.name in calls), None)
+    labels = {row.name: row.label for row in rows} | {bound.name: f"limit: {bound.name}" for bound in bounds}
+    done = 0.0
+
+    def on_round(share: float) -> None:
+        nonlocal done
+        done = share
+
+    def on_call(name: str) -> None:
+        if on_step is not None:
+            on_step(f"{case.title()}, {mode}", done, labels[name])
+
     times = run_rounds(
         {**calls, **{bound.name: bound.call for bound in bounds}},
         timer,
         budget_s=budget_s,
-        on_round=None if on_step is None else lambda share: on_step(label, share),
+        on_round=on_round,
+        on_call=on_call,
+        against=own,
     )
     for row in rows:
         if row.name in calls:
@@ -147,7 +170,19 @@ def measure_mode(
             if row.way != "graph":  # a graph holds its memory between replays
                 row.peak_bytes = peak_bytes(calls[row.name], device)
     rows += [limit_row(bound, times[bound.name]) for bound in bounds]
-    return relate(case, mode, counts, rows)
+    run = relate(case, mode, counts, rows)
+    for row in rows:
+        if row.times_s and samples(row.times_s) < MIN_ROUNDS:
+            row.note = "; ".join(filter(None, (row.note, few_samples(row, run))))
+    return run
+
+
+def few_samples(row: Row, run: Run) -> str:
+    """How many there are, and why; the table and the JSON have it as a note."""
+    count = samples(row.times_s)
+    slower = run.speedups.get(row.name)
+    why = "" if slower is None or slower.p50 < FAR_SLOWER else f", for it takes {slower.p50:.0f} times as long as ours"
+    return f"{count} sample{'s' * (count != 1)} only{why}"
 
 
 def limit_row(bound: Limit, measured: Times) -> Row:
@@ -208,7 +243,8 @@ def measure_case(
         names: of `PROVIDERS`, ours first.
         ways: of `ways.WAYS`; every provider is measured in each of them.
         budget_s: seconds of timing per mode; checks come on top.
-        on_step: told what is being done, and the share of the mode that is done; checks come before it, at 0.
+        on_step: gets what is being done and the share of the mode that is done (checks come before it, at 0); while
+            times are taken, also the label of who runs.
     """
     workload = make_workload(case, device, seed)
     if "compile" in ways:

@@ -20,6 +20,8 @@ MIN_SAMPLE_S = 10e-3  # a sample repeats a short call until it lasts this long
 MAX_CALLS = 20
 SLOW = 4.0  # an entry whose sample lasts this many times the median one sits out two rounds of three
 SLOW_EVERY = 3
+FAR_SLOWER = 20.0  # a call that lasts this many times the call of `against` is measured FEW times
+FEW = 3
 LONG_S = 1.0
 CACHES = ("cold", "warm")
 CPU_FLUSH_BYTES = 256 << 20  # far beyond the caches
@@ -122,45 +124,68 @@ def run_rounds(
     max_rounds: int = MAX_ROUNDS,
     clock: Callable[[], float] = time.perf_counter,
     on_round: Callable[[float], None] | None = None,
+    on_call: Callable[[str], None] | None = None,
+    against: str | None = None,
 ) -> dict[str, Times]:
     """Every entry once per round, until the budget is spent and each has enough samples.
 
-    Enough is `min_rounds`, or 3 for an entry that would need more than the whole budget for that many. The order turns
+    Enough is `min_rounds`, or FEW for an entry that would need more than the whole budget for that many, and for one
+    whose call lasts more than FAR_SLOWER times the call of the entry `against`: this one gets no more. The order turns
     by one entry every round and is reversed every other round, so that nothing always runs first or always behind the
     same neighbour. A short entry's sample is made of several calls, and a slow entry sits out two rounds of three, so
-    that it does not eat the others' budget. `on_round` gets the share of the budget that is spent, 0 to 1.
+    that it does not eat the others' budget. `on_round` gets the share of the budget that is spent, 0 to 1;
+    `on_call` the name of every entry before it is measured.
     """
     begin = clock()
     names = list(calls)
     if not names:
         return {}
-    repeats, lasts = {}, {}
-    for name in names:
-        estimate = timer.measure(calls[name], 1)
+
+    def measure(name: str, count: int) -> float:
+        if on_call is not None:
+            on_call(name)
+        return timer.measure(calls[name], count)
+
+    repeats, lasts, far_slower = {}, {}, set()
+    limit = math.inf
+    for name in sorted(names, key=lambda name: name != against):
+        estimate = measure(name, 1)
         for _ in range(timer.warm_up if estimate < LONG_S else 0):  # a long call is warm after one
-            estimate = timer.measure(calls[name], 1)
+            estimate = measure(name, 1)
+        if name == against:
+            limit = FAR_SLOWER * estimate
         repeats[name] = min(MAX_CALLS, max(1, math.ceil(MIN_SAMPLE_S / max(estimate, 1e-9))))
+        if estimate > limit:
+            far_slower.add(name)
+            repeats[name] = 1
         lasts[name] = estimate * repeats[name]
     typical = statistics.median(lasts.values())
     every = {name: SLOW_EVERY if lasts[name] > SLOW * typical else 1 for name in names}
-    wanted = {name: min_rounds if lasts[name] * min_rounds <= budget_s else min(3, min_rounds) for name in names}
+    few = far_slower | {name for name in names if lasts[name] * min_rounds > budget_s}
+    wanted = {name: min(FEW, min_rounds) if name in few else min_rounds for name in names}
 
     times: dict[str, Times] = {name: [] for name in names}
     for round_index in range(max_rounds):
         turn = round_index % len(names)
         order = names[turn:] + names[:turn]
         for name in reversed(order) if round_index % 2 else order:
-            if round_index % every[name] == 0:
-                times[name].append(timer.measure(calls[name], repeats[name]))
+            is_done = name in far_slower and samples(times[name]) >= wanted[name]
+            if round_index % every[name] == 0 and not is_done:
+                times[name].append(measure(name, repeats[name]))
             else:
                 times[name].append(None)
         spent = clock() - begin
-        enough = all(sum(t is not None for t in times[name]) >= wanted[name] for name in names)
+        enough = all(samples(times[name]) >= wanted[name] for name in names)
         if on_round is not None:
             on_round(min(1.0, spent / budget_s) if budget_s > 0 else 1.0)
         if enough and spent >= budget_s:
             break
     return times
+
+
+def samples(times: Times) -> int:
+    """In how many rounds an entry was measured."""
+    return sum(time is not None for time in times)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from typing import Annotated
+
 import typer
 
+from moe_triton.benchmarking.environment import version
+from moe_triton.cli.arguments import EXIT_FAULT
 from moe_triton.cli.bench import bench
 from moe_triton.cli.info import info
 from moe_triton.cli.inspect import inspect
@@ -18,6 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(info)
 app.command()(bench)
@@ -28,10 +35,32 @@ app.command()(train)
 app.command()(simulate)
 
 
+def print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"moe-triton {version('moe-triton')}")
+        raise typer.Exit
+
+
 @app.callback()
-def root() -> None:
+def root(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version, and stop.")
+    ] = False,
+) -> None:
     """A mixture-of-experts runtime for PyTorch."""
 
 
 def main() -> None:
-    app()
+    """Runs the command line. What the system refuses (memory, a full disk behind stdout) ends it with one line."""
+    try:
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except (OSError, MemoryError, RuntimeError) as error:
+        words = str(error).splitlines()[0] if str(error) else "out of memory"
+        if type(error) is RuntimeError and "allocate memory" not in words:  # torch's, for a CPU's memory
+            raise
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (what is left to print would fail again at exit)
+        typer.echo(f"moe-triton: {words}", err=True)
+        sys.exit(EXIT_FAULT)

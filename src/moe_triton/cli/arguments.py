@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import typer
+
+from moe_triton import runtime
+from moe_triton.checks import check_threads
+from moe_triton.files import Locked, locked
 
 if TYPE_CHECKING:
     from moe_triton.benchmarking.cases import Case
@@ -27,8 +32,23 @@ class Unmeasurable(Exception):
 
 
 def fail(command: str, message: str, code: int) -> NoReturn:
+    """Ends a command with one line on stderr and an exit code."""
     typer.echo(f"moe-triton {command}: {message}", err=True)
     raise typer.Exit(code)
+
+
+def check_table() -> None:
+    """ValueError, naming the file, where the user's table of kernel configurations is broken."""
+    if runtime.TRITON_INSTALLED:
+        runtime.load("triton", "tables").user_table()
+
+
+def check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """ValueError for an unknown backend or a broken table, Unmeasurable where the backend cannot run."""
+    try:
+        runtime.check_usable(backend, device, dtype)
+    except RuntimeError as error:
+        raise Unmeasurable(str(error)) from error
 
 
 def split(text: str) -> list[str]:
@@ -108,8 +128,8 @@ def check_settings(budget: float, threads: int | None, seed: int, outputs: Seque
     """Fails before anything is measured, not after."""
     if not 0 <= budget < float("inf"):
         raise ValueError(f"budget: got {budget}, wanted seconds >= 0")
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads: got {threads}, wanted at least 1")
+    if threads is not None:
+        check_threads("threads", threads)
     if seed < 0:
         raise ValueError(f"seed: got {seed}, wanted at least 0")
     check_outputs(outputs)
@@ -121,14 +141,33 @@ def check_outputs(outputs: Sequence[tuple[str, Path | None]]) -> None:
             raise ValueError(f"{option}: {path} is a directory, wanted a file")
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{option}: no directory {path.parent}")
+        if path is not None:
+            check_writable(path.parent, option)
+
+
+def lock(ctx: typer.Context, path: Path, option: str) -> None:
+    """Keeps other processes from working on the same file until the command ends; ValueError where one does."""
+    try:
+        ctx.with_resource(locked(path.with_name(f".{path.name}.lock")))
+    except Locked as holder:
+        raise ValueError(f"{option}: {holder} is working on {path}; name another file") from None
+    except OSError as error:
+        raise ValueError(f"{option}: cannot write to {path.parent}: {error.strerror}") from error
 
 
 def make_directory(path: Path, option: str) -> None:
     """The directory, made where it is missing; ValueError naming the option where it cannot be written to."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".moe-triton-probe"
-        probe.write_bytes(b"")
-        probe.unlink()
     except OSError as error:
         raise ValueError(f"{option}: cannot write to {path}: {error.strerror}") from error
+    check_writable(path, option)
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """ValueError naming the option where no file can be made in the folder."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".moe-triton-"):
+            pass
+    except OSError as error:
+        raise ValueError(f"{option}: cannot write to {folder}: {error.strerror}") from error

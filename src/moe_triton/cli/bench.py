@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
@@ -21,6 +21,7 @@ from moe_triton.cli.arguments import (
     EXIT_USAGE,
     SHAPE,
     Unmeasurable,
+    fail,
     pick,
     pick_cases,
     pick_device,
@@ -38,11 +39,8 @@ __all__ = ["StepDisplay", "bench", "commit", "environment"]
 CELL_S = 1.6  # about how long a cell takes, in budgets: checks, and slow peers that need more
 
 
-def fail(message: str, code: int) -> NoReturn:
-    arguments.fail("bench", message, code)
-
-
 def bench(
+    ctx: typer.Context,
     suite: Annotated[
         str | None,
         typer.Option(
@@ -137,12 +135,14 @@ def bench(
         settings["command"] = shlex.join(["moe-triton", *sys.argv[1:]])
         session = Session(path=json_file, facts=facts, settings=settings, source=source_digest())
         old = read_old(compare_file)
+        if json_file is not None:
+            arguments.lock(ctx, json_file, "--json")
         if not fresh:
             session.resume()
     except (ValueError, TypeError) as error:
-        fail(str(error), EXIT_USAGE)
+        fail("bench", str(error), EXIT_USAGE)
     except Unmeasurable as reason:
-        fail(f"not measured on this machine: {reason}", EXIT_NO_GPU)
+        fail("bench", f"not measured on this machine: {reason}", EXIT_NO_GPU)
 
     try:
         measure_all(session, chosen, where, modes, ways, names, stages)
@@ -150,13 +150,13 @@ def bench(
         show(session)
         done = f"{len(session.cells())} of {len(session.order)} cells are done"
         kept = f"; the same command goes on from {json_file}" if json_file is not None else ""
-        fail(f"interrupted: {done}{kept}", EXIT_INTERRUPTED)
+        fail("bench", f"interrupted: {done}{kept}", EXIT_INTERRUPTED)
     except OSError as error:
         show(session)
-        fail(f"cannot write {json_file}: {error.strerror}; what was there before is intact", EXIT_FAULT)
+        fail("bench", f"cannot write {json_file}: {error.strerror}; what was there before is intact", EXIT_FAULT)
     except torch.OutOfMemoryError as error:
         show(session)
-        fail(f"out of memory: {error}", EXIT_FAULT)
+        fail("bench", f"out of memory: {error}", EXIT_FAULT)
     finish(session, old, share, report_dir, csv_file, chart_file, markdown_file)
 
 
@@ -312,12 +312,12 @@ def finish(
         if report_dir is not None:
             write_report(report_dir, session, comparison)
     except OSError as error:
-        fail(f"cannot write {error.filename}: {error.strerror}; what was there before is intact", EXIT_FAULT)
+        fail("bench", f"cannot write {error.filename}: {error.strerror}; what was there before is intact", EXIT_FAULT)
     faults = list(dict.fromkeys(f"{row.label}: {row.status}: {row.note}" for run in runs for row in run.faults))
     if faults:
-        fail("; ".join(faults), EXIT_FAULT)
+        fail("bench", "; ".join(faults), EXIT_FAULT)
     if comparison is not None and comparison.compared == 0:
-        fail("--compare: the old file holds no time of any cell that was measured now", EXIT_USAGE)
+        fail("bench", "--compare: the old file holds no time of any cell that was measured now", EXIT_USAGE)
     if comparison is not None and comparison.slower:
         raise typer.Exit(EXIT_SLOWER)
 

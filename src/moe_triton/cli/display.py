@@ -16,7 +16,9 @@ def in_words(seconds: float) -> str:
 
 
 class StepDisplay:
-    """Shows steps; a context manager that gives `step(what, share)`, share 0 to 1 of the present cell.
+    """Shows steps; a context manager that gives `step(what, share, who="")`, share 0 to 1 of the present cell.
+
+    `who` is what runs within the step: always in the bar, and without a terminal once per step, when it first runs.
 
     cells     how many cells there are; 1 for work that is not made of cells
     cell_s    about how long one takes, until one has been timed
@@ -29,9 +31,10 @@ class StepDisplay:
         self.done = 0
         self.begun = clock()
         self.last = ""
+        self.seen: set[str] = set()  # who ran in the last step
         self.bar: Any = None
 
-    def __enter__(self) -> Callable[[str, float], None]:
+    def __enter__(self) -> Callable[..., None]:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -52,14 +55,19 @@ class StepDisplay:
         seconds = self.left_s(share)
         return "" if seconds is None else f"about {in_words(seconds)} left"
 
-    def step(self, what: str, share: float) -> None:
+    def step(self, what: str, share: float, who: str = "") -> None:
+        if what != self.last:
+            self.seen.clear()
+        is_new = what != self.last or who not in self.seen
+        self.last = what
+        self.seen.add(who)
+        text = f"{what}: {who}" if who else what
         if self.bar is not None:
-            self.bar.update(self.task, description=what, completed=self.done + share, left=self.left(share))
-        elif what != self.last:
+            self.bar.update(self.task, description=text, completed=self.done + share, left=self.left(share))
+        elif is_new:
             place = f"[{min(self.done + 1, self.cells)}/{self.cells}] " if self.cells > 1 else ""
             left = self.left(share) if self.cells > 1 else ""
-            print(f"{place}{what}{f' ({left})' if left else ''}", file=sys.stderr, flush=True)
-        self.last = what
+            print(f"{place}{text}{f' ({left})' if left else ''}", file=sys.stderr, flush=True)
 
     def finish_cell(self) -> None:
         self.done += 1

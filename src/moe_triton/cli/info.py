@@ -12,6 +12,7 @@ import typer
 
 from moe_triton import runtime
 from moe_triton.benchmarking.environment import devices, version
+from moe_triton.cli.arguments import EXIT_FAULT, fail
 
 PACKAGES = ("moe-triton", "torch", "triton", "transformers", "deepspeed", "einops", "numpy", "safetensors")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -43,10 +44,17 @@ def collect() -> dict[str, Any]:
 
 
 def tables(found: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Where kernel configurations come from here: the user's table and the shipped one; None without Triton."""
+    """Where kernel configurations come from here: the user's table and the shipped one; None without Triton.
+
+    Where the user's table is broken: only "error", which says so.
+    """
     if not runtime.TRITON_INSTALLED:
         return None
     known = runtime.load("triton", "tables")
+    try:
+        known.user_table()
+    except ValueError as error:
+        return {"error": str(error)}
     gpus = [torch.device(device["device"]) for device in found if device["device"] != "cpu"]
     architectures = sorted({known.target_of(device).architecture for device in gpus})
     return {"architectures": architectures, **known.table_facts(architectures)}
@@ -64,12 +72,21 @@ def tables_line(facts: dict[str, Any]) -> str:
 
 
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
-    """Versions, devices, and which backend would run for each dtype, and why."""
+    """Versions, devices, and which backend would run for each dtype, and why.
+
+    Exit code: 0; 1 when the user's table of kernel configurations is broken.
+    """
     facts = collect()
     if as_json:
         json.dump(facts, sys.stdout, indent=2)
         print()
-        return
+    else:
+        print_facts(facts)
+    if facts["tables"] is not None and "error" in facts["tables"]:
+        fail("info", f"kernel configurations: {facts['tables']['error']}", EXIT_FAULT)
+
+
+def print_facts(facts: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -86,7 +103,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON ob
     for path in facts["backends"]:
         paths.add_row(path["device"], path["dtype"], path["backend"], path["reason"])
     console.print(paths)
-    if facts["tables"] is not None:
+    if facts["tables"] is not None and "error" not in facts["tables"]:
         console.print(tables_line(facts["tables"]), highlight=False, soft_wrap=True)
     if facts["triton_interpreter"]:
         console.print("TRITON_INTERPRET is set: backend='triton' runs the kernels on CPU tensors, slowly.")

@@ -10,20 +10,18 @@ import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
 
+from moe_triton.cli.arguments import EXIT_FAULT, EXIT_NO_GPU, EXIT_USAGE, check_table, fail
 from moe_triton.cli.display import StepDisplay
 
 if TYPE_CHECKING:
     from moe_triton_kernels.floors import Device, Shape
     from moe_triton_kernels.offline import Case, Report
 
-EXIT_BROKEN = 1  # a gate is broken, or a kernel does not compile
-EXIT_USAGE = 2
-EXIT_NO_TRITON = 3
 ARCHITECTURES = {"sm_80": "a100", "sm_90": "h200", "sm_100": "b200", "gfx942": "mi300x"}  # and a device of each
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEFAULT_MODEL = "qwen3-30b"
@@ -54,15 +52,16 @@ def inspect(
     Exit code: 0; 1 when a gate is broken; 2 for bad arguments; 3 when Triton is not installed.
     """
     if importlib.util.find_spec("triton") is None:
-        fail("Triton is not installed: pip install triton (Linux)", EXIT_NO_TRITON)
+        fail("inspect", "Triton is not installed: pip install triton (Linux)", EXIT_NO_GPU)
     try:
         wanted = pick_shape(shape, model, dtype)
         devices = {name: pick_device(name, device) for name in pick_architectures(arch)}
         cases = {name: pick_cases(name, kernel, dtype) for name in devices}
         if jobs is not None and jobs < 1:
             raise ValueError(f"jobs: got {jobs}, wanted at least 1")
+        check_table()  # it says which configuration runs
     except ValueError as error:
-        fail(str(error), EXIT_USAGE)
+        fail("inspect", str(error), EXIT_USAGE)
     rows: list[dict[str, Any]] = []
     with StepDisplay() as on_step:
         for name in devices:
@@ -75,15 +74,10 @@ def inspect(
         print_tables(rows, wanted, devices)
     broken = [f"{row['arch']} {row['kernel']}: {', '.join(row['gate'])}" for row in rows if row["gate"]]
     if broken:
-        fail("broken gates:\n  " + "\n  ".join(broken), EXIT_BROKEN)
+        fail("inspect", "broken gates:\n  " + "\n  ".join(broken), EXIT_FAULT)
 
 
 # The arguments --------------------------------------------------------------------------------------------------------
-
-
-def fail(message: str, code: int) -> NoReturn:
-    typer.echo(f"moe-triton inspect: {message}", err=True)
-    raise typer.Exit(code)
 
 
 def available_cores() -> int:

@@ -7,25 +7,22 @@ import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
 
 from moe_triton.cli import arguments
-from moe_triton.cli.arguments import EXIT_FAULT, EXIT_NO_GPU, EXIT_USAGE, SHAPE, Unmeasurable, pick_device
+from moe_triton.cli.arguments import EXIT_FAULT, EXIT_NO_GPU, EXIT_USAGE, SHAPE, Unmeasurable, fail, pick_device
 from moe_triton.cli.display import StepDisplay
 from moe_triton.cli.profile_ranks import profile_over_ranks
+from moe_triton.training.workers import check_exchange
 
 if TYPE_CHECKING:
     from moe_triton.benchmarking.cases import Case
+    from moe_triton.training.config import TrainConfig
 
 DEFAULT_MODELS = {"cpu": "cpu-fine", "cuda": "Qwen3-30B-A3B"}
-STEP_OPTIONS = ("num_layers", "hidden_size", "intermediate_size", "num_experts", "top_k", "batch_size", "seq_len")
-
-
-def fail(message: str, code: int) -> NoReturn:
-    arguments.fail("profile", message, code)
 
 
 def profile(
@@ -75,7 +72,6 @@ def profile(
         if steps < 1:
             raise ValueError(f"steps: got {steps}, wanted at least 1")
         arguments.pick(backend, "backend", ("auto", "torch", "triton"), backend)
-        arguments.make_directory(out, "--out")
         if threads is not None:
             torch.set_num_threads(threads)
         processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -83,27 +79,33 @@ def profile(
             raise ValueError("ep-mode, ep-chunks: got one without torchrun; wanted torchrun -m moe_triton profile ...")
         if processes > 1 and (training_step or kernel is not None):
             raise ValueError("training-step, kernel: got one under torchrun, where a layer's exchange is profiled")
-        of_a_layer = [model, kernel, *overrides.values()]
+        of_a_layer = [model, kernel, tokens, *overrides.values()]
         if training_step and any(value is not None for value in of_a_layer):
             raise ValueError("training-step: got together with a layer's options, wanted sizes only")
         if training_step:
-            chosen: dict[str, Any] = {"hidden_size": hidden, "intermediate_size": intermediate, "num_experts": experts}
-            profile_training_step(out, where, backend, steps, seed, {**chosen, "top_k": top_k})
+            sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_experts": experts, "top_k": top_k}
+            config = step_config(where, backend, seed, {k: v for k, v in sizes.items() if v is not None})
+            arguments.check_backend(backend, where, torch.float32)
+            arguments.make_directory(out, "--out")
+            profile_training_step(out, where, config, steps)
             return
         case = pick_case(model, shape, {k: v for k, v in overrides.items() if v is not None}, where)
+        arguments.check_backend(backend, where, case.torch_dtype)
+        mode, chunks = "dropless" if ep_mode is None else ep_mode, 1 if ep_chunks is None else ep_chunks
+        check_exchange(mode, chunks)
+        arguments.make_directory(out, "--out")
         if processes > 1:
-            mode, chunks = "dropless" if ep_mode is None else ep_mode, 1 if ep_chunks is None else ep_chunks
             profile_over_ranks(out, case, where, backend, mode, chunks, steps, seed)
         elif kernel is not None:
             profile_kernel(kernel, case, where, backend, budget, seed)
         else:
             profile_one_layer(out, case, where, backend, steps, budget, seed)
     except (ValueError, TypeError) as error:
-        fail(str(error), EXIT_USAGE)
+        fail("profile", str(error), EXIT_USAGE)
     except Unmeasurable as reason:
-        fail(f"not measured on this machine: {reason}", EXIT_NO_GPU)
+        fail("profile", f"not measured on this machine: {reason}", EXIT_NO_GPU)
     except OSError as error:
-        fail(f"cannot write to {out}: {error.strerror}", EXIT_FAULT)
+        fail("profile", f"cannot write to {out}: {error.strerror}", EXIT_FAULT)
 
 
 def pick_case(model: str | None, shape: dict[str, int | None], overrides: dict[str, Any], device: torch.device) -> Case:
@@ -211,18 +213,19 @@ def proton_line(out: Path, workload: Any, backend: str, steps: int) -> str:
 # A training step ------------------------------------------------------------------------------------------------------
 
 
-def profile_training_step(
-    out: Path, device: torch.device, backend: str, steps: int, seed: int, sizes: dict[str, Any]
-) -> None:
+def step_config(device: torch.device, backend: str, seed: int, sizes: dict[str, Any]) -> TrainConfig:
+    from moe_triton.training.config import TrainConfig
+
+    return TrainConfig(backend=backend, device=str(device), seed=seed, threads=torch.get_num_threads(), **sizes)
+
+
+def profile_training_step(out: Path, device: torch.device, config: TrainConfig, steps: int) -> None:
     from moe_triton.benchmarking import profiling
     from moe_triton.benchmarking.environment import environment
     from moe_triton.benchmarking.memory_chart import draw_memory
     from moe_triton.benchmarking.report import milliseconds, plain_console, write_json
     from moe_triton.metrics import load_statistics
-    from moe_triton.training.config import TrainConfig
 
-    given = {name: value for name, value in sizes.items() if value is not None}
-    config = TrainConfig(backend=backend, device=str(device), seed=seed, threads=torch.get_num_threads(), **given)
     with StepDisplay() as on_step:
         on_step(f"{steps} training steps under the profiler", 0.3)
         found = profiling.profile_step(config, steps=steps, path=out / "trace.json")

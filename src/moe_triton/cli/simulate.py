@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moe_triton.cli.arguments import check_outputs, pick, split
+from moe_triton.cli.arguments import EXIT_USAGE, check_outputs, fail, pick, split
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from moe_triton.distributed.presets import Device, Network
     from moe_triton.distributed.published import Point
 
-EXIT_USAGE = 2
 SCHEMA = "moe-triton-simulate/1"
 NOTE = "Predictions of a cost model, not measurements."
 PLAIN_WIDTH = 200  # wide enough that nothing wraps where there is no terminal
@@ -110,8 +109,7 @@ def simulate(
         found = [predict(work, where, links, count, ep) for count in parse_gpus(gpus)]
         alone = predict(work, where, links, 1)
     except (ValueError, TypeError) as error:
-        typer.echo(f"moe-triton simulate: {error}", err=True)
-        raise typer.Exit(EXIT_USAGE) from error
+        fail("simulate", str(error), EXIT_USAGE)
     efficiency = [one.tokens_per_s_per_gpu / alone.tokens_per_s_per_gpu for one in found]
     if as_json:
         print(json.dumps(document(work, where, links, found, efficiency), indent=1))

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from moe_triton.cli.arguments import EXIT_FAULT, EXIT_INTERRUPTED, EXIT_USAGE, fail
 from moe_triton.distributed import ExpertParallelError
 from moe_triton.training import TrainConfig, TrainingError, run_job
 from moe_triton.training.config import KINDS
@@ -108,14 +109,11 @@ def train(
             console=Console(),
         )
     except TrainingError as error:
-        typer.echo(f"moe-triton train: {error}", err=True)
-        raise typer.Exit(2) from error
+        fail("train", str(error), EXIT_USAGE)
     except ExpertParallelError as error:
-        typer.echo(f"moe-triton train: {error}; the last checkpoint is intact", err=True)
-        raise typer.Exit(1) from error
+        fail("train", f"{error}; the last checkpoint is intact", EXIT_FAULT)
     except KeyboardInterrupt:
-        typer.echo(f"interrupted; go on with: moe-triton train --out {out} --resume", err=True)
-        raise typer.Exit(130) from None
+        fail("train", f"interrupted; go on with: moe-triton train --out {out} --resume", EXIT_INTERRUPTED)
     if os.environ.get("RANK", "0") != "0":
         return
     typer.echo(f"report: {out / 'report.html'}")

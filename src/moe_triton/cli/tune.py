@@ -7,7 +7,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
@@ -22,6 +22,7 @@ from moe_triton.cli.arguments import (
     EXIT_USAGE,
     SHAPE,
     Unmeasurable,
+    fail,
     pick,
     pick_device,
     pick_several,
@@ -35,11 +36,8 @@ if TYPE_CHECKING:
 OFFLINE = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
-def fail(message: str, code: int) -> NoReturn:
-    arguments.fail("tune", message, code)
-
-
 def tune(
+    ctx: typer.Context,
     suite: Annotated[str | None, typer.Option(help="Shapes by name: see `moe-triton bench --list`.")] = None,
     tokens: Annotated[int | None, typer.Option(help="T: tokens. With the next four: one shape instead.")] = None,
     hidden: Annotated[int | None, typer.Option(help="d: hidden size.")] = None,
@@ -72,7 +70,7 @@ def tune(
     from moe_triton.benchmarking import kernel_search, tuning
 
     if importlib.util.find_spec("triton") is None:
-        fail("Triton is not installed: there is nothing to tune", EXIT_NO_GPU)
+        fail("tune", "Triton is not installed: there is nothing to tune", EXIT_NO_GPU)
     shape = dict(zip(SHAPE, (tokens, hidden, intermediate, experts, top_k), strict=True))
     try:
         where = pick_device(device)
@@ -89,6 +87,7 @@ def tune(
             return
         architecture = measurable(where, cases)
         path = table_path(table)
+        arguments.lock(ctx, path, "table")
         entries = tuning.read_table(path)
         facts = environment(where)
         circumstances = {"device": facts["device"]["name"], "source": source_digest(), "candidate_s": candidate_s}
@@ -96,17 +95,17 @@ def tune(
         progress = tuning.Progress(path=path.with_suffix(".progress.json"), circumstances=circumstances)
         progress.load()
     except (ValueError, TypeError) as error:
-        fail(str(error), EXIT_USAGE)
+        fail("tune", str(error), EXIT_USAGE)
     except Unmeasurable as reason:
-        fail(f"not measured on this machine: {reason}", EXIT_NO_GPU)
+        fail("tune", f"not measured on this machine: {reason}", EXIT_NO_GPU)
     problems = tuning.problems_of(cases, names, architecture)
     settings = tuning.Settings(device=where, seed=seed, threads=threads, candidate_s=candidate_s)
     try:
         run(problems, progress, settings, budget, path, entries, facts)
     except KeyboardInterrupt:
-        fail(f"interrupted; the same command goes on from {progress.path}", EXIT_INTERRUPTED)
+        fail("tune", f"interrupted; the same command goes on from {progress.path}", EXIT_INTERRUPTED)
     except OSError as error:
-        fail(f"cannot write to {path.parent}: {error.strerror}; what was there before is intact", EXIT_FAULT)
+        fail("tune", f"cannot write to {path.parent}: {error.strerror}; what was there before is intact", EXIT_FAULT)
 
 
 def tunable_cases(suite: str | None, shape: dict[str, int | None], dtype: str | None) -> list[Case]:

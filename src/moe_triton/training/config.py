@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from moe_triton.checks import check_choice, check_int, check_number
-from moe_triton.runtime import BACKENDS
+from moe_triton.checks import check_choice, check_int, check_number, check_threads
+from moe_triton.runtime import BACKENDS, check_usable
 
 KINDS = ("moe", "dense")  # of models
 DTYPES = ("float32", "float64")
@@ -109,3 +109,13 @@ def check_device(name: str) -> None:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: got {name!r}, wanted one that torch can use here") from error
+
+
+def check_machine(config: TrainConfig) -> None:
+    """ValueError or TypeError naming the setting that cannot be used here: the threads, the device or the backend."""
+    check_threads("threads", config.threads)
+    check_device(config.device)
+    try:
+        check_usable(config.backend, torch.device(config.device), getattr(torch, config.dtype))
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error

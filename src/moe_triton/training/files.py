@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from moe_triton import files
 from moe_triton.files import reason
 from moe_triton.training.errors import TrainingError
+
+LOCK = ".lock"  # of a run's directory
 
 
 def replace_file(path: Path, chunks: Iterable[bytes]) -> None:
@@ -21,15 +24,31 @@ def replace_file(path: Path, chunks: Iterable[bytes]) -> None:
         raise TrainingError(f"cannot write {path}: {reason(error)}; what was there before is intact") from error
 
 
+@contextlib.contextmanager
+def locked_directory(out: Path) -> Iterator[None]:
+    """The directory of a run, for this process alone. Raises TrainingError where another one is using it."""
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(files.locked(out / LOCK))
+        except files.Locked as holder:
+            raise TrainingError(f"--out: {holder} is training in {out}; name another directory") from None
+        except OSError as error:
+            raise TrainingError(f"--out: cannot write to {out}: {reason(error)}") from error
+        yield
+
+
 class MetricsFile:
     """A run's metrics: one JSON object per line and step, flushed as it is written.
 
     Opening it cuts the file back to the lines of the first `steps` steps, so that a resumed run has one line per step.
-    Raises TrainingError naming the file: lines missing, or the disk full.
+    `fault` says what is wrong with a record of an earlier step, or None. Raises TrainingError naming the file: lines
+    missing or wrong, or the disk full.
     """
 
-    def __init__(self, path: Path, steps: int) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, steps: int, fault: Callable[[dict[str, Any]], str | None] = lambda record: None
+    ) -> None:
+        self.path, self.fault = path, fault
         try:
             self.file = open(path, "ab+")  # noqa: SIM115 (closed by __exit__)
             self.file.truncate(self.end_of(steps))
@@ -42,10 +61,13 @@ class MetricsFile:
         end = 0
         for step in range(1, steps + 1):
             line = self.file.readline()
-            if step_of(line) != step:
+            record = record_of(line)
+            if record is None or record.get("step") != step:
                 raise TrainingError(
                     f"{self.path}: line {step} is not step {step}, but the checkpoint is of step {steps}"
                 )
+            if (wrong := self.fault(record)) is not None:
+                raise TrainingError(f"{self.path}: line {step}: {wrong}")
             end += len(line)
         return end
 
@@ -73,14 +95,15 @@ class MetricsFile:
             raise TrainingError(f"cannot write {self.path}: {reason(error)}; the last checkpoint is intact") from error
 
 
-def step_of(line: bytes) -> int | None:
-    """The step that a line of metrics is about; None for a line that is not whole."""
+def record_of(line: bytes) -> dict[str, Any] | None:
+    """The record in a line of metrics; None for a line that is not whole."""
     if not line.endswith(b"\n"):
         return None
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+        found = json.loads(line)
+    except ValueError:
         return None
+    return found if isinstance(found, dict) else None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -15,11 +15,11 @@ import torch
 from rich.console import Console
 
 from moe_triton.training.checkpoint import Checkpoint, load_checkpoint
-from moe_triton.training.config import KINDS, TrainConfig, check_device
+from moe_triton.training.config import KINDS, TrainConfig, check_machine
 from moe_triton.training.data import Corpus, evaluation_windows, load_corpus
 from moe_triton.training.display import Display
 from moe_triton.training.errors import TrainingError
-from moe_triton.training.files import read_metrics, reason, replace_file
+from moe_triton.training.files import locked_directory, read_metrics, reason, replace_file
 from moe_triton.training.loop import evaluate, generate, run_files, train_model
 from moe_triton.training.model import LanguageModel
 from moe_triton.training.report import render_report
@@ -70,8 +70,30 @@ def run_by(
     checkpoint_every: int,
     console: Console,
 ) -> dict[str, Any]:
-    """`run_job` in each of its processes."""
-    saved = saved_checkpoints(out, resume)
+    """`run_job` in each of its processes; the first one holds the lock of the directory, before it looks into it."""
+    with contextlib.ExitStack() as lock:
+        with workers.together():
+            is_new = not out.is_dir()
+            if workers.is_first and not is_new:
+                lock.enter_context(locked_directory(out))
+        with workers.together():
+            saved = saved_checkpoints(out, resume)
+            config, corpus = prepared(workers, out, options, saved)
+        with workers.together():
+            if workers.is_first and is_new:
+                make_directory(out)
+                lock.enter_context(locked_directory(out))
+                if saved_checkpoints(out, resume):
+                    raise TrainingError(f"--out: another process has just trained in {out}; name another directory")
+        compare_dense = compare_dense or "dense" in saved or any(c.compare_dense for c in saved.values())
+        with cpu_threads(config.threads):
+            return run(config, corpus, out, saved, compare_dense, checkpoint_every, console, workers)
+
+
+def prepared(
+    workers: Workers, out: Path, options: Mapping[str, Any], saved: Mapping[str, Checkpoint]
+) -> tuple[TrainConfig, Corpus]:
+    """The settings and the text. TrainingError where they, the saved run and the workers do not fit together."""
     config = settings(options, saved, out)
     if config.capacity_factor and config.num_groups % workers.world:
         raise TrainingError(
@@ -87,15 +109,14 @@ def run_by(
     for checkpoint in saved.values():
         if checkpoint.digest != corpus.digest:
             raise TrainingError(f"--data: {corpus.source} is not the text that {checkpoint.path} was trained on")
-    compare_dense = compare_dense or "dense" in saved or any(c.compare_dense for c in saved.values())
+    return config, corpus
+
+
+def make_directory(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrainingError(f"--out: cannot make {out}: {reason(error)}") from error
-
-    workers.sum(torch.zeros(1, device=config.device))  # all have looked at the directory before one writes to it
-    with cpu_threads(config.threads):
-        return run(config, corpus, out, saved, compare_dense, checkpoint_every, console, workers)
 
 
 def run(
@@ -142,20 +163,32 @@ def cpu_threads(count: int) -> Iterator[None]:
 
 
 def saved_checkpoints(out: Path, resume: bool) -> dict[str, Checkpoint]:
-    """The checkpoints to go on from, by kind of model. Without `resume`, a directory that holds a run is an error."""
+    """The checkpoints to go on from, by kind of model. A run that would be overwritten is an error.
+
+    Without `resume` that is any run which did a step; with it, one whose metrics are there without their checkpoint.
+    """
     if out.exists() and not out.is_dir():
         raise TrainingError(f"--out: {out} is not a directory")
     saved = {}
     for kind in KINDS:
         files = run_files(out, kind)
-        for path in files:
-            if path.exists() and not resume:
-                raise TrainingError(
-                    f"--out: {out} already holds a run ({path.name}); go on with --resume, or name another directory"
-                )
-        if files.checkpoint.exists():
-            saved[kind] = load_checkpoint(files.checkpoint)
-    return saved
+        has_checkpoint, has_steps = files.checkpoint.exists(), has_contents(files.metrics)
+        if has_steps and not has_checkpoint:
+            raise TrainingError(
+                f"--out: {out} holds {files.metrics.name} but no {files.checkpoint.name} to go on from; "
+                "put it back, or name another directory"
+            )
+        if has_checkpoint:
+            found = load_checkpoint(files.checkpoint)
+            if not resume and (has_steps or found.step):
+                raise TrainingError(f"--out: {out} already holds a run; go on with --resume, or name another directory")
+            saved[kind] = found
+    return saved if resume else {}
+
+
+def has_contents(path: Path) -> bool:
+    """Whether there is anything in a file, or at its place, that writing it would lose."""
+    return path.exists() and (not path.is_file() or path.stat().st_size > 0)
 
 
 def settings(options: Mapping[str, Any], saved: Mapping[str, Checkpoint], out: Path) -> TrainConfig:
@@ -166,7 +199,7 @@ def settings(options: Mapping[str, Any], saved: Mapping[str, Checkpoint], out: P
     before = configs[-1].as_dict() if configs else {}
     try:
         config = TrainConfig(**{**before, **options})
-        check_device(config.device)
+        check_machine(config)
     except (ValueError, TypeError) as error:
         raise TrainingError(str(error)) from error
     for name, value in before.items():

@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,7 +100,8 @@ def train_model(
             workers=workers,
         )
 
-    with MetricsFile(files.metrics, done) if workers.is_first else contextlib.nullcontext() as metrics:
+    fault = partial(record_fault, config=config, kind=kind)
+    with MetricsFile(files.metrics, done, fault) if workers.is_first else contextlib.nullcontext() as metrics:
         if resume_from is None:
             save(0)  # a directory that cannot hold a checkpoint shows at once
         for step in range(done + 1, config.steps + 1):
@@ -162,6 +164,26 @@ def train_step(
     record["seconds"] = time.perf_counter() - start
     record["tokens_per_s"] = num_tokens / record["seconds"]
     return record
+
+
+NUMBERS = ("train_loss", "lr", "grad_norm", "aux_loss", "seconds", "tokens_per_s")  # of every record
+MOE_NUMBERS = ("dropped", "max_load")
+
+
+def record_fault(record: dict[str, Any], *, config: TrainConfig, kind: str) -> str | None:
+    """What a record of `train_step` lacks, for a model of this kind; None where it is whole."""
+    for name in NUMBERS if kind == "dense" else NUMBERS + MOE_NUMBERS:
+        value = record.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return f"{name}: got {value!r}, wanted a number"
+    if kind == "dense":
+        return None
+    load = record.get("expert_load")
+    shape = (config.num_layers, config.num_experts)
+    is_table = isinstance(load, list) and all(isinstance(row, list) and len(row) == shape[1] for row in load)
+    if not is_table or len(load) != shape[0] or not all(type(count) is int for row in load for count in row):
+        return f"expert_load: wanted {shape[0]} lists of {shape[1]} counts"
+    return None
 
 
 def clip(model: LanguageModel, grad_clip: float, workers: Workers) -> Tensor:

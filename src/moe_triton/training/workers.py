@@ -11,9 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moe_triton.checks import check_choice, check_int
 from moe_triton.distributed import ExpertParallel, ParallelGroups, explain_termination, make_groups
+from moe_triton.distributed.expert_parallel import MODES
 from moe_triton.distributed.groups import all_gather_single
 from moe_triton.distributed.parameters import expert_parameters
+from moe_triton.training.config import check_device
 from moe_triton.training.errors import TrainingError
 
 
@@ -47,6 +50,26 @@ class Workers:
         if self.world > 1:
             dist.all_reduce(values)
         return values
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Around a part of the set-up in which one rank alone may fail: its TrainingError is raised on every rank.
+
+        No rank goes on before all have done this part.
+        """
+        problem = None
+        try:
+            yield
+        except TrainingError as error:
+            problem = str(error)
+            if self.world == 1:
+                raise
+        if self.world > 1:
+            problems: list[str | None] = [None] * self.world
+            dist.all_gather_object(problems, problem)
+            problem = problem or next((found for found in problems if found is not None), None)
+        if problem is not None:
+            raise TrainingError(problem)
 
     def whole(self, tensors: dict[str, Tensor], model: nn.Module, owners: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         """The tensors with all experts: those that `owners` gives to an expert parameter are gathered, by name.
@@ -89,9 +112,20 @@ def gather_experts(local: Tensor, parallel: ExpertParallel) -> Tensor:
     return out[: int(kept.item())]  # only the last rank has fewer
 
 
+def check_exchange(mode: str, chunks: int) -> None:
+    """ValueError where no exchange can have this mode or number of chunks, whatever the number of processes."""
+    check_choice("ep_mode", mode, MODES)
+    check_int("ep_chunks", chunks, low=1)
+
+
 @contextlib.contextmanager
 def started_workers(ep: int, mode: str, chunks: int, device: str) -> Iterator[Workers]:
-    """The run's processes, by torchrun's environment variables. Raises TrainingError: sizes that do not fit."""
+    """The run's processes, by torchrun's environment variables. Raises TrainingError: arguments that cannot be used."""
+    try:
+        check_exchange(mode, chunks)
+        check_device(device)
+    except ValueError as error:
+        raise TrainingError(str(error)) from error
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if ep < 1 or world % ep:
         hint = "" if world > 1 else "; start it with torchrun --nproc_per_node N -m moe_triton train"
