@@ -99,6 +99,15 @@ def test_a_recomputed_forward_counts_once():
     assert monitor.read()["experts"].assignments == 24
 
 
+def test_an_evaluation_in_inference_mode_is_counted_on_top_of():
+    layer = moe_triton.MoE(8, 4, 4, top_k=2)
+    monitor = LoadMonitor(layer)
+    with torch.inference_mode():
+        layer.eval()(torch.randn(12, 8))
+    layer.train()(torch.randn(3, 8))
+    assert monitor.read()["experts"].assignments == 30
+
+
 def test_counting_waits_for_nothing(monkeypatch):
     layer = moe_triton.MoE(8, 4, 4, top_k=2)
     monitor = LoadMonitor(layer)

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import moe_triton
 from moe_triton import MoE, Router
+from moe_triton.distributed import ExpertParallel
 from moe_triton.reference import activate
 
 
@@ -128,6 +129,44 @@ def test_shared_and_residual_experts():
     torch.nn.init.zeros_(layer.residual_coefficient.weight)
     torch.nn.init.zeros_(layer.residual_coefficient.bias)
     assert_close(layer(x).output, (plain(x).output + layer.residual_mlp(x)) / 2)
+
+
+def test_the_residual_mix_weighs_the_experts_first():
+    layer, plain = MoE(8, 4, 4, 2, residual=True), MoE(8, 4, 4, 2)
+    plain.load_state_dict(layer.state_dict(), strict=False)
+    with torch.no_grad():
+        layer.residual_coefficient.bias.copy_(torch.tensor([2.0, -1.0]))
+    x = torch.randn(6, 8)
+    logits = x @ layer.residual_coefficient.weight.T + torch.tensor([2.0, -1.0])
+    first = 1 / (1 + (logits[:, 1:] - logits[:, :1]).exp())
+    wanted = first * plain(x).output + (1 - first) * layer.residual_mlp(x)
+    assert_close(layer(x).output, wanted)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_the_shared_expert_runs_in_the_callers_modes_beside_experts_of_a_group(grad):
+    shared = {"shared_intermediate_size": 6, "shared_gate": True}
+    layer = MoE(8, 4, 4, 2, expert_parallel=ExpertParallel(redundant_experts=2), **shared)
+    plain = MoE(8, 4, 4, 2, **shared)
+    x = torch.randn(6, 8)
+    seen = []
+    for part in (layer.shared_expert, layer.shared_expert_gate):
+        part.register_forward_hook(lambda module, args, out: seen.append((out.dtype, out.requires_grad)))
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
+        layer(x)
+    assert seen == [(torch.bfloat16, grad)] * 2
+    seen.clear()
+    with torch.set_grad_enabled(grad):
+        layer(x)
+    assert seen == [(torch.float32, grad)] * 2
+    order = layer.experts.placement.physical_to_logical.tolist()
+    state = layer.state_dict()
+    slots = [order.index(expert) for expert in range(4)]
+    state = {
+        name: t[slots] if name.startswith("experts.") else t for name, t in state.items() if "physical" not in name
+    }
+    plain.load_state_dict(state)
+    assert_close(layer(x).output, plain(x).output)
 
 
 def test_state_dict_holds_transformers_names_and_loads_back():
@@ -285,7 +324,7 @@ def test_a_router_of_ones_own():
         ({"activation": "mish"}, ValueError, "activation: got 'mish', wanted one of swiglu"),
         ({"backend": "jax"}, ValueError, "backend: got 'jax', wanted one of auto"),
         ({"router": "topk"}, TypeError, "router: got str"),
-        ({"router": Router(8, 4, 1)}, ValueError, "router: got one for num_experts=4, top_k=1"),
+        ({"router": Router(8, 4, 1)}, ValueError, "router: got one for hidden_size=8, num_experts=4, top_k=1, wanted"),
         ({"aux_loss_weight": -0.1}, ValueError, "aux_loss_weight: got -0.1"),
         ({"shared_gate": True}, ValueError, "shared_gate: got True"),
     ],

@@ -158,6 +158,7 @@ def test_gumbel_noise_samples_the_softmax():
         ({"noise": "uniform"}, ValueError, "noise: got 'uniform', wanted one of gumbel"),
         ({"noise": torch.zeros(4, 7)}, ValueError, r"noise: got shape \[4, 7\], wanted \[4, 8\]"),
         ({"token_mask": torch.ones(5)}, ValueError, r"token_mask: got shape \[5\], wanted \[4\]"),
+        ({"token_mask": torch.zeros(4)}, TypeError, r"token_mask: got dtype torch.float32, wanted torch.bool or"),
         ({"token_mask": [1, 1, 1, 1]}, TypeError, "token_mask: got list, wanted a Tensor"),
         ({"scale": float("nan")}, ValueError, "scale: got nan"),
         ({"backend": "cuda"}, ValueError, "backend: got 'cuda', wanted one of auto, triton, torch, reference"),

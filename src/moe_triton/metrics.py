@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 
 from moe_triton.checks import INTEGERS, check_int, check_tensor
 from moe_triton.layers import Experts
-from moe_triton.layers.router import recomputing
 from moe_triton.records import Dispatch
+from moe_triton.runtime import recomputing
 
 
 class LoadStatistics(NamedTuple):
@@ -95,18 +96,18 @@ class LoadMonitor:
         self.totals: dict[str, Tensor | None] = dict.fromkeys(
             found
         )  # [E + 1] int64: wanted per expert, and kept in all
+        # bound, so that a copy of the model counts in a copy of the monitor, and can be pickled
         self.handles = [
-            module.register_forward_pre_hook(self._hook(name), with_kwargs=True) for name, module in found.items()
+            module.register_forward_pre_hook(partial(self._count, name), with_kwargs=True)
+            for name, module in found.items()
         ]
 
-    def _hook(self, name: str) -> Any:
-        def count(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            plan = kwargs["plan"] if "plan" in kwargs else args[2]
-            if not recomputing():
-                self._add(name, plan)
+    def _count(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        plan = kwargs["plan"] if "plan" in kwargs else args[2]
+        if not recomputing():
+            self._add(name, plan)
 
-        return count
-
+    @torch.inference_mode(False)  # totals of an evaluation go on counting in training
     @torch.no_grad()
     def _add(self, name: str, plan: Dispatch) -> None:
         seen = torch.cat((plan.counts, plan.offsets[-1:])).long()

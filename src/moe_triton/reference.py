@@ -72,6 +72,10 @@ def route(
     """
     num_tokens, num_experts = logits_TE.shape
     logits = logits_TE.to(wide(logits_TE.dtype))
+    valid = torch.ones(num_tokens, dtype=torch.bool, device=logits.device)
+    if token_mask is not None:
+        valid = token_mask.bool()
+        logits = logits.masked_fill(~valid[:, None], 0.0)  # a NaN that counts nowhere gives no NaN in a gradient
     keys = choice_keys(logits.detach(), spec, choice_bias, noise)
     experts = keys.sort(dim=-1, descending=True, stable=True).indices[:, : spec.top_k]
 
@@ -90,9 +94,7 @@ def route(
     weights = weights * spec.scale
     z = logits.logsumexp(-1).square()
 
-    valid = torch.ones(num_tokens, dtype=torch.bool, device=logits.device)
     if token_mask is not None:
-        valid = token_mask.bool()
         experts = experts.masked_fill(~valid[:, None], -1)
         weights = weights.masked_fill(~valid[:, None], 0.0)
         probs = probs.masked_fill(~valid[:, None], 0.0)

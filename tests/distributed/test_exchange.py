@@ -82,6 +82,13 @@ def test_tensor_parallel_token_slicing(four_ranks, sizes, mode):
     four_ranks.run(parity.check, Case(tokens, sizes=sizes, exchange={"mode": mode}, layer=layer))
 
 
+@pytest.mark.parametrize("sizes", [{"ep": 1, "etp": 4}, {"ep": 1, "tp": 4}, {"ep": 2, "etp": 2}], ids=str)
+def test_the_shared_expert_beside_slices(four_ranks, sizes):
+    tokens = [6] if "tp" in sizes else UNEVEN
+    layer = {**LOSSES, "bias": True, "shared_intermediate_size": 8, "shared_gate": True}
+    four_ranks.run(parity.check, Case(tokens, sizes=sizes, layer=layer))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("tokens", [[40, 40, 40, 40], [90, 3, 0, 50]], ids=str)
 def test_the_same_bits(four_ranks, tokens, dtype):

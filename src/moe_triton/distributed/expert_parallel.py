@@ -299,9 +299,7 @@ class ExpertParallel:
         stage: Stage = experts
         if self.etp.size > 1:
             stage = self._over_slices(stage, shape, layer)
-        if self.ep.size == 1 and not self.always_exchange:
-            return stage
-        levels = [(self.in_node, shape)]
+        levels = [(self.in_node, shape)] if self.ep.size > 1 or self.always_exchange else []
         if self.between_nodes.size > 1:
             node = Shape(**{**vars(shape), "per_rank": shape.per_rank * self.in_node.size})
             levels = [(self.in_node, Shape(**{**vars(shape), "chunks": 1})), (self.between_nodes, node)]
@@ -309,8 +307,10 @@ class ExpertParallel:
             channel = self._channel(group, layer)
             planner = self._planner(channel, level, limit, places)
             stage = Exchange(planner=planner, inner=stage, channel=channel, backend=shape.backend)
-        assert isinstance(stage, Exchange)
-        stage.beside = beside
+        if isinstance(stage, Exchange):
+            stage.beside = beside
+        elif beside is not None:  # nothing travels
+            beside()
         return stage
 
     def _over_slices(self, stage: Stage, shape: Shape, layer: str) -> Exchange:

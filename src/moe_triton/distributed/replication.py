@@ -109,7 +109,6 @@ def rebalance(
         for tensor in tensors:
             _move(tensor, todo, new.slots_per_rank, parallel, name)
         module.set_placement(new)
-        assert module.load is not None
         module.load.zero_()
         found.append(Rebalanced(layer=name, before=now.imbalance, after=new.imbalance, moved=len(todo)))
     return found
@@ -117,8 +116,7 @@ def rebalance(
 
 def _global_load(module: Experts, parallel: ExpertParallel, name: str) -> Tensor:
     """The assignments that all ranks' tokens wanted of each expert since the last call, [E] fp64 on the host."""
-    assert module.load is not None
-    total = module.load.double()
+    total = module.load_on(module.down_proj.device).double()
     for group in parallel.data:
         if group.size > 1:
             Channel(group=group, layer=name).all_reduce(total, "sum of the expert loads")

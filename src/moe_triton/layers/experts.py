@@ -13,13 +13,13 @@ from moe_triton.checks import check_choice, check_int
 from moe_triton.distributed.expert_parallel import ExpertParallel
 from moe_triton.distributed.global_tensors import as_global, expert_layout
 from moe_triton.distributed.placement import Placement, build_placement, plan_placement, replica_of
-from moe_triton.experts import Parameters, in_autocast_dtype, run_experts
+from moe_triton.experts import in_autocast_dtype, run_experts
+from moe_triton.layers.load import CountsLoad
 from moe_triton.records import ACTIVATIONS, GATED, Dispatch, ExpertSpec
 from moe_triton.reference import activate
-from moe_triton.runtime import recomputing
 
 
-class Experts(nn.Module):
+class Experts(CountsLoad):
     """E expert MLPs as plain stacked parameters in the transformers layout.
 
     gate_up_proj [E, 2n, d] ([E, n, d] for an ungated activation), down_proj [E, d, n], and with `bias`
@@ -31,7 +31,6 @@ class Experts(nn.Module):
 
     placement: Placement | None
     physical_to_logical: Tensor | None
-    load: Tensor | None
 
     def __init__(
         self,
@@ -82,22 +81,25 @@ class Experts(nn.Module):
 
     def _place(self, device: torch.device | str | None) -> None:
         """The first placement of replicas, before any load is known, and the counters for the next one."""
-        parallel, placed = self.expert_parallel, None
+        parallel, placed, slots = self.expert_parallel, None, 0
         if parallel is not None and parallel.redundant_experts:
             slots = self.num_experts + parallel.redundant_experts
-            placed = plan_placement(
-                torch.ones(self.num_experts), slots, parallel.ep.size, ranks_per_node=parallel.ranks_per_node
-            )
+            with torch.device("cpu"):  # the map has values also where the layer is made on the meta device
+                placed = plan_placement(
+                    torch.ones(self.num_experts), slots, parallel.ep.size, ranks_per_node=parallel.ranks_per_node
+                )
         # saved, so that a checkpoint says which expert each slot holds
-        slots_map = None if placed is None else placed.physical_to_logical.to(device=device)
-        load = None if placed is None else torch.zeros(self.num_experts, dtype=torch.int64, device=device)
+        slots_map = None if placed is None else torch.empty(slots, dtype=torch.int32, device=device)
         self.register_buffer("physical_to_logical", slots_map)
-        self.register_buffer("load", load, persistent=False)
+        self.load = None if placed is None else torch.zeros(self.num_experts, dtype=torch.int64, device=device)
         self.placement = placed
-        self.register_load_state_dict_post_hook(lambda module, keys: self._read_map())
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._read_map()
 
     def _read_map(self) -> None:
-        if self.physical_to_logical is not None and self.placement is not None:
+        if self.placement is not None and self.physical_to_logical is not None and not self.physical_to_logical.is_meta:
             loads = torch.ones(self.num_experts)
             self.placement = build_placement(self.physical_to_logical, loads, self.placement.num_ranks)
 
@@ -119,7 +121,7 @@ class Experts(nn.Module):
             self._draw(name, shape, bound)
             if getattr(self, f"{name}_bias") is not None:
                 self._draw(f"{name}_bias", shape[:1], bound)
-        if self.placement is not None and self.load is not None and not self.load.is_meta:
+        if self.placement is not None and self.load is not None:
             self.set_placement(self.placement)
             self.load.zero_()
 
@@ -169,7 +171,7 @@ class Experts(nn.Module):
         return torch.cat([part.chunk(etp.size, dim=0)[etp.rank] for part in parts])
 
     @property
-    def _parameters_in_order(self) -> Parameters:
+    def _parameters_in_order(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         scale = self.gradient_scale
 
         def scaled(parameter: Tensor) -> Tensor:
@@ -199,24 +201,21 @@ class Experts(nn.Module):
         """
         if isinstance(top_k_weights, Uncast):  # as `MoE` gives them to a unit of FSDP
             top_k_weights = top_k_weights.tensor
-        dtype = self.gate_up_proj.dtype
-        if hidden_states.dtype != dtype and not torch.is_autocast_enabled(hidden_states.device.type):
-            raise TypeError(f"hidden_states: got dtype {hidden_states.dtype}, wanted {dtype}, the layer's own")
-        if self.load is not None and self.training and not recomputing():
-            self.load += plan.counts
+        parameters = self._parameters_in_order
+        dtype = hidden_states.dtype
+        if dtype != parameters[0].dtype and not torch.is_autocast_enabled(hidden_states.device.type):
+            raise TypeError(f"hidden_states: got dtype {dtype}, wanted {parameters[0].dtype}, the layer's own")
+        self.count_load(plan.counts)
         if self.expert_parallel is None or self.expert_parallel.is_alone:
             if beside is not None:
                 beside()
             return run_experts(
-                hidden_states, top_k_weights, plan, *self._parameters_in_order, self.spec,
+                hidden_states, top_k_weights, plan, *parameters, self.spec,
                 recompute=self.recompute, backend=self.backend,
             )  # fmt: skip
         if experts is None:
             raise ValueError("experts: got None, wanted the choices [T, K] under expert parallelism")
-        dtype = hidden_states.dtype
-        hidden_states, top_k_weights, parameters = in_autocast_dtype(
-            hidden_states, top_k_weights, self._parameters_in_order
-        )
+        hidden_states, top_k_weights, in_dtype = in_autocast_dtype(hidden_states, top_k_weights, parameters)
         ids, num_slots = torch.where(plan.position >= 0, experts, -1), self.num_experts
         if self.placement is not None:
             self.placement = self.placement.to(ids.device)
@@ -226,7 +225,7 @@ class Experts(nn.Module):
                 hidden_states,
                 top_k_weights,
                 ids,
-                parameters,
+                in_dtype,
                 self.spec,
                 num_experts=num_slots,
                 layer=self.layer_name,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_triton import losses
-from moe_triton.checks import FLOATS, check_choice, check_int, check_number, check_tensor
+from moe_triton.checks import FLOATS, MASKS, check_choice, check_int, check_number, check_tensor
 from moe_triton.dispatch import dispatch, expert_capacity, renormalize
 from moe_triton.distributed.channel import report_failure
 from moe_triton.distributed.expert_parallel import ExpertParallel
@@ -135,11 +135,12 @@ class MoE(nn.Module):
             router = Router(hidden_size, num_experts, top_k, backend=backend, device=device, dtype=dtype)
         elif not isinstance(router, nn.Module):
             raise TypeError(f"router: got {type(router).__name__}, wanted a Module that returns a Routing, or None")
-        elif isinstance(router, Router) and (router.num_experts, router.top_k) != (num_experts, top_k):
-            raise ValueError(
-                f"router: got one for num_experts={router.num_experts}, top_k={router.top_k}, "
-                f"wanted num_experts={num_experts}, top_k={top_k}"
-            )
+        elif isinstance(router, Router):
+            got = {name: getattr(router, name) for name in ("hidden_size", "num_experts", "top_k")}
+            wanted = {"hidden_size": hidden_size, "num_experts": num_experts, "top_k": top_k}
+            if got != wanted:
+                got_text, wanted_text = (", ".join(f"{k}={v}" for k, v in sizes.items()) for sizes in (got, wanted))
+                raise ValueError(f"router: got one for {got_text}, wanted {wanted_text}")
         self.router = router
         self.experts = Experts(
             hidden_size,
@@ -153,6 +154,9 @@ class MoE(nn.Module):
             device=device,
             dtype=dtype,
         )
+        # what forward needs to know of the experts: it must not look inside what may wrap them (PEFT, FSDP)
+        self.parallel = expert_parallel
+        self.layer_name = "" if expert_parallel is None else self.experts.layer_name
 
         def dense(size: int) -> FeedForward:
             return FeedForward(hidden_size, size, activation=activation, bias=bias, device=device, dtype=dtype)
@@ -179,15 +183,18 @@ class MoE(nn.Module):
         return None if in_a_group is None else self.capacity_groups * in_a_group
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> MoEOutput:
-        """hidden_states [..., d]; a token where `token_mask` [...] is 0 gets no expert and counts nowhere."""
-        parallel = self.experts.expert_parallel
-        if parallel is None or parallel.is_alone:
+        """hidden_states [..., d], token_mask [...] bool or integer, or None for all tokens -> MoEOutput.
+
+        A token whose mask is 0 gets no expert, shared and residual ones included: its output is 0, and it counts
+        nowhere, in no gradient either, even if it is NaN.
+        """
+        if self.parallel is None or self.parallel.is_alone:
             return self._forward(hidden_states, token_mask)
         return self._forward_over_ranks(hidden_states, token_mask)
 
     @never_compiled  # the order of collectives is Python's
     def _forward_over_ranks(self, hidden_states: Tensor, token_mask: Tensor | None) -> MoEOutput:
-        with report_failure(self.experts.layer_name):
+        with report_failure(self.layer_name):
             return self._forward(hidden_states, token_mask)
 
     def _forward(self, hidden_states: Tensor, token_mask: Tensor | None) -> MoEOutput:
@@ -196,8 +203,11 @@ class MoE(nn.Module):
             raise ValueError(f"hidden_states: got shape {list(hidden_states.shape)}, wanted [..., {self.hidden_size}]")
         x = hidden_states.reshape(-1, self.hidden_size)
         if token_mask is not None:
-            check_tensor("token_mask", token_mask, shape=hidden_states.shape[:-1], device=hidden_states.device)
+            shape, device = hidden_states.shape[:-1], hidden_states.device
+            check_tensor("token_mask", token_mask, shape=shape, dtypes=MASKS, device=device)
             token_mask = token_mask.reshape(-1)
+            masked = token_mask.logical_not()[:, None]
+            x = x.masked_fill(masked, 0)  # 0 * NaN would be NaN, in a gradient of a weight too
         num_tokens = x.shape[0]
         groups = 1 if self.capacity(num_tokens) is None else self.capacity_groups
         if num_tokens % groups:
@@ -206,6 +216,8 @@ class MoE(nn.Module):
             )
 
         routing = self.router(x, token_mask)
+        if not isinstance(routing, Routing):
+            raise TypeError(f"router: returned {type(routing).__name__}, wanted a Routing")
         plan = dispatch(
             routing.experts,
             self.num_experts,
@@ -230,6 +242,8 @@ class MoE(nn.Module):
         if self.residual_mlp is not None and self.residual_coefficient is not None:
             mix = F.softmax(self.residual_coefficient(x), dim=-1)
             out = out * mix[:, 0:1] + self.residual_mlp(x) * mix[:, 1:]
+        if token_mask is not None:
+            out = out.masked_fill(masked, 0)
         return MoEOutput(
             output=out.to(hidden_states.dtype).reshape(hidden_states.shape),
             aux_loss=self.aux_loss(routing),
@@ -258,9 +272,9 @@ class MoE(nn.Module):
         loss = torch.zeros_like(routing.z_sum)
         if not self.aux_loss_weight and not self.z_loss_weight:
             return loss
-        counts, num_tokens, parallel = routing.counts, routing.num_tokens, self.experts.expert_parallel
+        counts, num_tokens, parallel = routing.counts, routing.num_tokens, self.parallel
         if parallel is not None:
-            counts, num_tokens = parallel.global_counts(counts, num_tokens, self.experts.layer_name)
+            counts, num_tokens = parallel.global_counts(counts, num_tokens, self.layer_name)
         if self.aux_loss_weight:
             balance = losses.load_balance_loss(counts, routing.score_sums, num_tokens, self.top_k)
             loss = loss + self.aux_loss_weight * balance

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_triton.checks import check_int, check_number
+from moe_triton.checks import FLOATS, MASKS, check_int, check_number, check_tensor
+from moe_triton.layers.load import CountsLoad
 from moe_triton.records import Routing
 from moe_triton.reference import wide
 from moe_triton.routing import route_by_spec, router_spec
-from moe_triton.runtime import recomputing
 
 
-class Router(nn.Module):
+class Router(CountsLoad):
     """Scores every expert for every token and chooses K of them.
 
     Args:
@@ -25,7 +27,8 @@ class Router(nn.Module):
         score, normalize, scale, num_groups, top_groups, group_score: see `moe_triton.route`.
         bias: give the gate a bias.
         choice_bias: balance the load without a loss: a buffer [E], added to the scores for the choice only and moved by
-            `update_choice_bias` once per optimizer step (arXiv 2408.15664).
+            `update_choice_bias` once per optimizer step (arXiv 2408.15664). It stays fp32 whatever casts the module:
+            its small steps would be lost in bf16.
         jitter: in training, multiply the gate's input by U(1 - jitter, 1 + jitter) (Switch Transformer).
         gumbel: in training, choose by logits + Gumbel noise (DeepSpeed's RSample); the weights stay noise-free.
         backend: "auto", "triton", "torch" or "reference".
@@ -35,7 +38,6 @@ class Router(nn.Module):
     """
 
     choice_bias: Tensor | None
-    load: Tensor | None
 
     def __init__(
         self,
@@ -71,6 +73,7 @@ class Router(nn.Module):
             top_groups=top_groups,
             group_score=group_score,
         )
+        self.hidden_size = hidden_size
         self.num_experts = num_experts
         self.jitter = jitter
         self.gumbel = gumbel
@@ -78,16 +81,35 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype)) if bias else None
         bias_buffer = torch.zeros(num_experts, device=device, dtype=torch.float32) if choice_bias else None
-        load = torch.zeros(num_experts, device=device, dtype=torch.int64) if choice_bias else None
         self.register_buffer("choice_bias", bias_buffer)
-        self.register_buffer("load", load, persistent=False)
+        self.load = torch.zeros(num_experts, device=device, dtype=torch.int64) if choice_bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        bound = 1 / math.sqrt(self.weight.shape[1])
+        """Draw the weight from torch's generator; the biases and the load become zeros."""
+        bound = 1 / math.sqrt(self.hidden_size)
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+        if self.choice_bias is not None and self.load is not None:
+            self._keep_choice_bias_wide(self.choice_bias)
+            nn.init.zeros_(self.choice_bias)
+            self.load.zero_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        exact = self.choice_bias
+        super()._apply(fn, recurse)
+        self._keep_choice_bias_wide(exact)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._keep_choice_bias_wide(self.choice_bias)  # assign=True takes the tensor as it is
+
+    def _keep_choice_bias_wide(self, exact: Tensor | None) -> None:
+        """Undo a cast of the choice bias, with the values `exact` that it had before."""
+        if exact is not None and self.choice_bias is not None and self.choice_bias.dtype != torch.float32:
+            self.choice_bias = exact.to(device=self.choice_bias.device, dtype=torch.float32)
 
     @property
     def top_k(self) -> int:
@@ -104,6 +126,11 @@ class Router(nn.Module):
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> Routing:
         """hidden_states [T, d], token_mask [T] or None -> Routing."""
+        check_tensor("hidden_states", hidden_states, shape=("T", self.hidden_size), dtypes=FLOATS)
+        if token_mask is not None:
+            shape, device = hidden_states.shape[:-1], hidden_states.device
+            check_tensor("token_mask", token_mask, shape=shape, dtypes=MASKS, device=device)
+            hidden_states = hidden_states.masked_fill(token_mask.logical_not()[:, None], 0)  # 0 * NaN would be NaN
         routing = route_by_spec(
             self.gate(hidden_states),
             self.spec,
@@ -112,8 +139,7 @@ class Router(nn.Module):
             token_mask=token_mask,
             backend=self.backend,
         )
-        if self.load is not None and self.training and not recomputing():
-            self.load += routing.counts
+        self.count_load(routing.counts)
         return routing
 
     @torch.no_grad()
@@ -125,14 +151,16 @@ class Router(nn.Module):
         """
         if self.choice_bias is None or self.load is None:
             raise ValueError("update_choice_bias: this router was made with choice_bias=False")
+        self._keep_choice_bias_wide(self.choice_bias)  # code that casts buffers by hand
+        load = self.load_on(self.choice_bias.device)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self.load, group=group)
-        load = self.load.to(self.choice_bias.dtype)
-        self.choice_bias += rate * torch.sign(load.mean() - load)
-        self.load.zero_()
+            torch.distributed.all_reduce(load, group=group)
+        wide_load = load.float()
+        self.choice_bias += rate * torch.sign(wide_load.mean() - wide_load)
+        load.zero_()
 
     def extra_repr(self) -> str:
-        return f"hidden_size={self.weight.shape[1]}, num_experts={self.num_experts}, {self.spec}"
+        return f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, {self.spec}"
 
 
 def update_choice_biases(

@@ -18,9 +18,9 @@ from moe_triton.compat.colossalai.context.moe_context import GENERATIONS, MOE_CO
 from moe_triton.compat.colossalai.nn.layer.moe.experts import Experts, MoeExperts
 from moe_triton.compat.colossalai.nn.layer.moe.noise import NormalNoiseGenerator, UniformNoiseGenerator
 from moe_triton.compat.colossalai.nn.layer.moe.routers import MoeRouter, Top1Router, Top2Router
-from moe_triton.layers.router import recomputing
 from moe_triton.records import Routing
 from moe_triton.reference import wide
+from moe_triton.runtime import recomputing
 
 NOISY_POLICIES = (None, "Jitter", "Gaussian")
 

@@ -1,0 +1,31 @@
+"""The count of what the experts were asked for, which the balancing of the load is computed from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moe_triton.runtime import recomputing
+
+
+class CountsLoad(nn.Module):
+    """Counts in `load` [E] int64 the assignments that each expert was asked for in training; None: nothing is counted.
+
+    `load` is not a buffer. It differs from rank to rank until it is summed, so DistributedDataParallel must not replace
+    it by rank 0's; and neither `to_empty` nor an average of models has to do with it. It is on the device of what was
+    counted last.
+    """
+
+    load: Tensor | None
+
+    def count_load(self, counts: Tensor) -> None:
+        """Add counts [E], in training only, and not again when activation checkpointing repeats a forward."""
+        if self.load is not None and self.training and not recomputing():
+            self.load_on(counts.device).add_(counts)
+
+    def load_on(self, device: torch.device) -> Tensor:
+        """Move `load` to a device; from the meta device, where it has no values, it comes as zeros."""
+        assert self.load is not None
+        if self.load.device != device:
+            self.load = torch.zeros_like(self.load, device=device) if self.load.is_meta else self.load.to(device)
+        return self.load
