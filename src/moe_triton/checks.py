@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
+MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def check_tensor(
@@ -30,6 +31,8 @@ def check_tensor(
         if not fits:
             wanted = ", ".join(str(w) for w in shape)
             raise ValueError(f"{name}: got shape {list(value.shape)}, wanted [{wanted}]")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: got layout {value.layout}, wanted {torch.strided}")
     if dtypes is not None and value.dtype not in (allowed := tuple(dtypes)):
         raise TypeError(f"{name}: got dtype {value.dtype}, wanted {' or '.join(str(d) for d in allowed)}")
     if device is not None and value.device != device:
@@ -53,6 +56,8 @@ def check_int(name: str, value: object, *, low: int, high: int | None = None) ->
 def check_number(name: str, value: object, *, above: float | None = None, low: float | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {value!r}, wanted a number")
-    if not math.isfinite(value) or (above is not None and value <= above) or (low is not None and value < low):
-        wanted = "finite" if above is None and low is None else f"> {above}" if above is not None else f">= {low}"
-        raise ValueError(f"{name}: got {value}, wanted a number {wanted}")
+    # Not math.isfinite: torch.compile cannot trace it on a symbolic float, and an int may be beyond every float.
+    is_finite = -sys.float_info.max <= value <= sys.float_info.max
+    if not is_finite or (above is not None and value <= above) or (low is not None and value < low):
+        wanted = "" if above is None and low is None else f" > {above}" if above is not None else f" >= {low}"
+        raise ValueError(f"{name}: got {value}, wanted a finite number{wanted}")

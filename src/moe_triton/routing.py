@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_triton import reference, runtime
 from moe_triton.autograd.routing import run_route
-from moe_triton.checks import FLOATS, check_choice, check_int, check_number, check_tensor
+from moe_triton.checks import FLOATS, MASKS, check_choice, check_int, check_number, check_tensor
 from moe_triton.records import GROUP_SCORES, SCORES, RouterSpec, Routing
 
 
@@ -28,6 +28,7 @@ def router_spec(
     group_score: str = "max",
 ) -> RouterSpec:
     """The checked record of a router's options; see `route` for their meaning."""
+    check_int("num_experts", num_experts, low=1)
     check_int("top_k", top_k, low=1, high=num_experts)
     check_choice("score", score, SCORES)
     check_number("scale", scale)
@@ -92,7 +93,8 @@ def route(
             equal groups of consecutive experts, ranked by their "max" (DeepSeek-V2) or "top2_sum" (DeepSeek-V3) score.
             top_groups None: all of them.
         noise: [T, E] added to the logits for the choice only, or "gumbel" to draw it from torch's generator.
-        token_mask: [T] bool or integer; tokens where it is 0 get expert -1 and weight 0 and count nowhere.
+        token_mask: [T] bool or integer; tokens where it is 0 get expert -1 and weight 0 and count nowhere. An additive
+            float mask (0 and -inf) is refused, since it says the opposite.
         backend: "auto", "triton", "torch" or "reference".
 
     Returns:
@@ -137,7 +139,7 @@ def route_by_spec(
         check_tensor("noise", noise, shape=(num_tokens, num_experts), dtypes=FLOATS, device=logits.device)
         noise = noise.detach()
     if token_mask is not None:
-        check_tensor("token_mask", token_mask, shape=(num_tokens,), device=logits.device)
+        check_tensor("token_mask", token_mask, shape=(num_tokens,), dtypes=MASKS, device=logits.device)
         token_mask = token_mask.bool()
     name = runtime.choose(backend, logits.device, logits.dtype).name
     if name == "reference":

@@ -18,7 +18,7 @@ from moe_triton.distributed.expert_parallel import ExpertParallel
 from moe_triton.layers.experts import Experts, FeedForward
 from moe_triton.layers.router import Router
 from moe_triton.records import PRIORITIES, Routing
-from moe_triton.runtime import BACKENDS, never_compiled
+from moe_triton.runtime import BACKENDS, autocast_dtype, never_compiled, without_autocast
 
 
 class MoEOutput(NamedTuple):
@@ -195,7 +195,7 @@ class MoE(nn.Module):
         if hidden_states.dim() < 1 or hidden_states.shape[-1] != self.hidden_size:
             raise ValueError(f"hidden_states: got shape {list(hidden_states.shape)}, wanted [..., {self.hidden_size}]")
         dtype = self.experts.gate_up_proj.dtype
-        if hidden_states.dtype != dtype and not torch.is_autocast_enabled(hidden_states.device.type):
+        if hidden_states.dtype != dtype and autocast_dtype(hidden_states.device) is None:
             raise TypeError(f"hidden_states: got dtype {hidden_states.dtype}, wanted {dtype}, the layer's own")
         x = hidden_states.reshape(-1, self.hidden_size)
         if token_mask is not None:
@@ -241,8 +241,8 @@ class MoE(nn.Module):
 
     def _shared_expert_of(self, x: Tensor, found: list[Tensor]) -> Callable[[], None]:
         """Puts the shared expert's output into `found`, under the modes that hold now, wherever it is called."""
-        grad, device = torch.is_grad_enabled(), x.device.type
-        autocast = torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        grad, dtype = torch.is_grad_enabled(), autocast_dtype(x.device)
+        autocast = without_autocast(x.device) if dtype is None else torch.autocast(x.device.type, dtype)
 
         def run() -> None:
             with torch.set_grad_enabled(grad), autocast:
