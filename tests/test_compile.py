@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compare import assert_close
+from torch._dynamo.backends.registry import lookup_backend
 
 import moe_triton
 from moe_triton import MoE, Router
@@ -56,6 +58,67 @@ def test_no_recompilation_when_only_the_token_count_changes():
             x = torch.randn(num_tokens, 16)
             assert torch.equal(compiled(x).output, layer(x).output)
     assert len(seen) == 1
+
+
+FACTORS = (1.5, 1.25, 1.0, 0.5, 0.3, 2.0, 1.1, 0.7, 0.9, 1.7, 3.0, 0.1)  # more than dynamo's limit of 8 recompilations
+
+
+@pytest.mark.parametrize(("backend", "dynamic"), [("aot_eager", True), ("aot_eager", None), ("inductor", None)])
+def test_a_capacity_factor_on_a_schedule_is_compiled_once_more_at_most(backend, dynamic):
+    torch.compiler.reset()
+    layer = MoE(16, 12, 8, 2, capacity_factor=1.5, min_capacity=0, backend="torch")
+    seen = []
+
+    def count(graph, inputs):
+        seen.append(graph)
+        return lookup_backend(backend)(graph, inputs)
+
+    compiled = torch.compile(layer, fullgraph=True, backend=count, dynamic=dynamic)
+    for step, factor in enumerate(FACTORS):
+        layer.capacity_factor = factor
+        x = torch.randn(9 + step, 16, requires_grad=True)
+        out, want = compiled(x), layer(x)
+        assert torch.equal(out.expert_counts, want.expert_counts)
+        assert_close(out.output, want.output)
+        (got_grad,) = torch.autograd.grad(out.output.sum(), x)
+        assert_close(got_grad, torch.autograd.grad(want.output.sum(), x)[0])
+    assert len(seen) == 2  # for a constant factor, an attribute as any other at first, and for a symbolic one
+
+
+def test_the_capacity_is_exact_where_the_factor_is_symbolic():
+    torch.compiler.reset()
+    factors = (1.1, 1.05, 0.1 + 0.2, 3, 1e19, 1e300, 5e-324)
+    experts = torch.zeros(20, 1, dtype=torch.int32)
+
+    def kept(factor, num_tokens):
+        return moe_triton.dispatch(experts, 1, capacity=moe_triton.expert_capacity(num_tokens, 1, 1, factor)).offsets
+
+    compiled = torch.compile(kept, fullgraph=True, backend="aot_eager", dynamic=True)
+    for factor in factors:
+        for num_tokens in (10, 17):
+            assert torch.equal(compiled(factor, num_tokens), kept(factor, num_tokens)), (factor, num_tokens)
+    assert compiled(1.1, 10)[-1] == 11  # eleven tenths of ten, not twelve
+
+
+def test_a_varying_scale():
+    torch.compiler.reset()
+    seen = []
+
+    def count(graph, inputs):
+        seen.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    def weights(logits, scale):
+        return moe_triton.route(logits, 2, scale=scale, backend="torch").weights
+
+    compiled = torch.compile(weights, fullgraph=True, backend=count)
+    for scale in FACTORS:
+        logits = torch.randn(5, 8, requires_grad=True)
+        got, want = compiled(logits, scale), weights(logits, scale)
+        assert torch.equal(got, want)
+        outer = torch.randn(5, 2)
+        assert torch.equal(*(torch.autograd.grad(out, logits, outer)[0] for out in (got, want)))
+    assert len(seen) == 2
 
 
 OPTIONS = ["softmax", True, 1.0, 1, 1, "max"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import pytest
 import torch
 from compare import assert_close
@@ -129,8 +132,21 @@ def test_bad_arguments_are_named(arguments, error, message):
         moe_triton.dispatch(**({"experts": torch.zeros(4, 2, dtype=torch.int64), "num_experts": 3} | arguments))
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("factor", [1e18, 1e19, 1e300])
+def test_a_capacity_beyond_int64_keeps_all(backend, factor):
+    experts = torch.randint(0, 3, (7, 2))
+    capacity = moe_triton.expert_capacity(7, 3, 2, factor)
+    assert capacity == math.ceil(Fraction(str(factor)) * 14 / 3)
+    for priority in ("position", "choice", "random"):
+        got = moe_triton.dispatch(experts, 3, capacity=capacity, priority=priority, backend=backend)
+        assert_same(got, moe_triton.dispatch(experts, 3, backend=backend))
+
+
 @pytest.mark.parametrize(
-    ("factor", "error"), [(0, ValueError), (-1.0, ValueError), (float("inf"), ValueError), ("1", TypeError)]
+    ("factor", "error"),
+    [(0, ValueError), (-1.0, ValueError), (float("inf"), ValueError), (10**309, ValueError), ("1", TypeError)],
+    ids=lambda value: str(value)[:9],
 )
 def test_bad_capacity_factor_is_named(factor, error):
     with pytest.raises(error, match="capacity_factor"):

@@ -157,6 +157,42 @@ def test_sequences_equal_stacked_and_nothing_is_copied(backend):
             assert torch.equal(tensor.grad, stacked[name].grad[e]), (name, e)
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_a_parameter_list_is_a_sequence(backend):
+    x, experts, weights, parameters = make_case(bias=True)
+    want = moe_triton.moe_mlp(x, experts, weights, backend=backend, **parameters)
+    lists = {name: torch.nn.ParameterList(list(p)) for name, p in parameters.items()}
+    out = moe_triton.moe_mlp(x, experts, weights, backend=backend, **lists)
+    assert torch.equal(out, want)
+    out.sum().backward()
+    assert all(p.grad is not None for group in lists.values() for p in group[:-1])
+
+
+@pytest.mark.parametrize("frozen", [0, 2])
+@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj", "gate_up_bias", "down_bias"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sequence_with_one_frozen_expert(backend, name, frozen):
+    x, experts, weights, parameters = make_case(bias=True)
+    stacked = leaves(x, weights, parameters)
+    moe_triton.moe_mlp(top_k_index=experts, backend=backend, **stacked).square().sum().backward()
+    apart = {key: list(p) for key, p in parameters.items()}
+    apart[name] = [w.clone().requires_grad_(e != frozen) for e, w in enumerate(parameters[name])]
+    moe_triton.moe_mlp(x, experts, weights, backend=backend, **apart).square().sum().backward()
+    for e, tensor in enumerate(apart[name]):
+        if e == frozen:
+            assert tensor.grad is None
+        else:
+            assert torch.equal(tensor.grad, stacked[name].grad[e]), e
+
+
+@pytest.mark.parametrize("sizes", [{"width": 0}, {"inner": 0}, {"width": 0, "inner": 0}], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sizes_of_zero(backend, bias, sizes):
+    """An empty sum is zero, so that with n = 0 only the down projection's bias is left."""
+    compare_with_reference(make_case(bias=bias, **sizes), backend)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_same_bits_with_and_without_autograd_and_twice(backend):
     x, experts, weights, parameters = make_case(bias=True)
@@ -282,6 +318,18 @@ UP, DOWN = torch.zeros(3, 10, 6), torch.zeros(3, 6, 5)
         ({"gate_up_proj": UP[:, :9]}, ValueError, "gate_up_proj: got 9 rows of gate and up, wanted an even number"),
         ({"gate_up_proj": UP[:, :, :5]}, ValueError, r"gate_up_proj: got shape \[3, 10, 5\], wanted \[3, 10, 6\]"),
         ({"gate_up_proj": UP.half()}, TypeError, "gate_up_proj: got dtype torch.float16, wanted torch.float32"),
+        ({"gate_up_proj": None}, TypeError, "gate_up_proj: got NoneType, wanted a Tensor or a sequence of tensors"),
+        ({"gate_up_proj": (w for w in UP)}, TypeError, "gate_up_proj: got generator, wanted a Tensor or a sequence"),
+        ({"gate_up_proj": torch.tensor(1.0)}, ValueError, "gate_up_proj: got a scalar"),
+        ({"gate_up_proj": [None] * 3}, ValueError, "gate_up_proj: wanted"),
+        ({"down_proj": None}, TypeError, "down_proj: got NoneType, wanted a Tensor or a sequence of tensors"),
+        (
+            {"down_proj": (w for w in DOWN)},
+            TypeError,
+            "down_proj: got generator, wanted a Tensor or a sequence of tensors",
+        ),
+        ({"down_bias": (w for w in DOWN[:, :, 0])}, TypeError, "down_bias: got generator, wanted a Tensor"),
+        ({"hidden_states": X.to_sparse()}, TypeError, "hidden_states: got layout torch.sparse_coo"),
         ({"gate_up_proj": []}, ValueError, "gate_up_proj: got no expert"),
         ({"gate_up_proj": [UP[0], UP[1], UP[2, :8]]}, ValueError, r"gate_up_proj\[2\]: got shape \[8, 6\]"),
         ({"down_proj": DOWN[:2]}, ValueError, r"down_proj: got shape \[2, 6, 5\], wanted \[3, 6, 5\]"),

@@ -103,6 +103,31 @@ def test_bad_numbers_give_distinct_experts_in_range(backend):
     assert (got.sort(-1).values == torch.arange(8)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_masks_of_bools_and_integers_say_the_same(dtype):
+    logits, mask = torch.randn(6, 8), torch.tensor([1, 0, 1, 1, 0, 1])
+    got = moe_triton.route(logits, 2, token_mask=mask.to(dtype))
+    assert (got.experts[:, 0] < 0).tolist() == (mask == 0).tolist()
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "topk_softmax"])
+def test_scores_that_all_underflow_give_finite_weights_and_gradients(backend, score):
+    """sigmoid(-200) is 0 in fp32: its normalisation divides zero by the small number that keeps it finite."""
+    logits = torch.full((3, 8), -200.0, requires_grad=True)
+    got = moe_triton.route(logits, 2, score=score, normalize=True, scale=2.0, backend=backend)
+    assert got.weights.tolist() == [[0.0 if score == "sigmoid" else 1.0] * 2] * 3
+    share = 0.0 if score == "sigmoid" else 3 / 8
+    assert_close(got.score_sums, torch.full((8,), share))
+    loss = (got.weights * torch.tensor([1.0, 2.0])).sum() + (got.score_sums * torch.arange(8)).sum()
+    loss.backward()
+    assert torch.isfinite(logits.grad).all()
+    if score == "sigmoid":
+        assert (logits.grad == 0).all()
+    else:
+        assert logits.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_narrow_logits_are_computed_in_fp32(backend, dtype):
@@ -160,6 +185,19 @@ def test_gumbel_noise_samples_the_softmax():
         ({"token_mask": torch.ones(5)}, ValueError, r"token_mask: got shape \[5\], wanted \[4\]"),
         ({"token_mask": torch.zeros(4)}, TypeError, r"token_mask: got dtype torch.float32, wanted torch.bool or"),
         ({"token_mask": [1, 1, 1, 1]}, TypeError, "token_mask: got list, wanted a Tensor"),
+        (
+            {"token_mask": torch.tensor([0.0, 0.0, float("-inf"), 0.0])},
+            TypeError,
+            "token_mask: got dtype torch.float32",
+        ),
+        ({"token_mask": torch.ones(4).half()}, TypeError, "token_mask: got dtype torch.float16, wanted torch.bool or"),
+        ({"scale": 10**309}, ValueError, "scale: got 1000"),
+        ({"logits": torch.zeros(4, 0)}, ValueError, "num_experts: got 0, wanted at least 1"),
+        (
+            {"logits": torch.zeros(4, 8).to_sparse()},
+            TypeError,
+            "logits: got layout torch.sparse_coo, wanted torch.strided",
+        ),
         ({"scale": float("nan")}, ValueError, "scale: got nan"),
         ({"backend": "cuda"}, ValueError, "backend: got 'cuda', wanted one of auto, triton, torch, reference"),
         ({"logits": torch.zeros(4, 8, dtype=torch.int64)}, TypeError, "logits: got dtype torch.int64"),

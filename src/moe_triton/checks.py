@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -33,6 +34,8 @@ def check_tensor(
         if not fits:
             wanted = ", ".join(str(w) for w in shape)
             raise ValueError(f"{name}: got shape {list(value.shape)}, wanted [{wanted}]")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: got layout {value.layout}, wanted {torch.strided}")
     if dtypes is not None and value.dtype not in (allowed := tuple(dtypes)):
         raise TypeError(f"{name}: got dtype {value.dtype}, wanted {' or '.join(str(d) for d in allowed)}")
     if device is not None and value.device != device:
@@ -61,6 +64,8 @@ def check_threads(name: str, value: object) -> None:
 def check_number(name: str, value: object, *, above: float | None = None, low: float | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {value!r}, wanted a number")
-    if not math.isfinite(value) or (above is not None and value <= above) or (low is not None and value < low):
-        wanted = "finite" if above is None and low is None else f"> {above}" if above is not None else f">= {low}"
-        raise ValueError(f"{name}: got {value}, wanted a number {wanted}")
+    # Not math.isfinite: torch.compile cannot trace it on a symbolic float, and an int may be beyond every float.
+    is_finite = -sys.float_info.max <= value <= sys.float_info.max
+    if not is_finite or (above is not None and value <= above) or (low is not None and value < low):
+        wanted = "" if above is None and low is None else f" > {above}" if above is not None else f" >= {low}"
+        raise ValueError(f"{name}: got {value}, wanted a finite number{wanted}")

@@ -6,11 +6,13 @@ Definition: `moe_triton.reference.dispatch`.
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_triton import reference, runtime
+from moe_triton.autograd.transforms import call_per_sample, has_no_data, is_transforming
 from moe_triton.checks import FLOATS, INTEGERS, check_choice, check_int, check_number, check_tensor
 from moe_triton.records import PRIORITIES, Dispatch
 
@@ -25,9 +27,37 @@ def expert_capacity(
     """
     check_number("capacity_factor", capacity_factor, above=0)
     check_int("min_capacity", min_capacity, low=0)
-    factor = Fraction(str(float(capacity_factor)))
+    if _is_symbolic(capacity_factor):
+        # a float argument of an op is a constant of its graph; as a tensor the factor may change between steps
+        factor = torch.ones((), dtype=torch.float64) * capacity_factor
+        return _capacity_op(factor, num_tokens, num_experts, top_k, min_capacity)
+    return _exact_capacity(capacity_factor, num_tokens, num_experts, top_k, min_capacity)
+
+
+def _exact_capacity(capacity_factor: float, num_tokens: int, num_experts: int, top_k: int, min_capacity: int) -> int:
+    factor = Fraction(capacity_factor) if isinstance(capacity_factor, int) else Fraction(str(float(capacity_factor)))
     exact = -(-(factor.numerator * top_k * num_tokens) // (factor.denominator * num_experts))
     return max(min_capacity, exact)
+
+
+def _is_symbolic(number: float) -> bool:
+    """Return whether torch.compile keeps this number out of its guards, so that its value is unknown here."""
+    if not torch.compiler.is_compiling():
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # the compiler's; it takes seconds to import
+
+    return not has_static_value(number)
+
+
+@torch.library.custom_op("moe_triton::expert_capacity", mutates_args=())
+def _capacity_op(factor: Tensor, num_tokens: int, num_experts: int, top_k: int, min_capacity: int) -> int:
+    capacity = _exact_capacity(factor.item(), num_tokens, num_experts, top_k, min_capacity)
+    return min(capacity, 2**63 - 1)  # an op returns an int64; no expert can get as many assignments
+
+
+@_capacity_op.register_fake
+def _(factor: Tensor, *rest: object) -> torch.SymInt:
+    return torch.library.get_ctx().new_dynamic_size()
 
 
 def dispatch(
@@ -70,6 +100,7 @@ def dispatch(
         raise ValueError(f"capacity_groups: got {capacity_groups}, wanted a divisor of the {experts.shape[0]} tokens")
     if capacity is not None:
         check_int("capacity", capacity, low=0)
+        capacity = min(capacity, experts.numel())  # keeps as much as any larger one, which may not fit an int64
     if experts.numel() >= 2**31:
         raise ValueError(f"experts: got {experts.numel()} assignments, wanted fewer than 2**31")
 
@@ -87,7 +118,8 @@ def dispatch(
         return reference.dispatch(
             experts, num_experts, capacity=capacity, capacity_groups=capacity_groups, by_choice=by_choice, keys=keys
         )
-    run = _dispatch_op if torch.compiler.is_compiling() else _build
+    as_op = torch.compiler.is_compiling() or has_no_data(experts) or is_transforming()
+    run = _dispatch_op if as_op else _build
     counts, offsets, source, position = run(experts, num_experts, capacity, capacity_groups, by_choice, keys, name)
     return Dispatch(counts=counts, offsets=offsets, source=source, position=position)
 
@@ -108,6 +140,11 @@ def _build(
 
 
 _dispatch_op = torch.library.custom_op("moe_triton::dispatch", _build, mutates_args=())
+
+
+@_dispatch_op.register_vmap
+def _(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    return call_per_sample(_dispatch_op, info, in_dims, args)
 
 
 @_dispatch_op.register_fake

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_triton import reference, runtime
 from moe_triton.autograd.experts import Weights, run_experts_under_autograd
@@ -66,7 +66,7 @@ def moe_mlp(
     num_tokens = hidden_states.shape[0]
     device = hidden_states.device
     check_tensor("top_k_index", top_k_index, shape=(num_tokens, "K"), dtypes=INTEGERS, device=device)
-    num_experts = len(gate_up_proj)
+    num_experts = count_experts("gate_up_proj", gate_up_proj)
     if num_experts == 0:
         raise ValueError("gate_up_proj: got no expert, wanted at least one")
     parameters = (gate_up_proj, down_proj, gate_up_bias, down_bias)
@@ -107,7 +107,7 @@ def _compute(
     device, dtype = hidden_states.device, hidden_states.dtype
     hidden_states, top_k_weights, parameters = in_autocast_dtype(hidden_states, top_k_weights, parameters)
     name = runtime.choose(backend, device, hidden_states.dtype).name
-    with torch.autocast(device.type, enabled=False):
+    with runtime.without_autocast(device):
         if name == "reference":
             out = reference.moe_mlp(hidden_states, top_k_weights, plan, *parameters, spec)
         else:
@@ -119,10 +119,9 @@ def in_autocast_dtype(
     hidden_states: Tensor, top_k_weights: Tensor, parameters: Parameters
 ) -> tuple[Tensor, Tensor, Parameters]:
     """What the products compute with: under autocast its dtype, and the router weights in fp32."""
-    device = hidden_states.device.type
-    if not torch.is_autocast_enabled(device):
+    compute = runtime.autocast_dtype(hidden_states.device)
+    if compute is None:
         return hidden_states, top_k_weights, parameters
-    compute = torch.get_autocast_dtype(device)
     gate_up, down, gate_up_bias, down_bias = (_cast(x, compute) for x in parameters)
     return hidden_states.to(compute), top_k_weights.float(), (gate_up, down, gate_up_bias, down_bias)
 
@@ -146,14 +145,14 @@ def _check(
     check_choice("activation", spec.activation, ACTIVATIONS)
     num_tokens, width = check_tensor("hidden_states", hidden_states, shape=("T", "d"), dtypes=FLOATS).shape
     dtype, device = hidden_states.dtype, hidden_states.device
-    autocast = torch.is_autocast_enabled(device.type)
-    runtime.choose(backend, device, torch.get_autocast_dtype(device.type) if autocast else dtype)
-    dtypes = FLOATS if autocast else (dtype,)
-    weight_dtypes = dtypes if dtype == torch.float64 else (*dtypes, torch.float32)
+    compute = runtime.autocast_dtype(device)
+    runtime.choose(backend, device, compute or dtype)
+    dtypes = FLOATS if compute is not None else (dtype,)
+    weight_dtypes = dtypes if dtype in (torch.float32, torch.float64) else (*dtypes, torch.float32)
     check_tensor("top_k_weights", top_k_weights, shape=(num_tokens, top_k), dtypes=weight_dtypes, device=device)
 
     gate_up_proj, down_proj, gate_up_bias, down_bias = parameters
-    first = gate_up_proj[0] if len(gate_up_proj) else None
+    first = gate_up_proj[0] if count_experts("gate_up_proj", gate_up_proj) else None
     if not isinstance(first, Tensor) or first.dim() != 2:
         raise ValueError("gate_up_proj: wanted [E, 2n, d], or a sequence of E matrices")
     rows = first.shape[1 if spec.is_transposed else 0]
@@ -171,6 +170,15 @@ def _check(
         check_expert_tensors("down_bias", down_bias, num_experts, (width,), dtypes, device)
 
 
+def count_experts(name: str, value: object) -> int:
+    """Return the number of experts in a stacked tensor, or in a sequence of one tensor per expert."""
+    if not isinstance(value, (Tensor, Sequence, nn.ParameterList)):
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted a Tensor or a sequence of tensors")
+    if isinstance(value, Tensor) and value.dim() == 0:
+        raise ValueError(f"{name}: got a scalar, wanted [E, ...]")
+    return len(value)
+
+
 def check_expert_tensors(
     name: str,
     value: Weights,
@@ -183,9 +191,8 @@ def check_expert_tensors(
     if isinstance(value, Tensor):
         check_tensor(name, value, shape=(num_experts, *shape), dtypes=dtypes, device=device)
         return
-    if not isinstance(value, Sequence):
-        raise TypeError(f"{name}: got {type(value).__name__}, wanted a Tensor or a sequence of tensors")
-    if len(value) != num_experts:
-        raise ValueError(f"{name}: got {len(value)} tensors, wanted {num_experts}, one per expert")
+    count = count_experts(name, value)
+    if count != num_experts:
+        raise ValueError(f"{name}: got {count} tensors, wanted {num_experts}, one per expert")
     for e, tensor in enumerate(value):
         check_tensor(f"{name}[{e}]", tensor, shape=shape, dtypes=dtypes, device=device)

@@ -28,6 +28,7 @@ def router_spec(
     group_score: str = "max",
 ) -> RouterSpec:
     """The checked record of a router's options; see `route` for their meaning."""
+    check_int("num_experts", num_experts, low=1)
     check_int("top_k", top_k, low=1, high=num_experts)
     check_choice("score", score, SCORES)
     check_number("scale", scale)

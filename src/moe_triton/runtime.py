@@ -82,9 +82,11 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> Choice:
     """Resolve `backend` for tensors of this device and dtype.
 
     Raises ValueError for an unknown name, TypeError for "triton" with float64, RuntimeError for "triton" where the
-    kernels cannot run (no supported GPU and no interpreter).
+    kernels cannot run (no supported GPU and no interpreter) and for "reference" on the meta device.
     """
     check_choice("backend", backend, BACKENDS)
+    if backend == "reference" and device.type == "meta":
+        raise RuntimeError("backend: got 'reference' for tensors on the meta device, wanted 'torch'")
     if backend in ("torch", "reference"):
         return Choice(backend, "asked for")
     if backend == "auto" and dtype == torch.float64:
@@ -111,12 +113,24 @@ def check_usable(backend: str, device: torch.device, dtype: torch.dtype) -> None
         load("triton", "tables").user_table()
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast computes with on this device; None where autocast is off, or does not exist (meta)."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """`torch.autocast(enabled=False)`, also for the meta device, which torch's refuses."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 @contextlib.contextmanager
 def plain_maths(tensor: torch.Tensor) -> Iterator[None]:
     """What an implementation runs under: no autograd, no autocast, and the tensor's GPU as the current one."""
     with (
         torch.no_grad(),
-        torch.autocast(tensor.device.type, enabled=False),
+        without_autocast(tensor.device),
         torch.cuda.device_of(tensor),
     ):
         yield

@@ -7,7 +7,7 @@ Groups of differentiable inputs, in this order everywhere: hidden, weights, gate
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_triton import runtime
+from moe_triton.autograd.transforms import (
+    TransformedGradient,
+    call_per_sample,
+    has_no_data,
+    is_transforming,
+    refuse_jvp,
+)
 from moe_triton.records import Dispatch, ExpertSpec
 
 Weights = Tensor | Sequence[Tensor]
@@ -41,10 +48,12 @@ def run_experts_under_autograd(
     layout = [spec.is_transposed, spec.is_concatenated]
     if torch.compiler.is_compiling():
         return _experts_op(hidden, weights, index, *groups, spec.activation, layout, backend, keep)[0]
-    if not training:
+    transforming = is_transforming()
+    if not training and not transforming:
         return _forward(hidden, weights, index, groups, spec, backend, False)[0]
-    sizes = [len(group) for group in groups]
-    return _Experts.apply(hidden, weights, *index, spec, backend, keep, sizes, *flat)
+    sizes = tuple(len(group) for group in groups)
+    function = _TransformedExperts if transforming else _Experts
+    return function.apply(hidden, weights, *index, spec, backend, keep, sizes, *flat)[0]
 
 
 def _flat(value: Weights | None) -> list[Tensor]:
@@ -81,6 +90,9 @@ def _forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output [T, d], and the pre-activation [S, 2n or n] for backward: of size 0 when it is not kept."""
+    if has_no_data(hidden):
+        layout = [spec.is_transposed, spec.is_concatenated]
+        return _experts_op(hidden, weights, index, *groups, spec.activation, layout, backend, keep)
     with runtime.plain_maths(hidden):
         return runtime.load(backend, "experts").experts_forward(
             hidden.contiguous(), weights.contiguous(), *index, *_parameters(groups), spec, keep
@@ -99,6 +111,9 @@ def _backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """One gradient per differentiable input, in order; an empty tensor for every input of a group not needed."""
+    if has_no_data(hidden):
+        options = (spec.activation, [spec.is_transposed, spec.is_concatenated], backend, needs)
+        return _experts_backward_op(grad_out, hidden, preactivation, weights, index, *groups, *options)
     with runtime.plain_maths(hidden):
         grads = runtime.load(backend, "experts").experts_backward(
             grad_out.contiguous(),
@@ -120,35 +135,71 @@ class _Experts(torch.autograd.Function):
     """The eager path: it goes round the torch.library boundary, which costs tens of microseconds a call."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weights: Tensor,
-        offsets: Tensor,
-        source: Tensor,
-        position: Tensor,
-        spec: ExpertSpec,
-        backend: str,
-        keep: bool,
-        sizes: list[int],
-        *flat: Tensor,
-    ) -> Tensor:
-        index = (offsets, source, position)
-        out, preactivation = _forward(hidden, weights, index, _split(flat, sizes), spec, backend, keep)
-        ctx.save_for_backward(hidden, preactivation, weights, *index, *flat)
-        ctx.spec, ctx.backend, ctx.sizes = spec, backend, sizes
-        return out
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _run(*inputs)
+        _save(ctx, inputs, output)
+        return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, preactivation, weights, *rest = ctx.saved_tensors
-        index, groups = rest[:3], _split(rest[3:], ctx.sizes)
-        wanted = ctx.needs_input_grad[:2] + ctx.needs_input_grad[9:]
-        needs = [any(group) for group in _split(wanted, (1, 1, *ctx.sizes))]
-        out = _backward(grads[0], hidden, preactivation, weights, index, groups, ctx.spec, ctx.backend, needs)
-        found = [grad if want else None for grad, want in zip(out, wanted, strict=True)]
-        return (*found[:2], *(None,) * 7, *found[2:])
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _differentiate(ctx, grads[0], lambda gradient, *tensors: gradient(*tensors))
+
+
+def _run(
+    hidden: Tensor,
+    weights: Tensor,
+    offsets: Tensor,
+    source: Tensor,
+    position: Tensor,
+    spec: ExpertSpec,
+    backend: str,
+    keep: bool,
+    sizes: tuple[int, ...],
+    *flat: Tensor,
+) -> tuple[Tensor, Tensor]:
+    return _forward(hidden, weights, (offsets, source, position), _split(flat, sizes), spec, backend, keep)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    hidden, weights, offsets, source, position, ctx.spec, ctx.backend, _, ctx.sizes, *flat = inputs
+    preactivation = output[1]
+    ctx.mark_non_differentiable(preactivation)
+    ctx.set_materialize_grads(False)  # the pre-activation's would be zeros of its size
+    ctx.save_for_backward(hidden, preactivation, weights, offsets, source, position, *flat)
+
+
+def _differentiate(ctx: Any, grad_out: Tensor | None, call: Callable[..., Any]) -> tuple[Tensor | None, ...]:
+    """One gradient per input of `_run`; `call` runs a function of tensors."""
+    if grad_out is None:
+        return (None,) * len(ctx.needs_input_grad)
+    sizes, spec, backend = ctx.sizes, ctx.spec, ctx.backend
+    wanted = ctx.needs_input_grad[:2] + ctx.needs_input_grad[9:]
+    needs = [any(group) for group in _split(wanted, (1, 1, *sizes))]
+
+    def gradient(grad_out: Tensor, hidden: Tensor, preactivation: Tensor, weights: Tensor, *rest: Tensor) -> Any:
+        index, groups = rest[:3], _split(rest[3:], sizes)
+        return tuple(_backward(grad_out, hidden, preactivation, weights, index, groups, spec, backend, needs))
+
+    out = call(gradient, grad_out, *ctx.saved_tensors)
+    found = [grad if want else None for grad, want in zip(out, wanted, strict=True)]
+    return (*found[:2], *(None,) * 7, *found[2:])
+
+
+class _TransformedExperts(_Experts):
+    """The same for torch.func, which wants the context set up apart from forward: tens of microseconds a call."""
+
+    forward = staticmethod(_run)  # type: ignore[assignment]
+    setup_context = staticmethod(_save)
+    jvp = refuse_jvp("moe_mlp")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        return call_per_sample(_TransformedExperts.apply, info, in_dims, args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _differentiate(ctx, grads[0], TransformedGradient.apply)
 
 
 @torch.library.custom_op("moe_triton::experts", mutates_args=())

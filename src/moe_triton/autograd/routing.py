@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +10,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_triton import runtime
+from moe_triton.autograd.transforms import (
+    TransformedGradient,
+    call_per_sample,
+    has_no_data,
+    is_transforming,
+    refuse_jvp,
+)
 from moe_triton.records import RouterSpec
 from moe_triton.reference import wide
 
@@ -23,8 +31,12 @@ def run_route(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(weights, score_sums, z_sum, experts, counts), the first three differentiable in the logits."""
     if torch.compiler.is_compiling():
-        return _route_op(logits, choice_bias, noise, token_mask, *_fields(spec), backend)
-    return _Route.apply(logits, choice_bias, noise, token_mask, spec, backend)
+        # A float argument of an op is a constant of its graph: outside, a scale that changes compiles nothing again.
+        fields = _fields(replace(spec, scale=1.0))
+        weights, *rest = _route_op(logits, choice_bias, noise, token_mask, *fields, backend)
+        return weights * spec.scale, *rest
+    function = _TransformedRoute if is_transforming() else _Route
+    return function.apply(logits, choice_bias, noise, token_mask, spec, backend)
 
 
 def _fields(spec: RouterSpec) -> tuple[Any, ...]:
@@ -49,6 +61,8 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(weights, score_sums, z_sum, experts, counts): the differentiable ones first."""
+    if has_no_data(logits):
+        return _route_op(logits, choice_bias, noise, token_mask, *_fields(spec), backend)
     with runtime.plain_maths(logits):
         experts, weights, counts, score_sums, z_sum = runtime.load(backend, "routing").route_forward(
             logits, spec, choice_bias, noise, token_mask
@@ -65,6 +79,9 @@ def _backward(
     spec: RouterSpec,
     backend: str,
 ) -> Tensor:
+    if has_no_data(logits):
+        grads = (grad_weights, grad_score_sums, grad_z_sum)
+        return _route_backward_op(*grads, logits, experts, *_fields(spec), backend)
     with runtime.plain_maths(logits):
         return runtime.load(backend, "routing").route_backward(
             grad_weights, grad_score_sums, grad_z_sum, logits, experts, spec
@@ -75,27 +92,58 @@ class _Route(torch.autograd.Function):
     """The eager path: it goes round the torch.library boundary, which costs tens of microseconds a call."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        choice_bias: Tensor | None,
-        noise: Tensor | None,
-        token_mask: Tensor | None,
-        spec: RouterSpec,
-        name: str,
-    ) -> tuple[Tensor, ...]:
-        out = _forward(logits, spec, choice_bias, noise, token_mask, name)
-        experts, counts = out[3:]
-        ctx.mark_non_differentiable(experts, counts)
-        ctx.save_for_backward(logits, experts)
-        ctx.spec, ctx.name = spec, name
-        return out
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _run(*inputs)
+        _save(ctx, inputs, output)
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         logits, experts = ctx.saved_tensors
         grad = _backward(grads[0], grads[1], grads[2], logits, experts, ctx.spec, ctx.name)
+        return grad, None, None, None, None, None
+
+
+def _run(
+    logits: Tensor,
+    choice_bias: Tensor | None,
+    noise: Tensor | None,
+    token_mask: Tensor | None,
+    spec: RouterSpec,
+    name: str,
+) -> tuple[Tensor, ...]:
+    return _forward(logits, spec, choice_bias, noise, token_mask, name)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, _, _, _, ctx.spec, ctx.name = inputs
+    experts, counts = output[3:]
+    ctx.mark_non_differentiable(experts, counts)
+    ctx.save_for_backward(logits, experts)
+
+
+class _TransformedRoute(_Route):
+    """The same for torch.func, which wants the context set up apart from forward: tens of microseconds a call."""
+
+    forward = staticmethod(_run)  # type: ignore[assignment]
+    setup_context = staticmethod(_save)
+    jvp = refuse_jvp("route")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        return call_per_sample(_TransformedRoute.apply, info, in_dims, args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        spec, name = ctx.spec, ctx.name
+
+        def gradient(
+            grad_weights: Tensor, grad_score_sums: Tensor, grad_z_sum: Tensor, logits: Tensor, experts: Tensor
+        ) -> tuple[Tensor]:
+            return (_backward(grad_weights, grad_score_sums, grad_z_sum, logits, experts, spec, name),)
+
+        (grad,) = TransformedGradient.apply(gradient, *grads[:3], *ctx.saved_tensors)
         return grad, None, None, None, None, None
 
 

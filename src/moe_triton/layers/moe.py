@@ -18,7 +18,7 @@ from moe_triton.distributed.expert_parallel import ExpertParallel
 from moe_triton.layers.experts import Experts, FeedForward, Uncast, casts_inputs
 from moe_triton.layers.router import Router
 from moe_triton.records import PRIORITIES, Routing
-from moe_triton.runtime import BACKENDS, never_compiled
+from moe_triton.runtime import BACKENDS, autocast_dtype, never_compiled, without_autocast
 
 
 class MoEOutput(NamedTuple):
@@ -252,8 +252,8 @@ class MoE(nn.Module):
 
     def _shared_expert_of(self, x: Tensor, found: list[Tensor]) -> Callable[[], None]:
         """Puts the shared expert's output into `found`, under the modes that hold now, wherever it is called."""
-        grad, device = torch.is_grad_enabled(), x.device.type
-        autocast = torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        grad, dtype = torch.is_grad_enabled(), autocast_dtype(x.device)
+        autocast = without_autocast(x.device) if dtype is None else torch.autocast(x.device.type, dtype)
 
         def run() -> None:
             with torch.set_grad_enabled(grad), autocast:

@@ -15,6 +15,7 @@ from moe_triton.layers.load import CountsLoad
 from moe_triton.records import Routing
 from moe_triton.reference import wide
 from moe_triton.routing import route_by_spec, router_spec
+from moe_triton.runtime import without_autocast
 
 
 class Router(CountsLoad):
@@ -118,7 +119,7 @@ class Router(CountsLoad):
     def gate(self, hidden_states: Tensor) -> Tensor:
         """[T, d] -> logits [T, E] in fp32 (fp64 for fp64 parameters)."""
         dtype = wide(self.weight.dtype)
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        with without_autocast(hidden_states.device):
             x = hidden_states.to(dtype)
             if self.training and self.jitter > 0:
                 x = x * (1 + self.jitter * (2 * torch.rand_like(x) - 1))

@@ -50,7 +50,7 @@ def padded(num_rows: int, *, batched: bool = False) -> int:
 
 def product(left_mk: Tensor, right_nk: Tensor, bias_n: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """left @ right.T + bias. With `out` the result is there too; what is returned may be a copy that is in cache."""
-    if left_mk.dtype == torch.float32 and _ONEDNN_LINEAR is not None:
+    if _ONEDNN_LINEAR is not None and left_mk.dtype == torch.float32 and left_mk.numel() and right_nk.numel():
         y_mn = _ONEDNN_LINEAR(left_mk, right_nk, bias_n, "none", [], "")
         if out is not None:
             out.copy_(y_mn)

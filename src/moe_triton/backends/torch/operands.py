@@ -68,7 +68,7 @@ def sum_rows(rows: Tensor, position: Tensor, zero_row: int) -> Tensor:
 
     Row `zero_row`, which must come after all others, is set to zeros and stands in for the choices that have none.
     """
-    if position.numel() == 0:
+    if position.numel() == 0 or rows.shape[1] == 0:
         return rows.new_zeros(position.shape[0], rows.shape[1])
     rows[zero_row] = 0
     return F.embedding_bag(position.remainder(zero_row + 1), rows, mode="sum")  # -1 becomes zero_row

@@ -236,16 +236,15 @@ def experts_backward_weights(
         zeros = [zero_gradient(p) if need and p is not None else None for p, need in wanted]
         return zeros[0], zeros[1], zeros[2], zeros[3]
     hidden, grad_out, weights = hidden.contiguous(), grad_out.contiguous(), weights.contiguous()
-    top_k = problem.top_k
     grad_gate_up = grad_down = grad_gate_up_bias = grad_down_bias = None
     if need_down:  # [d, n], or [n, d] where transposed
         grad_down = weight_gradient(problem, grad_out, weighted_a, source, offsets, tokens_first=not spec.is_transposed)
     if need_gate_up:  # [2n, d], or [d, 2n] where transposed
         grad_gate_up = weight_gradient(problem, hidden, grad_h, source, offsets, tokens_first=spec.is_transposed)
     if need_gate_up_bias and gate_up_bias is not None:
-        grad_gate_up_bias = bias_grad(grad_h, source, offsets, top_k=top_k)
+        grad_gate_up_bias = bias_gradient(problem, grad_h, source, offsets)
     if need_down_bias and down_bias is not None:
-        grad_down_bias = bias_grad(grad_out, source, offsets, top_k=top_k, router_weights=weights)
+        grad_down_bias = bias_gradient(problem, grad_out, source, offsets, weights)
     return (
         as_given(grad_gate_up, gate_up_proj),
         as_given(grad_down, down_proj),
@@ -278,6 +277,15 @@ def weight_gradient(
         gather_left=tokens_first,
         config=problem.config("d_weight"),
     )
+
+
+def bias_gradient(
+    problem: Problem, values: Tensor, source: Tensor, offsets: Tensor, router_weights: Tensor | None = None
+) -> Tensor:
+    """The sum of each expert's rows, [E, ...]; the arguments are those of the kernel's `bias_grad`."""
+    if values.shape[1] == 0:  # d or n is 0: there is nothing to launch a grid for
+        return values.new_zeros(problem.num_experts, 0)
+    return bias_grad(values, source, offsets, top_k=problem.top_k, router_weights=router_weights)
 
 
 def zero_gradient(parameter: Weights) -> Weights:
