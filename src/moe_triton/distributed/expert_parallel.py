@@ -15,7 +15,7 @@ from moe_triton.checks import check_choice, check_int
 from moe_triton.distributed.channel import Channel, Listener, Telling, to_host
 from moe_triton.distributed.errors import ExpertParallelError
 from moe_triton.distributed.function import Exchanged, as_list, flatten
-from moe_triton.distributed.groups import ALONE, Group, ParallelGroups, group_from_handle, my_group
+from moe_triton.distributed.groups import ALONE, Group, ParallelGroups, group_from_handle, group_of_one, my_group
 from moe_triton.distributed.stages import Exchange, LocalExperts, Parameters, Planner, Stage
 from moe_triton.distributed.tensor_parallel import gather_tokens, slice_tokens
 from moe_triton.distributed.transport import (
@@ -100,11 +100,12 @@ class ExpertParallel:
         self.always_exchange = always_exchange
         check_int("redundant_experts", redundant_experts, low=0)
         self.redundant_experts, self.ranks_per_node = redundant_experts, ranks_per_node
-        self.ep, self.edp, self.etp, self.tp, self.data = _groups(group_or_mesh)
-        self.between_nodes, self.in_node = ALONE, self.ep
+        alone = _alone(group_or_mesh)
+        self.ep, self.edp, self.etp, self.tp, self.data = _groups(group_or_mesh, alone)
+        self.between_nodes, self.in_node = alone, self.ep
         if ranks_per_node is not None:
             self.between_nodes, self.in_node = _two_levels(
-                self.ep, _all_ep_groups(group_or_mesh, self.ep), ranks_per_node, mode
+                self.ep, _all_ep_groups(group_or_mesh, self.ep), ranks_per_node, mode, alone
             )
         self.num_layers = 0
         self._overflows: list[tuple[str, Callable[[], list[list[int]]]]] = []
@@ -376,27 +377,36 @@ def _product(sizes: Any) -> int:
     return total
 
 
-def _groups(given: object) -> tuple[Group, Group, Group, Group, tuple[Group, ...]]:
+def _alone(given: object) -> Group:
+    """The group of this rank only, for the kinds that nobody shares."""
+    if isinstance(given, ParallelGroups):
+        return given.alone
+    if not (dist.is_available() and dist.is_initialized()):
+        return ALONE
+    return group_of_one(given.mesh if isinstance(given, DeviceMesh) else None)
+
+
+def _groups(given: object, alone: Group) -> tuple[Group, Group, Group, Group, tuple[Group, ...]]:
     """(ep, edp, etp, tp, the groups over which the tokens are spread)."""
     if isinstance(given, ParallelGroups):
         # with replicated experts the copies of a token at the tp ranks go to copies of its experts
-        tp = ALONE if given.tables.order == "tp-replicated" else given.tp
+        tp = alone if given.tables.order == "tp-replicated" else given.tp
         return given.ep, given.edp, given.etp, tp, (given.dp,)
     if isinstance(given, DeviceMesh):
         names = given.mesh_dim_names or ()
         if given.ndim == 1 and "ep" not in names:
             ep = group_from_handle(given.get_group())
-            return ep, ALONE, ALONE, ALONE, (ep,)
+            return ep, alone, alone, alone, (ep,)
         if "ep" not in names:
             raise ValueError(f"group_or_mesh: got a mesh with the dimensions {names}, wanted one called 'ep'")
 
         def dimension(name: str) -> Group:
-            return group_from_handle(given.get_group(name)) if name in names else ALONE
+            return group_from_handle(given.get_group(name)) if name in names else alone
 
         ep, edp, etp = (dimension(name) for name in ("ep", "edp", "etp"))
-        return ep, edp, etp, ALONE, (ep, edp, etp)
+        return ep, edp, etp, alone, (ep, edp, etp)
     if given is None and not (dist.is_available() and dist.is_initialized()):
-        return ALONE, ALONE, ALONE, ALONE, (ALONE,)
+        return alone, alone, alone, alone, (alone,)
     if given is not None and not isinstance(given, dist.ProcessGroup):
         raise TypeError(
             f"group_or_mesh: got {type(given).__name__}, wanted a ProcessGroup, a DeviceMesh, ParallelGroups or None"
@@ -407,7 +417,7 @@ def _groups(given: object) -> tuple[Group, Group, Group, Group, tuple[Group, ...
             f"group_or_mesh: got a group of {ep.size} of {dist.get_world_size()} ranks, which does not say who holds "
             "the same experts; wanted a DeviceMesh with 'edp' and 'ep', or make_groups(ep=...)"
         )
-    return ep, ALONE, ALONE, ALONE, (ep,)
+    return ep, alone, alone, alone, (ep,)
 
 
 def _all_ep_groups(given: object, ep: Group) -> list[list[int]]:
@@ -420,7 +430,7 @@ def _all_ep_groups(given: object, ep: Group) -> list[list[int]]:
     return [list(ep.ranks)]
 
 
-def _two_levels(ep: Group, every: list[list[int]], ranks_per_node: int, mode: str) -> tuple[Group, Group]:
+def _two_levels(ep: Group, every: list[list[int]], ranks_per_node: int, mode: str, alone: Group) -> tuple[Group, Group]:
     """(between nodes, in the node): the ranks at the same place of every node, and the node's own."""
     check_int("ranks_per_node", ranks_per_node, low=1)
     if ep.size % ranks_per_node:
@@ -428,7 +438,7 @@ def _two_levels(ep: Group, every: list[list[int]], ranks_per_node: int, mode: st
     if mode != "dropless":
         raise ValueError(f"mode: got {mode!r} with ranks_per_node, wanted 'dropless'")
     if ranks_per_node in (1, ep.size):  # one level has one rank
-        return ALONE, ep
+        return alone, ep
     starts = range(0, ep.size, ranks_per_node)
     between = my_group([ranks[place::ranks_per_node] for ranks in every for place in range(ranks_per_node)])
     return between, my_group([ranks[start : start + ranks_per_node] for ranks in every for start in starts])

@@ -21,7 +21,8 @@ all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tens
 class Group:
     """One of this rank's groups: its members' global ranks, this rank's place, and torch's handle.
 
-    `handle` is None for a group of one, which never communicates.
+    A group of one has a process group of its own too, since torch takes None for all ranks; `handle` is None without
+    torch.distributed only.
     """
 
     ranks: tuple[int, ...]
@@ -38,13 +39,13 @@ class Group:
         return "" if self.handle is None else self.handle.group_name
 
 
-ALONE = Group(ranks=(0,), rank=0)
+ALONE = Group(ranks=(0,), rank=0)  # without torch.distributed
 
 
 def group_from_handle(handle: dist.ProcessGroup | None) -> Group:
     """The Group of a torch process group that this rank is in."""
-    ranks = dist.get_process_group_ranks(handle)
-    return Group(ranks=tuple(ranks), rank=dist.get_rank(handle), handle=handle if len(ranks) > 1 else None)
+    handle = dist.group.WORLD if handle is None else handle
+    return Group(ranks=tuple(dist.get_process_group_ranks(handle)), rank=dist.get_rank(handle), handle=handle)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,7 @@ class ParallelGroups:
     ep: Group
     edp: Group
     etp: Group
+    alone: Group  # of this rank only
 
     @cached_property
     def moe_mesh(self) -> DeviceMesh:
@@ -72,15 +74,9 @@ class ParallelGroups:
         return self._mesh(torch.tensor(self.dp.ranks), ("dp",))
 
     def _mesh(self, ranks: torch.Tensor, names: tuple[str, ...]) -> DeviceMesh:
-        handles = [self._handle(getattr(self, name)) for name in names]
+        handles = [getattr(self, name).handle for name in names]
         group = handles if len(handles) > 1 else handles[0]
         return DeviceMesh.from_group(group, device_type(), mesh=ranks, mesh_dim_names=names)
-
-    def _handle(self, group: Group) -> dist.ProcessGroup:
-        """A mesh wants a process group even where there is nobody to talk to; only its member need make that one."""
-        if group.handle is not None:
-            return group.handle
-        return dist.new_group([self.rank], use_local_synchronization=True)
 
 
 def device_type() -> str:
@@ -126,25 +122,37 @@ def make_groups(tables: RankTables | None = None, *, timeout: timedelta | None =
             handle = _process_group(tuple(ranks), timeout)
             if rank in ranks:
                 mine[kind] = Group(ranks=tuple(ranks), rank=ranks.index(rank), handle=handle)
-    return ParallelGroups(tables=tables, rank=rank, **mine)
+    return ParallelGroups(tables=tables, rank=rank, alone=group_of_one(), **mine)
 
 
 def my_group(partition: list[list[int]]) -> Group:
     """This rank's group of a partition of the world. Every rank makes all of them, in one order, as torch wants it."""
-    rank, mine = dist.get_rank(), ALONE
+    rank, mine = dist.get_rank(), None
     for ranks in partition:
         handle = _process_group(tuple(ranks), None)
         if rank in ranks:
             mine = Group(ranks=tuple(ranks), rank=ranks.index(rank), handle=handle)
+    assert mine is not None
     return mine
 
 
-def _process_group(ranks: tuple[int, ...], timeout: timedelta | None) -> dist.ProcessGroup | None:
+def group_of_one(mesh: torch.Tensor | None = None) -> Group:
+    """Return the group of this rank only; every rank of the world, or of a `mesh` of some of its ranks, calls it."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    if mesh is None or mesh.numel() == world:
+        return my_group([[other] for other in range(world)])
+    key = (dist.group.WORLD, rank)
+    if key not in _made:  # not every rank of the world makes this one, so that its key is not `_process_group`'s
+        _made[key] = dist.new_group([rank], use_local_synchronization=True)
+    return Group(ranks=(rank,), rank=0, handle=_made[key])
+
+
+def _process_group(ranks: tuple[int, ...], timeout: timedelta | None) -> dist.ProcessGroup:
     if len(ranks) == 1:
-        return None
-    world = dist.group.WORLD
-    timeout = default_timeout() if timeout is None else timeout
-    key = (world, ranks, timeout)
+        timeout = None  # there is nobody to wait for
+    elif timeout is None:
+        timeout = default_timeout()
+    key = (dist.group.WORLD, ranks, timeout)
     if key not in _made:
         _made[key] = dist.new_group(list(ranks), timeout=timeout)
     return _made[key]

@@ -93,7 +93,10 @@ class Experts(nn.Module):
         self.register_buffer("physical_to_logical", slots_map)
         self.register_buffer("load", load, persistent=False)
         self.placement = placed
-        self.register_load_state_dict_post_hook(lambda module, keys: self._read_map())
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._read_map()
 
     def _read_map(self) -> None:
         if self.physical_to_logical is not None and self.placement is not None:

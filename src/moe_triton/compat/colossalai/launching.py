@@ -112,6 +112,11 @@ def setup(config: dict[str, Any], seed: int = 1024) -> None:
     set_seed(seed)
 
 
+def _reset_loss(*_: object) -> None:
+    """A forward pre-hook; a function of the module, so that the model can be pickled."""
+    MOE_CONTEXT.reset_loss()
+
+
 def initialize(
     model: nn.Module,
     optimizer: Optimizer,
@@ -148,7 +153,7 @@ def initialize(
     if torch.cuda.is_available():
         model.cuda()
     broadcast_parameters(model, global_context.groups())
-    model.register_forward_pre_hook(lambda *_: MOE_CONTEXT.reset_loss())
+    model.register_forward_pre_hook(_reset_loss)
     handlers = [MoeGradientHandler(model, optimizer)] if MOE_CONTEXT.is_initialized or holds_experts(model) else []
     engine = Engine(
         model,
