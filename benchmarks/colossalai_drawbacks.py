@@ -42,7 +42,7 @@ def dense(layer: MoeLayer, x: Tensor) -> Tensor:
     """The same layer by einsums over masks [S, E, C]."""
     routed = layer.router(layer.logits(x))
     num_tokens, num_experts = x.shape[0], layer.num_experts
-    places = layer.router.get_capacity(num_tokens, num_experts)
+    places = layer.router.get_capacity((num_tokens, num_experts))
     experts, weights, plan = routed.routing.experts.long(), routed.routing.weights, routed.plan
     place = plan.position - plan.offsets[experts]
     slot = torch.where(plan.position >= 0, experts * places + place, num_experts * places)

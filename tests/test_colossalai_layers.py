@@ -76,7 +76,7 @@ def test_layer_is_its_formula(kind, top_k):
     out = layer(x)
     flat = x.detach().reshape(-1, D).requires_grad_()
     logits = F.linear(flat, layer.gate.weight, layer.gate.bias)
-    kept, aux = combine_weights(logits, top_k, router.get_capacity(30, E))
+    kept, aux = combine_weights(logits, top_k, router.get_capacity((30, E)))
     expected = sum(kept[:, e, None] * one_expert(experts, e, flat) for e in range(E)).reshape(out.shape)
     assert_close(out, expected)
     assert_close(MOE_CONTEXT.get_loss(), aux)

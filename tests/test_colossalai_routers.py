@@ -36,16 +36,16 @@ def aux_of(routing, top_k: int) -> torch.Tensor:
 @pytest.mark.parametrize("kind", [Top1Router, Top2Router])
 def test_capacity_of_v016(kind, shape, train, evaluation):
     router = kind()
-    assert (router.generation, router.get_capacity(*shape)) == ("v0.1.6", train)
-    assert router.eval().get_capacity(*shape) == evaluation
+    assert (router.generation, router.get_capacity(shape)) == ("v0.1.6", train)
+    assert router.eval().get_capacity(shape) == evaluation
 
 
 def test_capacity_of_v002():
-    assert Top2Router(1.2).get_capacity(10, 4) == 6
-    assert Top1Router(1.2, 4).get_capacity(10, 4) == 4
-    assert Top1Router(1.2, 1).get_capacity(10, 4) == 3
-    assert Top2Router(1.1).get_capacity(10, 2) == 11  # the decimal that was written, not its binary neighbour
-    assert Top2Router(capacity_factor=None).get_capacity(10, 4) is None
+    assert Top2Router(1.2).get_capacity((10, 4)) == 6
+    assert Top1Router(1.2, 4).get_capacity((10, 4)) == 4
+    assert Top1Router(1.2, 1).get_capacity((10, 4)) == 3
+    assert Top2Router(1.1).get_capacity((10, 2)) == 11  # the decimal that was written, not its binary neighbour
+    assert Top2Router(capacity_factor=None).get_capacity((10, 4)) is None
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_capacity_of_v002():
 )
 def test_top2_on_the_given_logits(make, places):
     router = make()
-    assert router.get_capacity(4, 3) == places
+    assert router.get_capacity((4, 3)) == places
     routed = router(L)
     assert aux_of(routed.routing, 2).item() == pytest.approx(1.0664282, abs=1e-6)
     assert routed.routing.weights[0].tolist() == pytest.approx([0.665241, 0.244728], abs=1e-6)

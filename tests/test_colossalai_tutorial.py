@@ -89,7 +89,7 @@ def test_the_tutorial(tmp_path):
     sizes = {"num_experts": 4, "capacity_factor": 1.2, "d_model": 16, "d_ff": 32, "drop_rate": 0.1}
     ffn = run(LAYER, {**sizes, "VanillaFFN": VanillaFFN, "moe_mlp_args": moe_mlp_args})["ffn"]
     assert ffn.router.generation == "v0.0.2"
-    assert ffn.router.get_capacity(100, 4) == 60
+    assert ffn.router.get_capacity((100, 4)) == 60
     criterion = run(LOSS, {"MoeLoss": MoeLoss, "nn": nn})["criterion"]
 
     # "Finally, just use trainer or engine in colossalai to do your training."

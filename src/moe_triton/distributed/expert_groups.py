@@ -2,27 +2,48 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from moe_triton.checks import check_int
-from moe_triton.distributed.groups import ALONE, Group, ParallelGroups, group_from_handle, my_group
+from moe_triton.distributed.groups import ALONE, Group, ParallelGroups, group_from_handle, group_of_one, my_group
 
 SPREAD = ("ep", "edp", "etp")  # a mesh's dimensions over which tokens are spread
 REPEATED = ("tp", "pp")  # those over which they are not: ranks with the same tokens, or with other layers
 
 
-def expert_groups(given: object) -> tuple[Group, Group, Group, Group, tuple[Group, ...]]:
-    """(ep, edp, etp, tp, the groups over which the tokens are spread)."""
+class ExpertGroups(NamedTuple):
+    """The groups of an ExpertParallel on this rank.
+
+    ep     other experts
+    edp    the same experts, other tokens
+    etp    slices of the same experts
+    tp     the same tokens
+    data   the groups over which the tokens are spread, one after the other
+    alone  this rank only: what stands for a kind that nobody shares
+    """
+
+    ep: Group
+    edp: Group
+    etp: Group
+    tp: Group
+    data: tuple[Group, ...]
+    alone: Group
+
+
+def expert_groups(given: object) -> ExpertGroups:
+    """The groups that a user's process group, mesh or ParallelGroups names."""
     if isinstance(given, ParallelGroups):
         # with replicated experts the copies of a token at the tp ranks go to copies of its experts
-        tp = ALONE if given.tables.order == "tp-replicated" else given.tp
-        return given.ep, given.edp, given.etp, tp, (given.dp,)
+        tp = given.alone if given.tables.order == "tp-replicated" else given.tp
+        return ExpertGroups(given.ep, given.edp, given.etp, tp, (given.dp,), given.alone)
     if isinstance(given, DeviceMesh):
         return _groups_of_mesh(given)
     if given is None and not (dist.is_available() and dist.is_initialized()):
-        return ALONE, ALONE, ALONE, ALONE, (ALONE,)
+        return ExpertGroups(ALONE, ALONE, ALONE, ALONE, (ALONE,), ALONE)
     if given is not None and not isinstance(given, dist.ProcessGroup):
         raise TypeError(
             f"group_or_mesh: got {type(given).__name__}, wanted a ProcessGroup, a DeviceMesh, ParallelGroups or None"
@@ -33,10 +54,11 @@ def expert_groups(given: object) -> tuple[Group, Group, Group, Group, tuple[Grou
             f"group_or_mesh: got a group of {ep.size} of {dist.get_world_size()} ranks, which does not say who holds "
             "the same experts; wanted a DeviceMesh with 'edp' and 'ep', or make_groups(ep=...)"
         )
-    return ep, ALONE, ALONE, ALONE, (ep,)
+    alone = group_of_one()
+    return ExpertGroups(ep, alone, alone, alone, (ep,), alone)
 
 
-def _groups_of_mesh(mesh: DeviceMesh) -> tuple[Group, Group, Group, Group, tuple[Group, ...]]:
+def _groups_of_mesh(mesh: DeviceMesh) -> ExpertGroups:
     """By the names of its dimensions. Raises ValueError for one that would be left out, though it may spread tokens."""
     names = mesh.mesh_dim_names or ()
     sizes = dict(zip(names, mesh.shape, strict=False))
@@ -52,13 +74,15 @@ def _groups_of_mesh(mesh: DeviceMesh) -> tuple[Group, Group, Group, Group, tuple
             "and 'pp', or make_groups(...)"
         )
 
+    alone = group_of_one()
+
     def dimension(name: str) -> Group:
         if name not in names:
-            return ALONE
+            return alone
         return group_from_handle(mesh.get_group() if mesh.ndim == 1 else mesh.get_group(name))
 
     ep, edp, etp = (dimension(name) for name in SPREAD)
-    return ep, edp, etp, ALONE, (ep, edp, etp)
+    return ExpertGroups(ep, edp, etp, alone, (ep, edp, etp), alone)
 
 
 def _sliced_off(mesh: DeviceMesh) -> dict[str, int]:
@@ -82,15 +106,16 @@ def all_ep_groups(given: object, ep: Group) -> list[list[int]]:
     return [list(ep.ranks)]
 
 
-def two_levels(ep: Group, every: list[list[int]], ranks_per_node: int, mode: str) -> tuple[Group, Group]:
+def two_levels(groups: ExpertGroups, every: list[list[int]], ranks_per_node: int, mode: str) -> tuple[Group, Group]:
     """(between nodes, in the node): the ranks at the same place of every node, and the node's own."""
+    ep = groups.ep
     check_int("ranks_per_node", ranks_per_node, low=1)
     if ep.size % ranks_per_node:
         raise ValueError(f"ranks_per_node: got {ranks_per_node}, wanted a divisor of the group's {ep.size} ranks")
     if mode != "dropless":
         raise ValueError(f"mode: got {mode!r} with ranks_per_node, wanted 'dropless'")
     if ranks_per_node in (1, ep.size):  # one level has one rank
-        return ALONE, ep
+        return groups.alone, ep
     starts = range(0, ep.size, ranks_per_node)
     between = my_group([ranks[place::ranks_per_node] for ranks in every for place in range(ranks_per_node)])
     return between, my_group([ranks[start : start + ranks_per_node] for ranks in every for start in starts])

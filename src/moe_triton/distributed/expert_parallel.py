@@ -16,7 +16,7 @@ from moe_triton.distributed.channel import Channel, Listener, report_failure, to
 from moe_triton.distributed.errors import ExpertParallelError
 from moe_triton.distributed.expert_groups import all_ep_groups, expert_groups, two_levels
 from moe_triton.distributed.function import Exchanged, as_list, flatten
-from moe_triton.distributed.groups import ALONE, Group, ParallelGroups, number_of_ranks
+from moe_triton.distributed.groups import Group, ParallelGroups, number_of_ranks
 from moe_triton.distributed.layer_names import new_layer_name
 from moe_triton.distributed.stages import Exchange, LocalExperts, Parameters, Planner, Stage
 from moe_triton.distributed.tensor_parallel import gather_tokens, slice_tokens
@@ -104,11 +104,12 @@ class ExpertParallel:
         self.always_exchange = always_exchange
         check_int("redundant_experts", redundant_experts, low=0)
         self.redundant_experts, self.ranks_per_node = redundant_experts, ranks_per_node
-        self.ep, self.edp, self.etp, self.tp, self.data = expert_groups(group_or_mesh)
-        self.between_nodes, self.in_node = ALONE, self.ep
+        groups = expert_groups(group_or_mesh)
+        self.ep, self.edp, self.etp, self.tp, self.data = groups.ep, groups.edp, groups.etp, groups.tp, groups.data
+        self.between_nodes, self.in_node = groups.alone, self.ep
         if ranks_per_node is not None:
             self.between_nodes, self.in_node = two_levels(
-                self.ep, all_ep_groups(group_or_mesh, self.ep), ranks_per_node, mode
+                groups, all_ep_groups(group_or_mesh, self.ep), ranks_per_node, mode
             )
         self._overflows: list[tuple[str, Callable[[], list[list[int]]]]] = []
 

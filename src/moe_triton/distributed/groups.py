@@ -24,8 +24,9 @@ all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tens
 class Group:
     """One of this rank's groups: its members' global ranks, this rank's place, and torch's handle.
 
-    `handle` is None for a group of one, which never communicates. A deep copy shares the process group; pickling leaves
-    it out, and `handle` of an unpickled group raises RuntimeError.
+    A group of one has a process group of its own too, since torch takes None for all ranks; `handle` is None without
+    torch.distributed only. A deep copy shares the process group; pickling leaves it out, and `handle` of an unpickled
+    group raises RuntimeError.
     """
 
     ranks: tuple[int, ...]
@@ -57,14 +58,13 @@ class Group:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
-ALONE = Group(ranks=(0,), rank=0)
+ALONE = Group(ranks=(0,), rank=0)  # without torch.distributed
 
 
 def group_from_handle(handle: dist.ProcessGroup | None) -> Group:
     """Return the Group of a torch process group that this rank is in; None is the default group."""
     handle = dist.group.WORLD if handle is None else handle
-    ranks = dist.get_process_group_ranks(handle)
-    return Group(ranks=tuple(ranks), rank=dist.get_rank(handle), handle=handle if len(ranks) > 1 else None)
+    return Group(ranks=tuple(dist.get_process_group_ranks(handle)), rank=dist.get_rank(handle), handle=handle)
 
 
 def number_of_ranks(groups: Iterable[Group]) -> int:
@@ -84,6 +84,7 @@ class ParallelGroups:
     ep: Group
     edp: Group
     etp: Group
+    alone: Group  # of this rank only
 
     @cached_property
     def moe_mesh(self) -> DeviceMesh:
@@ -97,15 +98,9 @@ class ParallelGroups:
         return self._mesh(torch.tensor(self.dp.ranks), ("dp",))
 
     def _mesh(self, ranks: torch.Tensor, names: tuple[str, ...]) -> DeviceMesh:
-        handles = [self._handle(getattr(self, name)) for name in names]
+        handles = [getattr(self, name).handle for name in names]
         group = handles if len(handles) > 1 else handles[0]
         return DeviceMesh.from_group(group, device_type(), mesh=ranks, mesh_dim_names=names)
-
-    def _handle(self, group: Group) -> dist.ProcessGroup:
-        """A mesh wants a process group even where there is nobody to talk to; only its member need make that one."""
-        if group.handle is not None:
-            return group.handle
-        return dist.new_group([self.rank], use_local_synchronization=True)
 
 
 def device_type() -> str:
@@ -147,32 +142,40 @@ def make_groups(tables: RankTables | None = None, *, timeout: timedelta | None =
     tables = plan(world, **sizes) if tables is None else tables
     if tables.world != world:
         raise ValueError(f"tables: got a plan for {tables.world} ranks, wanted one for {world}")
-    mine = {}
-    for kind in KINDS:
-        for ranks in getattr(tables, kind):
+    mine = {kind: my_group(getattr(tables, kind), timeout) for kind in KINDS}
+    return ParallelGroups(tables=tables, rank=rank, alone=group_of_one(), **mine)
+
+
+def my_group(partition: list[list[int]], timeout: timedelta | None = None) -> Group:
+    """This rank's group of a partition of the world. Every rank makes all of them, in one order, as torch wants it."""
+    rank, mine = dist.get_rank(), None
+    for ranks in partition:
+        if ranks == [rank]:
+            mine = group_of_one()
+        elif len(ranks) > 1:
             handle = _process_group(tuple(ranks), timeout)
             if rank in ranks:
-                mine[kind] = Group(ranks=tuple(ranks), rank=ranks.index(rank), handle=handle)
-    return ParallelGroups(tables=tables, rank=rank, **mine)
-
-
-def my_group(partition: list[list[int]]) -> Group:
-    """This rank's group of a partition of the world. Every rank makes all of them, in one order, as torch wants it."""
-    rank, mine = dist.get_rank(), ALONE
-    for ranks in partition:
-        handle = _process_group(tuple(ranks), None)
-        if rank in ranks:
-            mine = Group(ranks=tuple(ranks), rank=ranks.index(rank), handle=handle)
+                mine = Group(ranks=tuple(ranks), rank=ranks.index(rank), handle=handle)
+    assert mine is not None
     return mine
 
 
-def _process_group(ranks: tuple[int, ...], timeout: timedelta | None) -> dist.ProcessGroup | None:
-    if len(ranks) == 1:
-        return None
-    world = dist.group.WORLD
-    assert world is not None
-    made = _made.setdefault(world, {})
-    key = (ranks, default_timeout() if timeout is None else timeout)
+def group_of_one() -> Group:
+    """Return the group of this rank only. Its member alone makes it, so that it costs no barrier of the world."""
+    rank, made = dist.get_rank(), _made_here()
+    if (rank,) not in made:
+        made[(rank,)] = dist.new_group([rank], use_local_synchronization=True)
+    return Group(ranks=(rank,), rank=0, handle=made[(rank,)])
+
+
+def _process_group(ranks: tuple[int, ...], timeout: timedelta | None) -> dist.ProcessGroup:
+    made, key = _made_here(), (ranks, default_timeout() if timeout is None else timeout)
     if key not in made:
         made[key] = dist.new_group(list(ranks), timeout=key[1])
     return made[key]
+
+
+def _made_here() -> dict[tuple[object, ...], dist.ProcessGroup]:
+    world = dist.group.WORLD
+    assert world is not None
+    return _made.setdefault(world, {})

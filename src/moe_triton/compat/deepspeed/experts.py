@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from moe_triton.checks import check_int
-from moe_triton.compat.called import CalledExperts, call_one_by_one
 from moe_triton.compat.deepspeed import groups
 from moe_triton.compat.mlps import MLP, is_tampered, recognise
+from moe_triton.compat.opaque import OpaqueExperts, call_one_by_one
 from moe_triton.distributed import ExpertParallel
 from moe_triton.experts import Parameters, in_autocast_dtype, run_experts
 from moe_triton.records import Dispatch, ExpertSpec
@@ -119,7 +119,7 @@ class Experts(nn.Module):
             num_local = self.num_local_experts
             first = num_local * expert_parallel.ep.rank if expert_parallel.mode == "allgather" else 0
             autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-            local = CalledExperts(self._one_by_one, list(self.parameters()), num_local, first, autocast)
+            local = OpaqueExperts(self._one_by_one, list(self.parameters()), num_local, first, autocast)
             parameters: Parameters = (local.modules_parameters, [], None, None)
             spec = ExpertSpec(activation=type(self.deepspeed_experts[0]).__name__)
         else:

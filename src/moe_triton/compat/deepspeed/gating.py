@@ -80,7 +80,8 @@ def top_k_gating(
         k: choices per token, 1 to E.
         capacity_factor: C = max(min_capacity, ceil(k * capacity_factor * S / E)).
         min_capacity: floor of C; for k = 1 at most S.
-        used_token: [S] bool or integer; a token where it is 0 gets no expert.
+        used_token: [S] 0/1 mask of any dtype; a token gets experts where it is above 0. (So an additive mask, 0 and
+            -inf, leaves every token without.)
         rsample: for k = 1, choose by logits + Gumbel noise; the weight stays noise-free.
         drop_tokens: False keeps every assignment: truly dropless, nothing is padded to the fullest expert.
         use_rts: for k = 1, who survives is drawn by lot (Random Token Selection); else the earliest tokens do.
@@ -103,7 +104,7 @@ def top_k_gating(
     routing = route(logits, k, normalize=False, noise=noise, backend=backend)
     experts, weights = routing.experts, routing.weights
     if used_token is not None:  # not given to `route`: DeepSpeed's mean of the gates is over unused tokens too
-        unused_S1 = (used_token == 0)[:, None]
+        unused_S1 = ~(used_token > 0)[:, None]
         experts, weights = experts.masked_fill(unused_S1, -1), weights.masked_fill(unused_S1, 0.0)
     lots = _lots(experts, num_experts) if k == 1 and use_rts else None
     limit = capacity(num_tokens, num_experts, capacity_factor * k, min_capacity) if drop_tokens else None
@@ -155,7 +156,8 @@ class TopKGate(nn.Module):
 
     `wg` is an nn.Linear(d, E) without bias. Noise is for training only: "Jitter" multiplies the gate's input by
     U(0.99, 1.01), "RSample" adds Gumbel noise for the choice (k = 1), and so does `top2_2nd_expert_sampling` for the
-    second expert (k = 2; DeepSpeed does the latter in eval too).
+    second expert (k = 2; DeepSpeed does the latter in eval too). The arguments are DeepSpeed's, in its order;
+    `ep_group` must be None.
     """
 
     def __init__(
@@ -169,11 +171,15 @@ class TopKGate(nn.Module):
         noisy_gate_policy: str | None = None,
         drop_tokens: bool = True,
         use_rts: bool = True,
+        ep_group: None = None,
         top2_2nd_expert_sampling: bool = True,
+        *,
         drop_policy: str = "probs",
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        if ep_group is not None:
+            raise ValueError(f"ep_group: got {ep_group!r}, wanted None: the layer that holds the gate has the groups")
         check_int("k", k, low=1, high=num_experts)
         check_number("capacity_factor", capacity_factor, above=0)
         check_number("eval_capacity_factor", eval_capacity_factor, above=0)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from moe_triton.checks import check_int
 from moe_triton.compat.deepspeed import upstream
-from moe_triton.distributed import Group, ParallelGroups, RankTables, make_groups, plan
+from moe_triton.distributed import ParallelGroups, RankTables, make_groups, plan
 
 
 @dataclass
@@ -175,7 +175,7 @@ def create_expert_groups(ep_size: int, *, within_lanes: bool = False, data_befor
         (parallel.edp, _state.expert_data_parallel, _state.expert_data_parallel_ranks),
     ):
         if name not in groups:  # DeepSpeed's own layers may have made them
-            groups[name], ranks[name] = _handle(group), list(group.ranks)
+            groups[name], ranks[name] = group.handle, list(group.ranks)
     if within_lanes and upstream.groups is not None:
         upstream.groups.expert_tensor_parallel_world_size = sizes[0]
 
@@ -205,11 +205,6 @@ def rank_tables(
 def parallel_groups(ep_size: int) -> ParallelGroups | None:
     """What the exchange runs over; None where `create_expert_groups` has made nothing."""
     return _state.parallel.get(group_name(ep_size))
-
-
-def _handle(group: Group) -> dist.ProcessGroup:
-    """DeepSpeed wants a process group even where there is nobody to talk to."""
-    return group.handle or dist.new_group(list(group.ranks), use_local_synchronization=True)
 
 
 def _check_mpu_ranks(tables: RankTables) -> None:
@@ -243,7 +238,8 @@ def tensor_parallel_rank() -> int:
 
 
 def tensor_parallel_group() -> Any:
-    return _ask(get_mpu(), TENSOR, "group", None)
+    """As `get_model_parallel_group`, by any of the names that an mpu may have for it."""
+    return _model_group(TENSOR)
 
 
 def pipeline_parallel_world_size() -> int:
@@ -269,6 +265,15 @@ def _ask(mpu: Any, names: tuple[str, ...], what: str, default: Any) -> Any:
         if getter is not None:
             return getter()
     return default
+
+
+def _model_group(names: tuple[str, ...]) -> Any:
+    group = _ask(get_mpu(), names, "group", None)
+    if group is not None or not dist.is_initialized():
+        return group
+    if not _state.parallel:
+        raise RuntimeError("mpu: got none with a model-parallel group, and no groups exist yet; call initialize first")
+    return next(iter(_state.parallel.values())).alone.handle  # torch takes None for all ranks
 
 
 def _size_of(mpu: Any, names: tuple[str, ...]) -> int:
@@ -367,7 +372,11 @@ def get_data_parallel_rank() -> int:
 
 
 def get_model_parallel_group() -> Any:
-    return _ask(get_mpu(), ("model_parallel",), "group", None)
+    """The mpu's model-parallel group, or the group of this rank only; None without torch.distributed.
+
+    Raises RuntimeError where neither an mpu nor `initialize` has made groups.
+    """
+    return _model_group(("model_parallel",))
 
 
 def get_model_parallel_world_size() -> int:

@@ -141,9 +141,9 @@ class MoE(upstream.MoE):
             noisy_gate_policy,
             drop_tokens,
             use_rts,
-            top2_2nd_expert_sampling,
-            drop_policy,
-            backend,
+            top2_2nd_expert_sampling=top2_2nd_expert_sampling,
+            drop_policy=drop_policy,
+            backend=backend,
         )
         self.deepspeed_moe = MOELayer(gate, experts)
         if use_residual:
@@ -183,7 +183,7 @@ class MoE(upstream.MoE):
 
         Args:
             hidden_states: [..., d], in the experts' dtype.
-            used_token: [S] or [...], bool or integer; a token where it is 0 gets no expert.
+            used_token: [S] or [...], a 0/1 mask of any dtype; a token gets experts where it is above 0.
 
         Returns:
             (output, l_aux, exp_counts): the input's shape and dtype; the load-balance loss, a scalar to be added to the

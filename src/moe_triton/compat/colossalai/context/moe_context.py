@@ -5,7 +5,7 @@ v0.0.2's `global_variables.moe_env` is a view of the same object.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,17 +13,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_triton.checks import check_choice, check_int
-from moe_triton.compat.colossalai.context.parallel_context import global_context, world_size
+from moe_triton.compat.colossalai.context.parallel_context import GENERATIONS, global_context, world_size
+from moe_triton.compat.colossalai.context.random import moe_set_seed
 from moe_triton.distributed import ExpertParallel
-
-GENERATIONS = ("v0.0.2", "v0.1.6")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoeParallelInfo:
     """Where the experts of a layer are; every expert parameter carries it as `moe_info`.
 
-    Groups are torch's handles, None for a group of one. `parallel` is what computes there.
+    Groups are torch's handles, those of one rank included; None without torch.distributed. `parallel` is what computes
+    there. Copies share the groups; a pickle holds the sizes, and is loaded as what the MoE context has for them.
     """
 
     ep_size: int
@@ -31,6 +31,12 @@ class MoeParallelInfo:
     ep_group: dist.ProcessGroup | None
     dp_group: dist.ProcessGroup | None
     parallel: ExpertParallel = field(repr=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MoeParallelInfo:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _info_of_context, (self.ep_size, self.parallel.etp.size > 1)
 
 
 @dataclass(frozen=True)
@@ -45,22 +51,29 @@ class AuxiliaryLoss:
 class MoeContext:
     """How the experts are spread, and the auxiliary losses since the last reset.
 
-    generation   "v0.0.2" or "v0.1.6": whose conventions hold where the two differ and a call does not tell
-    max_ep_size  the most ranks that share one set of experts (v0.0.2: model_parallel_size)
-    exchange     further options of `moe_triton.distributed.ExpertParallel`: mode, chunks, ...
+    max_ep_size         the most ranks that share one set of experts (v0.0.2: model_parallel_size)
+    exchange            further options of `moe_triton.distributed.ExpertParallel`: mode, chunks, ...
+    parallel_info_dict  by the ranks that share a set of experts, as far as layers were made: where the experts are
+    use_kernel_optim    kept as it was given, and without effect: upstream's kernels are not used
     """
 
     def __init__(self) -> None:
         self._forget()
 
     def _forget(self) -> None:
-        self.generation = "v0.0.2"
         self.max_ep_size = 1
+        self.use_kernel_optim = True
         self.exchange: dict[str, Any] = {}
-        self.parallel_info_dict: dict[tuple[int, int], MoeParallelInfo] = {}
+        self.parallel_info_dict: dict[int, MoeParallelInfo] = {}
+        self._slices: MoeParallelInfo | None = None
         self._is_set_up = False
         self._losses: list[AuxiliaryLoss] = []
         self._is_reset = False
+
+    @property
+    def generation(self) -> str:
+        """Whose conventions hold where the two generations differ and a call does not say: "v0.0.2" or "v0.1.6"."""
+        return global_context.generation
 
     @property
     def world_size(self) -> int:
@@ -84,7 +97,7 @@ class MoeContext:
 
         Args:
             seed: for `context.random.moe_set_seed`; None seeds nothing.
-            use_kernel_optim: accepted and without effect: what upstream would make faster are this package's kernels.
+            use_kernel_optim: without effect: what upstream would make faster are this package's kernels.
             max_ep_size: None takes the config's `max_ep_size`, and without one the number of processes.
             generation: "v0.0.2" or "v0.1.6".
             exchange: options of `ExpertParallel`.
@@ -99,12 +112,10 @@ class MoeContext:
         if self.world_size % max_ep_size:
             raise ValueError(f"max_ep_size: got {max_ep_size}, wanted a divisor of the {self.world_size} processes")
         self._forget()
-        self.generation, self.max_ep_size, self.exchange = generation, max_ep_size, dict(exchange or {})
+        self.max_ep_size, self.exchange, self.use_kernel_optim = max_ep_size, dict(exchange or {}), use_kernel_optim
         self._is_set_up = True
-        global_context.moe_parallel = max_ep_size
+        global_context.moe_parallel, global_context.generation = max_ep_size, generation
         if seed is not None:
-            from moe_triton.compat.colossalai.context.random import moe_set_seed  # which reads this context
-
             moe_set_seed(seed)
 
     @property
@@ -112,10 +123,19 @@ class MoeContext:
         """Whether the layout was set up; without that, all experts are on every process."""
         return self._is_set_up
 
+    @property
+    def has_setup(self) -> bool:
+        """The same as `is_initialized`."""
+        return self._is_set_up
+
+    def set_kernel_not_use(self) -> None:
+        """Set `use_kernel_optim` to False, which changes nothing."""
+        self.use_kernel_optim = False
+
     def reset(self) -> None:
         """Back to one process and no layout."""
         self._forget()
-        global_context.moe_parallel = 1
+        global_context.moe_parallel, global_context.generation = 1, GENERATIONS[0]
 
     def get_info(self, num_experts: int) -> tuple[int, MoeParallelInfo]:
         """(experts per rank, where they are) for a layer of E experts.
@@ -130,26 +150,42 @@ class MoeContext:
                 f"num_experts: got {num_experts}, wanted a multiple or a divisor of max_ep_size={self.max_ep_size}"
             )
         ep_size = min(num_experts, self.max_ep_size)
-        return num_experts // ep_size, self._info(ep=ep_size, etp=1)
+        return num_experts // ep_size, self.info_of(ep_size)
 
-    def get_slices(self) -> MoeParallelInfo:
-        """Where the slices of experts are that max_ep_size ranks split between them (`TPExperts`)."""
-        return self._info(ep=1, etp=self.max_ep_size)
+    def info_of(self, ep_size: int) -> MoeParallelInfo:
+        """Return where the experts are that `ep_size` ranks share; every rank calls it at the same time.
 
-    def _info(self, *, ep: int, etp: int) -> MoeParallelInfo:
-        if (ep, etp) not in self.parallel_info_dict:
-            groups = global_context.groups(ep=ep, etp=etp)
-            # the engine averages the ranks' gradients, so that the losses have to average too
-            parallel = ExpertParallel(groups, loss_reduction="mean", **self.exchange)
-            shared = parallel.ep if etp == 1 else parallel.etp
-            self.parallel_info_dict[ep, etp] = MoeParallelInfo(
-                ep_size=shared.size,
+        Raises ValueError where max_ep_size ranks cannot be so divided.
+        """
+        if self.max_ep_size % ep_size:
+            raise ValueError(
+                f"ep_size: got {ep_size}, wanted a divisor of max_ep_size={self.max_ep_size} of the MoE context"
+            )
+        if ep_size not in self.parallel_info_dict:
+            parallel = self._parallel(ep=ep_size)
+            self.parallel_info_dict[ep_size] = MoeParallelInfo(
+                ep_size=parallel.ep.size,
                 dp_size=parallel.edp.size,
-                ep_group=shared.handle,
+                ep_group=parallel.ep.handle,
                 dp_group=parallel.edp.handle,
                 parallel=parallel,
             )
-        return self.parallel_info_dict[ep, etp]
+        return self.parallel_info_dict[ep_size]
+
+    def get_slices(self) -> MoeParallelInfo:
+        """Return where the slices of experts are that max_ep_size ranks split between them (`TPExperts`).
+
+        The groups are those of max_ep_size ranks that share whole experts.
+        """
+        if self._slices is None:
+            whole = self.info_of(self.max_ep_size)
+            has_slices = self.max_ep_size > 1
+            self._slices = replace(whole, parallel=self._parallel(etp=self.max_ep_size)) if has_slices else whole
+        return self._slices
+
+    def _parallel(self, *, ep: int = 1, etp: int = 1) -> ExpertParallel:
+        # the engine averages the ranks' gradients, so that the losses have to average too
+        return ExpertParallel(global_context.groups(ep=ep, etp=etp), loss_reduction="mean", **self.exchange)
 
     def reset_loss(self) -> None:
         """Forget the auxiliary losses: the beginning of a forward. A model that `initialize` was given does it."""
@@ -181,3 +217,8 @@ class MoeContext:
 
 
 MOE_CONTEXT = MoeContext()
+
+
+def _info_of_context(ep_size: int, is_sliced: bool) -> MoeParallelInfo:
+    """What an unpickled MoeParallelInfo is."""
+    return MOE_CONTEXT.get_slices() if is_sliced else MOE_CONTEXT.info_of(ep_size)

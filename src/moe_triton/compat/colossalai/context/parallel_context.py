@@ -1,4 +1,4 @@
-"""What `launch` was told and made: the config, and this rank's place among the processes."""
+"""What `launch` was given and made: the config, and this rank's place among the processes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 
 from moe_triton.compat.colossalai.context.parallel_mode import ParallelMode
-from moe_triton.distributed.groups import ALONE, Group, ParallelGroups, make_groups
+from moe_triton.distributed.groups import ALONE, Group, ParallelGroups, group_from_handle, make_groups
 
 KINDS = {
     ParallelMode.DATA: "dp",
@@ -19,9 +19,17 @@ KINDS = {
 }
 
 
+GENERATIONS = ("v0.0.2", "v0.1.6")
+
+
+def is_running() -> bool:
+    """Whether torch.distributed is initialised."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def world_size() -> int:
     """Processes of the default group; 1 without torch.distributed."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if is_running() else 1
 
 
 @dataclass
@@ -31,32 +39,33 @@ class ParallelContext:
     config           what `launch` was given, as a dict
     tensor_parallel  ranks that hold the same tokens, and slices of the dense parameters
     moe_parallel     ranks that share one set of experts: those of the MOE groups
+    generation       "v0.0.2" or "v0.1.6": whose conventions hold where the two differ and a call does not say
     """
 
     config: dict[str, Any] = field(default_factory=dict)
     tensor_parallel: int = 1
     moe_parallel: int = 1
+    generation: str = GENERATIONS[0]
 
     def groups(self, *, ep: int = 1, etp: int = 1) -> ParallelGroups | None:
-        """This rank's groups with so many ranks to share or to slice the experts; None on one process.
+        """This rank's groups with so many ranks to share or to slice the experts; None without torch.distributed.
 
         Made by every rank at the same time, the first time they are asked for.
         """
-        if world_size() == 1:
+        if not is_running():
             return None
         return make_groups(tp=self.tensor_parallel, ep=ep, etp=etp)
 
     def group(self, mode: ParallelMode) -> Group:
         """This rank's group of a kind."""
         if mode is ParallelMode.GLOBAL:
-            ranks = tuple(range(world_size()))
-            return Group(ranks=ranks, rank=self.get_global_rank(), handle=dist.group.WORLD if len(ranks) > 1 else None)
+            return group_from_handle(dist.group.WORLD) if is_running() else ALONE
         groups = self.groups(ep=self.moe_parallel)
         return ALONE if groups is None else getattr(groups, KINDS[mode])
 
     def get_global_rank(self) -> int:
         """This process among all of them."""
-        return dist.get_rank() if world_size() > 1 else 0
+        return dist.get_rank() if is_running() else 0
 
     def get_local_rank(self, mode: ParallelMode) -> int:
         """This process's place in its group of a kind."""
@@ -71,7 +80,7 @@ class ParallelContext:
         return list(self.group(mode).ranks)
 
     def get_group(self, mode: ParallelMode) -> dist.ProcessGroup | None:
-        """torch's handle of this process's group of a kind; None for a group of one."""
+        """torch's handle of this process's group of a kind, a group of one included; None without torch.distributed."""
         return self.group(mode).handle
 
     def is_initialized(self, mode: ParallelMode) -> bool:
@@ -80,7 +89,7 @@ class ParallelContext:
 
     def destroy(self) -> None:
         """Forget what `launch` made; torch.distributed's own groups are left to `destroy_process_group`."""
-        self.config, self.tensor_parallel, self.moe_parallel = {}, 1, 1
+        self.config, self.tensor_parallel, self.moe_parallel, self.generation = {}, 1, 1, GENERATIONS[0]
 
 
 global_context = ParallelContext()

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from moe_triton.checks import check_int
-from moe_triton.compat.colossalai.context.moe_context import MOE_CONTEXT
 from moe_triton.compat.colossalai.context.parallel_context import global_context
 from moe_triton.compat.colossalai.context.parallel_mode import ParallelMode
 
@@ -83,7 +82,7 @@ def moe_set_seed(seed: int) -> None:
     """
     check_int("seed", seed, low=0)
     rank = global_context.get_global_rank()
-    if MOE_CONTEXT.generation == "v0.0.2":
+    if global_context.generation == "v0.0.2":
         add_seed(ParallelMode.MOE_MODEL, seed + global_context.get_local_rank(ParallelMode.MOE_MODEL), overwrite=True)
         add_seed(ParallelMode.TENSOR, rank, overwrite=True)
     else:

@@ -1,4 +1,4 @@
-"""What happens around a trainer's steps: metrics, the learning rate, the log, checkpoints.
+"""Hooks around a trainer's steps: metrics, the learning rate, the log, checkpoints.
 
 A hook's methods are called in the order of priority, lowest first.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,12 +19,21 @@ from moe_triton.compat.colossalai.context.parallel_context import global_context
 from moe_triton.compat.colossalai.context.parallel_mode import ParallelMode
 from moe_triton.compat.colossalai.logging import DistributedLogger, get_dist_logger
 
-if TYPE_CHECKING:
-    from moe_triton.compat.colossalai.trainer.trainer import Trainer
+
+class Training(Protocol):
+    """What hooks use of a `Trainer`: how far it is, the metrics to fill, and its checkpoint."""
+
+    cur_epoch: int
+    cur_step: int
+    has_stepped: bool
+    metrics: dict[str, dict[str, list[float]]]
+
+    def save(self, folder: str | Path) -> None:
+        """Save model, optimizer, metrics and place."""
 
 
 class BaseHook:
-    """All moments, at which nothing happens."""
+    """Base class: every hook does nothing."""
 
     def __init__(self, priority: int = 10) -> None:
         self.priority = priority
@@ -36,19 +45,19 @@ class BaseHook:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`."""
 
-    def after_hook_is_attached(self, trainer: Trainer) -> None: ...
-    def before_train(self, trainer: Trainer) -> None: ...
-    def after_train(self, trainer: Trainer) -> None: ...
-    def before_train_epoch(self, trainer: Trainer) -> None: ...
-    def after_train_epoch(self, trainer: Trainer) -> None: ...
-    def before_train_iter(self, trainer: Trainer) -> None: ...
-    def after_train_iter(self, trainer: Trainer, output: Any, label: Any, loss: Tensor) -> None: ...
-    def before_test(self, trainer: Trainer) -> None: ...
-    def after_test(self, trainer: Trainer) -> None: ...
-    def before_test_epoch(self, trainer: Trainer) -> None: ...
-    def after_test_epoch(self, trainer: Trainer) -> None: ...
-    def before_test_iter(self, trainer: Trainer) -> None: ...
-    def after_test_iter(self, trainer: Trainer, output: Any, label: Any, loss: Tensor) -> None: ...
+    def after_hook_is_attached(self, trainer: Training) -> None: ...
+    def before_train(self, trainer: Training) -> None: ...
+    def after_train(self, trainer: Training) -> None: ...
+    def before_train_epoch(self, trainer: Training) -> None: ...
+    def after_train_epoch(self, trainer: Training) -> None: ...
+    def before_train_iter(self, trainer: Training) -> None: ...
+    def after_train_iter(self, trainer: Training, output: Any, label: Any, loss: Tensor) -> None: ...
+    def before_test(self, trainer: Training) -> None: ...
+    def after_test(self, trainer: Training) -> None: ...
+    def before_test_epoch(self, trainer: Training) -> None: ...
+    def after_test_epoch(self, trainer: Training) -> None: ...
+    def before_test_iter(self, trainer: Training) -> None: ...
+    def after_test_iter(self, trainer: Training, output: Any, label: Any, loss: Tensor) -> None: ...
 
 
 class _MeanHook(BaseHook):
@@ -63,7 +72,7 @@ class _MeanHook(BaseHook):
     def _add(self, value: float, count: int) -> None:
         self.total += torch.tensor([value, count], dtype=torch.float64)
 
-    def _finish(self, trainer: Trainer, phase: str) -> None:
+    def _finish(self, trainer: Training, phase: str) -> None:
         group, total = global_context.group(ParallelMode.DATA), self.total
         if group.size > 1:
             total = total.cuda() if torch.cuda.is_available() else total
@@ -72,10 +81,10 @@ class _MeanHook(BaseHook):
         trainer.metrics[phase].setdefault(self.name, []).append(value / max(count, 1))
         self.total = torch.zeros(2, dtype=torch.float64)
 
-    def after_train_epoch(self, trainer: Trainer) -> None:
+    def after_train_epoch(self, trainer: Training) -> None:
         self._finish(trainer, "train")
 
-    def after_test_epoch(self, trainer: Trainer) -> None:
+    def after_test_epoch(self, trainer: Training) -> None:
         self._finish(trainer, "test")
 
 
@@ -84,11 +93,11 @@ class LossHook(_MeanHook):
 
     name = "Loss"
 
-    def after_train_iter(self, trainer: Trainer, output: Any, label: Any, loss: Tensor) -> None:
+    def after_train_iter(self, trainer: Training, output: Any, label: Any, loss: Tensor) -> None:
         size = 1 if label is None else len(label)
         self._add(size * float(loss), size)
 
-    def after_test_iter(self, trainer: Trainer, output: Any, label: Any, loss: Tensor) -> None:
+    def after_test_iter(self, trainer: Training, output: Any, label: Any, loss: Tensor) -> None:
         size = 1 if label is None else len(label)
         self._add(size * float(loss), size)
 
@@ -102,10 +111,10 @@ class AccuracyHook(_MeanHook):
         super().__init__(priority)
         self.accuracy_func = accuracy_func or (lambda output, label: (output.argmax(-1) == label).sum())
 
-    def after_train_iter(self, trainer: Trainer, output: Any, label: Any, loss: Tensor) -> None:
+    def after_train_iter(self, trainer: Training, output: Any, label: Any, loss: Tensor) -> None:
         self._add(float(self.accuracy_func(output, label)), len(label))
 
-    def after_test_iter(self, trainer: Trainer, output: Any, label: Any, loss: Tensor) -> None:
+    def after_test_iter(self, trainer: Training, output: Any, label: Any, loss: Tensor) -> None:
         self._add(float(self.accuracy_func(output, label)), len(label))
 
 
@@ -124,11 +133,11 @@ class LRSchedulerHook(BaseHook):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.lr_scheduler.load_state_dict(state)
 
-    def after_train_iter(self, trainer: Trainer, output: Any, label: Any, loss: Tensor) -> None:
+    def after_train_iter(self, trainer: Training, output: Any, label: Any, loss: Tensor) -> None:
         if not self.by_epoch and trainer.has_stepped:
             self.lr_scheduler.step()
 
-    def after_train_epoch(self, trainer: Trainer) -> None:
+    def after_train_epoch(self, trainer: Training) -> None:
         if self.store_lr_in_state:
             trainer.metrics["train"].setdefault("LR", []).append(self.lr_scheduler.get_last_lr()[0])
         if self.by_epoch:
@@ -141,13 +150,13 @@ class ThroughputHook(BaseHook):
     def __init__(self, priority: int = 10) -> None:
         super().__init__(priority)
 
-    def before_train_epoch(self, trainer: Trainer) -> None:
+    def before_train_epoch(self, trainer: Training) -> None:
         self.samples, self.start = 0, time.perf_counter()
 
-    def after_train_iter(self, trainer: Trainer, output: Any, label: Any, loss: Tensor) -> None:
+    def after_train_iter(self, trainer: Training, output: Any, label: Any, loss: Tensor) -> None:
         self.samples += len(label)
 
-    def after_train_epoch(self, trainer: Trainer) -> None:
+    def after_train_epoch(self, trainer: Training) -> None:
         ranks = global_context.get_world_size(ParallelMode.DATA)
         rate = self.samples * ranks / (time.perf_counter() - self.start)
         trainer.metrics["train"].setdefault("Throughput", []).append(rate)
@@ -162,15 +171,15 @@ class LogMetricByEpochHook(BaseHook):
         self.logger = get_dist_logger() if logger is None else logger
         self.interval = interval
 
-    def _log(self, trainer: Trainer, phase: str) -> None:
+    def _log(self, trainer: Training, phase: str) -> None:
         if trainer.cur_epoch % self.interval == 0:
             words = ", ".join(f"{name} {values[-1]:.4g}" for name, values in trainer.metrics[phase].items())
             self.logger.info(f"epoch {trainer.cur_epoch} {phase}: {words}", ranks=[0])
 
-    def after_train_epoch(self, trainer: Trainer) -> None:
+    def after_train_epoch(self, trainer: Training) -> None:
         self._log(trainer, "train")
 
-    def after_test_epoch(self, trainer: Trainer) -> None:
+    def after_test_epoch(self, trainer: Training) -> None:
         self._log(trainer, "test")
 
 
@@ -183,6 +192,6 @@ class SaveCheckpointHook(BaseHook):
         self.interval = interval
         self.checkpoint_dir = Path(checkpoint_dir)
 
-    def after_train_epoch(self, trainer: Trainer) -> None:
+    def after_train_epoch(self, trainer: Training) -> None:
         if trainer.cur_epoch % self.interval == 0:
             trainer.save(self.checkpoint_dir)

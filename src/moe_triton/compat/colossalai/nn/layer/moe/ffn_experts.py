@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from moe_triton import layers
 from moe_triton.checks import check_int, check_number
-from moe_triton.compat.called import call_one_by_one
 from moe_triton.compat.colossalai.context.moe_context import MOE_CONTEXT, MoeParallelInfo
 from moe_triton.compat.colossalai.context.parallel_mode import ParallelMode
 from moe_triton.compat.colossalai.context.random import expert_seeds, generators_seeded, seed
-from moe_triton.compat.colossalai.nn.layer.moe.experts import Capacity, MoeExperts, mark
+from moe_triton.compat.colossalai.nn.layer.moe.base import Capacity, MoeExperts
+from moe_triton.compat.opaque import call_one_by_one
 from moe_triton.integrations.transformers import pointwise_name
 from moe_triton.records import Dispatch
 
@@ -57,11 +57,11 @@ class FFNExperts(layers.Experts, MoeExperts):
             d_model, d_ff, num_experts, activation=known or "relu", bias=True, expert_parallel=info.parallel,
             backend=backend, device=device, dtype=dtype,
         )  # fmt: skip
-        self.num_local_experts, self.dist_info = num_local, info
+        self.num_local_experts = num_local
         self.act = nn.GELU() if activation is None else activation
         self.drop_rate = float(drop_rate)
         self.is_known = known is not None
-        mark(self, info)
+        self.bind(info)
 
     @staticmethod
     def place(num_experts: int) -> tuple[int, MoeParallelInfo]:
@@ -135,7 +135,7 @@ class FFNExperts(layers.Experts, MoeExperts):
             )
         if beside is not None:
             beside()
-        return self.run_called(self._call, hidden_states, top_k_weights, plan, experts, capacity)
+        return self.run_opaque(self._call, hidden_states, top_k_weights, plan, experts, capacity)
 
     def _call(self, hidden: Tensor, weights: Tensor, plan: Dispatch) -> Tensor:
         size, rank = self.parallel_slices
@@ -166,26 +166,10 @@ class TPExperts(FFNExperts):
         ValueError: d_ff is not a multiple of max_ep_size.
     """
 
+    comm_name = "all_gather"
+
     @staticmethod
     def place(num_experts: int) -> tuple[int, MoeParallelInfo]:
         """(experts here: all, who has the other slices)."""
         check_int("num_experts", num_experts, low=1)
         return num_experts, MOE_CONTEXT.get_slices()
-
-
-def build_ffn_experts(
-    num_experts: int, d_model: int, d_ff: int, activation: Any = None, drop_rate: float = 0
-) -> FFNExperts:
-    """`FFNExperts` where the ranks can share E experts, else `TPExperts` where they can split d_ff.
-
-    Raises NotImplementedError where they can do neither.
-    """
-    check_int("num_experts", num_experts, low=1)
-    ranks = MOE_CONTEXT.max_ep_size
-    if num_experts % ranks == 0 or ranks % num_experts == 0:
-        return FFNExperts(num_experts, d_model, d_ff, activation, drop_rate)
-    if d_ff % ranks == 0:
-        return TPExperts(num_experts, d_model, d_ff, activation, drop_rate)
-    raise NotImplementedError(
-        f"num_experts, d_ff: got {num_experts} and {d_ff}, wanted one of them to fit max_ep_size={ranks}"
-    )

@@ -9,15 +9,16 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_triton import losses
-from moe_triton.checks import FLOATS, check_choice, check_int, check_tensor
+from moe_triton.checks import FLOATS, check_choice, check_int, check_number, check_tensor
 from moe_triton.compat.colossalai.context.moe_context import GENERATIONS, MOE_CONTEXT
 from moe_triton.compat.colossalai.nn.layer.moe.experts import Experts, MoeExperts
-from moe_triton.compat.colossalai.nn.layer.moe.noise import NormalNoiseGenerator, UniformNoiseGenerator
 from moe_triton.compat.colossalai.nn.layer.moe.routers import MoeRouter, Top1Router, Top2Router
+from moe_triton.compat.colossalai.nn.layer.moe.utils import NormalNoiseGenerator, UniformNoiseGenerator
 from moe_triton.records import Routing
 from moe_triton.reference import wide
 from moe_triton.runtime import recomputing
@@ -25,11 +26,43 @@ from moe_triton.runtime import recomputing
 NOISY_POLICIES = (None, "Jitter", "Gaussian")
 
 
+class FP32LinearGate(nn.Linear):
+    """v0.1.6's gate: a Linear without bias whose weight stays float32 when the model is cast to a narrower dtype.
+
+    The weight starts from a normal distribution with std sqrt(scale / d), cut off at 2 (`trunc_normal_`).
+    """
+
+    def __init__(self, d_model: int, num_experts: int, scale: float = 0.1) -> None:
+        check_number("scale", scale, above=0)
+        super().__init__(d_model, num_experts, bias=False)
+        nn.init.trunc_normal_(self.weight, std=math.sqrt(scale / d_model))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FP32LinearGate:
+        def kept(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype.itemsize >= tensor.dtype.itemsize else tensor.to(moved.device)
+
+        super()._apply(kept, recurse)
+        return self
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[S, d] -> [S, E] in fp32 (fp64 for fp64 weights), also under autocast."""
+        return wide_linear(self, input)
+
+
+def wide_linear(gate: nn.Linear, x: Tensor) -> Tensor:
+    """Compute a Linear in fp32 (fp64 for fp64 weights), also under autocast."""
+    dtype = wide(gate.weight.dtype)
+    bias = None if gate.bias is None else gate.bias.to(dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.to(dtype), gate.weight.to(dtype), bias)
+
+
 class MoeLayer(nn.Module):
     """gate -> router -> experts. Returns the output; the auxiliary loss is in the MoE context, for `MoeLoss`.
 
-    The gate is the layer's own and computes in fp32 (fp64 for fp64 weights): an nn.Linear with bias in v0.0.2; in
-    v0.1.6 one without, from a normal distribution with std sqrt(0.1 / d), cut off at 2.
+    The gate is the layer's own and computes in fp32 (fp64 for fp64 weights): an nn.Linear with bias in v0.0.2, an
+    `FP32LinearGate` in v0.1.6.
 
     The loss of a forward is E / K * sum_e (share of the assignments wanted of e) * (mean probability of e), before
     anything is dropped, over the tokens of all ranks: the shares of the ranks average to it.
@@ -69,18 +102,29 @@ class MoeLayer(nn.Module):
         check_choice("generation", generation, GENERATIONS)
         self.d_model = dim_model
         self.num_experts = num_experts
-        self.gate = nn.Linear(dim_model, num_experts, bias=generation == "v0.0.2")
-        if generation == "v0.1.6":
-            nn.init.trunc_normal_(self.gate.weight, std=math.sqrt(0.1 / dim_model))
+        is_first = generation == "v0.0.2"
+        self.gate = nn.Linear(dim_model, num_experts) if is_first else FP32LinearGate(dim_model, num_experts)
         self.router = router
         self.experts = experts
 
     def logits(self, x: Tensor) -> Tensor:
         """[S, d] -> [S, E] in fp32 (fp64 for fp64 weights), also under autocast."""
-        dtype = wide(self.gate.weight.dtype)
-        bias = None if self.gate.bias is None else self.gate.bias.to(dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(dtype), self.gate.weight.to(dtype), bias)
+        return wide_linear(self.gate, x)
+
+    @property
+    def num_local_experts(self) -> int:
+        """Experts of this rank."""
+        return self.experts.num_local_experts
+
+    @property
+    def ep_size(self) -> int:
+        """Ranks that share the experts."""
+        return self.experts.dist_info.ep_size
+
+    @property
+    def ep_group(self) -> dist.ProcessGroup | None:
+        """The process group of these ranks; None without torch.distributed."""
+        return self.experts.dist_info.ep_group
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., d] -> [..., d]; zeros for a token that every one of its experts dropped."""
@@ -97,7 +141,7 @@ class MoeLayer(nn.Module):
             routed.routing.weights,
             routed.plan,
             experts=routed.routing.experts,
-            capacity=lambda num_tokens: self.router.get_capacity(num_tokens, self.num_experts),
+            capacity=lambda num_tokens: self.router.get_capacity((num_tokens, self.num_experts)),
         )
         return out.reshape(inputs.shape)
 
@@ -159,14 +203,22 @@ class MoeModule(nn.Module):
             noisy_func=noisy_func,
             drop_tks=drop_tks,
         )
-        experts = expert_instance
-        if experts is None:
-            experts = Experts(expert_cls, num_experts, **expert_args)
+        experts = Experts(expert_cls, num_experts, **expert_args) if expert_instance is None else expert_instance
         self.moe_layer = MoeLayer(dim_model, num_experts, router, experts)
         self.use_residual = use_residual
         if use_residual:
             self.residual_module = expert_cls(**expert_args) if residual_instance is None else residual_instance
             self.residual_combine = nn.Linear(dim_model, 2)
+
+    @property
+    def moe_router(self) -> MoeRouter:
+        """The router of `moe_layer`."""
+        return self.moe_layer.router
+
+    @property
+    def experts(self) -> MoeExperts:
+        """The experts of `moe_layer`."""
+        return self.moe_layer.experts
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., d] -> [..., d]."""

@@ -6,7 +6,7 @@ Shapes: S tokens of this rank, E experts, K = 1 or 2 choices, C an expert's plac
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -96,8 +96,9 @@ class MoeRouter(nn.Module):
         self.capacity_groups = capacity_groups
         self.backend = backend
 
-    def get_capacity(self, num_tokens: int, num_experts: int) -> int | None:
-        """C for S tokens in the present mode; None when nothing is dropped."""
+    def get_capacity(self, logits_shape: Sequence[int]) -> int | None:
+        """Return C for logits of the shape [..., S, E] in the present mode; None when nothing is dropped."""
+        num_tokens, num_experts = logits_shape[-2:]
         factor = self.capacity_factor_train if self.training else self.capacity_factor_eval
         if factor is None or not (self.training or self.drop_tks):
             return None
@@ -126,7 +127,7 @@ class MoeRouter(nn.Module):
             plan = dispatch(
                 routing.experts,
                 num_experts,
-                capacity=self.get_capacity(num_tokens // self.capacity_groups, num_experts),
+                capacity=self.get_capacity((num_tokens // self.capacity_groups, num_experts)),
                 capacity_groups=self.capacity_groups,
                 priority=self.priority,
                 backend=self.backend,
@@ -161,6 +162,11 @@ class Top1Router(MoeRouter):
         super().__init__(
             top_k=1, noise_on="choice" if is_first else "logits", **_by_generation(is_first), **given, **common
         )
+
+    @property
+    def select_policy(self) -> str:
+        """Who survives the capacity: "first", the earliest tokens, or "random"."""
+        return "random" if self.priority == "random" else "first"
 
 
 class Top2Router(MoeRouter):

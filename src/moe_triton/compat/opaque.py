@@ -42,7 +42,7 @@ def call_one_by_one(
     return (rows_RJd * weights[..., None]).sum(1).to(hidden_states.dtype)
 
 
-class CalledExperts:
+class OpaqueExperts:
     """Any modules as the innermost stage of an exchange (`moe_triton.distributed.stages`): a graph of their own."""
 
     def __init__(

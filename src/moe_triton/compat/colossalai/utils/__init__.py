@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from moe_triton.compat.colossalai.context.parallel_context import global_context
 from moe_triton.compat.colossalai.context.parallel_mode import ParallelMode
-from moe_triton.distributed.parameters import expert_parameters
-from moe_triton.distributed.replicas import broadcast_parameters
+from moe_triton.compat.colossalai.utils.moe import get_moe_epsize_param_dict, sync_moe_model_param
+
+__all__ = [
+    "checkpoint",
+    "free_port",
+    "get_current_device",
+    "get_dataloader",
+    "get_moe_epsize_param_dict",
+    "sync_moe_model_param",
+]
 
 
 def get_current_device() -> torch.device:
@@ -43,16 +51,8 @@ def get_dataloader(
     return DataLoader(dataset, sampler=sampler, **arguments)
 
 
-def sync_moe_model_param(model: nn.Module) -> None:
-    """Give every rank the first rank's parameters: dense ones, and each expert among those who hold it."""
-    broadcast_parameters(model, global_context.groups())
-
-
-def get_moe_epsize_param_dict(model: nn.Module) -> dict[int, list[nn.Parameter]]:
-    """Parameters by how many ranks share their set of experts; the dense ones under 1."""
-    experts = expert_parameters(model)
-    found: dict[int, list[nn.Parameter]] = {}
-    for parameter in model.parameters():
-        size = experts[parameter].ep.size if parameter in experts else 1
-        found.setdefault(size, []).append(parameter)
-    return found
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return free.getsockname()[1]

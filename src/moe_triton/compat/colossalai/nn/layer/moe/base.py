@@ -1,0 +1,140 @@
+"""The base of Colossal-AI's containers of experts, over our fused products and exchange.
+
+All of them hold stacked parameters [local experts, ...], which `moe_triton.distributed` reduces, clips and saves by
+global expert id. Experts are drawn by their global id: they differ from each other, and do not depend on how many ranks
+share them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_triton.compat.colossalai.context.moe_context import MoeParallelInfo
+from moe_triton.compat.opaque import OpaqueExperts
+from moe_triton.distributed import ExpertParallel
+from moe_triton.experts import Parameters, in_autocast_dtype, run_experts
+from moe_triton.records import Dispatch, ExpertSpec
+
+Run = Callable[[Tensor, Tensor, Dispatch], Tensor]
+Capacity = Callable[[int], int | None]
+
+
+class MoeExperts(nn.Module):
+    """What `MoeLayer` needs of experts; the base of Colossal-AI's containers.
+
+    num_experts, num_local_experts  of all ranks that share them, and here
+    dist_info                       where the others are
+    comm_name                       how tokens reach the experts, in v0.1.6's words
+
+    Every parameter carries the marks that Colossal-AI's users look for: `moe_param` (v0.0.2) and `moe_info` (v0.1.6),
+    whatever makes other parameters of them: `.to`, copying, unpickling, loading with assign=True. A copy shares the
+    process groups; an unpickled layer takes those of the MoE context, which has to be set up as it was.
+    """
+
+    comm_name = "all_to_all"
+    num_experts: int
+    num_local_experts: int
+    dist_info: MoeParallelInfo
+    expert_parallel: ExpertParallel | None
+    backend: str
+    layer_name: str
+
+    @property
+    def parallel(self) -> ExpertParallel:
+        return self.dist_info.parallel
+
+    def mark(self) -> None:
+        """Put the marks on all parameters."""
+        for parameter in self.parameters(recurse=False):
+            parameter.moe_param = 1  # type: ignore[attr-defined]
+            parameter.moe_info = self.dist_info  # type: ignore[attr-defined]
+
+    def bind(self, info: MoeParallelInfo) -> None:
+        """Compute where `info` says, and mark the parameters, now and whenever they are made anew."""
+        self.dist_info = info
+        self.expert_parallel = info.parallel
+        self.mark()
+        self.register_load_state_dict_post_hook(_mark_after_loading)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MoeExperts:
+        super()._apply(fn, recurse)
+        self.mark()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "expert_parallel"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.expert_parallel = self.parallel
+        self.mark()
+
+    def run_opaque(
+        self, run: Run, hidden: Tensor, weights: Tensor, plan: Dispatch, ids: Tensor | None, capacity: Capacity
+    ) -> Tensor:
+        """The experts' outputs [T, d] where `run` computes the local ones, under autograd."""
+        if self.parallel.is_alone:
+            return run(hidden, weights, plan)
+        if ids is None:
+            raise ValueError("experts: got None, wanted the choices [T, K] under expert parallelism")
+        device = hidden.device.type
+        first = self.num_local_experts * self.parallel.ep.rank if self.parallel.mode == "allgather" else 0
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        parameters: list[Tensor] = list(self.parameters(recurse=False))
+        local = OpaqueExperts(run, parameters, self.num_local_experts, first, autocast)
+        with torch.autocast(device, enabled=False):
+            spec = ExpertSpec(activation="called")
+            return self._exchange(hidden, weights, plan, ids, (parameters, [], None, None), spec, capacity, local)
+
+    def run_fused(
+        self,
+        hidden: Tensor,
+        weights: Tensor,
+        plan: Dispatch,
+        ids: Tensor | None,
+        capacity: Capacity,
+        parameters: Parameters,
+        spec: ExpertSpec,
+    ) -> Tensor:
+        """The experts' outputs [T, d] where they are MLPs of these stacked parameters."""
+        if self.parallel.is_alone:
+            return run_experts(hidden, weights, plan, *parameters, spec, backend=self.backend)
+        if ids is None:
+            raise ValueError("experts: got None, wanted the choices [T, K] under expert parallelism")
+        dtype = hidden.dtype
+        hidden, weights, parameters = in_autocast_dtype(hidden, weights, parameters)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self._exchange(hidden, weights, plan, ids, parameters, spec, capacity, None).to(dtype)
+
+    def _exchange(
+        self,
+        hidden: Tensor,
+        weights: Tensor,
+        plan: Dispatch,
+        ids: Tensor,
+        parameters: Parameters,
+        spec: ExpertSpec,
+        capacity: Capacity,
+        local: OpaqueExperts | None,
+    ) -> Tensor:
+        return self.parallel.run(
+            hidden,
+            weights,
+            torch.where(plan.position >= 0, ids, -1),
+            parameters,
+            spec,
+            num_experts=self.num_experts,
+            layer=self.layer_name,
+            capacity=capacity,
+            recompute=False,
+            backend=self.backend,
+            local=local,  # type: ignore[arg-type]
+        )
+
+
+def _mark_after_loading(experts: MoeExperts, _incompatible_keys: object) -> None:
+    experts.mark()
