@@ -10,11 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from faults import EXPERTS, HIDDEN, Model, fresh_groups, step
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.swa_utils import AveragedModel
 
 from moe_triton import MoE
 from moe_triton.compat import deepspeed as compat
-from moe_triton.distributed import ConfigurationMismatch, ExpertParallel
+from moe_triton.distributed import ConfigurationMismatch, ExpertParallel, make_groups
 
 
 def names(model: Model) -> list[str]:
@@ -35,6 +36,19 @@ def two_models_in_another_order(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["two models", "a copy"])
 def test_ranks_that_run_two_models_in_another_order(two_ranks, kind):
     two_ranks.run(two_models_in_another_order, kind)
+
+
+def layers_of_some_ranks() -> None:
+    """Ranks 1 and 3 have a model of their own before all ranks make one, whose groups include (1, 3)."""
+    pairs = make_groups(ep=2, order="data-before-expert")
+    assert pairs.ep.ranks in ((0, 2), (1, 3))
+    if dist.get_rank() in (1, 3):
+        Model(ExpertParallel(DeviceMesh.from_group(pairs.ep.handle, "cpu", mesh_dim_names=("ep",))))
+    step(Model(ExpertParallel(pairs), aux_loss_weight=0.1))
+
+
+def test_a_model_of_some_ranks_leaves_the_names_of_common_ones_alone(four_ranks):
+    four_ranks.run(layers_of_some_ranks)
 
 
 def copies() -> tuple[list[str], list[str], list[str]]:

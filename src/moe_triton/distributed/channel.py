@@ -155,12 +155,12 @@ class Channel:
                 raise RuntimeError("another rank has failed")
 
     def _exchange_identities(self, board: FailureBoard, device: torch.device) -> None:
-        """Tell the group's processes apart, before its first collective: the store may have gone when it matters."""
+        """Exchange who the group's processes are before its first collective: later the store may be gone."""
         board.identified.add(self.group.name)
         everybody = torch.empty(self.group.size, 3, dtype=torch.int64, device=device)
         self.all_gather(everybody, torch.tensor([identity()], device=device), "exchange of process identities")()
-        for rank, (host, pid, started) in zip(self.group.ranks, everybody.tolist(), strict=True):
-            board.identities[rank] = (host, pid, started)
+        for rank, (space, pid, started) in zip(self.group.ranks, everybody.tolist(), strict=True):
+            board.identities[rank] = (space, pid, started)
 
     def _where(self, phase: str) -> str:
         return f"rank {dist.get_rank()}, {self.layer}, {phase}"

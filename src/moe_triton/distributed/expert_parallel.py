@@ -107,10 +107,10 @@ class ExpertParallel:
         groups = expert_groups(group_or_mesh)
         self.ep, self.edp, self.etp, self.tp, self.data = groups.ep, groups.edp, groups.etp, groups.tp, groups.data
         self.between_nodes, self.in_node = groups.alone, self.ep
+        every_ep = all_ep_groups(group_or_mesh, self.ep)
         if ranks_per_node is not None:
-            self.between_nodes, self.in_node = two_levels(
-                groups, all_ep_groups(group_or_mesh, self.ep), ranks_per_node, mode
-            )
+            self.between_nodes, self.in_node = two_levels(groups, every_ep, ranks_per_node, mode)
+        self._all_ranks = tuple(sorted(rank for ranks in every_ep for rank in ranks))
         self._overflows: list[tuple[str, Callable[[], list[list[int]]]]] = []
 
     @property
@@ -141,7 +141,7 @@ class ExpertParallel:
 
     def new_layer(self) -> str:
         """Return a name for a layer's messages, by the order of creation, which has to be the same on all ranks."""
-        return new_layer_name(self.ep.ranks)
+        return new_layer_name(self._all_ranks)
 
     def __deepcopy__(self, memo: object) -> ExpertParallel:
         """Return this one: the copy of a layer shares the process groups."""

@@ -111,7 +111,7 @@ class FailureBoard:
     identities    of global ranks
     identified    groups whose members know each other's identities
     agreed        fingerprints that were compared, by the name of the group
-    num_layers    MoE layers made so far, by the ranks over which their experts are spread
+    num_layers    MoE layers made so far, by the ranks that make them
     reports       as read so far
     store_failed  the store did not answer, and is not asked again while a cause is sought
     """
@@ -165,11 +165,10 @@ class FailureBoard:
             if not answers or not (silent or sought) or time.monotonic() > deadline + sought:
                 break
             time.sleep(0.02)
-        if silent and not answers:  # who has reported since is not known
-            found = self._do_not_answer(sorted(rank for rank in silent if self._state(rank)))
-            found.append("the store does not answer: the process that serves it has ended or is stuck")
-        else:
-            found = self._do_not_answer(sorted(silent))
+        if answers or silent != others:  # a rank that serves the store may end once it has reported
+            return ", ".join(self._do_not_answer(sorted(silent)))
+        found = self._do_not_answer(sorted(rank for rank in silent if self._state(rank)))
+        found.append("the store does not answer: the process that serves it has ended or is stuck")
         return ", ".join(found)
 
     def describe_places(self, group: Group, here: str) -> str:

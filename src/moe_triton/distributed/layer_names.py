@@ -38,7 +38,11 @@ _alone: Counter[tuple[int, ...]] = Counter()  # without torch.distributed
 
 
 def new_layer_name(ranks: tuple[int, ...]) -> LayerName:
-    """Name a layer whose experts are spread over `ranks`, by the order of creation, which has to be the same on all."""
+    """Name a layer that all of `ranks` make, by the order of creation, which has to be the same on all of them.
+
+    Counted over all ranks that hold the layer, not over one expert-parallel group alone: the name is compared wherever
+    the layer communicates.
+    """
     counts = failure_board().num_layers if dist.is_available() and dist.is_initialized() else _alone
     counts[ranks] += 1
     return LayerName(f"MoE layer {counts[ranks] - 1}")
