@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import statistics
 
 import pytest
@@ -207,7 +208,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     def full_disk(*args):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(report.os, "replace", full_disk)
+    monkeypatch.setattr(os, "replace", full_disk)
     with pytest.raises(OSError, match="no space left"):
         report.write_json(path, {})
     assert path.read_text() == "old"

@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 import pytest
 from typer.testing import CliRunner
 
-from moe_triton.benchmarking import comparing, limits, page, report, session
+from moe_triton.benchmarking import comparing, limits, page, report, runner, session
 from moe_triton.benchmarking.cases import Case
 from moe_triton.benchmarking.results import Row, Run, read_results
 from moe_triton.benchmarking.runner import relate
@@ -329,3 +329,10 @@ def test_the_progress_says_who_runs(capsys):
     display.step("a case, backward", 0.0, "ours")
     lines = ["a case, full: ours", "a case, full: peer", "a case, backward: ours"]
     assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_few_samples_are_noted_with_the_reason():
+    run = run_of(CASE, "full", peer_s=50.0)
+    assert runner.few_samples(run.row("peer"), run) == "3 samples only, for it takes 50 times as long as ours"
+    assert runner.few_samples(run.row("auto"), run) == "3 samples only"
+    assert runner.few_samples(replace(run.row("peer"), times_s=[None, 19.0, None], name="else"), run) == "1 sample only"

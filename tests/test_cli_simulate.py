@@ -125,6 +125,7 @@ def test_list():
         (["--mode", "backward"], "mode: got 'backward'"),
         (["--device", "a100", "--dtype", "float8"], "dtype: got 'float8', wanted one of bfloat16, float16 on a100"),
         (["--chart", "/nowhere/at/all.png"], "--chart: no directory /nowhere/at"),
+        (["--chart", "/proc/s.png"], "--chart: cannot write to /proc: "),
     ],
 )
 def test_bad_input_is_one_line(arguments, message):

@@ -326,7 +326,7 @@ UP, DOWN = torch.zeros(3, 10, 6), torch.zeros(3, 6, 5)
         (
             {"down_proj": (w for w in DOWN)},
             TypeError,
-            "down_proj: got generator, wanted a Tensor or a sequence of tensors",
+            "down_proj: got generator, wanted a Tensor",
         ),
         ({"down_bias": (w for w in DOWN[:, :, 0])}, TypeError, "down_bias: got generator, wanted a Tensor"),
         ({"hidden_states": X.to_sparse()}, TypeError, "hidden_states: got layout torch.sparse_coo"),

@@ -151,3 +151,20 @@ def test_annotations_end_with_the_block_and_survive_errors():
         assert module._forward_hooks
     assert not module._forward_hooks
     assert not module._forward_pre_hooks
+
+
+def test_a_backend_that_cannot_run_here_is_named_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for words in (SHAPE, ["--training-step"]):
+        done = invoke(*words, *QUICK, "--backend=triton", "--out", str(tmp_path / "p"))
+        assert done.exit_code == EXIT_NO_GPU
+        assert "not measured on this machine: backend: got 'triton'" in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert not (tmp_path / "p").exists()
+
+
+def test_a_training_step_refuses_a_layers_tokens(tmp_path):
+    done = invoke("--training-step", "--tokens=64", *QUICK, "--out", str(tmp_path / "p"))
+    assert done.exit_code == EXIT_USAGE
+    assert "training-step: got together with a layer's options" in done.stderr
+    assert not (tmp_path / "p").exists()

@@ -31,10 +31,10 @@ def is_figure(cell: str) -> bool:
 
 @pytest.mark.parametrize("path", tables.DOCUMENTS, ids=lambda path: path.name)
 def test_no_figures_are_written_by_hand(path: Path) -> None:
-    """A row of a table outside the markers holds words."""
+    """Behind the first cell, a row of a table outside the markers holds words."""
     for line in tables.MARKED.sub("", path.read_text()).splitlines():
         if line.startswith("|"):
-            cells = line.strip("|").split("|")
+            cells = line.strip("|").split("|")[1:]
             assert 2 * sum(map(is_figure, cells)) < len(cells), line
 
 

@@ -57,6 +57,7 @@ def check_int(name: str, value: object, *, low: int, high: int | None = None) ->
 
 def check_threads(name: str, value: object) -> None:
     """At least 1, and at most `THREADS_PER_CORE` on each core: starting many more ends the process."""
+    check_int(name, value, low=1)
     check_int(name, value, low=1, high=THREADS_PER_CORE * (os.cpu_count() or 1))
 
 

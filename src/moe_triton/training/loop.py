@@ -178,7 +178,7 @@ def record_fault(record: dict[str, Any], *, config: TrainConfig, kind: str) -> s
             return f"{name}: got {value!r}, wanted a number"
     if kind == "dense":
         return None
-    load = record.get("expert_load")
+    load: Any = record.get("expert_load")
     shape = (config.num_layers, config.num_experts)
     is_table = isinstance(load, list) and all(isinstance(row, list) and len(row) == shape[1] for row in load)
     if not is_table or len(load) != shape[0] or not all(type(count) is int for row in load for count in row):
