@@ -130,9 +130,10 @@ def clip_grad_norm_(
             root = shares[id(parameter)].pow(1 / norm_type).to(grad)
             grad = grad * root.view(-1, *(1 for _ in grad.shape[1:]))
         found.append(grad)
-    total = torch.zeros((), dtype=dtype, device=device)
+    zero = total = torch.zeros((), dtype=dtype, device=device)
     for key, tensors in sums.items():
-        norms = torch.stack([total.new_zeros(()), *(norm.to(total) for norm in _norms(tensors, norm_type))])
+        local = torch._foreach_norm(tensors, norm_type) if tensors else (zero,)
+        norms = torch.stack([norm.to(zero) for norm in local])
         part = norms.max() if is_max else norms.pow(norm_type).sum()
         total = _over_ranks(part, key, total, is_max)
     if groups is not None and groups.pp.size > 1:
@@ -156,10 +157,6 @@ def _check_shards(model: nn.Module) -> None:
                         f"model: got different experts at {name!r} sharded as if they were the same on the ranks "
                         f"{ranks}, wanted apply_fsdp2(model, groups)"
                     )
-
-
-def _norms(tensors: list[Tensor], norm_type: float) -> Sequence[Tensor]:
-    return torch._foreach_norm(tensors, norm_type) if tensors else ()
 
 
 def _over_ranks(part: Tensor, over: Sequence[Group], total: Tensor, is_max: bool) -> Tensor:
