@@ -256,10 +256,25 @@ def test_activation_checkpointing_keeps_the_loss(model):
             one.zero_grad()
             loss = criterion(run(one), y)
             loss.backward()
+            assert MOE_CONTEXT.get_loss() == 0.0  # what backward runs again is no loss of its own
             losses.append(loss.item())
     assert len(set(losses)) == 1
     for (name, a), b in zip(again.named_parameters(), plain.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad), name
+
+
+def test_a_recomputation_adds_no_loss_to_the_next_one():
+    """Under `initialize`, where the losses of a step are summed: one part's backward between two forwards."""
+    model = layers()
+    engine, *_ = initialize(model, torch.optim.SGD(model.parameters(), lr=0.0), MoeCrossEntropyLoss(1.0), verbose=False)
+    x, y = torch.randn(8, 3, D), torch.randint(5, (8,))
+    out = engine(x)
+    expected = engine.criterion(out, y).item()
+    MOE_CONTEXT.reset_loss()
+    part = checkpoint(model.first, x, use_reentrant=False)
+    part.sum().backward()  # runs the layer again
+    assert len(MOE_CONTEXT._losses) == 1
+    assert engine.criterion(engine(x), y).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_reentrant_checkpointing_would_lose_the_loss():

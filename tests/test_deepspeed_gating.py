@@ -35,8 +35,9 @@ def combine_weights(gating: Gating, num_experts: int) -> Tensor:
 
 @pytest.mark.parametrize(
     ("num_tokens", "num_experts", "factor", "low", "expected"),
-    [(10, 4, 1, 0, 3), (10, 4, 1.25, 0, 4), (10, 4, 1, 4, 4), (7, 3, 1.1, 0, 3), (1000, 8, 1.1, 0, 138)],
-)
+    [(10, 4, 1, 0, 3), (10, 4, 1.25, 0, 4), (10, 4, 1, 4, 4), (7, 3, 1.1, 0, 3), (1000, 8, 1.1, 0, 138),
+     (20, 3, 1.05, 0, 7), (10, 3, 2.1, 0, 7), (180, 4, 2.2, 0, 99)],  # in double one more each
+)  # fmt: skip
 def test_capacity(num_tokens, num_experts, factor, low, expected):
     assert capacity(num_tokens, num_experts, factor, low) == expected
 
@@ -50,6 +51,19 @@ def test_capacity_rounds_as_deepspeed_does():
             torch.empty(num_tokens, num_experts, device="meta"), torch.tensor(factor), torch.tensor(4)
         )
         assert capacity(num_tokens, num_experts, factor, 4) == int(theirs)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_the_gates_capacity_rounds_as_deepspeed_does(k):
+    """What an expert-parallel exchange asks of the gate, where double would give one place more."""
+    layer = TopKGate(8, 3, k, capacity_factor=2.1 / k, eval_capacity_factor=1.05 / k, min_capacity=0)
+    for num_tokens in (10, 20, 40, 50, 80, 100):
+        for gate, factor in ((layer.train(), 2.1 / k), (layer.eval(), 1.05 / k)):
+            theirs = upstream._capacity(
+                torch.empty(num_tokens, 3, device="meta"), torch.tensor(factor * k), torch.tensor(0)
+            )
+            assert gate.capacity(num_tokens) == int(theirs)
+    assert layer.train().capacity(10) == 7
 
 
 def test_top1():
@@ -74,6 +88,26 @@ def test_used_token(dtype):
     assert gating.exp_counts.tolist() == [2, 1, 0]
     assert gating.l_aux.item() == pytest.approx(1.0697231, rel=1e-6)
     assert [token for token, _, _ in slots(gating)] == [0, 1, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_used_token_as_floats(dtype):
+    """A 0/1 mask, as deepspeed's own gating takes it."""
+    used = torch.tensor([1, 1, 0, 1], dtype=dtype)
+    l_aux, weights, dispatched, counts = upstream.top1gating(L.clone(), 1.0, 0, used_token=used, use_rts=False)
+    gating = gate(L, 1, used_token=used)
+    assert gating.exp_counts.tolist() == counts.tolist() == [2, 1, 0]
+    assert gating.l_aux.item() == pytest.approx(l_aux.item(), rel=1e-6)
+    assert [token for token, _, _ in slots(gating)] == dispatched.flatten(1).any(1).nonzero().flatten().tolist()
+    assert_close(combine_weights(gating, 3), weights.sum(2).float())
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_an_additive_mask_uses_no_token(k):
+    """0 and -inf is another kind of mask: read as one of 0 and 1 it must not use what it leaves out."""
+    gating = gate(L, k, used_token=torch.tensor([0.0, float("-inf"), 0.0, float("nan")]))
+    assert gating.exp_counts.sum() == 0
+    assert slots(gating) == []
 
 
 @pytest.mark.parametrize("k", [2, 3])

@@ -36,7 +36,7 @@ class MLP:
 
 def recognise(expert: nn.Module) -> MLP | None:
     """The MLP that the expert's forward computes, in training and in eval, or None."""
-    # the copy shares the tensors, and suffers whatever side effects the forward has
+    # the copy shares the tensors; side effects of the forward reach the copy only
     shared = {id(tensor): tensor for tensor in (*expert.parameters(), *expert.buffers())}
     trial = copy.deepcopy(expert, shared)
     in_training, in_eval = (_recognise_mode(trial.train(mode)) for mode in (True, False))

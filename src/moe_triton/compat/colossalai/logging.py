@@ -1,4 +1,4 @@
-"""A logger that speaks on chosen ranks only."""
+"""A logger for chosen ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from moe_triton.compat.colossalai.context.parallel_context import global_context
 
 
 class DistributedLogger:
-    """Python's logger of a name; `ranks` says which ranks speak, None all of them."""
+    """Python's logger of a name; `ranks` says which ranks log, None is all of them."""
 
     def __init__(self, name: str) -> None:
         self._logger = logging.getLogger(name)

@@ -84,7 +84,7 @@ def top_k_gating(
             -inf, leaves every token without.)
         rsample: for k = 1, choose by logits + Gumbel noise; the weight stays noise-free.
         drop_tokens: False keeps every assignment: truly dropless, nothing is padded to the fullest expert.
-        use_rts: for k = 1, who survives is drawn by lot (Random Token Selection); else the earliest tokens do.
+        use_rts: for k = 1, sample the surviving tokens at random (Random Token Selection); else keep the earliest.
         top2_2nd_expert_sampling: for k = 2, choose the second expert by logits + Gumbel noise.
         drop_policy: for k > 2, "probs" keeps each expert's C highest probabilities, "position" its C earliest tokens.
         backend: "auto", "triton", "torch" or "reference".
@@ -106,10 +106,10 @@ def top_k_gating(
     if used_token is not None:  # not given to `route`: DeepSpeed's mean of the gates is over unused tokens too
         unused_S1 = ~(used_token > 0)[:, None]
         experts, weights = experts.masked_fill(unused_S1, -1), weights.masked_fill(unused_S1, 0.0)
-    lots = _lots(experts, num_experts) if k == 1 and use_rts else None
+    keys = _random_keys(experts, num_experts) if k == 1 and use_rts else None
     limit = capacity(num_tokens, num_experts, capacity_factor * k, min_capacity) if drop_tokens else None
     if k == 1:
-        priority = "probability" if lots is not None else "position"
+        priority = "probability" if keys is not None else "position"
     else:
         priority = "choice" if k == 2 else DROP_POLICIES[drop_policy]
     plan = dispatch(
@@ -117,7 +117,7 @@ def top_k_gating(
         num_experts,
         capacity=limit,
         priority=priority,
-        weights=weights if lots is None else lots,
+        weights=weights if keys is None else keys,
         backend=backend,
     )
     counts = _count(experts[:, 0], num_experts) if k == 2 else plan.counts
@@ -138,10 +138,10 @@ def _choice_noise(logits: Tensor, k: int, rsample: bool, second_expert_sampling:
     return noise_SE
 
 
-def _lots(experts: Tensor, num_experts: int) -> Tensor:
+def _random_keys(experts: Tensor, num_experts: int) -> Tensor:
     """A random number for every assignment [S, 1], out of the [S, E] that DeepSpeed draws."""
-    lots_SE = torch.rand(experts.shape[0], num_experts, device=experts.device)
-    return lots_SE.gather(1, experts.long().clamp_min(0))
+    keys_SE = torch.rand(experts.shape[0], num_experts, device=experts.device)
+    return keys_SE.gather(1, experts.long().clamp_min(0))
 
 
 def _count(experts: Tensor, num_experts: int) -> Tensor:

@@ -72,7 +72,7 @@ class MoE(upstream.MoE):
             arXiv 2201.05596).
         noisy_gate_policy: None, "None", "Jitter" or "RSample", in training.
         drop_tokens: False drops nothing, whatever the capacity.
-        use_rts: for k = 1, draw the tokens that survive by lot; else the earliest do.
+        use_rts: for k = 1, sample the surviving tokens at random; else keep the earliest.
         use_tutel: accepted and without effect: what Tutel would make faster are this package's kernels.
         enable_expert_tensor_parallelism: the experts are split over the model-parallel ranks by themselves.
         top2_2nd_expert_sampling: for k = 2, sample the second expert in training.

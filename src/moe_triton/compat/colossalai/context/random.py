@@ -1,7 +1,7 @@
 """Streams of random numbers, one per ParallelMode, that differ between ranks or are shared by them as the mode says.
 
 A stream keeps no state of its own: entering it draws a number from torch's default generator, mixes it with the
-stream's seed, and gives the default generator back one draw further. So `torch.manual_seed` rules every stream, ranks
+stream's seed, and gives the default generator back one draw further. So `torch.manual_seed` seeds every stream, ranks
 in step with each other stay in step, and activation checkpointing, which restores the default generator, repeats them.
 """
 

@@ -61,7 +61,7 @@ class Trainer:
         """Train until `epochs` epochs are finished in all, those of a loaded checkpoint included.
 
         Args:
-            train_dataloader: gives (data, label) batches of this rank; a sampler with set_epoch is told the epoch.
+            train_dataloader: gives (data, label) batches of this rank; `set_epoch` of its sampler is called.
             epochs: in all.
             max_steps: stop after so many batches in all.
             test_dataloader: evaluated after every `test_interval`-th epoch.

@@ -123,7 +123,7 @@ class MoeRouter(nn.Module):
             raise ValueError(
                 f"capacity_groups: got {self.capacity_groups}, wanted a divisor of the {num_tokens} tokens"
             )
-        with seed(ParallelMode.TOKENS):  # ranks with the same tokens draw the same lots
+        with seed(ParallelMode.TOKENS):  # ranks with the same tokens draw the same keys
             plan = dispatch(
                 routing.experts,
                 num_experts,
@@ -146,8 +146,8 @@ class Top1Router(MoeRouter):
         v0.1.6: Top1Router(capacity_factor_train=1.25, capacity_factor_eval=2.0, min_capacity=4, select_policy="first",
                            noisy_func=None, drop_tks=True)
 
-    v0.0.2 draws who survives by lot, and its noise changes the choice only. v0.1.6 keeps the earliest tokens, or draws
-    lots with select_policy="random". Further keywords of both: generation, noise_in_eval=False, capacity_groups=1,
+    v0.0.2 samples the surviving tokens at random, and its noise changes the choice only. v0.1.6 keeps the earliest, or
+    samples with select_policy="random". Further keywords of both: generation, noise_in_eval=False, capacity_groups=1,
     backend="auto". Without `generation` it is v0.0.2 when `capacity_factor` is named, or when v0.0.2's signature takes
     the arguments and an int is where it has min_capacity; else v0.1.6.
 
