@@ -35,10 +35,7 @@ def wrap_ddp(model: nn.Module, groups: ParallelGroups | None = None, **arguments
     experts = expert_parameters(model)
     if any(parallel.redundant_experts for parallel in experts.values()):
         raise ValueError("model: got layers with redundant_experts, whose gradients reduce_gradients has to sum")
-    # a router's load is counted per rank, and summed when it is used: DDP must not overwrite it with rank 0's
-    counted = {id(buffer) for module in model.modules() if (buffer := getattr(module, "load", None)) is not None}
     ignored = [name for name, parameter in model.named_parameters() if parameter in experts]
-    ignored += [name for name, buffer in model.named_buffers() if id(buffer) in counted]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
     handle = over[0].handle if over else (groups.dp.handle if groups is not None else None)
     wrapped = DistributedDataParallel(model, process_group=handle, **arguments)  # type: ignore[arg-type]

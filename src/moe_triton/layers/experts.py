@@ -17,6 +17,7 @@ from moe_triton.experts import in_autocast_dtype, run_experts
 from moe_triton.layers.load import CountsLoad
 from moe_triton.records import ACTIVATIONS, GATED, Dispatch, ExpertSpec
 from moe_triton.reference import activate
+from moe_triton.runtime import autocast_dtype
 
 
 class Experts(CountsLoad):
@@ -203,7 +204,7 @@ class Experts(CountsLoad):
             top_k_weights = top_k_weights.tensor
         parameters = self._parameters_in_order
         dtype = hidden_states.dtype
-        if dtype != parameters[0].dtype and not torch.is_autocast_enabled(hidden_states.device.type):
+        if dtype != parameters[0].dtype and autocast_dtype(hidden_states.device) is None:
             raise TypeError(f"hidden_states: got dtype {dtype}, wanted {parameters[0].dtype}, the layer's own")
         self.count_load(plan.counts)
         if self.expert_parallel is None or self.expert_parallel.is_alone:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import Gumbel, Uniform
 
 from moe_triton import losses
-from moe_triton.checks import FLOATS, MASKS, check_choice, check_int, check_number, check_tensor
+from moe_triton.checks import FLOATS, check_choice, check_int, check_number, check_tensor
 from moe_triton.dispatch import dispatch, renormalize
 from moe_triton.records import Dispatch
 from moe_triton.reference import wide
@@ -96,7 +96,7 @@ def top_k_gating(
     check_int("k", k, low=1, high=num_experts)
     check_choice("drop_policy", drop_policy, tuple(DROP_POLICIES))
     if used_token is not None:
-        check_tensor("used_token", used_token, shape=(num_tokens,), dtypes=MASKS, device=logits.device)
+        check_tensor("used_token", used_token, shape=(num_tokens,), device=logits.device)
     if k == 1 and drop_tokens and 0 < num_tokens < min_capacity:
         raise ValueError(f"min_capacity: got {min_capacity} for {num_tokens} tokens, wanted at most that many when k=1")
 
