@@ -268,8 +268,7 @@ def _ask(mpu: Any, names: tuple[str, ...], what: str, default: Any) -> Any:
 
 
 def _model_group(names: tuple[str, ...]) -> Any:
-    group = _ask(get_mpu(), names, "group", None)
-    if group is not None or not dist.is_initialized():
+    if (group := _ask(get_mpu(), names, "group", None)) is not None or not dist.is_initialized():
         return group
     if not _state.parallel:
         raise RuntimeError("mpu: got none with a model-parallel group, and no groups exist yet; call initialize first")
