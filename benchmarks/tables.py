@@ -29,7 +29,7 @@ from gpu_benches.page import markdown, number, page  # noqa: E402
 
 from moe_triton.benchmarking.report import MODE_NAMES, factor, milliseconds, three_digits, write_text  # noqa: E402
 from moe_triton.benchmarking.results import read_results  # noqa: E402
-from moe_triton.distributed.published import validate  # noqa: E402
+from moe_triton.simulate.published import validate  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "benchmarks" / "README.md"

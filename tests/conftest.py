@@ -11,8 +11,9 @@ if not os.environ.get("MOE_TRITON_TEST_ON_GPU"):
 
 import pytest
 import torch
-from poison import poisoned
-from ranks import four_ranks, two_ranks
+
+from tests.helpers.poison import poisoned
+from tests.helpers.ranks import four_ranks, two_ranks
 
 __all__ = ["four_ranks", "two_ranks"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compare import assert_close
 from torch._dynamo.backends.registry import lookup_backend
 
 import moe_triton
@@ -12,6 +11,7 @@ from moe_triton import MoE, Router
 from moe_triton.autograd.experts import _experts_op
 from moe_triton.autograd.routing import _route_op
 from moe_triton.dispatch import _dispatch_op
+from tests.helpers.compare import assert_close
 
 
 def run(layer, function, x):

@@ -7,12 +7,12 @@ from fractions import Fraction
 
 import pytest
 import torch
-from compare import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moe_triton
 from moe_triton import reference
+from tests.helpers.compare import assert_close
 
 BACKENDS = ["torch", "triton"]
 FIELDS = ("counts", "offsets", "source", "position")

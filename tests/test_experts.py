@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compare import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moe_triton
 from moe_triton import reference
 from moe_triton.records import ACTIVATIONS, GATED, ExpertSpec
+from tests.helpers.compare import assert_close
 
 BACKENDS = ["torch", "triton"]
 

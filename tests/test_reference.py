@@ -5,10 +5,10 @@ from __future__ import annotations
 import mpmath
 import pytest
 import torch
-from compare import assert_close, relative_rms
 
 from moe_triton import expert_capacity, load_balance_loss, reference
 from moe_triton.records import ACTIVATIONS, GATED, ExpertSpec, RouterSpec
+from tests.helpers.compare import assert_close, relative_rms
 
 # The example of DeepSpeed's gate, whose results were executed there: four tokens, three experts.
 LOGITS = torch.tensor([[2, 1, 0], [2, 0, 1], [3, 0, 0], [0, 2, 1]], dtype=torch.float64)

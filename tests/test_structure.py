@@ -15,7 +15,7 @@ SRC = ROOT / "src" / "moe_triton"
 
 # A module may import from its own level and from those above it in this list, which runs from the ground up.
 LEVELS = [
-    ["checks", "files", "records"],
+    ["checks", "files", "records", "simulate"],
     ["reference"],
     ["backends"],
     ["runtime"],

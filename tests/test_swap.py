@@ -8,8 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from compare import assert_close
-from families import COMMON, FAMILIES, VOCAB, experts_modules, only_ours, tiny_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations.moe import ExpertsInterface, use_experts_implementation
@@ -20,6 +18,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 import moe_triton
 from moe_triton.integrations import swap as swap_module
 from moe_triton.integrations import transformers as hf
+from tests.helpers.compare import assert_close
+from tests.helpers.families import COMMON, FAMILIES, VOCAB, experts_modules, only_ours, tiny_model
 
 
 def token_ids() -> torch.Tensor:

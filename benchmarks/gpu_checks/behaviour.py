@@ -10,13 +10,13 @@ import subprocess
 import time
 
 import torch
-from compare import TOLERANCE, assert_close
 from torch import Tensor
 
 import moe_triton
 from gpu_checks.harness import Setting, Skipped, compilations, poisoned, worker_command
 from moe_triton import MoE, reference
 from moe_triton.records import ExpertSpec
+from tests.helpers.compare import TOLERANCE, assert_close
 
 REPEATS = 20
 

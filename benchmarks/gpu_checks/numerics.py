@@ -7,8 +7,6 @@ from dataclasses import replace
 from itertools import cycle
 
 import torch
-from compare import TOLERANCE, assert_close
-from expert_problem import check, make_problem, random_choices, run
 from torch import Tensor
 
 import moe_triton
@@ -19,6 +17,8 @@ from moe_triton.benchmarking.correctness import check as check_block
 from moe_triton.benchmarking.providers import PROVIDERS
 from moe_triton.records import ACTIVATIONS, GATED, UNGATED, ExpertSpec, RouterSpec
 from moe_triton.routing import route_by_spec
+from tests.helpers.compare import TOLERANCE, assert_close
+from tests.helpers.expert_problem import check, make_problem, random_choices, run
 
 LAYOUTS = ((False, True), (True, True), (False, False), (True, False))  # (is_transposed, is_concatenated)
 NEAR = 1e-5  # choice keys nearer than this are a tie in fp32

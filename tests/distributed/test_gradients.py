@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import parity
 import pytest
 import torch
 import torch.distributed as dist
-from compare import assert_close
-from gradient_parity import LAYER, TOKENS, Model, backward_here, compare, expected_gradients, losses
-from parity import HIDDEN, Case
-from ranks import products
 from torch import nn
 
 from moe_triton.compat.deepspeed.layer import MoE as DeepSpeedMoE
@@ -22,7 +17,12 @@ from moe_triton.distributed import (
     make_groups,
     reduce_gradients,
 )
-from moe_triton.distributed.errors import board
+from moe_triton.distributed.exchange.failure_board import failure_board
+from tests.helpers import parity
+from tests.helpers.compare import assert_close
+from tests.helpers.gradient_parity import LAYER, TOKENS, Model, backward_here, compare, expected_gradients, losses
+from tests.helpers.parity import HIDDEN, Case
+from tests.helpers.ranks import products
 
 
 def reduced(sizes: dict, rule: str) -> None:
@@ -90,11 +90,11 @@ def disagreeing(rule: str) -> None:
     other = "mean" if rule == "sum" else "sum"
     model = backward_here(Case(TOKENS, layer=LAYER), groups, other)
     before = model.first.weight.grad.clone()
-    issued = board().issued.total()
+    issued = failure_board().issued.total()
     with pytest.raises(ValueError, match=rf"rule: got '{rule}' with loss_reduction='{other}' at 'moe.experts'"):
         reduce_gradients(model, rule=rule)
     assert torch.equal(model.first.weight.grad, before)
-    assert board().issued.total() == issued
+    assert failure_board().issued.total() == issued
 
 
 def disagreeing_ranks() -> None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 
-import parity
 import pytest
 import torch
-from compare import assert_close
-from gradient_parity import LAYER, TOKENS, Model, compare, expected_gradients, losses, share
-from parity import HIDDEN, Case
-from ranks import products
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from moe_triton.distributed import ExpertParallel, clip_grad_norm_, make_groups, reduce_gradients, wrap_ddp
+from tests.helpers import parity
+from tests.helpers.compare import assert_close
+from tests.helpers.gradient_parity import LAYER, TOKENS, Model, compare, expected_gradients, losses, share
+from tests.helpers.parity import HIDDEN, Case
+from tests.helpers.ranks import products
 
 # by micro-batch: whether the forward and the backward pass are outside of `no_sync`
 ACCUMULATION = {

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import parity
 import pytest
 import torch
-from compare import assert_close
-from gradient_parity import LAYER, TOKENS, Model, compare, expected_gradients, local_part, losses, share
-from parity import Case
-from ranks import products
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -17,6 +12,11 @@ from torch.distributed.tensor import Shard
 import moe_triton.layers.experts
 from moe_triton.distributed import ExpertParallel, apply_fsdp2, clip_grad_norm_, make_groups, reduce_gradients
 from moe_triton.layers import Experts
+from tests.helpers import parity
+from tests.helpers.compare import assert_close
+from tests.helpers.gradient_parity import LAYER, TOKENS, Model, compare, expected_gradients, local_part, losses, share
+from tests.helpers.parity import Case
+from tests.helpers.ranks import products
 
 
 def fsdp(sizes: dict, rule: str) -> None:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from gradient_parity import TOKENS, Model
-from parity import HIDDEN, Case
-from ranks import products
 
 from moe_triton.distributed import (
     ExpertParallel,
@@ -17,6 +14,9 @@ from moe_triton.distributed import (
     make_groups,
     reduce_gradients,
 )
+from tests.helpers.gradient_parity import TOKENS, Model
+from tests.helpers.parity import HIDDEN, Case
+from tests.helpers.ranks import products
 
 OPTIMIZERS = {
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.1),

@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from colossalai_context import launched
-from compare import assert_close
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moe_triton import MoE
@@ -17,6 +15,8 @@ from moe_triton.compat.colossalai.context import MOE_CONTEXT, ParallelMode, glob
 from moe_triton.compat.deepspeed import groups as deepspeed_groups
 from moe_triton.distributed import ExpertParallel, Group, make_groups
 from moe_triton.distributed.groups import group_from_handle
+from tests.helpers.colossalai_context import launched
+from tests.helpers.compare import assert_close
 
 KINDS = ("dp", "tp", "pp", "ep", "edp", "etp", "alone")
 SHARED = ("ep", "edp", "etp", "tp", "between_nodes", "in_node")

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_close
 from torch import Tensor
 
 from moe_triton import MoE
 from moe_triton.distributed import make_groups
+from tests.helpers.compare import assert_close
 
 ROOT = Path(__file__).parents[2]
 HIDDEN, STEPS = 16, 3

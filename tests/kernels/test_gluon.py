@@ -12,10 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from compare import assert_close
-from expert_problem import check, make_problem, random_choices, run
-from gluon_emulator import Emulator
-from gluon_memory import Descriptor, Pointer
 from torch import Tensor
 
 from moe_triton import reference
@@ -32,6 +28,10 @@ from moe_triton_kernels.grouped_gemm import per_expert
 from moe_triton_kernels.offline import SHARED_LIMIT, compile_apart
 from moe_triton_kernels.tiles import tile_tables
 from moe_triton_kernels.up import up
+from tests.helpers.compare import assert_close
+from tests.helpers.expert_problem import check, make_problem, random_choices, run
+from tests.helpers.gluon_emulator import Emulator
+from tests.helpers.gluon_memory import Descriptor, Pointer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]  # NumPy has no bfloat16

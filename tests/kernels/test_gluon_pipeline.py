@@ -9,13 +9,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from compare import assert_close
-from gluon_emulator import Deadlock, Emulator
-from gluon_memory import Descriptor, Pointer, Race
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_triton import reference
+from tests.helpers.compare import assert_close
+from tests.helpers.gluon_emulator import Deadlock, Emulator
+from tests.helpers.gluon_memory import Descriptor, Pointer, Race
 
 BLOCK_M, BLOCK_K = 8, 4
 OFFSETS = np.array([0, 11, 11, 24, 27], np.int32)  # four experts of which the second has no row

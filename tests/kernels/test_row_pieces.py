@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compare import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -13,6 +12,7 @@ from moe_triton_kernels import row_pieces as module
 from moe_triton_kernels.configs import Config
 from moe_triton_kernels.row_pieces import RowPieces, piece_rows_for, row_pieces
 from moe_triton_kernels.weight_grad import bias_grad, weight_grad
+from tests.helpers.compare import assert_close
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 CONFIG = Config(block_m=32, block_n=32, block_k=32, num_warps=4, num_stages=1, group=2, parts=2)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from moe_triton.benchmarking.cases import Case
 from moe_triton.benchmarking.profiling import PREFIX, WARM_UP, record, span
 from moe_triton.distributed import ExpertParallel, make_groups
-from moe_triton.distributed.channel import WAIT
+from moe_triton.distributed.exchange.channel import WAIT
 from moe_triton.layers import MoE
 
 Interval = tuple[float, float]

@@ -17,9 +17,9 @@ from moe_triton.cli.arguments import EXIT_USAGE, check_outputs, fail, pick, spli
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from moe_triton.distributed.cost_model import Prediction, Workload
-    from moe_triton.distributed.presets import Device, Network
-    from moe_triton.distributed.published import Point
+    from moe_triton.simulate.cost_model import Prediction, Workload
+    from moe_triton.simulate.presets import Device, Network
+    from moe_triton.simulate.published import Point
 
 SCHEMA = "moe-triton-simulate/1"
 NOTE = "Predictions of a cost model, not measurements."
@@ -82,8 +82,8 @@ def simulate(
     optimizer's update, recomputation and pipeline or tensor parallelism are not in it.
     Exit code: 0; 2 for bad arguments.
     """
-    from moe_triton.distributed import presets
-    from moe_triton.distributed.cost_model import Workload, predict
+    from moe_triton.simulate import presets
+    from moe_triton.simulate.cost_model import Workload, predict
 
     if show_list:
         print_presets()
@@ -120,7 +120,7 @@ def simulate(
 
 
 def parse_gpus(text: str | None) -> list[int]:
-    from moe_triton.distributed.cost_model import MAX_GPUS
+    from moe_triton.simulate.cost_model import MAX_GPUS
 
     if text is None:
         return [2**power for power in range(MAX_GPUS.bit_length())]
@@ -143,7 +143,7 @@ def title(work: Workload, device: Device, network: Network) -> str:
 def document(
     work: Workload, device: Device, network: Network, found: Sequence[Prediction], efficiency: Sequence[float]
 ) -> dict[str, Any]:
-    """Everything as plain values; `moe_triton.distributed.cost_model` documents the fields."""
+    """Everything as plain values; `moe_triton.simulate.cost_model` documents the fields."""
     rows = [{**asdict(one), "efficiency": share} for one, share in zip(found, efficiency, strict=True)]
     settings = {"workload": asdict(work), "device": asdict(device), "network": asdict(network)}
     return {"schema": SCHEMA, "note": NOTE, **settings, "predictions": rows}
@@ -220,7 +220,7 @@ def print_predictions(
 
 
 def print_presets() -> None:
-    from moe_triton.distributed.presets import DEVICES, MODELS, NETWORKS
+    from moe_triton.simulate.presets import DEVICES, MODELS, NETWORKS
 
     for kind, table in (("preset", MODELS), ("device", DEVICES), ("network", NETWORKS)):
         for name, entry in table.items():
@@ -240,7 +240,7 @@ def print_validation(as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from moe_triton.distributed.published import validate
+    from moe_triton.simulate.published import validate
 
     points = validate()
     if as_json:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_triton.dispatch import dispatch
-from moe_triton.distributed.stages import Saved
+from moe_triton.distributed.exchange.stages import Saved
 from moe_triton.records import Dispatch
 from moe_triton.reference import wide
 
@@ -43,7 +43,7 @@ def call_one_by_one(
 
 
 class OpaqueExperts:
-    """Any modules as the innermost stage of an exchange (`moe_triton.distributed.stages`): a graph of their own."""
+    """Any modules as the innermost stage of an exchange (`distributed.exchange.stages`): a graph of their own."""
 
     def __init__(
         self,

@@ -3,32 +3,32 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from moe_triton.distributed.checkpoint import load_checkpoint, save_checkpoint
+from moe_triton.distributed.checkpoint.export import export_safetensors
+from moe_triton.distributed.checkpoint.save_load import load_checkpoint, save_checkpoint
+from moe_triton.distributed.checkpoint.whole_tensors import load_experts_from
 from moe_triton.distributed.errors import CheckpointError, ConfigurationMismatch, ExpertParallelError
-from moe_triton.distributed.expert_parallel import ExpertParallel
-from moe_triton.distributed.export import export_safetensors
-from moe_triton.distributed.failure_board import explain_termination
+from moe_triton.distributed.exchange.expert_parallel import ExpertParallel
+from moe_triton.distributed.exchange.failure_board import explain_termination
 from moe_triton.distributed.groups import Group, ParallelGroups, make_groups
-from moe_triton.distributed.plan import RankTables, plan
-from moe_triton.distributed.whole_tensors import load_experts_from
+from moe_triton.distributed.rank_tables import RankTables, plan
 
 if TYPE_CHECKING:
     from moe_triton.distributed.amp import GradScaler
+    from moe_triton.distributed.consistency import broadcast_parameters, check_replicas
     from moe_triton.distributed.ddp import wrap_ddp
     from moe_triton.distributed.fsdp import apply_fsdp2
     from moe_triton.distributed.gradients import clip_grad_norm_, reduce_gradients
-    from moe_triton.distributed.replicas import broadcast_parameters, check_replicas
-    from moe_triton.distributed.replication import Rebalanced, rebalance
+    from moe_triton.distributed.replicas.replication import Rebalanced, rebalance
 
 # These import DTensor or FSDP, which takes seconds: they are loaded when first asked for.
 _LAZY = {
     "apply_fsdp2": "fsdp",
-    "broadcast_parameters": "replicas",
-    "check_replicas": "replicas",
+    "broadcast_parameters": "consistency",
+    "check_replicas": "consistency",
     "clip_grad_norm_": "gradients",
     "GradScaler": "amp",
-    "rebalance": "replication",
-    "Rebalanced": "replication",
+    "rebalance": "replicas.replication",
+    "Rebalanced": "replicas.replication",
     "reduce_gradients": "gradients",
     "wrap_ddp": "ddp",
 }

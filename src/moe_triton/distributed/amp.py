@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_triton.distributed.channel import Channel
+from moe_triton.distributed.exchange.channel import Channel
 from moe_triton.distributed.groups import group_from_handle
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moe_triton.checks import check_choice, check_number
-from moe_triton.distributed.channel import Channel
+from moe_triton.distributed.exchange.channel import Channel
 from moe_triton.distributed.groups import Group, ParallelGroups, device_type, group_from_handle, number_of_ranks
 from moe_triton.distributed.parameters import (
     check_rule,
@@ -28,7 +28,7 @@ from moe_triton.distributed.parameters import (
     held_parameters,
     is_sliced,
 )
-from moe_triton.distributed.replication import shares_of_slots, sum_replica_gradients
+from moe_triton.distributed.replicas.replication import shares_of_slots, sum_replica_gradients
 
 RULES = ("mean", "sum", "colossalai")
 BUCKET_BYTES = 25 << 20  # what DistributedDataParallel sends at a time

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from moe_triton.distributed.plan import KINDS, RankTables, plan
+from moe_triton.distributed.rank_tables import KINDS, RankTables, plan
 
 # torch 2.13 has renamed it, and warns of the old name
 all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -74,7 +74,7 @@ def number_of_ranks(groups: Iterable[Group]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelGroups:
-    """This rank's groups of every kind; see `moe_triton.distributed.plan` for the kinds."""
+    """This rank's groups of every kind; see `moe_triton.distributed.rank_tables` for the kinds."""
 
     tables: RankTables
     rank: int

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch.distributed as dist
 from torch import nn
 
-from moe_triton.distributed.expert_parallel import ExpertParallel
+from moe_triton.distributed.exchange.expert_parallel import ExpertParallel
 from moe_triton.distributed.groups import Group, ParallelGroups, group_from_handle
 
 

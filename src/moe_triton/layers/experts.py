@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from moe_triton.checks import check_choice, check_int
-from moe_triton.distributed.expert_parallel import ExpertParallel
-from moe_triton.distributed.global_tensors import as_global, expert_layout
-from moe_triton.distributed.placement import Placement, build_placement, plan_placement, replica_of
+from moe_triton.distributed.checkpoint.global_tensors import as_global, expert_layout
+from moe_triton.distributed.exchange.expert_parallel import ExpertParallel
+from moe_triton.distributed.replicas.placement import Placement, build_placement, plan_placement, replica_of
 from moe_triton.experts import in_autocast_dtype, run_experts
 from moe_triton.layers.load import CountsLoad
 from moe_triton.records import ACTIVATIONS, GATED, Dispatch, ExpertSpec

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from moe_triton import losses
 from moe_triton.checks import FLOATS, MASKS, check_choice, check_int, check_number, check_tensor
 from moe_triton.dispatch import dispatch, expert_capacity, renormalize
-from moe_triton.distributed.channel import report_failure
-from moe_triton.distributed.expert_parallel import ExpertParallel
+from moe_triton.distributed.exchange.channel import report_failure
+from moe_triton.distributed.exchange.expert_parallel import ExpertParallel
 from moe_triton.layers.experts import Experts, FeedForward, Uncast, casts_inputs
 from moe_triton.layers.router import Router
 from moe_triton.records import PRIORITIES, Routing

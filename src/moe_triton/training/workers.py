@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moe_triton.checks import check_choice, check_int
 from moe_triton.distributed import ExpertParallel, ParallelGroups, explain_termination, make_groups
-from moe_triton.distributed.expert_parallel import MODES
+from moe_triton.distributed.exchange.expert_parallel import MODES
 from moe_triton.distributed.groups import all_gather_single
 from moe_triton.distributed.parameters import expert_parameters
 from moe_triton.training.config import check_device

@@ -19,7 +19,7 @@ from moe_triton.compat.colossalai.context.random import set_seed
 from moe_triton.compat.colossalai.engine import Engine, MoeGradientHandler, holds_experts
 from moe_triton.compat.colossalai.global_variables import moe_env
 from moe_triton.compat.colossalai.logging import get_dist_logger
-from moe_triton.distributed.replicas import broadcast_parameters
+from moe_triton.distributed.consistency import broadcast_parameters
 
 
 def launch(

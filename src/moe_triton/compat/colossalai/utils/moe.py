@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from moe_triton.compat.colossalai.context.parallel_context import global_context
+from moe_triton.distributed.consistency import broadcast_parameters
 from moe_triton.distributed.parameters import expert_parameters
-from moe_triton.distributed.replicas import broadcast_parameters
 
 
 def sync_moe_model_param(model: nn.Module) -> None:

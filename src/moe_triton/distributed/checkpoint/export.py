@@ -1,0 +1,225 @@
+"""One set of safetensors files of a spread model, in the layout of transformers."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moe_triton.distributed.checkpoint.global_tensors import GlobalTensor, Offset, as_global, model_tensors
+from moe_triton.distributed.checkpoint.team import Team
+from moe_triton.distributed.errors import CheckpointError
+from moe_triton.distributed.groups import device_type
+from moe_triton.files import reason, replace_file
+
+# As safetensors calls them.
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+
+
+def export_safetensors(
+    path: str | PathLike[str],
+    model: nn.Module,
+    *,
+    max_file_bytes: int = 50 * 10**9,
+    group: dist.ProcessGroup | None = None,
+) -> list[Path]:
+    """Writes the model's parameters and persistent buffers to safetensors, with global expert tensors [E, ...].
+
+    The names are the model's own and the layout of `Experts` is that of transformers. The first rank writes, and
+    gathers expert by expert: it holds its own part and one expert (or one tensor that is no expert's), the others only
+    their own. An interrupted export leaves what was there before, and files named "*.tmp".
+
+    Args:
+        path: the file, "model.safetensors" by custom. A model of more than `max_file_bytes` goes into
+            "model-00001-of-0000N.safetensors" and so on, with "model.safetensors.index.json" beside them.
+        model: its experts may be spread by `ExpertParallel`, its parameters by FSDP2.
+        max_file_bytes: of tensors in one file; a larger tensor gets a file of its own.
+        group: the processes that hold the model; None: all, or this one where torch.distributed is not in use. Every
+            rank of it calls the function.
+
+    Returns:
+        The files that hold tensors.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong kind, by name. CheckpointError: the file cannot be written; on
+        every rank. ExpertParallelError: a rank died or does not answer.
+    """
+    target = Path(path)
+    team = Team.of(group, f"export_safetensors to {target}")
+    tensors: dict[str, GlobalTensor] = {}
+
+    def collect() -> dict[str, _Described]:
+        if target.suffix != ".safetensors":
+            raise ValueError(f"path: got {str(target)!r}, wanted a name that ends in .safetensors")
+        if max_file_bytes < 1:
+            raise ValueError(f"max_file_bytes: got {max_file_bytes}, wanted at least 1")
+        found = {}
+        for name, tensor in model_tensors(model).items():
+            if tensor.live.dtype not in DTYPES:
+                raise TypeError(f"model: {name!r} has dtype {tensor.live.dtype}, which safetensors has not")
+            part = as_global(tensor.live if tensor.live.dim() else tensor.live.reshape(1), tensor.layout)
+            found[name] = _Described(
+                shape=tuple(part.shape) if tensor.live.dim() else (),
+                dtype=part.dtype,
+                rows=1 if tensor.is_expert else max(1, part.shape[0]),
+                boxes={offset: tuple(box.shape) for offset, box in part.boxes.items()},
+            )
+            tensors[name] = part
+        return found
+
+    described = team.each("collecting the tensors", collect)
+    parts = _parts({name: value for mine in described for name, value in mine.items()}, max_file_bytes)
+    names = _file_names(target, len(parts))
+    failure: OSError | None = None
+    for name, part in zip(names, parts, strict=True):
+        pieces = _pieces(part, described, tensors, team)
+        if not team.is_first:
+            for _ in pieces:
+                pass
+            continue
+        chunks = _file(part, pieces)
+        try:
+            if failure is None:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                replace_file(_aside(name, target), chunks)
+        except OSError as error:
+            failure = error
+        for _ in chunks:  # the others go on sending
+            pass
+
+    def finish() -> None:
+        if failure is not None:
+            raise CheckpointError(f"cannot write {target}: {reason(failure)}; what was there before is intact")
+        for name in names:
+            if (aside := _aside(name, target)) != name:
+                os.replace(aside, name)
+        if len(parts) > 1:
+            total = sum(value.bytes for part in parts for value in part.values())
+            where = {key: name.name for name, part in zip(names, parts, strict=True) for key in part}
+            index = {"metadata": {"total_size": total}, "weight_map": where}
+            replace_file(target.with_name(f"{target.name}.index.json"), [json.dumps(index, indent=2).encode()])
+
+    team.first("writing", finish)
+    return names
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Described:
+    """A tensor as the other ranks need to know it. It is written `rows` at a time: 1 expert, or all that there are."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    rows: int
+    boxes: dict[Offset, tuple[int, ...]]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _parts(tensors: dict[str, _Described], limit: int) -> list[dict[str, _Described]]:
+    """The tensors of each file, in the model's order, so that a layer is not scattered."""
+    parts: list[dict[str, _Described]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if parts[-1] and size + tensor.bytes > limit:
+            parts.append({})
+            size = 0
+        parts[-1][name] = tensor
+        size += tensor.bytes
+    # safetensors wants every tensor aligned to its elements
+    return [dict(sorted(part.items(), key=lambda item: -item[1].dtype.itemsize)) for part in parts]
+
+
+def _file_names(target: Path, count: int) -> list[Path]:
+    if count == 1:
+        return [target]
+    return [target.with_name(f"{target.stem}-{i + 1:05d}-of-{count:05d}.safetensors") for i in range(count)]
+
+
+def _aside(name: Path, target: Path) -> Path:
+    """One of several files is only given its name when all are there."""
+    return name if name == target else name.with_name(f"{name.name}.part.tmp")
+
+
+def _file(part: dict[str, _Described], pieces: Iterator[Tensor]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, tensor in part.items():
+        end = start + tensor.bytes
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for piece in pieces:
+        yield piece.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _pieces(
+    part: dict[str, _Described], described: list[dict[str, _Described]], tensors: dict[str, GlobalTensor], team: Team
+) -> Iterator[Tensor]:
+    """The part's tensors, some rows at a time: whole on the first rank; the others send it what they have and see None.
+
+    All ranks walk over the same boxes in the same order.
+    """
+    for name, tensor in part.items():
+        owners: dict[Offset, tuple[int, tuple[int, ...]]] = {}
+        for rank, mine in enumerate(described):
+            for offset, shape in (mine[name].boxes if name in mine else {}).items():
+                owners.setdefault(offset, (rank, shape))
+        for start in range(0, tensor.shape[0] if tensor.shape else 1, tensor.rows):
+            yield _rows(name, tensor, start, owners, tensors, team)
+
+
+def _rows(
+    name: str,
+    tensor: _Described,
+    start: int,
+    owners: dict[Offset, tuple[int, tuple[int, ...]]],
+    tensors: dict[str, GlobalTensor],
+    team: Team,
+) -> Tensor:
+    """Rows [start, start + rows) of the tensor on the first rank."""
+    whole = torch.zeros(tensor.rows, *tensor.shape[1:], dtype=tensor.dtype) if team.is_first else torch.zeros(0)
+    for offset, (owner, shape) in owners.items():
+        low, high = max(offset[0], start), min(offset[0] + shape[0], start + tensor.rows)
+        if low >= high:
+            continue
+        source = None
+        if owner == team.group.rank:
+            source = tensors[name].boxes[offset][low - offset[0] : high - offset[0]]
+        here = tuple(slice(begin, begin + size) for begin, size in zip(offset[1:], shape[1:], strict=True))
+        if team.is_first:
+            into = whole[(slice(low - start, high - start), *here)]
+            into.copy_(source if source is not None else _receive(into, owner, team))
+        elif source is not None:
+            with team.error_context("sending"):
+                dist.send(_as_bytes(source.to(device_type())), team.group.ranks[0], group=team.group.handle)
+    return whole
+
+
+def _receive(like: Tensor, owner: int, team: Team) -> Tensor:
+    room = torch.zeros(like.shape, dtype=like.dtype, device=device_type())
+    with team.error_context("receiving"):
+        dist.recv(_as_bytes(room), team.group.ranks[owner], group=team.group.handle)
+    return room
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """gloo knows neither float8 nor bool."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

@@ -1,0 +1,389 @@
+"""Expert parallelism: how an MoE layer's experts are spread over ranks. Usage and rules: docs/distributed.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
+
+from moe_triton import runtime
+from moe_triton.checks import check_choice, check_int
+from moe_triton.distributed.errors import ExpertParallelError
+from moe_triton.distributed.exchange.channel import Channel, Listener, report_failure, to_host
+from moe_triton.distributed.exchange.function import Exchanged, as_list, flatten
+from moe_triton.distributed.exchange.layer_names import new_layer_name
+from moe_triton.distributed.exchange.stages import Exchange, LocalExperts, Parameters, Planner, Stage
+from moe_triton.distributed.exchange.tensor_parallel import gather_tokens, slice_tokens
+from moe_triton.distributed.exchange.transport import (
+    Shape,
+    Transport,
+    plan_allgather,
+    plan_bounded,
+    plan_capacity,
+    plan_dropless,
+)
+from moe_triton.distributed.expert_groups import all_ep_groups, expert_groups, two_levels
+from moe_triton.distributed.groups import Group, ParallelGroups, number_of_ranks
+from moe_triton.records import ExpertSpec
+
+MODES = ("dropless", "capacity", "bounded", "allgather")
+LOSS_REDUCTIONS = ("sum", "mean")
+
+
+class ExpertParallel:
+    """Spreads the experts of MoE layers over the ranks of a group; given to `MoE(expert_parallel=...)`.
+
+    The E experts lie in runs of L = ceil(E / ep) over the group's ranks. Each rank passes its own tokens and gets its
+    own outputs; every rank of the group must call the layers in the same order, with any number of tokens, none
+    included. After backward each rank's expert parameters hold the gradient of all tokens of the group; what is left
+    to reduce is in `moe_triton.distributed.reduce_gradients`.
+
+    Args:
+        group_or_mesh: where the experts are spread. None: the default group, or one process alone where
+            torch.distributed is not initialised. A ProcessGroup: that one, if it is the world. A DeviceMesh: its
+            dimension "ep" (the only one of a 1-D mesh), "edp" (other tokens, the same experts) and "etp" where it has
+            them; "tp" and "pp" are left alone. `ParallelGroups`: from `make_groups`; with tensor parallelism of the
+            tokens it must be these.
+        mode: "dropless": exactly the wanted rows; one host sync per call, for the sizes. "capacity": even exchange of
+            [E, C, d] for layers with a capacity factor; as "dropless" where it drops nothing, as an infinite
+            eval_capacity_factor asks. "bounded": room for every possible row. "allgather": every
+            rank sees all tokens. The last three have fixed sizes and no host sync, given `max_tokens_per_rank`.
+        chunks: the exchange is cut up into so many, each issued before the one before it is computed.
+        deduplicate: a token travels once to each rank that has several of its experts. False sends a row per choice,
+            which makes every sum the single process's, bit for bit.
+        max_tokens_per_rank: the most tokens that any rank passes in a call; None asks the others in each call (one
+            host sync) in the modes of fixed size.
+        max_rows_per_pair: in mode "bounded", less room for each (chunk, pair of ranks) than the worst case needs.
+            Rows without room raise: at once on a CPU, in the next call (or `check()`) on a GPU.
+        ranks_per_node: exchange in two levels: between nodes once per (token, node), then inside the node. Must divide
+            the group, whose ranks lie node by node. Mode "dropless" only.
+        redundant_experts: slots beyond one per expert, for replicas of hot ones (DeepSeek-V3): a token's choice goes to
+            one of its expert's replicas. E + this must be a multiple of the group's ranks. `rebalance` moves replicas
+            to where the load is; `reduce_gradients` sums their gradients.
+        loss_reduction: how the ranks' losses make the global one. "mean": they average to it, as every rank's mean over
+            its own tokens does, and so do the layers' aux_loss. "sum": they sum to it, as losses divided by the tokens
+            of all ranks do. The rule of what reduces the gradients has to be the same.
+        always_exchange: exchange in a group of one as well: to test and to measure the path where there is one rank.
+        listener: called with a word for every step, as it is issued; for tests and profiling.
+
+    Raises:
+        ValueError, TypeError: an argument out of range or of the wrong kind, by name.
+    """
+
+    def __init__(
+        self,
+        group_or_mesh: dist.ProcessGroup | DeviceMesh | ParallelGroups | None = None,
+        *,
+        mode: str = "dropless",
+        chunks: int = 1,
+        deduplicate: bool = True,
+        max_tokens_per_rank: int | None = None,
+        max_rows_per_pair: int | None = None,
+        ranks_per_node: int | None = None,
+        redundant_experts: int = 0,
+        loss_reduction: str = "mean",
+        always_exchange: bool = False,
+        listener: Listener | None = None,
+    ) -> None:
+        check_choice("mode", mode, MODES)
+        check_int("chunks", chunks, low=1)
+        check_choice("loss_reduction", loss_reduction, LOSS_REDUCTIONS)
+        if max_tokens_per_rank is not None:
+            check_int("max_tokens_per_rank", max_tokens_per_rank, low=0)
+        if max_rows_per_pair is not None:
+            check_int("max_rows_per_pair", max_rows_per_pair, low=1)
+            if mode != "bounded":
+                raise ValueError(f"max_rows_per_pair: got {max_rows_per_pair} with mode {mode!r}, wanted 'bounded'")
+        self.mode, self.chunks, self.deduplicate = mode, chunks, deduplicate
+        self.max_tokens_per_rank, self.max_rows_per_pair = max_tokens_per_rank, max_rows_per_pair
+        self.loss_reduction, self.listener = loss_reduction, listener
+        self.always_exchange = always_exchange
+        check_int("redundant_experts", redundant_experts, low=0)
+        self.redundant_experts, self.ranks_per_node = redundant_experts, ranks_per_node
+        groups = expert_groups(group_or_mesh)
+        self.ep, self.edp, self.etp, self.tp, self.data = groups.ep, groups.edp, groups.etp, groups.tp, groups.data
+        self.between_nodes, self.in_node = groups.alone, self.ep
+        every_ep = all_ep_groups(group_or_mesh, self.ep)
+        if ranks_per_node is not None:
+            self.between_nodes, self.in_node = two_levels(groups, every_ep, ranks_per_node, mode)
+        self._all_ranks = tuple(sorted(rank for ranks in every_ep for rank in ranks))
+        self._overflows: list[tuple[str, Callable[[], list[list[int]]]]] = []
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether no row has to travel: a group of one, with whole experts and tokens of its own."""
+        exchanges = self.always_exchange or self.redundant_experts > 0
+        return not exchanges and self.ep.size == 1 and self.etp.size == 1 and self.tp.size == 1
+
+    def experts_of(self, num_experts: int, rank: int | None = None) -> range:
+        """The global ids of the experts of this rank of the group, or of another one.
+
+        Raises ValueError where a rank of the group would have none.
+        """
+        per_rank = -(-num_experts // self.ep.size)
+        if per_rank * (self.ep.size - 1) >= num_experts:
+            raise ValueError(
+                f"num_experts: got {num_experts} for {self.ep.size} ranks in runs of {per_rank}, "
+                "wanted at least one expert on every rank"
+            )
+        rank = self.ep.rank if rank is None else rank
+        return range(rank * per_rank, min((rank + 1) * per_rank, num_experts))
+
+    def has_copies_on(self, ranks: Iterable[int]) -> bool:
+        """Whether all of these global ranks hold the experts that this rank holds, the same slices of them."""
+        if self.ep.size == 1 and self.etp.size == 1:
+            return True
+        return set(ranks) <= set(self.edp.ranks if self.edp.size > 1 else (dist.get_rank(),))
+
+    def new_layer(self) -> str:
+        """Return a name for a layer's messages, by the order of creation, which has to be the same on all ranks."""
+        return new_layer_name(self._all_ranks)
+
+    def __deepcopy__(self, memo: object) -> ExpertParallel:
+        """Return this one: the copy of a layer shares the process groups."""
+        return self
+
+    def __getstate__(self) -> dict[str, object]:
+        """Return what can be pickled: neither process groups (see `Group`) nor the listener."""
+        return {**vars(self), "listener": None, "_overflows": []}
+
+    def most_tokens(self, num_tokens: int, device: torch.device, layer: str) -> int:
+        """The most tokens that any rank passes in this call: as the user said, or asked of the others."""
+        if self.max_tokens_per_rank is not None:
+            if num_tokens > self.max_tokens_per_rank:
+                raise ValueError(f"max_tokens_per_rank: got {self.max_tokens_per_rank} for a call with {num_tokens}")
+            return self.max_tokens_per_rank
+        if self.ep.size == 1:
+            return num_tokens
+        most = torch.tensor([num_tokens], device=device)
+        self._channel(self.ep, layer).all_reduce(most, "exchange of the token counts", dist.ReduceOp.MAX)
+        return int(most.item())
+
+    def run(
+        self,
+        hidden: Tensor,
+        weights: Tensor,
+        ids: Tensor,
+        parameters: Parameters,
+        spec: ExpertSpec,
+        *,
+        num_experts: int,
+        layer: str,
+        capacity: Callable[[int], int | None],
+        recompute: bool,
+        backend: str,
+        beside: Callable[[], None] | None = None,
+        local: LocalExperts | None = None,
+    ) -> Tensor:
+        """The experts' outputs for this rank's tokens, [T, d].
+
+        hidden [T, d]; weights [T, K]; ids [T, K] global, out of range where nothing is to be computed; parameters: of
+        the local experts. capacity: tokens -> an expert's places, for mode "capacity". beside: run while rows travel.
+        local: what computes the experts, where that is not a backend.
+        """
+        with report_failure(layer):
+            return self._run(
+                hidden, weights, ids, parameters, spec, num_experts, layer, capacity, recompute, backend, beside, local
+            )
+
+    def _run(
+        self,
+        hidden: Tensor,
+        weights: Tensor,
+        ids: Tensor,
+        parameters: Parameters,
+        spec: ExpertSpec,
+        num_experts: int,
+        layer: str,
+        capacity: Callable[[int], int | None],
+        recompute: bool,
+        backend: str,
+        beside: Callable[[], None] | None,
+        local: LocalExperts | None,
+    ) -> Tensor:
+        name = runtime.choose(backend, hidden.device, hidden.dtype).name
+        if name == "reference":
+            raise ValueError("backend: got 'reference' with expert parallelism, wanted 'auto', 'triton' or 'torch'")
+        self.check()
+        if (wrapper := DistributedDataParallel._get_active_ddp_module()) is not None:
+            from moe_triton.distributed.ddp import refuse_plain_ddp  # which imports this file
+
+            refuse_plain_ddp(wrapper)
+        ids = torch.where((ids >= 0) & (ids < num_experts), ids, -1).int()
+        num_tokens = hidden.shape[0]
+        what = self._configuration(hidden, ids, num_experts, parameters, spec, name, capacity)
+        fingerprint = self._agree(what, layer, "forward", hidden.device)
+        tp = self._channel(self.tp, layer)
+        if self.tp.size > 1:
+            tp.agree({"tokens of the tp ranks": num_tokens}, "comparison of the number of tokens", hidden.device)
+        limit = self.most_tokens(num_tokens, hidden.device, layer) if self.mode != "dropless" else 0
+        if self.tp.size > 1:  # the tp ranks hold the same tokens: each sends a share of them
+            hidden, weights, ids = (slice_tokens(x, tp) for x in (hidden, weights, ids))
+        shape = Shape(
+            num_experts=num_experts,
+            per_rank=-(-num_experts // self.ep.size),
+            chunks=self.chunks,
+            deduplicate=self.deduplicate,
+            backend=name,
+            fingerprint=fingerprint,
+        )
+        training = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, weights, *flatten(parameters)))
+        experts = local or LocalExperts(
+            num_experts=len(parameters[0]),
+            spec=spec,
+            backend=name,
+            keep_preactivation=training and not recompute,
+            first_expert=self.ep.rank * shape.per_rank if self.mode == "allgather" else 0,
+            adds_bias=self.etp.rank == 0,
+            note=self.listener or (lambda event: None),
+        )
+        places = capacity(limit) if self.mode == "capacity" else None
+        stage = self._stages(experts, shape, layer, -(-limit // self.tp.size), places, beside)
+        sizes = [len(as_list(group)) for group in parameters]
+        stacked = [isinstance(group, Tensor) for group in parameters]
+
+        def before_backward() -> report_failure:
+            self._agree(what, layer, "backward", hidden.device)
+            return report_failure(layer)
+
+        out = Exchanged.apply(
+            hidden, weights, ids, stage, experts, sizes, stacked, before_backward, *flatten(parameters)
+        )
+        return gather_tokens(out, tp, num_tokens) if self.tp.size > 1 else out
+
+    def check(self) -> None:
+        """Raise for the rows that found no room in an earlier call; waits for the device."""
+        overflows, self._overflows = self._overflows, []
+        for layer, read in overflows:
+            ranks = [self.ep.ranks[i] for i, flag in enumerate(read()[0]) if flag]
+            if ranks:
+                raise ExpertParallelError(
+                    f"{layer}: rank {', '.join(map(str, ranks))} had more rows for another rank than "
+                    f"max_rows_per_pair={self.max_rows_per_pair}; they were left out"
+                )
+
+    @runtime.never_compiled
+    def global_counts(self, counts: Tensor, num_tokens: Tensor, layer: str) -> tuple[Tensor, Tensor]:
+        """Counts [E] and the number of tokens [], summed over all ranks that have tokens of their own; no gradient."""
+        both = torch.cat([counts.double(), num_tokens.reshape(1).double()])
+        for group in self.data:
+            if group.size > 1:
+                channel = self._channel(group, layer)
+                if group.ranks != self.ep.ranks:  # those have agreed already
+                    what = {"layer": str(layer), "num_experts": counts.numel()}
+                    channel.agree(what, "sum of the expert counts", both.device)
+                channel.all_reduce(both, "sum of the expert counts")
+        return both[:-1].to(counts.dtype), both[-1].to(num_tokens.dtype)
+
+    @property
+    def loss_scale(self) -> int:
+        """What turns a share of a loss that sums over ranks into one that averages, by `loss_reduction`."""
+        return 1 if self.loss_reduction == "sum" else number_of_ranks(self.data)
+
+    def _channel(self, group: Group, layer: str) -> Channel:
+        return Channel(group=group, layer=layer, listener=self.listener)
+
+    def _stages(
+        self,
+        experts: LocalExperts,
+        shape: Shape,
+        layer: str,
+        limit: int,
+        places: int | None,
+        beside: Callable[[], None] | None,
+    ) -> Stage:
+        """The local experts, inside the exchange over their slices, inside the exchange over their ranks."""
+        stage: Stage = experts
+        if self.etp.size > 1:
+            stage = self._over_slices(stage, shape, layer)
+        levels = [(self.in_node, shape)] if self.ep.size > 1 or self.always_exchange else []
+        if self.between_nodes.size > 1:
+            node = Shape(**{**vars(shape), "per_rank": shape.per_rank * self.in_node.size})
+            levels = [(self.in_node, Shape(**{**vars(shape), "chunks": 1})), (self.between_nodes, node)]
+        for group, level in levels:
+            channel = self._channel(group, layer)
+            planner = self._planner(channel, level, limit, places)
+            stage = Exchange(planner=planner, inner=stage, channel=channel, backend=shape.backend)
+        if isinstance(stage, Exchange):
+            stage.beside = beside
+        elif beside is not None:  # nothing travels
+            beside()
+        return stage
+
+    def _over_slices(self, stage: Stage, shape: Shape, layer: str) -> Exchange:
+        """Every slice of an expert sees the rows of all the slices' ranks; the partial sums are added at home."""
+        channel = self._channel(self.etp, f"{layer}, expert slices")
+        whole = Shape(**{**vars(shape), "chunks": 1, "per_rank": shape.num_experts})
+
+        def planner(ids: Tensor, weights: Tensor, assignments: int) -> Callable[[], Transport]:
+            sizes = torch.tensor([ids.shape[0], assignments], device=ids.device)
+            channel.all_reduce(sizes, "exchange of the row counts", dist.ReduceOp.MAX)
+            rows, most = sizes.tolist()
+            transport = plan_allgather(channel, ids, weights, whole, max_tokens=rows, assignments=most)
+            return lambda: transport
+
+        return Exchange(planner=planner, inner=stage, channel=channel, backend=shape.backend)
+
+    def _planner(self, channel: Channel, shape: Shape, limit: int, places: int | None) -> Planner:
+        def planner(ids: Tensor, weights: Tensor, _assignments: int) -> Callable[[], Transport]:
+            if self.mode == "dropless" or (self.mode == "capacity" and places is None):
+                return plan_dropless(channel, ids, weights, shape)
+            if places is not None:
+                transport = plan_capacity(channel, ids, weights, shape, capacity=places)
+            elif self.mode == "bounded":
+                transport, overflow = plan_bounded(
+                    channel, ids, weights, shape, max_tokens=limit, max_rows=self.max_rows_per_pair
+                )
+                if self.max_rows_per_pair is not None:
+                    self._watch(channel, overflow)
+            else:
+                transport = plan_allgather(channel, ids, weights, shape, max_tokens=limit)
+            return lambda: transport
+
+        return planner
+
+    def _watch(self, channel: Channel, overflow: Tensor) -> None:
+        """Let every rank know whether rows were left out anywhere, without waiting for the device."""
+        flags = overflow.new_empty(channel.group.size)
+        channel.all_gather(flags, overflow.reshape(1), "exchange of overflows")()
+        self._overflows.append((channel.layer, to_host(flags)))
+        if overflow.device.type == "cpu":
+            self.check()
+
+    def _configuration(
+        self,
+        hidden: Tensor,
+        ids: Tensor,
+        num_experts: int,
+        parameters: Parameters,
+        spec: ExpertSpec,
+        backend: str,
+        capacity: Callable[[int], int | None],
+    ) -> dict[str, object]:
+        """What has to be the same on all ranks of a layer, by the names of its arguments where it has some."""
+        even = (capacity(0), capacity(1 << 20)) if self.mode == "capacity" else None
+        return {
+            "num_experts": num_experts, "top_k": ids.shape[1], "hidden_size": hidden.shape[1],
+            "width": tuple(parameters[0][0].shape) if len(parameters[0]) else (), "dtype": str(hidden.dtype),
+            "ep": self.ep.size, "etp": self.etp.size, "mode": self.mode, "chunks": self.chunks,
+            "deduplicate": self.deduplicate,
+            "max_tokens_per_rank": self.max_tokens_per_rank, "max_rows_per_pair": self.max_rows_per_pair,
+            "ranks_per_node": self.in_node.size, "activation": spec.activation, "backend": backend, "capacity": even,
+            "loss_reduction": self.loss_reduction,
+        }  # fmt: skip
+
+    def _agree(self, what: Mapping[str, object], layer: str, direction: str, device: torch.device) -> int:
+        """The fingerprint of what is about to happen, once all ranks are known to be about to do the same."""
+        what = {"layer": str(layer), "direction": direction, **what}
+        phase, fingerprint = f"comparison of configurations ({direction})", 0
+        for group in (self.ep, self.etp, self.tp):
+            if group.size > 1:
+                fingerprint = self._channel(group, layer).agree(what, phase, device)
+        return fingerprint
+
+    def __repr__(self) -> str:
+        return f"ExpertParallel(ep={self.ep.size}, etp={self.etp.size}, mode={self.mode!r}, chunks={self.chunks})"

@@ -1,0 +1,68 @@
+"""Tokens that are the same on all ranks of a tensor-parallel group: each rank takes its share, and gets all back.
+
+Slicing is after routing, so that every rank's router sees every token and gets its whole gradient; DeepSpeed's
+drop_tokens and gather_tokens do the same around its exchange.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_triton.distributed.exchange.channel import Channel
+from moe_triton.distributed.groups import Group
+
+
+def share(num_tokens: int, group: Group, rank: int | None = None) -> tuple[int, int]:
+    """The tokens [start, end) of a rank of the group: runs of ceil(T / size), the last ones shorter."""
+    size = -(-num_tokens // group.size)
+    rank = group.rank if rank is None else rank
+    return min(rank * size, num_tokens), min((rank + 1) * size, num_tokens)
+
+
+def slice_tokens(x: Tensor, channel: Channel) -> Tensor:
+    """This rank's share of the tokens x [T, ...]; backward gathers the shares' gradients."""
+    if not x.is_floating_point():
+        start, end = share(x.shape[0], channel.group)
+        return x[start:end]
+    return _Slice.apply(x, channel)
+
+
+def gather_tokens(x: Tensor, channel: Channel, num_tokens: int) -> Tensor:
+    """All T tokens, from every rank's share; backward takes this rank's share of the gradient."""
+    return _Gather.apply(x, channel, num_tokens)
+
+
+def _all_shares(x: Tensor, channel: Channel, num_tokens: int) -> Tensor:
+    room = -(-num_tokens // channel.group.size)
+    padded = x.new_zeros(room, *x.shape[1:])
+    padded[: x.shape[0]] = x
+    out = x.new_empty(room * channel.group.size, *x.shape[1:])
+    channel.all_gather(out, padded, "gathering of the tp ranks' tokens")()
+    return out[:num_tokens]
+
+
+class _Slice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, channel: Channel) -> Tensor:
+        ctx.channel, ctx.num_tokens = channel, x.shape[0]
+        start, end = share(x.shape[0], channel.group)
+        return x[start:end].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _all_shares(grads[0], ctx.channel, ctx.num_tokens), None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, channel: Channel, num_tokens: int) -> Tensor:
+        ctx.bounds = share(num_tokens, channel.group)
+        return _all_shares(x, channel, num_tokens)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        start, end = ctx.bounds
+        return grads[0][start:end].contiguous(), None, None

@@ -1,0 +1,347 @@
+"""How rows travel to their experts' ranks and back: one plan per call, in four modes.
+
+Shapes: T tokens here, K choices, E experts over P ranks, L = ceil(E / P) experts per rank (the last rank may have
+fewer), R rows sent from here. Rows lie by chunk, then by destination; what arrives lies by chunk, then by source.
+A row carries J ids (local to the receiver, -1 for none) and J weights: J = K where a token travels once per rank, or 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from moe_triton.dispatch import dispatch
+from moe_triton.distributed.errors import ConfigurationMismatch, ExpertParallelError
+from moe_triton.distributed.exchange.channel import Channel, to_host
+from moe_triton.records import Dispatch
+
+Wait = Callable[[], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What every rank of the group knows before a call: E experts in runs of L, and how the exchange is cut up."""
+
+    num_experts: int
+    per_rank: int
+    chunks: int
+    deduplicate: bool
+    backend: str
+    fingerprint: int  # of the configuration, checked against the other ranks' with every variable-size exchange
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transport:
+    """Where every row goes, and what comes back.
+
+    tokens       [R] int64, the token of each row that is sent; 0 where a row is padding
+    ids          [R, J] int32
+    weights      [R, J] fp32 or fp64
+    position     [T, .] int32, the rows that are summed into each token once they are back; -1 for none
+    sent         rows by chunk and destination
+    received     rows by chunk and source
+    assignments  most (row, id) pairs that can arrive, by chunk
+    by_choice    a row per (token, choice), and position [T, K] is each choice's; J = 1
+    gathers      every rank gets all rows, and the ids are global
+    """
+
+    channel: Channel
+    tokens: Tensor
+    ids: Tensor
+    weights: Tensor
+    position: Tensor
+    sent: list[list[int]]
+    received: list[list[int]]
+    assignments: list[int]
+    by_choice: bool = False
+    gathers: bool = False
+
+    @property
+    def chunks(self) -> int:
+        return len(self.sent)
+
+    @property
+    def received_bounds(self) -> list[int]:
+        """First received row of each chunk, and the end."""
+        return [0, *accumulate(sum(rows) for rows in self.received)]
+
+    @property
+    def home_bounds(self) -> list[int]:
+        """First row of each chunk among those that come back, and the end."""
+        rows = self.received if self.gathers else self.sent
+        return [0, *accumulate(sum(part) for part in rows)]
+
+    def expand(self, x_Td: Tensor) -> Tensor:
+        """The rows to send, [R, d]."""
+        if x_Td.shape[0] == 0:
+            return x_Td.new_zeros(self.tokens.shape[0], *x_Td.shape[1:])
+        return x_Td.index_select(0, self.tokens)
+
+    def start(self, rows: Tensor, out: Tensor, chunk: int, phase: str) -> Wait:
+        """Send a chunk of rows [R, ...]; it arrives in its part of `out`, which has room for all chunks."""
+        bounds = self.received_bounds
+        arriving = out[bounds[chunk] : bounds[chunk + 1]]
+        if self.gathers:
+            size = rows.shape[0] // self.chunks
+            return self.channel.all_gather(arriving, rows[chunk * size : (chunk + 1) * size], phase)
+        bounds = self.home_bounds
+        leaving = rows[bounds[chunk] : bounds[chunk + 1]]
+        return self.channel.all_to_all(arriving, leaving, self.received[chunk], self.sent[chunk], phase)
+
+    def start_back(self, rows: Tensor, home: Tensor, chunk: int, phase: str) -> Wait:
+        """Send a chunk's results back to where the rows came from, into their part of `home`."""
+        bounds = self.home_bounds
+        arriving = home[bounds[chunk] : bounds[chunk + 1]]
+        sizes = self.received[chunk] if self.gathers else self.sent[chunk]
+        return self.channel.all_to_all(arriving, rows.contiguous(), sizes, self.received[chunk], phase)
+
+    def packed(self) -> Tensor:
+        """Ids and weights as one [R, .] int32, so that they travel in one message."""
+        return torch.cat([self.ids, self.weights.contiguous().view(torch.int32)], dim=1)
+
+    def unpacked(self, packed: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids and weights of arrived rows."""
+        width = self.ids.shape[1]
+        bits = packed[:, width:].clone(memory_format=torch.contiguous_format)  # aligned, as fp64 has to be
+        return packed[:, :width], bits.view(self.weights.dtype)
+
+    def choice_gradients(self, home_RJ: Tensor) -> Tensor:
+        """The router weights' gradients [T, K], from those of the returned rows' slots."""
+        padded = torch.cat([home_RJ, home_RJ.new_zeros(1, home_RJ.shape[1])])
+        slots = padded[self.position.long()]  # [T, ., J]; position -1 is the row of zeros
+        return slots[:, :, 0] if self.by_choice else slots.sum(1)  # a choice's slot is zero in all rows but one
+
+
+def plan_dropless(channel: Channel, ids: Tensor, weights: Tensor, shape: Shape) -> Callable[[], Transport]:
+    """Exactly the rows that are wanted. Starts the exchange of counts; what it returns waits for them on the host.
+
+    ids [T, K]: global, -1 where nothing is to be computed. The one message to each rank holds the fingerprint, the
+    rows of each chunk, and the assignments of each of its experts by chunk.
+    """
+    num_ranks, chunks, top_k = channel.group.size, shape.chunks, ids.shape[1]
+    owner_TK = _owner(ids, shape)
+    chunk_T1 = _even_chunks(ids.shape[0], chunks, ids.device)[:, None]
+    plan = _by_bucket(owner_TK, chunk_T1, num_ranks, shape)
+    rows_CP = plan.offsets.diff().view(chunks, num_ranks)
+    slot = torch.where(ids >= 0, chunk_T1 * num_ranks * shape.per_rank + ids, chunks * num_ranks * shape.per_rank)
+    experts_CPL = torch.zeros(chunks * num_ranks * shape.per_rank + 1, dtype=torch.int32, device=ids.device)
+    experts_CPL.scatter_add_(0, slot.reshape(-1).long(), torch.ones_like(slot, dtype=torch.int32).reshape(-1))
+    experts_PCL = experts_CPL[:-1].view(chunks, num_ranks, shape.per_rank).transpose(0, 1)
+    message = torch.cat(
+        [
+            torch.full((num_ranks, 1), shape.fingerprint, dtype=torch.int32, device=ids.device),
+            rows_CP.T,
+            experts_PCL.reshape(num_ranks, -1),
+        ],
+        dim=1,
+    ).contiguous()
+    answer = torch.empty_like(message)
+    ones = [1] * num_ranks
+    channel.all_to_all(answer, message, ones, ones, "exchange of counts")()  # on a GPU this only queues
+    read = to_host(answer, rows_CP)
+
+    def finish() -> Transport:
+        flat, sent = read()
+        width = message.shape[1]
+        answers = [flat[i : i + width] for i in range(0, len(flat), width)]
+        _check_fingerprints(channel, shape.fingerprint, [row[0] for row in answers])
+        received = [[row[1 + chunk] for row in answers] for chunk in range(chunks)]
+        experts = [row[1 + chunks :] for row in answers]
+        span = shape.per_rank
+        assigned = [[sum(row[c * span : (c + 1) * span]) for row in experts] for c in range(chunks)]
+        _check_counts(channel, received, assigned, top_k if shape.deduplicate else 1)
+        assignments = [sum(row) for row in assigned]
+        num_rows = sum(sent)
+        source = plan.source[:num_rows].long()
+        tokens = source // top_k
+        row_ids, row_weights = _row_slots(ids, weights, owner_TK, tokens, source % top_k, shape)
+        return Transport(
+            channel=channel,
+            tokens=tokens,
+            ids=row_ids,
+            weights=row_weights,
+            position=plan.position,
+            sent=[sent[c * num_ranks : (c + 1) * num_ranks] for c in range(chunks)],
+            received=received,
+            assignments=assignments,
+            by_choice=not shape.deduplicate,
+        )
+
+    return finish
+
+
+def plan_bounded(
+    channel: Channel, ids: Tensor, weights: Tensor, shape: Shape, *, max_tokens: int, max_rows: int | None
+) -> tuple[Transport, Tensor]:
+    """Room for whatever `max_tokens` tokens can want: nothing is counted, nothing is dropped, no host sync.
+
+    `max_rows` makes the room of each (chunk, pair of ranks) smaller. The second result is 1 [] where a row found no
+    room and was left out, else 0; it stays on the device.
+    """
+    num_ranks, chunks, top_k = channel.group.size, shape.chunks, ids.shape[1]
+    tokens_per_chunk = -(-max_tokens // chunks)
+    most_ids = min(top_k, shape.per_rank)
+    room = tokens_per_chunk * (1 if shape.deduplicate else most_ids)
+    room = room if max_rows is None else min(room, max_rows)
+    owner_TK = _owner(ids, shape)
+    chunk_T1 = (torch.arange(ids.shape[0], device=ids.device) // max(tokens_per_chunk, 1))[:, None]
+    plan = _by_bucket(owner_TK, chunk_T1, num_ranks, shape)
+    bucket_TK = torch.where(plan.position >= 0, chunk_T1 * num_ranks + owner_TK, 0)
+    within = plan.position - plan.offsets[bucket_TK.long()]
+    fits = (plan.position >= 0) & (within < room)
+    row_TK = torch.where(fits, bucket_TK * room + within, -1)
+    overflow = ((plan.position >= 0) & ~fits).any().int()
+    transport = _fixed_rows(
+        channel, ids, weights, row_TK, owner_TK, shape,
+        room_per_pair=room, assignments=num_ranks * room * (most_ids if shape.deduplicate else 1),
+    )  # fmt: skip
+    return transport, overflow
+
+
+def plan_capacity(channel: Channel, ids: Tensor, weights: Tensor, shape: Shape, *, capacity: int) -> Transport:
+    """An even exchange of [E, C, d], as GShard's: every expert has `capacity` places in what each rank sends.
+
+    The ids hold what survived the capacity already; `capacity` must be the same on all ranks. Chunks cut up the places.
+    """
+    num_ranks = channel.group.size
+    places = -(-capacity // shape.chunks)  # of an expert in each chunk
+    experts = num_ranks * shape.per_rank
+    plan = dispatch(ids, experts, backend=shape.backend)
+    expert_TK = torch.where(plan.position >= 0, ids, 0)
+    place = plan.position - plan.offsets[expert_TK.long()]
+    chunk_TK = place // max(places, 1)
+    row = (chunk_TK * experts + expert_TK) * places + place % max(places, 1)
+    row_TK = torch.where((plan.position >= 0) & (place < capacity), row, -1)
+    by_choice = replace(shape, deduplicate=False)
+    rows = shape.per_rank * places
+    return _fixed_rows(
+        channel, ids, weights, row_TK, _owner(ids, shape), by_choice, room_per_pair=rows, assignments=num_ranks * rows
+    )
+
+
+def plan_allgather(
+    channel: Channel, ids: Tensor, weights: Tensor, shape: Shape, *, max_tokens: int, assignments: int | None = None
+) -> Transport:
+    """Every rank gets all tokens and leaves out what is not its own; partial sums come back and are added at home.
+
+    `assignments` bounds what one rank's tokens can want of another, where that is known better than from the sizes.
+    """
+    num_ranks, chunks, (num_tokens, top_k) = channel.group.size, shape.chunks, ids.shape
+    room = -(-max_tokens // chunks)
+    most = num_ranks * room * min(top_k, shape.per_rank)
+    padding = chunks * room - num_tokens
+    token_T = torch.arange(num_tokens, device=ids.device)
+    source_P = torch.arange(num_ranks, device=ids.device)
+    first = (token_T // max(room, 1)) * num_ranks * room + token_T % max(room, 1)
+    return Transport(
+        channel=channel,
+        tokens=torch.cat([token_T, token_T.new_zeros(padding)]),
+        ids=torch.cat([ids.int(), ids.new_full((padding, top_k), -1, dtype=torch.int32)]),
+        weights=torch.cat([weights, weights.new_zeros(padding, top_k)]),
+        position=(first[:, None] + source_P * room).int(),
+        sent=[[room] * num_ranks] * chunks,
+        received=[[room] * num_ranks] * chunks,
+        assignments=[most if assignments is None else min(most, num_ranks * assignments)] * chunks,
+        gathers=True,
+    )
+
+
+def _owner(ids: Tensor, shape: Shape) -> Tensor:
+    """The rank of every choice's expert, [T, K]; -1 where there is none."""
+    return torch.where(ids >= 0, ids // shape.per_rank, -1)
+
+
+def _even_chunks(num_tokens: int, chunks: int, device: torch.device) -> Tensor:
+    return torch.arange(num_tokens, device=device) * chunks // max(num_tokens, 1)
+
+
+def _by_bucket(owner_TK: Tensor, chunk_T1: Tensor, num_ranks: int, shape: Shape) -> Dispatch:
+    """The dispatch of rows to (chunk, destination): our own stable sort, with ranks in the place of experts."""
+    travels = owner_TK >= 0
+    if shape.deduplicate:
+        same = owner_TK[:, :, None] == owner_TK[:, None, :]
+        earlier = torch.ones(same.shape[1:], dtype=torch.bool, device=same.device).tril(-1)
+        travels = travels & ~(same & earlier).any(-1)
+    bucket = torch.where(travels, chunk_T1 * num_ranks + owner_TK, -1)
+    return dispatch(bucket.int(), shape.chunks * num_ranks, backend=shape.backend)
+
+
+def _row_slots(
+    ids: Tensor, weights: Tensor, owner_TK: Tensor, tokens: Tensor, choices: Tensor, shape: Shape
+) -> tuple[Tensor, Tensor]:
+    """The ids, local to their receiver, and the weights of the rows of these (token, choice) pairs."""
+    if not shape.deduplicate:
+        row_ids, row_weights = ids[tokens, choices][:, None], weights[tokens, choices][:, None]
+        return (row_ids % shape.per_rank).int(), row_weights
+    destination = owner_TK[tokens, choices][:, None]
+    is_there = owner_TK[tokens] == destination
+    row_ids = torch.where(is_there, ids[tokens] - destination * shape.per_rank, -1)
+    return row_ids.int(), torch.where(is_there, weights[tokens], 0)
+
+
+def _fixed_rows(
+    channel: Channel,
+    ids: Tensor,
+    weights: Tensor,
+    row_TK: Tensor,
+    owner_TK: Tensor,
+    shape: Shape,
+    *,
+    room_per_pair: int,
+    assignments: int,
+) -> Transport:
+    """A transport of fixed sizes, given the row of every choice that travels, -1 elsewhere."""
+    num_ranks, chunks, (num_tokens, top_k) = channel.group.size, shape.chunks, ids.shape
+    num_rows = chunks * num_ranks * room_per_pair
+    slot_S = torch.arange(num_tokens * top_k, device=ids.device)
+    slot_of_row = slot_S.new_full((num_rows + 1,), -1)
+    row_S = row_TK.reshape(-1).long()
+    slot_of_row[torch.where(row_S >= 0, row_S, num_rows)] = slot_S
+    slot_R = slot_of_row[:-1]
+    width = top_k if shape.deduplicate else 1
+    if num_tokens == 0:
+        row_ids = torch.full((num_rows, width), -1, dtype=torch.int32, device=ids.device)
+        row_weights = weights.new_zeros(num_rows, width)
+    else:
+        slots = slot_R.clamp_min(0)
+        row_ids, row_weights = _row_slots(ids, weights, owner_TK, slots // top_k, slots % top_k, shape)
+        row_ids = torch.where((slot_R >= 0)[:, None], row_ids, -1)
+        row_weights = torch.where((slot_R >= 0)[:, None], row_weights, 0)
+    sizes = [[room_per_pair] * num_ranks for _ in range(chunks)]
+    return Transport(
+        channel=channel,
+        tokens=slot_R.clamp_min(0) // max(top_k, 1),
+        ids=row_ids,
+        weights=row_weights,
+        position=row_TK.int(),
+        sent=sizes,
+        received=sizes,
+        assignments=[assignments] * chunks,
+        by_choice=not shape.deduplicate,
+    )
+
+
+def _check_counts(
+    channel: Channel, received: Sequence[Sequence[int]], assigned: Sequence[Sequence[int]], most: int
+) -> None:
+    """Every announced row has one to `most` assignments: rows that do not come would be whatever was in the memory."""
+    for rows, wanted in zip(received, assigned, strict=True):
+        for rank, num_rows, num_assigned in zip(channel.group.ranks, rows, wanted, strict=True):
+            if not 0 <= num_rows <= num_assigned <= num_rows * most:
+                raise ExpertParallelError(
+                    f"rank {channel.group.ranks[channel.group.rank]}, {channel.layer}, exchange of counts: "
+                    f"rank {rank} announced {num_rows} rows for {num_assigned} assignments"
+                )
+
+
+def _check_fingerprints(channel: Channel, mine: int, theirs: Sequence[int]) -> None:
+    ranks = [rank for rank, value in zip(channel.group.ranks, theirs, strict=True) if value != mine]
+    if ranks:
+        raise ConfigurationMismatch(
+            f"rank {channel.group.ranks[channel.group.rank]}, {channel.layer}, exchange of counts: "
+            f"rank {', '.join(map(str, ranks))} runs another layer or another configuration"
+        )

@@ -1,0 +1,1 @@
+"""The cost model of expert parallelism behind `moe-triton simulate`."""

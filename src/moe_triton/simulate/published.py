@@ -1,0 +1,179 @@
+"""The cost model beside published measurements: what it is fitted on, and how far its predictions are from the rest.
+
+DeepEP's V1 numbers were measured on H800s with a 400 Gb/s NIC each (its docs/legacy.md), the V2 ones on Hopper and
+Blackwell nodes (its README.md), here taken to be H100s and B200s: 7168 hidden values, 8 of 256 experts. SonicMoE's are
+H100 TFLOP/s read off the plots of arXiv 2512.14080, within 5 TFLOP/s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from moe_triton.simulate.cost_model import distinct_groups, exchange_bytes, exchange_time, experts_time, row_bytes
+from moe_triton.simulate.presets import DEVICES, MODELS, NETWORKS, Device, Model, Network
+
+DEEPEP = replace(MODELS["deepseek-v3"], router_groups=1, router_top_groups=1)  # its tests route uniformly
+LOW_LATENCY_TOKENS = 128
+LOW_LATENCY_US = {  # EP -> microseconds
+    "dispatch": {8: 77, 16: 118, 32: 155, 64: 173, 128: 192, 256: 194},
+    "combine": {8: 114, 16: 195, 32: 273, 64: 314, 128: 369, 256: 360},
+}
+NORMAL_TOKENS = 4096
+# (network, EP, GB/s of dispatch): the bottleneck's logical bandwidth, which counts a rank's rows for itself
+NORMAL_GBS = (
+    ("h800-ib400", 8, 153),
+    ("h800-ib400", 16, 43),
+    ("h800-ib400", 32, 58),
+    ("h800-ib400", 64, 51),
+    ("nvlink4-ib400", 16, 90),
+    ("nvlink4-ib400", 32, 61),
+    ("nvlink5-ib400", 8, 726),
+)
+NCCL_US = {2: 50.7, 4: 51.1, 8: 83.0, 16: 101.8, 32: 99.7, 64: 154.5}  # MB per rank -> microseconds on 8 x B300, coarse
+# (T, d, n, E, K, forward, backward TFLOP/s)
+SONIC_TFLOPS = (
+    (40960, 768, 256, 128, 8, 335, 363),
+    (40960, 768, 512, 64, 4, 397, 401),
+    (40960, 768, 1024, 32, 2, 404, 433),
+    (24576, 1536, 256, 128, 8, 363, 404),
+    (24576, 1536, 512, 64, 4, 431, 438),
+    (24576, 1536, 1024, 32, 2, 463, 465),
+    (32768, 4096, 256, 256, 16, 425, 457),
+    (32768, 4096, 512, 128, 8, 500, 508),
+    (32768, 4096, 1024, 64, 4, 549, 551),
+    (32768, 4096, 512, 256, 16, 515, 523),
+    (32768, 4096, 1024, 128, 8, 555, 564),
+    (32768, 4096, 2048, 64, 4, 591, 583),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One published number beside the model's. `fitted`: the model was fitted on it, so that it proves nothing."""
+
+    what: str
+    case: str
+    unit: str
+    published: float
+    predicted: float
+    fitted: bool
+
+    @property
+    def error(self) -> float:
+        """Relative: predicted / published - 1."""
+        return self.predicted / self.published - 1
+
+
+# Network --------------------------------------------------------------------------------------------------------------
+
+
+def groups_of(ep: int, nodes: float) -> Model:
+    """DeepEP's normal test chooses 4 groups where there are more nodes than that, one group a node."""
+    return replace(DEEPEP, router_groups=int(nodes), router_top_groups=4) if nodes > 4 else DEEPEP
+
+
+def normal_gbs(network: Network, ep: int) -> float:
+    """Logical GB/s at the bottleneck of a deduplicated dispatch in float8 as DeepEP counts them, own rows included."""
+    nodes = max(1.0, ep / network.gpus_per_node)
+    model = groups_of(ep, nodes)
+    row = row_bytes(model.hidden, "float8")
+    within, beyond = exchange_bytes("deduplicated", model, NORMAL_TOKENS, row, ep, network.gpus_per_node)
+    seconds = max(within / network.node_rate, beyond / network.nic_rate)
+    logical = NORMAL_TOKENS * row * distinct_groups(model, ep if nodes == 1 else nodes)
+    return logical / seconds / 1e9
+
+
+def fit_bandwidths() -> tuple[float, float]:
+    """(node, NIC) efficiency from two points: EP8 crosses NVLink with 7/8 of its rows, EP64 the NICs with 7/8."""
+    found = {(name, ep): rate * 1e9 for name, ep, rate in NORMAL_GBS}
+    base = NETWORKS["h800-ib400"]
+    node = found["h800-ib400", 8] * 7 / 8 / base.node_bandwidth
+    nic = found["h800-ib400", 64] * 7 / 8 / base.nic_bandwidth
+    return node, nic
+
+
+def low_latency_us(what: str, ep: int, network: Network) -> float:
+    row = row_bytes(DEEPEP.hidden, "float8" if what == "dispatch" else "bfloat16")
+    device = DEVICES["h100"]  # direct exchanges touch only the network
+    return 1e6 * exchange_time("direct", DEEPEP, LOW_LATENCY_TOKENS, row, ep, network, device)
+
+
+def fit_latency(network: Network) -> Network:
+    """a0 and a1 >= 0 of `network` by least squares on dispatch and combine at EP16 (2 nodes) and EP64 (8 nodes)."""
+    bare = replace(network, latency_s=0.0, latency_per_double_s=0.0)
+    left = {
+        ep: [(LOW_LATENCY_US[what][ep] - low_latency_us(what, ep, bare)) / 1e6 for what in LOW_LATENCY_US]
+        for ep in (16, 64)
+    }
+    small, large = (sum(rest) / len(rest) for rest in left.values())
+    slope = max(0.0, (large - small) / 2)  # from log2(2) to log2(8)
+    start = (small + large) / 2 - 2 * slope
+    return replace(network, latency_s=start, latency_per_double_s=slope)
+
+
+def nccl_us(megabytes: float, start_us: float, rate: float) -> float:
+    """Microseconds of an all-to-all of 8 ranks on one node, 7/8 of whose bytes leave the rank."""
+    return start_us + megabytes * 1e12 * 7 / 8 / rate
+
+
+def fit_nccl() -> tuple[float, float]:
+    """(microseconds at size 0, bytes per second) from the smallest and the largest size."""
+    small, large = min(NCCL_US), max(NCCL_US)
+    rate = (large - small) * 1e12 * 7 / 8 / (NCCL_US[large] - NCCL_US[small])
+    return NCCL_US[small] - small * 1e12 * 7 / 8 / rate, rate
+
+
+# Experts --------------------------------------------------------------------------------------------------------------
+
+
+def sonic_tflops(shape: tuple[int, ...], device: Device) -> tuple[float, float]:
+    """Forward and backward TFLOP/s of the experts of one of SONIC_TFLOPS' shapes on one GPU."""
+    tokens, hidden, intermediate, experts, top_k = shape[:5]
+    model = replace(DEEPEP, hidden=hidden, intermediate=intermediate, experts=experts, top_k=top_k)
+    forward, backward = experts_time(model, tokens * top_k, tokens, experts, "bfloat16", device)
+    flops = 6 * tokens * top_k * intermediate * hidden / 1e12
+    return flops / forward, 2 * flops / backward
+
+
+def fit_gemm() -> float:
+    """The GEMM efficiency, in hundredths, with the least worst error on the forward speeds."""
+
+    def worst(hundredths: int) -> float:
+        device = replace(DEVICES["h100"], gemm_efficiency=hundredths / 100)
+        return max(abs(sonic_tflops(row, device)[0] / row[5] - 1) for row in SONIC_TFLOPS)
+
+    return min(range(50, 100), key=worst) / 100
+
+
+# All of it ------------------------------------------------------------------------------------------------------------
+
+
+def validate() -> list[Point]:
+    """Fits the model anew and predicts every published point, the fitted ones included."""
+    points = []
+
+    def add(what: str, case: str, unit: str, published: float, predicted: float, fitted: bool) -> None:
+        points.append(Point(what=what, case=case, unit=unit, published=published, predicted=predicted, fitted=fitted))
+
+    node, nic = fit_bandwidths()
+    for name, ep, speed in NORMAL_GBS:
+        network = replace(NETWORKS[name], node_efficiency=node, nic_efficiency=nic)
+        fitted = name == "h800-ib400" and ep in (8, 64)
+        add("DeepEP normal dispatch", f"EP{ep} {name}", "GB/s", speed, normal_gbs(network, ep), fitted)
+    network = fit_latency(replace(NETWORKS["h800-ib400"], node_efficiency=node, nic_efficiency=nic))
+    for what, row in LOW_LATENCY_US.items():
+        for ep, time in row.items():
+            predicted = low_latency_us(what, ep, network)
+            add(f"DeepEP low-latency {what}", f"EP{ep}", "us", time, predicted, ep in (16, 64))
+    start, rate = fit_nccl()
+    for size, latency in NCCL_US.items():
+        fitted = size in (min(NCCL_US), max(NCCL_US))
+        add("NCCL all-to-all, 8 x B300", f"{size} MB", "us", latency, nccl_us(size, start, rate), fitted)
+    device = replace(DEVICES["h100"], gemm_efficiency=fit_gemm())
+    for index, way in enumerate(("forward", "backward")):
+        for shape in SONIC_TFLOPS:
+            tokens, hidden, intermediate, experts, top_k = shape[:5]
+            case = f"T={tokens} d={hidden} n={intermediate} E={experts} K={top_k}"
+            predicted = sonic_tflops(shape, device)[index]
+            add(f"SonicMoE {way}, H100", case, "TFLOP/s", shape[5 + index], predicted, index == 0)
+    return points

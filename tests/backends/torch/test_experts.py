@@ -1,0 +1,563 @@
+"""The torch backend's experts against the float64 reference and its autograd, in each of the ways they run."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moe_triton import reference
+from moe_triton.backends.torch import blocks, cpu, experts, experts_cpu, experts_device, memory
+from moe_triton.backends.torch.operands import Operands, Weights
+from moe_triton.records import ACTIVATIONS, Dispatch, ExpertSpec
+from tests.helpers.compare import TOLERANCE, assert_close
+
+ALL = (True,) * 6
+LAYOUTS = ((False, True), (True, False), (True, True), (False, False))  # (is_transposed, is_concatenated)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A forward and a backward over operands."""
+
+    forward: Callable
+    backward: Callable
+
+
+def on_cpu(*, batched: bool, recurring: bool) -> Way:
+    """The CPU's blocks, as cut on a processor of that kind, with batches wherever they are possible or nowhere."""
+
+    def run(call: Callable) -> Callable:
+        def as_there(operands: Operands, *args: object) -> object:
+            with pytest.MonkeyPatch.context() as patch:
+                cut_like(patch, batched=batched, recurring=recurring)
+                return call(operands, operands.offsets.tolist(), *args)
+
+        return as_there
+
+    return Way(run(experts_cpu.forward), run(experts_cpu.backward))
+
+
+def cut_like(patch: pytest.MonkeyPatch, *, batched: bool, recurring: bool) -> None:
+    patch.setattr(cpu, "_MOST_BATCHED_ROWS", dict.fromkeys(TOLERANCE, (1000, 1000) if batched else (0, 0)))
+    patch.setattr(cpu, "_COMPILES_PER_SHAPE", recurring)
+    patch.setattr(torch, "get_num_threads", lambda: 2)
+    patch.setattr(blocks, "BATCHED_BLOCK_ROWS", (1, 100))  # two batches of SIZES
+    patch.setattr(blocks, "ALONE_OVERHEAD", 1000)
+
+
+WAYS = {
+    "alone": on_cpu(batched=False, recurring=False),
+    "alone, padded": on_cpu(batched=False, recurring=True),
+    "batched": on_cpu(batched=True, recurring=False),
+    "batched together": on_cpu(batched=True, recurring=True),
+    "device": Way(experts_device.forward, experts_device.backward),
+}
+CPU_WAYS = [way for way in WAYS if way != "device"]
+
+
+@dataclass(frozen=True)
+class Case:
+    operands: Operands
+    dispatch: Dispatch
+    grad_out: Tensor
+
+
+def make_case(
+    choices: Tensor,
+    num_experts: int,
+    *,
+    spec: ExpertSpec | None = None,
+    dtype: torch.dtype = torch.float32,
+    weights_dtype: torch.dtype | None = None,
+    bias: bool = False,
+    capacity: int | None = None,
+    d: int = 12,
+    n: int = 10,
+) -> Case:
+    spec = spec or ExpertSpec()
+    num_tokens, top_k = choices.shape
+    width = 2 * n if spec.is_gated else n
+
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, dtype=torch.float64) * scale).to(dtype)
+
+    up_shape, down_shape = ((d, width), (n, d)) if spec.is_transposed else ((width, d), (d, n))
+    dispatch = reference.dispatch(choices, num_experts, capacity=capacity)
+    operands = Operands(
+        hidden=random(num_tokens, d),
+        weights=torch.rand(num_tokens, top_k).to(weights_dtype or reference.wide(dtype)),
+        offsets=dispatch.offsets,
+        source=dispatch.source,
+        position=dispatch.position,
+        gate_up_proj=random(num_experts, *up_shape, scale=d**-0.5),
+        down_proj=random(num_experts, *down_shape, scale=n**-0.5),
+        gate_up_bias=random(num_experts, width) if bias else None,
+        down_bias=random(num_experts, d) if bias else None,
+        spec=spec,
+    )
+    return Case(operands, dispatch, random(num_tokens, d))
+
+
+def differentiable(operands: Operands) -> list[Tensor | None]:
+    names = ("hidden", "weights", "gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
+    return [getattr(operands, name) for name in names]
+
+
+def expected_of(case: Case) -> tuple[Tensor, list[Tensor | None]]:
+    """Output and gradients of the reference in float64."""
+    leaves = [t if t is None else t.detach().clone().double().requires_grad_() for t in differentiable(case.operands)]
+    hidden, weights, *parameters = leaves
+    out = reference.moe_mlp(hidden, weights, case.dispatch, *parameters, case.operands.spec)
+    present = [leaf for leaf in leaves if leaf is not None]
+    grads = iter(torch.autograd.grad(out, present, case.grad_out.double(), allow_unused=True, materialize_grads=True))
+    return out, [None if leaf is None else next(grads) for leaf in leaves]
+
+
+def stacked(value: Weights | None) -> Tensor | None:
+    return value if value is None or isinstance(value, Tensor) else torch.stack(list(value))
+
+
+@torch.no_grad()
+def outputs_of(way: Way, case: Case, keep: bool = True) -> tuple[Tensor, list[Tensor | None]]:
+    out, preactivation = way.forward(case.operands, keep)
+    needs = tuple(t is not None for t in differentiable(case.operands))
+    grads = way.backward(case.operands, case.grad_out, preactivation, needs)
+    return out, [stacked(grad) for grad in grads]
+
+
+def check(way: Way, case: Case, keep: bool = True) -> None:
+    expected_out, expected_grads = expected_of(case)
+    out, grads = outputs_of(way, case, keep)
+    assert out.dtype == case.operands.hidden.dtype
+    assert_close(out, expected_out)
+    for operand, actual, expected in zip(differentiable(case.operands), grads, expected_grads, strict=True):
+        assert (actual is None) == (expected is None)
+        if actual is not None:
+            assert actual.dtype == operand.dtype
+            assert_close(actual, expected, tolerance=TOLERANCE[case.operands.hidden.dtype])
+
+
+def ragged_choices(sizes: list[int], top_k: int = 2) -> Tensor:
+    """Choices [T, K] in which expert e has sizes[e] slots, in random order, and -1 fills up the last token."""
+    ids = torch.cat([torch.full((size,), e) for e, size in enumerate(sizes)])
+    ids = torch.cat([ids, torch.full((-len(ids) % top_k,), -1)])
+    return ids[torch.randperm(len(ids))].view(-1, top_k)
+
+
+SIZES = [5, 0, 33, 1, 7, 20]  # an empty expert, experts that share a block, and two whose rows may be padded
+
+
+@pytest.mark.parametrize("way", CPU_WAYS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_many_blocks(way: str, bias: bool) -> None:
+    sizes = [*SIZES, 16, 90, 90, 90, 0, 300]
+    for spec in (ExpertSpec(), ExpertSpec(activation="gelu", is_transposed=True)):
+        check(WAYS[way], make_case(ragged_choices(sizes), len(sizes), spec=spec, bias=bias))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_and_layouts(way: str, activation: str) -> None:
+    for index, (is_transposed, is_concatenated) in enumerate(LAYOUTS):
+        spec = ExpertSpec(activation=activation, is_transposed=is_transposed, is_concatenated=is_concatenated)
+        case = make_case(ragged_choices(SIZES), len(SIZES), spec=spec, bias=index % 2 == 1)
+        case.operands.hidden.mul_(5)  # gpt_oss clamps at 7
+        check(WAYS[way], case)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("activation", ["swiglu", "gpt_oss", "relu2"])
+@pytest.mark.parametrize("weights_dtype", [None, "hidden"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_dtypes(way: str, activation: str, weights_dtype: str | None, dtype: torch.dtype) -> None:
+    case = make_case(
+        ragged_choices(SIZES),
+        len(SIZES),
+        spec=ExpertSpec(activation=activation),
+        dtype=dtype,
+        weights_dtype=dtype if weights_dtype else None,
+        bias=True,
+    )
+    check(WAYS[way], case)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=6),
+    top_k=st.integers(1, 3),
+    capacity=st.one_of(st.none(), st.integers(0, 20)),
+    d=st.integers(1, 20),
+    n=st.integers(1, 20),
+    is_transposed=st.booleans(),
+    bias=st.booleans(),
+    keep=st.booleans(),
+)
+def test_ragged_shapes(
+    way: str,
+    seed: int,
+    sizes: list[int],
+    top_k: int,
+    capacity: int | None,
+    d: int,
+    n: int,
+    is_transposed: bool,
+    bias: bool,
+    keep: bool,
+) -> None:
+    torch.manual_seed(seed)
+    sizes = [*sizes, 0]
+    spec = ExpertSpec(is_transposed=is_transposed)
+    case = make_case(
+        ragged_choices(sizes, top_k), len(sizes), spec=spec, dtype=torch.float64, bias=bias, capacity=capacity, d=d, n=n
+    )
+    check(WAYS[way], case, keep)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("sizes", [[0, 0, 0], [0, 50, 0], [64]])
+def test_one_expert_with_all_rows_and_none_with_any(way: str, sizes: list[int]) -> None:
+    choices = ragged_choices(sizes) if any(sizes) else torch.full((4, 2), -1)
+    check(WAYS[way], make_case(choices, len(sizes), bias=True))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_tokens(way: str) -> None:
+    case = make_case(torch.zeros(0, 2, dtype=torch.long), 3, bias=True)
+    out, grads = outputs_of(WAYS[way], case)
+    assert out.shape == (0, 12)
+    for operand, grad in zip(differentiable(case.operands), grads, strict=True):
+        assert torch.equal(grad, torch.zeros_like(operand))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_every_time_and_whatever_is_kept(way: str, dtype: torch.dtype) -> None:
+    case = make_case(ragged_choices(SIZES), len(SIZES), dtype=dtype, bias=True, d=48, n=40)
+    out, grads = outputs_of(WAYS[way], case)
+    again, grads_again = outputs_of(WAYS[way], case)
+    with torch.no_grad():
+        alone, preactivation = WAYS[way].forward(case.operands, False)
+    assert preactivation.shape == (0,)
+    assert torch.equal(out, again)
+    assert torch.equal(out, alone)
+    assert all(torch.equal(a, b) for a, b in zip(grads, grads_again, strict=True))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("activation", ["swiglu", "relu"])
+def test_the_preactivation_is_in_dispatch_order(way: str, activation: str) -> None:
+    case = make_case(ragged_choices(SIZES), len(SIZES), spec=ExpertSpec(activation=activation), bias=True, capacity=25)
+    operands, kept = case.operands, int(case.dispatch.offsets[-1])
+    with torch.no_grad():
+        preactivation = WAYS[way].forward(operands, True)[1]
+    slots = operands.source[:kept].long()
+    expert = torch.searchsorted(operands.offsets[1:].contiguous(), torch.arange(kept), right=True)
+    x = operands.hidden[slots // 2].double()
+    expected = torch.einsum("si,soi->so", x, operands.gate_up_proj[expert].double()) + operands.gate_up_bias[expert]
+    assert preactivation.shape == (operands.source.shape[0], expected.shape[1])
+    assert_close(preactivation[:kept], expected)
+
+
+@pytest.mark.parametrize("way", ["alone", "alone, padded", "device"])
+def test_sequences_give_the_bits_of_stacked_weights(way: str) -> None:
+    case = make_case(ragged_choices(SIZES), len(SIZES), bias=True)
+    names = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
+    lists = {name: [t.clone() for t in getattr(case.operands, name)] for name in names}
+    out, grads = outputs_of(WAYS[way], case)
+    with torch.no_grad():
+        listed = replace(case.operands, **lists)
+        out_listed, preactivation = WAYS[way].forward(listed, True)
+        grads_listed = WAYS[way].backward(listed, case.grad_out, preactivation, ALL)
+    assert torch.equal(out, out_listed)
+    for grad, grad_listed in zip(grads[2:], grads_listed[2:], strict=True):
+        assert isinstance(grad_listed, list)
+        assert torch.equal(grad, torch.stack(grad_listed))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("needed", range(6))
+def test_only_the_needed_gradients(way: str, needed: int) -> None:
+    case = make_case(ragged_choices(SIZES), len(SIZES), bias=True)
+    _, all_grads = outputs_of(WAYS[way], case)
+    needs = tuple(index == needed for index in range(6))
+    with torch.no_grad():
+        preactivation = WAYS[way].forward(case.operands, True)[1]
+        grads = WAYS[way].backward(case.operands, case.grad_out, preactivation, needs)
+    assert [grad is not None for grad in grads] == list(needs)
+    assert torch.equal(grads[needed], all_grads[needed])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_expanded_and_strided_gradients(way: str) -> None:
+    case = make_case(ragged_choices(SIZES), len(SIZES))
+    check(WAYS[way], replace(case, grad_out=torch.tensor(0.7).expand_as(case.grad_out)))
+    check(WAYS[way], replace(case, grad_out=torch.randn(case.grad_out.shape[::-1]).T))
+    strided_weights = torch.rand(case.operands.weights.shape[::-1]).T
+    check(WAYS[way], replace(case, operands=replace(case.operands, weights=strided_weights)))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("broken_expert", range(3))
+def test_a_broken_token_stays_with_its_own_expert(way: str, broken_expert: int) -> None:
+    choices = torch.tensor([0, 1, 2]).repeat_interleave(20)[:, None]
+    case = make_case(choices, 3, bias=True)
+    _, clean = outputs_of(WAYS[way], case)
+    case.operands.hidden[choices[:, 0] == broken_expert] = float("inf")
+    _, broken = outputs_of(WAYS[way], case)
+    for e in {0, 1, 2} - {broken_expert}:
+        for index in (2, 3, 4, 5):
+            assert torch.equal(clean[index][e], broken[index][e])
+    assert not torch.isfinite(broken[2][broken_expert]).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("grouped_calls", ["all", "none over rows"])
+def test_the_device_way_with_grouped_mm(
+    grouped_calls: str, keep: bool, is_transposed: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = torch.nn.functional.grouped_mm, []
+
+    def dirty(left: Tensor, right: Tensor, *, offs: Tensor) -> Tensor:
+        """grouped_mm leaves the rows past offs[-1] as they were: here they are NaN."""
+        calls.append(offs)
+        out = original(left, right, offs=offs)
+        if right.dim() == 3:
+            out[offs[-1] :] = float("nan")
+        return out
+
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", dirty)
+    monkeypatch.setattr(experts_device, "_can_group", lambda left, right: right.dim() == 3 or grouped_calls == "all")
+    spec = ExpertSpec(is_transposed=is_transposed)
+    case = make_case(ragged_choices(SIZES), len(SIZES), spec=spec, dtype=dtype, bias=True, capacity=18, d=16, n=8)
+    check(WAYS["device"], case, keep)
+    assert len(calls) == (4 if keep else 5) + (4 if grouped_calls == "all" else 0)
+
+
+def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(ragged_choices(SIZES), len(SIZES), bias=True)
+    monkeypatch.setattr(cpu, "_ONEDNN_LINEAR", None)
+    check(WAYS["alone"], case)
+
+
+@pytest.mark.parametrize("way", CPU_WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_used_memory_holds_garbage(way: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "LARGE", 1)
+    monkeypatch.setattr(memory, "_idle", defaultdict(deque))
+    lent: list[int] = []
+    original = memory.np.empty
+
+    def poisoned(size: int, dtype: type) -> object:
+        lent.append(size)
+        fresh = original(size, dtype=dtype)
+        fresh.fill(0xFF)  # NaN in every float format
+        return fresh
+
+    monkeypatch.setattr(memory.np, "empty", poisoned)
+    case = make_case(ragged_choices(SIZES), len(SIZES), dtype=dtype, bias=True)
+    check(WAYS[way], case)
+    assert len(lent) >= 4
+    check(WAYS[way], case)  # in the memory of the first
+
+
+def test_memory_is_used_again_once_nothing_lies_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_idle", defaultdict(deque))
+    first = memory.empty((3, 500_000), torch.float32)
+    address, part = first.data_ptr(), first[1:]
+    del first
+    second = memory.empty((3, 500_000), torch.float32)
+    assert second.data_ptr() != address  # a view is still there
+    del part
+    third = memory.empty((1_490_000,), torch.float32)  # of the same class of sizes
+    assert third.data_ptr() == address
+    monkeypatch.setattr(memory, "MOST_IDLE", 0)
+    del second, third
+    assert not any(memory._idle.values())
+
+
+@pytest.mark.parametrize("size", [1, 17, 4 << 20, (4 << 20) + 1, 123_456_789])
+def test_size_classes(size: int) -> None:
+    assert size <= memory.size_class(size) <= size * 9 / 8 + 1
+    assert memory.size_class(memory.size_class(size)) == memory.size_class(size)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (5,), (1 << 20, 2), (3, 700_001)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_empty_is_aligned_contiguous_and_writable(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    tensor = memory.empty(shape, dtype)
+    assert tensor.shape == shape
+    assert tensor.dtype == dtype
+    assert tensor.is_contiguous()
+    assert tensor.data_ptr() % memory.ALIGNMENT == 0
+    assert torch.equal(tensor.fill_(2), torch.full(shape, 2, dtype=dtype))
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=st.lists(st.one_of(st.integers(0, 16), st.integers(0, 300)), min_size=1, max_size=60))
+def test_blocks_cover_every_row_once(sizes: list[int]) -> None:
+    bounds = [0, *torch.tensor(sizes).cumsum(0).tolist()]
+    for recurring in (False, True):
+        for most_batched_rows in (0, 32, 320):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(cpu, "_COMPILES_PER_SHAPE", recurring)
+                check_blocks(blocks.cut(bounds, most_batched_rows), sizes, bounds)
+                check_layout(blocks.Layout(bounds, most_batched_rows))
+
+
+def check_blocks(found: list[blocks.Block], sizes: list[int], bounds: list[int]) -> None:
+    rows_of = {e: range(bounds[e], bounds[e + 1]) for e, size in enumerate(sizes) if size > 0}
+    place = 0
+    for block in found:
+        assert block.places.start == place
+        place = block.places.stop
+        row = block.rows.start
+        for e, part in block.parts:
+            assert rows_of.pop(e) == range(row, row + sizes[e])
+            row += sizes[e]
+            assert part.stop <= block.size
+            assert part.stop - part.start == (sizes[e] if block.batch else cpu.padded(sizes[e]))
+            if block.batch:
+                each, rest = divmod(block.size, block.batch.stop - block.batch.start)
+                assert rest == 0
+                assert part.start == (e - block.batch.start) * each
+                assert part.stop <= part.start + each
+        assert row == block.rows.stop
+        if block.batch is None and len(block.parts) > 1:
+            assert not block.is_padded
+            assert block.size <= blocks.SHARED_BLOCK_ROWS
+    assert not rows_of
+
+
+def check_layout(layout: blocks.Layout) -> None:
+    kept = len(layout.place_of_row)
+    assert torch.equal(layout.row_of_place[layout.place_of_row], torch.arange(kept))
+    values = torch.randn(kept, 3)
+    there_and_back = torch.full_like(values, float("nan"))
+    for index, block in enumerate(layout.blocks):
+        at_places = layout.spread(index, values)
+        assert at_places.shape == (block.size, 3)
+        layout.collect(index, at_places, there_and_back)
+        if blocks.shapes_should_recur():
+            assert int((at_places != 0).any(1).sum()) == block.rows.stop - block.rows.start
+    assert torch.equal(values, there_and_back)
+    assert layout.places(torch.tensor([[-1]], dtype=torch.int32)).item() == layout.num_places
+
+
+@pytest.mark.parametrize("recurring", [False, True])
+def test_experts_with_few_rows_share_a_block(recurring: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_COMPILES_PER_SHAPE", recurring)
+    found = blocks.cut([0, 3, 3, 19, 36, 40], 0)
+    assert [(b.rows.start, b.rows.stop, b.size) for b in found] == (
+        [(0, 19, 19), (19, 36, 32), (36, 40, 4)] if recurring else [(0, 40, 40)]
+    )
+    assert len(blocks.cut([16 * i for i in range(33)], 0)) == 2
+    assert len(blocks.cut([0, 200, 400], 0)) == 2
+
+
+def batches(sizes: list[int], most_batched_rows: int = 320) -> list[tuple[int, int]]:
+    bounds = [0, *torch.tensor(sizes).cumsum(0).tolist()]
+    found = blocks.cut(bounds, most_batched_rows)
+    return [(b.batch.start, b.batch.stop) for b in found if b.batch]
+
+
+def test_which_experts_share_a_batched_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(cpu, "_COMPILES_PER_SHAPE", False)
+    assert batches([8] * 64) == [(0, 64)]
+    assert batches([256] * 8) == [(0, 5), (5, 8)]  # as many as stay in cache
+    assert batches([256] * 8, most_batched_rows=255) == []
+    assert batches([100, 110, 1, 300, 300]) == [(0, 2), (3, 5)]  # not where the padding costs more than it gains
+    assert batches([0, 32, 32, 0, 0, 32, 0]) == [(1, 3)]  # an idle expert costs the reading of its weights
+    assert batches([3, 3, 3]) == []  # fewer rows share a block anyway
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert batches([256] * 8) == [(0, 5)]  # a product of its own for every thread
+    monkeypatch.setattr(cpu, "_COMPILES_PER_SHAPE", True)
+    assert batches([5, 0, 32, 1], 32) == [(0, 4)]
+    assert batches([5, 0, 33, 1], 32) == []
+    assert batches([5, 0, 0, 1], 32) == []
+
+
+@pytest.mark.parametrize(("recurring", "threads", "expected"), [(False, 1, 0), (False, 2, 320), (True, 1, 320)])
+def test_batches_need_threads(recurring: bool, threads: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(cpu, "_COMPILES_PER_SHAPE", recurring)
+    monkeypatch.setattr(cpu, "_MOST_BATCHED_ROWS", {torch.float32: (320, 48)})
+    assert cpu.most_batched_rows(torch.float32, backward=False) == expected
+    assert cpu.most_batched_rows(torch.float64, backward=False) == 0
+
+
+@pytest.mark.parametrize("recurring", [False, True])
+def test_padded_sizes_recur(recurring: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_COMPILES_PER_SHAPE", recurring)
+    found = [cpu.padded(m) for m in (0, 1, 16, 17, 32, 33)]
+    assert found == ([0, 1, 16, 32, 32, 48] if recurring else [0, 1, 16, 17, 32, 33])
+    assert cpu.padded(3, batched=True) == (16 if recurring else 3)
+    if recurring:
+        assert len({cpu.padded(m) for m in range(200, 300)}) <= 8
+
+
+def test_only_stacked_weights_are_batched(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_like(monkeypatch, batched=True, recurring=False)
+    called: list[torch.Size] = []
+    original = experts_cpu.batched_product
+
+    def spy(left: Tensor, *args: Tensor | None) -> Tensor:
+        called.append(left.shape)
+        return original(left, *args)
+
+    monkeypatch.setattr(experts_cpu, "batched_product", spy)
+    case = make_case(ragged_choices([20, 20, 20]), 3)
+    o = case.operands
+    for gate_up in (o.gate_up_proj, list(o.gate_up_proj)):
+        called.clear()
+        with torch.no_grad():
+            out, _ = experts.experts_forward(
+                o.hidden, o.weights, o.offsets, o.source, o.position, gate_up, o.down_proj, None, None, o.spec, False
+            )
+        assert_close(out, expected_of(case)[0])
+        assert len(called) == (2 if gate_up is o.gate_up_proj else 0)
+
+
+def test_the_device_way_never_looks_at_the_data() -> None:
+    """Meta tensors have no data: whatever would make the host wait for a device raises on them."""
+    case = make_case(ragged_choices(SIZES), len(SIZES), bias=True)
+    tensors = {name: v.to("meta") for name, v in vars(case.operands).items() if isinstance(v, Tensor)}
+    on_meta = Case(replace(case.operands, **tensors), case.dispatch, case.grad_out.to("meta"))
+    out, grads = outputs_of(WAYS["device"], on_meta)
+    assert out.shape == case.operands.hidden.shape
+    for operand, grad in zip(differentiable(case.operands), grads, strict=True):
+        assert grad.shape == operand.shape
+        assert grad.dtype == operand.dtype
+    for way in CPU_WAYS:
+        with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+            outputs_of(WAYS[way], on_meta)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_comparison_can_fail(dtype: torch.dtype) -> None:
+    case = make_case(ragged_choices(SIZES), len(SIZES), dtype=dtype)
+    expected_out, expected_grads = expected_of(case)
+    out, grads = outputs_of(WAYS["alone"], case)
+    one_token_dropped = out.clone()
+    one_token_dropped[3] = 0
+    for wrong in (torch.zeros_like(out), out.roll(1, 0), one_token_dropped):
+        with pytest.raises(AssertionError, match="relative RMS"):
+            assert_close(wrong, expected_out)
+    for grad, expected in zip(grads[:4], expected_grads[:4], strict=True):
+        for wrong in (torch.zeros_like(grad), grad.roll(1, 0)):
+            with pytest.raises(AssertionError, match="relative RMS"):
+                assert_close(wrong, expected, tolerance=TOLERANCE[dtype])
+    swapped = replace(case.operands, gate_up_proj=case.operands.gate_up_proj.flip(0))
+    with pytest.raises(AssertionError, match="relative RMS"):
+        assert_close(outputs_of(WAYS["alone"], replace(case, operands=swapped))[0], expected_out)

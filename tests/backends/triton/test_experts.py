@@ -1,0 +1,203 @@
+"""The experts op on the triton backend, forward and every gradient, against the float64 reference and its autograd."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moe_triton.backends.triton.experts import experts_backward, experts_forward
+from moe_triton.records import ACTIVATIONS, GATED, ExpertSpec
+from moe_triton_kernels import configs, grouped_gemm
+from tests.helpers.compare import assert_close
+from tests.helpers.expert_problem import DEVICE, PARAMETERS, check, make_problem, random_choices, run, with_inputs
+
+# the sigmoid of a far negative number is 1 / (1 + inf) = 0, as it should be
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+LAYOUTS = ((False, True), (True, True), (False, False), (True, False))  # (is_transposed, is_concatenated)
+SPECS = [
+    ExpertSpec(activation=activation, is_transposed=transposed, is_concatenated=concatenated)
+    for activation in ACTIVATIONS
+    for transposed, concatenated in LAYOUTS
+    if concatenated or activation in GATED
+]
+
+
+def name_of(spec: ExpertSpec) -> str:
+    return spec.activation + "-transposed" * spec.is_transposed + "-interleaved" * (not spec.is_concatenated)
+
+
+def has_bias_here(spec: ExpertSpec) -> bool:
+    """Half of the combinations, such that every activation and every layout is met with a bias and without."""
+    layout = (spec.is_transposed, spec.is_concatenated)
+    return (list(ACTIVATIONS).index(spec.activation) + LAYOUTS.index(layout)) % 2 == 1
+
+
+@pytest.mark.parametrize(
+    ("spec", "bias"),
+    [
+        pytest.param(spec, bias, id=name_of(spec) + "-bias" * bias)
+        for spec in SPECS
+        for bias in (False, True)
+        if spec.activation == "swiglu" or bias == has_bias_here(spec)
+    ],
+)
+def test_every_activation_and_layout(spec: ExpertSpec, bias: bool) -> None:
+    problem = make_problem(random_choices(9, 2, 4), 4, spec=spec, bias=bias)
+    check(run(problem), problem)
+
+
+@pytest.mark.parametrize("spec", [SPECS[0], SPECS[3]], ids=name_of)
+def test_sequences_and_recomputation_give_the_same_bits(spec: ExpertSpec) -> None:
+    problem = make_problem(random_choices(7, 2, 3), 3, spec=spec)
+    actual = run(problem)
+    check(actual, problem)
+    for other in (run(problem), run(problem, recompute=True), run(problem, sequence=True)):
+        assert actual.keys() == other.keys()
+        for name in actual:
+            assert torch.equal(actual[name], other[name]), name
+
+
+@pytest.mark.parametrize("spec", [*SPECS[:4], ExpertSpec(activation="relu2")], ids=name_of)
+def test_tensor_descriptors_give_the_same_bits(spec: ExpertSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make_problem(random_choices(9, 2, 4), 4, spec=spec)
+    expected = run(problem)
+    heuristic, made = configs.heuristic, []
+    monkeypatch.setattr(configs, "heuristic", lambda *key: replace(heuristic(*key), descriptors=True))
+
+    class Descriptor(TensorDescriptor):
+        def __post_init__(self) -> None:
+            made.append(self.block_shape)
+            super().__post_init__()
+
+    monkeypatch.setattr(grouped_gemm, "TensorDescriptor", Descriptor)
+    actual = run(problem)
+    assert len(made) == (3 if spec.is_transposed and spec.is_concatenated else 4)  # up, down, d_hidden, d_rows
+    check(actual, problem)
+    for name in expected:
+        assert torch.equal(actual[name], expected[name]), name
+
+
+@pytest.mark.parametrize("weights_dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("spec", [ExpertSpec(), ExpertSpec(activation="gelu", is_transposed=True)], ids=name_of)
+def test_fp16(spec: ExpertSpec, weights_dtype: torch.dtype) -> None:
+    problem = make_problem(random_choices(17, 2, 4), 4, spec=spec, dtype=torch.float16, weights_dtype=weights_dtype)
+    check(run(problem), problem, tolerance=2e-3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_ragged_routing(data: st.DataObject) -> None:
+    """Any number of tokens, choices, experts and capacity; one expert is empty; ids out of range are skipped."""
+    torch.manual_seed(data.draw(st.integers(0, 2**20), label="seed"))
+    num_experts = data.draw(st.integers(1, 6), label="experts")
+    top_k = data.draw(st.integers(1, num_experts), label="choices")
+    num_tokens = data.draw(st.sampled_from([0, 1, 2, 15, 16, 17, 33]), label="tokens")
+    capacity = data.draw(st.sampled_from([None, 0, 1, 5, 16]), label="capacity")
+    choices = torch.rand(num_tokens, num_experts).argsort(1)[:, :top_k].int()
+    if data.draw(st.booleans(), label="one expert with all rows"):
+        choices = choices.clamp(max=0)
+    choices = choices.where(choices != num_experts - 1, data.draw(st.sampled_from([-1, num_experts]), label="skipped"))
+    d, n = data.draw(st.tuples(st.sampled_from([1, 8, 16, 24]), st.sampled_from([1, 16, 20])), label="sizes")
+    problem = make_problem(choices, num_experts, d=d, n=n, capacity=capacity, spec=ExpertSpec(activation="geglu_tanh"))
+    check(run(problem, recompute=data.draw(st.booleans(), label="recompute")), problem)
+
+
+def test_top_k_of_every_expert() -> None:
+    problem = make_problem(random_choices(5, 4, 4), 4)
+    check(run(problem), problem)
+
+
+def test_only_the_gradients_that_are_needed() -> None:
+    problem = make_problem(random_choices(7, 2, 3), 3)
+    everything = run(problem)
+    names = [name for name in problem.expected if name != "out"]
+    for name in names:
+        alone = run(problem, needs=tuple(other == name for other in names))
+        assert alone.keys() == {"out", name}
+        assert torch.equal(alone[name], everything[name])
+
+
+def test_inputs_that_are_not_contiguous() -> None:
+    problem = make_problem(random_choices(9, 2, 4), 4)
+    expected = run(problem)
+    strided = {}
+    for name, x in problem.inputs.items():
+        wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), float("nan"), dtype=x.dtype, device=DEVICE)
+        strided[name] = wide[..., ::2].copy_(x)
+    actual = run(with_inputs(problem, **strided))
+    for name in expected:
+        assert torch.equal(actual[name], expected[name]), name
+
+
+def test_expanded_inputs() -> None:
+    """One expert's parameters, one token and one gradient row stand for all."""
+    problem = make_problem(random_choices(6, 2, 3), 3)
+    shared = {name: problem.inputs[name][:1].expand_as(problem.inputs[name]) for name in ("hidden", *PARAMETERS)}
+    expanded = replace(with_inputs(problem, **shared), grad_out=problem.grad_out[:1].expand_as(problem.grad_out))
+    copied = replace(
+        with_inputs(problem, **{name: x.clone() for name, x in shared.items()}), grad_out=expanded.grad_out.clone()
+    )
+    actual, expected = run(expanded), run(copied)
+    for name in expected:
+        assert torch.equal(actual[name], expected[name]), name
+
+
+def test_a_sequence_of_unaligned_and_strided_tensors() -> None:
+    """Views at odd offsets, one of them with strides of its own: read where they are, or made contiguous."""
+    problem = make_problem(random_choices(9, 2, 4), 4)
+    hidden, weights = problem.inputs["hidden"], problem.inputs["weights"]
+
+    def unaligned(x: torch.Tensor) -> list[torch.Tensor]:
+        pieces = [torch.cat([piece.new_zeros(1), piece.reshape(-1)])[1:].view(piece.shape) for piece in x]
+        assert pieces[0].data_ptr() % 16 != 0
+        pieces[1] = pieces[1].mT.contiguous().mT if x.dim() == 3 else pieces[1]
+        return pieces
+
+    parameters = [unaligned(problem.inputs[name]) for name in PARAMETERS]
+    plan = (problem.dispatch.offsets, problem.dispatch.source, problem.dispatch.position)
+    out, h = experts_forward(hidden, weights, *plan, *parameters, problem.spec, True)
+    assert_close(out, problem.expected["out"])
+    gradients = experts_backward(problem.grad_out, hidden, h, weights, *plan, *parameters, problem.spec, (True,) * 6)
+    for name, gradient in zip(PARAMETERS, gradients[2:], strict=True):
+        assert_close(torch.stack(gradient), problem.expected[name])
+
+
+def test_no_bits_change_without_the_preactivation() -> None:
+    problem = make_problem(random_choices(9, 2, 4), 4)
+    arguments = [problem.inputs["hidden"], problem.inputs["weights"], problem.dispatch.offsets]
+    arguments += [problem.dispatch.source, problem.dispatch.position, *(problem.inputs[name] for name in PARAMETERS)]
+    kept, h = experts_forward(*arguments, problem.spec, True)
+    alone, nothing = experts_forward(*arguments, problem.spec, False)
+    assert h.shape == (18, 40)
+    assert nothing.shape == (0,)
+    assert torch.equal(kept, alone)
+
+
+def test_float64_is_refused() -> None:
+    problem = make_problem(random_choices(3, 1, 2), 2, dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"hidden: .* got torch\.float64"):
+        run(problem)
+
+
+def test_the_comparison_fails_on_mutations() -> None:
+    """Zeros, swapped experts and one dropped token are each far outside the tolerance, for every result."""
+    problem = make_problem(random_choices(11, 2, 4), 4)
+    actual = run(problem)
+    check(actual, problem)
+
+    swap = [1, 0, 2, 3]
+    swapped = run(with_inputs(problem, **{name: problem.inputs[name][swap] for name in PARAMETERS}))
+    swapped |= {name: actual[name][swap] for name in PARAMETERS}
+    grad_out = problem.grad_out.clone()
+    grad_out[3] = 0.0
+    dropped = run(replace(problem, grad_out=grad_out))
+    dropped["out"] = actual["out"].index_fill(0, torch.tensor([3], device=DEVICE), 0.0)
+    for name in actual:
+        for mutated in (torch.zeros_like(actual[name]), swapped[name], dropped[name]):
+            with pytest.raises(AssertionError, match="relative RMS error"):
+                check({**actual, name: mutated}, problem)

@@ -1,0 +1,96 @@
+"""The layer taken apart: every stage does what the layer does there, and its line in the table adds up."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from moe_triton.benchmarking import stage_report, stages
+from moe_triton.benchmarking.cases import Case, make_workload
+from moe_triton.benchmarking.providers import PROVIDERS
+from moe_triton.benchmarking.timing import CpuTimer
+from tests.helpers.compare import assert_close
+
+CPU = torch.device("cpu")
+CASE = Case(tokens=20, hidden=32, intermediate=16, experts=4, top_k=2)
+BACKWARD = ["d_hidden", "d_router_weights", "d_weight_down", "d_weight_up", "d_rows", "combine"]
+
+
+@pytest.fixture(autouse=True)
+def small_buffer(monkeypatch):
+    monkeypatch.setattr(stages, "CPU_BUFFER_BYTES", 1 << 12)
+
+
+def whole_layer(workload):
+    """Output and gradients by the float64-checked layer."""
+    block = PROVIDERS["torch"].build(workload)
+    hidden = workload.hidden.clone().requires_grad_()
+    out = block.forward(hidden)
+    grads = torch.autograd.grad(out, [hidden, *block.leaves()], workload.grad_out)
+    return out.detach(), dict(zip(("hidden", *block.parameters), grads, strict=True))
+
+
+def test_the_torch_stages_are_the_layer():
+    workload = make_workload(CASE, CPU)
+    opened = stages.open_layer(workload)
+    assert opened.backend == "torch"
+    names = [(s.name, s.is_backward) for s in opened.stages if s.call is not None]
+    assert names == [("gate", False), ("route", False), ("dispatch", False), ("experts", False)] + [
+        (name, True) for name in ("experts", "route", "gate")
+    ]
+    unmeasured = [s for s in opened.stages if s.call is None]
+    assert len(unmeasured) == 2
+    assert all("not measured apart" in s.note for s in unmeasured)
+    out, grads = whole_layer(workload)
+    forward, backward = (s.call() for s in opened.stages if s.name == "experts")
+    assert_close(forward[0], out)
+    assert_close(backward[3], grads["down"])
+    assert_close(backward[2], grads["gate_up"])
+
+
+@pytest.mark.parametrize("change", [{}, {"activation": "gpt_oss", "bias": True}], ids=str)
+def test_the_triton_stages_are_the_layer(change):
+    """In the interpreter."""
+    workload = make_workload(Case(**{**asdict(CASE), **change}), CPU)
+    opened = stages.open_layer(workload, "triton")
+    calls = {(s.name, s.is_backward): s.call for s in opened.stages}
+    biases = ["d_bias_rows", "d_bias_gathered"] if "bias" in change else []
+    assert [name for name, is_backward in calls if is_backward] == [*BACKWARD, *biases, "route", "gate"]
+    out, grads = whole_layer(workload)
+    assert_close(calls["combine", False](), out)
+    assert_close(calls["d_weight_down", True](), grads["down"])
+    assert_close(calls["d_weight_up", True](), grads["gate_up"])
+    if biases:
+        assert_close(calls["d_bias_rows", True](), grads["gate_up_bias"])
+        assert_close(calls["d_bias_gathered", True](), grads["down_bias"])
+    configured = {s.name for s in opened.stages if s.config}
+    assert configured == {"up", "down", "d_hidden", "d_weight_down", "d_weight_up", "d_rows"}
+    assert next(s.config for s in opened.stages if s.name == "up").startswith("16x16x16 warps 4 stages 1")
+
+
+def test_the_table_adds_up():
+    found = stages.measure_stages(make_workload(CASE, CPU), timer=CpuTimer(), budget_s=0.0)
+    timed = [row for row in found.stages if row.time_s is not None]
+    for is_backward in (False, True):
+        own = [row for row in timed if row.is_backward == is_backward]
+        assert sum(row.share for row in own) == pytest.approx(1.0)
+    experts = next(row for row in timed if row.name == "experts")
+    assert experts.flops == CASE.flops("forward")
+    assert experts.floor_s >= experts.flops / found.flops_per_s * (1 - 1e-9)
+    backward = next(row for row in timed if row.name == "experts" and row.is_backward)
+    assert backward.flops == CASE.flops("backward")
+    assert found.furthest in timed
+    assert stages.table_from(asdict(found)) == found
+    text = "\n".join(stage_report.stage_summary(found))
+    assert "furthest from its floor: " in text
+    assert "layer backward: " in text
+    assert len(stage_report.stage_cells(timed[0])) == len(stage_report.STAGE_HEADER)
+    unmeasured = next(row for row in found.stages if row.time_s is None)
+    assert "not measured" in stage_report.stage_cells(unmeasured)
+
+
+def test_the_reference_has_no_stages():
+    with pytest.raises(ValueError, match="backend: got 'reference', wanted auto, torch or triton"):
+        stages.open_layer(make_workload(CASE, CPU), "reference")

@@ -1,0 +1,126 @@
+"""What is issued before what: exchanges before the work that hides them, and no host read where sizes are fixed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_triton.distributed import ExpertParallel
+from moe_triton.layers.experts import FeedForward
+from tests.helpers import parity
+from tests.helpers.faults import fresh_groups
+from tests.helpers.parity import HIDDEN, Case
+from tests.helpers.ranks import products
+
+CHUNKS = 3
+
+
+def record(mode: str, **exchange) -> tuple[list[str], list[str]]:
+    """The events of one forward and one backward, of a layer with a shared expert."""
+    events: list[str] = []
+    parallel = ExpertParallel(fresh_groups(ep=4), mode=mode, chunks=CHUNKS, listener=events.append, **exchange)
+    case = Case([6] * 4, layer={"shared_intermediate_size": 8, "capacity_factor": 1.0, "aux_loss_weight": 0.1})
+    layer = parity.make_layer(case, parallel)
+    original = FeedForward.forward
+
+    def shared(self, x):
+        events.append("shared expert")
+        return original(self, x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeedForward, "forward", shared)
+        x = torch.randn(6, HIDDEN, dtype=case.dtype, requires_grad=True)
+        out = layer(x)
+        forward = list(events)
+        events.clear()
+        (out.output.sum() + out.aux_loss).backward()
+    return forward, events
+
+
+def in_order(events: list[str], *wanted: str) -> bool:
+    """Whether the wanted events happen once each, in this order."""
+    assert all(events.count(event) == 1 for event in wanted), (wanted, events)
+    places = [events.index(event) for event in wanted]
+    return places == sorted(places)
+
+
+MODES = ("dropless", "capacity", "bounded", "allgather")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_exchanges_are_issued_before_the_work_that_hides_them(four_ranks, mode):
+    orders = four_ranks.run(record, mode)
+    assert all(order == orders[0] for order in orders), "all ranks issue the same order"
+    forward, backward = orders[0]
+    assert in_order(forward, "issue rows of chunk 0", "shared expert", "experts 0")
+    for chunk in range(CHUNKS):
+        assert in_order(forward, f"issue ids of chunk {chunk}", f"experts {chunk}", f"issue results of chunk {chunk}")
+    for chunk in range(CHUNKS - 1):
+        assert in_order(forward, f"issue rows of chunk {chunk + 1}", f"experts {chunk}")
+        assert in_order(forward, f"issue results of chunk {chunk}", f"experts {chunk + 1}")
+        assert in_order(backward, f"issue output gradients of chunk {chunk + 1}", f"row gradients {chunk}")
+    for chunk in range(CHUNKS):
+        assert in_order(
+            backward, f"row gradients {chunk}", f"issue row gradients of chunk {chunk}",
+            f"issue router weights' gradients of chunk {chunk}", "weight gradients",
+        )  # fmt: skip
+    assert backward.count("weight gradients") == 1, "one product over all chunks"
+    assert forward.count("issue exchange of counts") == (mode == "dropless")
+    assert not any("counts" in event for event in backward), "backward uses the forward's counts"
+
+
+def test_two_levels(four_ranks):
+    orders = four_ranks.run(_two_levels)
+    assert all(order == orders[0] for order in orders)
+    forward, _ = orders[0]
+    assert forward.count("issue exchange of counts") == 1 + CHUNKS, "between nodes once, in the node for each chunk"
+
+
+def _two_levels() -> tuple[list[str], list[str]]:
+    return record("dropless", ranks_per_node=2)
+
+
+class HostReads:
+    """Counts what the exchange does that waits for a device: reads of a tensor's elements, and copies to the host."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        for name in ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__"):
+            patch.setattr(torch.Tensor, name, self.counted(getattr(torch.Tensor, name)))
+
+    def counted(self, function):
+        def call(*args, **kwargs):
+            caller = sys._getframe(1)
+            if "to_host" in caller.f_code.co_qualname:  # one copy of several tensors, read in parts
+                self.count += args[0].storage_offset() == 0
+            elif "distributed" in Path(caller.f_code.co_filename).parts:
+                self.count += 1
+            return function(*args, **kwargs)
+
+        return call
+
+
+def host_reads(mode: str, most: int | None) -> int:
+    """In a forward and a backward, leaving out what is compared on CPUs alone."""
+    from moe_triton.distributed.exchange.channel import Channel
+
+    parallel = ExpertParallel(fresh_groups(ep=4), mode=mode, chunks=2, max_tokens_per_rank=most)
+    case = Case([6] * 4, layer={"capacity_factor": 1.0, "aux_loss_weight": 0.1})
+    layer = parity.make_layer(case, parallel)
+    x = torch.randn(6, HIDDEN, dtype=case.dtype, requires_grad=True)
+    layer(x)  # the first call compares configurations, on every device
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Channel, "agree", lambda self, what, phase, device: 1)
+        reads = HostReads(patch)
+        out = layer(x)
+        (out.output.sum() + out.aux_loss).backward()
+    return reads.count
+
+
+@pytest.mark.parametrize(("mode", "most"), products(mode=MODES, most=(6, None)))
+def test_host_reads(four_ranks, mode, most):
+    wanted = 1 if mode == "dropless" or most is None else 0
+    assert four_ranks.run(host_reads, mode, most) == [wanted] * 4

@@ -1,0 +1,132 @@
+"""32 ranks as threads of one process, and worlds of thousands of ranks with no communication at all."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import _set_thread_isolation_mode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.testing._internal.distributed.multi_threaded_pg import (
+    ProcessLocalGroup,
+    _install_threaded_pg,
+    _uninstall_threaded_pg,
+)
+
+from moe_triton import MoE
+from moe_triton.distributed import ExpertParallel, make_groups, plan
+from tests.helpers.compare import assert_close
+
+HIDDEN, INTERMEDIATE, TOP_K = 8, 4, 3
+
+
+def in_threads(world: int, function: Callable[[], Any]) -> list[Any]:
+    """function() in every one of `world` ranks of torch's threaded process group; their results by rank."""
+    world_of_threads, results, failures = _install_threaded_pg(), [None] * world, []
+    store = dist.HashStore()
+    _set_thread_isolation_mode(True)  # every thread has a registry of groups of its own
+
+    def run(rank: int) -> None:
+        try:
+            dist.init_process_group("threaded", rank=rank, world_size=world, store=store)
+            results[rank] = function()
+        except BaseException as error:  # the other threads would wait for ever
+            failures.append(error)
+            ProcessLocalGroup.exception_handle(error)
+        finally:
+            if world_of_threads.default_pg is not None:
+                dist.destroy_process_group()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+    finally:
+        _set_thread_isolation_mode(False)
+        ProcessLocalGroup.reset()
+        _uninstall_threaded_pg()
+    assert not failures, failures[0]
+    return results
+
+
+@pytest.mark.parametrize("sizes", [{"ep": 32}, {"ep": 8}], ids=["ep=32", "ep=8 x edp=4"])
+def test_32_ranks_equal_one(sizes):
+    world, experts = 32, 64
+    tokens = [rank % 3 for rank in range(world)]
+    torch.manual_seed(0)
+    arguments = {"top_k": TOP_K, "aux_loss_weight": 0.1, "dtype": torch.float64}
+    whole = MoE(HIDDEN, INTERMEDIATE, experts, **arguments)
+    x_all, grad_all = (torch.randn(sum(tokens), HIDDEN, dtype=torch.float64) for _ in range(2))
+    x_whole = x_all.clone().requires_grad_()
+    expected = whole(x_whole)
+    ((expected.output * grad_all).sum() + expected.aux_loss).backward()
+
+    def rank_of_many() -> None:
+        rank = dist.get_rank()
+        groups = make_groups(timeout=timedelta(seconds=60), **sizes)
+        parallel = ExpertParallel(groups, chunks=2, loss_reduction="sum")
+        layer = MoE(HIDDEN, INTERMEDIATE, experts, expert_parallel=parallel, **arguments)
+        mine, here = layer.experts.local_experts, slice(sum(tokens[:rank]), sum(tokens[: rank + 1]))
+        with torch.no_grad():
+            layer.router.weight.copy_(whole.router.weight)
+            for name, parameter in layer.experts.named_parameters():
+                parameter.copy_(getattr(whole.experts, name)[mine.start : mine.stop])
+        x = x_all[here].clone().requires_grad_()
+        got = layer(x)
+        ((got.output * grad_all[here]).sum() + got.aux_loss).backward()
+        assert_close(got.output, expected.output[here])
+        assert_close(x.grad, x_whole.grad[here])
+        for name, parameter in layer.experts.named_parameters():
+            total = parameter.grad.clone()
+            if groups.edp.size > 1:
+                dist.all_reduce(total, group=groups.edp.handle)
+            assert_close(total, getattr(whole.experts, name).grad[mine.start : mine.stop])
+        total = layer.router.weight.grad.clone()
+        dist.all_reduce(total)
+        assert_close(total, whole.router.weight.grad)
+
+    in_threads(world, rank_of_many)
+
+
+@pytest.fixture
+def world_of_4096():
+    dist.init_process_group("fake", store=FakeStore(), rank=1234, world_size=4096)
+    yield
+    dist.destroy_process_group()
+
+
+def test_plans_of_4096_ranks():
+    tables = plan(4096, pp=4, tp=8, ep=64, etp=2)
+    for kind, size in {"dp": 128, "tp": 8, "pp": 4, "ep": 64, "edp": 8, "etp": 2}.items():
+        groups = getattr(tables, kind)
+        assert {len(group) for group in groups} == {size}
+        assert sorted(rank for group in groups for rank in group) == list(range(4096))
+
+
+def test_groups_and_meshes_of_4096_ranks(world_of_4096):
+    groups = make_groups(ep=64, pp=4)
+    assert (groups.ep.size, groups.edp.size, groups.dp.size, groups.pp.size) == (64, 16, 1024, 4)
+    assert groups.tables.group_of("ep", 1234) == list(groups.ep.ranks)
+    assert groups.moe_mesh.shape == (16, 64)
+    assert groups.moe_mesh["ep"].get_local_rank() == groups.ep.rank
+    assert groups.moe_mesh["edp"].get_local_rank() == groups.edp.rank
+    parallel = ExpertParallel(groups)
+    assert parallel.experts_of(256) == range(4 * groups.ep.rank, 4 * groups.ep.rank + 4)
+    layer = MoE(16, 8, 256, expert_parallel=parallel, device="meta")
+    assert layer.experts.gate_up_proj.shape == (4, 16, 16)
+
+
+def test_a_device_mesh_of_4096_ranks(world_of_4096):
+    mesh = init_device_mesh("cpu", (64, 64), mesh_dim_names=("edp", "ep"))
+    parallel = ExpertParallel(mesh)
+    assert (parallel.ep.size, parallel.edp.size) == (64, 64)
+    assert parallel.ep.rank == 1234 % 64
+    assert len({rank // 64 for rank in parallel.ep.ranks}) == 1

@@ -1,0 +1,375 @@
+"""The grouped GEMM kernels by themselves: block shapes, tile order, addresses, what is left alone, what compiles."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moe_triton import reference
+from moe_triton_kernels.configs import Config
+from moe_triton_kernels.d_hidden import d_hidden, d_router_weights
+from moe_triton_kernels.down import rows_times_experts
+from moe_triton_kernels.grouped_gemm import PerExpert, address_table, per_expert, tile_order, weight_argument
+from moe_triton_kernels.offline import TARGETS, Report, compile_apart
+from moe_triton_kernels.tiles import tile_tables
+from moe_triton_kernels.up import up
+from moe_triton_kernels.weight_grad import bias_grad, weight_grad
+from tests.helpers.compare import assert_close
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+MODULES = ["up", "down", "d_hidden", "weight_grad"]
+SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+SMALL = Config(block_m=16, block_n=16, block_k=16, num_warps=4, num_stages=1)
+CONFIGS = [
+    SMALL,
+    replace(SMALL, block_n=64, parts=4, group=1),
+    replace(SMALL, block_m=32, block_n=32, block_k=32, parts=2, group=3),
+    replace(SMALL, descriptors=True),
+    replace(SMALL, block_n=32, block_k=32, parts=2, descriptors=True),
+]
+FORMS = [("swiglu", True), ("swiglu", False), ("silu", True)]  # (activation, is_concatenated): each has its epilogue
+ROWS = 40  # S: 37 kept rows of T = 20 tokens with K = 2 choices, three experts of which the second has none
+OFFSETS = (0, 21, 21, 37)
+
+
+class Setting:
+    """A dispatch made by hand, and random operands in float64 and as the kernels get them."""
+
+    def __init__(self, d: int = 40, n: int = 24) -> None:
+        self.offsets = torch.tensor(OFFSETS, dtype=torch.int32, device=device)
+        slots = torch.randperm(ROWS)[: OFFSETS[-1]].int()
+        self.source = torch.cat([slots, torch.full((ROWS - OFFSETS[-1],), -1, dtype=torch.int32)]).to(device)
+        self.tiles = tile_tables(self.offsets, ROWS)
+        self.x = torch.randn(ROWS // 2, d, device=device)
+        self.weights = torch.rand(ROWS // 2, 2, device=device) + 0.1
+        self.gate_up = torch.randn(3, d, 2 * n, device=device) / d**0.5
+        self.down = torch.randn(3, n, d, device=device) / n**0.5
+        self.slots = slots.long().to(device)
+        for weight in (self.gate_up, self.down):
+            weight[1] = float("nan")  # nobody's: must not come in where a tile reaches past the first expert's end
+
+    def experts(self) -> list[tuple[int, slice, Tensor]]:
+        """(expert, its rows, the tokens of its rows) for the experts that have rows."""
+        spans = [slice(OFFSETS[e], OFFSETS[e + 1]) for e in range(3)]
+        return [(e, span, self.slots[span] // 2) for e, span in enumerate(spans) if span.start < span.stop]
+
+    def up(
+        self, config: Config, activation: str = "swiglu", is_concatenated: bool = True, by_k: bool = False, **keep: bool
+    ) -> tuple[Tensor, Tensor]:
+        return up(
+            self.x,
+            self.source,
+            self.tiles,
+            self.offsets,
+            stored(self.gate_up, by_k),
+            None,
+            size_n=self.gate_up.shape[2] // (2 if activation == "swiglu" else 1),
+            top_k=2,
+            activation=activation,
+            is_concatenated=is_concatenated,
+            config=config,
+            **{"keep_activation": True, "keep_preactivation": True, **keep},
+        )
+
+
+def stored(weight: Tensor, by_k: bool) -> PerExpert:
+    """A weight [E, k, columns] with the columns, or with k, contiguous in memory."""
+    return per_expert(weight.mT.contiguous()).transposed() if by_k else per_expert(weight)
+
+
+def assert_untouched(*tensors: Tensor) -> None:
+    """Rows that no expert has were not written: fresh memory is poisoned with NaN (by conftest, on a CPU)."""
+    if device == "cpu":
+        assert all(tensor[OFFSETS[-1] :].isnan().all() for tensor in tensors)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("d", [32, 40])  # a multiple of every block_k, and not
+@pytest.mark.parametrize("by_k", [False, True])
+def test_up(form: tuple[str, bool], config: Config, d: int, by_k: bool) -> None:
+    setting = Setting(d=d)
+    a, h = setting.up(config, *form, by_k)
+    for e, rows, tokens in setting.experts():
+        expected = setting.x[tokens].double() @ setting.gate_up[e].double()
+        assert_close(h[rows], expected)
+        assert_close(a[rows], reference.activate(expected, *form))
+    assert_untouched(a, h)
+
+
+def test_up_keeps_what_it_is_asked_for() -> None:
+    setting = Setting()
+    a, h = setting.up(SMALL)
+    alone, nothing = setting.up(SMALL, keep_preactivation=False)
+    none, h_alone = setting.up(SMALL, keep_activation=False)
+    kept = slice(0, OFFSETS[-1])
+    assert nothing.shape == none.shape == (0,)
+    assert torch.equal(a[kept], alone[kept])
+    assert torch.equal(h[kept], h_alone[kept])
+
+
+def test_the_activation_is_that_of_the_rounded_preactivation() -> None:
+    setting = Setting()
+    setting.x, setting.gate_up = setting.x.half(), setting.gate_up.half()
+    a, h = setting.up(SMALL)
+    expected = reference.activate(h[: OFFSETS[-1]].double(), "swiglu").half()
+    assert (a[: OFFSETS[-1]] == expected).double().mean() > 0.99  # fp32 maths may differ from fp64 by a last bit
+    assert_close(a[: OFFSETS[-1]], expected.double(), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("by_k", [False, True])
+def test_rows_times_experts(config: Config, by_k: bool) -> None:
+    setting = Setting()
+    a = torch.randn(ROWS, 24, device=device)
+    a[OFFSETS[-1] :] = float("nan")
+    bias = torch.randn(3, 40, device=device)
+    weight = stored(setting.down, by_k)
+    plain = rows_times_experts(a, setting.tiles, setting.offsets, weight, size_columns=40, config=config)
+    scaled = rows_times_experts(
+        a,
+        setting.tiles,
+        setting.offsets,
+        weight,
+        size_columns=40,
+        config=config,
+        bias=per_expert(bias),
+        router_weights=setting.weights,
+        source=setting.source,
+    )
+    assert_untouched(plain, scaled)
+    for e, rows, _ in setting.experts():
+        product = a[rows].double() @ setting.down[e].double()
+        assert_close(plain[rows], product)
+        weights = setting.weights.reshape(-1)[setting.slots[rows], None].double()
+        assert_close(scaled[rows], (product + bias[e].double()) * weights)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("by_k", [False, True])
+def test_d_hidden_and_the_router_weights_gradient(form: tuple[str, bool], config: Config, by_k: bool) -> None:
+    setting = Setting()
+    h = torch.randn(ROWS, 48 if form[0] == "swiglu" else 24, device=device)
+    h[OFFSETS[-1] :] = float("nan")
+    bias = torch.randn(3, 40, device=device)
+    weighted_a, grad_h, shares = d_hidden(
+        setting.x,
+        setting.source,
+        setting.tiles,
+        setting.offsets,
+        stored(setting.down.mT, not by_k),
+        h,
+        setting.weights,
+        size_n=24,
+        activation=form[0],
+        is_concatenated=form[1],
+        config=config,
+    )
+    assert_untouched(weighted_a, grad_h)
+    plan = (setting.source, setting.tiles, setting.offsets)
+    with_bias = d_router_weights(shares, setting.x, *plan, per_expert(bias), setting.weights)
+    without = d_router_weights(shares, setting.x, *plan, None, setting.weights.half())
+    assert shares.shape == (triton.cdiv(24, config.block_n), ROWS)
+    assert without.dtype == torch.float16
+    expected = torch.zeros(ROWS, dtype=torch.float64, device=device)
+    expected_bias = expected.clone()
+    for e, rows, tokens in setting.experts():
+        wide = h[rows].double().requires_grad_()
+        a = reference.activate(wide, *form)
+        weights = setting.weights.reshape(-1)[setting.slots[rows], None].double()
+        grad_out = setting.x[tokens].double()
+        (grad,) = torch.autograd.grad(((a @ setting.down[e].double()) * weights * grad_out).sum(), wide)
+        assert_close(grad_h[rows], grad)
+        assert_close(weighted_a[rows], a * weights)
+        expected[setting.slots[rows]] = ((a @ setting.down[e].double()) * grad_out).sum(1)
+        expected_bias[setting.slots[rows]] = (grad_out * bias[e].double()).sum(1)
+    assert_close(with_bias.reshape(-1), expected + expected_bias)
+    assert_close(without.reshape(-1), expected)
+    assert (expected == 0).sum() == ROWS - OFFSETS[-1]  # slots without a row
+
+
+@pytest.mark.parametrize("gather_left", [False, True])
+@pytest.mark.parametrize("config", CONFIGS[:3], ids=str)
+@pytest.mark.parametrize("sizes", [(24, 40), (32, 64)])  # multiples of the blocks, and not
+def test_weight_grad(config: Config, gather_left: bool, sizes: tuple[int, int]) -> None:
+    setting = Setting(d=sizes[1])
+    rows_in_order = torch.randn(ROWS, sizes[0], device=device)
+    rows_in_order[OFFSETS[-1] :] = float("nan")
+    operands = (setting.x, rows_in_order) if gather_left else (rows_in_order, setting.x)
+    grad = weight_grad(*operands, setting.source, setting.offsets, top_k=2, gather_left=gather_left, config=config)
+    expected = torch.zeros(3, *sizes, dtype=torch.float64, device=device)
+    for e, rows, tokens in setting.experts():
+        expected[e] = rows_in_order[rows].double().T @ setting.x[tokens].double()
+    assert_close(grad, expected.mT if gather_left else expected)
+    assert (grad[1] == 0).all()
+
+
+def test_bias_grad() -> None:
+    setting = Setting()
+    rows_in_order = torch.randn(ROWS, 136, device=device)
+    rows_in_order[OFFSETS[-1] :] = float("nan")
+    plain = bias_grad(rows_in_order, setting.source, setting.offsets, top_k=2)
+    gathered = bias_grad(setting.x, setting.source, setting.offsets, top_k=2, router_weights=setting.weights)
+    expected = torch.zeros(3, 136, dtype=torch.float64, device=device)
+    expected_gathered = torch.zeros(3, 40, dtype=torch.float64, device=device)
+    for e, rows, tokens in setting.experts():
+        expected[e] = rows_in_order[rows].double().sum(0)
+        weights = setting.weights.reshape(-1)[setting.slots[rows], None].double()
+        expected_gathered[e] = (setting.x[tokens].double() * weights).sum(0)
+    assert_close(plain, expected)
+    assert_close(gathered, expected_gathered)
+
+
+@triton.jit
+def order_kernel(out, num_rows, num_columns, GROUP: tl.constexpr):
+    tile = tl.program_id(0)
+    row, column = tile_order(tile, num_rows, num_columns, GROUP)
+    tl.store(out + 2 * tile, row)
+    tl.store(out + 2 * tile + 1, column)
+
+
+@settings(max_examples=15, deadline=None)
+@given(num_rows=st.integers(1, 9), num_columns=st.integers(1, 5), group=st.sampled_from([1, 2, 8]))
+def test_tile_order_visits_every_tile_once_and_column_blocks_are_shared(
+    num_rows: int, num_columns: int, group: int
+) -> None:
+    out = torch.empty(num_rows * num_columns, 2, dtype=torch.int32, device=device)
+    order_kernel[(num_rows * num_columns,)](out, num_rows, num_columns, GROUP=group)
+    visited = [tuple(pair) for pair in out.tolist()]
+    assert sorted(visited) == [(row, column) for row in range(num_rows) for column in range(num_columns)]
+    first_group = visited[: min(group, num_rows)]
+    assert first_group == [(row, 0) for row in range(len(first_group))]
+
+
+def test_addresses_are_kept_and_strides_are_made_equal() -> None:
+    matrices = [torch.randn(4, 8, device=device) for _ in range(3)]
+    parameter = per_expert(matrices)
+    assert parameter.data.tolist() == [matrix.data_ptr() for matrix in matrices]
+    assert (parameter.is_table, parameter.alignment, parameter.strides) == (True, 16, (8, 1))
+    assert parameter.transposed().strides == (1, 8)
+    assert per_expert(matrices).data is parameter.data  # no copy to the device in the next step
+    odd = torch.randn(33, device=device)[1:].view(4, 8)
+    assert per_expert([*matrices, odd]).alignment == 4
+    mixed = per_expert([matrices[0], torch.randn(8, 4, device=device).T])
+    assert mixed.strides == (8, 1)
+    assert mixed.held[0] is matrices[0]
+    assert mixed.data.tolist() == [tensor.data_ptr() for tensor in mixed.held]
+    assert address_table((1, 2), torch.device(device)).dtype == torch.int64
+
+
+def test_a_descriptor_where_the_layout_allows_it() -> None:
+    config = replace(SMALL, block_n=32, descriptors=True)
+
+    def form(parameter: Tensor | list[Tensor], by_k: bool, halves: int = 1) -> str | None:
+        weight = per_expert(parameter).transposed() if by_k else per_expert(parameter)
+        size_k, columns = parameter[0].shape[::-1] if by_k else parameter[0].shape
+        argument, constants = weight_argument(
+            weight, config, size_k=size_k, size_columns=columns // halves, halves=halves, block_n=32
+        )
+        assert isinstance(argument, TensorDescriptor) == (constants["DESCRIPTOR"] is not None)
+        if isinstance(argument, TensorDescriptor) and by_k:
+            assert (argument.shape, argument.block_shape) == (
+                [3, halves, columns // halves, size_k],
+                [1, halves, 32, 16],
+            )
+        return constants["DESCRIPTOR"]
+
+    matrices = torch.randn(3, 8, 12, device=device)
+    assert (form(matrices, True), form(matrices, False), form(matrices, True, 2)) == ("k", "columns", "k")
+    assert form(matrices[:, :, :8], True) == "k"  # gaps between rows, and between experts, are no matter
+    assert form(matrices, False, 2) is None  # halves that are no blocks of whole rows
+    assert form(list(matrices), True) is None
+    assert form(matrices[:1].expand(3, 8, 12), True) is None
+    assert form(matrices[:, :, 1:9], True) is None  # not at a multiple of 16 bytes
+    assert form(torch.randn(3, 8, 10, device=device), True) is None  # nor are its rows
+    assert form(matrices[:, :, ::2], True) is None
+    plain, constants = weight_argument(per_expert(matrices), SMALL, size_k=8, size_columns=12, halves=1, block_n=32)
+    assert plain is matrices
+    assert constants == {"WEIGHT_TABLE": False, "WEIGHT_ALIGNMENT": 4, "DESCRIPTOR": None}
+
+
+@pytest.mark.skipif(device == "cuda", reason="takes address space, not memory, which only works on a CPU")
+def test_offsets_beyond_32_bits() -> None:
+    """More than 2^31 elements before the token's row, and before the expert's matrix."""
+    tokens, d, n, stride = 2**27 + 8, 16, 16, 2**31 + 64
+    x = torch.from_numpy(np.empty((tokens, d), dtype=np.float16))
+    x[-5:] = torch.randn(5, d)
+    gate_up = torch.from_numpy(np.empty(stride + d * n, dtype=np.float16)).as_strided((2, d, n), (stride, n, 1))
+    gate_up[1] = torch.randn(d, n) / d**0.5
+    source = torch.arange(tokens - 5, tokens, dtype=torch.int32)
+    offsets = torch.tensor([0, 0, 5], dtype=torch.int32)
+    sizes = {"size_n": n, "top_k": 1, "activation": "silu", "is_concatenated": True, "config": SMALL}
+    tiles = tile_tables(offsets, 5)
+    a, h = up(
+        x, source, tiles, offsets, per_expert(gate_up), None, keep_activation=True, keep_preactivation=True, **sizes
+    )
+    expected = x[-5:].double() @ gate_up[1].double()
+    assert_close(h, expected)
+    assert_close(a, reference.activate(expected, "silu"))
+
+
+@pytest.fixture(scope="module", params=list(TARGETS))
+def reports(request: pytest.FixtureRequest) -> list[Report]:
+    return compile_apart(request.param, MODULES)
+
+
+def test_the_sample_compiles_without_a_spill(reports: list[Report]) -> None:
+    for report in reports:
+        assert report.spills == 0, report
+        assert report.shared_bytes <= SHARED_LIMIT[report.arch], report
+    products = [report for report in reports if "_bf16_" in report.kernel]
+    assert len(products) == 8
+    for report in products:
+        assert report.wgmma + report.mma > 0, report
+        if report.arch == "sm_90":
+            assert report.wgmma > 0, report
+            assert report.cp_async > 0, report
+
+
+ORDER = """
+import json, re, sys
+import triton
+from moe_triton_kernels.offline import TARGETS, collect_cases
+
+for module in sys.argv[1:]:
+    case = collect_cases("sm_90", [module])[0]
+    arguments = case.fn.arg_names
+    types = {arg: "constexpr" if arg in case.constexprs else case.signature[arg] for arg in arguments}
+    attributes = {(arguments.index(arg),): [["tt.divisibility", 16]] for arg in case.aligned}
+    source = triton.compiler.ASTSource(case.fn, types, constexprs=dict(case.constexprs), attrs=attributes)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    ptx = triton.compile(source, target=TARGETS["sm_90"], options=options).asm["ptx"]
+    steps = re.findall(r"cp\\.async\\.wait_group|fence\\.proxy\\.async|wgmma\\.mma_async", ptx)
+    print(json.dumps(steps[: steps.index("wgmma.mma_async") + 1]))
+"""
+
+
+def test_copies_are_fenced_before_the_matrix_unit_reads_them(tmp_path: Path) -> None:
+    """Whoever puts the fence in, Triton or `proxy_fence`: it stands between the wait for the copies and the product."""
+    script = tmp_path / "order.py"
+    script.write_text(ORDER)
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, str(script), *MODULES]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(lines) == len(MODULES)
+    for steps in lines:
+        assert "cp.async.wait_group" in steps
+        after_the_wait = steps[-1 - steps[::-1].index("cp.async.wait_group") :]
+        assert "fence.proxy.async" in after_the_wait, steps
