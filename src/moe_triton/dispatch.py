@@ -134,7 +134,7 @@ def _build(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with runtime.plain_maths(experts):
-        return runtime.load(backend, "dispatch").build_dispatch(
+        return runtime.dispatch_backend(backend).build_dispatch(
             experts.contiguous(), num_experts, capacity, capacity_groups, by_choice, keys
         )
 

@@ -1,43 +1,44 @@
 """The experts: gather -> up -> activation -> down, times the router weight -> combine.
 
-Definition: `moe_triton.reference.moe_mlp`. Saved for backward: the hidden states, the pre-activation, the router
+Definition: `moe_triton.reference.moe_experts`. Saved for backward: the hidden states, the pre-activation, the router
 weights and the dispatch; nothing else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moe_triton import reference, runtime
-from moe_triton.autograd.experts import Weights, run_experts_under_autograd
+from moe_triton.autograd.experts import experts_under_autograd
 from moe_triton.checks import FLOATS, INTEGERS, check_choice, check_tensor
-from moe_triton.dispatch import dispatch as make_dispatch
-from moe_triton.records import ACTIVATIONS, Dispatch, ExpertSpec
-
-Parameters = tuple[Weights, Weights, Weights | None, Weights | None]  # gate_up, down and their biases
+from moe_triton.dispatch import dispatch
+from moe_triton.records import ACTIVATIONS, Dispatch, ExpertCall, ExpertParameters, ExpertSpec, ExpertWeight
 
 
 def moe_mlp(
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    gate_up_proj: Weights,
-    down_proj: Weights,
+    gate_up_proj: ExpertWeight,
+    down_proj: ExpertWeight,
     *,
     activation: str = "swiglu",
-    gate_up_bias: Weights | None = None,
-    down_bias: Weights | None = None,
+    gate_up_bias: ExpertWeight | None = None,
+    down_bias: ExpertWeight | None = None,
     is_transposed: bool = False,
     is_concatenated: bool = True,
     capacity: int | None = None,
     recompute: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """The experts' part of an MoE layer for choices that are already made: sum over k of w[t, k] * expert_k(x[t]).
+    """Compute the experts' part of an MoE layer for choices that are made: sum over k of w[t, k] * expert_k(x[t]).
+
+    `moe_triton.dispatch` and `moe_experts` in one call.
 
     Args:
         hidden_states: [T, d] fp32, fp16, bf16 or fp64.
@@ -63,67 +64,82 @@ def moe_mlp(
         ValueError, TypeError: an argument of the wrong shape, dtype or device, by name.
     """
     check_tensor("hidden_states", hidden_states, shape=("T", "d"), dtypes=FLOATS)
-    num_tokens = hidden_states.shape[0]
-    device = hidden_states.device
+    num_tokens, device = hidden_states.shape[0], hidden_states.device
     check_tensor("top_k_index", top_k_index, shape=(num_tokens, "K"), dtypes=INTEGERS, device=device)
     num_experts = count_experts("gate_up_proj", gate_up_proj)
     if num_experts == 0:
         raise ValueError("gate_up_proj: got no expert, wanted at least one")
-    parameters = (gate_up_proj, down_proj, gate_up_bias, down_bias)
+    parameters = ExpertParameters(gate_up_proj, down_proj, gate_up_bias, down_bias)
     spec = ExpertSpec(activation=activation, is_transposed=is_transposed, is_concatenated=is_concatenated)
-    _check(hidden_states, top_k_weights, top_k_index.shape[1], num_experts, parameters, spec, backend)
-    plan = make_dispatch(top_k_index, num_experts, capacity=capacity, backend=backend)
-    return _compute(hidden_states, top_k_weights, plan, parameters, spec, recompute, backend)
+    _check_weights("top_k_weights", top_k_weights, hidden_states, top_k_index.shape[1], backend)
+    _check_parameters(parameters, num_experts, spec, hidden_states)
+    dispatched = dispatch(top_k_index, num_experts, capacity=capacity, backend=backend)
+    call = ExpertCall(
+        hidden=hidden_states, weights=top_k_weights, dispatched=dispatched, parameters=parameters, spec=spec
+    )
+    return run_experts(call, recompute=recompute, backend=backend)
 
 
-def run_experts(
+def moe_experts(
     hidden_states: Tensor,
-    top_k_weights: Tensor,
-    plan: Dispatch,
-    gate_up_proj: Weights,
-    down_proj: Weights,
-    gate_up_bias: Weights | None,
-    down_bias: Weights | None,
-    spec: ExpertSpec,
+    weights: Tensor,
+    dispatched: Dispatch,
+    gate_up_proj: ExpertWeight,
+    down_proj: ExpertWeight,
     *,
+    activation: str = "swiglu",
+    gate_up_bias: ExpertWeight | None = None,
+    down_bias: ExpertWeight | None = None,
+    is_transposed: bool = False,
+    is_concatenated: bool = True,
     recompute: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """`moe_mlp` for a Dispatch that exists already; the arguments are documented there."""
-    parameters = (gate_up_proj, down_proj, gate_up_bias, down_bias)
-    _check(hidden_states, top_k_weights, plan.top_k, plan.num_experts, parameters, spec, backend)
-    return _compute(hidden_states, top_k_weights, plan, parameters, spec, recompute, backend)
+    """Compute the experts for a Dispatch that exists: out[t] = sum over t's kept choices k of w[t, k] * expert_k(x[t]).
+
+    Args:
+        hidden_states: [T, d] fp32, fp16, bf16 or fp64.
+        weights: [T, K], the router weights, fp32 or the hidden states' dtype.
+        dispatched: from `moe_triton.dispatch`, of T tokens with K choices among E experts.
+
+    The other arguments, what is returned and what is raised are those of `moe_mlp`.
+    """
+    parameters = ExpertParameters(gate_up_proj, down_proj, gate_up_bias, down_bias)
+    spec = ExpertSpec(activation=activation, is_transposed=is_transposed, is_concatenated=is_concatenated)
+    if not isinstance(dispatched, Dispatch):
+        raise TypeError(f"dispatched: got {type(dispatched).__name__}, wanted a Dispatch from moe_triton.dispatch")
+    call = ExpertCall(hidden=hidden_states, weights=weights, dispatched=dispatched, parameters=parameters, spec=spec)
+    check_call(call, backend, "weights")
+    return run_experts(call, recompute=recompute, backend=backend)
 
 
-def _compute(
-    hidden_states: Tensor,
-    top_k_weights: Tensor,
-    plan: Dispatch,
-    parameters: Parameters,
-    spec: ExpertSpec,
-    recompute: bool,
-    backend: str,
-) -> Tensor:
-    device, dtype = hidden_states.device, hidden_states.dtype
-    hidden_states, top_k_weights, parameters = in_autocast_dtype(hidden_states, top_k_weights, parameters)
-    name = runtime.choose(backend, device, hidden_states.dtype).name
+def check_call(call: ExpertCall, backend: str, weights_name: str = "top_k_weights") -> None:
+    """Raise ValueError or TypeError for whatever can be wrong with a call, before the first launch."""
+    num_tokens, top_k = call.dispatched.position.shape
+    device = call.dispatched.position.device
+    check_tensor("hidden_states", call.hidden, shape=(num_tokens, "d"), dtypes=FLOATS, device=device)
+    _check_weights(weights_name, call.weights, call.hidden, top_k, backend)
+    _check_parameters(call.parameters, call.num_experts, call.spec, call.hidden)
+
+
+def run_experts(call: ExpertCall, *, recompute: bool = False, backend: str = "auto") -> Tensor:
+    """Compute `reference.moe_experts` of a call that has been checked, under autocast as PyTorch's products do."""
+    device, dtype = call.hidden.device, call.hidden.dtype
+    call = in_autocast_dtype(call)
+    name = runtime.choose(backend, device, call.hidden.dtype).name
     with runtime.without_autocast(device):
         if name == "reference":
-            out = reference.moe_mlp(hidden_states, top_k_weights, plan, *parameters, spec)
-        else:
-            out = run_experts_under_autograd(hidden_states, top_k_weights, plan, *parameters, spec, recompute, name)
-    return out.to(dtype)
+            return reference.moe_experts(call).to(dtype)
+        return experts_under_autograd(call, recompute=recompute, backend=name).to(dtype)
 
 
-def in_autocast_dtype(
-    hidden_states: Tensor, top_k_weights: Tensor, parameters: Parameters
-) -> tuple[Tensor, Tensor, Parameters]:
-    """What the products compute with: under autocast its dtype, and the router weights in fp32."""
-    compute = runtime.autocast_dtype(hidden_states.device)
+def in_autocast_dtype(call: ExpertCall) -> ExpertCall:
+    """The call in the dtype that its products compute with: under autocast that one, with router weights in fp32."""
+    compute = runtime.autocast_dtype(call.hidden.device)
     if compute is None:
-        return hidden_states, top_k_weights, parameters
-    gate_up, down, gate_up_bias, down_bias = (_cast(x, compute) for x in parameters)
-    return hidden_states.to(compute), top_k_weights.float(), (gate_up, down, gate_up_bias, down_bias)
+        return call
+    parameters = ExpertParameters(*(_cast(x, compute) for x in call.parameters))
+    return replace(call, hidden=call.hidden.to(compute), weights=call.weights.float(), parameters=parameters)
 
 
 def _cast(x: Any, dtype: torch.dtype) -> Any:
@@ -132,25 +148,24 @@ def _cast(x: Any, dtype: torch.dtype) -> Any:
     return [tensor.to(dtype) for tensor in x]
 
 
-def _check(
-    hidden_states: Tensor,
-    top_k_weights: Tensor,
-    top_k: int,
-    num_experts: int,
-    parameters: Parameters,
-    spec: ExpertSpec,
-    backend: str,
-) -> None:
-    """Everything that can be wrong with the experts' inputs, before the first launch."""
-    check_choice("activation", spec.activation, ACTIVATIONS)
-    num_tokens, width = check_tensor("hidden_states", hidden_states, shape=("T", "d"), dtypes=FLOATS).shape
+def _check_weights(name: str, weights: Tensor, hidden_states: Tensor, top_k: int, backend: str) -> None:
     dtype, device = hidden_states.dtype, hidden_states.device
-    compute = runtime.autocast_dtype(device)
-    runtime.choose(backend, device, compute or dtype)
-    dtypes = FLOATS if compute is not None else (dtype,)
-    weight_dtypes = dtypes if dtype in (torch.float32, torch.float64) else (*dtypes, torch.float32)
-    check_tensor("top_k_weights", top_k_weights, shape=(num_tokens, top_k), dtypes=weight_dtypes, device=device)
+    runtime.choose(backend, device, runtime.autocast_dtype(device) or dtype)
+    dtypes = _dtypes(hidden_states)
+    dtypes = dtypes if dtype in (torch.float32, torch.float64) else (*dtypes, torch.float32)
+    check_tensor(name, weights, shape=(hidden_states.shape[0], top_k), dtypes=dtypes, device=device)
 
+
+def _dtypes(hidden_states: Tensor) -> tuple[torch.dtype, ...]:
+    """What may go with these hidden states: under autocast everything, since it is cast."""
+    return (hidden_states.dtype,) if runtime.autocast_dtype(hidden_states.device) is None else FLOATS
+
+
+def _check_parameters(
+    parameters: ExpertParameters, num_experts: int, spec: ExpertSpec, hidden_states: Tensor
+) -> None:
+    check_choice("activation", spec.activation, ACTIVATIONS)
+    width, device, dtypes = hidden_states.shape[1], hidden_states.device, _dtypes(hidden_states)
     gate_up_proj, down_proj, gate_up_bias, down_bias = parameters
     first = gate_up_proj[0] if count_experts("gate_up_proj", gate_up_proj) else None
     if not isinstance(first, Tensor) or first.dim() != 2:
@@ -181,7 +196,7 @@ def count_experts(name: str, value: object) -> int:
 
 def check_expert_tensors(
     name: str,
-    value: Weights,
+    value: ExpertWeight,
     num_experts: int,
     shape: tuple[int, ...],
     dtypes: Sequence[torch.dtype],

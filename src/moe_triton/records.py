@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -86,3 +88,117 @@ class Dispatch:
     @property
     def top_k(self) -> int:
         return self.position.shape[1]
+
+
+# All experts' tensors of one kind: stacked [E, ...], or one tensor per expert.
+ExpertWeight = Tensor | Sequence[Tensor]
+
+
+class ExpertParameters(NamedTuple):
+    """The experts' projections and biases; `ExpertSpec` says how the projections lie.
+
+    gate_up       [E, 2n, d]
+    down          [E, d, n]
+    gate_up_bias  [E, 2n] or None
+    down_bias     [E, d] or None
+    """
+
+    gate_up: ExpertWeight
+    down: ExpertWeight
+    gate_up_bias: ExpertWeight | None = None
+    down_bias: ExpertWeight | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertCall:
+    """One call of the experts: out[t] = sum over t's kept choices k of weights[t, k] * expert_k(hidden[t]).
+
+    hidden      [T, d]
+    weights     [T, K], the router's
+    dispatched  which row goes where
+    """
+
+    hidden: Tensor
+    weights: Tensor
+    dispatched: Dispatch
+    parameters: ExpertParameters
+    spec: ExpertSpec
+
+    def contiguous(self) -> ExpertCall:
+        """The same call with contiguous hidden states and router weights, as backends take it."""
+        if self.hidden.is_contiguous() and self.weights.is_contiguous():
+            return self
+        return replace(self, hidden=self.hidden.contiguous(), weights=self.weights.contiguous())
+
+    @property
+    def num_experts(self) -> int:
+        return self.dispatched.num_experts
+
+    @property
+    def num_rows(self) -> int:
+        """S, the rows that the Dispatch has room for."""
+        return self.dispatched.source.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.hidden.shape[1]
+
+    @property
+    def width(self) -> int:
+        """Columns of the pre-activation: 2n, or n when ungated."""
+        return self.parameters.gate_up[0].shape[1 if self.spec.is_transposed else 0]
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.width // 2 if self.spec.is_gated else self.width
+
+
+class Wanted(NamedTuple):
+    """Which gradients of an ExpertCall are wanted."""
+
+    hidden: bool = True
+    weights: bool = True
+    gate_up: bool = True
+    down: bool = True
+    gate_up_bias: bool = True
+    down_bias: bool = True
+
+
+class RowGradients(NamedTuple):
+    """The gradients that belong to rows, the first half of the experts' backward.
+
+    hidden         [T, d], None where not wanted
+    weights        [T, K], None where not wanted
+    preactivation  [S, 2n] or [S, n]; rows past offsets[E] are not defined
+    weighted_a     [S, n], the activation times the router weight, which the gradient of `down` needs; as above
+    """
+
+    hidden: Tensor | None
+    weights: Tensor | None
+    preactivation: Tensor
+    weighted_a: Tensor
+
+
+class ParameterGradients(NamedTuple):
+    """The gradients of `ExpertParameters`, in the form of each: stacked, or a list. None where not wanted."""
+
+    gate_up: ExpertWeight | None = None
+    down: ExpertWeight | None = None
+    gate_up_bias: ExpertWeight | None = None
+    down_bias: ExpertWeight | None = None
+
+
+class ExpertGradients(NamedTuple):
+    """The gradients of an ExpertCall; None where not wanted."""
+
+    hidden: Tensor | None
+    weights: Tensor | None
+    gate_up: ExpertWeight | None
+    down: ExpertWeight | None
+    gate_up_bias: ExpertWeight | None
+    down_bias: ExpertWeight | None
+
+
+def as_given(parameter: ExpertWeight | None, gradient: Tensor | None) -> ExpertWeight | None:
+    """A stacked gradient in the form of its parameter: stacked, or a list of one view per expert."""
+    return gradient if gradient is None or isinstance(parameter, Tensor) else list(gradient.unbind(0))

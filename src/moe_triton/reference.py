@@ -7,14 +7,13 @@ agrees with this page. Shapes: T tokens, d hidden size, n intermediate size, E e
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from moe_triton.records import Dispatch, ExpertSpec, RouterSpec, Routing
+from moe_triton.records import Dispatch, ExpertCall, RouterSpec, Routing
 
 EPS = 1e-20  # keeps a normalisation finite when every chosen score underflowed
 
@@ -198,31 +197,24 @@ def pointwise(x: Tensor, name: str) -> Tensor:
     return F.relu(x) if name == "relu" else F.relu(x).square()
 
 
-def moe_mlp(
-    hidden_Td: Tensor,
-    weights_TK: Tensor,
-    dispatch: Dispatch,
-    gate_up_proj: Tensor | Sequence[Tensor],
-    down_proj: Tensor | Sequence[Tensor],
-    gate_up_bias: Tensor | Sequence[Tensor] | None,
-    down_bias: Tensor | Sequence[Tensor] | None,
-    spec: ExpertSpec,
-) -> Tensor:
+def moe_experts(call: ExpertCall) -> Tensor:
     """out[t] = sum over t's kept choices k of weights[t, k] * (W2 act(W1 x[t] + b1) + b2), [T, d]."""
+    hidden_Td, spec, dispatched = call.hidden, call.spec, call.dispatched
+    gate_up, down, gate_up_bias, down_bias = call.parameters
     out = torch.zeros_like(hidden_Td)
-    offsets = dispatch.offsets.tolist()
-    for e in range(dispatch.num_experts):
-        slots = dispatch.source[offsets[e] : offsets[e + 1]].long()
-        tokens = slots // dispatch.top_k
-        up, down = gate_up_proj[e], down_proj[e]
+    offsets = dispatched.offsets.tolist()
+    for e in range(dispatched.num_experts):
+        slots = dispatched.source[offsets[e] : offsets[e + 1]].long()
+        tokens = slots // dispatched.top_k
+        up_of_e, down_of_e = gate_up[e], down[e]
         if spec.is_transposed:
-            up, down = up.T, down.T
-        hidden = hidden_Td[tokens] @ up.T
+            up_of_e, down_of_e = up_of_e.T, down_of_e.T
+        h = hidden_Td[tokens] @ up_of_e.T
         if gate_up_bias is not None:
-            hidden = hidden + gate_up_bias[e]
-        rows = activate(hidden, spec.activation, spec.is_concatenated) @ down.T
+            h = h + gate_up_bias[e]
+        rows = activate(h, spec.activation, spec.is_concatenated) @ down_of_e.T
         if down_bias is not None:
             rows = rows + down_bias[e]
-        scaled = rows * weights_TK.reshape(-1)[slots, None]
+        scaled = rows * call.weights.reshape(-1)[slots, None]
         out = out.index_add(0, tokens, scaled.to(out.dtype))
     return out

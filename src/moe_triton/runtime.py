@@ -13,12 +13,13 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache, lru_cache, wraps
+from functools import cache, wraps
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 
+from moe_triton.backends.protocols import DispatchBackend, ExpertsBackend, RoutingBackend
 from moe_triton.checks import check_choice
 
 BACKENDS = ("auto", "triton", "torch", "reference")
@@ -141,7 +142,23 @@ def recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-@lru_cache(maxsize=16)
-def load(name: str, operation: str) -> ModuleType:
-    """The module of backend `name` ("torch" or "triton") for `operation` ("routing", "dispatch" or "experts")."""
-    return importlib.import_module(f"moe_triton.backends.{name}.{operation}")
+def routing_backend(name: str) -> RoutingBackend:
+    """The implementation of routing by backend "torch" or "triton"."""
+    return cast(RoutingBackend, _module(f"{name}.routing"))
+
+
+def dispatch_backend(name: str) -> DispatchBackend:
+    """The implementation of dispatch by backend "torch" or "triton"."""
+    return cast(DispatchBackend, _module(f"{name}.dispatch"))
+
+
+def experts_backend(name: str, device: torch.device) -> ExpertsBackend:
+    """The implementation of the experts by backend "torch" or "triton" on a device."""
+    if name == "torch":
+        return cast(ExpertsBackend, _module("torch.experts_cpu" if device.type == "cpu" else "torch.experts_device"))
+    return cast(ExpertsBackend, _module(f"{name}.experts"))
+
+
+@cache
+def _module(path: str) -> ModuleType:
+    return importlib.import_module(f"moe_triton.backends.{path}")

@@ -64,7 +64,7 @@ def _forward(
     if has_no_data(logits):
         return _route_op(logits, choice_bias, noise, token_mask, *_fields(spec), backend)
     with runtime.plain_maths(logits):
-        experts, weights, counts, score_sums, z_sum = runtime.load(backend, "routing").route_forward(
+        experts, weights, counts, score_sums, z_sum = runtime.routing_backend(backend).route_forward(
             logits, spec, choice_bias, noise, token_mask
         )
     return weights, score_sums, z_sum, experts, counts
@@ -83,7 +83,7 @@ def _backward(
         grads = (grad_weights, grad_score_sums, grad_z_sum)
         return _route_backward_op(*grads, logits, experts, *_fields(spec), backend)
     with runtime.plain_maths(logits):
-        return runtime.load(backend, "routing").route_backward(
+        return runtime.routing_backend(backend).route_backward(
             grad_weights, grad_score_sums, grad_z_sum, logits, experts, spec
         )
 

@@ -12,72 +12,91 @@ from moe_triton.backends.torch.activations import activate, activate_backward, a
 from moe_triton.backends.torch.blocks import Block, Layout
 from moe_triton.backends.torch.cpu import batched_product, most_batched_rows, product, shapes_should_recur
 from moe_triton.backends.torch.memory import empty
-from moe_triton.backends.torch.operands import Gradients, Needs, Operands, Weights, as_given, sum_rows
-from moe_triton.records import ExpertSpec
+from moe_triton.backends.torch.rows import row_slots, scatter_to_slots, sum_rows
+from moe_triton.records import (
+    ExpertCall,
+    ExpertGradients,
+    ExpertSpec,
+    ExpertWeight,
+    ParameterGradients,
+    RowGradients,
+    Wanted,
+    as_given,
+)
 
 Projection = Callable[[int | slice], Tensor]
 
 
-def forward(operands: Operands, bounds: list[int], keep_preactivation: bool) -> tuple[Tensor, Tensor]:
-    """`experts_forward`, given the offsets as a list."""
-    hidden, spec, layout = operands.hidden, operands.spec, _layout(operands, bounds, backward=False)
-    up, down = _projection(operands.gate_up_proj, spec), _projection(operands.down_proj, spec)
-    tokens, weights = operands.row_slots(layout.row_of_place)
-    y = empty((layout.num_places + 1, operands.hidden_size), hidden.dtype)
-    kept = empty((operands.source.shape[0], operands.width), hidden.dtype) if keep_preactivation else None
+def experts_forward(call: ExpertCall, keep_preactivation: bool) -> tuple[Tensor, Tensor]:
+    """Return (out [T, d], pre-activation [S, 2n] or [S, n]) in hidden's dtype; the second is empty [0] if not kept.
+
+    The definition is `moe_triton.reference.moe_experts`.
+    """
+    hidden, spec, layout, parameters = call.hidden, call.spec, _layout(call, backward=False), call.parameters
+    up, down = _projection(parameters.gate_up, spec), _projection(parameters.down, spec)
+    tokens, weights = row_slots(call, layout.row_of_place)
+    y = empty((layout.num_places + 1, call.hidden_size), hidden.dtype)
+    kept = empty((call.num_rows, call.width), hidden.dtype) if keep_preactivation else None
     for index, block in enumerate(layout.blocks):
         here = block.places
         x = hidden.index_select(0, tokens[here])  # a padding row is some token's here, and nothing reads its results
         h_out = None if kept is None or block.is_padded else kept[block.rows]
-        h = _products(block, x, up, operands.gate_up_bias, h_out)
+        h = _products(block, x, up, parameters.gate_up_bias, h_out)
         if kept is not None and h_out is None:
             layout.collect(index, h, kept)
-        torch.mul(_products(block, activate(h, spec), down, operands.down_bias), weights[here], out=y[here])
-    out = sum_rows(y, layout.places(operands.position), zero_row=layout.num_places)
+        torch.mul(_products(block, activate(h, spec), down, parameters.down_bias), weights[here], out=y[here])
+    out = sum_rows(y, layout.places(call.dispatched.position), zero_row=layout.num_places)
     return out, hidden.new_empty(0) if kept is None else kept
 
 
-def backward(operands: Operands, bounds: list[int], grad_out: Tensor, preactivation: Tensor, needs: Needs) -> Gradients:
-    """`experts_backward`, given the offsets as a list."""
-    layout = _layout(operands, bounds, backward=True)
-    work = BlockBuffers(layout, operands, grad_out)
-    rows = RowGradients(operands, layout, preactivation, needs)
-    weights = WeightGradients(operands, layout, needs)
+def experts_backward(call: ExpertCall, grad_out: Tensor, preactivation: Tensor, wanted: Wanted) -> ExpertGradients:
+    """Return the gradients that are wanted: both halves block by block, so that nothing of size [S, n] is kept.
+
+    An empty `preactivation` is recomputed from hidden. An expert without rows gets zeros; so does the weight of a
+    slot that is dropped or skipped. The gradient of a sequence is a list of views of one stacked buffer.
+    """
+    layout = _layout(call, backward=True)
+    work = BlockBuffers(layout, call, grad_out)
+    rows = RowsPass(call, layout, preactivation, wanted)
+    weights = WeightsPass(call, layout, wanted)
     for index in range(len(layout.blocks)):
-        rows.run(index, work, need_a=needs[3])
+        rows.run(index, work, need_a=wanted.down)
         weights.run(index, work)
-    return (*rows.results(), *weights.results())
+    return ExpertGradients(*rows.results(), *weights.results())
 
 
-def backward_rows(
-    operands: Operands, bounds: list[int], grad_out: Tensor, preactivation: Tensor, needs: Needs
-) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
-    """`experts_backward_rows`, given the offsets as a list."""
-    hidden, num_rows, layout = operands.hidden, operands.source.shape[0], _layout(operands, bounds, backward=True)
-    work = BlockBuffers(layout, operands, grad_out)
-    rows = RowGradients(operands, layout, preactivation, needs)
-    grad_h = empty((num_rows, operands.width), hidden.dtype)
-    weighted_a = empty((num_rows, operands.intermediate_size), hidden.dtype)
+def experts_backward_rows(call: ExpertCall, grad_out: Tensor, preactivation: Tensor, wanted: Wanted) -> RowGradients:
+    """Compute the first half of `experts_backward`: what a sender waits for, and what the second half needs of it."""
+    layout, dtype = _layout(call, backward=True), call.hidden.dtype
+    work = BlockBuffers(layout, call, grad_out)
+    rows = RowsPass(call, layout, preactivation, wanted)
+    grad_h = empty((call.num_rows, call.width), dtype)
+    weighted_a = empty((call.num_rows, call.intermediate_size), dtype)
     for index, block in enumerate(layout.blocks):
         rows.run(index, work, need_a=True)
         layout.collect(index, work.dh[: block.size], grad_h)
         layout.collect(index, work.weighted_a[: block.size], weighted_a)
-    return (*rows.results(), grad_h, weighted_a)
+    return RowGradients(*rows.results(), grad_h, weighted_a)
 
 
-def backward_weights(
-    operands: Operands, bounds: list[int], grad_out: Tensor, grad_h: Tensor, weighted_a: Tensor, needs: Needs
-) -> tuple[Weights | None, Weights | None, Weights | None, Weights | None]:
-    """`experts_backward_weights`, given the offsets as a list."""
-    layout = _layout(operands, bounds, backward=True)
-    work = BlockBuffers(layout, operands, grad_out)
-    weights = WeightGradients(operands, layout, needs)
+def experts_backward_weights(
+    call: ExpertCall, grad_out: Tensor, row_grads: RowGradients, wanted: Wanted
+) -> ParameterGradients:
+    """Compute the second half of `experts_backward`."""
+    layout = _layout(call, backward=True)
+    work = BlockBuffers(layout, call, grad_out)
+    weights = WeightsPass(call, layout, wanted)
     for index, block in enumerate(layout.blocks):
         work.load_tokens(index)
-        work.dh[: block.size] = layout.spread(index, grad_h)
-        work.weighted_a[: block.size] = layout.spread(index, weighted_a)
+        work.dh[: block.size] = layout.spread(index, row_grads.preactivation)
+        work.weighted_a[: block.size] = layout.spread(index, row_grads.weighted_a)
         weights.run(index, work)
     return weights.results()
+
+
+def combine_rows(rows: Tensor, position: Tensor) -> Tensor:
+    """Sum each token's rows [R, d] in the order of position [T, J], where -1 adds nothing: [T, d]."""
+    return sum_rows(torch.cat([rows, rows.new_zeros(1, rows.shape[1])]), position, zero_row=rows.shape[0])
 
 
 class BlockBuffers:
@@ -86,12 +105,12 @@ class BlockBuffers:
     weights    the router's, of all places [num_places, 1]
     """
 
-    def __init__(self, layout: Layout, operands: Operands, grad_out: Tensor) -> None:
-        self._layout, self._hidden, self._grad_out = layout, operands.hidden, grad_out
-        self._tokens, self.weights = operands.row_slots(layout.row_of_place)
+    def __init__(self, layout: Layout, call: ExpertCall, grad_out: Tensor) -> None:
+        self._layout, self._hidden, self._grad_out = layout, call.hidden, grad_out
+        self._tokens, self.weights = row_slots(call, layout.row_of_place)
         most = max((block.size for block in layout.blocks), default=0)
-        widths = (operands.hidden_size, operands.hidden_size, operands.intermediate_size, operands.width)
-        self.x, self.dy, self.weighted_a, self.dh = (empty((most, width), operands.hidden.dtype) for width in widths)
+        widths = (call.hidden_size, call.hidden_size, call.intermediate_size, call.width)
+        self.x, self.dy, self.weighted_a, self.dh = (empty((most, width), call.hidden.dtype) for width in widths)
 
     def load_tokens(self, index: int) -> None:
         """Gather the x and dy of block `index`."""
@@ -102,20 +121,20 @@ class BlockBuffers:
             self._layout.clear(index, here)
 
 
-class RowGradients:
+class RowsPass:
     """The gradients that belong to rows, block by block: of the hidden states and of the router's weights."""
 
-    def __init__(self, operands: Operands, layout: Layout, preactivation: Tensor, needs: Needs) -> None:
-        self.operands, self.layout, self.preactivation = operands, layout, preactivation
-        up, down = (_projection(p, operands.spec) for p in (operands.gate_up_proj, operands.down_proj))
+    def __init__(self, call: ExpertCall, layout: Layout, preactivation: Tensor, wanted: Wanted) -> None:
+        self.call, self.layout, self.preactivation = call, layout, preactivation
+        up, down = (_projection(p, call.spec) for p in (call.parameters.gate_up, call.parameters.down))
         self.up, self.up_back, self.down_back = up, lambda e: up(e).mT, lambda e: down(e).mT
-        shape = (layout.num_places + 1, operands.hidden_size)
-        self.dx = empty(shape, operands.hidden.dtype) if needs[0] else None
-        self.dw = operands.weights.new_empty(layout.num_places) if needs[1] else None
+        shape = (layout.num_places + 1, call.hidden_size)
+        self.dx = empty(shape, call.hidden.dtype) if wanted.hidden else None
+        self.dw = call.weights.new_empty(layout.num_places) if wanted.weights else None
 
     def run(self, index: int, work: BlockBuffers, *, need_a: bool) -> None:
         """Leaves the block's x, dy, dh, and if asked the weighted activation, in `work`."""
-        operands, spec, block = self.operands, self.operands.spec, self.layout.blocks[index]
+        parameters, spec, block = self.call.parameters, self.call.spec, self.layout.blocks[index]
         here = block.places
         work.load_tokens(index)
         x, dy, weighted_a, dh = (buffer[: block.size] for buffer in (work.x, work.dy, work.weighted_a, work.dh))
@@ -123,14 +142,14 @@ class RowGradients:
         if self.preactivation.numel() > 0:
             h = self.layout.spread(index, self.preactivation)
         else:
-            h = self.layout.clear(index, _products(block, x, self.up, operands.gate_up_bias))
+            h = self.layout.clear(index, _products(block, x, self.up, parameters.gate_up_bias))
         a, activated_gate = activate_for_backward(h, spec)
         da = _products(block, dy, self.down_back)
         if self.dw is not None:
             self.dw[here] = torch.linalg.vecdot(da, a)
-            if operands.down_bias is not None:
+            if parameters.down_bias is not None:
                 for e, part in block.parts:
-                    self.dw[here][part] += torch.mv(dy[part], operands.down_bias[e])
+                    self.dw[here][part] += torch.mv(dy[part], parameters.down_bias[e])
         if need_a:
             torch.mul(a, w, out=weighted_a)
         activate_backward(da.mul_(w), h, activated_gate, spec, dh)
@@ -138,25 +157,23 @@ class RowGradients:
             _products(block, dh, self.up_back, out=self.dx[here])
 
     def results(self) -> tuple[Tensor | None, Tensor | None]:
-        layout, operands = self.layout, self.operands
+        layout, call = self.layout, self.call
         return (
             None
             if self.dx is None
-            else sum_rows(self.dx, layout.places(operands.position), zero_row=layout.num_places),
-            None if self.dw is None else operands.scatter_to_slots(self.dw.index_select(0, layout.place_of_row)),
+            else sum_rows(self.dx, layout.places(call.dispatched.position), zero_row=layout.num_places),
+            None if self.dw is None else scatter_to_slots(call, self.dw.index_select(0, layout.place_of_row)),
         )
 
 
-class WeightGradients:
+class WeightsPass:
     """The gradients of the experts' parameters, block by block."""
 
-    def __init__(self, operands: Operands, layout: Layout, needs: Needs) -> None:
-        self.spec, self.layout = operands.spec, layout
-        self.parameters = (
-            operands.gate_up_proj, operands.down_proj, operands.gate_up_bias, operands.down_bias,
-        )  # fmt: skip
+    def __init__(self, call: ExpertCall, layout: Layout, wanted: Wanted) -> None:
+        self.spec, self.layout, self.parameters = call.spec, layout, call.parameters
+        wanted_here = (wanted.gate_up, wanted.down, wanted.gate_up_bias, wanted.down_bias)
         self.grads = [
-            _gradient(p, layout.blocks) if need else None for p, need in zip(self.parameters, needs[2:], strict=True)
+            _gradient(p, layout.blocks) if want else None for p, want in zip(self.parameters, wanted_here, strict=True)
         ]
 
     def run(self, index: int, work: BlockBuffers) -> None:
@@ -176,26 +193,24 @@ class WeightGradients:
             for e, part in block.parts:
                 grad_up_bias[e] = dh[part].sum(0)
 
-    def results(self) -> tuple[Weights | None, Weights | None, Weights | None, Weights | None]:
-        up, down, up_bias, down_bias = (as_given(p, g) for p, g in zip(self.parameters, self.grads, strict=True))
-        return up, down, up_bias, down_bias
+    def results(self) -> ParameterGradients:
+        return ParameterGradients(*(as_given(p, g) for p, g in zip(self.parameters, self.grads, strict=True)))
 
 
-def _layout(operands: Operands, bounds: list[int], *, backward: bool) -> Layout:
-    parameters = (operands.gate_up_proj, operands.down_proj, operands.gate_up_bias, operands.down_bias)
-    are_stacked = all(p is None or isinstance(p, Tensor) for p in parameters)
-    most = most_batched_rows(operands.hidden.dtype, backward=backward) if are_stacked else 0
-    return Layout(bounds, most)
+def _layout(call: ExpertCall, *, backward: bool) -> Layout:
+    are_stacked = all(p is None or isinstance(p, Tensor) for p in call.parameters)
+    most = most_batched_rows(call.hidden.dtype, backward=backward) if are_stacked else 0
+    return Layout(call.dispatched.offsets.tolist(), most)
 
 
-def _projection(weights: Weights, spec: ExpertSpec) -> Projection:
+def _projection(weights: ExpertWeight, spec: ExpertSpec) -> Projection:
     """Expert -> its projection as [out, in], a view; or several experts' of stacked weights."""
     of = cast(Tensor, weights)  # what is not stacked is never sliced
     return (lambda e: of[e].mT) if spec.is_transposed else (lambda e: of[e])
 
 
 def _products(
-    block: Block, x_mI: Tensor, weight: Projection, biases: Weights | None = None, out: Tensor | None = None
+    block: Block, x_mI: Tensor, weight: Projection, biases: ExpertWeight | None = None, out: Tensor | None = None
 ) -> Tensor:
     """x @ weight(e).T + bias[e] for the rows of every expert e of the block, [m, O]. See `product` for `out`."""
     if block.batch is not None:
@@ -226,7 +241,7 @@ def _outer_products(block: Block, x_mI: Tensor, dy_mO: Tensor, grad: Tensor, spe
         product(left[part].T, right[part].T, out=grad[e])
 
 
-def _gradient(weights: Weights | None, blocks: list[Block]) -> Tensor | None:
+def _gradient(weights: ExpertWeight | None, blocks: list[Block]) -> Tensor | None:
     """Memory for the gradient of stacked weights, or of a sequence of them; zeros for the experts without rows."""
     if weights is None:
         return None

@@ -1,16 +1,22 @@
-"""The experts op on the triton backend: which kernel runs after which. Shapes as in `moe_triton.reference.moe_mlp`.
+"""The experts op on the triton backend: which kernel runs after which. Records and their shapes: `moe_triton.records`.
 
-Forward: up, down, combine. Backward: d_hidden, then the gradients that are asked for.
+Forward: up, down, combine. Backward: d_hidden, then the gradients that are wanted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from moe_triton.records import ExpertSpec
+from moe_triton.records import (
+    ExpertCall,
+    ExpertGradients,
+    ExpertWeight,
+    ParameterGradients,
+    RowGradients,
+    Wanted,
+    as_given,
+)
 from moe_triton_kernels.combine import combine
 from moe_triton_kernels.configs import Config, choose_config, target_of
 from moe_triton_kernels.d_hidden import d_hidden, d_router_weights
@@ -20,37 +26,31 @@ from moe_triton_kernels.tiles import TileTables, tile_tables
 from moe_triton_kernels.up import up
 from moe_triton_kernels.weight_grad import bias_grad, weight_grad
 
-Weights = Tensor | Sequence[Tensor]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Problem:
-    """The sizes of one call, its parameters as kernels read them, and the configuration of each kernel."""
+    """One call as the kernels take it: the sizes, and the configuration of each kernel. Its tensors are contiguous.
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        offsets: Tensor,
-        source: Tensor,
-        position: Tensor,
-        gate_up_proj: Weights,
-        down_proj: Weights,
-        gate_up_bias: Weights | None,
-        down_bias: Weights | None,
-        spec: ExpertSpec,
-    ) -> None:
-        if hidden.dtype not in DTYPES:
-            raise TypeError(f"hidden: the triton backend takes float32, float16 or bfloat16, got {hidden.dtype}")
-        self.spec, self.top_k = spec, position.shape[1]
-        self.num_rows, self.num_experts = source.shape[0], offsets.shape[0] - 1
-        self.dtype, self.device, self.size_d = hidden.dtype, hidden.device, hidden.shape[1]
-        gate_up, down = per_expert(gate_up_proj), per_expert(down_proj)
-        # as the forward product reads them: gate_up [d, n or 2n], down [n, d]
+    gate_up and down are as the forward product reads them: [d, n or 2n] and [n, d].
+    """
+
+    def __init__(self, call: ExpertCall) -> None:
+        if call.hidden.dtype not in DTYPES:
+            raise TypeError(f"hidden: the triton backend takes float32, float16 or bfloat16, got {call.hidden.dtype}")
+        spec, parameters = call.spec, call.parameters
+        self.call, self.spec, self.dispatched = call, spec, call.dispatched
+        self.hidden, self.weights = call.hidden, call.weights
+        self.top_k, self.num_rows = call.dispatched.top_k, call.num_rows
+        self.size_d, self.size_n = call.hidden_size, call.intermediate_size
+        gate_up, down = per_expert(parameters.gate_up), per_expert(parameters.down)
         self.gate_up = gate_up if spec.is_transposed else gate_up.transposed()
         self.down = down if spec.is_transposed else down.transposed()
-        self.gate_up_bias = None if gate_up_bias is None else per_expert(gate_up_bias)
-        self.down_bias = None if down_bias is None else per_expert(down_bias)
-        self.size_n = down_proj[0].shape[0 if spec.is_transposed else 1]
+        self.gate_up_bias = None if parameters.gate_up_bias is None else per_expert(parameters.gate_up_bias)
+        self.down_bias = None if parameters.down_bias is None else per_expert(parameters.down_bias)
+
+    def tiles(self) -> TileTables:
+        return tile_tables(self.dispatched.offsets, self.num_rows)
 
     def config(self, op: str) -> Config:
         gated = "_gated" if self.spec.is_gated and op in ("up", "d_hidden") else ""
@@ -58,20 +58,19 @@ class Problem:
             op + gated,
             d=self.size_d,
             n=self.size_n,
-            dtype=self.dtype,
+            dtype=self.hidden.dtype,
             num_rows=self.num_rows,
-            num_experts=self.num_experts,
-            architecture=target_of(self.device).architecture,
+            num_experts=self.call.num_experts,
+            architecture=target_of(self.hidden.device).architecture,
         )
 
-    def up(
-        self, hidden: Tensor, source: Tensor, tiles: TileTables, offsets: Tensor, *, keep_a: bool, keep_h: bool
-    ) -> tuple[Tensor, Tensor]:
+    def up(self, tiles: TileTables, *, keep_a: bool, keep_h: bool) -> tuple[Tensor, Tensor]:
+        """Activation [S, n] and pre-activation [S, 2n or n]; empty [0] where not kept."""
         return up(
-            hidden,
-            source,
+            self.hidden,
+            self.dispatched.source,
             tiles,
-            offsets,
+            self.dispatched.offsets,
             self.gate_up,
             self.gate_up_bias,
             size_n=self.size_n,
@@ -83,217 +82,169 @@ class Problem:
             config=self.config("up"),
         )
 
+    def down_rows(self, a: Tensor, tiles: TileTables) -> Tensor:
+        """Every row's output times its router weight [S, d]."""
+        return rows_times_experts(
+            a,
+            tiles,
+            self.dispatched.offsets,
+            self.down,
+            size_columns=self.size_d,
+            config=self.config("down"),
+            bias=self.down_bias,
+            router_weights=self.weights,
+            source=self.dispatched.source,
+        )
 
-def experts_forward(
-    hidden: Tensor,
-    weights: Tensor,
-    offsets: Tensor,
-    source: Tensor,
-    position: Tensor,
-    gate_up_proj: Weights,
-    down_proj: Weights,
-    gate_up_bias: Weights | None,
-    down_bias: Weights | None,
-    spec: ExpertSpec,
-    keep_preactivation: bool,
-) -> tuple[Tensor, Tensor]:
-    """out [T, d] and the pre-activation H [S, 2n] ([S, n] ungated; an empty [0] tensor if not kept), in hidden's dtype.
+    def d_hidden(self, grad_out: Tensor, h: Tensor, tiles: TileTables) -> tuple[Tensor, Tensor, Tensor]:
+        """Weighted activation [S, n], pre-activation's gradient, and shares of the router weights' gradient."""
+        return d_hidden(
+            grad_out,
+            self.dispatched.source,
+            tiles,
+            self.dispatched.offsets,
+            self.down.transposed(),
+            h,
+            self.weights,
+            size_n=self.size_n,
+            activation=self.spec.activation,
+            is_concatenated=self.spec.is_concatenated,
+            config=self.config("d_hidden"),
+        )
+
+    def d_router_weights(self, shares: Tensor, grad_out: Tensor, tiles: TileTables) -> Tensor:
+        dispatched = self.dispatched
+        return d_router_weights(
+            shares, grad_out, dispatched.source, tiles, dispatched.offsets, self.down_bias, self.weights
+        )
+
+    def d_rows(self, grad_h: Tensor, tiles: TileTables) -> Tensor:
+        """Every row's gradient of its token [S, d]."""
+        return rows_times_experts(
+            grad_h,
+            tiles,
+            self.dispatched.offsets,
+            self.gate_up.transposed(),
+            size_columns=self.size_d,
+            config=self.config("d_rows"),
+        )
+
+    def combine(self, rows: Tensor) -> Tensor:
+        return combine(rows, self.dispatched.position, self.hidden.dtype)
+
+    def d_gate_up(self, grad_h: Tensor) -> Tensor:
+        """[E, 2n, d], or [E, d, 2n] where transposed."""
+        return self._d_weight(self.hidden, grad_h, tokens_first=self.spec.is_transposed)
+
+    def d_down(self, grad_out: Tensor, weighted_a: Tensor) -> Tensor:
+        """[E, d, n], or [E, n, d] where transposed."""
+        return self._d_weight(grad_out, weighted_a, tokens_first=not self.spec.is_transposed)
+
+    def _d_weight(self, tokens: Tensor, rows: Tensor, *, tokens_first: bool) -> Tensor:
+        """tokens^T rows, contracted over each expert's rows, or its transpose where not `tokens_first`.
+
+        `tokens` [T, ...] is gathered by row -> token; `rows` [S, ...] lies in expert order.
+        """
+        left, right = (tokens, rows) if tokens_first else (rows, tokens)
+        return weight_grad(
+            left,
+            right,
+            self.dispatched.source,
+            self.dispatched.offsets,
+            top_k=self.top_k,
+            gather_left=tokens_first,
+            config=self.config("d_weight"),
+        )
+
+    def d_gate_up_bias(self, grad_h: Tensor) -> Tensor:
+        return self._d_bias(grad_h)
+
+    def d_down_bias(self, grad_out: Tensor) -> Tensor:
+        return self._d_bias(grad_out, self.weights)
+
+    def _d_bias(self, values: Tensor, router_weights: Tensor | None = None) -> Tensor:
+        """The sum of each expert's rows, [E, ...]."""
+        if values.shape[1] == 0:  # d or n is 0: there is nothing to launch a grid for
+            return values.new_zeros(self.call.num_experts, 0)
+        source, offsets = self.dispatched.source, self.dispatched.offsets
+        return bias_grad(values, source, offsets, top_k=self.top_k, router_weights=router_weights)
+
+
+def experts_forward(call: ExpertCall, keep_preactivation: bool) -> tuple[Tensor, Tensor]:
+    """Return out [T, d] and the pre-activation H [S, 2n] ([S, n] ungated; empty [0] if not kept), in hidden's dtype.
 
     The bits of `out` do not depend on `keep_preactivation`. Rows of H past offsets[E] are not written.
     Raises TypeError on a dtype other than float32, float16 and bfloat16.
     """
-    problem = Problem(hidden, offsets, source, position, gate_up_proj, down_proj, gate_up_bias, down_bias, spec)
+    problem = Problem(call)
     if problem.num_rows == 0:
-        width = 2 * problem.size_n if spec.is_gated else problem.size_n
-        return torch.zeros_like(hidden), hidden.new_zeros((0, width) if keep_preactivation else 0)
-    tiles = tile_tables(offsets, problem.num_rows)
-    hidden, weights = hidden.contiguous(), weights.contiguous()
-    a, h = problem.up(hidden, source, tiles, offsets, keep_a=True, keep_h=keep_preactivation)
-    rows = rows_times_experts(
-        a,
-        tiles,
-        offsets,
-        problem.down,
-        size_columns=problem.size_d,
-        config=problem.config("down"),
-        bias=problem.down_bias,
-        router_weights=weights,
-        source=source,
-    )
-    return combine(rows, position, hidden.dtype), h
+        return torch.zeros_like(call.hidden), call.hidden.new_zeros((0, call.width) if keep_preactivation else 0)
+    tiles = problem.tiles()
+    a, h = problem.up(tiles, keep_a=True, keep_h=keep_preactivation)
+    return problem.combine(problem.down_rows(a, tiles)), h
 
 
-def experts_backward(
-    grad_out: Tensor,
-    hidden: Tensor,
-    preactivation: Tensor,
-    weights: Tensor,
-    offsets: Tensor,
-    source: Tensor,
-    position: Tensor,
-    gate_up_proj: Weights,
-    down_proj: Weights,
-    gate_up_bias: Weights | None,
-    down_bias: Weights | None,
-    spec: ExpertSpec,
-    needs: tuple[bool, bool, bool, bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Weights | None, Weights | None, Weights | None, Weights | None]:
-    """Gradients of (hidden, weights, gate_up_proj, down_proj, gate_up_bias, down_bias); None where `needs` is False.
+def experts_backward(call: ExpertCall, grad_out: Tensor, preactivation: Tensor, wanted: Wanted) -> ExpertGradients:
+    """Return the gradients that are wanted.
 
     An empty `preactivation` is recomputed from `hidden`. A sequence of parameters gets a list of views of one tensor.
     """
-    given = (weights, offsets, source, position, gate_up_proj, down_proj, gate_up_bias, down_bias, spec, needs)
-    grad_hidden, grad_weights, grad_h, weighted_a = experts_backward_rows(grad_out, hidden, preactivation, *given)
-    return (grad_hidden, grad_weights, *experts_backward_weights(grad_out, hidden, grad_h, weighted_a, *given))
+    rows = experts_backward_rows(call, grad_out, preactivation, wanted)
+    return ExpertGradients(rows.hidden, rows.weights, *experts_backward_weights(call, grad_out, rows, wanted))
 
 
-def experts_backward_rows(
-    grad_out: Tensor,
-    hidden: Tensor,
-    preactivation: Tensor,
-    weights: Tensor,
-    offsets: Tensor,
-    source: Tensor,
-    position: Tensor,
-    gate_up_proj: Weights,
-    down_proj: Weights,
-    gate_up_bias: Weights | None,
-    down_bias: Weights | None,
-    spec: ExpertSpec,
-    needs: tuple[bool, bool, bool, bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
-    """The first half of `experts_backward`: what a sender waits for, and what the second half needs of it.
-
-    Returns the gradients of hidden and of weights (None where not needed), the pre-activation's gradient [S, 2n] or
-    [S, n], and the weighted activation [S, n]; rows past offsets[E] of the last two are not written.
-    """
-    problem = Problem(hidden, offsets, source, position, gate_up_proj, down_proj, gate_up_bias, down_bias, spec)
+def experts_backward_rows(call: ExpertCall, grad_out: Tensor, preactivation: Tensor, wanted: Wanted) -> RowGradients:
+    """Compute the first half of `experts_backward`: what a sender waits for, and what the second half needs of it."""
+    problem, hidden = Problem(call), call.hidden
     if problem.num_rows == 0:
-        width = 2 * problem.size_n if spec.is_gated else problem.size_n
-        return (
-            torch.zeros_like(hidden) if needs[0] else None,
-            torch.zeros_like(weights) if needs[1] else None,
-            hidden.new_zeros(0, width),
-            hidden.new_zeros(0, problem.size_n),
+        return RowGradients(
+            hidden=torch.zeros_like(hidden) if wanted.hidden else None,
+            weights=torch.zeros_like(call.weights) if wanted.weights else None,
+            preactivation=hidden.new_zeros(0, call.width),
+            weighted_a=hidden.new_zeros(0, call.intermediate_size),
         )
-    hidden, grad_out, weights = hidden.contiguous(), grad_out.contiguous(), weights.contiguous()
-    if not any(needs[:5]):
-        return None, None, hidden.new_empty(0), hidden.new_empty(0)
-    tiles = tile_tables(offsets, problem.num_rows)
+    if wanted == Wanted(*(False,) * 5, wanted.down_bias):  # the down bias alone needs neither
+        return RowGradients(None, None, hidden.new_empty(0), hidden.new_empty(0))
+    tiles = problem.tiles()
     if preactivation.numel() == 0:
-        _, preactivation = problem.up(hidden, source, tiles, offsets, keep_a=False, keep_h=True)
-    weighted_a, grad_h, shares = d_hidden(
-        grad_out,
-        source,
-        tiles,
-        offsets,
-        problem.down.transposed(),
-        preactivation,
-        weights,
-        size_n=problem.size_n,
-        activation=spec.activation,
-        is_concatenated=spec.is_concatenated,
-        config=problem.config("d_hidden"),
+        _, preactivation = problem.up(tiles, keep_a=False, keep_h=True)
+    weighted_a, grad_h, shares = problem.d_hidden(grad_out, preactivation, tiles)
+    return RowGradients(
+        hidden=problem.combine(problem.d_rows(grad_h, tiles)) if wanted.hidden else None,
+        weights=problem.d_router_weights(shares, grad_out, tiles) if wanted.weights else None,
+        preactivation=grad_h,
+        weighted_a=weighted_a,
     )
-    grad_hidden = grad_weights = None
-    if needs[1]:
-        grad_weights = d_router_weights(shares, grad_out, source, tiles, offsets, problem.down_bias, weights)
-    if needs[0]:
-        grad_rows = rows_times_experts(
-            grad_h,
-            tiles,
-            offsets,
-            problem.gate_up.transposed(),
-            size_columns=problem.size_d,
-            config=problem.config("d_rows"),
-        )
-        grad_hidden = combine(grad_rows, position, hidden.dtype)
-    return grad_hidden, grad_weights, grad_h, weighted_a
 
 
 def experts_backward_weights(
-    grad_out: Tensor,
-    hidden: Tensor,
-    grad_h: Tensor,
-    weighted_a: Tensor,
-    weights: Tensor,
-    offsets: Tensor,
-    source: Tensor,
-    position: Tensor,
-    gate_up_proj: Weights,
-    down_proj: Weights,
-    gate_up_bias: Weights | None,
-    down_bias: Weights | None,
-    spec: ExpertSpec,
-    needs: tuple[bool, bool, bool, bool, bool, bool],
-) -> tuple[Weights | None, Weights | None, Weights | None, Weights | None]:
-    """The second half of `experts_backward`: the gradients of gate_up_proj, down_proj, gate_up_bias and down_bias."""
-    problem = Problem(hidden, offsets, source, position, gate_up_proj, down_proj, gate_up_bias, down_bias, spec)
-    parameters = (gate_up_proj, down_proj, gate_up_bias, down_bias)
-    need_gate_up, need_down, need_gate_up_bias, need_down_bias = needs[2:]
+    call: ExpertCall, grad_out: Tensor, row_grads: RowGradients, wanted: Wanted
+) -> ParameterGradients:
+    """Compute the second half of `experts_backward`."""
+    problem, given = Problem(call), call.parameters
     if problem.num_rows == 0:
-        wanted = zip(parameters, needs[2:], strict=True)
-        zeros = [zero_gradient(p) if need and p is not None else None for p, need in wanted]
-        return zeros[0], zeros[1], zeros[2], zeros[3]
-    hidden, grad_out, weights = hidden.contiguous(), grad_out.contiguous(), weights.contiguous()
-    grad_gate_up = grad_down = grad_gate_up_bias = grad_down_bias = None
-    if need_down:  # [d, n], or [n, d] where transposed
-        grad_down = weight_gradient(problem, grad_out, weighted_a, source, offsets, tokens_first=not spec.is_transposed)
-    if need_gate_up:  # [2n, d], or [d, 2n] where transposed
-        grad_gate_up = weight_gradient(problem, hidden, grad_h, source, offsets, tokens_first=spec.is_transposed)
-    if need_gate_up_bias and gate_up_bias is not None:
-        grad_gate_up_bias = bias_gradient(problem, grad_h, source, offsets)
-    if need_down_bias and down_bias is not None:
-        grad_down_bias = bias_gradient(problem, grad_out, source, offsets, weights)
-    return (
-        as_given(grad_gate_up, gate_up_proj),
-        as_given(grad_down, down_proj),
-        as_given(grad_gate_up_bias, gate_up_bias),
-        as_given(grad_down_bias, down_bias),
-    )
+        return ParameterGradients(
+            *(zeros_like(p) if want and p is not None else None for p, want in zip(given, wanted[2:], strict=True))
+        )
+    up = down = up_bias = down_bias = None
+    if wanted.down:
+        down = problem.d_down(grad_out, row_grads.weighted_a)
+    if wanted.gate_up:
+        up = problem.d_gate_up(row_grads.preactivation)
+    if wanted.gate_up_bias and given.gate_up_bias is not None:
+        up_bias = problem.d_gate_up_bias(row_grads.preactivation)
+    if wanted.down_bias and given.down_bias is not None:
+        down_bias = problem.d_down_bias(grad_out)
+    grads = (up, down, up_bias, down_bias)
+    return ParameterGradients(*(as_given(p, grad) for p, grad in zip(given, grads, strict=True)))
 
 
 def combine_rows(rows: Tensor, position: Tensor) -> Tensor:
-    """[T, d]: the sum of each token's rows [R, d], in the order of position [T, J]; -1 adds nothing."""
+    """Sum each token's rows [R, d] in the order of position [T, J], where -1 adds nothing: [T, d]."""
     if rows.shape[0] == 0 or position.numel() == 0:
         return rows.new_zeros(position.shape[0], rows.shape[1])
     return combine(rows, position.int(), rows.dtype)
 
 
-def weight_gradient(
-    problem: Problem, tokens: Tensor, rows: Tensor, source: Tensor, offsets: Tensor, *, tokens_first: bool
-) -> Tensor:
-    """tokens^T rows, contracted over each expert's rows, or its transpose where not `tokens_first`.
-
-    `tokens` [T, ...] is gathered by row -> token; `rows` [S, ...] lies in expert order.
-    """
-    left, right = (tokens, rows) if tokens_first else (rows, tokens)
-    return weight_grad(
-        left,
-        right,
-        source,
-        offsets,
-        top_k=problem.top_k,
-        gather_left=tokens_first,
-        config=problem.config("d_weight"),
-    )
-
-
-def bias_gradient(
-    problem: Problem, values: Tensor, source: Tensor, offsets: Tensor, router_weights: Tensor | None = None
-) -> Tensor:
-    """The sum of each expert's rows, [E, ...]; the arguments are those of the kernel's `bias_grad`."""
-    if values.shape[1] == 0:  # d or n is 0: there is nothing to launch a grid for
-        return values.new_zeros(problem.num_experts, 0)
-    return bias_grad(values, source, offsets, top_k=problem.top_k, router_weights=router_weights)
-
-
-def zero_gradient(parameter: Weights) -> Weights:
+def zeros_like(parameter: ExpertWeight) -> ExpertWeight:
     return torch.zeros_like(parameter) if isinstance(parameter, Tensor) else [torch.zeros_like(p) for p in parameter]
-
-
-def as_given(gradient: Tensor | None, parameter: Weights | None) -> Weights | None:
-    """A gradient in the form of its parameter: stacked, or a list with one view per expert."""
-    if gradient is None or isinstance(parameter, Tensor):
-        return gradient
-    return list(gradient.unbind(0))

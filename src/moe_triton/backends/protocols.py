@@ -1,0 +1,97 @@
+"""What a backend implements: three operations, each a module with these functions over plain tensors and records.
+
+Tensors are contiguous, on one device, and nothing is differentiated. Definitions: `moe_triton.reference`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+from moe_triton.records import (
+    ExpertCall,
+    ExpertGradients,
+    ParameterGradients,
+    RouterSpec,
+    RowGradients,
+    Wanted,
+)
+
+
+class RoutingBackend(Protocol):
+    """Module `routing`."""
+
+    def route_forward(
+        self,
+        logits: Tensor,
+        spec: RouterSpec,
+        choice_bias: Tensor | None,
+        noise: Tensor | None,
+        token_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return (experts [T, K] int32, weights [T, K], counts [E] int32, score_sums [E], z_sum [])."""
+
+    def route_backward(
+        self,
+        grad_weights: Tensor,
+        grad_score_sums: Tensor,
+        grad_z_sum: Tensor,
+        logits: Tensor,
+        experts: Tensor,
+        spec: RouterSpec,
+    ) -> Tensor:
+        """Return the gradient of the logits [T, E]."""
+
+
+class DispatchBackend(Protocol):
+    """Module `dispatch`."""
+
+    def build_dispatch(
+        self,
+        experts: Tensor,
+        num_experts: int,
+        capacity: int | None,
+        capacity_groups: int,
+        by_choice: bool,
+        keys: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the fields of a Dispatch: counts [E], offsets [E+1], source [S], position [T, K], all int32."""
+
+
+class ExpertsBackend(Protocol):
+    """Module `experts`; in the torch backend `experts_cpu` and `experts_device`."""
+
+    def experts_forward(self, call: ExpertCall, keep_preactivation: bool) -> tuple[Tensor, Tensor]:
+        """Return (out [T, d], pre-activation [S, 2n] or [S, n]) in hidden's dtype; the second empty [0] if not kept."""
+
+    def experts_backward(
+        self, call: ExpertCall, grad_out: Tensor, preactivation: Tensor, wanted: Wanted
+    ) -> ExpertGradients:
+        """Return the gradients that are wanted; an empty pre-activation is computed again."""
+
+    def experts_backward_rows(
+        self, call: ExpertCall, grad_out: Tensor, preactivation: Tensor, wanted: Wanted
+    ) -> RowGradients:
+        """Compute the first half of `experts_backward`: what a sender waits for, and what the second half needs."""
+
+    def experts_backward_weights(
+        self, call: ExpertCall, grad_out: Tensor, row_grads: RowGradients, wanted: Wanted
+    ) -> ParameterGradients:
+        """Compute the second half of `experts_backward`."""
+
+    def combine_rows(self, rows: Tensor, position: Tensor) -> Tensor:
+        """Sum each token's rows [R, d] in the order of position [T, J], where -1 adds nothing: [T, d]."""
+
+
+if TYPE_CHECKING:  # mypy holds the modules against the protocols
+    from moe_triton.backends.torch import dispatch as torch_dispatch
+    from moe_triton.backends.torch import experts_cpu, experts_device
+    from moe_triton.backends.torch import routing as torch_routing
+    from moe_triton.backends.triton import dispatch as triton_dispatch
+    from moe_triton.backends.triton import experts as triton_experts
+    from moe_triton.backends.triton import routing as triton_routing
+
+    ROUTING: tuple[RoutingBackend, ...] = (torch_routing, triton_routing)
+    DISPATCH: tuple[DispatchBackend, ...] = (torch_dispatch, triton_dispatch)
+    EXPERTS: tuple[ExpertsBackend, ...] = (experts_cpu, experts_device, triton_experts)
