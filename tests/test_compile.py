@@ -9,8 +9,10 @@ from torch._dynamo.backends.registry import lookup_backend
 import moe_triton
 from moe_triton import MoE, Router
 from moe_triton.autograd.experts import _experts_op
+from moe_triton.autograd.flat import form_of, tensors_of
 from moe_triton.autograd.routing import _route_op
 from moe_triton.dispatch import _dispatch_op
+from moe_triton.records import ExpertCall, ExpertParameters, ExpertSpec
 from tests.helpers.compare import assert_close
 
 
@@ -131,14 +133,16 @@ def test_opcheck(backend):
     torch.library.opcheck(_dispatch_op, (torch.randint(0, 8, (6, 2)), 8, 3, 1, False, None, backend))
     routing = moe_triton.route(logits.detach(), 2)
     plan = moe_triton.dispatch(routing.experts, 8)
-    index = [plan.offsets, plan.source, plan.position]
     up, down = torch.randn(8, 12, 16), torch.randn(8, 16, 6)
     for stacked in (True, False):
-        parameters = [[t] if stacked else list(t) for t in (up, down)]
-        parameters = [[t.clone().requires_grad_() for t in group] for group in parameters]
-        hidden = torch.randn(6, 16, requires_grad=True)
-        weights = routing.weights.clone().requires_grad_()
-        arguments = (hidden, weights, index, *parameters, [], [], "swiglu", [False, True], backend, True)
+        parameters = ExpertParameters(
+            *(w.clone().requires_grad_() if stacked else [x.clone().requires_grad_() for x in w] for w in (up, down))
+        )
+        call = ExpertCall(
+            hidden=torch.randn(6, 16, requires_grad=True), weights=routing.weights.clone().requires_grad_(),
+            dispatched=plan, parameters=parameters, spec=ExpertSpec(),
+        )  # fmt: skip
+        arguments = (tensors_of(call), form_of(parameters), "swiglu", False, True, backend, True)
         torch.library.opcheck(_experts_op, arguments)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import moe_triton
 from moe_triton import reference
-from moe_triton.records import ACTIVATIONS, GATED, ExpertSpec
+from moe_triton.records import ACTIVATIONS, GATED, ExpertCall, ExpertParameters, ExpertSpec
 from tests.helpers.compare import assert_close
 
 BACKENDS = ["torch", "triton"]
@@ -62,8 +62,13 @@ def compare_with_reference(case, backend, *, capacity=None, tolerance=None, **op
     out = moe_triton.moe_mlp(top_k_index=experts, backend=backend, capacity=capacity, **got, **options)
     options.pop("recompute", None)
     plan = reference.dispatch(experts, len(want["gate_up_proj"]), capacity=capacity)
-    args = [want[name] for name in ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")]
-    expected = reference.moe_mlp(want["hidden_states"], want["top_k_weights"], plan, *args, ExpertSpec(**options))
+    args = ExpertParameters(*(want[name] for name in ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")))
+    expected = reference.moe_experts(
+        ExpertCall(
+            hidden=want["hidden_states"], weights=want["top_k_weights"], dispatched=plan, parameters=args,
+            spec=ExpertSpec(**options),
+        )
+    )  # fmt: skip
     assert out.dtype == x.dtype
     assert_close(out, expected, tolerance=tolerance)
     grad = torch.randn(out.shape, dtype=torch.float64)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moe_triton import expert_capacity, load_balance_loss, reference
-from moe_triton.records import ACTIVATIONS, GATED, ExpertSpec, RouterSpec
+from moe_triton.records import ACTIVATIONS, GATED, ExpertCall, ExpertParameters, ExpertSpec, RouterSpec
 from tests.helpers.compare import assert_close, relative_rms
 
 # The example of DeepSpeed's gate, whose results were executed there: four tokens, three experts.
@@ -147,16 +147,23 @@ def test_route_gradcheck(spec):
     assert torch.autograd.gradcheck(differentiable, logits)
 
 
+def experts(x, w, dispatched, gate_up, down, gate_up_bias=None, down_bias=None, spec=None):
+    parameters = ExpertParameters(gate_up, down, gate_up_bias, down_bias)
+    return reference.moe_experts(
+        ExpertCall(hidden=x, weights=w, dispatched=dispatched, parameters=parameters, spec=spec or ExpertSpec())
+    )
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_moe_mlp_gradcheck(activation):
+def test_moe_experts_gradcheck(activation):
     rows = 6 if activation in GATED else 3
     shapes = [(4, 5), (4, 2), (3, rows, 5), (3, 5, 3), (3, rows), (3, 5)]
     inputs = [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
-    experts = torch.tensor([[0, 2], [2, 0], [0, -1], [2, 3]])  # expert 1 is empty, two ids are skipped
-    plan = reference.dispatch(experts, 3, capacity=2)
+    choices = torch.tensor([[0, 2], [2, 0], [0, -1], [2, 3]])  # expert 1 is empty, two ids are skipped
+    plan = reference.dispatch(choices, 3, capacity=2)
 
     def run(x, w, *parameters):
-        return reference.moe_mlp(x, w, plan, *parameters, ExpertSpec(activation=activation))
+        return experts(x, w, plan, *parameters, ExpertSpec(activation=activation))
 
     assert torch.autograd.gradcheck(run, inputs)
 
@@ -180,33 +187,31 @@ def test_gelu_far_from_zero(name):
             assert float(mpmath.diff(exact, mpmath.mpf(point))) == pytest.approx(slope[index].item(), rel=1e-11)
 
 
-def test_moe_mlp_is_the_formula():
+def test_moe_experts_is_the_formula():
     """One token, one expert, by hand; and each layout says the same."""
     x, w1, w2 = torch.randn(1, 4).double(), torch.randn(1, 6, 4).double(), torch.randn(1, 4, 3).double()
     plan = reference.dispatch(torch.zeros(1, 1, dtype=torch.int32), 1)
     weight = torch.full((1, 1), 0.5, dtype=torch.float64)
     gate, up = w1[0, :3] @ x[0], w1[0, 3:] @ x[0]
     expected = 0.5 * (w2[0] @ (gate * torch.sigmoid(gate) * up))
-    assert_close(reference.moe_mlp(x, weight, plan, w1, w2, None, None, ExpertSpec())[0], expected)
+    assert_close(experts(x, weight, plan, w1, w2)[0], expected)
     turned = ExpertSpec(is_transposed=True)
-    assert_close(reference.moe_mlp(x, weight, plan, w1.mT, w2.mT, None, None, turned)[0], expected)
+    assert_close(experts(x, weight, plan, w1.mT, w2.mT, spec=turned)[0], expected)
     woven = w1.view(1, 2, 3, 4).transpose(1, 2).reshape(1, 6, 4)
-    assert_close(
-        reference.moe_mlp(x, weight, plan, woven, w2, None, None, ExpertSpec(is_concatenated=False))[0], expected
-    )
+    assert_close(experts(x, weight, plan, woven, w2, spec=ExpertSpec(is_concatenated=False))[0], expected)
 
 
 def test_the_comparison_fails_on_zeros_swapped_experts_and_a_dropped_token():
     x, w = torch.randn(16, 8), torch.rand(16, 2)
     w1, w2 = torch.randn(4, 12, 8), torch.randn(4, 8, 6)
-    experts = torch.rand(16, 4).topk(2).indices
-    plan = reference.dispatch(experts, 4)
-    right = reference.moe_mlp(x, w, plan, w1, w2, None, None, ExpertSpec())
+    choices = torch.rand(16, 4).topk(2).indices
+    plan = reference.dispatch(choices, 4)
+    right = experts(x, w, plan, w1, w2)
     assert_close(right, right)
-    swapped = reference.moe_mlp(x, w, plan, w1[[1, 0, 2, 3]], w2, None, None, ExpertSpec())
-    dropped = experts.clone()
+    swapped = experts(x, w, plan, w1[[1, 0, 2, 3]], w2)
+    dropped = choices.clone()
     dropped[5, 1] = -1
-    one_less = reference.moe_mlp(x, w, reference.dispatch(dropped, 4), w1, w2, None, None, ExpertSpec())
+    one_less = experts(x, w, reference.dispatch(dropped, 4), w1, w2)
     for wrong in (torch.zeros_like(right), swapped, one_less, right + float("nan")):
         with pytest.raises(AssertionError):
             assert_close(wrong, right, tolerance=1.2e-2)

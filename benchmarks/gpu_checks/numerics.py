@@ -18,7 +18,7 @@ from moe_triton.benchmarking.providers import PROVIDERS
 from moe_triton.records import ACTIVATIONS, GATED, UNGATED, ExpertSpec, RouterSpec
 from moe_triton.routing import route_by_spec
 from tests.helpers.compare import TOLERANCE, assert_close
-from tests.helpers.expert_problem import check, make_problem, random_choices, run
+from tests.helpers.problems import check, make_problem, random_choices, run
 
 LAYOUTS = ((False, True), (True, True), (False, False), (True, False))  # (is_transposed, is_concatenated)
 NEAR = 1e-5  # choice keys nearer than this are a tie in fp32

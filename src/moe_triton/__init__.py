@@ -2,7 +2,7 @@
 
 from moe_triton import compat
 from moe_triton.dispatch import dispatch, expert_capacity, renormalize
-from moe_triton.experts import moe_mlp
+from moe_triton.experts import moe_experts, moe_mlp
 from moe_triton.explain import Explanation, explain
 from moe_triton.integrations.swap import SwapReport, swap
 from moe_triton.layers import Experts, FeedForward, MoE, MoEOutput, Router, update_choice_biases
@@ -31,6 +31,7 @@ __all__ = [
     "explain",
     "load_balance_loss",
     "load_statistics",
+    "moe_experts",
     "moe_mlp",
     "plot_load",
     "renormalize",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -123,12 +123,6 @@ class ExpertCall:
     dispatched: Dispatch
     parameters: ExpertParameters
     spec: ExpertSpec
-
-    def contiguous(self) -> ExpertCall:
-        """The same call with contiguous hidden states and router weights, as backends take it."""
-        if self.hidden.is_contiguous() and self.weights.is_contiguous():
-            return self
-        return replace(self, hidden=self.hidden.contiguous(), weights=self.weights.contiguous())
 
     @property
     def num_experts(self) -> int:

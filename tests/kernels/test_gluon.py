@@ -29,9 +29,9 @@ from moe_triton_kernels.offline import SHARED_LIMIT, compile_apart
 from moe_triton_kernels.tiles import tile_tables
 from moe_triton_kernels.up import up
 from tests.helpers.compare import assert_close
-from tests.helpers.expert_problem import check, make_problem, random_choices, run
 from tests.helpers.gluon_emulator import Emulator
 from tests.helpers.gluon_memory import Descriptor, Pointer
+from tests.helpers.problems import check, make_problem, random_choices, run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]  # NumPy has no bfloat16

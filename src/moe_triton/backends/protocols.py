@@ -1,6 +1,6 @@
 """What a backend implements: three operations, each a module with these functions over plain tensors and records.
 
-Tensors are contiguous, on one device, and nothing is differentiated. Definitions: `moe_triton.reference`.
+Tensors are on one device and may have any strides; nothing is differentiated. Definitions: `moe_triton.reference`.
 """
 
 from __future__ import annotations

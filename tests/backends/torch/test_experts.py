@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import fields, replace
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,36 +15,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_triton import reference
-from moe_triton.backends.torch import blocks, cpu, experts, experts_cpu, experts_device, memory
-from moe_triton.backends.torch.operands import Operands, Weights
+from moe_triton.backends.torch import blocks, cpu, experts_cpu, experts_device, memory
 from moe_triton.records import ACTIVATIONS, Dispatch, ExpertSpec
+from tests.helpers import problems
 from tests.helpers.compare import TOLERANCE, assert_close
+from tests.helpers.problems import INPUTS, PARAMETERS, Problem, as_sequences, check, replaced, run, with_inputs
 
-ALL = (True,) * 6
 LAYOUTS = ((False, True), (True, False), (True, True), (False, False))  # (is_transposed, is_concatenated)
+make_problem = partial(problems.make_problem, device="cpu")
 
 
-@dataclass(frozen=True)
-class Way:
-    """A forward and a backward over operands."""
-
-    forward: Callable
-    backward: Callable
-
-
-def on_cpu(*, batched: bool, recurring: bool) -> Way:
+def on_cpu(*, batched: bool, recurring: bool) -> Any:
     """The CPU's blocks, as cut on a processor of that kind, with batches wherever they are possible or nowhere."""
 
-    def run(call: Callable) -> Callable:
-        def as_there(operands: Operands, *args: object) -> object:
+    def patched(function: Callable) -> Callable:
+        def as_there(*args: object) -> object:
             with pytest.MonkeyPatch.context() as patch:
                 cut_like(patch, batched=batched, recurring=recurring)
-                return call(operands, operands.offsets.tolist(), *args)
+                return function(*args)
 
         return as_there
 
-    return Way(run(experts_cpu.forward), run(experts_cpu.backward))
+    return SimpleNamespace(
+        experts_forward=patched(experts_cpu.experts_forward), experts_backward=patched(experts_cpu.experts_backward)
+    )
 
 
 def cut_like(patch: pytest.MonkeyPatch, *, batched: bool, recurring: bool) -> None:
@@ -57,91 +54,14 @@ WAYS = {
     "alone, padded": on_cpu(batched=False, recurring=True),
     "batched": on_cpu(batched=True, recurring=False),
     "batched together": on_cpu(batched=True, recurring=True),
-    "device": Way(experts_device.forward, experts_device.backward),
+    "device": experts_device,
 }
 CPU_WAYS = [way for way in WAYS if way != "device"]
 
 
-@dataclass(frozen=True)
-class Case:
-    operands: Operands
-    dispatch: Dispatch
-    grad_out: Tensor
-
-
-def make_case(
-    choices: Tensor,
-    num_experts: int,
-    *,
-    spec: ExpertSpec | None = None,
-    dtype: torch.dtype = torch.float32,
-    weights_dtype: torch.dtype | None = None,
-    bias: bool = False,
-    capacity: int | None = None,
-    d: int = 12,
-    n: int = 10,
-) -> Case:
-    spec = spec or ExpertSpec()
-    num_tokens, top_k = choices.shape
-    width = 2 * n if spec.is_gated else n
-
-    def random(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, dtype=torch.float64) * scale).to(dtype)
-
-    up_shape, down_shape = ((d, width), (n, d)) if spec.is_transposed else ((width, d), (d, n))
-    dispatch = reference.dispatch(choices, num_experts, capacity=capacity)
-    operands = Operands(
-        hidden=random(num_tokens, d),
-        weights=torch.rand(num_tokens, top_k).to(weights_dtype or reference.wide(dtype)),
-        offsets=dispatch.offsets,
-        source=dispatch.source,
-        position=dispatch.position,
-        gate_up_proj=random(num_experts, *up_shape, scale=d**-0.5),
-        down_proj=random(num_experts, *down_shape, scale=n**-0.5),
-        gate_up_bias=random(num_experts, width) if bias else None,
-        down_bias=random(num_experts, d) if bias else None,
-        spec=spec,
-    )
-    return Case(operands, dispatch, random(num_tokens, d))
-
-
-def differentiable(operands: Operands) -> list[Tensor | None]:
-    names = ("hidden", "weights", "gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
-    return [getattr(operands, name) for name in names]
-
-
-def expected_of(case: Case) -> tuple[Tensor, list[Tensor | None]]:
-    """Output and gradients of the reference in float64."""
-    leaves = [t if t is None else t.detach().clone().double().requires_grad_() for t in differentiable(case.operands)]
-    hidden, weights, *parameters = leaves
-    out = reference.moe_mlp(hidden, weights, case.dispatch, *parameters, case.operands.spec)
-    present = [leaf for leaf in leaves if leaf is not None]
-    grads = iter(torch.autograd.grad(out, present, case.grad_out.double(), allow_unused=True, materialize_grads=True))
-    return out, [None if leaf is None else next(grads) for leaf in leaves]
-
-
-def stacked(value: Weights | None) -> Tensor | None:
-    return value if value is None or isinstance(value, Tensor) else torch.stack(list(value))
-
-
-@torch.no_grad()
-def outputs_of(way: Way, case: Case, keep: bool = True) -> tuple[Tensor, list[Tensor | None]]:
-    out, preactivation = way.forward(case.operands, keep)
-    needs = tuple(t is not None for t in differentiable(case.operands))
-    grads = way.backward(case.operands, case.grad_out, preactivation, needs)
-    return out, [stacked(grad) for grad in grads]
-
-
-def check(way: Way, case: Case, keep: bool = True) -> None:
-    expected_out, expected_grads = expected_of(case)
-    out, grads = outputs_of(way, case, keep)
-    assert out.dtype == case.operands.hidden.dtype
-    assert_close(out, expected_out)
-    for operand, actual, expected in zip(differentiable(case.operands), grads, expected_grads, strict=True):
-        assert (actual is None) == (expected is None)
-        if actual is not None:
-            assert actual.dtype == operand.dtype
-            assert_close(actual, expected, tolerance=TOLERANCE[case.operands.hidden.dtype])
+def check_way(way: str, problem: Problem, keep: bool = True) -> None:
+    # the router weights' gradient is fp32, of products in the hidden states' dtype
+    check(run(problem, WAYS[way], recompute=not keep), problem, TOLERANCE[problem.call.hidden.dtype])
 
 
 def ragged_choices(sizes: list[int], top_k: int = 2) -> Tensor:
@@ -159,7 +79,7 @@ SIZES = [5, 0, 33, 1, 7, 20]  # an empty expert, experts that share a block, and
 def test_many_blocks(way: str, bias: bool) -> None:
     sizes = [*SIZES, 16, 90, 90, 90, 0, 300]
     for spec in (ExpertSpec(), ExpertSpec(activation="gelu", is_transposed=True)):
-        check(WAYS[way], make_case(ragged_choices(sizes), len(sizes), spec=spec, bias=bias))
+        check_way(way, make_problem(ragged_choices(sizes), len(sizes), spec=spec, bias=bias))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -167,9 +87,9 @@ def test_many_blocks(way: str, bias: bool) -> None:
 def test_activations_and_layouts(way: str, activation: str) -> None:
     for index, (is_transposed, is_concatenated) in enumerate(LAYOUTS):
         spec = ExpertSpec(activation=activation, is_transposed=is_transposed, is_concatenated=is_concatenated)
-        case = make_case(ragged_choices(SIZES), len(SIZES), spec=spec, bias=index % 2 == 1)
-        case.operands.hidden.mul_(5)  # gpt_oss clamps at 7
-        check(WAYS[way], case)
+        problem = make_problem(ragged_choices(SIZES), len(SIZES), spec=spec, bias=index % 2 == 1)
+        problem.call.hidden.mul_(5)  # gpt_oss clamps at 7
+        check_way(way, problem)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -177,7 +97,7 @@ def test_activations_and_layouts(way: str, activation: str) -> None:
 @pytest.mark.parametrize("weights_dtype", [None, "hidden"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_dtypes(way: str, activation: str, weights_dtype: str | None, dtype: torch.dtype) -> None:
-    case = make_case(
+    problem = make_problem(
         ragged_choices(SIZES),
         len(SIZES),
         spec=ExpertSpec(activation=activation),
@@ -185,7 +105,7 @@ def test_dtypes(way: str, activation: str, weights_dtype: str | None, dtype: tor
         weights_dtype=dtype if weights_dtype else None,
         bias=True,
     )
-    check(WAYS[way], case)
+    check_way(way, problem)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -216,107 +136,97 @@ def test_ragged_shapes(
     torch.manual_seed(seed)
     sizes = [*sizes, 0]
     spec = ExpertSpec(is_transposed=is_transposed)
-    case = make_case(
+    problem = make_problem(
         ragged_choices(sizes, top_k), len(sizes), spec=spec, dtype=torch.float64, bias=bias, capacity=capacity, d=d, n=n
     )
-    check(WAYS[way], case, keep)
+    check_way(way, problem, keep)
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("sizes", [[0, 0, 0], [0, 50, 0], [64]])
 def test_one_expert_with_all_rows_and_none_with_any(way: str, sizes: list[int]) -> None:
     choices = ragged_choices(sizes) if any(sizes) else torch.full((4, 2), -1)
-    check(WAYS[way], make_case(choices, len(sizes), bias=True))
+    check_way(way, make_problem(choices, len(sizes), bias=True))
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_no_tokens(way: str) -> None:
-    case = make_case(torch.zeros(0, 2, dtype=torch.long), 3, bias=True)
-    out, grads = outputs_of(WAYS[way], case)
-    assert out.shape == (0, 12)
-    for operand, grad in zip(differentiable(case.operands), grads, strict=True):
-        assert torch.equal(grad, torch.zeros_like(operand))
+    problem = make_problem(torch.zeros(0, 2, dtype=torch.long), 3, bias=True)
+    found = run(problem, WAYS[way])
+    assert found.pop("out").shape == (0, 24)
+    for name, operand in problem.inputs.items():
+        assert torch.equal(found[name], torch.zeros_like(operand))
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_bits_every_time_and_whatever_is_kept(way: str, dtype: torch.dtype) -> None:
-    case = make_case(ragged_choices(SIZES), len(SIZES), dtype=dtype, bias=True, d=48, n=40)
-    out, grads = outputs_of(WAYS[way], case)
-    again, grads_again = outputs_of(WAYS[way], case)
+    problem = make_problem(ragged_choices(SIZES), len(SIZES), dtype=dtype, bias=True, d=48, n=40)
+    found, again = run(problem, WAYS[way]), run(problem, WAYS[way])
     with torch.no_grad():
-        alone, preactivation = WAYS[way].forward(case.operands, False)
+        alone, preactivation = WAYS[way].experts_forward(problem.call, False)
     assert preactivation.shape == (0,)
-    assert torch.equal(out, again)
-    assert torch.equal(out, alone)
-    assert all(torch.equal(a, b) for a, b in zip(grads, grads_again, strict=True))
+    assert torch.equal(found["out"], alone)
+    assert all(torch.equal(found[name], again[name]) for name in ("out", *INPUTS))
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("activation", ["swiglu", "relu"])
 def test_the_preactivation_is_in_dispatch_order(way: str, activation: str) -> None:
-    case = make_case(ragged_choices(SIZES), len(SIZES), spec=ExpertSpec(activation=activation), bias=True, capacity=25)
-    operands, kept = case.operands, int(case.dispatch.offsets[-1])
+    problem = make_problem(
+        ragged_choices(SIZES), len(SIZES), spec=ExpertSpec(activation=activation), bias=True, capacity=25
+    )
+    call, dispatched = problem.call, problem.call.dispatched
+    kept = int(dispatched.offsets[-1])
     with torch.no_grad():
-        preactivation = WAYS[way].forward(operands, True)[1]
-    slots = operands.source[:kept].long()
-    expert = torch.searchsorted(operands.offsets[1:].contiguous(), torch.arange(kept), right=True)
-    x = operands.hidden[slots // 2].double()
-    expected = torch.einsum("si,soi->so", x, operands.gate_up_proj[expert].double()) + operands.gate_up_bias[expert]
-    assert preactivation.shape == (operands.source.shape[0], expected.shape[1])
+        preactivation = WAYS[way].experts_forward(call, True)[1]
+    slots = dispatched.source[:kept].long()
+    expert = torch.searchsorted(dispatched.offsets[1:].contiguous(), torch.arange(kept), right=True)
+    x, parameters = call.hidden[slots // 2].double(), call.parameters
+    expected = torch.einsum("si,soi->so", x, parameters.gate_up[expert].double()) + parameters.gate_up_bias[expert]
+    assert preactivation.shape == (call.num_rows, expected.shape[1])
     assert_close(preactivation[:kept], expected)
 
 
 @pytest.mark.parametrize("way", ["alone", "alone, padded", "device"])
 def test_sequences_give_the_bits_of_stacked_weights(way: str) -> None:
-    case = make_case(ragged_choices(SIZES), len(SIZES), bias=True)
-    names = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
-    lists = {name: [t.clone() for t in getattr(case.operands, name)] for name in names}
-    out, grads = outputs_of(WAYS[way], case)
-    with torch.no_grad():
-        listed = replace(case.operands, **lists)
-        out_listed, preactivation = WAYS[way].forward(listed, True)
-        grads_listed = WAYS[way].backward(listed, case.grad_out, preactivation, ALL)
-    assert torch.equal(out, out_listed)
-    for grad, grad_listed in zip(grads[2:], grads_listed[2:], strict=True):
-        assert isinstance(grad_listed, list)
-        assert torch.equal(grad, torch.stack(grad_listed))
+    problem = make_problem(ragged_choices(SIZES), len(SIZES), bias=True)
+    found, listed = run(problem, WAYS[way]), run(problem, WAYS[way], sequence=True)
+    for name in ("out", *PARAMETERS):
+        assert torch.equal(found[name], listed[name]), name
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("needed", range(6))
-def test_only_the_needed_gradients(way: str, needed: int) -> None:
-    case = make_case(ragged_choices(SIZES), len(SIZES), bias=True)
-    _, all_grads = outputs_of(WAYS[way], case)
-    needs = tuple(index == needed for index in range(6))
-    with torch.no_grad():
-        preactivation = WAYS[way].forward(case.operands, True)[1]
-        grads = WAYS[way].backward(case.operands, case.grad_out, preactivation, needs)
-    assert [grad is not None for grad in grads] == list(needs)
-    assert torch.equal(grads[needed], all_grads[needed])
+@pytest.mark.parametrize("name", INPUTS)
+def test_only_the_wanted_gradients(way: str, name: str) -> None:
+    problem = make_problem(ragged_choices(SIZES), len(SIZES), bias=True)
+    alone = run(problem, WAYS[way], wanted=[other == name for other in INPUTS])
+    assert alone.keys() == {"out", name}
+    assert torch.equal(alone[name], run(problem, WAYS[way])[name])
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_expanded_and_strided_gradients(way: str) -> None:
-    case = make_case(ragged_choices(SIZES), len(SIZES))
-    check(WAYS[way], replace(case, grad_out=torch.tensor(0.7).expand_as(case.grad_out)))
-    check(WAYS[way], replace(case, grad_out=torch.randn(case.grad_out.shape[::-1]).T))
-    strided_weights = torch.rand(case.operands.weights.shape[::-1]).T
-    check(WAYS[way], replace(case, operands=replace(case.operands, weights=strided_weights)))
+    problem = make_problem(ragged_choices(SIZES), len(SIZES))
+    call, shape = problem.call, problem.grad_out.shape
+    check_way(way, Problem(call, torch.tensor(0.7).expand(shape)))
+    check_way(way, Problem(call, torch.randn(shape[::-1]).T))
+    strided = replace(call, weights=torch.rand(call.weights.shape[::-1]).T, hidden=torch.randn(shape[::-1]).T)
+    check_way(way, Problem(strided, problem.grad_out))
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("broken_expert", range(3))
 def test_a_broken_token_stays_with_its_own_expert(way: str, broken_expert: int) -> None:
     choices = torch.tensor([0, 1, 2]).repeat_interleave(20)[:, None]
-    case = make_case(choices, 3, bias=True)
-    _, clean = outputs_of(WAYS[way], case)
-    case.operands.hidden[choices[:, 0] == broken_expert] = float("inf")
-    _, broken = outputs_of(WAYS[way], case)
+    problem = make_problem(choices, 3, bias=True)
+    clean = run(problem, WAYS[way])
+    problem.call.hidden[choices[:, 0] == broken_expert] = float("inf")
+    broken = run(problem, WAYS[way])
     for e in {0, 1, 2} - {broken_expert}:
-        for index in (2, 3, 4, 5):
-            assert torch.equal(clean[index][e], broken[index][e])
-    assert not torch.isfinite(broken[2][broken_expert]).any()
+        for name in PARAMETERS:
+            assert torch.equal(clean[name][e], broken[name][e])
+    assert not torch.isfinite(broken["gate_up"][broken_expert]).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -339,15 +249,15 @@ def test_the_device_way_with_grouped_mm(
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", dirty)
     monkeypatch.setattr(experts_device, "_can_group", lambda left, right: right.dim() == 3 or grouped_calls == "all")
     spec = ExpertSpec(is_transposed=is_transposed)
-    case = make_case(ragged_choices(SIZES), len(SIZES), spec=spec, dtype=dtype, bias=True, capacity=18, d=16, n=8)
-    check(WAYS["device"], case, keep)
+    problem = make_problem(ragged_choices(SIZES), len(SIZES), spec=spec, dtype=dtype, bias=True, capacity=18, d=16, n=8)
+    check_way("device", problem, keep)
     assert len(calls) == (4 if keep else 5) + (4 if grouped_calls == "all" else 0)
 
 
 def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make_case(ragged_choices(SIZES), len(SIZES), bias=True)
+    problem = make_problem(ragged_choices(SIZES), len(SIZES), bias=True)
     monkeypatch.setattr(cpu, "_ONEDNN_LINEAR", None)
-    check(WAYS["alone"], case)
+    check_way("alone", problem)
 
 
 @pytest.mark.parametrize("way", CPU_WAYS)
@@ -365,10 +275,10 @@ def test_used_memory_holds_garbage(way: str, dtype: torch.dtype, monkeypatch: py
         return fresh
 
     monkeypatch.setattr(memory.np, "empty", poisoned)
-    case = make_case(ragged_choices(SIZES), len(SIZES), dtype=dtype, bias=True)
-    check(WAYS[way], case)
+    problem = make_problem(ragged_choices(SIZES), len(SIZES), dtype=dtype, bias=True)
+    check_way(way, problem)
     assert len(lent) >= 4
-    check(WAYS[way], case)  # in the memory of the first
+    check_way(way, problem)  # in the memory of the first
 
 
 def test_memory_is_used_again_once_nothing_lies_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -517,47 +427,41 @@ def test_only_stacked_weights_are_batched(monkeypatch: pytest.MonkeyPatch) -> No
         return original(left, *args)
 
     monkeypatch.setattr(experts_cpu, "batched_product", spy)
-    case = make_case(ragged_choices([20, 20, 20]), 3)
-    o = case.operands
-    for gate_up in (o.gate_up_proj, list(o.gate_up_proj)):
+    problem = make_problem(ragged_choices([20, 20, 20]), 3)
+    for call, wanted in ((problem.call, 2), (as_sequences(problem.call), 0)):
         called.clear()
         with torch.no_grad():
-            out, _ = experts.experts_forward(
-                o.hidden, o.weights, o.offsets, o.source, o.position, gate_up, o.down_proj, None, None, o.spec, False
-            )
-        assert_close(out, expected_of(case)[0])
-        assert len(called) == (2 if gate_up is o.gate_up_proj else 0)
+            out, _ = experts_cpu.experts_forward(call, False)
+        assert_close(out, problem.expected["out"])
+        assert len(called) == wanted
 
 
 def test_the_device_way_never_looks_at_the_data() -> None:
     """Meta tensors have no data: whatever would make the host wait for a device raises on them."""
-    case = make_case(ragged_choices(SIZES), len(SIZES), bias=True)
-    tensors = {name: v.to("meta") for name, v in vars(case.operands).items() if isinstance(v, Tensor)}
-    on_meta = Case(replace(case.operands, **tensors), case.dispatch, case.grad_out.to("meta"))
-    out, grads = outputs_of(WAYS["device"], on_meta)
-    assert out.shape == case.operands.hidden.shape
-    for operand, grad in zip(differentiable(case.operands), grads, strict=True):
-        assert grad.shape == operand.shape
-        assert grad.dtype == operand.dtype
+    problem = make_problem(ragged_choices(SIZES), len(SIZES), bias=True)
+    call = replaced(problem.call, **{name: x.to("meta") for name, x in problem.inputs.items()})
+    dispatched = {f.name: getattr(call.dispatched, f.name).to("meta") for f in fields(Dispatch)}
+    on_meta = Problem(replace(call, dispatched=Dispatch(**dispatched)), problem.grad_out.to("meta"))
+    found = run(on_meta, experts_device)
+    assert found["out"].shape == call.hidden.shape
+    for name, operand in on_meta.inputs.items():
+        assert (found[name].shape, found[name].dtype) == (operand.shape, operand.dtype)
     for way in CPU_WAYS:
         with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-            outputs_of(WAYS[way], on_meta)
+            run(on_meta, WAYS[way])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_comparison_can_fail(dtype: torch.dtype) -> None:
-    case = make_case(ragged_choices(SIZES), len(SIZES), dtype=dtype)
-    expected_out, expected_grads = expected_of(case)
-    out, grads = outputs_of(WAYS["alone"], case)
-    one_token_dropped = out.clone()
+    problem = make_problem(ragged_choices(SIZES), len(SIZES), dtype=dtype)
+    found = run(problem, experts_cpu)
+    one_token_dropped = found["out"].clone()
     one_token_dropped[3] = 0
-    for wrong in (torch.zeros_like(out), out.roll(1, 0), one_token_dropped):
-        with pytest.raises(AssertionError, match="relative RMS"):
-            assert_close(wrong, expected_out)
-    for grad, expected in zip(grads[:4], expected_grads[:4], strict=True):
-        for wrong in (torch.zeros_like(grad), grad.roll(1, 0)):
+    for name in ("out", "hidden", "weights", "gate_up", "down"):
+        wrong = [torch.zeros_like(found[name]), found[name].roll(1, 0)]
+        for other in [*wrong, one_token_dropped] if name == "out" else wrong:
             with pytest.raises(AssertionError, match="relative RMS"):
-                assert_close(wrong, expected, tolerance=TOLERANCE[dtype])
-    swapped = replace(case.operands, gate_up_proj=case.operands.gate_up_proj.flip(0))
+                assert_close(other, problem.expected[name], tolerance=TOLERANCE[dtype])
+    swapped = with_inputs(problem, gate_up=problem.call.parameters.gate_up.flip(0))
     with pytest.raises(AssertionError, match="relative RMS"):
-        assert_close(outputs_of(WAYS["alone"], replace(case, operands=swapped))[0], expected_out)
+        check(run(swapped, experts_cpu), swapped)

@@ -10,11 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moe_triton.backends.triton.experts import experts_backward, experts_forward
+from moe_triton.backends.triton.experts import experts_forward
 from moe_triton.records import ACTIVATIONS, GATED, ExpertSpec
 from moe_triton_kernels import configs, grouped_gemm
-from tests.helpers.compare import assert_close
-from tests.helpers.expert_problem import DEVICE, PARAMETERS, check, make_problem, random_choices, run, with_inputs
+from tests.helpers.problems import DEVICE, INPUTS, PARAMETERS, check, make_problem, random_choices, run, with_inputs
 
 # the sigmoid of a far negative number is 1 / (1 + inf) = 0, as it should be
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
@@ -115,9 +114,8 @@ def test_top_k_of_every_expert() -> None:
 def test_only_the_gradients_that_are_needed() -> None:
     problem = make_problem(random_choices(7, 2, 3), 3)
     everything = run(problem)
-    names = [name for name in problem.expected if name != "out"]
-    for name in names:
-        alone = run(problem, needs=tuple(other == name for other in names))
+    for name in INPUTS:
+        alone = run(problem, wanted=[other == name for other in INPUTS])
         assert alone.keys() == {"out", name}
         assert torch.equal(alone[name], everything[name])
 
@@ -150,7 +148,6 @@ def test_expanded_inputs() -> None:
 def test_a_sequence_of_unaligned_and_strided_tensors() -> None:
     """Views at odd offsets, one of them with strides of its own: read where they are, or made contiguous."""
     problem = make_problem(random_choices(9, 2, 4), 4)
-    hidden, weights = problem.inputs["hidden"], problem.inputs["weights"]
 
     def unaligned(x: torch.Tensor) -> list[torch.Tensor]:
         pieces = [torch.cat([piece.new_zeros(1), piece.reshape(-1)])[1:].view(piece.shape) for piece in x]
@@ -158,21 +155,13 @@ def test_a_sequence_of_unaligned_and_strided_tensors() -> None:
         pieces[1] = pieces[1].mT.contiguous().mT if x.dim() == 3 else pieces[1]
         return pieces
 
-    parameters = [unaligned(problem.inputs[name]) for name in PARAMETERS]
-    plan = (problem.dispatch.offsets, problem.dispatch.source, problem.dispatch.position)
-    out, h = experts_forward(hidden, weights, *plan, *parameters, problem.spec, True)
-    assert_close(out, problem.expected["out"])
-    gradients = experts_backward(problem.grad_out, hidden, h, weights, *plan, *parameters, problem.spec, (True,) * 6)
-    for name, gradient in zip(PARAMETERS, gradients[2:], strict=True):
-        assert_close(torch.stack(gradient), problem.expected[name])
+    check(run(with_inputs(problem, **{name: unaligned(problem.inputs[name]) for name in PARAMETERS})), problem)
 
 
 def test_no_bits_change_without_the_preactivation() -> None:
     problem = make_problem(random_choices(9, 2, 4), 4)
-    arguments = [problem.inputs["hidden"], problem.inputs["weights"], problem.dispatch.offsets]
-    arguments += [problem.dispatch.source, problem.dispatch.position, *(problem.inputs[name] for name in PARAMETERS)]
-    kept, h = experts_forward(*arguments, problem.spec, True)
-    alone, nothing = experts_forward(*arguments, problem.spec, False)
+    kept, h = experts_forward(problem.call, True)
+    alone, nothing = experts_forward(problem.call, False)
     assert h.shape == (18, 40)
     assert nothing.shape == (0,)
     assert torch.equal(kept, alone)

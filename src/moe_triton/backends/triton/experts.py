@@ -30,7 +30,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Problem:
-    """One call as the kernels take it: the sizes, and the configuration of each kernel. Its tensors are contiguous.
+    """One call as the kernels take it: contiguous tensors, the sizes, and the configuration of each kernel.
 
     gate_up and down are as the forward product reads them: [d, n or 2n] and [n, d].
     """
@@ -40,7 +40,7 @@ class Problem:
             raise TypeError(f"hidden: the triton backend takes float32, float16 or bfloat16, got {call.hidden.dtype}")
         spec, parameters = call.spec, call.parameters
         self.call, self.spec, self.dispatched = call, spec, call.dispatched
-        self.hidden, self.weights = call.hidden, call.weights
+        self.hidden, self.weights = call.hidden.contiguous(), call.weights.contiguous()
         self.top_k, self.num_rows = call.dispatched.top_k, call.num_rows
         self.size_d, self.size_n = call.hidden_size, call.intermediate_size
         gate_up, down = per_expert(parameters.gate_up), per_expert(parameters.down)
@@ -205,7 +205,7 @@ def experts_backward_rows(call: ExpertCall, grad_out: Tensor, preactivation: Ten
         )
     if wanted == Wanted(*(False,) * 5, wanted.down_bias):  # the down bias alone needs neither
         return RowGradients(None, None, hidden.new_empty(0), hidden.new_empty(0))
-    tiles = problem.tiles()
+    grad_out, tiles = grad_out.contiguous(), problem.tiles()
     if preactivation.numel() == 0:
         _, preactivation = problem.up(tiles, keep_a=False, keep_h=True)
     weighted_a, grad_h, shares = problem.d_hidden(grad_out, preactivation, tiles)
@@ -226,6 +226,7 @@ def experts_backward_weights(
         return ParameterGradients(
             *(zeros_like(p) if want and p is not None else None for p, want in zip(given, wanted[2:], strict=True))
         )
+    grad_out = grad_out.contiguous()
     up = down = up_bias = down_bias = None
     if wanted.down:
         down = problem.d_down(grad_out, row_grads.weighted_a)

@@ -18,8 +18,9 @@ from moe_triton.compat.deepspeed import groups
 from moe_triton.compat.mlps import MLP, is_tampered, recognise
 from moe_triton.compat.opaque import OpaqueExperts, call_one_by_one
 from moe_triton.distributed import ExpertParallel
-from moe_triton.experts import Parameters, in_autocast_dtype, run_experts
+from moe_triton.experts import in_autocast_dtype, run_experts
 from moe_triton.records import Dispatch, ExpertSpec
+from moe_triton.records import ExpertParameters as Parameters
 
 
 class Experts(nn.Module):

@@ -1,0 +1,153 @@
+"""The experts of this rank, by a backend: the innermost stage of an exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from moe_triton import runtime
+from moe_triton.autograd.flat import Form, flatten_gradients, split, unflatten
+from moe_triton.dispatch import dispatch
+from moe_triton.distributed.exchange.stages import Saved
+from moe_triton.records import Dispatch, ExpertCall, ExpertSpec, ExpertWeight, RowGradients, Wanted
+
+
+@dataclass
+class LocalCall:
+    """One forward of the local experts: where its tensors are in Saved, its Dispatch, and what backward leaves."""
+
+    x: int
+    weights: int
+    preactivation: int
+    dispatched: Dispatch
+    grad_out: Tensor | None = None
+    gradients: RowGradients | None = None
+
+
+@dataclass
+class LocalExperts:
+    """See `stages.InnermostStage`.
+
+    form          of the flat parameters (`moe_triton.autograd.flat`)
+    width         shape of one expert's gate_up, which has to be the same on all ranks
+    first_expert  what to subtract from an id; ids of other ranks' experts are skipped
+    adds_bias     whether the down bias is added here: of several ranks that hold slices of an expert only one does
+    """
+
+    num_experts: int
+    backend: str
+    form: Form
+    spec: ExpertSpec
+    width: tuple[int, ...]
+    recompute: bool = False
+    first_expert: int = 0
+    adds_bias: bool = True
+    note: Callable[[str], None] = lambda event: None
+    calls: list[LocalCall] = field(default_factory=list)
+
+    def description(self) -> Mapping[str, object]:
+        return {"activation": self.spec.activation, "width": self.width}
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, assignments: int, saved: Saved) -> Tensor:
+        local = ids - self.first_expert
+        local = torch.where((local >= 0) & (local < self.num_experts), local, -1)
+        dispatched = _shortened(dispatch(local, self.num_experts, backend=self.backend), assignments)
+        self.note(f"experts {len(self.calls)}")
+        call, keep = self._call(x, weights, dispatched, saved), saved.is_training and not self.recompute
+        out, preactivation = runtime.experts_backend(self.backend, x.device).experts_forward(call, keep)
+        self.calls.append(LocalCall(saved.put(x), saved.put(weights), saved.put(preactivation), dispatched))
+        return out
+
+    def start_backward(self, call: int, grad: Tensor, saved: Saved) -> Callable[[], tuple[Tensor, Tensor]]:
+        here = self.calls[call]
+        self.note(f"row gradients {call}")
+        done = self._call(saved[here.x], saved[here.weights], here.dispatched, saved)
+        backend = runtime.experts_backend(self.backend, grad.device)
+        rows = backend.experts_backward_rows(done, grad, saved[here.preactivation], Wanted())
+        here.grad_out, here.gradients = grad, rows
+        assert rows.hidden is not None
+        assert rows.weights is not None
+        found = rows.hidden, rows.weights
+        return lambda: found
+
+    def backward_weights(self, wanted: Sequence[bool], saved: Saved) -> Sequence[Tensor | None]:
+        """One ragged product over the rows of all calls."""
+        self.note("weight gradients")
+        call, grad_out, rows = self._all_calls(saved)
+        groups = Wanted(False, False, *(any(group) for group in split(wanted, self.form)))
+        backend = runtime.experts_backend(self.backend, grad_out.device)
+        return flatten_gradients(backend.experts_backward_weights(call, grad_out, rows, groups), self.form)
+
+    def _call(self, x: Tensor, weights: Tensor, dispatched: Dispatch, saved: Saved) -> ExpertCall:
+        parameters = unflatten(saved.parameters, self.form)
+        if not self.adds_bias and parameters.down_bias is not None:
+            parameters = parameters._replace(down_bias=_zeros_like(parameters.down_bias))
+        return ExpertCall(hidden=x, weights=weights, dispatched=dispatched, parameters=parameters, spec=self.spec)
+
+    def _all_calls(self, saved: Saved) -> tuple[ExpertCall, Tensor, RowGradients]:
+        """The operands of the weight gradients, with the calls' rows merged into one expert order."""
+        grad_outs = [call.grad_out for call in self.calls if call.grad_out is not None]
+        gradients = [call.gradients for call in self.calls if call.gradients is not None]
+        if len(self.calls) == 1:
+            only = self.calls[0]
+            return self._call(saved[only.x], saved[only.weights], only.dispatched, saved), grad_outs[0], gradients[0]
+        weights = torch.cat([saved[call.weights] for call in self.calls])
+        experts, top_k = torch.cat([_expert_of_slots(call.dispatched) for call in self.calls]), weights.shape[1]
+        num_rows = sum(call.dispatched.source.shape[0] for call in self.calls)
+        whole = dispatch(experts.view(-1, top_k), self.num_experts, backend=self.backend)
+        merged = self._call(
+            joined([saved[call.x] for call in self.calls]), weights, _shortened(whole, num_rows), saved
+        )
+        return merged, joined(grad_outs), RowGradients(
+            hidden=None,
+            weights=None,
+            preactivation=self._merged([g.preactivation for g in gradients], merged.dispatched, num_rows),
+            weighted_a=self._merged([g.weighted_a for g in gradients], merged.dispatched, num_rows),
+        )
+
+    def _merged(self, parts: Sequence[Tensor], whole: Dispatch, num_rows: int) -> Tensor:
+        """The calls' rows in the order of their common Dispatch."""
+        out = parts[0].new_empty(num_rows + 1, parts[0].shape[1])  # one more for the rows past a call's end
+        first_slot = 0
+        for call, part in zip(self.calls, parts, strict=True):
+            source = call.dispatched.source.long()
+            if source.numel() > 0:
+                row = whole.position.reshape(-1)[(first_slot + source).clamp_min(0)].long()
+                out[torch.where(source >= 0, row, num_rows)] = part
+            first_slot += call.dispatched.position.numel()
+        return out[:num_rows]
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Rows that follow each other, as one tensor: a view where they already are neighbours in one buffer."""
+    first, width = parts[0], parts[0].stride(0)
+    end = first.storage_offset()
+    neighbours = True
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        neighbours = neighbours and same and part.is_contiguous() and part.storage_offset() == end
+        end += part.shape[0] * width
+    if not neighbours:
+        return torch.cat(list(parts))
+    return first.as_strided((sum(part.shape[0] for part in parts), first.shape[1]), first.stride())
+
+
+def _shortened(dispatched: Dispatch, num_rows: int) -> Dispatch:
+    """The same Dispatch with room for `num_rows` rows, which the kept ones must not exceed."""
+    if num_rows >= dispatched.source.shape[0]:
+        return dispatched
+    return replace(dispatched, source=dispatched.source[:num_rows])
+
+
+def _expert_of_slots(dispatched: Dispatch) -> Tensor:
+    """The expert of every slot [R*J], -1 for one without a row."""
+    row = dispatched.position.reshape(-1)
+    expert = torch.searchsorted(dispatched.offsets[1:].contiguous(), row, right=True)
+    return torch.where(row >= 0, expert, -1).int()
+
+
+def _zeros_like(bias: ExpertWeight) -> ExpertWeight:
+    return torch.zeros_like(bias) if isinstance(bias, Tensor) else [torch.zeros_like(b) for b in bias]

@@ -1,0 +1,160 @@
+"""Small problems for the experts with the float64 reference's answers, and how an answer is compared with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_triton import reference, runtime
+from moe_triton.backends.protocols import ExpertsBackend
+from moe_triton.records import Dispatch, ExpertCall, ExpertParameters, ExpertSpec, ExpertWeight, Wanted
+from tests.helpers.compare import assert_close
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PARAMETERS = ExpertParameters._fields
+INPUTS = ("hidden", "weights", *PARAMETERS)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A call of the experts and the gradient of its output."""
+
+    call: ExpertCall
+    grad_out: Tensor
+    known: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def expected(self) -> dict[str, Tensor]:
+        """The reference's `out` and gradients by the name of their input, in float64; computed once."""
+        if not self.known:
+            self.known.update(expected_of(self.call, self.grad_out))
+        return self.known
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What is differentiable; a missing bias is None."""
+        return inputs_of(self.call)
+
+
+def inputs_of(call: ExpertCall) -> dict[str, Any]:
+    return dict(zip(INPUTS, (call.hidden, call.weights, *call.parameters), strict=True))
+
+
+def replaced(call: ExpertCall, **inputs: ExpertWeight | None) -> ExpertCall:
+    """The call with other tensors, by the names of INPUTS."""
+    rows = {name: inputs.pop(name) for name in ("hidden", "weights") if name in inputs}
+    return replace(call, parameters=call.parameters._replace(**inputs), **rows)
+
+
+def with_inputs(problem: Problem, **inputs: ExpertWeight | None) -> Problem:
+    """The same expectations for other inputs: what a mutated run is compared with."""
+    return replace(problem, call=replaced(problem.call, **inputs), known=dict(problem.expected))
+
+
+def expected_of(call: ExpertCall, grad_out: Tensor) -> dict[str, Tensor]:
+    """Output and gradients of the reference on the CPU in float64, of the stacked call."""
+    leaves = {name: x.detach().cpu().double().requires_grad_() for name, x in inputs_of(call).items() if x is not None}
+    found = {f.name: getattr(call.dispatched, f.name).cpu() for f in fields(Dispatch)}
+    wide = replaced(replace(call, dispatched=Dispatch(**found)), **leaves)
+    out = reference.moe_experts(wide)
+    gradients = torch.autograd.grad(
+        out, list(leaves.values()), grad_out.cpu().double(), allow_unused=True, materialize_grads=True
+    )
+    return {"out": out.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def random_choices(num_tokens: int, top_k: int, num_experts: int) -> Tensor:
+    """Distinct experts for each token; the last expert is chosen by nobody where top_k leaves one out."""
+    used = max(top_k, num_experts - 1)
+    choices = torch.rand(num_tokens, used).argsort(1)[:, :top_k]
+    return choices.int()
+
+
+def make_problem(
+    choices: Tensor,
+    num_experts: int,
+    *,
+    spec: ExpertSpec | None = None,
+    bias: bool = True,
+    d: int = 24,
+    n: int = 20,
+    dtype: torch.dtype = torch.float32,
+    weights_dtype: torch.dtype | None = None,
+    capacity: int | None = None,
+    device: str = DEVICE,
+) -> Problem:
+    """The inputs are rounded to `dtype` before the reference sees them in float64."""
+    spec = spec or ExpertSpec()
+    num_tokens, top_k = choices.shape
+    width = 2 * n if spec.is_gated else n
+    shapes = {"gate_up": (num_experts, width, d), "down": (num_experts, d, n)}
+    if spec.is_transposed:
+        shapes = {name: (experts, columns, rows) for name, (experts, rows, columns) in shapes.items()}
+    if bias:
+        shapes |= {"gate_up_bias": (num_experts, width), "down_bias": (num_experts, d)}
+
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(shape, dtype=torch.float64)).to(device, dtype)
+
+    parameters = {
+        name: random(*shape, scale=1.0 if name.endswith("bias") else 2.0 / shape[1] ** 0.5)
+        for name, shape in shapes.items()
+    }
+    dispatch = reference.dispatch(choices, num_experts, capacity=capacity)
+    weights = torch.rand(num_tokens, top_k, dtype=torch.float64) + 0.1
+    call = ExpertCall(
+        hidden=random(num_tokens, d),
+        weights=weights.to(device, weights_dtype or reference.wide(dtype)),
+        dispatched=Dispatch(**{f.name: getattr(dispatch, f.name).to(device) for f in fields(Dispatch)}),
+        parameters=ExpertParameters(**parameters),
+        spec=spec,
+    )
+    return Problem(call, random(num_tokens, d))
+
+
+def as_sequences(call: ExpertCall) -> ExpertCall:
+    """The same call with one tensor per expert."""
+    lists = (None if x is None else list(x.unbind(0)) for x in call.parameters)
+    return replace(call, parameters=ExpertParameters(*lists))
+
+
+def stacked(x: ExpertWeight | None) -> Tensor | None:
+    return x if x is None or isinstance(x, Tensor) else torch.stack(list(x))
+
+
+def triton_backend() -> ExpertsBackend:
+    return runtime.experts_backend("triton", torch.device(DEVICE))
+
+
+@torch.no_grad()
+def run(
+    problem: Problem,
+    backend: ExpertsBackend | None = None,
+    *,
+    recompute: bool = False,
+    sequence: bool = False,
+    wanted: Sequence[bool] | None = None,
+) -> dict[str, Tensor]:
+    """`out` and the gradients that are wanted (all that have an input), by the triton backend or another one."""
+    backend = backend or triton_backend()
+    call = as_sequences(problem.call) if sequence else problem.call
+    present = [x is not None for x in problem.inputs.values()]
+    out, h = backend.experts_forward(call, not recompute)
+    gradients = backend.experts_backward(call, problem.grad_out, h, Wanted(*(wanted or present)))
+    if sequence:
+        assert [isinstance(gradient, list) for gradient in gradients] == [False, False, *present[2:]]
+    found = {name: stacked(gradient) for name, gradient in zip(INPUTS, gradients, strict=True)}
+    return {"out": out, **{name: gradient for name, gradient in found.items() if gradient is not None}}
+
+
+def check(actual: dict[str, Tensor], problem: Problem, tolerance: float | None = None) -> None:
+    """Every expected tensor is there, in its input's dtype, and close to the reference."""
+    assert actual.keys() == problem.expected.keys()
+    for name, expected in problem.expected.items():
+        given = problem.inputs["hidden" if name == "out" else name]
+        assert actual[name].dtype == given.dtype, name
+        assert_close(actual[name], expected, tolerance=tolerance)
