@@ -8,9 +8,9 @@ from torch import nn
 
 import moe_triton
 from moe_triton import explain, runtime
-from moe_triton.backends.triton import stages
 from moe_triton.benchmarking.cases import Case, make_workload
 from moe_triton.benchmarking.stages import open_layer
+from moe_triton.kernel_stages import KERNELS
 
 SHAPE = (20, 32, 16, 4, 2)
 
@@ -30,8 +30,8 @@ def test_the_kernels_and_configurations_are_those_that_run(bias):
     (found,) = explain(layer, tokens=20)
     case = Case(tokens=20, hidden=32, intermediate=16, experts=4, top_k=2, bias=bias)
     opened = open_layer(make_workload(case, torch.device("cpu")), "triton")
-    running = [(s.kernel, s.config) for s in opened.stages if s.kernel in stages.KERNELS.values()]
-    assert [(p.runs, p.config) for p in found.parts if p.runs in stages.KERNELS.values()] == running
+    running = [(s.kernel, s.config) for s in opened.stages if s.kernel in KERNELS.values()]
+    assert [(p.runs, p.config) for p in found.parts if p.runs in KERNELS.values()] == running
     assert {p.origin for p in found.parts if p.config} == {"heuristic"}
 
 

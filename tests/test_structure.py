@@ -24,11 +24,25 @@ LEVELS = [
     ["experts"],
     ["distributed"],
     ["layers"],
+    ["kernel_stages"],
     ["explain", "integrations", "metrics", "training"],
     ["benchmarking", "compat"],
     ["cli"],
 ]
-KNOW_THE_KERNELS = (("backends", "triton"), ("benchmarking", "stages.py"), ("cli", "inspect.py"))
+KNOW_THE_KERNELS = (
+    ("backends", "triton"),
+    ("benchmarking", "stages.py"),
+    ("benchmarking", "stages_triton.py"),
+    ("benchmarking", "kernel_search.py"),
+    ("benchmarking", "tune_worker.py"),
+    ("benchmarking", "tuning.py"),
+    ("cli", "info.py"),
+    ("cli", "inspect.py"),
+    ("cli", "tune.py"),
+    ("explain.py",),
+    ("kernel_stages.py",),
+    ("runtime.py",),
+)
 LEVEL = {name: depth for depth, names in enumerate(LEVELS) for name in names}
 NAMES = {path.stem if path.is_file() else path.name for path in SRC.iterdir()} - {"__pycache__", "py"}
 

@@ -8,18 +8,15 @@ from typing import Any
 import torch
 
 from gpu_benches.limits import COPY_BYTES, DENSE_SIZE, limit_calls, measured_device
-from moe_triton.backends.triton.experts import Problem, weight_gradient
 from moe_triton.backends.triton.routing import route_backward, route_forward
 from moe_triton.benchmarking.cases import Case, Workload, make_workload
+from moe_triton.benchmarking.stages_triton import ExpertKernels
 from moe_triton.benchmarking.timing import Call, Timer, run_rounds, spread
+from moe_triton.dispatch import dispatch
+from moe_triton.kernel_stages import KERNELS
 from moe_triton.records import RouterSpec
-from moe_triton_kernels.combine import combine
-from moe_triton_kernels.d_hidden import d_hidden, d_router_weights
-from moe_triton_kernels.down import rows_times_experts
 from moe_triton_kernels.floors import FLOORS, Shape
 from moe_triton_kernels.permutation import permute
-from moe_triton_kernels.tiles import tile_tables
-from moe_triton_kernels.weight_grad import bias_grad
 
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
@@ -38,84 +35,17 @@ def floor_shape(case: Case) -> Shape:
 
 def kernel_calls(workload: Workload) -> dict[str, Call]:
     """A call per entry of FLOORS that a training step launches; each has its inputs ready and makes its outputs."""
-    case, spec = workload.case, workload.spec
-    hidden, grad_out = workload.hidden, workload.grad_out
+    case = workload.case
     router = RouterSpec(top_k=case.top_k, normalize=case.top_k > 1)
-    logits = hidden.float() @ workload.gate.float().T
+    logits = workload.hidden.float() @ workload.gate.float().T
     experts, weights, _, score_sums, z_sum = route_forward(logits, router, None, None, None)
-    _, offsets, source, position = permute(experts, case.experts)
-    parameters = (workload.gate_up, workload.down, workload.gate_up_bias, workload.down_bias)
-    problem = Problem(hidden, offsets, source, position, *parameters, spec)
-    tiles = tile_tables(offsets, problem.num_rows)
-
-    def up() -> tuple[torch.Tensor, torch.Tensor]:
-        return problem.up(hidden, source, tiles, offsets, keep_a=True, keep_h=True)
-
-    a, h = up()
-
-    def down() -> torch.Tensor:
-        return rows_times_experts(
-            a,
-            tiles,
-            offsets,
-            problem.down,
-            size_columns=problem.size_d,
-            config=problem.config("down"),
-            bias=problem.down_bias,
-            router_weights=weights,
-            source=source,
-        )
-
-    def grad_hidden_rows() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return d_hidden(
-            grad_out,
-            source,
-            tiles,
-            offsets,
-            problem.down.transposed(),
-            h,
-            weights,
-            size_n=problem.size_n,
-            activation=spec.activation,
-            is_concatenated=spec.is_concatenated,
-            config=problem.config("d_hidden"),
-        )
-
-    rows = down()
-    weighted_a, grad_h, shares = grad_hidden_rows()
-
-    def grad_input_rows() -> torch.Tensor:
-        return rows_times_experts(
-            grad_h,
-            tiles,
-            offsets,
-            problem.gate_up.transposed(),
-            size_columns=problem.size_d,
-            config=problem.config("d_rows"),
-        )
-
-    calls: dict[str, Call] = {
+    opened = ExpertKernels(workload.call(weights, dispatch(experts, case.experts, backend="triton")), workload.grad_out)
+    return {
         "topk": lambda: route_forward(logits, router, None, None, None),
         "permutation": lambda: permute(experts, case.experts),
-        "tile_tables": lambda: tile_tables(offsets, problem.num_rows),
-        "up": up,
-        "down": down,
-        "combine": lambda: combine(rows, position, hidden.dtype),
-        "d_hidden": grad_hidden_rows,
-        "d_router_weights": lambda: d_router_weights(
-            shares, grad_out, source, tiles, offsets, problem.down_bias, weights
-        ),
-        "d_weight_down": lambda: weight_gradient(problem, grad_out, weighted_a, source, offsets, tokens_first=True),
-        "d_weight_up": lambda: weight_gradient(problem, hidden, grad_h, source, offsets, tokens_first=False),
-        "d_rows": grad_input_rows,
+        **{name: opened.call(name) for name in KERNELS if name in FLOORS and (case.bias or "bias" not in name)},
         "topk_backward": lambda: route_backward(weights, score_sums, z_sum, logits, experts, router),
     }
-    if case.bias:
-        calls["d_bias_rows"] = lambda: bias_grad(grad_h, source, offsets, top_k=case.top_k)
-        calls["d_bias_gathered"] = lambda: bias_grad(
-            grad_out, source, offsets, top_k=case.top_k, router_weights=weights
-        )
-    return calls
 
 
 def measure_kernels(

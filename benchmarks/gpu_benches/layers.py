@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from moe_triton.benchmarking.memory import peak_bytes, saved_bytes
 from moe_triton.benchmarking.providers import PROVIDERS, Block, Provider, require_swiglu, share
 from moe_triton.benchmarking.runner import Prepared, block_call, prepare
 from moe_triton.benchmarking.timing import Call, Timer, Times, ratios, run_rounds, spread
-from moe_triton.experts import run_experts
 
 OURS, PEER = "triton", "gather-grouped_mm"
 
@@ -68,18 +68,16 @@ BLOCKS = {
 
 def experts_alone(workload: Workload) -> Block:
     """The experts op without the router, for what it alone keeps for backward."""
-    case, spec = workload.case, workload.spec
+    case = workload.case
     ours = PROVIDERS[OURS].build(workload)
     routing = moe_triton.route(workload.hidden.float() @ workload.gate.float().T, case.top_k, backend="triton")
     plan = moe_triton.dispatch(routing.experts, case.experts, backend="triton")
-    named = ours.parameters
-    parameters = (named["gate_up"], named["down"], named.get("gate_up_bias"), named.get("down_bias"))
+    named = dict(ours.parameters)
+    projections = {"gate_up_proj": named["gate_up"], "down_proj": named["down"]}
+    biases = {name: named[name] for name in ("gate_up_bias", "down_bias") if name in named}
+    experts = partial(moe_triton.moe_experts, activation=case.activation, backend="triton", **projections, **biases)
     weights = routing.weights.detach()
-    return Block(
-        forward=lambda x: run_experts(x, weights, plan, *parameters, spec, backend="triton"),
-        choose=ours.choose,
-        parameters=named,
-    )
+    return Block(forward=lambda x: experts(x, weights, plan), choose=ours.choose, parameters=ours.parameters)
 
 
 def saved_limit(case: Case) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 import moe_triton
 from gpu_checks.harness import Setting, Skipped, compilations, poisoned, worker_command
 from moe_triton import MoE, reference
-from moe_triton.records import ExpertSpec
+from moe_triton.records import ExpertCall, ExpertParameters, ExpertSpec
 from tests.helpers.compare import TOLERANCE, assert_close
 
 REPEATS = 20
@@ -271,7 +271,12 @@ def reference_experts(
     """Output and gradients of hidden states, weights and both projections, in float64."""
     leaves = [x.double().requires_grad_() for x in (hidden, weights, gate_up, down)]
     plan = reference.dispatch(choices, gate_up.shape[0])
-    out = reference.moe_mlp(leaves[0], leaves[1], plan, leaves[2], leaves[3], None, None, ExpertSpec())
+    out = reference.moe_experts(
+        ExpertCall(
+            hidden=leaves[0], weights=leaves[1], dispatched=plan, parameters=ExpertParameters(*leaves[2:]),
+            spec=ExpertSpec(),
+        )
+    )  # fmt: skip
     return [out.detach(), *torch.autograd.grad(out, leaves, grad_out.double())]
 
 

@@ -164,3 +164,10 @@ def renormalize(weights: Tensor, dispatch: Dispatch) -> Tensor:
     The sum is clamped at the dtype's eps, so that a token without survivors gets zeros (DeepSpeed's top-2 and top-k).
     """
     return reference.renormalize(weights, dispatch)
+
+
+def chosen_experts(dispatched: Dispatch) -> Tensor:
+    """Return the expert of every choice [T, K] int32, -1 for one without a row: the ids that the Dispatch kept."""
+    row = dispatched.position.reshape(-1)
+    expert = torch.searchsorted(dispatched.offsets[1:].contiguous(), row, right=True)
+    return torch.where(row >= 0, expert, -1).int().view_as(dispatched.position)

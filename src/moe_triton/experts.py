@@ -161,9 +161,7 @@ def _dtypes(hidden_states: Tensor) -> tuple[torch.dtype, ...]:
     return (hidden_states.dtype,) if runtime.autocast_dtype(hidden_states.device) is None else FLOATS
 
 
-def _check_parameters(
-    parameters: ExpertParameters, num_experts: int, spec: ExpertSpec, hidden_states: Tensor
-) -> None:
+def _check_parameters(parameters: ExpertParameters, num_experts: int, spec: ExpertSpec, hidden_states: Tensor) -> None:
     check_choice("activation", spec.activation, ACTIVATIONS)
     width, device, dtypes = hidden_states.shape[1], hidden_states.device, _dtypes(hidden_states)
     gate_up_proj, down_proj, gate_up_bias, down_bias = parameters

@@ -161,10 +161,12 @@ def triton_parts(
     shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device, is_gated: bool, has_bias: bool
 ) -> list[Part]:
     tokens, d, n, num_experts, top_k = shape
-    tables = runtime.load("triton", "tables")
-    chosen = tables.chosen_configs(
+    from moe_triton.kernel_stages import FORWARD, KERNELS, chosen_configs  # need Triton
+    from moe_triton_kernels.configs import target_of
+
+    chosen = chosen_configs(
         d=d, n=n, dtype=dtype, num_rows=tokens * top_k, num_experts=num_experts, is_gated=is_gated,
-        architecture=tables.target_of(device).architecture,
+        architecture=target_of(device).architecture,
     )  # fmt: skip
     config = {stage: found for found in chosen for stage in found["stages"]}
     parts = [
@@ -172,11 +174,11 @@ def triton_parts(
         Part(step="route", runs="top-k kernels"),
         Part(step="dispatch", runs="permutation kernels"),
     ]
-    for stage, kernel in tables.KERNELS.items():
+    for stage, kernel in KERNELS.items():
         if stage.startswith("d_bias") and not has_bias:
             continue
         known = config.get(stage)
-        step = f"{stage.removesuffix('_backward')} (backward)" if stage not in tables.FORWARD else stage
+        step = f"{stage.removesuffix('_backward')} (backward)" if stage not in FORWARD else stage
         parts.append(
             Part(
                 step=step,

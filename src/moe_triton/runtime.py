@@ -111,7 +111,15 @@ def check_usable(backend: str, device: torch.device, dtype: torch.dtype) -> None
     """Raises what `choose` raises, and ValueError where the table that the kernels read their configurations from is
     broken: before anything is run."""
     if choose(backend, device, dtype).name == "triton":
-        load("triton", "tables").user_table()
+        check_table()
+
+
+def check_table() -> None:
+    """Raise ValueError, naming the file, where the user's table of kernel configurations is broken."""
+    if TRITON_INSTALLED:
+        from moe_triton_kernels.configs import user_table  # needs Triton
+
+        user_table()
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

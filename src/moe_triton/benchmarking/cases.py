@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_triton.checks import check_choice, check_int
-from moe_triton.records import ACTIVATIONS, GATED, ExpertSpec
+from moe_triton.records import ACTIVATIONS, GATED, Dispatch, ExpertCall, ExpertParameters, ExpertSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SKEWS = ("uniform", "zipf", "hot", "quarter-empty")
@@ -203,6 +203,16 @@ class Workload:
     @property
     def spec(self) -> ExpertSpec:
         return ExpertSpec(activation=self.case.activation)
+
+    @property
+    def parameters(self) -> ExpertParameters:
+        return ExpertParameters(self.gate_up, self.down, self.gate_up_bias, self.down_bias)
+
+    def call(self, weights: Tensor, dispatched: Dispatch) -> ExpertCall:
+        """The call of the experts for router weights [T, K] and a Dispatch of the tokens."""
+        return ExpertCall(
+            hidden=self.hidden, weights=weights, dispatched=dispatched, parameters=self.parameters, spec=self.spec
+        )
 
     @property
     def experts(self) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_triton import reference
 from moe_triton.benchmarking.cases import Workload
 from moe_triton.benchmarking.providers import Block, Parameter
-from moe_triton.records import Dispatch, RouterSpec
+from moe_triton.records import Dispatch, ExpertCall, ExpertParameters, RouterSpec
 
 # Relative RMS error of a whole tensor. bf16 and fp16 leave room for a router that computes its logits in that dtype.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -165,15 +165,14 @@ def compare(
         # a leaf per expert: the gradient of an index into stacked weights would fill the whole stack every time
         named = {name: [tensor[e].double().requires_grad_() for e in part] for name, tensor in workload.experts.items()}
         leaves = [tensor for tensors in named.values() for tensor in tensors]
-        partial = reference.moe_mlp(
-            hidden,
-            weights,
-            own,
-            named["gate_up"],
-            named["down"],
-            named.get("gate_up_bias"),
-            named.get("down_bias"),
-            workload.spec,
+        partial = reference.moe_experts(
+            ExpertCall(
+                hidden=hidden,
+                weights=weights,
+                dispatched=own,
+                parameters=ExpertParameters(**named),
+                spec=workload.spec,
+            )
         )
         partial_hidden, partial_weights, *expected = torch.autograd.grad(partial, [hidden, weights, *leaves], grad_out)
         out64 += partial.detach()

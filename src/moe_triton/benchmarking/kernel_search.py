@@ -7,46 +7,46 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from moe_triton import runtime
 from moe_triton.benchmarking.cases import Workload
 from moe_triton.benchmarking.correctness import TOLERANCE
+from moe_triton.benchmarking.kernel_errors import stage_error
 from moe_triton.benchmarking.limits import dense
 from moe_triton.benchmarking.stages import bandwidth_buffer, middle, work_of
+from moe_triton.benchmarking.stages_triton import ExpertKernels, shipped_for
 from moe_triton.benchmarking.timing import Timer, ratios, run_rounds, spread
-from moe_triton.records import Dispatch, RouterSpec
+from moe_triton.dispatch import dispatch
+from moe_triton.kernel_stages import OP_OF, STAGES_OF, in_words
+from moe_triton.records import RouterSpec
 from moe_triton.reference import wide
+from moe_triton_kernels.configs import Config
 
 OK, WRONG, FAILED = "ok", "wrong", "failed"
 
 
 def stage_names() -> list[str]:
     """The stages whose kernels have configurations."""
-    return list(runtime.load("triton", "stages").OP_OF)
+    return list(OP_OF)
 
 
 def operations() -> list[str]:
     """The operations that have a configuration each; a gated one has its own."""
-    return list(runtime.load("triton", "stages").STAGES_OF)
+    return list(STAGES_OF)
 
 
-def open_kernels(workload: Workload) -> Any:
+def open_kernels(workload: Workload) -> ExpertKernels:
     """The experts' kernels over a workload, its tokens routed by its own gate."""
     case, x = workload.case, workload.hidden
     dtype = wide(case.torch_dtype)
     spec = RouterSpec(top_k=case.top_k, normalize=case.top_k > 1)
     with runtime.plain_maths(x):
         logits = x.to(dtype) @ workload.gate.to(dtype).T
-        experts, weights, *_ = runtime.load("triton", "routing").route_forward(logits, spec, None, None, None)
-        built = runtime.load("triton", "dispatch").build_dispatch(experts, case.experts, None, 1, False, None)
-        plan = Dispatch(**dict(zip(("counts", "offsets", "source", "position"), built, strict=True)))
-        return runtime.load("triton", "stages").ExpertKernels(
-            x, weights, plan, workload.gate_up, workload.down, workload.gate_up_bias, workload.down_bias, workload.spec,
-            workload.grad_out,
-        )  # fmt: skip
+        experts, weights, *_ = runtime.routing_backend("triton").route_forward(logits, spec, None, None, None)
+        dispatched = dispatch(experts, case.experts, backend="triton")
+        return ExpertKernels(workload.call(weights, dispatched), workload.grad_out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,15 +71,15 @@ class Searched:
     def __init__(self, workload: Workload, op: str, timer: Timer) -> None:
         self.workload, self.op, self.timer = workload, op, timer
         self.kernels = open_kernels(workload)
-        self.stages = runtime.load("triton", "stages").STAGES_OF[op]
+        self.stages = STAGES_OF[op]
 
     @property
-    def incumbent(self) -> Any:
+    def incumbent(self) -> Config:
         """What runs without a search."""
         self.kernels.problem.chosen = {}
         return self.kernels.problem.config(self.op)
 
-    def call(self, config: Any) -> Callable[[], object]:
+    def call(self, config: Config) -> Callable[[], object]:
         def run() -> list[object]:
             self.kernels.problem.chosen = {self.op: config}
             with runtime.plain_maths(self.workload.hidden):
@@ -87,14 +87,13 @@ class Searched:
 
         return run
 
-    def error(self, config: Any) -> float:
+    def error(self, config: Config) -> float:
         """How far the results are from float64."""
-        stage_error = runtime.load("triton", "verify").stage_error
         results = self.call(config)()
         assert isinstance(results, list)
         return max(stage_error(self.kernels, s, r) for s, r in zip(self.stages, results, strict=True))
 
-    def try_out(self, config: Any, against: Any, budget_s: float) -> Outcome:
+    def try_out(self, config: Config, against: Config, budget_s: float) -> Outcome:
         """Checks a configuration and times it beside another one."""
         try:
             error = self.error(config)
@@ -126,11 +125,10 @@ def time_shipped(
     workload: Workload, stage: str, timer: Timer, budget_s: float, on_step: Callable[[str, float], None]
 ) -> list[Timed]:
     """A stage's kernel with every configuration that ships for this device and dtype, fastest first."""
-    stages = runtime.load("triton", "stages")
     kernels = open_kernels(workload)
-    op, case = stages.OP_OF[stage], workload.case
+    op, case = OP_OF[stage], workload.case
     running = kernels.problem.config(op)
-    shipped = runtime.load("triton", "tables").shipped_for(kernels.problem, op)
+    shipped = shipped_for(kernels.problem, op)
     buffer = bandwidth_buffer(workload.hidden.device)
     limits = run_rounds({"dense": dense(workload, "forward").call, "sum": buffer.sum}, timer, budget_s=budget_s / 10)
     flops_per_s = case.flops("forward") / middle(spread(limits["dense"]))
@@ -140,10 +138,10 @@ def time_shipped(
     found = []
     configs = list(dict.fromkeys([running, *shipped]))
     for number, config in enumerate(configs):
-        words = stages.in_words(config)
+        words = in_words(config)
         on_step(words, number / len(configs))
 
-        def run(config: Any = config) -> object:
+        def run(config: Config = config) -> object:
             kernels.problem.chosen = {op: config}
             with runtime.plain_maths(workload.hidden):
                 return kernels.call(stage)()

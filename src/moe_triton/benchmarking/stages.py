@@ -7,7 +7,7 @@ product and at the bandwidth that are measured in the same rounds.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,16 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_triton import runtime
-from moe_triton.backends.stages import Stage
+from moe_triton.benchmarking import stages_torch
 from moe_triton.benchmarking.cases import Case, Workload
 from moe_triton.benchmarking.environment import now
 from moe_triton.benchmarking.limits import CPU_BUFFER_BYTES, GPU_BUFFER_BYTES, dense
 from moe_triton.benchmarking.providers import PROVIDERS
 from moe_triton.benchmarking.report import three_digits
 from moe_triton.benchmarking.results import spread_from, spreads_from
+from moe_triton.benchmarking.stage import Stage
 from moe_triton.benchmarking.timing import Call, Fresh, Spread, Timer, run_rounds, spread
 from moe_triton.benchmarking.ways import block_call
-from moe_triton.records import Dispatch, RouterSpec
+from moe_triton.records import Dispatch, ExpertCall, RouterSpec
 from moe_triton.reference import wide
 from moe_triton_kernels.floors import FLOORS, Shape, Work
 
@@ -105,13 +106,13 @@ class Opened:
     plan: Dispatch
 
 
-def open_layer(workload: Workload, backend: str = "auto", **options: object) -> Opened:
-    """Runs the layer once, keeping what every stage needs. `options` go to the backend's `expert_stages`."""
+def open_layer(workload: Workload, backend: str = "auto") -> Opened:
+    """Run the layer once, keeping what every stage needs."""
     case, x = workload.case, workload.hidden
     name = runtime.choose(backend, x.device, case.torch_dtype).name
     if name == "reference":
         raise ValueError("backend: got 'reference', wanted auto, torch or triton: the reference has no stages")
-    routing, dispatching = runtime.load(name, "routing"), runtime.load(name, "dispatch")
+    routing, dispatching = runtime.routing_backend(name), runtime.dispatch_backend(name)
     spec = RouterSpec(top_k=case.top_k, normalize=case.top_k > 1)
     dtype = wide(case.torch_dtype)
     gate = workload.gate
@@ -124,10 +125,7 @@ def open_layer(workload: Workload, backend: str = "auto", **options: object) -> 
         experts, weights, _, score_sums, z_sum = routing.route_forward(logits, spec, None, None, None)
         counts, offsets, source, position = dispatching.build_dispatch(experts, case.experts, None, 1, False, None)
         plan = Dispatch(counts=counts, offsets=offsets, source=source, position=position)
-        inner = runtime.load(name, "stages").expert_stages(
-            x, weights, plan, workload.gate_up, workload.down, workload.gate_up_bias, workload.down_bias, workload.spec,
-            workload.grad_out, **options,
-        )  # fmt: skip
+        inner = expert_stages(name, workload.call(weights, plan), workload.grad_out)
         grad_weights = torch.randn_like(weights)
         zeros = torch.zeros_like(score_sums), torch.zeros_like(z_sum)
         grad_logits = routing.route_backward(grad_weights, *zeros, logits, experts, spec)
@@ -167,8 +165,17 @@ def open_layer(workload: Workload, backend: str = "auto", **options: object) -> 
         ),
         Stage(name="gate", is_backward=True, kernel="two products in fp32", call=plain(gate_backward)),
     ]
-    wrapped = [stage if stage.call is None else Stage(**{**vars(stage), "call": plain(stage.call)}) for stage in inner]
+    wrapped = [stage if stage.call is None else replace(stage, call=plain(stage.call)) for stage in inner]
     return Opened(backend=name, stages=[*outer, *wrapped, *behind], plan=plan)
+
+
+def expert_stages(backend: str, call: ExpertCall, grad_out: Tensor) -> list[Stage]:
+    """The stages of the experts by backend "torch" or "triton"."""
+    if backend == "torch":
+        return stages_torch.expert_stages(call, grad_out)
+    from moe_triton.benchmarking import stages_triton  # needs Triton
+
+    return stages_triton.expert_stages(call, grad_out)
 
 
 def works(stage: Stage, case: Case) -> list[Work]:

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from moe_triton import runtime
 from moe_triton.benchmarking.cases import Case, make_workload
 from moe_triton.benchmarking.kernel_search import Searched, is_fatal
 from moe_triton.benchmarking.timing import make_timer
+from moe_triton_kernels.configs import Config, target_of
 
 
 def main() -> int:
@@ -32,17 +32,16 @@ def main() -> int:
     device = torch.device(problem["device"])
     if problem["threads"] is not None:
         torch.set_num_threads(problem["threads"])
-    tables = runtime.load("triton", "tables")
     try:
         workload = make_workload(Case(**problem["case"]), device, problem["seed"])
         searched = Searched(workload, problem["op"], make_timer(device))
-        answer({"incumbent": asdict(searched.incumbent), "architecture": tables.target_of(device).architecture})
+        answer({"incumbent": asdict(searched.incumbent), "architecture": target_of(device).architecture})
     except (RuntimeError, ValueError, TypeError) as error:  # out of memory among them
         answer({"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"})
         return 1
     for line in sys.stdin:
         asked = json.loads(line)
-        config, against = (tables.Config(**asked[name]) for name in ("config", "against"))
+        config, against = (Config(**asked[name]) for name in ("config", "against"))
         outcome = searched.try_out(config, against, asked["budget_s"])
         answer(asdict(outcome))
         if is_fatal(outcome):

@@ -21,11 +21,15 @@ from typing import Any
 
 import torch
 
-from moe_triton import runtime
+from moe_triton import kernel_stages
 from moe_triton.benchmarking.cases import Case
 from moe_triton.benchmarking.environment import now
 from moe_triton.benchmarking.kernel_search import FAILED, OK, Outcome
 from moe_triton.benchmarking.report import write_json, write_text
+from moe_triton.kernel_stages import full_name
+from moe_triton_kernels.configs import Config, bucket_of
+from moe_triton_kernels.configs import read_table as check_table
+from moe_triton_kernels.search import neighbours
 
 SCHEMA = "moe-triton-tune/1"
 GAIN = 0.99  # a candidate wins with less than this share of the time of the best so far
@@ -62,7 +66,6 @@ class Problem:
 
 def problems_of(cases: list[Case], ops: list[str], architecture: str) -> list[Problem]:
     """The distinct table entries that the cases ask for; the first case of each stands for it."""
-    tables = runtime.load("triton", "tables")
     found: dict[str, Problem] = {}
     for case in cases:
         is_gated = case.expert_rows == 2 * case.intermediate
@@ -70,8 +73,8 @@ def problems_of(cases: list[Case], ops: list[str], architecture: str) -> list[Pr
             problem = Problem(
                 case=case,
                 op=op,
-                name=tables.full_name(op, is_gated),
-                bucket=tables.bucket_of(case.tokens * case.top_k / case.experts),
+                name=full_name(op, is_gated),
+                bucket=bucket_of(case.tokens * case.top_k / case.experts),
                 architecture=architecture,
             )
             found.setdefault(json.dumps(problem.key), problem)
@@ -132,7 +135,7 @@ def read_table(path: Path) -> list[Entry]:
     """The entries of a table file, [] where there is none; ValueError where it is broken."""
     if not path.exists():
         return []
-    runtime.load("triton", "tables").check_table(path)
+    check_table(path)
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -212,9 +215,8 @@ class Settings:
 
 def untried(problem: Problem, state: State) -> dict[str, Any] | None:
     """The next neighbour of the best configuration; None where all have been tried."""
-    tables = runtime.load("triton", "tables")
-    best = tables.Config(**state.best)
-    for candidate in tables.neighbours(best, problem.name, problem.case.hidden, problem.case.intermediate):
+    best = Config(**state.best)
+    for candidate in neighbours(best, problem.name, problem.case.hidden, problem.case.intermediate):
         config = asdict(candidate)
         if json.dumps(config) not in state.tried:
             return config
@@ -271,8 +273,7 @@ def search(
 
 
 def in_words(config: Mapping[str, Any]) -> str:
-    tables = runtime.load("triton", "tables")
-    return tables.in_words(tables.Config(**config))
+    return kernel_stages.in_words(Config(**config))
 
 
 def confirmed_ratio(problem: Problem, state: State, settings: Settings) -> float:

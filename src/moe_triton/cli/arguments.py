@@ -37,12 +37,6 @@ def fail(command: str, message: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
-def check_table() -> None:
-    """ValueError, naming the file, where the user's table of kernel configurations is broken."""
-    if runtime.TRITON_INSTALLED:
-        runtime.load("triton", "tables").user_table()
-
-
 def check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> None:
     """ValueError for an unknown backend or a broken table, Unmeasurable where the backend cannot run."""
     try:

@@ -50,14 +50,16 @@ def tables(found: list[dict[str, Any]]) -> dict[str, Any] | None:
     """
     if not runtime.TRITON_INSTALLED:
         return None
-    known = runtime.load("triton", "tables")
+    from moe_triton.kernel_stages import table_facts  # needs Triton
+    from moe_triton_kernels.configs import target_of, user_table
+
     try:
-        known.user_table()
+        user_table()
     except ValueError as error:
         return {"error": str(error)}
     gpus = [torch.device(device["device"]) for device in found if device["device"] != "cpu"]
-    architectures = sorted({known.target_of(device).architecture for device in gpus})
-    return {"architectures": architectures, **known.table_facts(architectures)}
+    architectures = sorted({target_of(device).architecture for device in gpus})
+    return {"architectures": architectures, **table_facts(architectures)}
 
 
 def tables_line(facts: dict[str, Any]) -> str:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 
-from moe_triton.cli.arguments import EXIT_FAULT, EXIT_NO_GPU, EXIT_USAGE, check_table, fail
+from moe_triton.cli.arguments import EXIT_FAULT, EXIT_NO_GPU, EXIT_USAGE, fail
 from moe_triton.cli.display import StepDisplay
+from moe_triton.runtime import check_table
 
 if TYPE_CHECKING:
     from moe_triton_kernels.floors import Device, Shape

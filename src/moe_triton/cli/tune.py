@@ -119,12 +119,16 @@ def measurable(device: torch.device, cases: list[Case]) -> str:
         runtime.choose("triton", device, cases[0].torch_dtype)
     except RuntimeError as error:
         raise Unmeasurable(f"{error}; --dry-run needs none") from error
-    return runtime.load("triton", "tables").target_of(device).architecture
+    from moe_triton_kernels.configs import target_of  # needs Triton
+
+    return target_of(device).architecture
 
 
 def table_path(given: Path | None) -> Path:
     """Where the table is written, its folder made; ValueError where that cannot be."""
-    path = given or runtime.load("triton", "tables").user_table_path()
+    from moe_triton_kernels.configs import user_table_path  # needs Triton
+
+    path = given or user_table_path()
     if path is None:
         raise ValueError("table: MOE_TRITON_TABLE is empty, so there is no place for it; name one")
     if path.is_dir():
@@ -169,7 +173,9 @@ def run(
             print(summary(problem, state, ratio, is_better))
             display.finish_cell()
     print(f"table: {path} ({len(entries)} entries)")
-    if path != runtime.load("triton", "tables").user_table_path():
+    from moe_triton_kernels.configs import user_table_path
+
+    if path != user_table_path():
         print(f"to use it: export MOE_TRITON_TABLE={path}")
 
 
@@ -192,16 +198,17 @@ def dry(problems: list[Problem], budget: float) -> None:
 
     from moe_triton.benchmarking import tuning
     from moe_triton.benchmarking.report import plain_console
+    from moe_triton.kernel_stages import chosen_config, in_words
+    from moe_triton_kernels.search import neighbours
 
-    tables = runtime.load("triton", "tables")
     console = plain_console()
     begin = time.monotonic()
     for problem in problems:
         case = problem.case
-        running = tables.chosen_config(
+        running = chosen_config(
             problem.name, case.hidden, case.intermediate, case.torch_dtype, problem.bucket, problem.architecture
         )
-        configs = [running, *tables.neighbours(running, problem.name, case.hidden, case.intermediate)]
+        configs = [running, *neighbours(running, problem.name, case.hidden, case.intermediate)]
         title = f"{problem.title()}, {problem.architecture}: today's configuration and {len(configs) - 1} candidates"
         console.print(title, highlight=False, soft_wrap=True)
         shown = Table(box=Table().box if console.is_terminal else None)
@@ -219,6 +226,6 @@ def dry(problems: list[Problem], budget: float) -> None:
             tuning.offline_gates(problem, [asdict(config) for config in configs], on_report)
         else:
             for config in configs:
-                shown.add_row(tables.in_words(config), "", "", "", "not compiled: the budget is spent")
+                shown.add_row(in_words(config), "", "", "", "not compiled: the budget is spent")
         console.print(shown)
         console.print()

@@ -5,13 +5,14 @@ Shapes: R rows of tokens, J choices of a row, d hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moe_triton import runtime
 from moe_triton.dispatch import dispatch
 from moe_triton.distributed.exchange.stages import Saved
 from moe_triton.records import Dispatch
@@ -43,47 +44,57 @@ def call_one_by_one(
 
 
 class OpaqueExperts:
-    """Any modules as the innermost stage of an exchange (`distributed.exchange.stages`): a graph of their own."""
+    """Any modules as the innermost stage of an exchange (`distributed.exchange.stages`): a graph of their own.
+
+    name        what they are, which has to be the same on all ranks
+    run         (rows [R, d], weights [R, J], a Dispatch of the rows) -> [R, d]
+    parameters  of the modules
+    """
 
     def __init__(
         self,
+        name: str,
         run: Callable[[Tensor, Tensor, Dispatch], Tensor],
-        modules_parameters: list[Tensor],
+        parameters: Sequence[Tensor],
         num_experts: int,
         first_expert: int,
-        autocast: torch.dtype | None,
+        backend: str,
+        device: torch.device,
     ) -> None:
-        self.run, self.modules_parameters, self.autocast = run, modules_parameters, autocast
+        self.name, self.run, self.parameters = name, run, parameters
         self.num_experts, self.first_expert = num_experts, first_expert
-        self.keeps_graph = torch.is_grad_enabled()
-        self.parameters: Any = None  # set by who runs the stages, and not needed: the modules have theirs
+        self.backend = runtime.choose(backend, device, torch.float32).name
+        self.keeps_graph, self.autocast = torch.is_grad_enabled(), runtime.autocast_dtype(device)
         self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
         self.gradients: list[Tensor] | None = None
+
+    def description(self) -> Mapping[str, object]:
+        return {"activation": self.name, "width": tuple(self.parameters[0].shape) if self.parameters else ()}
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, assignments: int, saved: Saved) -> Tensor:
         """Rows [R, d], ids [R, J], weights [R, J] -> [R, d]."""
         local = ids - self.first_expert
-        plan = dispatch(torch.where((local >= 0) & (local < self.num_experts), local, -1), self.num_experts)
+        dispatched = dispatch(torch.where((local >= 0) & (local < self.num_experts), local, -1), self.num_experts)
         cast = torch.autocast(x.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None)
         with torch.set_grad_enabled(self.keeps_graph), cast:
             x, weights = (t.detach().requires_grad_(self.keeps_graph) for t in (x, weights))
-            out = self.run(x, weights, plan)
+            out = self.run(x, weights, dispatched)
         self.calls.append((x, weights, out))
         return out.detach()
 
-    def backward_rows(self, call: int, grad: Tensor, saved: Saved) -> tuple[Tensor, Tensor]:
+    def start_backward(self, call: int, grad: Tensor, saved: Saved) -> Callable[[], tuple[Tensor, Tensor]]:
         """The gradients of a call's rows and weights; those of the parameters are added up on the way."""
         x, weights, out = self.calls[call]
-        wanted = [p for p in self.modules_parameters if p.requires_grad]
+        wanted = [p for p in self.parameters if p.requires_grad]
         grad_x, grad_weights, *found = torch.autograd.grad(
             out, [x, weights, *wanted], grad, retain_graph=True, materialize_grads=True, allow_unused=True
         )
         found = found if self.gradients is None else [a + b for a, b in zip(self.gradients, found, strict=True)]
         self.gradients = found
-        return grad_x, grad_weights
+        return lambda: (grad_x, grad_weights)
 
-    def backward_weights(self, needs: object, saved: Saved) -> tuple[list[Tensor | None], None, None, None]:
-        """The parameters' gradients as the first of the four groups; None for a frozen one."""
+    def backward_weights(self, wanted: Sequence[bool], saved: Saved) -> list[Tensor | None]:
+        """The parameters' gradients; None for a frozen one."""
         found = iter(self.gradients or [])
         self.gradients = None
-        return [next(found) if p.requires_grad else None for p in self.modules_parameters], None, None, None
+        return [next(found) if p.requires_grad else None for p in self.parameters]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,11 +13,13 @@ from torch import Tensor, nn
 
 from moe_triton.checks import check_choice, check_int
 from moe_triton.distributed.checkpoint.global_tensors import as_global, expert_layout
-from moe_triton.distributed.exchange.expert_parallel import ExpertParallel
+from moe_triton.distributed.exchange.expert_parallel import ExpertParallel, unless_alone
+from moe_triton.distributed.exchange.overlap import Deferred
+from moe_triton.distributed.exchange.stages import ExchangedLayer
 from moe_triton.distributed.replicas.placement import Placement, build_placement, plan_placement, replica_of
-from moe_triton.experts import in_autocast_dtype, run_experts
+from moe_triton.experts import check_call, run_experts
 from moe_triton.layers.load import CountsLoad
-from moe_triton.records import ACTIVATIONS, GATED, Dispatch, ExpertSpec
+from moe_triton.records import ACTIVATIONS, GATED, Dispatch, ExpertCall, ExpertParameters, ExpertSpec
 from moe_triton.reference import activate
 from moe_triton.runtime import autocast_dtype
 
@@ -172,13 +176,13 @@ class Experts(CountsLoad):
         return torch.cat([part.chunk(etp.size, dim=0)[etp.rank] for part in parts])
 
     @property
-    def _parameters_in_order(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    def _parameters_in_order(self) -> ExpertParameters:
         scale = self.gradient_scale
 
         def scaled(parameter: Tensor) -> Tensor:
             return parameter if scale == 1.0 else ScaleGradient.apply(parameter, scale)
 
-        return (
+        return ExpertParameters(
             scaled(self.gate_up_proj),
             scaled(self.down_proj),
             None if self.gate_up_proj_bias is None else scaled(self.gate_up_proj_bias),
@@ -188,54 +192,39 @@ class Experts(CountsLoad):
     def forward(
         self,
         hidden_states: Tensor,
-        top_k_weights: Tensor,
+        top_k_weights: Tensor | Uncast,
         plan: Dispatch,
         *,
-        experts: Tensor | None = None,
         capacity: Callable[[int], int | None] = lambda num_tokens: None,
-        beside: Callable[[], None] | None = None,
+        overlap_with: Deferred | None = None,
     ) -> Tensor:
         """hidden_states [T, d], top_k_weights [T, K], a Dispatch of the T tokens over all experts -> [T, d].
 
-        experts [T, K], the choices that `plan` was made from, `capacity` (tokens -> places of an expert) and `beside`
-        (run while rows travel) are for expert parallelism.
+        `capacity` (tokens -> places of an expert) and `overlap_with` (computed while rows travel) are for expert
+        parallelism.
         """
-        if isinstance(top_k_weights, Uncast):  # as `MoE` gives them to a unit of FSDP
-            top_k_weights = top_k_weights.tensor
-        parameters = self._parameters_in_order
-        dtype = hidden_states.dtype
-        if dtype != parameters[0].dtype and autocast_dtype(hidden_states.device) is None:
-            raise TypeError(f"hidden_states: got dtype {dtype}, wanted {parameters[0].dtype}, the layer's own")
+        call = ExpertCall(
+            hidden=hidden_states,
+            weights=uncast(top_k_weights),
+            dispatched=plan,
+            parameters=self._parameters_in_order,
+            spec=self.spec,
+        )
+        dtype = call.parameters.gate_up[0].dtype
+        if hidden_states.dtype != dtype and autocast_dtype(hidden_states.device) is None:
+            raise TypeError(f"hidden_states: got dtype {hidden_states.dtype}, wanted {dtype}, the layer's own")
         self.count_load(plan.counts)
-        if self.expert_parallel is None or self.expert_parallel.is_alone:
-            if beside is not None:
-                beside()
-            return run_experts(
-                hidden_states, top_k_weights, plan, *parameters, self.spec,
-                recompute=self.recompute, backend=self.backend,
-            )  # fmt: skip
-        if experts is None:
-            raise ValueError("experts: got None, wanted the choices [T, K] under expert parallelism")
-        hidden_states, top_k_weights, in_dtype = in_autocast_dtype(hidden_states, top_k_weights, parameters)
-        ids, num_slots = torch.where(plan.position >= 0, experts, -1), self.num_experts
+        if (parallel := unless_alone(self.expert_parallel)) is None:
+            check_call(call, self.backend)
+            return run_experts(call, recompute=self.recompute, backend=self.backend)
+        layer = ExchangedLayer(
+            name=self.layer_name, num_experts=self.num_experts, backend=self.backend, capacity=capacity
+        )
         if self.placement is not None:
-            self.placement = self.placement.to(ids.device)
-            ids, num_slots = replica_of(ids, self.placement), self.placement.physical_to_logical.shape[0]
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            out = self.expert_parallel.run(
-                hidden_states,
-                top_k_weights,
-                ids,
-                in_dtype,
-                self.spec,
-                num_experts=num_slots,
-                layer=self.layer_name,
-                capacity=capacity,
-                recompute=self.recompute,
-                backend=self.backend,
-                beside=beside,
-            )
-        return out.to(dtype)
+            self.placement = self.placement.to(hidden_states.device)
+            slots = self.placement.physical_to_logical.shape[0]
+            layer = replace(layer, num_experts=slots, slots=partial(replica_of, placement=self.placement))
+        return parallel.run(call, layer, recompute=self.recompute, overlap_with=overlap_with)
 
     def extra_repr(self) -> str:
         num_local, hidden_size, intermediate_size = self.down_proj.shape
@@ -264,6 +253,10 @@ class Uncast:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
+
+
+def uncast(weights: Tensor | Uncast) -> Tensor:
+    return weights.tensor if isinstance(weights, Uncast) else weights
 
 
 def casts_inputs(module: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,11 +14,12 @@ from moe_triton import losses
 from moe_triton.checks import FLOATS, MASKS, check_choice, check_int, check_number, check_tensor
 from moe_triton.dispatch import dispatch, expert_capacity, renormalize
 from moe_triton.distributed.exchange.channel import report_failure
-from moe_triton.distributed.exchange.expert_parallel import ExpertParallel
+from moe_triton.distributed.exchange.expert_parallel import ExpertParallel, unless_alone
+from moe_triton.distributed.exchange.overlap import Deferred
 from moe_triton.layers.experts import Experts, FeedForward, Uncast, casts_inputs
 from moe_triton.layers.router import Router
 from moe_triton.records import PRIORITIES, Routing
-from moe_triton.runtime import BACKENDS, autocast_dtype, never_compiled, without_autocast
+from moe_triton.runtime import BACKENDS, never_compiled
 
 
 class MoEOutput(NamedTuple):
@@ -188,7 +189,7 @@ class MoE(nn.Module):
         A token whose mask is 0 gets no expert, shared and residual ones included: its output is 0, and it counts
         nowhere, in no gradient either, even if it is NaN.
         """
-        if self.parallel is None or self.parallel.is_alone:
+        if unless_alone(self.parallel) is None:
             return self._forward(hidden_states, token_mask)
         return self._forward_over_ranks(hidden_states, token_mask)
 
@@ -228,17 +229,18 @@ class MoE(nn.Module):
             backend=self.backend,
         )
         weights = renormalize(routing.weights, plan) if self.renormalize else routing.weights
-        shared: list[Tensor] = []
+        shared = None
+        if self.shared_expert is not None and unless_alone(self.parallel) is not None:
+            shared = Deferred(partial(self._shared, x), x.device)
         out = self.experts(
             x,
             Uncast(weights) if casts_inputs(self.experts) else weights,
             plan,
-            experts=routing.experts,
             capacity=self.most_kept,
-            beside=self._shared_expert_of(x, shared) if self.shared_expert is not None else None,
+            overlap_with=shared,
         )
-        for y in shared:
-            out = out + y
+        if self.shared_expert is not None:
+            out = out + (self._shared(x) if shared is None else shared.result())
         if self.residual_mlp is not None and self.residual_coefficient is not None:
             mix = F.softmax(self.residual_coefficient(x), dim=-1)
             out = out * mix[:, 0:1] + self.residual_mlp(x) * mix[:, 1:]
@@ -250,19 +252,12 @@ class MoE(nn.Module):
             expert_counts=plan.counts.long(),
         )
 
-    def _shared_expert_of(self, x: Tensor, found: list[Tensor]) -> Callable[[], None]:
-        """Puts the shared expert's output into `found`, under the modes that hold now, wherever it is called."""
-        grad, dtype = torch.is_grad_enabled(), autocast_dtype(x.device)
-        autocast = without_autocast(x.device) if dtype is None else torch.autocast(x.device.type, dtype)
-
-        def run() -> None:
-            with torch.set_grad_enabled(grad), autocast:
-                shared = self.shared_expert(x)  # type: ignore[misc]
-                if self.shared_expert_gate is not None:
-                    shared = shared * torch.sigmoid(self.shared_expert_gate(x))
-            found.append(shared)
-
-        return run
+    def _shared(self, x: Tensor) -> Tensor:
+        assert self.shared_expert is not None
+        shared = self.shared_expert(x)
+        if self.shared_expert_gate is not None:
+            shared = shared * torch.sigmoid(self.shared_expert_gate(x))
+        return shared
 
     def aux_loss(self, routing: Routing) -> Tensor:
         """The weighted sum of the load-balance and z losses, a scalar; under expert parallelism this rank's share.

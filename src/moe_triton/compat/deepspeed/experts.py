@@ -18,9 +18,10 @@ from moe_triton.compat.deepspeed import groups
 from moe_triton.compat.mlps import MLP, is_tampered, recognise
 from moe_triton.compat.opaque import OpaqueExperts, call_one_by_one
 from moe_triton.distributed import ExpertParallel
-from moe_triton.experts import in_autocast_dtype, run_experts
-from moe_triton.records import Dispatch, ExpertSpec
-from moe_triton.records import ExpertParameters as Parameters
+from moe_triton.distributed.exchange.stages import ExchangedLayer
+from moe_triton.experts import check_call, run_experts
+from moe_triton.records import Dispatch, ExpertCall, ExpertParameters, ExpertSpec
+from moe_triton.runtime import without_autocast
 
 
 class Experts(nn.Module):
@@ -71,27 +72,31 @@ class Experts(nn.Module):
         weights: Tensor,
         plan: Dispatch,
         *,
-        experts: Tensor | None = None,
         expert_parallel: ExpertParallel | None = None,
         capacity: Callable[[int], int | None] = lambda num_tokens: None,
     ) -> Tensor:
         """hidden_states [S, d], weights [S, K] and a Dispatch to all experts -> weighted sums [S, d].
 
-        experts [S, K], the choices that the Dispatch was made from, and `capacity` (tokens -> places of an expert) are
-        for an `expert_parallel`, over whose ranks the experts are spread.
+        `capacity` (tokens -> places of an expert) is for an `expert_parallel`, over whose ranks the experts are spread.
         """
-        mlps = self._mlps()
-        if expert_parallel is not None:
-            if experts is None:
-                raise ValueError("experts: got None, wanted the choices [S, K] with expert_parallel")
-            ids = torch.where(plan.position >= 0, experts, -1)
-            return self._spread(hidden_states, weights, ids, expert_parallel, capacity, mlps)
-        if mlps is None:
-            return self._one_by_one(hidden_states, weights, plan)
-        return run_experts(hidden_states, weights, plan, *mlps[0], mlps[1], backend=self.backend)
+        call = self._fused_call(hidden_states, weights, plan)
+        if expert_parallel is None:
+            if call is None:
+                return self._one_by_one(hidden_states, weights, plan)
+            check_call(call, self.backend)
+            return run_experts(call, backend=self.backend)
+        num_experts = self.num_local_experts * expert_parallel.ep.size
+        layer = ExchangedLayer(name=self.message_name, num_experts=num_experts, backend=self.backend, capacity=capacity)
+        if call is not None:
+            return expert_parallel.run(call, layer)
+        parameters, first = list(self.parameters()), expert_parallel.first_expert(num_experts)
+        name, device = type(self.deepspeed_experts[0]).__name__, hidden_states.device
+        experts = OpaqueExperts(name, self._one_by_one, parameters, self.num_local_experts, first, self.backend, device)
+        with without_autocast(device):
+            return expert_parallel.exchange(hidden_states, weights, plan, experts, parameters, layer)
 
-    def _mlps(self) -> tuple[Parameters, ExpertSpec] | None:
-        """The parameters of experts that are MLPs, as they are, and what they compute; None for other experts."""
+    def _fused_call(self, hidden_states: Tensor, weights: Tensor, plan: Dispatch) -> ExpertCall | None:
+        """The call of experts that are MLPs, with their parameters as they are; None for other experts."""
         linears = self._linears()
         if linears is None or self.mlp is None:
             return None
@@ -102,45 +107,13 @@ class Experts(nn.Module):
             down_biases = [down.bias for *_, down in linears]
         gate_ups = [_joined([up.weight for up in ups]) for *ups, _ in linears]
         downs = [down.weight for *_, down in linears]
-        return (gate_ups, downs, gate_up_biases, down_biases), ExpertSpec(activation=self.mlp.activation)
-
-    def _spread(
-        self,
-        hidden_states: Tensor,
-        weights: Tensor,
-        ids: Tensor,
-        expert_parallel: ExpertParallel,
-        capacity: Callable[[int], int | None],
-        mlps: tuple[Parameters, ExpertSpec] | None,
-    ) -> Tensor:
-        """The experts of all ranks on this rank's tokens; ids [S, K], -1 where nothing is to be computed."""
-        dtype, device = hidden_states.dtype, hidden_states.device.type
-        local = None
-        if mlps is None:
-            num_local = self.num_local_experts
-            first = num_local * expert_parallel.ep.rank if expert_parallel.mode == "allgather" else 0
-            autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-            local = OpaqueExperts(self._one_by_one, list(self.parameters()), num_local, first, autocast)
-            parameters: Parameters = (local.modules_parameters, [], None, None)
-            spec = ExpertSpec(activation=type(self.deepspeed_experts[0]).__name__)
-        else:
-            parameters, spec = mlps
-            hidden_states, weights, parameters = in_autocast_dtype(hidden_states, weights, parameters)
-        with torch.autocast(device, enabled=False):
-            out = expert_parallel.run(
-                hidden_states,
-                weights,
-                ids,
-                parameters,
-                spec,
-                num_experts=self.num_local_experts * expert_parallel.ep.size,
-                layer=self.message_name,
-                capacity=capacity,
-                recompute=False,
-                backend=self.backend,
-                local=local,  # type: ignore[arg-type]
-            )
-        return out.to(dtype)
+        return ExpertCall(
+            hidden=hidden_states,
+            weights=weights,
+            dispatched=plan,
+            parameters=ExpertParameters(gate_ups, downs, gate_up_biases, down_biases),
+            spec=ExpertSpec(activation=self.mlp.activation),
+        )
 
     def _linears(self) -> list[list[Any]] | None:
         """Every expert's Linears; None when the experts are no MLPs, or not what they were any more."""

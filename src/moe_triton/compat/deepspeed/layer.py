@@ -41,7 +41,6 @@ class MOELayer(nn.Module):
             x,
             gating.weights,
             gating.plan,
-            experts=gating.experts,
             expert_parallel=self.expert_parallel,
             capacity=self.gate.capacity,
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -11,12 +12,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from moe_triton import runtime
+from moe_triton.autograd.flat import flatten, form_of
 from moe_triton.checks import check_choice, check_int
 from moe_triton.distributed.errors import ExpertParallelError
 from moe_triton.distributed.exchange.channel import Channel, Listener, report_failure, to_host
-from moe_triton.distributed.exchange.function import Exchanged, as_list, flatten
+from moe_triton.distributed.exchange.function import Exchanged
 from moe_triton.distributed.exchange.layer_names import new_layer_name
-from moe_triton.distributed.exchange.stages import Exchange, LocalExperts, Parameters, Planner, Stage
+from moe_triton.distributed.exchange.local_experts import LocalExperts
+from moe_triton.distributed.exchange.overlap import Deferred
+from moe_triton.distributed.exchange.rows import Exchange, Planner
+from moe_triton.distributed.exchange.stages import ExchangedLayer, InnermostStage, Stage
 from moe_triton.distributed.exchange.tensor_parallel import gather_tokens, slice_tokens
 from moe_triton.distributed.exchange.transport import (
     Shape,
@@ -28,7 +33,8 @@ from moe_triton.distributed.exchange.transport import (
 )
 from moe_triton.distributed.expert_groups import all_ep_groups, expert_groups, two_levels
 from moe_triton.distributed.groups import Group, ParallelGroups, number_of_ranks
-from moe_triton.records import ExpertSpec
+from moe_triton.experts import in_autocast_dtype
+from moe_triton.records import Dispatch, ExpertCall
 
 MODES = ("dropless", "capacity", "bounded", "allgather")
 LOSS_REDUCTIONS = ("sum", "mean")
@@ -163,97 +169,88 @@ class ExpertParallel:
         self._channel(self.ep, layer).all_reduce(most, "exchange of the token counts", dist.ReduceOp.MAX)
         return int(most.item())
 
+    def first_expert(self, num_experts: int) -> int:
+        """What the ids that reach this rank's experts count from."""
+        return self.ep.rank * -(-num_experts // self.ep.size) if self.mode == "allgather" else 0
+
     def run(
-        self,
-        hidden: Tensor,
-        weights: Tensor,
-        ids: Tensor,
-        parameters: Parameters,
-        spec: ExpertSpec,
-        *,
-        num_experts: int,
-        layer: str,
-        capacity: Callable[[int], int | None],
-        recompute: bool,
-        backend: str,
-        beside: Callable[[], None] | None = None,
-        local: LocalExperts | None = None,
+        self, call: ExpertCall, layer: ExchangedLayer, *, recompute: bool = False, overlap_with: Deferred | None = None
     ) -> Tensor:
-        """The experts' outputs for this rank's tokens, [T, d].
+        """Compute the experts' outputs [T, d] for this rank's tokens, under autocast as PyTorch's products do.
 
-        hidden [T, d]; weights [T, K]; ids [T, K] global, out of range where nothing is to be computed; parameters: of
-        the local experts. capacity: tokens -> an expert's places, for mode "capacity". beside: run while rows travel.
-        local: what computes the experts, where that is not a backend.
+        call: of all ranks' experts, with the parameters of the local ones. overlap_with: computed while rows travel.
         """
-        with report_failure(layer):
-            return self._run(
-                hidden, weights, ids, parameters, spec, num_experts, layer, capacity, recompute, backend, beside, local
+        dtype, call = call.hidden.dtype, in_autocast_dtype(call)
+        with runtime.without_autocast(call.hidden.device):
+            experts = LocalExperts(
+                num_experts=len(call.parameters.gate_up),
+                backend=runtime.choose(layer.backend, call.hidden.device, call.hidden.dtype).name,
+                form=form_of(call.parameters),
+                spec=call.spec,
+                width=tuple(call.parameters.gate_up[0].shape),
+                recompute=recompute,
+                first_expert=self.first_expert(layer.num_experts),
+                adds_bias=self.etp.rank == 0,
+                note=self.listener or (lambda event: None),
             )
+            parameters = flatten(call.parameters)
+            out = self.exchange(call.hidden, call.weights, call.dispatched, experts, parameters, layer, overlap_with)
+            return out.to(dtype)
 
-    def _run(
+    @runtime.never_compiled  # the order of collectives is Python's
+    def exchange(
         self,
         hidden: Tensor,
         weights: Tensor,
-        ids: Tensor,
-        parameters: Parameters,
-        spec: ExpertSpec,
-        num_experts: int,
-        layer: str,
-        capacity: Callable[[int], int | None],
-        recompute: bool,
-        backend: str,
-        beside: Callable[[], None] | None,
-        local: LocalExperts | None,
+        dispatched: Dispatch,
+        experts: InnermostStage,
+        parameters: Sequence[Tensor],
+        layer: ExchangedLayer,
+        overlap_with: Deferred | None = None,
     ) -> Tensor:
-        name = runtime.choose(backend, hidden.device, hidden.dtype).name
-        if name == "reference":
+        """Compute what `experts` make of this rank's tokens on their ranks, [T, d].
+
+        hidden [T, d]; weights [T, K]; dispatched: to all ranks' experts. parameters: those that `experts` has gradients
+        for. overlap_with: computed while rows travel.
+        """
+        with report_failure(layer.name):
+            self._check_call(experts)
+            ids = layer.ids(dispatched)
+            what = self._configuration(hidden, ids, experts, layer)
+            fingerprint = self._agree(what, layer.name, "forward", hidden.device)
+            num_tokens, tp = hidden.shape[0], self._channel(self.tp, layer.name)
+            if self.tp.size > 1:
+                tp.agree({"tokens of the tp ranks": num_tokens}, "comparison of the number of tokens", hidden.device)
+            limit = self.most_tokens(num_tokens, hidden.device, layer.name) if self.mode != "dropless" else 0
+            if self.tp.size > 1:  # the tp ranks hold the same tokens: each sends a share of them
+                hidden, weights, ids = (slice_tokens(x, tp) for x in (hidden, weights, ids))
+            shape = Shape(
+                num_experts=layer.num_experts,
+                per_rank=-(-layer.num_experts // self.ep.size),
+                chunks=self.chunks,
+                deduplicate=self.deduplicate,
+                backend=experts.backend,
+                fingerprint=fingerprint,
+            )
+            places = layer.capacity(limit) if self.mode == "capacity" else None
+            stage = self._stages(experts, shape, layer.name, -(-limit // self.tp.size), places, overlap_with)
+            is_training = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, weights, *parameters))
+
+            def before_backward() -> report_failure:
+                self._agree(what, layer.name, "backward", hidden.device)
+                return report_failure(layer.name)
+
+            out = Exchanged.apply(hidden, weights, ids, stage, experts, is_training, before_backward, *parameters)
+            return gather_tokens(out, tp, num_tokens) if self.tp.size > 1 else out
+
+    def _check_call(self, experts: InnermostStage) -> None:
+        if experts.backend == "reference":
             raise ValueError("backend: got 'reference' with expert parallelism, wanted 'auto', 'triton' or 'torch'")
         self.check()
         if (wrapper := DistributedDataParallel._get_active_ddp_module()) is not None:
             from moe_triton.distributed.ddp import refuse_plain_ddp  # which imports this file
 
             refuse_plain_ddp(wrapper)
-        ids = torch.where((ids >= 0) & (ids < num_experts), ids, -1).int()
-        num_tokens = hidden.shape[0]
-        what = self._configuration(hidden, ids, num_experts, parameters, spec, name, capacity)
-        fingerprint = self._agree(what, layer, "forward", hidden.device)
-        tp = self._channel(self.tp, layer)
-        if self.tp.size > 1:
-            tp.agree({"tokens of the tp ranks": num_tokens}, "comparison of the number of tokens", hidden.device)
-        limit = self.most_tokens(num_tokens, hidden.device, layer) if self.mode != "dropless" else 0
-        if self.tp.size > 1:  # the tp ranks hold the same tokens: each sends a share of them
-            hidden, weights, ids = (slice_tokens(x, tp) for x in (hidden, weights, ids))
-        shape = Shape(
-            num_experts=num_experts,
-            per_rank=-(-num_experts // self.ep.size),
-            chunks=self.chunks,
-            deduplicate=self.deduplicate,
-            backend=name,
-            fingerprint=fingerprint,
-        )
-        training = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, weights, *flatten(parameters)))
-        experts = local or LocalExperts(
-            num_experts=len(parameters[0]),
-            spec=spec,
-            backend=name,
-            keep_preactivation=training and not recompute,
-            first_expert=self.ep.rank * shape.per_rank if self.mode == "allgather" else 0,
-            adds_bias=self.etp.rank == 0,
-            note=self.listener or (lambda event: None),
-        )
-        places = capacity(limit) if self.mode == "capacity" else None
-        stage = self._stages(experts, shape, layer, -(-limit // self.tp.size), places, beside)
-        sizes = [len(as_list(group)) for group in parameters]
-        stacked = [isinstance(group, Tensor) for group in parameters]
-
-        def before_backward() -> report_failure:
-            self._agree(what, layer, "backward", hidden.device)
-            return report_failure(layer)
-
-        out = Exchanged.apply(
-            hidden, weights, ids, stage, experts, sizes, stacked, before_backward, *flatten(parameters)
-        )
-        return gather_tokens(out, tp, num_tokens) if self.tp.size > 1 else out
 
     def check(self) -> None:
         """Raise for the rows that found no room in an earlier call; waits for the device."""
@@ -289,12 +286,12 @@ class ExpertParallel:
 
     def _stages(
         self,
-        experts: LocalExperts,
+        experts: InnermostStage,
         shape: Shape,
         layer: str,
         limit: int,
         places: int | None,
-        beside: Callable[[], None] | None,
+        overlap_with: Deferred | None,
     ) -> Stage:
         """The local experts, inside the exchange over their slices, inside the exchange over their ranks."""
         stage: Stage = experts
@@ -302,22 +299,20 @@ class ExpertParallel:
             stage = self._over_slices(stage, shape, layer)
         levels = [(self.in_node, shape)] if self.ep.size > 1 or self.always_exchange else []
         if self.between_nodes.size > 1:
-            node = Shape(**{**vars(shape), "per_rank": shape.per_rank * self.in_node.size})
-            levels = [(self.in_node, Shape(**{**vars(shape), "chunks": 1})), (self.between_nodes, node)]
+            node = replace(shape, per_rank=shape.per_rank * self.in_node.size)
+            levels = [(self.in_node, replace(shape, chunks=1)), (self.between_nodes, node)]
         for group, level in levels:
             channel = self._channel(group, layer)
             planner = self._planner(channel, level, limit, places)
             stage = Exchange(planner=planner, inner=stage, channel=channel, backend=shape.backend)
         if isinstance(stage, Exchange):
-            stage.beside = beside
-        elif beside is not None:  # nothing travels
-            beside()
+            stage.overlap_with = overlap_with
         return stage
 
     def _over_slices(self, stage: Stage, shape: Shape, layer: str) -> Exchange:
         """Every slice of an expert sees the rows of all the slices' ranks; the partial sums are added at home."""
         channel = self._channel(self.etp, f"{layer}, expert slices")
-        whole = Shape(**{**vars(shape), "chunks": 1, "per_rank": shape.num_experts})
+        whole = replace(shape, chunks=1, per_rank=shape.num_experts)
 
         def planner(ids: Tensor, weights: Tensor, assignments: int) -> Callable[[], Transport]:
             sizes = torch.tensor([ids.shape[0], assignments], device=ids.device)
@@ -355,25 +350,18 @@ class ExpertParallel:
             self.check()
 
     def _configuration(
-        self,
-        hidden: Tensor,
-        ids: Tensor,
-        num_experts: int,
-        parameters: Parameters,
-        spec: ExpertSpec,
-        backend: str,
-        capacity: Callable[[int], int | None],
+        self, hidden: Tensor, ids: Tensor, experts: InnermostStage, layer: ExchangedLayer
     ) -> dict[str, object]:
         """What has to be the same on all ranks of a layer, by the names of its arguments where it has some."""
-        even = (capacity(0), capacity(1 << 20)) if self.mode == "capacity" else None
+        # two values tell any two capacities apart: the floor and the factor
+        even = (layer.capacity(0), layer.capacity(1 << 20)) if self.mode == "capacity" else None
         return {
-            "num_experts": num_experts, "top_k": ids.shape[1], "hidden_size": hidden.shape[1],
-            "width": tuple(parameters[0][0].shape) if len(parameters[0]) else (), "dtype": str(hidden.dtype),
-            "ep": self.ep.size, "etp": self.etp.size, "mode": self.mode, "chunks": self.chunks,
-            "deduplicate": self.deduplicate,
-            "max_tokens_per_rank": self.max_tokens_per_rank, "max_rows_per_pair": self.max_rows_per_pair,
-            "ranks_per_node": self.in_node.size, "activation": spec.activation, "backend": backend, "capacity": even,
-            "loss_reduction": self.loss_reduction,
+            "num_experts": layer.num_experts, "top_k": ids.shape[1], "hidden_size": hidden.shape[1],
+            "dtype": str(hidden.dtype), "ep": self.ep.size, "etp": self.etp.size, "mode": self.mode,
+            "chunks": self.chunks, "deduplicate": self.deduplicate, "max_tokens_per_rank": self.max_tokens_per_rank,
+            "max_rows_per_pair": self.max_rows_per_pair, "ranks_per_node": self.in_node.size,
+            "backend": experts.backend, "capacity": even, "loss_reduction": self.loss_reduction,
+            **experts.description(),
         }  # fmt: skip
 
     def _agree(self, what: Mapping[str, object], layer: str, direction: str, device: torch.device) -> int:
@@ -387,3 +375,8 @@ class ExpertParallel:
 
     def __repr__(self) -> str:
         return f"ExpertParallel(ep={self.ep.size}, etp={self.etp.size}, mode={self.mode!r}, chunks={self.chunks})"
+
+
+def unless_alone(parallel: ExpertParallel | None) -> ExpertParallel | None:
+    """The ExpertParallel of a layer whose rows have to travel; None where all is on this rank."""
+    return None if parallel is None or parallel.is_alone else parallel

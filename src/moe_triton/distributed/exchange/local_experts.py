@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_triton import runtime
 from moe_triton.autograd.flat import Form, flatten_gradients, split, unflatten
-from moe_triton.dispatch import dispatch
+from moe_triton.dispatch import chosen_experts, dispatch
 from moe_triton.distributed.exchange.stages import Saved
 from moe_triton.records import Dispatch, ExpertCall, ExpertSpec, ExpertWeight, RowGradients, Wanted
 
@@ -95,17 +95,19 @@ class LocalExperts:
             only = self.calls[0]
             return self._call(saved[only.x], saved[only.weights], only.dispatched, saved), grad_outs[0], gradients[0]
         weights = torch.cat([saved[call.weights] for call in self.calls])
-        experts, top_k = torch.cat([_expert_of_slots(call.dispatched) for call in self.calls]), weights.shape[1]
+        experts = torch.cat([chosen_experts(call.dispatched) for call in self.calls])
         num_rows = sum(call.dispatched.source.shape[0] for call in self.calls)
-        whole = dispatch(experts.view(-1, top_k), self.num_experts, backend=self.backend)
-        merged = self._call(
-            joined([saved[call.x] for call in self.calls]), weights, _shortened(whole, num_rows), saved
-        )
-        return merged, joined(grad_outs), RowGradients(
-            hidden=None,
-            weights=None,
-            preactivation=self._merged([g.preactivation for g in gradients], merged.dispatched, num_rows),
-            weighted_a=self._merged([g.weighted_a for g in gradients], merged.dispatched, num_rows),
+        whole = dispatch(experts, self.num_experts, backend=self.backend)
+        merged = self._call(joined([saved[call.x] for call in self.calls]), weights, _shortened(whole, num_rows), saved)
+        return (
+            merged,
+            joined(grad_outs),
+            RowGradients(
+                hidden=None,
+                weights=None,
+                preactivation=self._merged([g.preactivation for g in gradients], merged.dispatched, num_rows),
+                weighted_a=self._merged([g.weighted_a for g in gradients], merged.dispatched, num_rows),
+            ),
         )
 
     def _merged(self, parts: Sequence[Tensor], whole: Dispatch, num_rows: int) -> Tensor:
@@ -140,13 +142,6 @@ def _shortened(dispatched: Dispatch, num_rows: int) -> Dispatch:
     if num_rows >= dispatched.source.shape[0]:
         return dispatched
     return replace(dispatched, source=dispatched.source[:num_rows])
-
-
-def _expert_of_slots(dispatched: Dispatch) -> Tensor:
-    """The expert of every slot [R*J], -1 for one without a row."""
-    row = dispatched.position.reshape(-1)
-    expert = torch.searchsorted(dispatched.offsets[1:].contiguous(), row, right=True)
-    return torch.where(row >= 0, expert, -1).int()
 
 
 def _zeros_like(bias: ExpertWeight) -> ExpertWeight:

@@ -7,14 +7,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from moe_triton.runtime import autocast_dtype, without_autocast
+
 
 class Deferred:
     """A function's result, computed once, under the autograd and autocast modes of the place where it was made."""
 
     def __init__(self, function: Callable[[], Tensor], device: torch.device) -> None:
-        self._function, self._result = function, None
-        self._grad, kind = torch.is_grad_enabled(), device.type
-        self._autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        self._function = function
+        self._result: Tensor | None = None
+        self._grad, dtype = torch.is_grad_enabled(), autocast_dtype(device)
+        self._autocast = without_autocast(device) if dtype is None else torch.autocast(device.type, dtype)
 
     def compute(self) -> None:
         """Make the result now, if it is not there yet."""

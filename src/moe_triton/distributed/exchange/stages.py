@@ -8,9 +8,35 @@ in two halves, as the backends' is: the rows' gradients, which others wait for, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+
+from moe_triton.dispatch import chosen_experts
+from moe_triton.records import Dispatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExchangedLayer:
+    """A layer whose experts are spread over ranks.
+
+    name         in messages
+    num_experts  of all ranks; with replicas their slots
+    backend      "auto", "triton" or "torch"
+    capacity     tokens -> places of an expert, None for all, for mode "capacity"
+    slots        ids [T, K] of experts -> of slots, where they have replicas
+    """
+
+    name: str
+    num_experts: int
+    backend: str = "auto"
+    capacity: Callable[[int], int | None] = lambda num_tokens: None
+    slots: Callable[[Tensor], Tensor] = lambda ids: ids
+
+    def ids(self, dispatched: Dispatch) -> Tensor:
+        """The slot of every choice [T, K] int32, -1 where nothing is to be computed."""
+        return self.slots(chosen_experts(dispatched)).int()
 
 
 class Saved:

@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from moe_triton.compat.colossalai.context.moe_context import MoeParallelInfo
 from moe_triton.compat.opaque import OpaqueExperts
 from moe_triton.distributed import ExpertParallel
-from moe_triton.experts import Parameters, in_autocast_dtype, run_experts
-from moe_triton.records import Dispatch, ExpertSpec
+from moe_triton.distributed.exchange.stages import ExchangedLayer
+from moe_triton.experts import check_call, run_experts
+from moe_triton.records import Dispatch, ExpertCall
+from moe_triton.runtime import without_autocast
 
 Run = Callable[[Tensor, Tensor, Dispatch], Tensor]
 Capacity = Callable[[int], int | None]
@@ -73,66 +74,33 @@ class MoeExperts(nn.Module):
         self.expert_parallel = self.parallel
         self.mark()
 
-    def run_opaque(
-        self, run: Run, hidden: Tensor, weights: Tensor, plan: Dispatch, ids: Tensor | None, capacity: Capacity
-    ) -> Tensor:
+    def run_opaque(self, run: Run, hidden: Tensor, weights: Tensor, dispatched: Dispatch, capacity: Capacity) -> Tensor:
         """The experts' outputs [T, d] where `run` computes the local ones, under autograd."""
         if self.parallel.is_alone:
-            return run(hidden, weights, plan)
-        if ids is None:
-            raise ValueError("experts: got None, wanted the choices [T, K] under expert parallelism")
-        device = hidden.device.type
-        first = self.num_local_experts * self.parallel.ep.rank if self.parallel.mode == "allgather" else 0
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        parameters: list[Tensor] = list(self.parameters(recurse=False))
-        local = OpaqueExperts(run, parameters, self.num_local_experts, first, autocast)
-        with torch.autocast(device, enabled=False):
-            spec = ExpertSpec(activation="called")
-            return self._exchange(hidden, weights, plan, ids, (parameters, [], None, None), spec, capacity, local)
-
-    def run_fused(
-        self,
-        hidden: Tensor,
-        weights: Tensor,
-        plan: Dispatch,
-        ids: Tensor | None,
-        capacity: Capacity,
-        parameters: Parameters,
-        spec: ExpertSpec,
-    ) -> Tensor:
-        """The experts' outputs [T, d] where they are MLPs of these stacked parameters."""
-        if self.parallel.is_alone:
-            return run_experts(hidden, weights, plan, *parameters, spec, backend=self.backend)
-        if ids is None:
-            raise ValueError("experts: got None, wanted the choices [T, K] under expert parallelism")
-        dtype = hidden.dtype
-        hidden, weights, parameters = in_autocast_dtype(hidden, weights, parameters)
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self._exchange(hidden, weights, plan, ids, parameters, spec, capacity, None).to(dtype)
-
-    def _exchange(
-        self,
-        hidden: Tensor,
-        weights: Tensor,
-        plan: Dispatch,
-        ids: Tensor,
-        parameters: Parameters,
-        spec: ExpertSpec,
-        capacity: Capacity,
-        local: OpaqueExperts | None,
-    ) -> Tensor:
-        return self.parallel.run(
-            hidden,
-            weights,
-            torch.where(plan.position >= 0, ids, -1),
+            return run(hidden, weights, dispatched)
+        parameters = list(self.parameters(recurse=False))
+        experts = OpaqueExperts(
+            "called",
+            run,
             parameters,
-            spec,
-            num_experts=self.num_experts,
-            layer=self.layer_name,
-            capacity=capacity,
-            recompute=False,
-            backend=self.backend,
-            local=local,  # type: ignore[arg-type]
+            self.num_local_experts,
+            self.parallel.first_expert(self.num_experts),
+            self.backend,
+            hidden.device,
+        )
+        with without_autocast(hidden.device):
+            return self.parallel.exchange(hidden, weights, dispatched, experts, parameters, self._layer(capacity))
+
+    def run_fused(self, call: ExpertCall, capacity: Capacity) -> Tensor:
+        """The experts' outputs [T, d] where they are MLPs of the call's stacked parameters."""
+        if self.parallel.is_alone:
+            check_call(call, self.backend)
+            return run_experts(call, backend=self.backend)
+        return self.parallel.run(call, self._layer(capacity))
+
+    def _layer(self, capacity: Capacity) -> ExchangedLayer:
+        return ExchangedLayer(
+            name=self.layer_name, num_experts=self.num_experts, backend=self.backend, capacity=capacity
         )
 
 

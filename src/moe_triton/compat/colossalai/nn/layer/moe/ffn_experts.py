@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,9 @@ from moe_triton.compat.colossalai.context.parallel_mode import ParallelMode
 from moe_triton.compat.colossalai.context.random import expert_seeds, generators_seeded, seed
 from moe_triton.compat.colossalai.nn.layer.moe.base import Capacity, MoeExperts
 from moe_triton.compat.opaque import call_one_by_one
+from moe_triton.distributed.exchange.overlap import Deferred
 from moe_triton.integrations.transformers import pointwise_name
+from moe_triton.layers.experts import Uncast, uncast
 from moe_triton.records import Dispatch
 
 
@@ -121,21 +122,16 @@ class FFNExperts(layers.Experts, MoeExperts):
     def forward(
         self,
         hidden_states: Tensor,
-        top_k_weights: Tensor,
+        top_k_weights: Tensor | Uncast,
         plan: Dispatch,
         *,
-        experts: Tensor | None = None,
         capacity: Capacity = lambda num_tokens: None,
-        beside: Callable[[], None] | None = None,
+        overlap_with: Deferred | None = None,
     ) -> Tensor:
         """As `Experts.forward`."""
         if self.is_fused:
-            return super().forward(
-                hidden_states, top_k_weights, plan, experts=experts, capacity=capacity, beside=beside
-            )
-        if beside is not None:
-            beside()
-        return self.run_opaque(self._call, hidden_states, top_k_weights, plan, experts, capacity)
+            return super().forward(hidden_states, top_k_weights, plan, capacity=capacity, overlap_with=overlap_with)
+        return self.run_opaque(self._call, hidden_states, uncast(top_k_weights), plan, capacity)
 
     def _call(self, hidden: Tensor, weights: Tensor, plan: Dispatch) -> Tensor:
         size, rank = self.parallel_slices

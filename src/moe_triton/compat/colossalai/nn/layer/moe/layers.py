@@ -140,7 +140,6 @@ class MoeLayer(nn.Module):
             x,
             routed.routing.weights,
             routed.plan,
-            experts=routed.routing.experts,
             capacity=lambda num_tokens: self.router.get_capacity((num_tokens, self.num_experts)),
         )
         return out.reshape(inputs.shape)

@@ -14,8 +14,7 @@ from moe_triton.compat.colossalai.context.random import expert_seeds, generators
 from moe_triton.compat.colossalai.nn.layer.moe.base import Capacity, MoeExperts
 from moe_triton.compat.mlps import is_tampered, recognise
 from moe_triton.compat.opaque import call_one_by_one
-from moe_triton.experts import Parameters
-from moe_triton.records import Dispatch, ExpertSpec
+from moe_triton.records import Dispatch, ExpertCall, ExpertParameters, ExpertSpec
 
 
 class Experts(MoeExperts):
@@ -119,17 +118,22 @@ class Experts(MoeExperts):
         top_k_weights: Tensor,
         plan: Dispatch,
         *,
-        experts: Tensor | None = None,
         capacity: Capacity = lambda num_tokens: None,
     ) -> Tensor:
         """hidden_states [T, d], weights [T, K], a Dispatch of the T tokens over all experts -> [T, d].
 
-        experts [T, K], the choices that `plan` was made from, and `capacity` are for expert parallelism.
+        `capacity` (tokens -> places of an expert) is for expert parallelism.
         """
         if self.is_fused and self.mlp is not None:
-            parameters, spec = self._mlp_parameters(), ExpertSpec(activation=self.mlp.activation)
-            return self.run_fused(hidden_states, top_k_weights, plan, experts, capacity, parameters, spec)
-        return self.run_opaque(self._call, hidden_states, top_k_weights, plan, experts, capacity)
+            call = ExpertCall(
+                hidden=hidden_states,
+                weights=top_k_weights,
+                dispatched=plan,
+                parameters=self._mlp_parameters(),
+                spec=ExpertSpec(activation=self.mlp.activation),
+            )
+            return self.run_fused(call, capacity)
+        return self.run_opaque(self._call, hidden_states, top_k_weights, plan, capacity)
 
     @property
     def is_fused(self) -> bool:
@@ -138,7 +142,7 @@ class Experts(MoeExperts):
         drops = self.training and any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules)
         return self.mlp is not None and not drops and not any(map(is_tampered, modules))
 
-    def _mlp_parameters(self) -> Parameters:
+    def _mlp_parameters(self) -> ExpertParameters:
         assert self.mlp is not None
         of_path = {path: getattr(self, name) for name, paths in self.paths.items() for path in paths}
 
@@ -151,7 +155,7 @@ class Experts(MoeExperts):
         up, down = joined(self.mlp.up, "weight"), joined((self.mlp.down,), "weight")
         assert up is not None
         assert down is not None
-        return up, down, joined(self.mlp.up, "bias"), joined((self.mlp.down,), "bias")
+        return ExpertParameters(up, down, joined(self.mlp.up, "bias"), joined((self.mlp.down,), "bias"))
 
     def _call(self, hidden: Tensor, weights: Tensor, plan: Dispatch) -> Tensor:
         slices = {name: getattr(self, name).unbind(0) for name in self.paths}

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from moe_triton.backends.triton.stages import ExpertKernels
+from moe_triton.benchmarking.stages_triton import ExpertKernels
 from moe_triton.reference import activate
 
 
@@ -28,7 +28,7 @@ def stage_error(kernels: ExpertKernels, stage: str, result: object) -> float:
     """
     tensors = result if isinstance(result, tuple) else (result,)
     worst = 0.0
-    for expert, (start, end) in enumerate(pairwise(kernels.plan.offsets.tolist())):
+    for expert, (start, end) in enumerate(pairwise(kernels.problem.dispatched.offsets.tolist())):
         is_weight = stage.startswith("d_weight")
         if start == end and not is_weight:
             continue
@@ -40,17 +40,17 @@ def stage_error(kernels: ExpertKernels, stage: str, result: object) -> float:
 
 def expected_of(kernels: ExpertKernels, stage: str, expert: int, rows: slice) -> tuple[Tensor, ...]:
     """What the stage should make of one expert's rows, in float64, tensor by tensor."""
-    spec, top_k = kernels.spec, kernels.problem.top_k
-    gate_up, down, gate_up_bias, down_bias = (None if p is None else p[expert].double() for p in kernels.parameters)
+    call, spec = kernels.problem.call, kernels.problem.spec
+    gate_up, down, gate_up_bias, down_bias = (None if p is None else p[expert].double() for p in call.parameters)
     assert gate_up is not None
     assert down is not None
     if spec.is_transposed:
         gate_up, down = gate_up.T, down.T
-    slots = kernels.plan.source[rows].long()
-    tokens = slots // top_k
-    weights = kernels.weights.reshape(-1)[slots].double()[:, None]
+    slots = call.dispatched.source[rows].long()
+    tokens = slots // call.dispatched.top_k
+    weights = call.weights.reshape(-1)[slots].double()[:, None]
     if stage == "up":
-        h = kernels.hidden[tokens].double() @ gate_up.T
+        h = call.hidden[tokens].double() @ gate_up.T
         h = h if gate_up_bias is None else h + gate_up_bias
         # the activation is taken of the rounded pre-activation, as the kernel's own backward sees it
         a = activate(kernels.h[rows].double(), spec.activation, spec.is_concatenated)
@@ -69,5 +69,5 @@ def expected_of(kernels: ExpertKernels, stage: str, expert: int, rows: slice) ->
     if stage == "d_weight_down":
         gradient = kernels.grad_out[tokens].double().T @ kernels.weighted_a[rows].double()
     else:
-        gradient = kernels.grad_h[rows].double().T @ kernels.hidden[tokens].double()
+        gradient = kernels.grad_h[rows].double().T @ call.hidden[tokens].double()
     return (gradient.T if spec.is_transposed else gradient,)

@@ -1,0 +1,36 @@
+"""The experts of the torch backend as stages: one forward and one backward, since nothing smaller runs apart."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from moe_triton import runtime
+from moe_triton.benchmarking.stage import Stage
+from moe_triton.records import ExpertCall, Wanted
+
+INSIDE = "inside `experts`, block by block: not measured apart on this machine"
+
+
+def expert_stages(call: ExpertCall, grad_out: Tensor) -> list[Stage]:
+    """The stages of a call; grad_out [T, d]."""
+    backend = runtime.experts_backend("torch", call.hidden.device)
+    _, h = backend.experts_forward(call, True)
+    wanted = Wanted(True, True, *(parameter is not None for parameter in call.parameters))
+    name = "experts_cpu" if call.hidden.device.type == "cpu" else "experts_device"
+    return [
+        Stage(name="up, down, combine", note=INSIDE),
+        Stage(
+            name="experts",
+            kernel=name,
+            floors=("up", "down", "combine"),
+            call=lambda: backend.experts_forward(call, True),
+        ),
+        Stage(name="d_hidden, d_weight, d_rows, combine", is_backward=True, note=INSIDE),
+        Stage(
+            name="experts",
+            is_backward=True,
+            kernel=name,
+            floors=("d_hidden", "d_router_weights", "d_weight_down", "d_weight_up", "d_rows", "combine"),
+            call=lambda: backend.experts_backward(call, grad_out, h, wanted),
+        ),
+    ]

@@ -1,0 +1,83 @@
+"""The stages that kernels run, and their configurations: which runs, where it is from, how many a table has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from typing import Any
+
+import torch
+
+from moe_triton_kernels.configs import Config, find_config, shipped_table, user_table, user_table_path
+
+# operation that has configurations -> the stages that run with its configuration
+STAGES_OF = {
+    "up": ("up",),
+    "down": ("down",),
+    "d_hidden": ("d_hidden",),
+    "d_weight": ("d_weight_down", "d_weight_up"),
+    "d_rows": ("d_rows",),
+}
+OP_OF = {stage: op for op, stages in STAGES_OF.items() for stage in stages}
+KERNELS = {
+    "tile_tables": "tile_tables_kernel",
+    "up": "up_kernel",
+    "down": "rows_kernel",
+    "combine": "combine_kernel",
+    "d_hidden": "d_hidden_kernel",
+    "d_router_weights": "router_weight_kernel",
+    "d_weight_down": "weight_grad_kernel",
+    "d_weight_up": "weight_grad_kernel",
+    "d_rows": "rows_kernel",
+    "combine_backward": "combine_kernel",
+    "d_bias_rows": "bias_grad_kernel",
+    "d_bias_gathered": "bias_grad_kernel",
+}
+FORWARD = ("tile_tables", "up", "down", "combine")
+
+
+def in_words(config: Config) -> str:
+    """128x256x64 warps 8 stages 3, and what else is not 1, or switched on."""
+    text = f"{config.block_m}x{config.block_n}x{config.block_k} warps {config.num_warps} stages {config.num_stages}"
+    known = ("block_m", "block_n", "block_k", "num_warps", "num_stages")
+    for name, value in ((f.name, getattr(config, f.name)) for f in fields(config) if f.name not in known):
+        if isinstance(value, bool):
+            text += f" {name}" if value else ""
+        elif value != 1:
+            text += f" {name} {value}"
+    return text
+
+
+def full_name(op: str, is_gated: bool) -> str:
+    """The name that an operation has in tables: gated up and d_hidden have their own."""
+    return f"{op}_gated" if is_gated and op in ("up", "d_hidden") else op
+
+
+def chosen_config(op: str, d: int, n: int, dtype: torch.dtype, bucket: int, architecture: str) -> Config:
+    """What runs an operation (by its name in tables) today, for experts with about `bucket` rows each."""
+    return find_config(op, d=d, n=n, dtype=dtype, num_rows=bucket, num_experts=1, architecture=architecture)[0]
+
+
+def chosen_configs(
+    *, d: int, n: int, dtype: torch.dtype, num_rows: int, num_experts: int, is_gated: bool, architecture: str
+) -> list[dict[str, Any]]:
+    """For every operation: stages, configuration in words and as a dict, and where it is from."""
+    found = []
+    for op, stages in STAGES_OF.items():
+        config, origin = find_config(
+            full_name(op, is_gated), d=d, n=n, dtype=dtype, num_rows=num_rows, num_experts=num_experts,
+            architecture=architecture,
+        )  # fmt: skip
+        found.append({"op": op, "stages": stages, "config": in_words(config), "fields": asdict(config), "from": origin})
+    return found
+
+
+def table_facts(architectures: Sequence[str]) -> dict[str, Any]:
+    """Where the tables are and how many entries they have for these architectures."""
+    path = user_table_path()
+    counts = {
+        name: sum(key[4] in architectures for key in table)
+        for name, table in (("user", user_table()), ("shipped", shipped_table()))
+    }
+    return {"user_table": None if path is None else str(path), "user_entries": counts["user"],
+            "shipped_entries": counts["shipped"]}  # fmt: skip
