@@ -22,7 +22,7 @@ from moe_triton.distributed import (
     make_groups,
     reduce_gradients,
 )
-from moe_triton.distributed.errors import board
+from moe_triton.distributed.failure_board import failure_board
 
 
 def reduced(sizes: dict, rule: str) -> None:
@@ -90,11 +90,11 @@ def disagreeing(rule: str) -> None:
     other = "mean" if rule == "sum" else "sum"
     model = backward_here(Case(TOKENS, layer=LAYER), groups, other)
     before = model.first.weight.grad.clone()
-    issued = board().issued.total()
+    issued = failure_board().issued.total()
     with pytest.raises(ValueError, match=rf"rule: got '{rule}' with loss_reduction='{other}' at 'moe.experts'"):
         reduce_gradients(model, rule=rule)
     assert torch.equal(model.first.weight.grad, before)
-    assert board().issued.total() == issued
+    assert failure_board().issued.total() == issued
 
 
 def disagreeing_ranks() -> None:
