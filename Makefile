@@ -36,4 +36,4 @@ gpu-bench:
 	PYTHONPATH=src:kernels $(GPU_PYTHON) benchmarks/tables.py
 
 clean:
-	rm -rf $(VENV) .triton-* .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest .venv-newest .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -90,7 +90,7 @@ def test_only_the_triton_backend_and_the_tools_know_the_kernels():
 def test_imports_and_runs_without(missing):
     """A finder that hides one package stands for a machine that does not have it."""
     program = f"""
-import importlib.abc, sys
+import importlib.abc, importlib.util, sys
 class Hide(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == {missing!r}:

@@ -67,5 +67,5 @@ def check_number(name: str, value: object, *, above: float | None = None, low: f
     # Not math.isfinite: torch.compile cannot trace it on a symbolic float, and an int may be beyond every float.
     is_finite = -sys.float_info.max <= value <= sys.float_info.max
     if not is_finite or (above is not None and value <= above) or (low is not None and value < low):
-        wanted = "" if above is None and low is None else f" > {above}" if above is not None else f" >= {low}"
-        raise ValueError(f"{name}: got {value}, wanted a finite number{wanted}")
+        bound = f"number > {above}" if above is not None else "finite number" if low is None else f"number >= {low}"
+        raise ValueError(f"{name}: got {value}, wanted a {bound}")

@@ -176,7 +176,9 @@ def activate(hidden: Tensor, activation: str, is_concatenated: bool = True) -> T
     pattern = "... (two n) -> two ... n" if is_concatenated else "... (n two) -> two ... n"
     gate, up = rearrange(hidden, pattern, two=2)
     if activation == "gpt_oss":
-        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        # no clamp: its gradient at the limit itself, 1 here, became 0 in torch 2.14
+        gate = torch.where(gate > 7.0, 7.0, gate)
+        up = torch.where(up.abs() > 7.0, 7.0 * up.sign(), up)
         return (up + 1) * gate * torch.sigmoid(1.702 * gate)
     gates = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
     return pointwise(gate, gates[activation]) * up

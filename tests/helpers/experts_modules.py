@@ -22,9 +22,13 @@ def make_experts(
     has_bias=False,
     has_gate=True,
     is_concatenated=True,
+    post_expert_norm=None,
     dtype=torch.float64,
 ):
-    """A decorated experts module, whose eager forward refuses: it is not what these tests compare with."""
+    """A decorated experts module, whose eager forward refuses: it is not what these tests compare with.
+
+    `post_expert_norm` is set by hand: the decorators before transformers 5.24 do not know its flag.
+    """
 
     class Experts(nn.Module):
         def __init__(self, config):
@@ -49,7 +53,22 @@ def make_experts(
     decorate = use_experts_implementation(
         is_transposed=is_transposed, has_bias=has_bias, has_gate=has_gate, is_concatenated=is_concatenated
     )
-    return decorate(Experts)(SimpleNamespace(_experts_implementation="moe_triton"))
+    module = decorate(Experts)(SimpleNamespace(_experts_implementation="moe_triton"))
+    if post_expert_norm is not None:
+        module.has_post_expert_norm, module.post_expert_norm = True, post_expert_norm.to(dtype)
+    return module
+
+
+class RmsNorm(nn.Module):
+    """Rows over their root mean square, times a weight; without an epsilon, so that it is NaN on a row of zeros."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(D) + 0.5)
+        self.bias = nn.Parameter(torch.randn(D))
+
+    def forward(self, rows):
+        return rows * rows.square().mean(-1, keepdim=True).rsqrt() * self.weight + self.bias
 
 
 def make_inputs(dtype=torch.float64, weights_dtype=None):
@@ -87,5 +106,6 @@ def expected_results(module, x, index, weights, activate):
         w1, w2 = (up[e], module.down_proj[e]) if module.is_transposed else (up[e].T, module.down_proj[e].T)
         h = x[token] @ w1 + (0 if up_bias is None else up_bias[e])
         y = activate(h) @ w2 + (module.down_proj_bias[e] if up_bias is not None else 0)
+        y = module.post_expert_norm(y) if hasattr(module, "post_expert_norm") else y
         out = out.index_add(0, token, y * weights[token, choice, None].to(y.dtype))
     return results(out, module, x, weights)

@@ -11,7 +11,7 @@ import torch
 
 def poison(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.dtype.is_floating_point:
-        return tensor.fill_(float("nan"))
+        tensor.detach().fill_(float("nan"))  # a parameter too: torch 2.11 makes one while it checkpoints
     if tensor.dtype in (torch.int32, torch.int64):
         return tensor.fill_(-(10**9))
     return tensor

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
-from types import SimpleNamespace
+from functools import wraps
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moe_triton import dispatch, reference
-from moe_triton.integrations import called_gate
+from moe_triton import reference
 from moe_triton.integrations import transformers as hf
-from moe_triton.integrations.called_gate import called_gate_mlp, grouped_linear
-from moe_triton.records import ExpertSpec
-from tests.helpers.compare import assert_close
+from tests.helpers.experts_classes import experts_class, tiny_experts
 from tests.helpers.experts_modules import (
     D,
     E,
     K,
     N,
+    RmsNorm,
     T,
     assert_same,
     expected_results,
@@ -128,6 +125,25 @@ def test_a_gate_that_we_do_not_know_is_called(options, layout, backend):
     assert not torch.allclose(module._apply_gate(torch.randn(4, 2 * N, dtype=x.dtype)), fused)
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
+@pytest.mark.parametrize("layout", [{}, {"is_transposed": True, "has_bias": True}, {"has_gate": False}], ids=str)
+@pytest.mark.parametrize("gate", [None, squashed], ids=["fused", "called"])
+def test_a_norm_of_every_experts_rows(gate, layout, backend):
+    """Before the router weights multiply them; a skipped slot has no row, and no share in any gradient."""
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    act_fn = ScaledSilu() if gate and "has_gate" in layout else "silu"
+    module = make_experts(act_fn=act_fn, gate=gate, post_expert_norm=RmsNorm(), **layout, dtype=dtype)
+    module.moe_triton_backend = backend
+    assert (hf.fused_activation(module) is None) == (gate is not None)
+    x, index, weights = make_inputs(dtype)
+    activate = module._apply_gate if module.has_gate else module.act_fn
+    expected = expected_results(module, x, index, weights, activate)
+    actual = results(module(x, index, weights), module, x, weights)
+    assert_same(actual, expected)
+    assert torch.equal(actual["out"][9], torch.zeros(D, dtype=dtype))
+    assert (actual["weights"][9] == 0).all()
+
+
 def test_a_gate_with_parameters_or_on_one_module_is_called():
     module = make_experts()
     module.scale = nn.Parameter(torch.randn(N, dtype=torch.float64))
@@ -138,74 +154,59 @@ def test_a_gate_with_parameters_or_on_one_module_is_called():
     assert_same(results(module(x, index, weights), module, x, weights), expected)
 
 
-# Every distinct body among the decorated classes of transformers 5.17. ------------------------------------------------
-
-CLASSES = {
-    "mixtral.MixtralExperts": "swiglu",
-    "gpt_oss.GptOssExperts": "gpt_oss",
-    "openai_privacy_filter.OpenAIPrivacyFilterExperts": "gpt_oss",
-    "minimax_m3_vl.MiniMaxM3VLExperts": "gpt_oss",
-    "nemotron_h.NemotronHExperts": "relu2",
-    "lfm2_moe.Lfm2MoeExperts": "swiglu",
-    "ernie4_5_vl_moe.Ernie4_5_VLMoeMoeExperts": "swiglu",
-    "qwen3_omni_moe.Qwen3OmniMoeThinkerTextExperts": "swiglu",
-    "deepseek_v4.DeepseekV4Experts": None,
-    "glm5_next.Glm5NextTextExperts": None,
-    "hy_v4.HYV4Experts": None,
-}
+# Gates that count by name ---------------------------------------------------------------------------------------------
 
 
-def real_experts(name, dtype=torch.float64):
-    """An instance of a transformers class, with inputs large enough to reach its clamps."""
-    family, cls = name.split(".")
-    config = SimpleNamespace(
-        hidden_size=D,
-        **dict.fromkeys(["num_local_experts", "num_experts", "n_routed_experts"], E),
-        **dict.fromkeys(["intermediate_size", "moe_intermediate_size"], N),
-        hidden_act="silu",
-        mlp_hidden_act="relu2",
-        moe_latent_size=None,
-        swiglu_alpha=1.702,
-        swiglu_limit=7.0,
-        _experts_implementation="eager",
-    )
-    module = getattr(importlib.import_module(f"transformers.models.{family}.modeling_{family}"), cls)(config)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.normal_(std=2.0 if "bias" in cls else 1.5)
-    return module.to(dtype)
-
-
-@pytest.mark.parametrize(("name", "activation"), CLASSES.items())
-def test_the_classes_of_transformers(name, activation):
-    module = real_experts(name)
-    assert hf.fused_activation(module) == activation
-    x, _, weights = make_inputs()
-    index = torch.stack([torch.randperm(E - 1)[:K] for _ in range(T)])
-    eager = module(x, index, weights)
-    if name.startswith("openai"):  # its eager path multiplies in fp32
-        eager, tolerance = eager.double(), 1e-6
-    else:
-        tolerance = None
-    expected = results(eager, module, x, weights)
+def eager_results(module, x, index, weights):
+    module.config._experts_implementation = "eager"
+    expected = results(module(x, index, weights), module, x, weights)
     module.config._experts_implementation = "moe_triton"
-    assert_same(results(module(x, index, weights), module, x, weights), expected, tolerance)
+    return expected
 
 
-@pytest.mark.parametrize(("name", "value"), [("alpha", 1.5), ("limit", 5.0)])
-def test_gpt_oss_with_other_constants_is_called(name, value):
-    module = real_experts("gpt_oss.GptOssExperts")
-    setattr(module, name, value)
+GPT_OSS, MINIMAX = "gpt_oss.GptOssExperts", "minimax_m3_vl.MiniMaxM3VLExperts"
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        (GPT_OSS, {"alpha": 1.5}),
+        (GPT_OSS, {"limit": 5.0}),
+        (GPT_OSS, {"is_concatenated": True}),
+        (MINIMAX, {"swiglu_alpha": 1.5}),
+        (MINIMAX, {"swiglu_limit": 5.0}),
+        (MINIMAX, {"is_concatenated": False}),
+    ],
+    ids=str,
+)
+def test_a_gate_by_name_with_another_attribute_is_called(name, change):
+    """The flag says nothing to a gate that is called: it takes gate and up from where it always did."""
+    module = tiny_experts(name)
+    assert hf.fused_activation(module) == "gpt_oss"
+    for attribute, value in change.items():
+        setattr(module, attribute, value)
     assert hf.fused_activation(module) is None
     x, _, weights = make_inputs()
     index = torch.stack([torch.randperm(E - 1)[:K] for _ in range(T)])
-    expected = results(module(x, index, weights), module, x, weights)
-    module.config._experts_implementation = "moe_triton"
+    expected = eager_results(module, x, index, weights)
+    assert_same(results(module(x, index, weights), module, x, weights), expected)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_a_gate_by_name_in_every_other_layout_is_fused(is_transposed, has_bias):
+    """Which way the weights lie and whether biases are added does not concern the gate."""
+    gate = experts_class(GPT_OSS)._apply_gate
+    module = make_experts(gate=gate, is_transposed=is_transposed, has_bias=has_bias, is_concatenated=False)
+    module.alpha, module.limit = 1.702, 7.0
+    assert hf.fused_activation(module) == "gpt_oss"
+    x, index, weights = make_inputs()
+    expected = expected_results(module, x, index, weights, module._apply_gate)
     assert_same(results(module(x, index, weights), module, x, weights), expected)
 
 
 def test_a_gate_that_only_has_the_name_is_called(monkeypatch):
-    module = real_experts("gpt_oss.GptOssExperts")
+    module = tiny_experts(GPT_OSS)
     assert hf.fused_activation(module) == "gpt_oss"
 
     def other(self, gate_up):
@@ -275,7 +276,7 @@ def test_no_assignment_gives_zeros(num_tokens, gate):
         assert torch.equal(leaf.grad, torch.zeros_like(leaf))
 
 
-# torch.compile and the custom operation -------------------------------------------------------------------------------
+# torch.compile ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -283,12 +284,14 @@ def test_no_assignment_gives_zeros(num_tokens, gate):
     [
         (lambda: make_experts(), "moe_triton.experts"),
         (lambda: make_experts(act_fn=F.silu, has_gate=False, has_bias=True), "moe_triton.experts"),
-        (lambda: real_experts("gpt_oss.GptOssExperts"), "moe_triton.experts"),
-        (lambda: real_experts("nemotron_h.NemotronHExperts"), "moe_triton.experts"),
+        (lambda: tiny_experts("gpt_oss.GptOssExperts"), "moe_triton.experts"),
+        (lambda: tiny_experts("nemotron_h.NemotronHExperts"), "moe_triton.experts"),
         (lambda: make_experts(gate=squashed, has_bias=True), "moe_triton.grouped_linear"),
-        (lambda: real_experts("deepseek_v4.DeepseekV4Experts"), "moe_triton.grouped_linear"),
+        (lambda: tiny_experts("deepseek_v4.DeepseekV4Experts"), "moe_triton.grouped_linear"),
+        (lambda: make_experts(post_expert_norm=RmsNorm()), "moe_triton.experts"),
+        (lambda: make_experts(post_expert_norm=RmsNorm(), gate=squashed), "moe_triton.grouped_linear"),
     ],
-    ids=["default", "ungated", "gpt_oss", "nemotron", "called", "deepseek_v4"],
+    ids=["default", "ungated", "gpt_oss", "nemotron", "called", "deepseek_v4", "normalised", "called_normalised"],
 )
 def test_compile_without_a_graph_break(make, ops):
     from torch._dynamo.backends.debugging import aot_eager
@@ -309,62 +312,13 @@ def test_compile_without_a_graph_break(make, ops):
     assert any(target.startswith(ops) for target in seen), seen
 
 
-@pytest.mark.parametrize("is_transposed", [False, True])
-@pytest.mark.parametrize("has_bias", [False, True])
-def test_grouped_linear_is_a_sound_operation(is_transposed, has_bias):
-    offsets = torch.tensor([0, 3, 3, 7], dtype=torch.int32)  # an idle expert, and two rows past the end
-    x = torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(3, *((5, 4) if is_transposed else (4, 5)), dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(3, 4, dtype=torch.float64, requires_grad=True) if has_bias else None
-    torch.library.opcheck(grouped_linear, (x, weight, bias, offsets, is_transposed))
-    assert torch.autograd.gradcheck(
-        lambda *tensors: grouped_linear(
-            tensors[0], tensors[1], tensors[2] if has_bias else None, offsets, is_transposed
-        ),
-        (x, weight, bias) if has_bias else (x, weight),
-    )
-
-
-@pytest.mark.parametrize("is_transposed", [False, True])
-@pytest.mark.parametrize("has_bias", [False, True])
-def test_grouped_linear_without_a_host_sync(is_transposed, has_bias, monkeypatch):
-    """The way that bf16 takes on a GPU, on the CPU's grouped_mm, against the loop over experts."""
-    offsets = torch.tensor([0, 3, 3, 7], dtype=torch.int32)
-    x = torch.randn(9, 16, requires_grad=True)
-    weight = torch.randn(3, *((16, 8) if is_transposed else (8, 16)), requires_grad=True)
-    bias = torch.randn(3, 8, requires_grad=True) if has_bias else None
-    leaves = [x, weight, bias] if has_bias else [x, weight]
-    upstream = torch.randn(9, 8)
-
-    def run():
-        out = grouped_linear(x, weight, bias, offsets, is_transposed)
-        return out, *torch.autograd.grad(out, leaves, upstream)
-
-    expected = run()
-    monkeypatch.setattr(called_gate, "_sync_free", lambda a, b: True)
-    monkeypatch.setattr(called_gate, "_ranges", None)  # the way with a host sync
-    for actual, value in zip(run(), expected, strict=True):
-        assert value.abs().max() > 0
-        assert_close(actual, value)
-
-
-def test_called_gate_equals_the_reference():
-    x, index, weights = make_inputs()
-    up, down = torch.randn(E, 2 * N, D, dtype=x.dtype), torch.randn(E, D, N, dtype=x.dtype)
-    actual = called_gate_mlp(x, index, weights, up, down, lambda h: reference.activate(h, "geglu"))
-    plan = dispatch(index, E)
-    expected = reference.moe_mlp(x, weights, plan, up, down, None, None, ExpertSpec(activation="geglu"))
-    assert_close(actual, expected)
-
-
 # Bad input ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: setattr(m, "has_post_expert_norm", True), "has_post_expert_norm: got True"),
-        (lambda m: setattr(m, "is_sharded", True), "is_sharded: got True"),
+        (lambda m: setattr(m, "has_post_expert_norm", True), "post_expert_norm: got NoneType"),
         (lambda m: setattr(m, "has_gate", False), "up_proj: got NoneType"),
         (lambda m: setattr(m, "has_bias", True), "gate_up_proj_bias: got NoneType"),
         (lambda m: setattr(m, "down_proj", None), "down_proj: got NoneType"),
@@ -386,10 +340,42 @@ def test_a_module_that_we_do_not_understand_is_refused(change, message):
         module(x, index, weights)
 
 
-def test_a_flag_that_is_off_is_no_obstacle():
-    module = make_experts()
-    module.has_post_expert_norm = False
-    assert hf.obstacle(module) is None
+def by_decorator(cls, value):
+    """A flag as transformers adds one: a decorator's constructor sets it after the class's own."""
+    original = cls.__init__
+
+    @wraps(original)
+    def constructor(self, config):
+        original(self, config)
+        self.is_sharded = value
+
+    cls.__init__ = constructor
+    return cls
+
+
+def by_constructor(cls, value):
+    def constructor(self, config):
+        super(cls, self).__init__(config)
+        self.is_sharded = value
+
+    cls.__init__ = constructor
+    return cls
+
+
+def by_class(cls, value):
+    cls.is_sharded = value
+    return cls
+
+
+@pytest.mark.parametrize("add", [by_decorator, by_constructor, by_class])
+def test_a_flag_of_a_later_release(add):
+    known = make_experts()
+    module, other = (add(type("Experts", (type(known),), {}), value)(known.config) for value in (True, False))
+    with pytest.raises(ValueError, match="Experts: is_sharded: got True, a flag that moe_triton does not know"):
+        module(*make_inputs())
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="is_sharded: got True"):
+        torch.compile(module, backend="eager", fullgraph=True)(*make_inputs())
+    assert hf.obstacle(other) is None
 
 
 def test_register_without_transformers(monkeypatch):

@@ -73,6 +73,16 @@ def test_the_sum_is_in_fp32_and_cast_once() -> None:
     assert combine(rows, position, torch.float16).tolist() == [[2056.0] * 16]  # the nearest there is
 
 
+def test_the_choices_are_added_in_their_order() -> None:
+    rows = torch.randn(160, 32, device=device)
+    position = torch.randperm(160, device=device).int().view(40, 4)
+    in_order = torch.zeros(40, 32, device=device)
+    for choice in position.long().unbind(1):
+        in_order += rows[choice]
+    assert torch.equal(combine(rows, position, torch.float32), in_order)
+    assert not torch.equal(combine(rows, position.flip(1), torch.float32), in_order)
+
+
 def test_strided_rows_and_empty_shapes() -> None:
     rows, position = torch.randn(24, 48, device=device), make_position(12, 2, 0.2)
     whole = combine(rows, position, torch.float32)

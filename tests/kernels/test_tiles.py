@@ -9,7 +9,7 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_triton_kernels.tiles import BLOCK_SIZES, load_tile, max_tiles, tile_tables
+from moe_triton_kernels.tiles import BLOCK_SIZES, CHUNK, load_tile, max_tiles, tile_tables
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -40,6 +40,13 @@ def test_tables_match_a_loop_over_experts(counts: list[int], spare: int) -> None
         assert num_tiles.tolist() == [len(expected)]
         assert table[: len(expected)].tolist() == expected
         assert most == table.shape[0] == max_tiles(num_rows, len(counts), block_m)
+
+
+def test_an_expert_with_more_tiles_than_a_program_writes_at_a_time() -> None:
+    counts = [3, 300 * 16, 17]  # 300 tiles of 16 rows: three rounds of CHUNK
+    table, num_tiles, _ = tile_tables(make_offsets(counts), sum(counts)).select(16)
+    assert 2 * CHUNK < 300
+    assert table[: num_tiles.item()].tolist() == expected_tiles(counts, 16)
 
 
 @pytest.mark.parametrize("block_m", [1, 3, 16])

@@ -120,6 +120,8 @@ def transformers_experts(model: nn.Module, name: str, module: nn.Module, backend
     module.moe_triton_backend = backend  # type: ignore[assignment]
     activation = hf.fused_activation(module)
     how = f"fused, {activation}" if activation else "our products, with the module's own gate called between them"
+    if getattr(module, "has_post_expert_norm", False):
+        how += ", then its post_expert_norm"
     return Swapped(name, _kind(module), f"experts_implementation={key!r}, backend={backend!r}: {how}")
 
 

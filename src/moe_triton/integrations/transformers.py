@@ -7,6 +7,7 @@ they are. The router, the shared experts and everything else of the model keep r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +26,13 @@ from moe_triton.runtime import constant_while_compiling
 KEY = "moe_triton"
 
 # The flags of an experts module, with the values that a module has which does not mention them.
-FLAGS = {"is_concatenated": True, "is_transposed": False, "has_bias": False, "has_gate": True}
+FLAGS = {
+    "is_concatenated": True,
+    "is_transposed": False,
+    "has_bias": False,
+    "has_gate": True,
+    "has_post_expert_norm": False,
+}
 
 GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "reglu"}
 
@@ -78,7 +85,8 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
 
     hidden_states [T, d], top_k_index [T, K] (an id outside [0, E) skips its slot), top_k_weights [T, K] of any
     floating dtype. Computes in the dtype of the module's weights (under autocast in autocast's) and returns [T, d] in
-    hidden_states' dtype. A gate that we know is fused; any other is called.
+    hidden_states' dtype. A gate that we know is fused; any other is called. So is the module's `post_expert_norm`, on
+    each expert's rows before the router weights multiply them.
 
     Raises ValueError where `obstacle` names one.
     """
@@ -98,25 +106,26 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     backend = getattr(module, "moe_triton_backend", "auto")  # what `moe_triton.swap` was asked for
     x = hidden_states.to(compute)
     activation = fused_activation(module)
-    if activation is not None:
-        out = moe_mlp(
+
+    def experts(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        if activation is not None:
+            return moe_mlp(
+                x,
+                index,
+                weights,
+                up_proj,
+                down_proj,
+                activation=activation,
+                gate_up_bias=up_bias,
+                down_bias=down_bias,
+                is_transposed=is_transposed,
+                is_concatenated=_flag(module, "is_concatenated"),
+                backend=backend,
+            )
+        return called_gate_mlp(
             x,
-            top_k_index,
-            top_k_weights,
-            up_proj,
-            down_proj,
-            activation=activation,
-            gate_up_bias=up_bias,
-            down_bias=down_bias,
-            is_transposed=is_transposed,
-            is_concatenated=_flag(module, "is_concatenated"),
-            backend=backend,
-        )
-    else:
-        out = called_gate_mlp(
-            x,
-            top_k_index,
-            top_k_weights,
+            index,
+            weights,
             up_proj,
             down_proj,
             module._apply_gate if _flag(module, "has_gate") else module.act_fn,
@@ -125,17 +134,44 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
             is_transposed=is_transposed,
             backend=backend,
         )
+
+    if _flag(module, "has_post_expert_norm"):
+        out = _normalised(experts, module.post_expert_norm, x, top_k_index, top_k_weights, up_proj.shape[0])
+    else:
+        out = experts(x, top_k_index, top_k_weights)
     return out.to(hidden_states.dtype)
+
+
+def _normalised(
+    experts: Callable[[Tensor, Tensor, Tensor], Tensor],
+    norm: Callable[[Tensor], Tensor],
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    num_experts: int,
+) -> Tensor:
+    """The experts with `norm` before the router weights: each assignment runs as a token of its own, of weight 1."""
+    index_S1 = index.reshape(-1, 1)
+    ones_S1 = torch.ones_like(index_S1, dtype=weights.dtype)
+    rows_Sd = experts(x.repeat_interleave(index.shape[1], dim=0), index_S1, ones_S1)
+    skipped_S1 = (index_S1 < 0) | (index_S1 >= num_experts)
+    # a norm need not be finite on zeros, nor zero
+    rows_Sd = norm(rows_Sd.masked_fill(skipped_S1, 1)).masked_fill(skipped_S1, 0)
+    rows_TKd = rows_Sd.view(*index.shape, -1).to(wide(rows_Sd.dtype))
+    return (rows_TKd * weights[..., None]).sum(1)
 
 
 def obstacle(module: nn.Module) -> str | None:
     """Why our experts cannot stand in for this module's, or None: a flag that we do not know, or odd weights."""
-    for name, value in vars(module).items():
-        if value is True and name.startswith(("has_", "is_")) and name not in FLAGS:
+    for name in unknown_flags(type(module)):
+        if getattr(module, name, False) is True:
             return f"{name}: got True, a flag that moe_triton does not know; wanted one of {', '.join(FLAGS)}"
     has_gate = _flag(module, "has_gate")
     if has_gate and not hasattr(module, "_apply_gate"):
         return "_apply_gate: missing, wanted the method that transformers' decorator adds"
+    norm = getattr(module, "post_expert_norm", None)
+    if _flag(module, "has_post_expert_norm") and not callable(norm):
+        return f"post_expert_norm: got {type(norm).__name__}, wanted a function of rows"
     names = ["gate_up_proj" if has_gate else "up_proj", "down_proj"]
     if _flag(module, "has_bias"):
         names += [f"{name}_bias" for name in names]
@@ -187,7 +223,26 @@ def pointwise_name(act_fn: Any) -> str | None:
     return POINTWISE.get(dotted_name(kind))
 
 
-# torch.compile runs these two as plain Python while it traces; it would get __qualname__ wrong.
+# torch.compile runs these three as plain Python while it traces: it would get __qualname__ wrong, and cannot see which
+# attributes a module has in torch 2.11.
+
+
+@constant_while_compiling
+def unknown_flags(cls: Any) -> tuple[str, ...]:
+    """The attributes has_... and is_... of the class and its constructors, decorated or not, that are not in FLAGS."""
+    return _unknown_flags(cls)
+
+
+@lru_cache(maxsize=256)
+def _unknown_flags(cls: Any) -> tuple[str, ...]:
+    names: set[str] = set()
+    for base in cls.__mro__:
+        names.update(vars(base))
+        constructor = vars(base).get("__init__")
+        while constructor is not None:
+            names.update(getattr(getattr(constructor, "__code__", None), "co_names", ()))
+            constructor = getattr(constructor, "__wrapped__", None)
+    return tuple(sorted(name for name in names if name.startswith(("has_", "is_")) and name not in FLAGS))
 
 
 @constant_while_compiling
