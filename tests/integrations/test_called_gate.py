@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compare import assert_close
-from experts_modules import D, E, N, make_inputs
 
 from moe_triton import dispatch, reference
 from moe_triton.integrations import called_gate
 from moe_triton.integrations.called_gate import called_gate_mlp, grouped_linear
 from moe_triton.records import ExpertSpec
+from tests.helpers.compare import assert_close
+from tests.helpers.experts_modules import D, E, N, make_inputs
 
 
 @pytest.mark.parametrize("is_transposed", [False, True])

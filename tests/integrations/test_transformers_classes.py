@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from experts_classes import TinyConfig, classes_by_decorator, experts_class, tiny_experts
-from experts_modules import D, E, K, N, T, assert_same, make_inputs, results
-from families import only_ours
 from torch import nn
 
 import moe_triton
 from moe_triton.integrations import transformers as hf
+from tests.helpers.experts_classes import TinyConfig, classes_by_decorator, experts_class, tiny_experts
+from tests.helpers.experts_modules import D, E, K, N, T, assert_same, make_inputs, results
+from tests.helpers.families import only_ours
 
 WITH_INTERFACE, WITHOUT_INTERFACE = classes_by_decorator()
 

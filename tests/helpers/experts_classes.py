@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 import transformers
-from experts_modules import D, E, N
 from torch import nn
 from transformers import PreTrainedConfig
 
 from moe_triton.integrations.swap import EXPERTS
+from tests.helpers.experts_modules import D, E, N
 
 MODELS = Path(transformers.__file__).parent / "models"
 SIZES = {
