@@ -15,11 +15,11 @@ from moe_triton.benchmarking.timing import Call, Timer, run_rounds, spread
 from moe_triton.records import RouterSpec
 from moe_triton_kernels.combine import combine
 from moe_triton_kernels.d_hidden import d_hidden, d_router_weights
-from moe_triton_kernels.down import rows_times_experts
-from moe_triton_kernels.floors import FLOORS, Shape
+from moe_triton_kernels.d_weight import d_bias
+from moe_triton_kernels.down import down
 from moe_triton_kernels.permutation import permute
 from moe_triton_kernels.tiles import tile_tables
-from moe_triton_kernels.weight_grad import bias_grad
+from moe_triton_kernels.tools.floors import FLOORS, Shape
 
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
@@ -48,16 +48,15 @@ def kernel_calls(workload: Workload) -> dict[str, Call]:
     problem = Problem(hidden, offsets, source, position, *parameters, spec)
     tiles = tile_tables(offsets, problem.num_rows)
 
-    def up() -> tuple[torch.Tensor, torch.Tensor]:
-        return problem.up(hidden, source, tiles, offsets, keep_a=True, keep_h=True)
+    def run_up() -> tuple[torch.Tensor, torch.Tensor]:
+        return problem.up(hidden, source, tiles, keep_a=True, keep_h=True)
 
-    a, h = up()
+    a, h = run_up()
 
-    def down() -> torch.Tensor:
-        return rows_times_experts(
+    def run_down() -> torch.Tensor:
+        return down(
             a,
             tiles,
-            offsets,
             problem.down,
             size_columns=problem.size_d,
             config=problem.config("down"),
@@ -71,7 +70,6 @@ def kernel_calls(workload: Workload) -> dict[str, Call]:
             grad_out,
             source,
             tiles,
-            offsets,
             problem.down.transposed(),
             h,
             weights,
@@ -81,14 +79,13 @@ def kernel_calls(workload: Workload) -> dict[str, Call]:
             config=problem.config("d_hidden"),
         )
 
-    rows = down()
+    rows = run_down()
     weighted_a, grad_h, shares = grad_hidden_rows()
 
     def grad_input_rows() -> torch.Tensor:
-        return rows_times_experts(
+        return down(
             grad_h,
             tiles,
-            offsets,
             problem.gate_up.transposed(),
             size_columns=problem.size_d,
             config=problem.config("d_rows"),
@@ -98,23 +95,19 @@ def kernel_calls(workload: Workload) -> dict[str, Call]:
         "topk": lambda: route_forward(logits, router, None, None, None),
         "permutation": lambda: permute(experts, case.experts),
         "tile_tables": lambda: tile_tables(offsets, problem.num_rows),
-        "up": up,
-        "down": down,
+        "up": run_up,
+        "down": run_down,
         "combine": lambda: combine(rows, position, hidden.dtype),
         "d_hidden": grad_hidden_rows,
-        "d_router_weights": lambda: d_router_weights(
-            shares, grad_out, source, tiles, offsets, problem.down_bias, weights
-        ),
+        "d_router_weights": lambda: d_router_weights(shares, grad_out, source, tiles, problem.down_bias, weights),
         "d_weight_down": lambda: weight_gradient(problem, grad_out, weighted_a, source, offsets, tokens_first=True),
         "d_weight_up": lambda: weight_gradient(problem, hidden, grad_h, source, offsets, tokens_first=False),
         "d_rows": grad_input_rows,
         "topk_backward": lambda: route_backward(weights, score_sums, z_sum, logits, experts, router),
     }
     if case.bias:
-        calls["d_bias_rows"] = lambda: bias_grad(grad_h, source, offsets, top_k=case.top_k)
-        calls["d_bias_gathered"] = lambda: bias_grad(
-            grad_out, source, offsets, top_k=case.top_k, router_weights=weights
-        )
+        calls["d_bias_rows"] = lambda: d_bias(grad_h, source, offsets, top_k=case.top_k)
+        calls["d_bias_gathered"] = lambda: d_bias(grad_out, source, offsets, top_k=case.top_k, router_weights=weights)
     return calls
 
 

@@ -312,7 +312,7 @@ def offline_gates(
         asked = [{"op": problem.name, "dtype": problem.case.dtype, "config": config} for config in left]
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         process = subprocess.Popen(
-            [sys.executable, "-m", "moe_triton_kernels.search", "--arch", problem.architecture],
+            [sys.executable, "-m", "moe_triton_kernels.tools.search", "--arch", problem.architecture],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
         )  # fmt: skip
         assert process.stdin is not None

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from moe_triton.records import ExpertSpec
 from moe_triton_kernels.combine import combine
-from moe_triton_kernels.configs import Config, choose_config, target_of
+from moe_triton_kernels.configs import choose_config
 from moe_triton_kernels.d_hidden import d_hidden, d_router_weights
-from moe_triton_kernels.down import rows_times_experts
+from moe_triton_kernels.d_weight import d_bias, d_weight
+from moe_triton_kernels.down import down
 from moe_triton_kernels.grouped_gemm import per_expert
+from moe_triton_kernels.launch import Config, target_of
 from moe_triton_kernels.tiles import TileTables, tile_tables
 from moe_triton_kernels.up import up
-from moe_triton_kernels.weight_grad import bias_grad, weight_grad
 
 Weights = Tensor | Sequence[Tensor]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -44,10 +45,9 @@ class Problem:
         self.spec, self.top_k = spec, position.shape[1]
         self.num_rows, self.num_experts = source.shape[0], offsets.shape[0] - 1
         self.dtype, self.device, self.size_d = hidden.dtype, hidden.device, hidden.shape[1]
-        gate_up, down = per_expert(gate_up_proj), per_expert(down_proj)
         # as the forward product reads them: gate_up [d, n or 2n], down [n, d]
-        self.gate_up = gate_up if spec.is_transposed else gate_up.transposed()
-        self.down = down if spec.is_transposed else down.transposed()
+        weights = [per_expert(proj) for proj in (gate_up_proj, down_proj)]
+        self.gate_up, self.down = weights if spec.is_transposed else [weight.transposed() for weight in weights]
         self.gate_up_bias = None if gate_up_bias is None else per_expert(gate_up_bias)
         self.down_bias = None if down_bias is None else per_expert(down_bias)
         self.size_n = down_proj[0].shape[0 if spec.is_transposed else 1]
@@ -65,13 +65,12 @@ class Problem:
         )
 
     def up(
-        self, hidden: Tensor, source: Tensor, tiles: TileTables, offsets: Tensor, *, keep_a: bool, keep_h: bool
+        self, hidden: Tensor, source: Tensor, tiles: TileTables, *, keep_a: bool, keep_h: bool
     ) -> tuple[Tensor, Tensor]:
         return up(
             hidden,
             source,
             tiles,
-            offsets,
             self.gate_up,
             self.gate_up_bias,
             size_n=self.size_n,
@@ -108,11 +107,10 @@ def experts_forward(
         return torch.zeros_like(hidden), hidden.new_zeros((0, width) if keep_preactivation else 0)
     tiles = tile_tables(offsets, problem.num_rows)
     hidden, weights = hidden.contiguous(), weights.contiguous()
-    a, h = problem.up(hidden, source, tiles, offsets, keep_a=True, keep_h=keep_preactivation)
-    rows = rows_times_experts(
+    a, h = problem.up(hidden, source, tiles, keep_a=True, keep_h=keep_preactivation)
+    rows = down(
         a,
         tiles,
-        offsets,
         problem.down,
         size_columns=problem.size_d,
         config=problem.config("down"),
@@ -181,12 +179,11 @@ def experts_backward_rows(
         return None, None, hidden.new_empty(0), hidden.new_empty(0)
     tiles = tile_tables(offsets, problem.num_rows)
     if preactivation.numel() == 0:
-        _, preactivation = problem.up(hidden, source, tiles, offsets, keep_a=False, keep_h=True)
+        _, preactivation = problem.up(hidden, source, tiles, keep_a=False, keep_h=True)
     weighted_a, grad_h, shares = d_hidden(
         grad_out,
         source,
         tiles,
-        offsets,
         problem.down.transposed(),
         preactivation,
         weights,
@@ -197,12 +194,11 @@ def experts_backward_rows(
     )
     grad_hidden = grad_weights = None
     if needs[1]:
-        grad_weights = d_router_weights(shares, grad_out, source, tiles, offsets, problem.down_bias, weights)
+        grad_weights = d_router_weights(shares, grad_out, source, tiles, problem.down_bias, weights)
     if needs[0]:
-        grad_rows = rows_times_experts(
+        grad_rows = down(
             grad_h,
             tiles,
-            offsets,
             problem.gate_up.transposed(),
             size_columns=problem.size_d,
             config=problem.config("d_rows"),
@@ -243,9 +239,9 @@ def experts_backward_weights(
     if need_gate_up:  # [2n, d], or [d, 2n] where transposed
         grad_gate_up = weight_gradient(problem, hidden, grad_h, source, offsets, tokens_first=spec.is_transposed)
     if need_gate_up_bias and gate_up_bias is not None:
-        grad_gate_up_bias = bias_grad(grad_h, source, offsets, top_k=top_k)
+        grad_gate_up_bias = d_bias(grad_h, source, offsets, top_k=top_k)
     if need_down_bias and down_bias is not None:
-        grad_down_bias = bias_grad(grad_out, source, offsets, top_k=top_k, router_weights=weights)
+        grad_down_bias = d_bias(grad_out, source, offsets, top_k=top_k, router_weights=weights)
     return (
         as_given(grad_gate_up, gate_up_proj),
         as_given(grad_down, down_proj),
@@ -269,7 +265,7 @@ def weight_gradient(
     `tokens` [T, ...] is gathered by row -> token; `rows` [S, ...] lies in expert order.
     """
     left, right = (tokens, rows) if tokens_first else (rows, tokens)
-    return weight_grad(
+    return d_weight(
         left,
         right,
         source,

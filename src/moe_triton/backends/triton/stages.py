@@ -11,11 +11,11 @@ from moe_triton.backends.stages import Stage
 from moe_triton.backends.triton.experts import Problem, weight_gradient
 from moe_triton.records import Dispatch, ExpertSpec
 from moe_triton_kernels.combine import combine
-from moe_triton_kernels.configs import Config
 from moe_triton_kernels.d_hidden import d_hidden, d_router_weights
-from moe_triton_kernels.down import rows_times_experts
+from moe_triton_kernels.d_weight import d_bias
+from moe_triton_kernels.down import down
+from moe_triton_kernels.launch import Config
 from moe_triton_kernels.tiles import tile_tables
-from moe_triton_kernels.weight_grad import bias_grad
 
 # operation that has configurations -> the stages that run with its configuration
 STAGES_OF = {
@@ -29,16 +29,16 @@ OP_OF = {stage: op for op, stages in STAGES_OF.items() for stage in stages}
 KERNELS = {
     "tile_tables": "tile_tables_kernel",
     "up": "up_kernel",
-    "down": "rows_kernel",
+    "down": "down_kernel",
     "combine": "combine_kernel",
     "d_hidden": "d_hidden_kernel",
-    "d_router_weights": "router_weight_kernel",
-    "d_weight_down": "weight_grad_kernel",
-    "d_weight_up": "weight_grad_kernel",
-    "d_rows": "rows_kernel",
+    "d_router_weights": "d_router_weights_kernel",
+    "d_weight_down": "d_weight_kernel",
+    "d_weight_up": "d_weight_kernel",
+    "d_rows": "down_kernel",
     "combine_backward": "combine_kernel",
-    "d_bias_rows": "bias_grad_kernel",
-    "d_bias_gathered": "bias_grad_kernel",
+    "d_bias_rows": "d_bias_kernel",
+    "d_bias_gathered": "d_bias_kernel",
 }
 FORWARD = ("tile_tables", "up", "down", "combine")
 
@@ -96,12 +96,12 @@ class ExpertKernels:
 
     def up(self) -> tuple[Tensor, Tensor]:
         plan = self.plan
-        return self.problem.up(self.hidden, plan.source, self.tiles, plan.offsets, keep_a=True, keep_h=True)
+        return self.problem.up(self.hidden, plan.source, self.tiles, keep_a=True, keep_h=True)
 
     def down(self) -> Tensor:
         problem = self.problem
-        return rows_times_experts(
-            self.a, self.tiles, self.plan.offsets, problem.down, size_columns=problem.size_d,
+        return down(
+            self.a, self.tiles, problem.down, size_columns=problem.size_d,
             config=problem.config("down"), bias=problem.down_bias, router_weights=self.weights, source=self.plan.source,
         )  # fmt: skip
 
@@ -111,7 +111,7 @@ class ExpertKernels:
     def d_hidden(self) -> tuple[Tensor, Tensor, Tensor]:
         problem, plan = self.problem, self.plan
         return d_hidden(
-            self.grad_out, plan.source, self.tiles, plan.offsets, problem.down.transposed(), self.h, self.weights,
+            self.grad_out, plan.source, self.tiles, problem.down.transposed(), self.h, self.weights,
             size_n=problem.size_n, activation=self.spec.activation, is_concatenated=self.spec.is_concatenated,
             config=problem.config("d_hidden"),
         )  # fmt: skip
@@ -119,7 +119,7 @@ class ExpertKernels:
     def d_router_weights(self) -> Tensor:
         plan = self.plan
         return d_router_weights(
-            self.shares, self.grad_out, plan.source, self.tiles, plan.offsets, self.problem.down_bias, self.weights
+            self.shares, self.grad_out, plan.source, self.tiles, self.problem.down_bias, self.weights
         )
 
     def d_weight_down(self) -> Tensor:
@@ -134,8 +134,8 @@ class ExpertKernels:
 
     def d_rows(self) -> Tensor:
         problem = self.problem
-        return rows_times_experts(
-            self.grad_h, self.tiles, self.plan.offsets, problem.gate_up.transposed(), size_columns=problem.size_d,
+        return down(
+            self.grad_h, self.tiles, problem.gate_up.transposed(), size_columns=problem.size_d,
             config=problem.config("d_rows"),
         )  # fmt: skip
 
@@ -143,11 +143,11 @@ class ExpertKernels:
         return combine(self.grad_rows, self.plan.position, self.hidden.dtype)
 
     def d_bias_rows(self) -> Tensor:
-        return bias_grad(self.grad_h, self.plan.source, self.plan.offsets, top_k=self.problem.top_k)
+        return d_bias(self.grad_h, self.plan.source, self.plan.offsets, top_k=self.problem.top_k)
 
     def d_bias_gathered(self) -> Tensor:
         plan, top_k = self.plan, self.problem.top_k
-        return bias_grad(self.grad_out, plan.source, plan.offsets, top_k=top_k, router_weights=self.weights)
+        return d_bias(self.grad_out, plan.source, plan.offsets, top_k=top_k, router_weights=self.weights)
 
     def call(self, stage: str) -> Callable[[], object]:
         """What runs a stage of KERNELS once."""

@@ -11,20 +11,12 @@ import torch
 
 from moe_triton.backends.triton.experts import Problem
 from moe_triton.backends.triton.stages import FORWARD, KERNELS, STAGES_OF, in_words
-from moe_triton_kernels.configs import (
-    TYPES,
-    Config,
-    bucket_of,
-    find_config,
-    heuristic,
-    read_table,
-    shipped_configs,
-    target_of,
-    user_table,
-    user_table_path,
-)
+from moe_triton_kernels.configs import bucket_of, find_config, read_table, user_table, user_table_path
 from moe_triton_kernels.configs import shipped_table as read_shipped_table
-from moe_triton_kernels.search import neighbours
+from moe_triton_kernels.heuristics import heuristic
+from moe_triton_kernels.launch import Config, target_of
+from moe_triton_kernels.tools.search import neighbours
+from moe_triton_kernels.tools.shipped import TYPES, shipped_configs
 
 __all__ = [
     "FORWARD",
