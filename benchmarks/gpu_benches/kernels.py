@@ -15,8 +15,8 @@ from moe_triton.benchmarking.timing import Call, Timer, run_rounds, spread
 from moe_triton.dispatch import dispatch
 from moe_triton.kernel_stages import KERNELS
 from moe_triton.records import RouterSpec
-from moe_triton_kernels.floors import FLOORS, Shape
 from moe_triton_kernels.permutation import permute
+from moe_triton_kernels.tools.floors import FLOORS, Shape
 
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from moe_triton.benchmarking.timing import Call, Times, spread
-from moe_triton_kernels.floors import Device
+from moe_triton_kernels.tools.floors import Device
 
 DENSE_SIZE = 8192
 COPY_BYTES = 2 << 30

@@ -20,6 +20,11 @@ def check_activation(activation: str) -> bool:
     return activation in GATED
 
 
+@triton.constexpr_function
+def is_gated(activation):
+    return activation in GATED
+
+
 @triton.jit
 def gelu_tanh_gate(x):
     # x * sigmoid(2y) equals 0.5 * x * (1 + tanh(y)), without the cancellation of 1 + tanh

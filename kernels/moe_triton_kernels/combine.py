@@ -7,8 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_triton_kernels.offline import Case
-
 BLOCK_T = 4
 BLOCK_D = 256
 
@@ -60,18 +58,3 @@ def combine(rows: Tensor, position: Tensor, dtype: torch.dtype) -> Tensor:
         BLOCK_D=BLOCK_D,
     )
     return out
-
-
-def offline_cases(arch: str) -> list[Case]:
-    types = {"position": "*i32", "num_tokens": "i32", "row_stride": "i32"}
-    return [
-        Case(
-            name=f"combine_{dtype}_d{hidden}_K{top_k}",
-            fn=combine_kernel,
-            signature=types | {"rows": f"*{dtype}", "out": f"*{dtype}"},
-            constexprs={"HIDDEN": hidden, "TOP_K": top_k, "BLOCK_T": BLOCK_T, "BLOCK_D": BLOCK_D},
-            aligned=("rows", "position", "out", "row_stride"),
-            sample=dtype == "bf16",
-        )
-        for dtype, hidden, top_k in (("bf16", 2048, 8), ("fp32", 768, 2), ("fp16", 7168, 16))
-    ]

@@ -13,16 +13,16 @@ The proxy fence. On Hopper and Blackwell the matrix unit reads shared memory thr
 cp.async writes it through the generic one; PTX asks for fence.proxy.async between the two. Triton emits it since
 3.7.1 (pull requests 9610 and 10537 of triton-lang/triton); before that, its pipelined loop leaves it out. On Hopper
 `proxy_fence` then puts it where 3.7.1 does: after the wait for the copies and the barrier, before the product. On
-Blackwell the older pipeliner accepts no inline assembly in the loop, so `configs.pipeline_stages` turns pipelining
+Blackwell the older pipeliner accepts no inline assembly in the loop, so `launch.pipeline_stages` turns pipelining
 off there: copies then go through registers, for which every version emits the fence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -30,9 +30,35 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moe_triton_kernels.configs import Config, Shipped
+from moe_triton_kernels.launch import Config
 
 ExpertParameter = Tensor | Sequence[Tensor]
+
+
+class WeightArgument(NamedTuple):
+    """The experts' matrices [k, columns] among a kernel's arguments.
+
+    data          pointer to the stacked tensor, or to the int64 addresses of the experts' own
+    stride_e      elements from one expert to the next (0 for addresses)
+    ALIGNMENT     bytes that divide every address
+    K_CONTIGUOUS  stride_k is 1
+    """
+
+    data: Any
+    stride_e: Any
+    stride_k: Any
+    stride_n: Any
+    ALIGNMENT: Any
+    K_CONTIGUOUS: Any
+
+
+class BiasArgument(NamedTuple):
+    """The experts' biases [columns] among a kernel's arguments; the fields are those of `WeightArgument`."""
+
+    data: Any
+    stride_e: Any
+    stride_n: Any
+    ALIGNMENT: Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,20 +75,25 @@ class PerExpert:
     data: Tensor
     stride_e: int
     strides: tuple[int, ...]
-    is_table: bool
     alignment: int
     held: tuple[Tensor, ...]
 
+    @property
+    def is_table(self) -> bool:
+        return self.data.dtype == torch.int64
+
     def transposed(self) -> PerExpert:
         """The same matrices with their two dimensions swapped; nothing moves."""
-        return PerExpert(
-            data=self.data,
-            stride_e=self.stride_e,
-            strides=self.strides[::-1],
-            is_table=self.is_table,
-            alignment=self.alignment,
-            held=self.held,
-        )
+        return replace(self, strides=self.strides[::-1])
+
+    def weight(self) -> WeightArgument:
+        stride_k, stride_n = self.strides
+        constants = (tl.constexpr(self.alignment), tl.constexpr(stride_k == 1))
+        return WeightArgument(self.data, self.stride_e, stride_k, stride_n, *constants)
+
+    def bias(self) -> BiasArgument:
+        (stride_n,) = self.strides
+        return BiasArgument(self.data, self.stride_e, stride_n, tl.constexpr(self.alignment))
 
 
 @lru_cache(maxsize=1024)
@@ -81,7 +112,6 @@ def per_expert(parameter: ExpertParameter) -> PerExpert:
             data=parameter,
             stride_e=parameter.stride(0),
             strides=parameter.stride()[1:],
-            is_table=False,
             alignment=parameter.element_size(),
             held=(parameter,),
         )
@@ -94,22 +124,21 @@ def per_expert(parameter: ExpertParameter) -> PerExpert:
         data=address_table(addresses, held[0].device),
         stride_e=0,
         strides=held[0].stride(),
-        is_table=True,
         alignment=16 if aligned else held[0].element_size(),
         held=held,
     )
 
 
-def weight_argument(
+def weight_descriptor(
     weight: PerExpert, config: Config, *, size_k: int, size_columns: int, halves: int, block_n: int
-) -> tuple[Tensor | TensorDescriptor, dict[str, Any]]:
-    """A weight, per expert [size_k, halves * size_columns], as `rows_times_weight` reads it, and its constants.
+) -> TensorDescriptor | None:
+    """A weight, per expert [size_k, halves * size_columns], as a descriptor; None where it is read by pointers.
 
-    A tensor descriptor where the configuration asks for it and the layout allows it: a stacked tensor in which k or
-    the columns are contiguous, all else in steps of 16 bytes. It is [E, halves, columns, k] or [E, 1, k, columns], so
-    that what lies past an expert's columns is read as 0 and never as the next expert's. Else the tensor or the table.
+    A descriptor where the configuration asks for it and the layout allows it: a stacked tensor in which k or the
+    columns are contiguous, all else in steps of 16 bytes. It is [E, halves, columns, k] or [E, 1, k, columns], so that
+    what lies past an expert's columns is read as 0 and never as the next expert's. It is an argument of its own: the
+    launcher makes descriptors of arguments only, not of what is within a tuple.
     """
-    constants = {"WEIGHT_TABLE": weight.is_table, "WEIGHT_ALIGNMENT": weight.alignment, "DESCRIPTOR": None}
     stride_k, stride_n = weight.strides
     by_k = stride_k == 1
     row_stride = stride_n if by_k else stride_k
@@ -125,30 +154,34 @@ def weight_argument(
         or row_stride < width
         or weight.stride_e < halves * rows * row_stride
     ):
-        return weight.data, constants
-    block = [1, halves, block_n, config.block_k] if by_k else [1, 1, config.block_k, block_n]
+        return None
     shape = [weight.data.shape[0], halves, rows, width]
     strides = [weight.stride_e, rows * row_stride, row_stride, 1]
-    return TensorDescriptor(weight.data, shape, strides, block), {**constants, "DESCRIPTOR": "k" if by_k else "columns"}
+    return TensorDescriptor(weight.data, shape, strides, descriptor_block(config, by_k, halves, block_n))
+
+
+def descriptor_block(config: Config, by_k: bool, halves: int, block_n: int) -> list[int]:
+    """What one load of a weight's descriptor brings."""
+    return [1, halves, block_n, config.block_k] if by_k else [1, 1, config.block_k, block_n]
 
 
 @triton.jit
-def expert_base(parameter, expert, stride_e, IS_TABLE: tl.constexpr, ALIGNMENT: tl.constexpr, DTYPE: tl.constexpr):
-    """Pointer to one expert's tensor."""
-    if IS_TABLE:
-        base = tl.load(parameter + expert).to(tl.pointer_type(DTYPE))
-        return tl.multiple_of(base, ALIGNMENT)
+def expert_base(parameter, expert, DTYPE: tl.constexpr):
+    """Pointer to one expert's tensor; `parameter` is a WeightArgument or a BiasArgument."""
+    if parameter.data.dtype.element_ty == tl.int64:
+        base = tl.load(parameter.data + expert).to(tl.pointer_type(DTYPE))
+        return tl.multiple_of(base, parameter.ALIGNMENT)
     else:
-        return parameter + expert.to(tl.int64) * stride_e
+        return parameter.data + expert.to(tl.int64) * parameter.stride_e
 
 
 @triton.jit
-def add_bias(value, bias, columns, column_mask, stride, HAS_BIAS: tl.constexpr):
-    """value [rows, columns] + one expert's bias [columns]."""
-    if HAS_BIAS:
-        return value + tl.load(bias + columns * stride, mask=column_mask, other=0.0).to(tl.float32)[None, :]
-    else:
+def add_bias(value, bias, base, columns, column_mask):
+    """value [rows, columns] + one expert's bias [columns], at `base`; value itself where there is no bias."""
+    if bias is None:
         return value
+    else:
+        return value + tl.load(base + columns * bias.stride_n, mask=column_mask, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -182,63 +215,58 @@ def proxy_fence(FENCE: tl.constexpr):
 def rows_times_weight(
     row_pointers,
     weight,
+    descriptor,
     expert,
     n0,
     size_k,
     size_columns,
-    stride_e,
-    stride_k,
-    stride_n,
     HALVES: tl.constexpr,
-    IS_TABLE: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    COLUMNS: tl.constexpr,
     EVEN_K: tl.constexpr,
-    FENCE: tl.constexpr,
+    TILE,
 ):
-    """fp32 [BLOCK_M, HALVES * BLOCK_N]: rows, contiguous in k, times BLOCK_N columns from n0 on of one expert's weight.
+    """fp32 [BLOCK_M, HALVES * COLUMNS]: rows, contiguous in k, times COLUMNS columns from n0 on of one expert's weight.
 
     With HALVES 2 the weight [k, 2 * size_columns] has two halves, and these columns are taken of both, side by side.
     Every row pointer must be readable: a row that does not count points at some row that exists. Columns past
-    size_columns come out as 0. The weight's arguments are those of `weight_argument`.
+    size_columns come out as 0. `descriptor` is that of `weight_descriptor`, or None.
     """
-    WIDTH: tl.constexpr = HALVES * BLOCK_N
+    WIDTH: tl.constexpr = HALVES * COLUMNS
+    BLOCK_K: tl.constexpr = TILE.BLOCK_K
     k = tl.arange(0, BLOCK_K)
     a_pointers = row_pointers[:, None] + k[None, :]
-    if DESCRIPTOR is None:
+    if descriptor is None:
         wide = tl.arange(0, WIDTH)
         if HALVES == 1:
             columns = n0 + wide
             column_mask = columns < size_columns
         else:
-            inner = n0 + wide % BLOCK_N
-            columns = wide // BLOCK_N * size_columns + inner
+            inner = n0 + wide % COLUMNS
+            columns = wide // COLUMNS * size_columns + inner
             column_mask = inner < size_columns
-        w = expert_base(weight, expert, stride_e, IS_TABLE, ALIGNMENT, row_pointers.dtype.element_ty)
-        b_pointers = (w + columns.to(tl.int64) * stride_n)[None, :] + k[:, None].to(tl.int64) * stride_k
-        step_k = tl.full([], BLOCK_K, tl.int64) * stride_k
-    acc = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
+        w = expert_base(weight, expert, row_pointers.dtype.element_ty)
+        b_pointers = (w + columns.to(tl.int64) * weight.stride_n)[None, :] + k[:, None].to(tl.int64) * weight.stride_k
+        step_k = tl.full([], BLOCK_K, tl.int64) * weight.stride_k
+    acc = tl.zeros((TILE.BLOCK_M, WIDTH), dtype=tl.float32)
     for block in tl.range(0, tl.cdiv(size_k, BLOCK_K)):
         inside = k < size_k - block * BLOCK_K
         if EVEN_K:
             a = tl.load(a_pointers)
         else:
             a = tl.load(a_pointers, mask=inside[None, :], other=0.0)
-        if DESCRIPTOR == "k":
-            b = tl.trans(weight.load([expert, 0, n0, block * BLOCK_K]).reshape(WIDTH, BLOCK_K))
-        elif DESCRIPTOR == "columns":
-            b = weight.load([expert, 0, block * BLOCK_K, n0]).reshape(BLOCK_K, BLOCK_N)
+        if descriptor is not None:
+            if weight.K_CONTIGUOUS:
+                b = tl.trans(descriptor.load([expert, 0, n0, block * BLOCK_K]).reshape(WIDTH, BLOCK_K))
+            else:
+                b = descriptor.load([expert, 0, block * BLOCK_K, n0]).reshape(BLOCK_K, COLUMNS)
         elif EVEN_K:
             b = tl.load(b_pointers, mask=column_mask[None, :], other=0.0)
         else:
             b = tl.load(b_pointers, mask=inside[:, None] & column_mask[None, :], other=0.0)
-        proxy_fence(FENCE)
+        proxy_fence(TILE.FENCE)
         acc = tl.dot(a, b, acc, input_precision="ieee")
         a_pointers += BLOCK_K
-        if DESCRIPTOR is None:
+        if descriptor is None:
             b_pointers += step_k
     return acc
 
@@ -262,17 +290,3 @@ def split_columns(x, PARTS: tl.constexpr):
         first, second = halves(left)
         third, fourth = halves(right)
         return (first, second, third, fourth)
-
-
-def offline_weight(
-    shipped: Shipped, *, addresses: bool, by_k: bool, block_n: int, halves: int = 1
-) -> tuple[str, dict[str, Any]]:
-    """Triton's type of a weight of aligned sizes, and its constants: what `weight_argument` makes of it on a GPU."""
-    constants = {"WEIGHT_TABLE": addresses, "WEIGHT_ALIGNMENT": 16, "DESCRIPTOR": None}
-    if addresses:
-        return "*i64", constants
-    if not shipped.config.descriptors or not (by_k or halves == 1):
-        return f"*{shipped.dtype}", constants
-    block_k = shipped.config.block_k
-    block = [1, halves, block_n, block_k] if by_k else [1, 1, block_k, block_n]
-    return f"tensordesc<{shipped.dtype}{block}>", {**constants, "DESCRIPTOR": "k" if by_k else "columns"}

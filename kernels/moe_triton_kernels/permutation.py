@@ -13,8 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_triton_kernels.offline import Case
-
 BLOCK = 128  # slots compared with each other at a time
 MAX_CHUNKS = 4096  # bounds the table of counts, [G, E, C], however many slots there are
 SCAN_ROWS, SCAN_CHUNKS = 4, 512  # the part of the table that a program of the scan holds at a time
@@ -201,42 +199,3 @@ def permute(
         NUM_EXPERTS=num_experts, BLOCK=BLOCK, BLOCK_E=block_experts(num_experts),
     )  # fmt: skip
     return totals[0] if counts is None else counts, offsets, source, position
-
-
-def offline_cases(arch: str) -> list[Case]:
-    types = {
-        "experts": "*i32", "order": "*i64", "table": "*i32", "totals": "*i32", "kept": "*i32", "offsets": "*i32",
-        "source": "*i32", "position": "*i32", "group_slots": "i32", "num_slots": "i32", "num_rows": "i32",
-        "chunks": "i32", "blocks": "i32", "capacity": "i32",
-    }  # fmt: skip
-    scan = {"BLOCK_R": SCAN_ROWS, "BLOCK_C": SCAN_CHUNKS}
-    cases = [Case(name="permutation_scan", fn=scan_kernel, signature=types, constexprs=scan)]
-    for num_experts, top_k in ((8, 2), (128, 8), (1024, 8)):
-        sample = num_experts == 128
-        constants = {"NUM_EXPERTS": num_experts, "BLOCK": BLOCK, "BLOCK_E": block_experts(num_experts)}
-        queue = constants | {"TOP_K": top_k, "BY_CHOICE": True, "order": None}
-        cases += [
-            Case(
-                name=f"permutation_count_E{num_experts}",
-                fn=count_kernel,
-                signature=types,
-                constexprs=queue,
-                sample=sample,
-            ),
-            Case(
-                name=f"permutation_keep_E{num_experts}",
-                fn=keep_kernel,
-                signature=types,
-                constexprs=queue,
-                sample=sample,
-            ),
-            Case(
-                name=f"permutation_place_E{num_experts}",
-                fn=place_kernel,
-                signature=types,
-                constexprs=constants,
-                sample=sample,
-            ),
-        ]
-    by_key = {"NUM_EXPERTS": 128, "BLOCK": BLOCK, "BLOCK_E": 128, "TOP_K": 8, "BY_CHOICE": False}
-    return [*cases, Case(name="permutation_keep_by_key", fn=keep_kernel, signature=types, constexprs=by_key)]

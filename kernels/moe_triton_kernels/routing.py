@@ -15,8 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_triton_kernels.offline import Case
-
 SOFTMAX = tl.constexpr(0)
 SIGMOID = tl.constexpr(1)
 TOPK_SOFTMAX = tl.constexpr(2)
@@ -372,41 +370,3 @@ def topk_backward(
         grad_logits, num_tokens, float(scale), **constants, num_warps=NUM_WARPS,
     )  # fmt: skip
     return grad_logits
-
-
-def offline_cases(arch: str) -> list[Case]:
-    types = {
-        "bias": "*fp32", "noise": "*fp32", "token_mask": "*i1", "experts": "*i32", "weights": "*fp32",
-        "partial_counts": "*i32", "partial_scores": "*fp32", "partial_z": "*fp32", "num_tokens": "i32", "scale": "fp32",
-        "grad_weights": "*fp32", "grad_score_sums": "*fp32", "grad_z_sum": "*fp32", "counts": "*i32",
-        "score_sums": "*fp32", "z_sum": "*fp32", "num_partials": "i32",
-    }  # fmt: skip
-    sums = {"NUM_EXPERTS": 128, "BLOCK_P": SUM_PROGRAMS, "BLOCK_E": SUM_EXPERTS}
-    cases = [
-        Case(name="topk_sums", fn=sum_partials_kernel, signature=types, constexprs=sums, num_warps=SUM_WARPS),
-    ]
-    # name, experts, choices, dtype, score, groups, top groups; the one with groups has a bias, noise and a mask
-    for name, num_experts, top_k, dtype, score, num_groups, top_groups in (
-        ("mixtral", 8, 2, "fp32", "softmax", 1, 1),
-        ("qwen3", 128, 8, "bf16", "softmax", 1, 1),
-        ("qwen3_fp32", 128, 8, "fp32", "softmax", 1, 1),
-        ("gpt_oss", 32, 4, "bf16", "topk_softmax", 1, 1),
-        ("deepseek_v3", 256, 8, "fp32", "sigmoid", 8, 4),
-        ("experts_1024", 1024, 16, "fp32", "softmax", 1, 1),
-    ):
-        signature = types | {"logits": f"*{dtype}", "grad_logits": f"*{dtype}"}
-        forward = forward_constants(num_experts, top_k, score, True, num_groups, top_groups, "top2_sum")
-        forward["PACKED"] = dtype != "fp32"
-        if num_groups == 1:
-            forward |= {"bias": None, "noise": None, "token_mask": None}
-        backward = backward_constants(num_experts, top_k, score, True)
-        options: dict[str, Any] = {
-            "signature": signature,
-            "num_warps": NUM_WARPS,
-            "sample": name in ("qwen3", "deepseek_v3"),
-        }
-        cases += [
-            Case(name=f"topk_{name}", fn=topk_kernel, constexprs=forward, **options),
-            Case(name=f"topk_backward_{name}", fn=topk_backward_kernel, constexprs=backward, **options),
-        ]
-    return cases

@@ -21,8 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_triton_kernels.offline import Case
-
+# what `state` holds where
+NUM_PIECES, NUM_SPLIT_PIECES = tl.constexpr(0), tl.constexpr(1)
+NUM_SPLIT_EXPERTS, NEXT_UNIT = tl.constexpr(2), tl.constexpr(3)
 MIN_PIECE_ROWS = 1024  # a tile's partial result moves as many bytes as some hundred rows of its operands
 CHUNK = 128  # table entries that a program writes at a time
 BLOCK_SUM = 2048
@@ -32,8 +33,9 @@ BLOCK_SUM = 2048
 class RowPieces:
     """The pieces of one dispatch's rows, on the device.
 
-    state      [4] int32: how many pieces there are; how many of them belong to split experts; how many experts are
-               split; 0, from which the programs of a kernel count the tiles that they take
+    state      [4] int32: at NUM_PIECES how many pieces there are, at NUM_SPLIT_PIECES how many of them belong to split
+               experts, at NUM_SPLIT_EXPERTS how many experts are split; at NEXT_UNIT 0, from which the programs of a
+               kernel count the tiles that they take
     pieces     [E + slots, 3] int32 (expert, first row, end row); not written past the number of pieces
     splits     [slots // 2, 3] int32 (expert, first slot, slots); not written past the number of split experts
     num_slots  the most pieces of split experts that there can be
@@ -83,10 +85,10 @@ def row_pieces_kernel(
         tl.store(entry + 2, my_parts)
     if expert == 0:
         is_split = parts > 1
-        tl.store(state, tl.sum(parts))
-        tl.store(state + 1, tl.sum(tl.where(is_split, parts, 0)))
-        tl.store(state + 2, tl.sum(is_split.to(tl.int32)))
-        tl.store(state + 3, 0)
+        tl.store(state + NUM_PIECES, tl.sum(parts))
+        tl.store(state + NUM_SPLIT_PIECES, tl.sum(tl.where(is_split, parts, 0)))
+        tl.store(state + NUM_SPLIT_EXPERTS, tl.sum(is_split.to(tl.int32)))
+        tl.store(state + NEXT_UNIT, 0)
 
 
 def row_pieces(offsets: Tensor, num_rows: int, piece_rows: int) -> RowPieces:
@@ -122,7 +124,8 @@ def load_piece(pieces, piece):
 def sum_pieces_kernel(partials, out, splits, state, size, BLOCK: tl.constexpr):
     """out[e] = the sum of the split expert's slots, in their order, for every split expert e; `size` elements each."""
     num_blocks = tl.cdiv(size, BLOCK)
-    for block in tl.range(tl.program_id(0), tl.load(state + 2) * num_blocks, tl.num_programs(0)):
+    num_units = tl.load(state + NUM_SPLIT_EXPERTS) * num_blocks
+    for block in tl.range(tl.program_id(0), num_units, tl.num_programs(0)):
         expert, first_slot, slots = load_piece(splits, block // num_blocks)
         at = block % num_blocks * BLOCK + tl.arange(0, BLOCK)
         total = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -137,25 +140,3 @@ def sum_pieces(partials: Tensor, out: Tensor, pieces: RowPieces, num_programs: i
     """Write out[e] for the experts that are split, from fp32 partials [slots, ...]; out [E, ...] is contiguous."""
     size = out[0].numel()  # launched even where nothing can be split: a first launch later would compile then
     sum_pieces_kernel[(num_programs,)](partials, out, pieces.splits, pieces.state, size, BLOCK=BLOCK_SUM)
-
-
-def offline_cases(arch: str) -> list[Case]:
-    tables = dict.fromkeys(("offsets", "pieces", "splits", "state"), "*i32")
-    sums = Case(
-        name="sum_pieces",
-        fn=sum_pieces_kernel,
-        signature=tables | {"partials": "*fp32", "out": "*bf16", "size": "i32"},
-        constexprs={"BLOCK": BLOCK_SUM},
-        aligned=("partials", "out", "size"),
-    )
-    return [sums] + [
-        Case(
-            name=f"row_pieces_E{num_experts}",
-            fn=row_pieces_kernel,
-            signature=tables | {"num_experts": "i32", "piece_rows": "i32"},
-            constexprs={"BLOCK_E": num_experts, "CHUNK": CHUNK},
-            aligned=("offsets",),
-            sample=num_experts == 128,
-        )
-        for num_experts in (8, 128, 1024)
-    ]

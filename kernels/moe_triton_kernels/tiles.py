@@ -8,13 +8,12 @@ an expert without rows has no tile.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from moe_triton_kernels.offline import Case
 
 BLOCK_SIZES = (16, 32, 64, 128)
 CHUNK = 128  # table entries that a program writes at a time
@@ -36,25 +35,36 @@ def spaced(num_tiles: int) -> int:
     return num_tiles + num_tiles % 2
 
 
+class TilesArgument(NamedTuple):
+    """The tiles of one block size among a kernel's arguments: a table, its tile count [1] and the rows' offsets."""
+
+    table: Any
+    num_tiles: Any
+    offsets: Any
+
+
 @dataclass(frozen=True, kw_only=True)
 class TileTables:
     """Tile tables of one dispatch, one per block size.
 
+    offsets      [E+1] int32 on the device: the experts' row ranges
     block_sizes  rows per tile of each table
     num_tiles    [len(block_sizes)] int32 on the device: how many entries of each table are filled
     tables       one [max_tiles, 2] int32 tensor per block size: (expert, first row); not written past num_tiles
     """
 
+    offsets: Tensor
     block_sizes: tuple[int, ...]
     num_tiles: Tensor
     tables: tuple[Tensor, ...]
 
-    def select(self, block_m: int) -> tuple[Tensor, Tensor, int]:
-        """For tiles of `block_m` rows: the table, its tile count [1] on the device, and the most tiles there can be."""
+    def select(self, block_m: int) -> tuple[TilesArgument, int]:
+        """For tiles of `block_m` rows: what a kernel takes, and the most tiles there can be."""
         if block_m not in self.block_sizes:
             raise ValueError(f"block_m must be one of {self.block_sizes}, got {block_m}")
         index = self.block_sizes.index(block_m)
-        return self.tables[index], self.num_tiles[index : index + 1], self.tables[index].shape[0]
+        table = self.tables[index]
+        return TilesArgument(table, self.num_tiles[index : index + 1], self.offsets), table.shape[0]
 
 
 @triton.jit
@@ -112,18 +122,4 @@ def tile_tables(offsets: Tensor, num_rows: int, block_sizes: tuple[int, ...] = B
         CHUNK=CHUNK,
     )
     tables = tuple(part[:length] for part, length in zip(table.split(places), lengths, strict=True))
-    return TileTables(block_sizes=tuple(block_sizes), num_tiles=num_tiles, tables=tables)
-
-
-def offline_cases(arch: str) -> list[Case]:
-    signature = {"offsets": "*i32", "table": "*i32", "num_tiles": "*i32", "num_experts": "i32", "num_rows": "i32"}
-    return [
-        Case(
-            name=f"tile_tables_E{num_experts}",
-            fn=tile_tables_kernel,
-            signature=signature,
-            constexprs={"SIZES": BLOCK_SIZES, "BLOCK_E": num_experts, "CHUNK": CHUNK},
-            sample=num_experts == 128,
-        )
-        for num_experts in (8, 128, 1024)
-    ]
+    return TileTables(offsets=offsets, block_sizes=tuple(block_sizes), num_tiles=num_tiles, tables=tables)

@@ -162,7 +162,7 @@ def triton_parts(
 ) -> list[Part]:
     tokens, d, n, num_experts, top_k = shape
     from moe_triton.kernel_stages import FORWARD, KERNELS, chosen_configs  # need Triton
-    from moe_triton_kernels.configs import target_of
+    from moe_triton_kernels.launch import target_of
 
     chosen = chosen_configs(
         d=d, n=n, dtype=dtype, num_rows=tokens * top_k, num_experts=num_experts, is_gated=is_gated,

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from moe_triton_kernels.configs import Config, find_config, shipped_table, user_table, user_table_path
+from moe_triton_kernels.configs import find_config, shipped_table, user_table, user_table_path
+from moe_triton_kernels.launch import Config
 
 # operation that has configurations -> the stages that run with its configuration
 STAGES_OF = {
@@ -22,16 +23,16 @@ OP_OF = {stage: op for op, stages in STAGES_OF.items() for stage in stages}
 KERNELS = {
     "tile_tables": "tile_tables_kernel",
     "up": "up_kernel",
-    "down": "rows_kernel",
+    "down": "down_kernel",
     "combine": "combine_kernel",
     "d_hidden": "d_hidden_kernel",
-    "d_router_weights": "router_weight_kernel",
-    "d_weight_down": "weight_grad_kernel",
-    "d_weight_up": "weight_grad_kernel",
-    "d_rows": "rows_kernel",
+    "d_router_weights": "d_router_weights_kernel",
+    "d_weight_down": "d_weight_kernel",
+    "d_weight_up": "d_weight_kernel",
+    "d_rows": "down_kernel",
     "combine_backward": "combine_kernel",
-    "d_bias_rows": "bias_grad_kernel",
-    "d_bias_gathered": "bias_grad_kernel",
+    "d_bias_rows": "d_bias_kernel",
+    "d_bias_gathered": "d_bias_kernel",
 }
 FORWARD = ("tile_tables", "up", "down", "combine")
 

@@ -24,7 +24,7 @@ from gpu_benches.limits import measured_device  # noqa: E402
 
 from moe_triton.benchmarking.cases import Case, make_workload  # noqa: E402
 from moe_triton.benchmarking.timing import CpuTimer  # noqa: E402
-from moe_triton_kernels.floors import FLOORS  # noqa: E402
+from moe_triton_kernels.tools.floors import FLOORS  # noqa: E402
 
 # numpy's, about the interpreter's infinities
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

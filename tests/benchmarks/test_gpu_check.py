@@ -88,7 +88,7 @@ def test_an_output_that_is_not_written_is_noticed(monkeypatch: pytest.MonkeyPatc
     def forgetful(left, right, source, offsets, **options):
         return unwritten(offsets.shape[0] - 1, left.shape[1], right.shape[1], dtype=left.dtype)
 
-    monkeypatch.setattr(experts, "weight_grad", forgetful)
+    monkeypatch.setattr(experts, "d_weight", forgetful)
     with pytest.raises(AssertionError, match="not finite"):
         numerics.buckets(TINY)
 

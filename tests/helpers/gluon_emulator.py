@@ -34,7 +34,7 @@ from tests.helpers.gluon_memory import Barrier, Barriers, Descriptor, Pointer, R
 
 EMULATED = [
     f"moe_triton_kernels.{name}"
-    for name in ("grouped_gemm", "tiles", "activations", "gluon.pipeline", "gluon.down", "gluon.up")
+    for name in ("grouped_gemm", "tiles", "activations", "preactivation", "gluon.pipeline", "gluon.down", "gluon.up")
 ]
 WARP = 32
 
@@ -109,7 +109,9 @@ class Emulator:
         if name == "moe_triton_kernels.gluon.names":
             return self.names
         if name in ("triton", "triton.language"):
-            return SimpleNamespace(jit=lambda fn=None, **_: fn or (lambda f: f), language=self.names.gl)
+            return SimpleNamespace(
+                jit=lambda fn=None, **_: fn or (lambda f: f), constexpr_function=lambda fn: fn, language=self.names.gl
+            )
         return builtins.__import__(name, *arguments)
 
     def launch(self, module: str, kernel: str, programs: int, **arguments: Any) -> None:

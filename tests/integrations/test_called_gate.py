@@ -8,7 +8,7 @@ import torch
 from moe_triton import dispatch, reference
 from moe_triton.integrations import called_gate
 from moe_triton.integrations.called_gate import called_gate_mlp, grouped_linear
-from moe_triton.records import ExpertSpec
+from moe_triton.records import ExpertCall, ExpertParameters, ExpertSpec
 from tests.helpers.compare import assert_close
 from tests.helpers.experts_modules import D, E, N, make_inputs
 
@@ -57,5 +57,12 @@ def test_called_gate_equals_the_reference():
     up, down = torch.randn(E, 2 * N, D, dtype=x.dtype), torch.randn(E, D, N, dtype=x.dtype)
     actual = called_gate_mlp(x, index, weights, up, down, lambda h: reference.activate(h, "geglu"))
     plan = dispatch(index, E)
-    expected = reference.moe_mlp(x, weights, plan, up, down, None, None, ExpertSpec(activation="geglu"))
+    call = ExpertCall(
+        hidden=x,
+        weights=weights,
+        dispatched=plan,
+        parameters=ExpertParameters(up, down),
+        spec=ExpertSpec(activation="geglu"),
+    )
+    expected = reference.moe_experts(call)
     assert_close(actual, expected)

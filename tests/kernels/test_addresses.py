@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from moe_triton_kernels.combine import combine
-from moe_triton_kernels.configs import Config
 from moe_triton_kernels.d_hidden import d_hidden
-from moe_triton_kernels.down import rows_times_experts
+from moe_triton_kernels.d_weight import d_bias, d_weight
+from moe_triton_kernels.down import down
 from moe_triton_kernels.grouped_gemm import per_expert
+from moe_triton_kernels.launch import Config
 from moe_triton_kernels.row_pieces import row_pieces
 from moe_triton_kernels.tiles import tile_tables
 from moe_triton_kernels.up import up
-from moe_triton_kernels.weight_grad import bias_grad, weight_grad
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the memory tricks are the CPU's; the kernels too")
 
@@ -71,7 +71,7 @@ def test_up_gathers_far_tokens() -> None:
     tokens, source, offsets, picked = far_tokens()
     weight = torch.randn(1, SIZE, 16).half()
     out, _ = up(
-        tokens, source, tile_tables(offsets, COUNT), offsets, per_expert(weight), None,
+        tokens, source, tile_tables(offsets, COUNT), per_expert(weight), None,
         size_n=16, top_k=1, activation="relu", is_concatenated=True, keep_activation=True, keep_preactivation=False,
         config=SMALL,
     )  # fmt: skip
@@ -84,22 +84,22 @@ def test_d_hidden_gathers_far_gradients() -> None:
     router_weights = lazy(tokens.shape[0], torch.float32)[:, None]
     router_weights[source.long()] = 1.0
     _, grad_h, _ = d_hidden(
-        tokens, source, tile_tables(offsets, COUNT), offsets, per_expert(weight), h, router_weights,
+        tokens, source, tile_tables(offsets, COUNT), per_expert(weight), h, router_weights,
         size_n=16, activation="relu", is_concatenated=True, config=SMALL,
     )  # fmt: skip
     torch.testing.assert_close(grad_h.float(), picked @ weight[0].float(), rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("gather_left", [False, True])
-def test_weight_grad_gathers_far_tokens(gather_left: bool) -> None:
+def test_d_weight_gathers_far_tokens(gather_left: bool) -> None:
     tokens, source, offsets, picked = far_tokens()
     rows = torch.randn(COUNT, 16).half()
     operands = (tokens, rows) if gather_left else (rows, tokens)
-    got = weight_grad(*operands, source, offsets, top_k=1, gather_left=gather_left, config=SMALL)[0].float()
+    got = d_weight(*operands, source, offsets, top_k=1, gather_left=gather_left, config=SMALL)[0].float()
     expected = picked.T @ rows.float()
     torch.testing.assert_close(got, expected if gather_left else expected.T, rtol=1e-2, atol=1e-2)
     if gather_left:
-        sums = bias_grad(tokens, source, offsets, top_k=1, router_weights=lazy(tokens.shape[0], torch.float32) + 1)
+        sums = d_bias(tokens, source, offsets, top_k=1, router_weights=lazy(tokens.shape[0], torch.float32) + 1)
         torch.testing.assert_close(sums[0].float(), picked.sum(0), rtol=1e-2, atol=1e-2)
 
 
@@ -117,9 +117,7 @@ def test_down_reads_far_rows() -> None:
     rows, first = far_rows(WIDE)
     weight = torch.randn(1, WIDE, 16).half() / 256
     config = replace(SMALL, block_k=2048)
-    out = rows_times_experts(
-        rows, tile_tables(FAR_OFFSETS, COUNT), FAR_OFFSETS, per_expert(weight), size_columns=16, config=config
-    )
+    out = down(rows, tile_tables(FAR_OFFSETS, COUNT), per_expert(weight), size_columns=16, config=config)
     expected = rows[first : first + COUNT].float() @ weight[0].float()
     torch.testing.assert_close(out[first : first + COUNT].float(), expected, rtol=2e-2, atol=2e-2)
 
@@ -130,15 +128,13 @@ def test_down_and_up_write_far_rows() -> None:
     a, weight = torch.zeros(first + 16, 16).half(), torch.randn(1, 16, WIDE).half()
     a[first : first + COUNT] = torch.randn(COUNT, 16).half()
     config = replace(SMALL, block_n=4096)
-    out = rows_times_experts(
-        a, tile_tables(FAR_OFFSETS, COUNT), FAR_OFFSETS, per_expert(weight), size_columns=WIDE, config=config
-    )
+    out = down(a, tile_tables(FAR_OFFSETS, COUNT), per_expert(weight), size_columns=WIDE, config=config)
     expected = a[first : first + COUNT].float() @ weight[0].float()
     torch.testing.assert_close(out[first : first + COUNT].float(), expected, rtol=1e-2, atol=1e-2)
     source = torch.arange(first + 16, dtype=torch.int32)
     for kept in (0, 1):
         results = up(
-            a, source, tile_tables(FAR_OFFSETS, COUNT), FAR_OFFSETS, per_expert(weight), None, size_n=WIDE, top_k=1,
+            a, source, tile_tables(FAR_OFFSETS, COUNT), per_expert(weight), None, size_n=WIDE, top_k=1,
             activation="relu", is_concatenated=True, keep_activation=kept == 0, keep_preactivation=kept == 1,
             config=config,
         )  # fmt: skip
@@ -169,7 +165,7 @@ def test_down_reads_nothing_past_the_rows() -> None:
         a.copy_(torch.randn(rows, SIZE))
         offsets, weight = torch.tensor([0, rows], dtype=torch.int32), torch.randn(1, SIZE, 16)
         tiles = tile_tables(offsets, rows)
-        out = rows_times_experts(a, tiles, offsets, per_expert(weight), size_columns=16, config=SMALL)
+        out = down(a, tiles, per_expert(weight), size_columns=16, config=SMALL)
         torch.testing.assert_close(out, a @ weight[0], rtol=1e-4, atol=1e-4)
     finally:
         libc.mprotect(boundary, page, 3)

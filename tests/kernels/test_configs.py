@@ -9,9 +9,12 @@ import pytest
 import torch
 import triton
 
-from moe_triton_kernels import configs
-from moe_triton_kernels.configs import BUCKETS, OPS, Config, bucket_of, choose_config, shipped_configs
+from moe_triton_kernels import configs, launch
+from moe_triton_kernels.configs import OPS, bucket_of, choose_config
+from moe_triton_kernels.heuristics import BUCKETS
+from moe_triton_kernels.launch import Config
 from moe_triton_kernels.tiles import BLOCK_SIZES
+from moe_triton_kernels.tools.shipped import shipped_configs
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter")
 LARGE = {"d": 4096, "n": 2048, "dtype": torch.bfloat16, "num_rows": 65536, "num_experts": 8, "architecture": "sm_90"}
@@ -130,11 +133,11 @@ def test_the_benchmarked_shapes_have_no_configuration_of_their_own() -> None:
 def test_an_unknown_op_and_a_cpu_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="op: got 'sideways', wanted one of up_gated"):
         choose_config("sideways", **LARGE)
-    monkeypatch.setattr(configs.triton.knobs.runtime, "interpret", False)
-    configs.target_of.cache_clear()
+    monkeypatch.setattr(launch.triton.knobs.runtime, "interpret", False)
+    launch.target_of.cache_clear()
     with pytest.raises(ValueError, match="device: got cpu, wanted a GPU, or TRITON_INTERPRET=1"):
-        configs.target_of(torch.device("cpu"))
-    configs.target_of.cache_clear()
+        launch.target_of(torch.device("cpu"))
+    launch.target_of.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -142,21 +145,20 @@ def test_an_unknown_op_and_a_cpu_without_the_interpreter(monkeypatch: pytest.Mon
 )
 def test_the_proxy_fence_follows_the_version(monkeypatch: pytest.MonkeyPatch, version: str, fenced: bool) -> None:
     """Where Triton does not fence: by hand on Hopper, no pipelining on Blackwell, nothing to do elsewhere."""
-    monkeypatch.setattr(configs.triton, "__version__", version)
+    monkeypatch.setattr(launch.triton, "__version__", version)
     config = choose_config("down", **LARGE)
     for architecture in ("sm_80", "sm_90", "sm_100", "gfx942"):
-        constants = configs.block_constants(architecture, config)
-        assert constants["FENCE"] == (architecture == "sm_90" and not fenced)
-        stages = configs.pipeline_stages(architecture, config)
+        assert (architecture == "sm_90" and not fenced) == launch.tile_of(architecture, config).FENCE
+        stages = launch.pipeline_stages(architecture, config)
         assert stages == (1 if architecture == "sm_100" and not fenced else config.num_stages)
 
 
 def test_the_persistent_grid_is_bounded_by_tiles_and_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     config = choose_config("down", **{**LARGE, "num_rows": 8})
     assert config.programs_per_sm == 3
-    monkeypatch.setattr(configs, "target_of", lambda device: configs.Target(architecture="sm_90", num_sms=132))
+    monkeypatch.setattr(launch, "target_of", lambda device: launch.Target(architecture="sm_90", num_sms=132))
     device = torch.device("cuda")
-    assert [configs.persistent_grid(device, tiles, config) for tiles in (0, 1, 396, 397)] == [
+    assert [launch.persistent_grid(device, tiles, config) for tiles in (0, 1, 396, 397)] == [
         (1,),
         (1,),
         (396,),

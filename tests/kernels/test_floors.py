@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from moe_triton_kernels import floors
-from moe_triton_kernels.floors import DEVICES, EXPERTS_BACKWARD, EXPERTS_FORWARD, FLOORS, Shape, Work
 from moe_triton_kernels.tiles import BLOCK_SIZES
+from moe_triton_kernels.tools import floors
+from moe_triton_kernels.tools.floors import DEVICES, EXPERTS_BACKWARD, EXPERTS_FORWARD, FLOORS, Shape, Work
 
 # T = 6, d = 8, n = 4, E = 5, K = 2: S = 12, X 48, rows 96, A 48, W2 160 elements
 SMALL = Shape(tokens=6, hidden=8, intermediate=4, experts=5, top_k=2)

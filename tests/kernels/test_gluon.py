@@ -1,4 +1,4 @@
-"""The Gluon kernels behind `up` and `rows_times_experts`: when they run, what they compute, what they compile to.
+"""The Gluon kernels behind `up` and `down`: when they run, what they compute, what they compile to.
 
 On a Hopper GPU they run on it; elsewhere the emulator runs their source.
 """
@@ -12,21 +12,23 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 
 from moe_triton import reference
 from moe_triton.backends.triton import experts
-from moe_triton_kernels import configs, offline
+from moe_triton_kernels import configs
 from moe_triton_kernels.activations import GATED, UNGATED
-from moe_triton_kernels.configs import Config, Target
-from moe_triton_kernels.down import rows_times_experts
+from moe_triton_kernels.down import down
 from moe_triton_kernels.gluon import down as gluon_down
 from moe_triton_kernels.gluon import launch, schedules
 from moe_triton_kernels.gluon import up as gluon_up
 from moe_triton_kernels.gluon.schedules import SCHEDULES, why_unsupported
 from moe_triton_kernels.grouped_gemm import per_expert
-from moe_triton_kernels.offline import SHARED_LIMIT, compile_apart
+from moe_triton_kernels.launch import Config, Target
 from moe_triton_kernels.tiles import tile_tables
+from moe_triton_kernels.tools import offline
+from moe_triton_kernels.tools.offline import SHARED_LIMIT, compile_apart
 from moe_triton_kernels.up import up
 from tests.helpers.compare import assert_close
 from tests.helpers.gluon_emulator import Emulator
@@ -58,8 +60,12 @@ class EmulatedKernel:
 
         return launch
 
-    @staticmethod
-    def emulated(value: Any) -> Any:
+    @classmethod
+    def emulated(cls, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return type(value)(*map(cls.emulated, value))
+        if isinstance(value, triton.language.constexpr):
+            return value.value
         if isinstance(value, launch.TensorDescriptor):
             return Descriptor(value.base.as_strided(value.shape, value.strides).numpy(), value.block_shape)
         return Pointer(value.reshape(-1).numpy()) if isinstance(value, Tensor) else value
@@ -75,10 +81,10 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> dict[str, EmulatedKernel]:
     for module in (schedules, launch):
         monkeypatch.setattr(module, "target_of", lambda device: Target(architecture="sm_90", num_sms=2))
     kernels = {
-        "down": EmulatedKernel(gluon_down.rows_kernel, "down"),
+        "down": EmulatedKernel(gluon_down.down_kernel, "down"),
         "up": EmulatedKernel(gluon_up.up_kernel, "up"),
     }
-    monkeypatch.setattr(gluon_down, "rows_kernel", kernels["down"])
+    monkeypatch.setattr(gluon_down, "down_kernel", kernels["down"])
     monkeypatch.setattr(gluon_up, "up_kernel", kernels["up"])
     return kernels
 
@@ -111,16 +117,13 @@ class Setting:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("transposed", [False, True])
-def test_rows_times_experts(
-    hopper: dict[str, EmulatedKernel], schedule: str, transposed: bool, dtype: torch.dtype
-) -> None:
+def test_down(hopper: dict[str, EmulatedKernel], schedule: str, transposed: bool, dtype: torch.dtype) -> None:
     setting = Setting(dtype)
     a, weight, bias = setting.random(NUM_ROWS, 64), setting.weight(64, 272, transposed), setting.random(3, 272)
     a[OFFSETS[-1] :] = float("nan")
-    out = rows_times_experts(
+    out = down(
         a,
         setting.tiles,
-        setting.offsets,
         per_expert(weight),
         size_columns=272,
         config=replace(PLAIN, gluon=schedule, group=3),
@@ -131,7 +134,7 @@ def test_rows_times_experts(
     if hopper:
         ((grid, arguments),) = hopper["down"].calls
         assert grid == (2,)
-        assert arguments["GROUP"] == 3
+        assert arguments["TILE"].GROUP.value == 3
         assert arguments["K_CONTIGUOUS"] == (not transposed)
     for e, span in setting.experts():
         scale = setting.router_weights.reshape(-1)[setting.slots[span]].double()
@@ -146,7 +149,7 @@ def test_the_gradient_of_rows(hopper: dict[str, EmulatedKernel], schedule: str, 
     setting = Setting(dtype)
     a, weight = setting.random(NUM_ROWS, 128), setting.weight(128, 48, transposed=True)
     config = replace(PLAIN, gluon=schedule)
-    out = rows_times_experts(a, setting.tiles, setting.offsets, per_expert(weight), size_columns=48, config=config)
+    out = down(a, setting.tiles, per_expert(weight), size_columns=48, config=config)
     for e, span in setting.experts():
         assert_close(out[span], a[span].double() @ weight[e].double())
 
@@ -167,7 +170,6 @@ def test_up(
             setting.x,
             setting.source,
             setting.tiles,
-            setting.offsets,
             per_expert(weight.transpose(1, 2)).transposed(),
             per_expert(bias),
             config=replace(PLAIN, gluon=schedule),
@@ -217,7 +219,6 @@ def test_what_is_not_supported_runs_on_the_plain_kernels() -> None:
             setting.x,
             setting.source,
             setting.tiles,
-            setting.offsets,
             weight,
             None,
             config=config,
@@ -225,9 +226,7 @@ def test_what_is_not_supported_runs_on_the_plain_kernels() -> None:
             keep_preactivation=True,
             **sizes,
         )
-        rows = rows_times_experts(
-            h, setting.tiles, setting.offsets, weight.transposed(), size_columns=128, config=config
-        )
+        rows = down(h, setting.tiles, weight.transposed(), size_columns=128, config=config)
         found.append(torch.cat([a[kept], h[kept], rows[kept]], dim=1))
     assert torch.equal(*found)
     reason = why_unsupported("cooperative", setting.x, weight, None, size_columns=72, projections=2)
@@ -292,7 +291,7 @@ def test_what_the_kernels_compile_to() -> None:
     assert [report.kernel for report in reports] == list(cases)
     for report in reports:
         case = cases[report.kernel]
-        gathered, ping_pong = report.kernel.startswith("up"), case.constexprs["PING_PONG"]
+        gathered, ping_pong = report.kernel.startswith("up"), case.constants["PING_PONG"]
         assert offline.broken_gates(case, report) == []
         assert report.spills == 0
         assert report.shared_bytes <= SHARED_LIMIT["sm_90"]
@@ -306,11 +305,11 @@ def test_what_the_kernels_compile_to() -> None:
 
 def test_every_kernel_has_its_cases() -> None:
     cases = offline.collect_cases("sm_90", ["gluon"], every=True)
-    assert {case.constexprs.get("ACTIVATION", GATED[0]) for case in cases} == {*GATED, *UNGATED}
+    assert {case.constants.get("ACTIVATION", GATED[0]) for case in cases} == {*GATED, *UNGATED}
     for op in ("down", "d_rows", "up_gated", "up"):
         types = [f"{op}_bf16_", f"{op}_fp16_"]
         mine = [case for case in cases if case.name.startswith(tuple(types))]
         assert all(any(case.name.startswith(stored) for case in mine) for stored in types)
-        assert {case.constexprs["PING_PONG"] for case in mine} == {False, True}
-        assert {case.constexprs["K_CONTIGUOUS"] for case in mine} == {False, True}
+        assert {case.constants["PING_PONG"] for case in mine} == {False, True}
+        assert {case.constants["K_CONTIGUOUS"] for case in mine} == {False, True}
     assert offline.collect_cases("sm_100", ["gluon"], every=True) == []

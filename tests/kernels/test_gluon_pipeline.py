@@ -6,6 +6,8 @@ A GPU compiles the same source; what this cannot show is in the compiler and in 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_triton import reference
+from moe_triton_kernels.gluon.schedules import RingTile
+from moe_triton_kernels.grouped_gemm import BiasArgument
+from moe_triton_kernels.tiles import TilesArgument
 from tests.helpers.compare import assert_close
 from tests.helpers.gluon_emulator import Deadlock, Emulator
 from tests.helpers.gluon_memory import Descriptor, Pointer, Race
@@ -24,11 +29,11 @@ TOP_K = 2
 EXPERTS = len(OFFSETS) - 1
 
 
-def tiles() -> dict[str, Pointer]:
+def tiles() -> TilesArgument:
     entries = [(e, row) for e in range(EXPERTS) for row in range(OFFSETS[e], OFFSETS[e + 1], BLOCK_M)]
     table = np.array(entries, np.int32).reshape(-1)
     number = np.array([len(entries)], np.int32)
-    return {"table": Pointer(table), "num_tiles": Pointer(number), "offsets": Pointer(OFFSETS)}
+    return TilesArgument(Pointer(table), Pointer(number), Pointer(OFFSETS))
 
 
 def matrices(random: np.random.Generator, size_k: int, size_columns: int) -> np.ndarray:
@@ -47,14 +52,11 @@ class Case:
     def __init__(self, *, ping_pong: bool, stages: int, steps: int, k_contiguous: bool = True, seed: int = 0) -> None:
         self.random = np.random.default_rng(seed)
         self.k_contiguous, self.size_k = k_contiguous, steps * BLOCK_K
-        self.constants = {
-            "PING_PONG": ping_pong,
-            "K_CONTIGUOUS": k_contiguous,
-            "BLOCK_M": BLOCK_M,
-            "BLOCK_K": BLOCK_K,
-            "STAGES": stages,
-            "GROUP": 2,
-        }
+        self.ping_pong, self.stages = ping_pong, stages
+
+    def constants(self, block_n: int) -> dict[str, Any]:
+        tile = RingTile(self.ping_pong, BLOCK_M, block_n, BLOCK_K, self.stages, GROUP=2, PARTS=2)
+        return {"K_CONTIGUOUS": self.k_contiguous, "TILE": tile}
 
     def rows(self, emulator: Emulator, programs: int = 2) -> None:
         """down: 24 columns in tiles of 16, with bias and router weights."""
@@ -68,25 +70,20 @@ class Case:
         out = np.full(NUM_ROWS * columns, np.nan, np.float32)
         emulator.launch(
             "down",
-            "rows_kernel",
+            "down_kernel",
             programs,
             a=Descriptor(a, [BLOCK_M, BLOCK_K]),
             weight=Descriptor(
                 stack(weight, self.k_contiguous), [block_n, BLOCK_K] if self.k_contiguous else [BLOCK_K, block_n]
             ),
-            bias=Pointer(bias.reshape(-1)),
+            bias=BiasArgument(Pointer(bias.reshape(-1)), columns, 1, 4),
             router_weights=Pointer(router_weights),
             source=Pointer(source),
             out=Pointer(out),
-            **tiles(),
+            tiles=tiles(),
             size_k=self.size_k,
             size_columns=columns,
-            bias_stride_e=columns,
-            HAS_BIAS=True,
-            WEIGHTED=True,
-            BLOCK_N=block_n,
-            PARTS=2,
-            **self.constants,
+            **self.constants(block_n),
         )
         result = torch.from_numpy(out).reshape(NUM_ROWS, columns)
         for e in range(EXPERTS):
@@ -116,22 +113,15 @@ class Case:
             weight=Descriptor(
                 stack(weight, self.k_contiguous), [width, BLOCK_K] if self.k_contiguous else [BLOCK_K, width]
             ),
-            bias=Pointer(bias.reshape(-1)),
+            bias=BiasArgument(Pointer(bias.reshape(-1)), projections * size_n, 1, 4),
             a=Pointer(a),
-            h=Pointer(h),
-            **tiles(),
+            h=Pointer(h) if keep_h else None,
+            tiles=tiles(),
             size_d=self.size_k,
             size_n=size_n,
-            bias_stride_e=projections * size_n,
             TOP_K=TOP_K,
             ACTIVATION=activation,
-            GATED=gated,
-            HAS_BIAS=True,
-            KEEP_A=True,
-            KEEP_H=keep_h,
-            BLOCK_N=block_n,
-            PARTS=2,
-            **self.constants,
+            **self.constants(block_n),
         )
         a_rows = torch.from_numpy(a).reshape(NUM_ROWS, size_n)
         h_rows = torch.from_numpy(h).reshape(-1, projections * size_n)

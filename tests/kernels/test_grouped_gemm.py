@@ -20,18 +20,18 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_triton import reference
-from moe_triton_kernels.configs import Config
 from moe_triton_kernels.d_hidden import d_hidden, d_router_weights
-from moe_triton_kernels.down import rows_times_experts
-from moe_triton_kernels.grouped_gemm import PerExpert, address_table, per_expert, tile_order, weight_argument
-from moe_triton_kernels.offline import TARGETS, Report, compile_apart
+from moe_triton_kernels.d_weight import d_bias, d_weight
+from moe_triton_kernels.down import down
+from moe_triton_kernels.grouped_gemm import PerExpert, address_table, per_expert, tile_order, weight_descriptor
+from moe_triton_kernels.launch import Config
 from moe_triton_kernels.tiles import tile_tables
+from moe_triton_kernels.tools.offline import TARGETS, Report, compile_apart
 from moe_triton_kernels.up import up
-from moe_triton_kernels.weight_grad import bias_grad, weight_grad
 from tests.helpers.compare import assert_close
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-MODULES = ["up", "down", "d_hidden", "weight_grad"]
+MODULES = ["up", "down", "d_hidden", "d_weight"]
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 SMALL = Config(block_m=16, block_n=16, block_k=16, num_warps=4, num_stages=1)
 CONFIGS = [
@@ -74,7 +74,6 @@ class Setting:
             self.x,
             self.source,
             self.tiles,
-            self.offsets,
             stored(self.gate_up, by_k),
             None,
             size_n=self.gate_up.shape[2] // (2 if activation == "swiglu" else 1),
@@ -133,17 +132,16 @@ def test_the_activation_is_that_of_the_rounded_preactivation() -> None:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("by_k", [False, True])
-def test_rows_times_experts(config: Config, by_k: bool) -> None:
+def test_down(config: Config, by_k: bool) -> None:
     setting = Setting()
     a = torch.randn(ROWS, 24, device=device)
     a[OFFSETS[-1] :] = float("nan")
     bias = torch.randn(3, 40, device=device)
     weight = stored(setting.down, by_k)
-    plain = rows_times_experts(a, setting.tiles, setting.offsets, weight, size_columns=40, config=config)
-    scaled = rows_times_experts(
+    plain = down(a, setting.tiles, weight, size_columns=40, config=config)
+    scaled = down(
         a,
         setting.tiles,
-        setting.offsets,
         weight,
         size_columns=40,
         config=config,
@@ -171,7 +169,6 @@ def test_d_hidden_and_the_router_weights_gradient(form: tuple[str, bool], config
         setting.x,
         setting.source,
         setting.tiles,
-        setting.offsets,
         stored(setting.down.mT, not by_k),
         h,
         setting.weights,
@@ -181,7 +178,7 @@ def test_d_hidden_and_the_router_weights_gradient(form: tuple[str, bool], config
         config=config,
     )
     assert_untouched(weighted_a, grad_h)
-    plan = (setting.source, setting.tiles, setting.offsets)
+    plan = (setting.source, setting.tiles)
     with_bias = d_router_weights(shares, setting.x, *plan, per_expert(bias), setting.weights)
     without = d_router_weights(shares, setting.x, *plan, None, setting.weights.half())
     assert shares.shape == (triton.cdiv(24, config.block_n), ROWS)
@@ -206,12 +203,12 @@ def test_d_hidden_and_the_router_weights_gradient(form: tuple[str, bool], config
 @pytest.mark.parametrize("gather_left", [False, True])
 @pytest.mark.parametrize("config", CONFIGS[:3], ids=str)
 @pytest.mark.parametrize("sizes", [(24, 40), (32, 64)])  # multiples of the blocks, and not
-def test_weight_grad(config: Config, gather_left: bool, sizes: tuple[int, int]) -> None:
+def test_d_weight(config: Config, gather_left: bool, sizes: tuple[int, int]) -> None:
     setting = Setting(d=sizes[1])
     rows_in_order = torch.randn(ROWS, sizes[0], device=device)
     rows_in_order[OFFSETS[-1] :] = float("nan")
     operands = (setting.x, rows_in_order) if gather_left else (rows_in_order, setting.x)
-    grad = weight_grad(*operands, setting.source, setting.offsets, top_k=2, gather_left=gather_left, config=config)
+    grad = d_weight(*operands, setting.source, setting.offsets, top_k=2, gather_left=gather_left, config=config)
     expected = torch.zeros(3, *sizes, dtype=torch.float64, device=device)
     for e, rows, tokens in setting.experts():
         expected[e] = rows_in_order[rows].double().T @ setting.x[tokens].double()
@@ -219,12 +216,12 @@ def test_weight_grad(config: Config, gather_left: bool, sizes: tuple[int, int]) 
     assert (grad[1] == 0).all()
 
 
-def test_bias_grad() -> None:
+def test_d_bias() -> None:
     setting = Setting()
     rows_in_order = torch.randn(ROWS, 136, device=device)
     rows_in_order[OFFSETS[-1] :] = float("nan")
-    plain = bias_grad(rows_in_order, setting.source, setting.offsets, top_k=2)
-    gathered = bias_grad(setting.x, setting.source, setting.offsets, top_k=2, router_weights=setting.weights)
+    plain = d_bias(rows_in_order, setting.source, setting.offsets, top_k=2)
+    gathered = d_bias(setting.x, setting.source, setting.offsets, top_k=2, router_weights=setting.weights)
     expected = torch.zeros(3, 136, dtype=torch.float64, device=device)
     expected_gathered = torch.zeros(3, 40, dtype=torch.float64, device=device)
     for e, rows, tokens in setting.experts():
@@ -278,16 +275,18 @@ def test_a_descriptor_where_the_layout_allows_it() -> None:
     def form(parameter: Tensor | list[Tensor], by_k: bool, halves: int = 1) -> str | None:
         weight = per_expert(parameter).transposed() if by_k else per_expert(parameter)
         size_k, columns = parameter[0].shape[::-1] if by_k else parameter[0].shape
-        argument, constants = weight_argument(
+        descriptor = weight_descriptor(
             weight, config, size_k=size_k, size_columns=columns // halves, halves=halves, block_n=32
         )
-        assert isinstance(argument, TensorDescriptor) == (constants["DESCRIPTOR"] is not None)
-        if isinstance(argument, TensorDescriptor) and by_k:
-            assert (argument.shape, argument.block_shape) == (
+        if descriptor is None:
+            return None
+        assert isinstance(descriptor, TensorDescriptor)
+        if by_k:
+            assert (descriptor.shape, descriptor.block_shape) == (
                 [3, halves, columns // halves, size_k],
                 [1, halves, 32, 16],
             )
-        return constants["DESCRIPTOR"]
+        return "k" if weight.weight().K_CONTIGUOUS.value else "columns"
 
     matrices = torch.randn(3, 8, 12, device=device)
     assert (form(matrices, True), form(matrices, False), form(matrices, True, 2)) == ("k", "columns", "k")
@@ -298,9 +297,9 @@ def test_a_descriptor_where_the_layout_allows_it() -> None:
     assert form(matrices[:, :, 1:9], True) is None  # not at a multiple of 16 bytes
     assert form(torch.randn(3, 8, 10, device=device), True) is None  # nor are its rows
     assert form(matrices[:, :, ::2], True) is None
-    plain, constants = weight_argument(per_expert(matrices), SMALL, size_k=8, size_columns=12, halves=1, block_n=32)
-    assert plain is matrices
-    assert constants == {"WEIGHT_TABLE": False, "WEIGHT_ALIGNMENT": 4, "DESCRIPTOR": None}
+    plain = per_expert(matrices)
+    assert weight_descriptor(plain, SMALL, size_k=8, size_columns=12, halves=1, block_n=32) is None
+    assert plain.weight() == (matrices, 96, 12, 1, 4, False)
 
 
 @pytest.mark.skipif(device == "cuda", reason="takes address space, not memory, which only works on a CPU")
@@ -315,9 +314,7 @@ def test_offsets_beyond_32_bits() -> None:
     offsets = torch.tensor([0, 0, 5], dtype=torch.int32)
     sizes = {"size_n": n, "top_k": 1, "activation": "silu", "is_concatenated": True, "config": SMALL}
     tiles = tile_tables(offsets, 5)
-    a, h = up(
-        x, source, tiles, offsets, per_expert(gate_up), None, keep_activation=True, keep_preactivation=True, **sizes
-    )
+    a, h = up(x, source, tiles, per_expert(gate_up), None, keep_activation=True, keep_preactivation=True, **sizes)
     expected = x[-5:].double() @ gate_up[1].double()
     assert_close(h, expected)
     assert_close(a, reference.activate(expected, "silu"))
@@ -343,17 +340,12 @@ def test_the_sample_compiles_without_a_spill(reports: list[Report]) -> None:
 
 ORDER = """
 import json, re, sys
-import triton
-from moe_triton_kernels.offline import TARGETS, collect_cases
+from moe_triton_kernels.tools.cases import collect_cases
+from moe_triton_kernels.tools.offline import compile_source
 
 for module in sys.argv[1:]:
     case = collect_cases("sm_90", [module])[0]
-    arguments = case.fn.arg_names
-    types = {arg: "constexpr" if arg in case.constexprs else case.signature[arg] for arg in arguments}
-    attributes = {(arguments.index(arg),): [["tt.divisibility", 16]] for arg in case.aligned}
-    source = triton.compiler.ASTSource(case.fn, types, constexprs=dict(case.constexprs), attrs=attributes)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    ptx = triton.compile(source, target=TARGETS["sm_90"], options=options).asm["ptx"]
+    ptx = compile_source(case, "sm_90").asm["ptx"]
     steps = re.findall(r"cp\\.async\\.wait_group|fence\\.proxy\\.async|wgmma\\.mma_async", ptx)
     print(json.dumps(steps[: steps.index("wgmma.mma_async") + 1]))
 """

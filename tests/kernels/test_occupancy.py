@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_triton_kernels.occupancy import resident_programs
+from moe_triton_kernels.tools.occupancy import resident_programs
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from moe_triton_kernels import offline
-from moe_triton_kernels.offline import (
-    Case,
+from moe_triton_kernels.tools import offline
+from moe_triton_kernels.tools.case import Case
+from moe_triton_kernels.tools.offline import (
     Report,
     compile_apart,
-    compile_offline,
+    compile_case,
     compile_parallel,
     find_number,
     named_cases,
@@ -26,7 +26,8 @@ import json, sys
 from dataclasses import asdict
 import triton
 import triton.language as tl
-from moe_triton_kernels.offline import compile_offline
+from moe_triton_kernels.tools.case import Case
+from moe_triton_kernels.tools.offline import compile_case
 
 
 @triton.jit
@@ -58,13 +59,14 @@ signature = {"a": "*fp16", "b": "*fp16", "c": "*fp32", "k": "i32"}
 for name, rows, warps in (("product", 128, 4), ("spilling", 128, 1)):
     columns = 128 if name == "product" else 256
     blocks = {"M": rows, "N": columns, "BLOCK": 64}
-    report = compile_offline(
-        product, signature, blocks, arch=arch, num_warps=warps, num_stages=3, attrs=["a", "b", "c", "k"], name=name
+    case = Case(
+        name=name, fn=product, signature=signature, constexprs=blocks, num_warps=warps, aligned=["a", "b", "c", "k"]
     )
-    print(json.dumps(asdict(report)))
+    print(json.dumps(asdict(compile_case(case, arch))))
 for fn in (copy, descriptor_copy):
     signature = {"a": "*fp16", "c": "*fp16"}
-    print(json.dumps(asdict(compile_offline(fn, signature, {"M": 64}, arch=arch, num_warps=4, num_stages=3))))
+    case = Case(name=fn.__name__, fn=fn, signature=signature, constexprs={"M": 64})
+    print(json.dumps(asdict(compile_case(case, arch))))
 """
 
 
@@ -103,12 +105,11 @@ def test_routing_permutation_and_combine_compile_without_spills(arch: str) -> No
 
 
 def test_an_interpreted_function_and_an_unknown_architecture_are_refused() -> None:
-    def plain() -> None: ...
-
+    case = Case(name="plain", fn=lambda: None, signature={})
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
-        compile_offline(plain, {}, {}, arch="sm_90", num_warps=4, num_stages=3)
+        compile_case(case, "sm_90")
     with pytest.raises(ValueError, match=r"arch must be one of sm_80, .*, got 'sm_00'"):
-        compile_offline(plain, {}, {}, arch="sm_00", num_warps=4, num_stages=3)
+        compile_case(case, "sm_00")
 
 
 def test_a_failed_compilation_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_triton_kernels import row_pieces as module
-from moe_triton_kernels.configs import Config
+from moe_triton_kernels.d_weight import d_bias, d_weight
+from moe_triton_kernels.launch import Config
 from moe_triton_kernels.row_pieces import RowPieces, piece_rows_for, row_pieces
-from moe_triton_kernels.weight_grad import bias_grad, weight_grad
 from tests.helpers.compare import assert_close
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,7 +68,7 @@ def test_the_sizes_bound_the_partial_results() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("gather_left", [False, True])
-def test_weight_grad_of_split_experts(gather_left: bool, dtype: torch.dtype) -> None:
+def test_d_weight_of_split_experts(gather_left: bool, dtype: torch.dtype) -> None:
     """Against float64; twice the same bits; whole experts have the bits that they have without a split."""
     rows, top_k = sum(COUNTS) + 6, 2
     source = torch.cat([torch.randperm(rows)[: sum(COUNTS)].int(), torch.full((6,), -1, dtype=torch.int32)]).to(device)
@@ -77,9 +77,9 @@ def test_weight_grad_of_split_experts(gather_left: bool, dtype: torch.dtype) -> 
     in_order[sum(COUNTS) :] = float("nan")
     operands = (tokens, in_order) if gather_left else (in_order, tokens)
     options = {"top_k": top_k, "gather_left": gather_left, "config": CONFIG}
-    whole = weight_grad(*operands, source, offsets_of(COUNTS), **options)
-    split = weight_grad(*operands, source, offsets_of(COUNTS), **options, piece_rows=33)
-    again = weight_grad(*operands, source, offsets_of(COUNTS), **options, piece_rows=33)
+    whole = d_weight(*operands, source, offsets_of(COUNTS), **options)
+    split = d_weight(*operands, source, offsets_of(COUNTS), **options, piece_rows=33)
+    again = d_weight(*operands, source, offsets_of(COUNTS), **options, piece_rows=33)
     assert torch.equal(split, again)
     for expert, count in enumerate(COUNTS):
         span = slice(sum(COUNTS[:expert]), sum(COUNTS[: expert + 1]))
@@ -95,14 +95,14 @@ def test_weight_grad_of_split_experts(gather_left: bool, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("gathered", [False, True])
-def test_bias_grad_of_split_experts(gathered: bool) -> None:
+def test_d_bias_of_split_experts(gathered: bool) -> None:
     rows, top_k = sum(COUNTS), 2
     source = torch.randperm(rows).int().to(device)
     weights = torch.rand(rows // top_k, top_k, device=device) + 0.1
     values = torch.randn(rows // top_k if gathered else rows, 136, device=device)
     options = {"top_k": top_k, "router_weights": weights if gathered else None, "piece_rows": 33}
-    grad = bias_grad(values, source, offsets_of(COUNTS), **options)
-    assert torch.equal(grad, bias_grad(values, source, offsets_of(COUNTS), **options))
+    grad = d_bias(values, source, offsets_of(COUNTS), **options)
+    assert torch.equal(grad, d_bias(values, source, offsets_of(COUNTS), **options))
     slots = source.long()
     wide = values.double()
     per_row = wide[slots // top_k] * weights.reshape(-1)[slots, None].double() if gathered else wide

@@ -12,7 +12,7 @@ import torch
 
 from moe_triton_kernels import configs
 from moe_triton_kernels.configs import KEYS, OPS, Config, choose_config, find_config, user_table_path
-from moe_triton_kernels.search import LADDERS, SWITCH, candidate_case, is_sound, neighbours
+from moe_triton_kernels.tools.search import LADDERS, SWITCH, candidate_case, is_sound, neighbours
 
 SIZES = {"d": 2048, "n": 768, "dtype": torch.bfloat16, "num_rows": 128, "num_experts": 1, "architecture": "sm_90"}
 MINE = Config(block_m=64, block_n=64, block_k=32, num_warps=4, num_stages=5)
@@ -93,7 +93,7 @@ def test_candidates_compile_with_no_gpu():
     program = """
 import json, sys, torch
 from dataclasses import asdict
-from moe_triton_kernels.search import main
+from moe_triton_kernels.tools.search import main
 sys.exit(main(["--arch", "sm_90"]))
 """
     good = {"op": "down", "dtype": "bfloat16", "config": asdict(MINE)}
@@ -118,6 +118,6 @@ sys.exit(main(["--arch", "sm_90"]))
 
 def test_a_candidates_case_carries_its_configuration():
     case = candidate_case("up_gated", torch.float16, MINE, "sm_90")
-    assert (case.constexprs["BLOCK_M"], case.constexprs["BLOCK_K"], case.num_warps) == (64, 32, 4)
+    assert (case.constants["BLOCK_M"], case.constants["BLOCK_K"], case.num_warps) == (64, 32, 4)
     assert case.name.startswith("up_gated_bf16_64x64x32_")
     assert "wgmma" in case.wants

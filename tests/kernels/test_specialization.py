@@ -18,7 +18,7 @@ from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from moe_triton import MoE, runtime
-from moe_triton_kernels import configs
+from moe_triton_kernels import launch
 
 backend = make_backend(GPUTarget("cuda", 90, 32))
 binders, seen = {}, []
@@ -33,11 +33,11 @@ def record(self, *args, grid, warmup, **kwargs):
 
 JITFunction.run = record
 runtime._unfit_gpu = lambda device: None
-target = configs.Target(architecture="sm_90", num_sms=132)
+target = launch.Target(architecture="sm_90", num_sms=132)
 for module in list(sys.modules.values()):
-    if getattr(module, "target_of", None) is configs.target_of and module is not configs:
+    if getattr(module, "target_of", None) is launch.target_of and module is not launch:
         module.target_of = lambda device: target
-configs.target_of = lambda device: target
+launch.target_of = lambda device: target
 
 layers = [
     MoE(64, 48, 8, 2, backend="triton", dtype=torch.bfloat16, aux_loss_weight=0.01),
@@ -78,8 +78,8 @@ def test_fifty_numbers_of_tokens_specialise_nothing() -> None:
             "topk_kernel",
             "place_kernel",
             "up_kernel",
-            "rows_kernel",
+            "down_kernel",
             "d_hidden_kernel",
-            "weight_grad_kernel",
+            "d_weight_kernel",
         } <= names
     assert found["after"] == [[], [], []]

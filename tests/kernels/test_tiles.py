@@ -35,7 +35,7 @@ def test_tables_match_a_loop_over_experts(counts: list[int], spare: int) -> None
     tables = tile_tables(make_offsets(counts), num_rows)
     assert tables.block_sizes == BLOCK_SIZES
     for block_m in BLOCK_SIZES:
-        table, num_tiles, most = tables.select(block_m)
+        (table, num_tiles, _), most = tables.select(block_m)
         expected = expected_tiles(counts, block_m)
         assert num_tiles.tolist() == [len(expected)]
         assert table[: len(expected)].tolist() == expected
@@ -72,7 +72,7 @@ def test_other_block_sizes_and_an_unknown_one() -> None:
     counts = [70, 0, 1]
     tables = tile_tables(make_offsets(counts), 71, block_sizes=(64, 8))
     for block_m in (8, 64):
-        table, num_tiles, _ = tables.select(block_m)
+        (table, num_tiles, _), _ = tables.select(block_m)
         assert table[: num_tiles.item()].tolist() == expected_tiles(counts, block_m)
     with pytest.raises(ValueError, match=r"block_m must be one of \(64, 8\), got 16"):
         tables.select(16)
@@ -91,7 +91,7 @@ def claim_rows(table, num_tiles, offsets, owner, BLOCK_M: tl.constexpr):
 def test_a_persistent_kernel_covers_every_row_once(counts: list[int], block_m: int) -> None:
     offsets = make_offsets(counts)
     num_rows = sum(counts) + 7
-    table, num_tiles, _ = tile_tables(offsets, num_rows).select(block_m)
+    (table, num_tiles, _), _ = tile_tables(offsets, num_rows).select(block_m)
     owner = torch.full((num_rows,), -1, dtype=torch.int32, device=device)
     claim_rows[(3,)](table, num_tiles, offsets, owner, BLOCK_M=block_m)
     expected = [expert for expert, count in enumerate(counts) for _ in range(count)] + [-1] * 7

@@ -10,17 +10,3 @@ names      Gluon's names in every supported version of Triton
 pipeline   the ring of stages, its barriers, the producer, the main loop
 down, up   kernels and launchers of the operations of these names
 """
-
-from __future__ import annotations
-
-import importlib
-
-from moe_triton_kernels.offline import Case
-
-
-def offline_cases(arch: str) -> list[Case]:
-    """Every kernel in every schedule, on Hopper."""
-    if arch != "sm_90":
-        return []
-    modules = [importlib.import_module(f"moe_triton_kernels.gluon.{name}") for name in ("down", "up")]
-    return [case for module in modules for case in module.offline_cases()]

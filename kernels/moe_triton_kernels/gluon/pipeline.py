@@ -42,7 +42,7 @@ from moe_triton_kernels.tiles import load_tile
 
 @aggregate
 class Work:
-    """What every partition of a program knows: the tiles, the sizes, and the form of the kernel.
+    """What every partition of a program knows: the tiles, the sizes, and the form of the kernel, a RingTile among it.
 
     size_columns is the width of the result: gated, there are as many gate columns as up columns in B. BLOCK_N counts
     the columns of B in a tile, gate and up together; PARTS is the number of column blocks of the epilogue.
@@ -53,10 +53,10 @@ class Work:
     offsets: gl.tensor
     size_k: gl.tensor
     size_columns: gl.tensor
-    PING_PONG: gl.constexpr
     GATHERED: gl.constexpr
     GATED: gl.constexpr
     K_CONTIGUOUS: gl.constexpr
+    PING_PONG: gl.constexpr
     BLOCK_M: gl.constexpr
     BLOCK_N: gl.constexpr
     BLOCK_K: gl.constexpr
@@ -65,39 +65,15 @@ class Work:
     PARTS: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(
-        self,
-        table,
-        num_tiles,
-        offsets,
-        size_k,
-        size_columns,
-        PING_PONG,
-        GATHERED,
-        GATED,
-        K_CONTIGUOUS,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-        STAGES,
-        GROUP,
-        PARTS,
-    ):
-        self.table = table
-        self.num_tiles = num_tiles
-        self.offsets = offsets
+    def __init__(self, tiles, size_k, size_columns, GATHERED, GATED, K_CONTIGUOUS, TILE):
+        self.table, self.num_tiles, self.offsets = tiles  # by position: Triton 3.6 knows no names of fields here
         self.size_k = size_k
         self.size_columns = size_columns
-        self.PING_PONG = gl.constexpr(PING_PONG)
         self.GATHERED = gl.constexpr(GATHERED)
         self.GATED = gl.constexpr(GATED)
         self.K_CONTIGUOUS = gl.constexpr(K_CONTIGUOUS)
-        self.BLOCK_M = gl.constexpr(BLOCK_M)
-        self.BLOCK_N = gl.constexpr(BLOCK_N)
-        self.BLOCK_K = gl.constexpr(BLOCK_K)
-        self.STAGES = gl.constexpr(STAGES)
-        self.GROUP = gl.constexpr(GROUP)
-        self.PARTS = gl.constexpr(PARTS)
+        form = [gl.constexpr(value) for value in TILE]
+        self.PING_PONG, self.BLOCK_M, self.BLOCK_N, self.BLOCK_K, self.STAGES, self.GROUP, self.PARTS = form
 
 
 @aggregate
@@ -111,14 +87,7 @@ class Ring:
     turn: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
-    def __init__(
-        self,
-        a,
-        b,
-        full,
-        empty,
-        turn,
-    ):
+    def __init__(self, a, b, full, empty, turn):
         self.a = a
         self.b = b
         self.full = full

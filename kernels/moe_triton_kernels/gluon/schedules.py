@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from moe_triton_kernels.configs import HOPPER, target_of
 from moe_triton_kernels.grouped_gemm import PerExpert
+from moe_triton_kernels.launch import HOPPER, target_of
 
 BLOCK_M, BLOCK_K = 128, 64
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -28,6 +29,18 @@ class Schedule:
     ping_pong: bool
     block_n: int
     stages: int
+
+
+class RingTile(NamedTuple):
+    """What a warp-specialized kernel is compiled for (see `pipeline`)."""
+
+    PING_PONG: bool
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    STAGES: int
+    GROUP: int
+    PARTS: int
 
 
 SCHEDULES = {

@@ -22,7 +22,7 @@ from moe_triton.dispatch import dispatch
 from moe_triton.kernel_stages import OP_OF, STAGES_OF, in_words
 from moe_triton.records import RouterSpec
 from moe_triton.reference import wide
-from moe_triton_kernels.configs import Config
+from moe_triton_kernels.launch import Config
 
 OK, WRONG, FAILED = "ok", "wrong", "failed"
 

@@ -14,7 +14,7 @@ class Stage:
     is_backward  of which pass
     kernel       what runs: a kernel, or a function
     config       its configuration in words; "" where it has none
-    floors       the names in `moe_triton_kernels.floors.FLOORS` whose work it does
+    floors       the names in `moe_triton_kernels.tools.floors.FLOORS` whose work it does
     call         does the step once; None where it cannot be timed apart, which `note` explains
     """
 

@@ -1,7 +1,7 @@
 """Our layer taken apart: the time of every stage beside its floor, on the tensors that the stage before it made.
 
-A stage's floor is the least time that its FLOPs and bytes need (`moe_triton_kernels.floors`) at the speed of a dense
-product and at the bandwidth that are measured in the same rounds.
+A stage's floor is the least time that its FLOPs and bytes need (`moe_triton_kernels.tools.floors`) at the speed of a
+dense product and at the bandwidth that are measured in the same rounds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from moe_triton.benchmarking.timing import Call, Fresh, Spread, Timer, run_round
 from moe_triton.benchmarking.ways import block_call
 from moe_triton.records import Dispatch, ExpertCall, RouterSpec
 from moe_triton.reference import wide
-from moe_triton_kernels.floors import FLOORS, Shape, Work
+from moe_triton_kernels.tools.floors import FLOORS, Shape, Work
 
 DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 DENSE, BANDWIDTH = "a dense product", "a sum over a large buffer"

@@ -10,8 +10,9 @@ from moe_triton.backends.triton.experts import Problem
 from moe_triton.benchmarking.stage import Stage
 from moe_triton.kernel_stages import FORWARD, KERNELS, OP_OF, full_name, in_words
 from moe_triton.records import ExpertCall
-from moe_triton_kernels.configs import TYPES, Config, shipped_configs, target_of
+from moe_triton_kernels.launch import Config, target_of
 from moe_triton_kernels.tiles import TileTables
+from moe_triton_kernels.tools.shipped import TYPES, shipped_configs
 
 
 class Chosen(Problem):

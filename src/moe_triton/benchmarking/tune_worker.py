@@ -17,7 +17,7 @@ import torch
 from moe_triton.benchmarking.cases import Case, make_workload
 from moe_triton.benchmarking.kernel_search import Searched, is_fatal
 from moe_triton.benchmarking.timing import make_timer
-from moe_triton_kernels.configs import Config, target_of
+from moe_triton_kernels.launch import Config, target_of
 
 
 def main() -> int:

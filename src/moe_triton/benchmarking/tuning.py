@@ -27,9 +27,10 @@ from moe_triton.benchmarking.environment import now
 from moe_triton.benchmarking.kernel_search import FAILED, OK, Outcome
 from moe_triton.benchmarking.report import write_json, write_text
 from moe_triton.kernel_stages import full_name
-from moe_triton_kernels.configs import Config, bucket_of
+from moe_triton_kernels.configs import bucket_of
 from moe_triton_kernels.configs import read_table as check_table
-from moe_triton_kernels.search import neighbours
+from moe_triton_kernels.launch import Config
+from moe_triton_kernels.tools.search import neighbours
 
 SCHEMA = "moe-triton-tune/1"
 GAIN = 0.99  # a candidate wins with less than this share of the time of the best so far
@@ -313,7 +314,7 @@ def offline_gates(
         asked = [{"op": problem.name, "dtype": problem.case.dtype, "config": config} for config in left]
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         process = subprocess.Popen(
-            [sys.executable, "-m", "moe_triton_kernels.search", "--arch", problem.architecture],
+            [sys.executable, "-m", "moe_triton_kernels.tools.search", "--arch", problem.architecture],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
         )  # fmt: skip
         assert process.stdin is not None

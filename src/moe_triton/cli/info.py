@@ -51,7 +51,8 @@ def tables(found: list[dict[str, Any]]) -> dict[str, Any] | None:
     if not runtime.TRITON_INSTALLED:
         return None
     from moe_triton.kernel_stages import table_facts  # needs Triton
-    from moe_triton_kernels.configs import target_of, user_table
+    from moe_triton_kernels.configs import user_table
+    from moe_triton_kernels.launch import target_of
 
     try:
         user_table()

@@ -17,11 +17,13 @@ import typer
 
 from moe_triton.cli.arguments import EXIT_FAULT, EXIT_NO_GPU, EXIT_USAGE, fail
 from moe_triton.cli.display import StepDisplay
+from moe_triton.records import GATED
 from moe_triton.runtime import check_table
 
 if TYPE_CHECKING:
-    from moe_triton_kernels.floors import Device, Shape
-    from moe_triton_kernels.offline import Case, Report
+    from moe_triton_kernels.tools.case import Case
+    from moe_triton_kernels.tools.floors import Device, Shape
+    from moe_triton_kernels.tools.offline import Report
 
 ARCHITECTURES = {"sm_80": "a100", "sm_90": "h200", "sm_100": "b200", "gfx942": "mi300x"}  # and a device of each
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -94,7 +96,7 @@ def pick_architectures(arch: str) -> list[str]:
 
 
 def pick_device(arch: str, device: str | None) -> Device:
-    from moe_triton_kernels.floors import DEVICES
+    from moe_triton_kernels.tools.floors import DEVICES
 
     name = ARCHITECTURES[arch] if device is None else device.lower()
     if name not in DEVICES:
@@ -104,7 +106,7 @@ def pick_device(arch: str, device: str | None) -> Device:
 
 def pick_shape(shape: str | None, model: str | None, dtype: str | None) -> Shape:
     """The layer that floors are computed for; dtype and activation follow each kernel's own."""
-    from moe_triton_kernels.floors import Shape
+    from moe_triton_kernels.tools.floors import Shape
 
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, wanted one of {', '.join(DTYPES)}")
@@ -124,7 +126,7 @@ def pick_shape(shape: str | None, model: str | None, dtype: str | None) -> Shape
 def model_shape(model: str, dtype: str) -> Shape:
     """The benchmark shape whose name begins with `model`; the one with the most tokens where it has several."""
     from moe_triton.benchmarking.cases import PRESETS
-    from moe_triton_kernels.floors import Shape
+    from moe_triton_kernels.tools.floors import Shape
 
     cases = {slug(case.name): case for name in ("sonic-12", "models") for case in PRESETS[name].cases}
     found = [name for name in cases if name.startswith(slug(model))]
@@ -148,8 +150,8 @@ def slug(name: str) -> str:
 
 
 def pick_cases(arch: str, kernel: str | None, dtype: str | None) -> list[Case]:
-    from moe_triton_kernels.floors import ITEMSIZE
-    from moe_triton_kernels.offline import collect_cases
+    from moe_triton_kernels.tools.cases import collect_cases
+    from moe_triton_kernels.tools.floors import ITEMSIZE
 
     cases = collect_cases(arch, every=True)
     if dtype is not None:  # bf16 and fp16 share their configurations
@@ -167,7 +169,7 @@ def pick_cases(arch: str, kernel: str | None, dtype: str | None) -> list[Case]:
 
 def floor_name(kernel: str) -> str | None:
     """The entry of FLOORS that a case's name begins with: the longest. None for a kernel without one."""
-    from moe_triton_kernels.floors import FLOORS
+    from moe_triton_kernels.tools.floors import FLOORS
 
     if kernel.startswith("d_weight_"):  # in the default layout dW2 = dO^T (w A) gathers left, dW1 = dH^T X right
         return "d_weight_down" if kernel.endswith("_gather_left") else "d_weight_up"
@@ -183,12 +185,14 @@ def is_routing(case: Case) -> bool:
 
 def float_type(case: Case) -> str | None:
     """Triton's name of the first floating-point tensor among the arguments."""
-    types = (str(case.signature.get(name, "")) for name in case.fn.arg_names)
+    from moe_triton_kernels.tools.case import leaves
+
+    types = (kind for name in case.fn.arg_names for _, _, kind in leaves(name, case.signature.get(name), ()))
     return next((kind[1:] for kind in types if kind in ("*bf16", "*fp16", "*fp32")), None)
 
 
 def compile_all(arch: str, cases: Sequence[Case], jobs: int, on_step: Any) -> dict[str, Report]:
-    from moe_triton_kernels.offline import compile_parallel
+    from moe_triton_kernels.tools.offline import compile_parallel
 
     lock, done = threading.Lock(), 0
     what = f"compiling {len(cases)} kernels for {arch}, {jobs} at a time"
@@ -213,13 +217,13 @@ def describe(case: Case, report: Report | None, arch: str, shape: Shape, device:
     whether this shape runs with this configuration (null for a kernel that has only one). flops, bytes and floor_us are
     those of the whole launch at this shape, in the kernel's own dtype.
     """
-    from moe_triton_kernels.floors import FLOORS
-    from moe_triton_kernels.occupancy import resident_programs
-    from moe_triton_kernels.offline import broken_gates
+    from moe_triton_kernels.tools.floors import FLOORS
+    from moe_triton_kernels.tools.occupancy import resident_programs
+    from moe_triton_kernels.tools.offline import broken_gates
 
-    values = dict(case.constexprs)
-    config = {name: value for name, value in values.items() if isinstance(value, bool | int | str)}
-    own = replace(shape, dtype=float_type(case) or shape.dtype, gated=values.get("GATED", shape.gated))
+    config = {name: value for name, value in case.constants.items() if isinstance(value, bool | int | str)}
+    gated = config["ACTIVATION"] in GATED if "ACTIVATION" in config else shape.gated
+    own = replace(shape, dtype=float_type(case) or shape.dtype, gated=gated)
     name = floor_name(case.name)
     work = None if name is None else FLOORS[name](own)
     counts = ("registers", "spills", "shared_bytes", "wgmma", "mma", "cp_async", "tma")
@@ -246,7 +250,8 @@ def describe(case: Case, report: Report | None, arch: str, shape: Shape, device:
 
 
 def is_chosen(case: Case, arch: str, shape: Shape) -> bool | None:
-    from moe_triton_kernels.configs import OPS, block_constants, choose_config, pipeline_stages
+    from moe_triton_kernels.configs import OPS, choose_config
+    from moe_triton_kernels.launch import pipeline_stages, tile_of
 
     ops = [op for op in OPS if case.name.startswith(f"{op}_{shape.dtype}_")]
     if not ops:
@@ -260,10 +265,8 @@ def is_chosen(case: Case, arch: str, shape: Shape) -> bool | None:
         num_experts=shape.experts,
         architecture=arch,
     )
-    wanted = {**block_constants(arch, config), "num_warps": config.num_warps}
-    wanted["num_stages"] = pipeline_stages(arch, config)
-    mine = {**case.constexprs, "num_warps": case.num_warps, "num_stages": case.num_stages}
-    return all(mine.get(name) == value for name, value in wanted.items())
+    wanted = (tile_of(arch, config), config.num_warps, pipeline_stages(arch, config))
+    return (case.signature["TILE"], case.num_warps, case.num_stages) == wanted
 
 
 # The table ------------------------------------------------------------------------------------------------------------

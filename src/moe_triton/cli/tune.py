@@ -119,7 +119,7 @@ def measurable(device: torch.device, cases: list[Case]) -> str:
         runtime.choose("triton", device, cases[0].torch_dtype)
     except RuntimeError as error:
         raise Unmeasurable(f"{error}; --dry-run needs none") from error
-    from moe_triton_kernels.configs import target_of  # needs Triton
+    from moe_triton_kernels.launch import target_of  # needs Triton
 
     return target_of(device).architecture
 
@@ -199,7 +199,7 @@ def dry(problems: list[Problem], budget: float) -> None:
     from moe_triton.benchmarking import tuning
     from moe_triton.benchmarking.report import plain_console
     from moe_triton.kernel_stages import chosen_config, in_words
-    from moe_triton_kernels.search import neighbours
+    from moe_triton_kernels.tools.search import neighbours
 
     console = plain_console()
     begin = time.monotonic()

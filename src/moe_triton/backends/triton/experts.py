@@ -18,13 +18,14 @@ from moe_triton.records import (
     as_given,
 )
 from moe_triton_kernels.combine import combine
-from moe_triton_kernels.configs import Config, choose_config, target_of
+from moe_triton_kernels.configs import choose_config
 from moe_triton_kernels.d_hidden import d_hidden, d_router_weights
-from moe_triton_kernels.down import rows_times_experts
+from moe_triton_kernels.d_weight import d_bias, d_weight
+from moe_triton_kernels.down import down
 from moe_triton_kernels.grouped_gemm import per_expert
+from moe_triton_kernels.launch import Config, target_of
 from moe_triton_kernels.tiles import TileTables, tile_tables
 from moe_triton_kernels.up import up
-from moe_triton_kernels.weight_grad import bias_grad, weight_grad
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -70,7 +71,6 @@ class Problem:
             self.hidden,
             self.dispatched.source,
             tiles,
-            self.dispatched.offsets,
             self.gate_up,
             self.gate_up_bias,
             size_n=self.size_n,
@@ -84,10 +84,9 @@ class Problem:
 
     def down_rows(self, a: Tensor, tiles: TileTables) -> Tensor:
         """Every row's output times its router weight [S, d]."""
-        return rows_times_experts(
+        return down(
             a,
             tiles,
-            self.dispatched.offsets,
             self.down,
             size_columns=self.size_d,
             config=self.config("down"),
@@ -102,7 +101,6 @@ class Problem:
             grad_out,
             self.dispatched.source,
             tiles,
-            self.dispatched.offsets,
             self.down.transposed(),
             h,
             self.weights,
@@ -113,17 +111,13 @@ class Problem:
         )
 
     def d_router_weights(self, shares: Tensor, grad_out: Tensor, tiles: TileTables) -> Tensor:
-        dispatched = self.dispatched
-        return d_router_weights(
-            shares, grad_out, dispatched.source, tiles, dispatched.offsets, self.down_bias, self.weights
-        )
+        return d_router_weights(shares, grad_out, self.dispatched.source, tiles, self.down_bias, self.weights)
 
     def d_rows(self, grad_h: Tensor, tiles: TileTables) -> Tensor:
         """Every row's gradient of its token [S, d]."""
-        return rows_times_experts(
+        return down(
             grad_h,
             tiles,
-            self.dispatched.offsets,
             self.gate_up.transposed(),
             size_columns=self.size_d,
             config=self.config("d_rows"),
@@ -146,7 +140,7 @@ class Problem:
         `tokens` [T, ...] is gathered by row -> token; `rows` [S, ...] lies in expert order.
         """
         left, right = (tokens, rows) if tokens_first else (rows, tokens)
-        return weight_grad(
+        return d_weight(
             left,
             right,
             self.dispatched.source,
@@ -167,7 +161,7 @@ class Problem:
         if values.shape[1] == 0:  # d or n is 0: there is nothing to launch a grid for
             return values.new_zeros(self.call.num_experts, 0)
         source, offsets = self.dispatched.source, self.dispatched.offsets
-        return bias_grad(values, source, offsets, top_k=self.top_k, router_weights=router_weights)
+        return d_bias(values, source, offsets, top_k=self.top_k, router_weights=router_weights)
 
 
 def experts_forward(call: ExpertCall, keep_preactivation: bool) -> tuple[Tensor, Tensor]:
@@ -227,16 +221,13 @@ def experts_backward_weights(
             *(zeros_like(p) if want and p is not None else None for p, want in zip(given, wanted[2:], strict=True))
         )
     grad_out = grad_out.contiguous()
-    up = down = up_bias = down_bias = None
-    if wanted.down:
-        down = problem.d_down(grad_out, row_grads.weighted_a)
-    if wanted.gate_up:
-        up = problem.d_gate_up(row_grads.preactivation)
-    if wanted.gate_up_bias and given.gate_up_bias is not None:
-        up_bias = problem.d_gate_up_bias(row_grads.preactivation)
-    if wanted.down_bias and given.down_bias is not None:
-        down_bias = problem.d_down_bias(grad_out)
-    grads = (up, down, up_bias, down_bias)
+    grad_h, has_biases = row_grads.preactivation, (given.gate_up_bias is not None, given.down_bias is not None)
+    grads = (
+        problem.d_gate_up(grad_h) if wanted.gate_up else None,
+        problem.d_down(grad_out, row_grads.weighted_a) if wanted.down else None,
+        problem.d_gate_up_bias(grad_h) if wanted.gate_up_bias and has_biases[0] else None,
+        problem.d_down_bias(grad_out) if wanted.down_bias and has_biases[1] else None,
+    )
     return ParameterGradients(*(as_given(p, grad) for p, grad in zip(given, grads, strict=True)))
 
 

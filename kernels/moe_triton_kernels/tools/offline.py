@@ -1,9 +1,8 @@
 """Compile kernels for a GPU that is not there, and read what the binary says: registers, spills, matrix instructions.
 
-A kernel file lists its kernels by `offline_cases(arch) -> list[Case]`.
-`python -m moe_triton_kernels.offline --arch sm_90 --json` prints one JSON object per case; `compile_apart` and
-`compile_parallel` run that in processes of their own, because one in which TRITON_INTERPRET is set has interpreted
-functions only.
+What is compiled is listed in `cases`. `python -m moe_triton_kernels.tools.offline --arch sm_90 --json` prints one JSON
+object per case; `compile_apart` and `compile_parallel` run that in processes of their own, because one in which
+TRITON_INTERPRET is set has interpreted functions only.
 """
 
 from __future__ import annotations
@@ -12,19 +11,21 @@ import argparse
 import importlib
 import json
 import os
-import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
+
+from moe_triton_kernels.tools.case import Case, leaves
+from moe_triton_kernels.tools.cases import collect_cases
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -32,32 +33,6 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One kernel with everything that its compilation depends on.
-
-    name         unique within an architecture; begins with the name of the operation
-    fn           the @triton.jit or @gluon.jit function
-    signature    argument name -> Triton type ("*bf16", "i32", "tensordesc<...>", ...); those in `constexprs` may be
-                 left out
-    constexprs   argument name -> value
-    num_warps, num_stages   launch options
-    aligned      arguments that are multiples of 16; None: every pointer, as torch allocates them
-    sample       compiled by default; the others only with --all
-    wants        the counts of the Report that must not be 0: what the main loop is meant to compile to
-    """
-
-    name: str
-    fn: Any
-    signature: Mapping[str, str]
-    constexprs: Mapping[str, Any] = field(default_factory=dict)
-    num_warps: int = 4
-    num_stages: int = 3
-    aligned: Sequence[str] | None = None
-    sample: bool = True
-    wants: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,38 +107,46 @@ def amd_resources(assembly: str) -> tuple[int, int]:
     )
 
 
-def compile_offline(
-    fn: Any,
-    signature: Mapping[str, str],
-    constexprs: Mapping[str, Any],
-    *,
-    arch: str,
-    num_warps: int,
-    num_stages: int,
-    attrs: Sequence[str] | None = None,
-    name: str | None = None,
-) -> Report:
-    """Compile one @triton.jit or @gluon.jit function for "sm_80", "sm_90", "sm_100" or "gfx942"; no GPU is needed.
+def compile_source(case: Case, arch: str) -> CompiledKernel:
+    """Compile a case for "sm_80", "sm_90", "sm_100" or "gfx942"; no GPU is needed.
 
-    `attrs` names the arguments that are multiples of 16 (None: every pointer). `name` is what the report calls the
-    kernel (None: the function's name). Raises RuntimeError where TRITON_INTERPRET is set, and what Triton raises where
-    the compilation fails.
+    Raises RuntimeError where TRITON_INTERPRET is set, and what Triton raises where the compilation fails.
     """
     if arch not in TARGETS:
         raise ValueError(f"arch must be one of {', '.join(TARGETS)}, got {arch!r}")
+    fn, constexprs = case.fn, case.constexprs
     if not isinstance(fn, triton.JITFunction):
-        raise RuntimeError("compile_offline needs @triton.jit functions: unset TRITON_INTERPRET, or use compile_apart")
-    types = {arg: "constexpr" if arg in constexprs else signature[arg] for arg in fn.arg_names}
-    aligned = [arg for arg, kind in types.items() if kind.startswith("*")] if attrs is None else attrs
+        raise RuntimeError("compile_source needs @triton.jit functions: unset TRITON_INTERPRET, or use compile_apart")
+    types = {arg: "constexpr" if arg in constexprs else case.signature[arg] for arg in fn.arg_names}
+    inner = [leaf for number, (arg, kind) in enumerate(types.items()) for leaf in leaves(arg, kind, (number,))]
+    pointers = [name for name, _, kind in inner if str(kind).startswith("*")]
+    aligned = pointers if case.aligned is None else case.aligned
+    constants: dict[tuple[int, ...], Any] = {(fn.arg_names.index(arg),): value for arg, value in constexprs.items()}
+    constants |= {path: kind for _, path, kind in inner if not isinstance(kind, str)}
     source = source_class(fn)(
         fn=fn,
-        signature=types,
-        constexprs=dict(constexprs),
-        attrs={(fn.arg_names.index(arg),): [["tt.divisibility", 16]] for arg in aligned},
+        signature={arg: type_of(kind) for arg, kind in types.items()},
+        constexprs=constants,
+        attrs={path: [["tt.divisibility", 16]] for name, path, _ in inner if name in aligned},
     )
     # fused multiply-adds are what a launch gets up to Triton 3.9, which warns where nobody says so
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-    return read_report(name or fn.__name__, arch, triton.compile(source, target=TARGETS[arch], options=options))
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=TARGETS[arch], options=options)
+
+
+def compile_case(case: Case, arch: str) -> Report:
+    """Compile a case as `compile_source` does, and read its binary."""
+    return read_report(case.name, arch, compile_source(case, arch))
+
+
+def type_of(kind: Any) -> Any:
+    """The type of an argument as Triton wants it: constants, within a tuple or not, are "constexpr"."""
+    if isinstance(kind, str):
+        return kind
+    if not isinstance(kind, tuple):
+        return "constexpr"
+    parts = [type_of(part) for part in kind]
+    return type(kind)(*parts) if hasattr(kind, "_fields") else tuple(parts)
 
 
 def source_class(fn: triton.JITFunction) -> type[ASTSource]:
@@ -191,21 +174,6 @@ def read_report(name: str, arch: str, compiled: CompiledKernel) -> Report:
     )
 
 
-def kernel_modules() -> list[str]:
-    """The names of the modules beside this one that list kernels by an `offline_cases` function."""
-    package = importlib.import_module("moe_triton_kernels")
-    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "offline")
-    return [name for name in names if hasattr(importlib.import_module(f"moe_triton_kernels.{name}"), "offline_cases")]
-
-
-def collect_cases(arch: str, modules: Sequence[str] | None = None, every: bool = False) -> list[Case]:
-    """The cases of the named modules (None: of all), without those that are no sample unless `every`."""
-    cases: list[Case] = []
-    for name in kernel_modules() if modules is None else modules:
-        cases += importlib.import_module(f"moe_triton_kernels.{name}").offline_cases(arch)
-    return [case for case in cases if case.sample or every]
-
-
 def named_cases(cases: list[Case], names: str | None) -> list[Case]:
     """The cases of these comma-separated names, in their order (None: all). ValueError on a name that is not there."""
     if names is None:
@@ -215,19 +183,6 @@ def named_cases(cases: list[Case], names: str | None) -> list[Case]:
     if unknown:
         raise ValueError(f"only: got {', '.join(unknown)}, wanted names of cases")
     return [found[name] for name in names.split(",")]
-
-
-def compile_case(case: Case, arch: str) -> Report:
-    return compile_offline(
-        case.fn,
-        case.signature,
-        case.constexprs,
-        arch=arch,
-        num_warps=case.num_warps,
-        num_stages=case.num_stages,
-        attrs=case.aligned,
-        name=case.name,
-    )
 
 
 def compile_apart(arch: str, modules: Sequence[str] | None = None, every: bool = False) -> list[Report]:
@@ -245,7 +200,7 @@ def compile_apart(arch: str, modules: Sequence[str] | None = None, every: bool =
 
 def own_process(arch: str, options: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Command and environment of `main` in a process without TRITON_INTERPRET."""
-    command = [sys.executable, "-m", "moe_triton_kernels.offline", "--arch", arch, "--json", *options]
+    command = [sys.executable, "-m", "moe_triton_kernels.tools.offline", "--arch", arch, "--json", *options]
     return command, {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
 
 
@@ -292,7 +247,9 @@ def broken_gates(case: Case, report: Report) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m moe_triton_kernels.offline", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m moe_triton_kernels.tools.offline", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--arch", choices=list(TARGETS), help="all of them if left out")
     parser.add_argument("--modules", help="comma-separated names of kernel files; all of them if left out")
     parser.add_argument("--all", action="store_true", help="every shipped configuration, not only the sample")

@@ -1,30 +1,32 @@
 """Other configurations of a grouped kernel: a configuration's neighbours, and what each compiles to with no GPU.
 
-`python -m moe_triton_kernels.search --arch sm_90` reads candidates from stdin, a JSON list of {"op", "dtype", "config"}
-objects, and prints one JSON object for each, as soon as it is compiled: its offline report and broken gates, or
-the error.
+`python -m moe_triton_kernels.tools.search --arch sm_90` reads candidates from stdin, a JSON list of {"op", "dtype",
+"config"} objects, and prints one JSON object for each, as soon as it is compiled: its offline report and broken gates,
+or the error.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any
-from unittest import mock
 
 import torch
 
-from moe_triton_kernels.configs import TYPES, Config, Shipped, fit
-from moe_triton_kernels.offline import TARGETS, Case, broken_gates, compile_case
+from moe_triton_kernels.heuristics import fit
+from moe_triton_kernels.launch import Config
 from moe_triton_kernels.tiles import BLOCK_SIZES
+from moe_triton_kernels.tools.case import Case
+from moe_triton_kernels.tools.cases import PRODUCTS
+from moe_triton_kernels.tools.offline import TARGETS, broken_gates, compile_case
+from moe_triton_kernels.tools.shipped import TYPES, Shipped
 
 MODULES = {
     "up_gated": "up", "up": "up", "down": "down", "d_rows": "down", "d_hidden_gated": "d_hidden",
-    "d_hidden": "d_hidden", "d_weight": "weight_grad",
+    "d_hidden": "d_hidden", "d_weight": "d_weight",
 }  # fmt: skip
 LADDERS = {
     "block_m": BLOCK_SIZES,
@@ -73,19 +75,19 @@ def neighbours(config: Config, op: str, d: int, n: int) -> Iterator[Config]:
 
 
 def candidate_case(op: str, dtype: torch.dtype, config: Config, arch: str) -> Case:
-    """The offline case of a candidate, as its kernel's file would list it if the candidate were all that ships.
+    """The offline case of a candidate, as it would be listed if the candidate were all that ships.
 
     fp16 compiles like bf16.
     """
-    name = TYPES.get(dtype, "bf16")
-    module = importlib.import_module(f"moe_triton_kernels.{MODULES[op]}")
-    candidates = [Shipped(op=other, dtype=name, config=config) for other in MODULES if MODULES[other] == MODULES[op]]
-    with mock.patch.object(module, "shipped_configs", return_value=candidates):
-        return next(case for case in module.offline_cases(arch) if case.name.startswith(f"{op}_{name}_"))
+    name, module = TYPES.get(dtype, "bf16"), MODULES[op]
+    candidates = [Shipped(op=other, dtype=name, config=config) for other in MODULES if MODULES[other] == module]
+    return next(case for case in PRODUCTS[module](arch, candidates) if case.name.startswith(f"{op}_{name}_"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m moe_triton_kernels.search", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m moe_triton_kernels.tools.search", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--arch", choices=list(TARGETS), required=True)
     arch = parser.parse_args(arguments).arch
     for candidate in json.load(sys.stdin):

@@ -14,14 +14,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_triton_kernels.configs import Config, launch_options, offline_case, persistent_grid, shipped_configs, target_of
 from moe_triton_kernels.grouped_gemm import proxy_fence, split_columns, tile_order
-from moe_triton_kernels.offline import Case
-from moe_triton_kernels.row_pieces import load_piece, piece_rows_for, row_pieces, sum_pieces
-
-WEIGHT_UNITS = (
-    384  # 3 per processor of a large GPU: fewer leave programs idle at the end, more write more partial results
+from moe_triton_kernels.launch import Config, launch_options, persistent_grid, target_of
+from moe_triton_kernels.row_pieces import (
+    NEXT_UNIT,
+    NUM_PIECES,
+    NUM_SPLIT_PIECES,
+    load_piece,
+    piece_rows_for,
+    row_pieces,
+    sum_pieces,
 )
+
+# 3 per processor of a large GPU: fewer leave programs idle at the end, more write more partial results
+WEIGHT_UNITS = 384
 BIAS_UNITS = 4096  # its programs wait for memory: more of them run at once
 
 
@@ -35,7 +41,7 @@ def row_index(rows, row_mask, source, TOP_K: tl.constexpr, GATHER: tl.constexpr)
 
 
 @triton.jit
-def weight_grad_kernel(
+def d_weight_kernel(
     left,  # [S, size_i], or [T, size_i] gathered
     right,  # [S, size_j], or [T, size_j] gathered
     source,  # [S]
@@ -46,39 +52,37 @@ def weight_grad_kernel(
     size_i,
     size_j,
     TOP_K: tl.constexpr,
-    GATHER_LEFT: tl.constexpr,
-    GATHER_RIGHT: tl.constexpr,
+    GATHER_LEFT: tl.constexpr,  # or else right is gathered
     EVEN_I: tl.constexpr,
     EVEN_J: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-    PARTS: tl.constexpr,
-    FENCE: tl.constexpr,
+    TILE,
 ):
     DTYPE: tl.constexpr = out.dtype.element_ty
+    BLOCK_M: tl.constexpr = TILE.BLOCK_M
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    BLOCK_K: tl.constexpr = TILE.BLOCK_K
+    PARTS: tl.constexpr = TILE.PARTS
     PART: tl.constexpr = BLOCK_N // PARTS
     num_i = tl.cdiv(size_i, BLOCK_M)
     num_j = tl.cdiv(size_j, BLOCK_N)
     per_piece = num_i * num_j
-    num_units = tl.load(state) * per_piece
-    num_split = tl.load(state + 1)
+    num_units = tl.load(state + NUM_PIECES) * per_piece
+    num_split = tl.load(state + NUM_SPLIT_PIECES)
     unit = tl.program_id(0)
     while unit < num_units:
         if num_split > 0:  # units differ in length: whoever is free takes the next one
-            next_unit = tl.num_programs(0) + tl.atomic_add(state + 3, 1, sem="relaxed")
+            next_unit = tl.num_programs(0) + tl.atomic_add(state + NEXT_UNIT, 1, sem="relaxed")
         else:
             next_unit = unit + tl.num_programs(0)
         piece = unit // per_piece
-        tile_i, tile_j = tile_order(unit % per_piece, num_i, num_j, GROUP)
+        tile_i, tile_j = tile_order(unit % per_piece, num_i, num_j, TILE.GROUP)
         expert, first_row, end_row = load_piece(pieces, piece)
         i = tile_i * BLOCK_M + tl.arange(0, BLOCK_M)
         j = tile_j * BLOCK_N + tl.arange(0, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         rows = first_row + tl.arange(0, BLOCK_K)
         next_left = row_index(rows, rows < end_row, source, TOP_K, GATHER_LEFT)
-        next_right = row_index(rows, rows < end_row, source, TOP_K, GATHER_RIGHT)
+        next_right = row_index(rows, rows < end_row, source, TOP_K, not GATHER_LEFT)
         for start in tl.range(first_row, end_row, BLOCK_K):
             rows = start + tl.arange(0, BLOCK_K)
             row_mask = rows < end_row
@@ -87,13 +91,13 @@ def weight_grad_kernel(
             # one block ahead: an index loaded where it is used would take stages of the pipeline from the operands
             ahead = rows + BLOCK_K
             next_left = row_index(ahead, ahead < end_row, source, TOP_K, GATHER_LEFT)
-            next_right = row_index(ahead, ahead < end_row, source, TOP_K, GATHER_RIGHT)
+            next_right = row_index(ahead, ahead < end_row, source, TOP_K, not GATHER_LEFT)
             # both masked: what lies past the end may be NaN, which a zero on the other side does not remove
             x_mask = row_mask[:, None] if EVEN_I else row_mask[:, None] & (i < size_i)[None, :]
             y_mask = row_mask[:, None] if EVEN_J else row_mask[:, None] & (j < size_j)[None, :]
             x = tl.load(left_rows[:, None] + i[None, :], mask=x_mask, other=0.0)
             y = tl.load(right_rows[:, None] + j[None, :], mask=y_mask, other=0.0)
-            proxy_fence(FENCE)
+            proxy_fence(TILE.FENCE)
             acc = tl.dot(tl.trans(x), y, acc, input_precision="ieee")
         blocks = split_columns(acc, PARTS)
         for part in tl.static_range(PARTS):
@@ -107,7 +111,7 @@ def weight_grad_kernel(
         unit = next_unit
 
 
-def weight_grad(
+def d_weight(
     left: Tensor,
     right: Tensor,
     source: Tensor,
@@ -130,7 +134,7 @@ def weight_grad(
     num_rows = source.shape[0]
     pieces = row_pieces(offsets, num_rows, piece_rows or piece_rows_for(num_rows, tiles, WEIGHT_UNITS))
     partials = left.new_empty((pieces.num_slots, size_i, size_j), dtype=torch.float32)
-    weight_grad_kernel[persistent_grid(left.device, pieces.pieces.shape[0] * tiles, config)](
+    d_weight_kernel[persistent_grid(left.device, pieces.pieces.shape[0] * tiles, config)](
         left,
         right,
         source,
@@ -142,7 +146,6 @@ def weight_grad(
         size_j,
         TOP_K=top_k,
         GATHER_LEFT=gather_left,
-        GATHER_RIGHT=not gather_left,
         EVEN_I=size_i % config.block_m == 0,
         EVEN_J=size_j % config.block_n == 0,
         **launch_options(left.device, config),
@@ -152,9 +155,9 @@ def weight_grad(
 
 
 @triton.jit
-def bias_grad_kernel(
-    values,  # [S, size], or [T, size] gathered
-    router_weights,  # [T * K]
+def d_bias_kernel(
+    values,  # [S, size], or [T, size] gathered where there are router weights
+    router_weights,  # [T * K], or None
     source,  # [S]
     out,  # [E, size]
     partials,  # [slots, size] fp32
@@ -162,13 +165,12 @@ def bias_grad_kernel(
     state,
     size,
     TOP_K: tl.constexpr,
-    GATHERED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """One program per piece and column block; those past the number of pieces have nothing to do."""
     piece = tl.program_id(0)
-    if piece >= tl.load(state):
+    if piece >= tl.load(state + NUM_PIECES):
         return
     columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     expert, first_row, end_row = load_piece(pieces, piece)
@@ -176,20 +178,20 @@ def bias_grad_kernel(
     for start in tl.range(first_row, end_row, BLOCK_R):
         rows = start + tl.arange(0, BLOCK_R)
         row_mask = rows < end_row
-        at = values + row_index(rows, row_mask, source, TOP_K, GATHERED) * size
+        at = values + row_index(rows, row_mask, source, TOP_K, router_weights is not None) * size
         value = tl.load(at[:, None] + columns[None, :], mask=row_mask[:, None] & (columns < size)[None, :], other=0.0)
         value = value.to(tl.float32)
-        if GATHERED:
+        if router_weights is not None:
             slots = tl.load(source + rows, mask=row_mask, other=0)
             value *= tl.load(router_weights + slots, mask=row_mask, other=0.0).to(tl.float32)[:, None]
         total += tl.sum(value, 0)
-    if piece < tl.load(state + 1):
+    if piece < tl.load(state + NUM_SPLIT_PIECES):
         tl.store(partials + piece.to(tl.int64) * size + columns, total, mask=columns < size)
     else:
         tl.store(out + expert.to(tl.int64) * size + columns, total.to(out.dtype.element_ty), mask=columns < size)
 
 
-def bias_grad(
+def d_bias(
     values: Tensor,
     source: Tensor,
     offsets: Tensor,
@@ -202,7 +204,7 @@ def bias_grad(
 
     Without `router_weights`, values [S, size] lie in expert order (db1 = sum dH). With them ([T, K] contiguous), values
     [T, size] are read at the row's token and multiplied by its weight (db2 = sum w dO). `piece_rows` as in
-    `weight_grad`.
+    `d_weight`.
     """
     num_experts, size = offsets.shape[0] - 1, values.shape[1]
     out = values.new_empty((num_experts, size))
@@ -210,9 +212,9 @@ def bias_grad(
     tiles, num_rows = triton.cdiv(size, block_c), source.shape[0]
     pieces = row_pieces(offsets, num_rows, piece_rows or piece_rows_for(num_rows, tiles, BIAS_UNITS))
     partials = values.new_empty((pieces.num_slots, size), dtype=torch.float32)
-    bias_grad_kernel[(pieces.pieces.shape[0], tiles)](
+    d_bias_kernel[(pieces.pieces.shape[0], tiles)](
         values,
-        values if router_weights is None else router_weights,
+        router_weights,
         source,
         out,
         partials,
@@ -220,43 +222,8 @@ def bias_grad(
         pieces.state,
         size,
         TOP_K=top_k,
-        GATHERED=router_weights is not None,
         BLOCK_R=32,
         BLOCK_C=block_c,
     )
     sum_pieces(partials, out, pieces, target_of(values.device).num_sms)
     return out
-
-
-def offline_cases(arch: str) -> list[Case]:
-    """Every shipped configuration with the right operand gathered; the first also with the left one; bias gradients."""
-    entries = [entry for entry in shipped_configs(arch) if entry.op == "d_weight"]
-    variants = [(entry, False) for entry in entries] + [(entries[0], True)]
-    cases = [
-        offline_case(
-            weight_grad_kernel,
-            entry,
-            arch,
-            variant="gather_left" if gather_left else "gather_right",
-            pointers=dict.fromkeys(("left", "right", "out"), f"*{entry.dtype}")
-            | {"partials": "*fp32", "source": "*i32", "pieces": "*i32", "state": "*i32"},
-            sample=number == 0 or gather_left,
-            TOP_K=8,
-            GATHER_LEFT=gather_left,
-            GATHER_RIGHT=not gather_left,
-            EVEN_I=not gather_left,
-            EVEN_J=not gather_left,
-        )
-        for number, (entry, gather_left) in enumerate(variants)
-    ]
-    bias_pointers = {"values": "*bf16", "router_weights": "*fp32", "out": "*bf16", "partials": "*fp32"}
-    bias_pointers |= dict.fromkeys(("source", "pieces", "state"), "*i32")
-    return cases + [
-        Case(
-            name=f"d_bias_{'gathered' if gathered else 'rows'}",
-            fn=bias_grad_kernel,
-            signature=bias_pointers | {"size": "i32"},
-            constexprs={"TOP_K": 8, "GATHERED": gathered, "BLOCK_R": 32, "BLOCK_C": 128},
-        )
-        for gathered in (False, True)
-    ]

@@ -1,0 +1,102 @@
+"""The heuristic behind the tables of configurations: tiles for an operation, its sizes and an architecture.
+
+The tiles follow from arithmetic on registers, shared memory and latencies; none was chosen by a measurement.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import triton
+
+from moe_triton_kernels.launch import BLACKWELL, HOPPER, Config
+
+DECODED = ("up_gated", "up", "down")  # the kernels of a forward pass
+BUCKETS = (16, 32, 64, 128)  # rows per expert: up to 16, up to 32, up to 64, more; also the rows of a tile
+
+
+def fit(block: int, size: int) -> int:
+    """The block, no wider than the size needs (a power of two, 16 at least, as the matrix unit wants)."""
+    return min(block, max(16, triton.next_power_of_2(size)))
+
+
+def heuristic(op: str, d: int, n: int, itemsize: int, architecture: str, bucket: int) -> Config:
+    """Tiles as large as the accumulator registers allow without a spill; shorter ones where experts have few rows."""
+    if architecture == "interpreter":
+        return Config(block_m=16, block_n=16, block_k=16, num_warps=4, num_stages=1, group=2)
+    width, contraction = (d, n) if op in ("down", "d_rows") else (n, d)
+    if op == "d_weight":
+        config = d_weight_tile(itemsize, architecture)
+        config = replace(config, block_m=fit(config.block_m, min(d, n)), block_n=fit(config.block_n, max(d, n)))
+    else:
+        if itemsize == 4:
+            config = fp32_tile(op, bucket)
+        elif bucket == BUCKETS[-1]:
+            config = large_tile(op, architecture)
+        elif bucket == BUCKETS[0] and op in DECODED:
+            config = decode_tile(op, contraction, architecture)
+        else:
+            config = small_tile(op, bucket)
+        block_n = fit(config.block_n, width)
+        parts = min(config.parts, block_n // 16)
+        # d_hidden's loop over 32 rows is shorter with pointers (73 instructions and 88); no other loop is
+        shorter = op not in ("d_hidden", "d_hidden_gated") or config.block_m != 32
+        descriptors = itemsize == 2 and architecture in HOPPER + BLACKWELL and shorter
+        block_k = fit(config.block_k, contraction)
+        config = replace(config, block_n=block_n, block_k=block_k, parts=parts, descriptors=descriptors)
+    return replace(config, num_stages=2) if architecture.startswith("gfx") else config
+
+
+def fp32_tile(op: str, bucket: int) -> Config:
+    """No matrix unit multiplies in full fp32: the tile is as large as one multiply-add per element keeps busy."""
+    block_m = min(bucket, 64)
+    block_n = 32 if op == "up_gated" else 64
+    return Config(block_m=block_m, block_n=block_n, block_k=32, num_warps=block_m // 8, num_stages=2, parts=4)
+
+
+def large_tile(op: str, architecture: str) -> Config:
+    wide = architecture in HOPPER + BLACKWELL
+    block_n = 256 if wide else 128
+    if op == "up_gated":
+        block_n //= 2
+    elif op in ("d_hidden_gated", "d_hidden"):
+        block_n = 128
+    parts = 2 if op in ("down", "d_rows") else 4
+    # Of N stages N - 1 are on the way, for at least N - 2 steps. Hopper multiplies 128x256x64 in 0.6 us, 128x128x64 in
+    # half of that, and memory answers in about 0.8 us: 2 steps cover it, or 3 of the short ones.
+    stages = (5 if block_n == 128 and op != "up_gated" else 4) if wide else 3
+    return Config(block_m=128, block_n=block_n, block_k=64, num_warps=8, num_stages=stages, parts=parts)
+
+
+def small_tile(op: str, bucket: int) -> Config:
+    warps = 8 if op in ("d_hidden_gated", "d_hidden") else 4  # its epilogue needs many registers
+    block_n = 64 if op == "up_gated" else 128
+    return Config(
+        block_m=bucket, block_n=block_n, block_k=64, num_warps=warps, num_stages=4, parts=4, programs_per_sm=2
+    )
+
+
+def decode_tile(op: str, contraction: int, architecture: str) -> Config:
+    """With a few rows per expert the time is that of reading each touched expert's weights once: a tile made for it.
+
+    A GPU delivers its bandwidth to those who have about 4 MB on the way (4.3 TB/s times 0.9 us, both of an H200). One
+    token touches K experts only; with 64 columns a tile, half as many as for more rows, their tiles still ask for that
+    much in every model of MODEL_SIZES that has K > 1. Splitting the contraction would cost partial sums and a launch.
+    """
+    block_k, num_stages = (128, 4) if contraction % 128 == 0 else (64, 6)  # long runs, but no masked steps
+    return Config(
+        block_m=BUCKETS[0],
+        block_n=32 if op == "up_gated" else 64,
+        block_k=block_k,
+        num_warps=4,
+        num_stages=num_stages,
+        programs_per_sm=3 if architecture in HOPPER + BLACKWELL else 2,
+    )
+
+
+def d_weight_tile(itemsize: int, architecture: str) -> Config:
+    if itemsize == 4:
+        return Config(block_m=64, block_n=64, block_k=32, num_warps=8, num_stages=2)
+    if architecture in HOPPER + BLACKWELL:  # the load of the row index takes one stage more than the products need
+        return Config(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4)
+    return Config(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=4)

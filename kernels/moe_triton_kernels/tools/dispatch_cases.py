@@ -1,0 +1,149 @@
+"""What is compiled of routing, permutation, tiles, row pieces and combine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moe_triton_kernels import combine, permutation, routing, row_pieces, tiles
+from moe_triton_kernels.tools.case import Case
+
+
+def combine_cases() -> list[Case]:
+    types = {"position": "*i32", "num_tokens": "i32", "row_stride": "i32"}
+    return [
+        Case(
+            name=f"combine_{dtype}_d{hidden}_K{top_k}",
+            fn=combine.combine_kernel,
+            signature=types | {"rows": f"*{dtype}", "out": f"*{dtype}"},
+            constexprs={"HIDDEN": hidden, "TOP_K": top_k, "BLOCK_T": combine.BLOCK_T, "BLOCK_D": combine.BLOCK_D},
+            aligned=("rows", "position", "out", "row_stride"),
+            sample=dtype == "bf16",
+        )
+        for dtype, hidden, top_k in (("bf16", 2048, 8), ("fp32", 768, 2), ("fp16", 7168, 16))
+    ]
+
+
+def permutation_cases() -> list[Case]:
+    types = {
+        "experts": "*i32", "order": "*i64", "table": "*i32", "totals": "*i32", "kept": "*i32", "offsets": "*i32",
+        "source": "*i32", "position": "*i32", "group_slots": "i32", "num_slots": "i32", "num_rows": "i32",
+        "chunks": "i32", "blocks": "i32", "capacity": "i32",
+    }  # fmt: skip
+    scan = {"BLOCK_R": permutation.SCAN_ROWS, "BLOCK_C": permutation.SCAN_CHUNKS}
+    cases = [Case(name="permutation_scan", fn=permutation.scan_kernel, signature=types, constexprs=scan)]
+    for num_experts, top_k in ((8, 2), (128, 8), (1024, 8)):
+        sample = num_experts == 128
+        constants = {
+            "NUM_EXPERTS": num_experts,
+            "BLOCK": permutation.BLOCK,
+            "BLOCK_E": permutation.block_experts(num_experts),
+        }
+        queue = constants | {"TOP_K": top_k, "BY_CHOICE": True, "order": None}
+        cases += [
+            Case(
+                name=f"permutation_count_E{num_experts}",
+                fn=permutation.count_kernel,
+                signature=types,
+                constexprs=queue,
+                sample=sample,
+            ),
+            Case(
+                name=f"permutation_keep_E{num_experts}",
+                fn=permutation.keep_kernel,
+                signature=types,
+                constexprs=queue,
+                sample=sample,
+            ),
+            Case(
+                name=f"permutation_place_E{num_experts}",
+                fn=permutation.place_kernel,
+                signature=types,
+                constexprs=constants,
+                sample=sample,
+            ),
+        ]
+    by_key = {"NUM_EXPERTS": 128, "BLOCK": permutation.BLOCK, "BLOCK_E": 128, "TOP_K": 8, "BY_CHOICE": False}
+    return [
+        *cases,
+        Case(name="permutation_keep_by_key", fn=permutation.keep_kernel, signature=types, constexprs=by_key),
+    ]
+
+
+def routing_cases() -> list[Case]:
+    types = {
+        "bias": "*fp32", "noise": "*fp32", "token_mask": "*i1", "experts": "*i32", "weights": "*fp32",
+        "partial_counts": "*i32", "partial_scores": "*fp32", "partial_z": "*fp32", "num_tokens": "i32", "scale": "fp32",
+        "grad_weights": "*fp32", "grad_score_sums": "*fp32", "grad_z_sum": "*fp32", "counts": "*i32",
+        "score_sums": "*fp32", "z_sum": "*fp32", "num_partials": "i32",
+    }  # fmt: skip
+    sums = {"NUM_EXPERTS": 128, "BLOCK_P": routing.SUM_PROGRAMS, "BLOCK_E": routing.SUM_EXPERTS}
+    cases = [
+        Case(
+            name="topk_sums",
+            fn=routing.sum_partials_kernel,
+            signature=types,
+            constexprs=sums,
+            num_warps=routing.SUM_WARPS,
+        ),
+    ]
+    # name, experts, choices, dtype, score, groups, top groups; the one with groups has a bias, noise and a mask
+    for name, num_experts, top_k, dtype, score, num_groups, top_groups in (
+        ("mixtral", 8, 2, "fp32", "softmax", 1, 1),
+        ("qwen3", 128, 8, "bf16", "softmax", 1, 1),
+        ("qwen3_fp32", 128, 8, "fp32", "softmax", 1, 1),
+        ("gpt_oss", 32, 4, "bf16", "topk_softmax", 1, 1),
+        ("deepseek_v3", 256, 8, "fp32", "sigmoid", 8, 4),
+        ("experts_1024", 1024, 16, "fp32", "softmax", 1, 1),
+    ):
+        signature = types | {"logits": f"*{dtype}", "grad_logits": f"*{dtype}"}
+        forward = routing.forward_constants(num_experts, top_k, score, True, num_groups, top_groups, "top2_sum")
+        forward["PACKED"] = dtype != "fp32"
+        if num_groups == 1:
+            forward |= {"bias": None, "noise": None, "token_mask": None}
+        backward = routing.backward_constants(num_experts, top_k, score, True)
+        options: dict[str, Any] = {
+            "signature": signature,
+            "num_warps": routing.NUM_WARPS,
+            "sample": name in ("qwen3", "deepseek_v3"),
+        }
+        cases += [
+            Case(name=f"topk_{name}", fn=routing.topk_kernel, constexprs=forward, **options),
+            Case(name=f"topk_backward_{name}", fn=routing.topk_backward_kernel, constexprs=backward, **options),
+        ]
+    return cases
+
+
+def row_pieces_cases() -> list[Case]:
+    tables = dict.fromkeys(("offsets", "pieces", "splits", "state"), "*i32")
+    sums = Case(
+        name="sum_pieces",
+        fn=row_pieces.sum_pieces_kernel,
+        signature=tables | {"partials": "*fp32", "out": "*bf16", "size": "i32"},
+        constexprs={"BLOCK": row_pieces.BLOCK_SUM},
+        aligned=("partials", "out", "size"),
+    )
+    return [sums] + [
+        Case(
+            name=f"row_pieces_E{num_experts}",
+            fn=row_pieces.row_pieces_kernel,
+            signature=tables | {"num_experts": "i32", "piece_rows": "i32"},
+            constexprs={"BLOCK_E": num_experts, "CHUNK": row_pieces.CHUNK},
+            aligned=("offsets",),
+            sample=num_experts == 128,
+        )
+        for num_experts in (8, 128, 1024)
+    ]
+
+
+def tiles_cases() -> list[Case]:
+    signature = {"offsets": "*i32", "table": "*i32", "num_tiles": "*i32", "num_experts": "i32", "num_rows": "i32"}
+    return [
+        Case(
+            name=f"tile_tables_E{num_experts}",
+            fn=tiles.tile_tables_kernel,
+            signature=signature,
+            constexprs={"SIZES": tiles.BLOCK_SIZES, "BLOCK_E": num_experts, "CHUNK": tiles.CHUNK},
+            sample=num_experts == 128,
+        )
+        for num_experts in (8, 128, 1024)
+    ]

@@ -1,0 +1,121 @@
+"""What is compiled of the warp-specialized kernels, on Hopper: every schedule, and a sample of other arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from moe_triton_kernels.activations import GATED, UNGATED
+from moe_triton_kernels.gluon import down, up
+from moe_triton_kernels.gluon.launch import LAYOUT, tile_of, weight_block
+from moe_triton_kernels.gluon.schedules import BLOCK_K, BLOCK_M, SCHEDULES, TYPES
+from moe_triton_kernels.tools.case import Case, leaves
+from moe_triton_kernels.tools.product_cases import TILES, bias_type
+
+
+def gluon_case(
+    kernel: Any,
+    op: str,
+    schedule: str,
+    *,
+    dtype: torch.dtype,
+    variant: str,
+    width: int,
+    parts: int,
+    descriptors: Mapping[str, Sequence[int]],
+    signature: Mapping[str, Any],
+    sample: bool = False,
+    **constants: Any,
+) -> Case:
+    """A kernel in one schedule: `descriptors` gives the block of each; sizes are multiples of 16."""
+    stored = TYPES[dtype]
+    types: dict[str, Any] = {
+        name: f"tensordesc<{stored}{list(block)},{LAYOUT!r}>" for name, block in descriptors.items()
+    }
+    types |= {**signature, "tiles": TILES, "TILE": tile_of(SCHEDULES[schedule], group=8, parts=parts)}
+    numbers = [name for name in kernel.arg_names if name not in types and name not in constants]
+    kinds = [(name, kind) for arg, value in types.items() for name, _, kind in leaves(arg, value, ())]
+    pointers = [name for name, kind in kinds if str(kind).startswith("*") and name != "tiles.num_tiles"]
+    is_gathered = "a" not in descriptors
+    return Case(
+        name=f"{op}_{stored}_{BLOCK_M}x{width}x{BLOCK_K}_{schedule}_{variant}",
+        fn=kernel,
+        signature={**types, **dict.fromkeys(numbers, "i32")},
+        constexprs=constants,
+        num_warps=4,
+        aligned=[*pointers, *numbers, *(["bias.stride_e"] if signature["bias"] else [])],
+        sample=sample,
+        wants=["wgmma", "tma", "setmaxnreg", "proxy_fence", *(["cp_async"] if is_gathered else [])],
+    )
+
+
+def gluon_cases() -> list[Case]:
+    return [*down_cases(), *up_cases()]
+
+
+def down_cases() -> list[Case]:
+    """down (bias, router weights) and d_rows in every schedule; the first also in the other layout and type."""
+    cases = []
+    for op in ("down", "d_rows"):
+        default = op == "down"  # its k is contiguous: [columns, k]; the other way round for d_rows
+        variants = [(name, default, torch.bfloat16) for name in SCHEDULES]
+        variants += [("cooperative", not default, torch.bfloat16), ("cooperative", default, torch.float16)]
+        for schedule, by_k, dtype in variants:
+            width = SCHEDULES[schedule].block_n
+            case = gluon_case(
+                down.down_kernel,
+                op,
+                schedule,
+                dtype=dtype,
+                variant="k" if by_k else "columns",
+                width=width,
+                parts=down.parts_of(SCHEDULES[schedule]),
+                descriptors={"a": [BLOCK_M, BLOCK_K], "weight": weight_block(width, by_k)},
+                signature={
+                    "out": f"*{TYPES[dtype]}",
+                    "bias": bias_type(TYPES[dtype]) if op == "down" else None,
+                    "router_weights": "*fp32" if op == "down" else None,
+                    "source": "*i32" if op == "down" else None,
+                },
+                sample=op == "down" and by_k and dtype == torch.bfloat16,
+                K_CONTIGUOUS=by_k,
+            )
+            cases.append(case)
+    return cases
+
+
+def up_cases() -> list[Case]:
+    """Both forms in every schedule; the first also with every activation, the other layout and the other type."""
+    cases = []
+    for op, activations in (("up_gated", GATED), ("up", UNGATED)):
+        gated = op == "up_gated"
+        # (schedule, activation, k is contiguous, type)
+        variants = [(name, activations[0], True, torch.bfloat16) for name in SCHEDULES]
+        variants += [("cooperative", activation, True, torch.bfloat16) for activation in activations[1:]]
+        variants += [("cooperative", activations[0], False, torch.bfloat16)]
+        variants += [("cooperative", activations[0], True, torch.float16)]
+        for number, (schedule, activation, by_k, dtype) in enumerate(variants):
+            width = SCHEDULES[schedule].block_n // (2 if gated else 1)
+            case = gluon_case(
+                up.up_kernel,
+                op,
+                schedule,
+                dtype=dtype,
+                variant=activation + "_T" * (not by_k),
+                width=width,
+                parts=up.parts_of(SCHEDULES[schedule], gated),
+                descriptors={"weight": weight_block(width, by_k)},
+                signature={
+                    **dict.fromkeys(("x", "a", "h"), f"*{TYPES[dtype]}"),
+                    "source": "*i32",
+                    "bias": bias_type(TYPES[dtype]),
+                },
+                sample=gated and number < len(SCHEDULES),
+                TOP_K=8,
+                ACTIVATION=activation,
+                K_CONTIGUOUS=by_k,
+            )
+            cases.append(case)
+    return cases

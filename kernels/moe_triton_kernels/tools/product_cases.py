@@ -1,0 +1,249 @@
+"""What is compiled of the grouped products: every shipped configuration, and a sample of their other arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from moe_triton_kernels.activations import GATED, UNGATED
+from moe_triton_kernels.d_hidden import d_hidden_kernel, d_router_weights_kernel
+from moe_triton_kernels.d_weight import d_bias_kernel, d_weight_kernel
+from moe_triton_kernels.down import down_kernel
+from moe_triton_kernels.grouped_gemm import BiasArgument, WeightArgument, descriptor_block
+from moe_triton_kernels.launch import pipeline_stages, tile_of
+from moe_triton_kernels.tiles import TilesArgument
+from moe_triton_kernels.tools.case import Case, leaves
+from moe_triton_kernels.tools.shipped import Shipped
+from moe_triton_kernels.up import up_kernel
+
+TILES = TilesArgument(table="*i32", num_tiles="*i32", offsets="*i32")
+
+
+def main_loop_instructions(shipped: Shipped, arch: str) -> list[str]:
+    """What the main loop has to compile to: matrix instructions for 16-bit types, asynchronous copies before Blackwell.
+
+    wgmma takes 64 rows at least. On Blackwell the copies depend on `pipeline_stages`.
+    """
+    wants = ["cp_async"] if arch in ("sm_80", "sm_90") else []
+    if shipped.dtype != "fp32":
+        wants.append("wgmma" if arch == "sm_90" and shipped.config.block_m >= 64 else "mma")
+    return wants
+
+
+def product_case(
+    fn: Any,
+    shipped: Shipped,
+    arch: str,
+    *,
+    variant: str,
+    signature: dict[str, Any],
+    sample: bool = False,
+    **constants: Any,
+) -> Case:
+    """A grouped kernel at a shipped configuration: sizes, and the strides of weights, are multiples of 16."""
+    config = shipped.config
+    signature = {**signature, "TILE": tile_of(arch, config)}
+    numbers = [name for name in fn.arg_names if name not in signature and name not in constants]
+    kinds = [(name, kind) for arg, value in signature.items() for name, _, kind in leaves(arg, value, ())]
+    # num_tiles is one of several counts, 4 bytes apart
+    aligned = [name for name, kind in kinds if str(kind).startswith("*") and name != "tiles.num_tiles"]
+    aligned += [name for name, kind in kinds if name.startswith("weight.stride_") and kind == "i32"]
+    aligned += [name for name in numbers if name.startswith("size_")]
+    return Case(
+        name=f"{shipped.op}_{shipped.dtype}_{config.block_m}x{config.block_n}x{config.block_k}_{variant}",
+        fn=fn,
+        signature={**signature, **dict.fromkeys(numbers, "i32")},
+        constexprs=constants,
+        num_warps=config.num_warps,
+        num_stages=pipeline_stages(arch, config),
+        aligned=aligned,
+        sample=sample,
+        wants=[*main_loop_instructions(shipped, arch), *(["tma"] if signature.get("descriptor") else [])],
+    )
+
+
+def weight_types(
+    shipped: Shipped, *, addresses: bool, by_k: bool, block_n: int, halves: int = 1
+) -> dict[str, WeightArgument | str | None]:
+    """The types of a weight of aligned sizes and of its descriptor: what a launch on a GPU makes of it."""
+    weight = WeightArgument(
+        data="*i64" if addresses else f"*{shipped.dtype}",
+        stride_e="i32",
+        stride_k=1 if by_k else "i32",
+        stride_n="i32" if by_k else 1,
+        ALIGNMENT=16,
+        K_CONTIGUOUS=by_k,
+    )
+    if addresses or not shipped.config.descriptors or not (by_k or halves == 1):
+        return {"weight": weight, "descriptor": None}
+    block = descriptor_block(shipped.config, by_k, halves, block_n)
+    return {"weight": weight, "descriptor": f"tensordesc<{shipped.dtype}{block}>"}
+
+
+def bias_type(dtype: str, addresses: bool = False) -> BiasArgument:
+    return BiasArgument(data="*i64" if addresses else f"*{dtype}", stride_e="i32", stride_n=1, ALIGNMENT=16)
+
+
+def up_cases(arch: str, shipped: Sequence[Shipped]) -> list[Case]:
+    """Every configuration; the first of each op also with every activation and weight layout."""
+    cases = []
+    for op, activations in (("up_gated", GATED), ("up", UNGATED)):
+        entries = [entry for entry in shipped if entry.op == op]
+        # (configuration, activation, is_transposed, is_concatenated, bias, addresses instead of a stacked tensor)
+        variants = [(entry, activations[0], False, True, False, False) for entry in entries]
+        variants += [(entries[0], activation, False, True, True, False) for activation in activations]
+        variants += [(entries[0], activations[-1], True, False, True, True)]
+        if op == "up_gated":
+            variants += [(entries[0], activations[0], True, True, False, False)]
+            variants += [(entries[0], activations[0], False, False, False, True)]
+        for number, (entry, activation, transposed, concatenated, bias, addresses) in enumerate(variants):
+            flags = "_T" * transposed + "_pairs" * (not concatenated) + "_bias" * bias + "_addresses" * addresses
+            weight = weight_types(
+                entry,
+                addresses=addresses,
+                by_k=not transposed,
+                halves=2 if op == "up_gated" and concatenated else 1,
+                block_n=entry.config.block_n * (1 if op == "up" or concatenated else 2),
+            )
+            case = product_case(
+                up_kernel,
+                entry,
+                arch,
+                variant=activation + flags,
+                signature={
+                    **dict.fromkeys(("x", "a", "h"), f"*{entry.dtype}"),
+                    "source": "*i32",
+                    "tiles": TILES,
+                    "bias": bias_type(entry.dtype, addresses) if bias else None,
+                    **weight,
+                },
+                sample=number == 0,
+                TOP_K=8,
+                ACTIVATION=activation,
+                CONCATENATED=concatenated,
+                EVEN_K=not transposed,
+            )
+            cases.append(case)
+    return cases
+
+
+def down_cases(arch: str, shipped: Sequence[Shipped]) -> list[Case]:
+    """Every configuration of down (bias, router weights) and of d_rows; the first also in the other layout."""
+    cases = []
+    for op in ("down", "d_rows"):
+        entries = [entry for entry in shipped if entry.op == op]
+        columns_contiguous = op == "d_rows"  # the default layout is [columns, k] for down, [k, columns] for d_rows
+        # (configuration, columns are contiguous, addresses instead of a stacked tensor)
+        variants = [(entry, columns_contiguous, False) for entry in entries]
+        variants += [(entries[0], not columns_contiguous, True)]
+        for number, (entry, contiguous, addresses) in enumerate(variants):
+            stored, is_down = f"*{entry.dtype}", op == "down"
+            weight = weight_types(entry, addresses=addresses, by_k=not contiguous, block_n=entry.config.block_n)
+            case = product_case(
+                down_kernel,
+                entry,
+                arch,
+                variant=("columns" if contiguous else "k") + "_addresses" * addresses,
+                signature={
+                    "a": stored,
+                    "out": stored,
+                    "bias": bias_type(entry.dtype, addresses) if is_down else None,
+                    "router_weights": "*fp32" if is_down else None,
+                    "source": "*i32" if is_down else None,
+                    "tiles": TILES,
+                    **weight,
+                },
+                sample=number == 0,
+                EVEN_K=not addresses,
+            )
+            cases.append(case)
+    return cases
+
+
+def d_hidden_cases(arch: str, shipped: Sequence[Shipped]) -> list[Case]:
+    """Every configuration; the first of each op also with every activation and weight layout."""
+    cases = []
+    for op, activations in (("d_hidden_gated", GATED), ("d_hidden", UNGATED)):
+        entries = [entry for entry in shipped if entry.op == op]
+        # (configuration, activation, is_transposed, is_concatenated, addresses instead of a stacked tensor)
+        variants = [(entry, activations[0], False, True, False) for entry in entries]
+        variants += [(entries[0], activation, False, True, False) for activation in activations[1:]]
+        variants += [(entries[0], activations[-1], True, op == "d_hidden", True)]
+        for number, (entry, activation, transposed, concatenated, addresses) in enumerate(variants):
+            case = product_case(
+                d_hidden_kernel,
+                entry,
+                arch,
+                variant=activation + "_T" * transposed + "_pairs" * (not concatenated) + "_addresses" * addresses,
+                signature={
+                    **dict.fromkeys(("grad_out", "h", "weighted_a", "grad_h"), f"*{entry.dtype}"),
+                    **dict.fromkeys(("router_weights", "shares"), "*fp32"),
+                    "source": "*i32",
+                    "tiles": TILES,
+                    **weight_types(entry, addresses=addresses, by_k=transposed, block_n=entry.config.block_n),
+                },
+                sample=number == 0,
+                TOP_K=8,
+                ACTIVATION=activation,
+                CONCATENATED=concatenated,
+                EVEN_K=not addresses,
+            )
+            cases.append(case)
+    shares = Case(
+        name="d_router_weights",
+        fn=d_router_weights_kernel,
+        signature={
+            "shares": "*fp32",
+            "grad_out": "*bf16",
+            "source": "*i32",
+            "bias": bias_type("bf16"),
+            "grad_weights": "*fp32",
+            "tiles": TILES,
+            "num_shares": "i32",
+            "size_d": "i32",
+            "num_slots": "i32",
+        },
+        constexprs={"TOP_K": 8, "BLOCK_M": 16, "BLOCK_D": 128},
+    )
+    return [*cases, shares]
+
+
+def d_weight_cases(arch: str, shipped: Sequence[Shipped]) -> list[Case]:
+    """Every configuration with the right operand gathered; the first also with the left one; bias gradients."""
+    entries = [entry for entry in shipped if entry.op == "d_weight"]
+    variants = [(entry, False) for entry in entries] + [(entries[0], True)]
+    cases = [
+        product_case(
+            d_weight_kernel,
+            entry,
+            arch,
+            variant="gather_left" if gather_left else "gather_right",
+            signature=dict.fromkeys(("left", "right", "out"), f"*{entry.dtype}")
+            | {"partials": "*fp32", "source": "*i32", "pieces": "*i32", "state": "*i32"},
+            sample=number == 0 or gather_left,
+            TOP_K=8,
+            GATHER_LEFT=gather_left,
+            EVEN_I=not gather_left,
+            EVEN_J=not gather_left,
+        )
+        for number, (entry, gather_left) in enumerate(variants)
+    ]
+    biases = [
+        Case(
+            name=f"d_bias_{'gathered' if gathered else 'rows'}",
+            fn=d_bias_kernel,
+            signature={
+                "values": "*bf16",
+                "router_weights": "*fp32" if gathered else None,
+                "out": "*bf16",
+                "partials": "*fp32",
+                "source": "*i32",
+                "pieces": "*i32",
+                "state": "*i32",
+                "size": "i32",
+            },
+            constexprs={"TOP_K": 8, "BLOCK_R": 32, "BLOCK_C": 128},
+        )
+        for gathered in (False, True)
+    ]
+    return cases + biases

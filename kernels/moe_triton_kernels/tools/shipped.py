@@ -1,0 +1,49 @@
+"""Which configurations ship: what the tables and the heuristic give at the sizes of common models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from moe_triton_kernels.configs import OPS, choose_config
+from moe_triton_kernels.heuristics import BUCKETS
+from moe_triton_kernels.launch import Config
+
+TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+# (d, n) of the benchmarks' shapes: sonic-12, the published models, and the granularity sweep at d = 4096
+MODEL_SIZES = (
+    *((768, n) for n in (256, 512, 1024)),
+    *((1536, n) for n in (256, 512, 1024)),
+    *((4096, n) for n in (256, 512, 1024, 1536, 2048, 4096, 8192, 14336)),
+    *((2048, n) for n in (768, 1024)),
+    (2880, 2880),
+    (7168, 2048),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shipped:
+    """One configuration that a GPU can meet: the op, Triton's name of the dtype, and the configuration."""
+
+    op: str
+    dtype: str
+    config: Config
+
+
+def shipped_configs(architecture: str) -> list[Shipped]:
+    """Every configuration of the table and of the heuristic at the sizes of common models, without repetitions.
+
+    fp16 shares bf16's configurations. The first entry of an op is the one of large bf16 problems.
+    """
+    found: dict[Shipped, None] = {}
+    for op in OPS:
+        for dtype in (torch.bfloat16, torch.float32):
+            for bucket in reversed(BUCKETS):
+                for d, n in MODEL_SIZES:
+                    config = choose_config(
+                        op, d=d, n=n, dtype=dtype, num_rows=bucket, num_experts=1, architecture=architecture
+                    )
+                    plain = replace(config, gluon=None)  # the Gluon kernels list their own cases
+                    found[Shipped(op=op, dtype=TYPES[dtype], config=plain)] = None
+    return list(found)
