@@ -90,11 +90,12 @@ def d_hidden_kernel(
             h_at = h_offsets[:, None] + columns[None, :]
             h_mask = row_mask[:, None] & (columns < COLUMNS_PER_HALF * size_n)[None, :]
             parts = load_parts(h + h_at, size_n, h_mask, HALVES)
+            grad_at = grad_h + h_at
             value, grad_pair = d_activate(blocks[i], scale, split_pair(parts, ACTIVATION, HALVES), ACTIVATION)
             grad_parts = join_pair(grad_pair, ACTIVATION, HALVES, DTYPE)
-            tl.store(grad_h + h_at, grad_parts[0], mask=h_mask)
+            tl.store(grad_at, grad_parts[0], mask=h_mask)
             if HALVES == 2:
-                tl.store(grad_h + h_at + size_n, grad_parts[1], mask=h_mask)
+                tl.store(grad_at + size_n, grad_parts[1], mask=h_mask)
             value = value.to(DTYPE).to(tl.float32)  # forward multiplied the rounded A by W2
             share += tl.sum(blocks[i] * value, 1)
             tl.store(a_rows[:, None] + inner[None, :], (value * scale).to(DTYPE), mask=mask)

@@ -85,10 +85,11 @@ def up_kernel(
                 if HALVES == 2:
                     tl.store(h_rows[:, None] + (size_n + columns)[None, :], parts[1], mask=mask)
             if a is not None:
+                value = activate(split_pair(parts, ACTIVATION, HALVES), ACTIVATION)
                 inner = n0 + i * PART + tl.arange(0, PART)
+                a_mask = row_mask[:, None] & (inner < size_n)[None, :]
                 a_rows = a + rows.to(tl.int64) * size_n
-                value = activate(split_pair(parts, ACTIVATION, HALVES), ACTIVATION).to(DTYPE)
-                tl.store(a_rows[:, None] + inner[None, :], value, mask=row_mask[:, None] & (inner < size_n)[None, :])
+                tl.store(a_rows[:, None] + inner[None, :], value.to(DTYPE), mask=a_mask)
 
 
 def up(
