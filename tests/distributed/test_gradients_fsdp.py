@@ -12,6 +12,7 @@ from torch.distributed.tensor import Shard
 import moe_triton.layers.experts
 from moe_triton.distributed import ExpertParallel, apply_fsdp2, clip_grad_norm_, make_groups, reduce_gradients
 from moe_triton.layers import Experts
+from moe_triton.records import ExpertCall
 from tests.helpers import parity
 from tests.helpers.compare import assert_close
 from tests.helpers.gradient_parity import LAYER, TOKENS, Model, compare, expected_gradients, local_part, losses, share
@@ -73,8 +74,8 @@ def in_bf16(how: str) -> None:
             original = getattr(place, name)
 
             def spy(*arguments, original=original, **more):
-                hidden, weights = [value for value in arguments if isinstance(value, torch.Tensor)][:2]
-                seen.append((hidden.dtype, weights.detach().clone()))
+                (call,) = [value for value in arguments if isinstance(value, ExpertCall)]
+                seen.append((call.hidden.dtype, call.weights.detach().clone()))
                 return original(*arguments, **more)
 
             patch.setattr(place, name, spy)

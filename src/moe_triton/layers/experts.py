@@ -128,7 +128,7 @@ class Experts(CountsLoad):
                 self._draw(f"{name}_bias", shape[:1], bound)
         if self.placement is not None and self.load is not None:
             self.set_placement(self.placement)
-            self.load.zero_()
+            self.load_on(self.gate_up_proj.device).zero_()
 
     @torch.no_grad()
     def _draw(self, name: str, shape: tuple[int, ...], bound: float) -> None:

@@ -95,7 +95,7 @@ class Router(CountsLoad):
         if self.choice_bias is not None and self.load is not None:
             self._keep_choice_bias_wide(self.choice_bias)
             nn.init.zeros_(self.choice_bias)
-            self.load.zero_()
+            self.load_on(self.choice_bias.device).zero_()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         exact = self.choice_bias

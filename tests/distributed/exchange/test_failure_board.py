@@ -21,7 +21,6 @@ from moe_triton.distributed.exchange.channel import MOST_AGREED, Channel
 from moe_triton.distributed.exchange.failure_board import Identity, state_of
 from moe_triton.distributed.groups import default_timeout, device_type
 from tests.helpers.faults import HIDDEN, Model, fresh_groups, outcomes, step
-from tests.helpers.ranks import free_port
 
 
 @pytest.fixture
@@ -96,9 +95,9 @@ def test_a_machine_without_namespaces_looks_for_nobody(monkeypatch):
     assert unknown != failure_board._pid_space.__wrapped__(), "no two processes have the same"
 
 
-def restarts(rank: int, ports: list[int]) -> None:
+def restarts(rank: int, stores: list[str]) -> None:
     """A job that starts anew in its processes: nothing of the old default group is kept."""
-    for port in ports:
+    for store in stores:
         model = Model(ExpertParallel(fresh_groups(ep=2)))
         step(model)
         assert model.layers[1].experts.layer_name == "MoE layer 1"
@@ -108,12 +107,14 @@ def restarts(rank: int, ports: list[int]) -> None:
         dist.destroy_process_group()
         gc.collect()
         assert [ref() for ref in gone] == [None, None]
-        address = f"tcp://127.0.0.1:{port}"
-        dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+        )
 
 
-def test_groups_end_with_their_default_group():
-    assert [outcome.error for outcome in outcomes(2, restarts, [free_port(), free_port()])] == ["", ""]
+def test_groups_end_with_their_default_group(tmp_path):
+    stores = [str(tmp_path / name) for name in ("first", "second")]
+    assert [outcome.error for outcome in outcomes(2, restarts, stores)] == ["", ""]
 
 
 @pytest.mark.parametrize("backend", [None, "gloo", "cpu:gloo"], ids=str)
