@@ -7,14 +7,12 @@ weights and the dispatch; nothing else.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moe_triton import reference, runtime
-from moe_triton.autograd.experts import experts_under_autograd
+from moe_triton import runtime
+from moe_triton.autograd.experts import run_experts
 from moe_triton.checks import FLOATS, INTEGERS, check_choice, check_tensor
 from moe_triton.dispatch import dispatch
 from moe_triton.records import ACTIVATIONS, Dispatch, ExpertCall, ExpertParameters, ExpertSpec, ExpertWeight
@@ -120,32 +118,6 @@ def check_call(call: ExpertCall, backend: str, weights_name: str = "top_k_weight
     check_tensor("hidden_states", call.hidden, shape=(num_tokens, "d"), dtypes=FLOATS, device=device)
     _check_weights(weights_name, call.weights, call.hidden, top_k, backend)
     _check_parameters(call.parameters, call.num_experts, call.spec, call.hidden)
-
-
-def run_experts(call: ExpertCall, *, recompute: bool = False, backend: str = "auto") -> Tensor:
-    """Compute `reference.moe_experts` of a call that has been checked, under autocast as PyTorch's products do."""
-    device, dtype = call.hidden.device, call.hidden.dtype
-    call = in_autocast_dtype(call)
-    name = runtime.choose(backend, device, call.hidden.dtype).name
-    with runtime.without_autocast(device):
-        if name == "reference":
-            return reference.moe_experts(call).to(dtype)
-        return experts_under_autograd(call, recompute=recompute, backend=name).to(dtype)
-
-
-def in_autocast_dtype(call: ExpertCall) -> ExpertCall:
-    """The call in the dtype that its products compute with: under autocast that one, with router weights in fp32."""
-    compute = runtime.autocast_dtype(call.hidden.device)
-    if compute is None:
-        return call
-    parameters = ExpertParameters(*(_cast(x, compute) for x in call.parameters))
-    return replace(call, hidden=call.hidden.to(compute), weights=call.weights.float(), parameters=parameters)
-
-
-def _cast(x: Any, dtype: torch.dtype) -> Any:
-    if x is None or isinstance(x, Tensor):
-        return x if x is None else x.to(dtype)
-    return [tensor.to(dtype) for tensor in x]
 
 
 def _check_weights(name: str, weights: Tensor, hidden_states: Tensor, top_k: int, backend: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -151,10 +152,38 @@ def run(
     return {"out": out, **{name: gradient for name, gradient in found.items() if gradient is not None}}
 
 
+def summed_for_weights(problem: Problem) -> Tensor:
+    """The terms of the router weights' gradient <dO, W2 A + b2>, added up without their signs: [T, K]."""
+    call, spec, dispatched = problem.call, problem.call.spec, problem.call.dispatched
+    gate_up, down, gate_up_bias, down_bias = (None if x is None else stacked(x).cpu().double() for x in call.parameters)
+    if spec.is_transposed:
+        gate_up, down = gate_up.mT, down.mT
+    terms = torch.zeros(dispatched.position.numel(), dtype=torch.float64)
+    offsets = dispatched.offsets.tolist()
+    for e, (start, end) in enumerate(pairwise(offsets)):
+        slots = dispatched.source[start:end].cpu().long()
+        tokens = slots // dispatched.top_k
+        h = call.hidden.cpu().double()[tokens] @ gate_up[e].T
+        a = reference.activate(
+            h if gate_up_bias is None else h + gate_up_bias[e], spec.activation, spec.is_concatenated
+        )
+        y = a.abs() @ down[e].abs().T
+        y = y if down_bias is None else y + down_bias[e].abs()
+        terms[slots] = (problem.grad_out.cpu().double()[tokens].abs() * y).sum(-1)
+    return terms.view(dispatched.position.shape)
+
+
 def check(actual: dict[str, Tensor], problem: Problem, tolerance: float | None = None) -> None:
-    """Every expected tensor is there, in its input's dtype, and close to the reference."""
+    """Every expected tensor is there, in its input's dtype, and close to the reference.
+
+    Where the router weights' gradient cancels to less than a hundredth of its terms, the error is one of the terms.
+    """
     assert actual.keys() == problem.expected.keys()
     for name, expected in problem.expected.items():
         given = problem.inputs["hidden" if name == "out" else name]
         assert actual[name].dtype == given.dtype, name
-        assert_close(actual[name], expected, tolerance=tolerance)
+        scale = None
+        if name == "weights":
+            least = 0.01 * summed_for_weights(problem).square().mean().sqrt().item()
+            scale = least if expected.square().mean().sqrt().item() < least else None
+        assert_close(actual[name], expected, tolerance=tolerance, scale=scale)

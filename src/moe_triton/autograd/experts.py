@@ -6,13 +6,15 @@ An ExpertCall passes as the flat list of its tensors and the `form` of its param
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_triton import runtime
+from moe_triton import reference, runtime
 from moe_triton.autograd.flat import ROWS, Form, call_of, flatten_gradients, form_of, split, tensors_of
 from moe_triton.autograd.transforms import (
     TransformedGradient,
@@ -21,21 +23,46 @@ from moe_triton.autograd.transforms import (
     is_transforming,
     refuse_jvp,
 )
-from moe_triton.records import ExpertCall, ExpertSpec, Wanted
+from moe_triton.records import ExpertCall, ExpertParameters, ExpertSpec, Wanted
 
 
-def experts_under_autograd(call: ExpertCall, *, recompute: bool, backend: str) -> Tensor:
-    """Compute `reference.moe_experts` by a backend: [T, d], the same bits whether or not a gradient is wanted."""
-    tensors, form = tensors_of(call), form_of(call.parameters)
-    training = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    keep = training and not recompute
-    if torch.compiler.is_compiling():
-        return _experts_op(tensors, form, *_fields(call.spec), backend, keep)[0]
-    if is_transforming():
-        return _TransformedExperts.apply(form, call.spec, backend, keep, *tensors)[0]
-    if training:
-        return _Experts.apply(form, call.spec, backend, keep, *tensors)[0]
-    return _run(form, call.spec, backend, False, *tensors)[0]
+def run_experts(call: ExpertCall, *, recompute: bool = False, backend: str = "auto") -> Tensor:
+    """Compute `reference.moe_experts` of a call that has been checked: [T, d] in hidden's dtype, differentiable.
+
+    Under autocast as PyTorch's products do. The bits do not depend on whether a gradient is wanted.
+    """
+    dtype, call = call.hidden.dtype, in_autocast_dtype(call)
+    name = runtime.choose(backend, call.hidden.device, call.hidden.dtype).name
+    with runtime.without_autocast(call.hidden.device):
+        if name == "reference":
+            return reference.moe_experts(call).to(dtype)
+        tensors, form = tensors_of(call), form_of(call.parameters)
+        training = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        keep = training and not recompute
+        if torch.compiler.is_compiling():
+            out, _ = _experts_op(tensors, form, *_fields(call.spec), name, keep)
+        elif is_transforming():
+            out, _ = _TransformedExperts.apply(form, call.spec, name, keep, *tensors)
+        elif training:
+            out, _ = _Experts.apply(form, call.spec, name, keep, *tensors)
+        else:
+            out, _ = _run(form, call.spec, name, False, *tensors)
+        return out.to(dtype)
+
+
+def in_autocast_dtype(call: ExpertCall) -> ExpertCall:
+    """The call in the dtype that its products compute with: under autocast that one, with router weights in fp32."""
+    compute = runtime.autocast_dtype(call.hidden.device)
+    if compute is None:
+        return call
+    parameters = ExpertParameters(*(_cast(x, compute) for x in call.parameters))
+    return replace(call, hidden=call.hidden.to(compute), weights=call.weights.float(), parameters=parameters)
+
+
+def _cast(x: Any, dtype: torch.dtype) -> Any:
+    if x is None or isinstance(x, Tensor):
+        return x if x is None else x.to(dtype)
+    return [tensor.to(dtype) for tensor in x]
 
 
 def _fields(spec: ExpertSpec) -> tuple[str, bool, bool]:
@@ -45,15 +72,6 @@ def _fields(spec: ExpertSpec) -> tuple[str, bool, bool]:
 
 def _spec(activation: str, is_transposed: bool, is_concatenated: bool) -> ExpertSpec:
     return ExpertSpec(activation=activation, is_transposed=is_transposed, is_concatenated=is_concatenated)
-
-
-def _run(form: Form, spec: ExpertSpec, backend: str, keep: bool, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-    """Output [T, d], and the pre-activation [S, 2n or n] for backward: of size 0 when it is not kept."""
-    hidden = tensors[0]
-    if has_no_data(hidden):
-        return _experts_op(tensors, form, *_fields(spec), backend, keep)
-    with runtime.plain_maths(hidden):
-        return runtime.experts_backend(backend, hidden.device).experts_forward(call_of(tensors, form, spec), keep)
 
 
 def _gradients(
@@ -92,15 +110,28 @@ class _Experts(torch.autograd.Function):
     """The eager path: it bypasses the dispatcher of torch.library, which costs tens of microseconds a call."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = _run(*inputs)
-        _save(ctx, inputs, output)
+    def forward(
+        ctx: Any, form: Form, spec: ExpertSpec, backend: str, keep: bool, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Output [T, d], and the pre-activation [S, 2n or n] for backward: of size 0 when it is not kept."""
+        hidden = tensors[0]
+        if has_no_data(hidden):
+            output = _experts_op(tensors, form, *_fields(spec), backend, keep)
+        else:
+            with runtime.plain_maths(hidden):
+                experts = runtime.experts_backend(backend, hidden.device)
+                output = experts.experts_forward(call_of(tensors, form, spec), keep)
+        if ctx is not None:
+            _save(ctx, (form, spec, backend, keep, *tensors), output)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return _differentiate(ctx, grads[0], lambda gradient, *tensors: gradient(*tensors))
+
+
+_run = partial(_Experts.forward, None)  # the same where autograd keeps nothing
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -129,7 +160,7 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, call: Callable[..., Any]) 
 class _TransformedExperts(_Experts):
     """The same for torch.func, which wants the context set up apart from forward: tens of microseconds a call."""
 
-    forward = staticmethod(_run)  # type: ignore[assignment]
+    forward = staticmethod(_run)
     setup_context = staticmethod(_save)
     jvp = refuse_jvp("moe_mlp")
 

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_triton.autograd.experts import run_experts
 from moe_triton.checks import check_choice, check_int
 from moe_triton.distributed.checkpoint.global_tensors import as_global, expert_layout
 from moe_triton.distributed.exchange.expert_parallel import ExpertParallel, unless_alone
 from moe_triton.distributed.exchange.overlap import Deferred
 from moe_triton.distributed.exchange.stages import ExchangedLayer
 from moe_triton.distributed.replicas.placement import Placement, build_placement, plan_placement, replica_of
-from moe_triton.experts import check_call, run_experts
+from moe_triton.experts import check_call
 from moe_triton.layers.load import CountsLoad
 from moe_triton.records import ACTIVATIONS, GATED, Dispatch, ExpertCall, ExpertParameters, ExpertSpec
 from moe_triton.reference import activate

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_triton.autograd.experts import run_experts
 from moe_triton.checks import check_int
 from moe_triton.compat.deepspeed import groups
 from moe_triton.compat.mlps import MLP, is_tampered, recognise
 from moe_triton.compat.opaque import OpaqueExperts, call_one_by_one
 from moe_triton.distributed import ExpertParallel
 from moe_triton.distributed.exchange.stages import ExchangedLayer
-from moe_triton.experts import check_call, run_experts
+from moe_triton.experts import check_call
 from moe_triton.records import Dispatch, ExpertCall, ExpertParameters, ExpertSpec
 from moe_triton.runtime import without_autocast
 

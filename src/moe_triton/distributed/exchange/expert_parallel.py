@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from moe_triton import runtime
+from moe_triton.autograd.experts import in_autocast_dtype
 from moe_triton.autograd.flat import flatten, form_of
 from moe_triton.checks import check_choice, check_int
 from moe_triton.distributed.errors import ExpertParallelError
@@ -33,7 +34,6 @@ from moe_triton.distributed.exchange.transport import (
 )
 from moe_triton.distributed.expert_groups import all_ep_groups, expert_groups, two_levels
 from moe_triton.distributed.groups import Group, ParallelGroups, number_of_ranks
-from moe_triton.experts import in_autocast_dtype
 from moe_triton.records import Dispatch, ExpertCall
 
 MODES = ("dropless", "capacity", "bounded", "allgather")

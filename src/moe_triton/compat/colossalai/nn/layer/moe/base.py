@@ -12,11 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from moe_triton.autograd.experts import run_experts
 from moe_triton.compat.colossalai.context.moe_context import MoeParallelInfo
 from moe_triton.compat.opaque import OpaqueExperts
 from moe_triton.distributed import ExpertParallel
 from moe_triton.distributed.exchange.stages import ExchangedLayer
-from moe_triton.experts import check_call, run_experts
+from moe_triton.experts import check_call
 from moe_triton.records import Dispatch, ExpertCall
 from moe_triton.runtime import without_autocast
 
