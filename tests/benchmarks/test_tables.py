@@ -26,6 +26,8 @@ def test_every_table_is_somewhere() -> None:
 
 
 def is_figure(cell: str) -> bool:
+    if re.fullmatch(r"\d+\.\d+\.\d+", cell.strip()):  # a version
+        return False
     return re.fullmatch(r"[*\d., ()x%-]*\d[*\d., ()x%-]*", cell.strip()) is not None
 
 

@@ -44,9 +44,9 @@ def test_tables_match_a_loop_over_experts(counts: list[int], spare: int) -> None
 
 def test_an_expert_with_more_tiles_than_a_program_writes_at_a_time() -> None:
     counts = [3, 300 * 16, 17]  # 300 tiles of 16 rows: three rounds of CHUNK
-    table, num_tiles, _ = tile_tables(make_offsets(counts), sum(counts)).select(16)
+    tiles, _ = tile_tables(make_offsets(counts), sum(counts)).select(16)
     assert 2 * CHUNK < 300
-    assert table[: num_tiles.item()].tolist() == expected_tiles(counts, 16)
+    assert tiles.table[: tiles.num_tiles.item()].tolist() == expected_tiles(counts, 16)
 
 
 @pytest.mark.parametrize("block_m", [1, 3, 16])

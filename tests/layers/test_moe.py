@@ -314,7 +314,7 @@ def test_a_router_of_ones_own():
         ({"hidden_size": 0}, ValueError, "hidden_size: got 0"),
         ({"intermediate_size": -3}, ValueError, "intermediate_size: got -3"),
         ({"num_experts": 2.0}, TypeError, "num_experts: got 2.0, wanted an int"),
-        ({"capacity_factor": 0}, ValueError, "capacity_factor: got 0, wanted a finite number > 0"),
+        ({"capacity_factor": 0}, ValueError, "capacity_factor: got 0, wanted a number > 0"),
         ({"capacity_factor": -1.5}, ValueError, "capacity_factor: got -1.5"),
         ({"eval_capacity_factor": 0.0}, ValueError, "eval_capacity_factor: got 0.0"),
         ({"capacity_factor": "1"}, TypeError, "capacity_factor: got '1', wanted a number"),

@@ -114,9 +114,9 @@ def test_nothing_is_copied(monkeypatch):
         experts = different(make)
         given = {}
 
-        def spy(hidden, weights, plan, *parameters, _given=given, _run=experts_module.run_experts, **options):
-            _given["parameters"] = [p for group in parameters[:4] for p in group]
-            return _run(hidden, weights, plan, *parameters, **options)
+        def spy(call, _given=given, _run=experts_module.run_experts, **options):
+            _given["parameters"] = [p for group in call.parameters if group is not None for p in group]
+            return _run(call, **options)
 
         with monkeypatch.context() as patch:
             patch.setattr(experts_module, "run_experts", spy)
