@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from moe_triton import distributed
 from moe_triton.training import files
-from moe_triton.training.checkpoint import load_checkpoint, restore, save_checkpoint
+from moe_triton.training.checkpoint import Checkpoint, read_checkpoint, restore, write_checkpoint
 from moe_triton.training.config import TrainConfig
 from moe_triton.training.errors import TrainingError
 from moe_triton.training.files import MetricsFile, read_metrics, replace_file
@@ -33,21 +34,25 @@ def trained(steps: int, seed: int = 0) -> tuple[LanguageModel, torch.optim.AdamW
     return model, optimizer
 
 
-def save(path: Path, model: LanguageModel, optimizer: torch.optim.AdamW, step: int) -> None:
-    save_checkpoint(path, model, optimizer, step=step, config=TINY, digest="abc", compare_dense=True)
+def save(path: Path, model: LanguageModel, optimizer: torch.optim.AdamW, step: int) -> Checkpoint:
+    checkpoint = Checkpoint(path=path, step=step, config=TINY, digest="abc", compare_dense=True)
+    write_checkpoint(checkpoint, model, optimizer)
+    return checkpoint
+
+
+def snapshot(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
 @pytest.mark.parametrize("steps", [0, 3])
 def test_round_trip_goes_on_with_the_same_bits(tmp_path: Path, steps: int) -> None:
     model, optimizer = trained(steps)
-    save(tmp_path / "c.safetensors", model, optimizer, steps)
+    written = save(tmp_path / "c", model, optimizer, steps)
     drawn = torch.rand(3)
-    checkpoint = load_checkpoint(tmp_path / "c.safetensors")
-    assert (checkpoint.step, checkpoint.config) == (steps, TINY)
-    assert (checkpoint.digest, checkpoint.compare_dense) == ("abc", True)
+    assert read_checkpoint(tmp_path / "c") == written
 
     other, other_optimizer = trained(1, seed=5)
-    restore(checkpoint, other, other_optimizer)
+    restore(tmp_path / "c", other, other_optimizer)
     assert torch.equal(torch.rand(3), drawn)  # the generator goes on where it was
     for (name, mine), theirs in zip(other.named_parameters(), model.parameters(), strict=True):
         assert torch.equal(mine, theirs), name
@@ -62,43 +67,52 @@ def test_round_trip_goes_on_with_the_same_bits(tmp_path: Path, steps: int) -> No
 def test_forgotten_moments_would_show(tmp_path: Path) -> None:
     """The round trip above can fail: without AdamW's state the next step goes elsewhere."""
     model, optimizer = trained(3)
-    save(tmp_path / "c.safetensors", model, optimizer, 3)
-    checkpoint = load_checkpoint(tmp_path / "c.safetensors")
-    weights = {name: value for name, value in checkpoint.tensors.items() if not name.startswith("optimizer.")}
+    save(tmp_path / "c", model, optimizer, 3)
     other, other_optimizer = trained(0)
-    restore(dataclasses.replace(checkpoint, tensors=weights), other, other_optimizer)
+    restore(tmp_path / "c", other)
     tokens = torch.randint(0, 256, (2, 17))
     train_step(model, optimizer, tokens, 1e-2, 1.0)
     train_step(other, other_optimizer, tokens, 1e-2, 1.0)
     assert not torch.equal(model.head.weight, other.head.weight)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "garbage", "one byte", "foreign"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "garbage", "one byte", "missing", "manifest", "foreign"])
 def test_a_damaged_checkpoint_is_named_and_kept(tmp_path: Path, damage: str) -> None:
-    path = tmp_path / "c.safetensors"
-    save(path, *trained(1), 1)
-    data = path.read_bytes()
+    folder = tmp_path / "c"
+    save(folder, *trained(1), 1)
+    file = folder / "checkpoint.json" if damage == "manifest" else next(folder.glob("tensors-*/*"))
+    data = file.read_bytes()
     if damage == "one byte":
         changed = bytearray(data)
         changed[-1000] ^= 1
-        path.write_bytes(changed)
-    elif damage == "foreign":
-        from safetensors.torch import save_file
-
-        save_file({"x": torch.ones(3)}, path)
+        file.write_bytes(changed)
+    elif damage == "missing":
+        file.unlink()
+    elif damage == "foreign":  # a checkpoint, but of something else
+        distributed.save_checkpoint(folder, trained(0)[0], extra={"epoch": 1})
+        file = folder / "checkpoint.json"
     else:
-        path.write_bytes({"truncated": data[:-1], "empty": b"", "garbage": os.urandom(5000)}[damage])
-    before = path.read_bytes()
-    with pytest.raises(TrainingError, match=r"c\.safetensors"):
-        load_checkpoint(path)
-    assert path.read_bytes() == before
+        file.write_bytes({"empty": b"", "garbage": os.urandom(5000)}.get(damage, data[:-30]))
+    before = snapshot(folder)
+    model, optimizer = trained(0)
+    weights = [weight.clone() for weight in model.parameters()]
+    with pytest.raises(TrainingError, match=str(file)):
+        read_checkpoint(folder) and restore(folder, model, optimizer)
+    assert snapshot(folder) == before
+    assert all(torch.equal(mine, was) for mine, was in zip(model.parameters(), weights, strict=True))
 
 
 def test_a_checkpoint_of_other_sizes_does_not_fit(tmp_path: Path) -> None:
-    save(tmp_path / "c.safetensors", *trained(1), 1)
+    save(tmp_path / "c", *trained(1), 1)
     model = LanguageModel(dataclasses.replace(TINY, hidden_size=16), "moe")
-    with pytest.raises(TrainingError, match=r"c\.safetensors does not fit"):
-        restore(load_checkpoint(tmp_path / "c.safetensors"), model, make_optimizer(model, TINY))
+    with pytest.raises(TrainingError, match=r"/c/checkpoint\.json has shape"):
+        restore(tmp_path / "c", model, make_optimizer(model, TINY))
+
+
+def test_nothing_counts_before_the_first_save_is_complete(tmp_path: Path) -> None:
+    assert read_checkpoint(tmp_path / "c") is None
+    (tmp_path / "c" / "tensors-000001").mkdir(parents=True)  # as a kill leaves it
+    assert read_checkpoint(tmp_path / "c") is None
 
 
 @pytest.fixture
@@ -111,15 +125,14 @@ def small_disk() -> Iterator[None]:
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    path = tmp_path / "c.safetensors"
     model, optimizer = trained(1)
-    save(path, model, optimizer, 1)
-    before = path.read_bytes()
+    save(tmp_path / "c", model, optimizer, 1)
+    before = snapshot(tmp_path)
     request.getfixturevalue("small_disk")
-    with pytest.raises(TrainingError, match=r"cannot write .*c\.safetensors: .*intact"):
-        save(path, model, optimizer, 2)
-    assert path.read_bytes() == before
-    assert [file.name for file in tmp_path.iterdir()] == ["c.safetensors"]
+    with pytest.raises(TrainingError, match=r"save_checkpoint to .*/c, writing: .*File too large.*intact"):
+        save(tmp_path / "c", model, optimizer, 2)
+    assert snapshot(tmp_path) == before
+    assert len(list((tmp_path / "c").glob("tensors-*"))) == 1
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])

@@ -54,6 +54,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def thirty(tmp_path_factory: pytest.TempPathFactory, text: Path) -> list[tuple[int, float]]:
+    """The losses of 30 steps that nothing interrupted."""
+    out = tmp_path_factory.mktemp("thirty") / "run"
+    run_job(out, {**SIZES, "steps": 30, "data": str(text)})
+    return losses(out / "metrics.jsonl")
+
+
 def losses(path: Path) -> list[tuple[int, float]]:
     return [(record["step"], record["train_loss"]) for record in read_metrics(path)]
 
@@ -63,8 +71,7 @@ def command(out: Path, *words: str) -> Any:
 
 
 def test_files_of_a_run(finished: Path, text: Path) -> None:
-    names = {"checkpoint.safetensors", "metrics.jsonl", "dense_checkpoint.safetensors", "dense_metrics.jsonl",
-             "summary.json", "report.html"}  # fmt: skip
+    names = {"checkpoint", "metrics.jsonl", "dense_checkpoint", "dense_metrics.jsonl", "summary.json", "report.html"}
     assert {path.name for path in finished.iterdir()} == names
     moe, dense = (read_metrics(finished / name) for name in ("metrics.jsonl", "dense_metrics.jsonl"))
     assert [record["step"] for record in moe] == [record["step"] for record in dense] == list(range(1, 13))
@@ -157,6 +164,46 @@ def test_killed_and_resumed_equals_uninterrupted(finished: Path, tmp_path: Path,
     assert result.stdout.splitlines()[-1] == f"held-out loss: moe {moe:.4f}, dense {dense:.4f}"
 
 
+@pytest.mark.parametrize(
+    ("moment", "after"),
+    [
+        ("moe_triton.distributed.checkpoint.storage.write", 10),  # a folder, without files
+        ("moe_triton.distributed.checkpoint.save_load.write_manifest", 10),  # all files, and the manifest before
+        ("shutil.rmtree", 20),  # the new manifest, with the old files beside the new ones
+    ],
+)
+def test_killed_in_a_save_and_resumed_equals_uninterrupted(
+    thirty: list[tuple[int, float]], tmp_path: Path, text: Path, moment: str, after: int
+) -> None:
+    """SIGKILL inside the save of step 20, before the switch or behind it: the bits of 30 steps without a stop."""
+    out = tmp_path / "run"
+    module, name = moment.rsplit(".", 1)
+    program = (
+        "import os, signal\n"
+        "from importlib import import_module\n"
+        "from pathlib import Path\n"
+        "from moe_triton.training import job, loop\n"
+        f"module = import_module({module!r})\n"
+        "def kill(*_, **__):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "write = loop.write_checkpoint\n"
+        "def arm(checkpoint, *rest):\n"
+        "    if checkpoint.step == 20:\n"
+        f"        module.{name} = kill\n"
+        "    write(checkpoint, *rest)\n"
+        "loop.write_checkpoint = arm\n"
+        f"job.run_job(Path({str(out)!r}), { ({**SIZES, 'steps': 30, 'data': str(text)})!r})\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, stdout=subprocess.DEVNULL, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert len(read_metrics(out / "metrics.jsonl")) == 20
+    result = command(out, "--resume")
+    assert f"going on after step {after} of 30" in result.stdout
+    assert losses(out / "metrics.jsonl") == thirty
+    assert len(list((out / "checkpoint").glob("tensors-*"))) == 1
+
+
 def test_resume_starts_fresh_when_nothing_is_saved(tmp_path: Path, text: Path) -> None:
     summary = run_job(tmp_path / "a", {**SIZES, "steps": 2, "data": str(text)}, resume=True)
     assert summary["moe"]["steps"] == 2
@@ -190,13 +237,13 @@ def test_the_text_may_move(finished: Path, tmp_path: Path, text: Path) -> None:
 
 def test_checkpoints_of_different_runs_are_refused(finished: Path, tmp_path: Path, text: Path) -> None:
     run_job(tmp_path / "a", {**SIZES, "steps": 2, "data": str(text)})
-    shutil.copy(finished / "dense_checkpoint.safetensors", tmp_path / "a")
+    shutil.copytree(finished / "dense_checkpoint", tmp_path / "a" / "dense_checkpoint")
     with pytest.raises(TrainingError, match="of different runs"):
         run_job(tmp_path / "a", {}, resume=True)
 
 
 def snapshot(path: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in path.iterdir()}
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
 @pytest.mark.parametrize(
@@ -226,9 +273,10 @@ def test_resume_with_other_data_is_refused(finished: Path, tmp_path: Path) -> No
     assert snapshot(finished) == before
 
 
-def test_a_corrupt_checkpoint_stops_resume_without_loss(tmp_path: Path, text: Path) -> None:
+@pytest.mark.parametrize("pattern", ["checkpoint.json", "tensors-*/*.safetensors"])
+def test_a_corrupt_checkpoint_stops_resume_without_loss(tmp_path: Path, text: Path, pattern: str) -> None:
     run_job(tmp_path / "a", {**SIZES, "steps": 2, "data": str(text)})
-    checkpoint = tmp_path / "a" / "checkpoint.safetensors"
+    checkpoint = next((tmp_path / "a" / "checkpoint").glob(pattern))
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     before = snapshot(tmp_path / "a")
     result = command(tmp_path / "a", "--resume")
@@ -239,11 +287,33 @@ def test_a_corrupt_checkpoint_stops_resume_without_loss(tmp_path: Path, text: Pa
 
 def test_resume_without_the_checkpoint_keeps_the_metrics(tmp_path: Path, text: Path) -> None:
     run_job(tmp_path / "a", {**SIZES, "steps": 2, "data": str(text)})
-    (tmp_path / "a" / "checkpoint.safetensors").unlink()
+    shutil.rmtree(tmp_path / "a" / "checkpoint")
     before = snapshot(tmp_path / "a")
     result = command(tmp_path / "a", "--resume")
     assert result.exit_code == 2
-    assert "holds metrics.jsonl but no checkpoint.safetensors" in result.stderr
+    assert "holds metrics.jsonl but no checkpoint to go on from" in result.stderr
+    assert snapshot(tmp_path / "a") == before
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ([], "checkpoint.safetensors"),
+        (["--resume"], "checkpoint.safetensors"),
+        (["--resume"], "dense_checkpoint.safetensors"),
+    ],
+)
+def test_a_checkpoint_of_an_earlier_version_is_named_and_kept(
+    finished: Path, tmp_path: Path, words: list[str], name: str
+) -> None:
+    shutil.copytree(finished, tmp_path / "a")
+    shutil.rmtree(tmp_path / "a" / name.removesuffix(".safetensors"))
+    (tmp_path / "a" / name).write_bytes(b"weights")
+    before = snapshot(tmp_path / "a")
+    result = command(tmp_path / "a", *words)
+    assert result.exit_code == 2
+    assert f"{name} is of an earlier version" in result.stderr
+    assert result.stderr.count("\n") == 1
     assert snapshot(tmp_path / "a") == before
 
 
@@ -273,7 +343,7 @@ def test_a_record_with_another_load_is_named(tmp_path: Path, text: Path, load: A
 def test_a_checkpoint_is_renamed_when_its_metrics_are_on_disk(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And when its own bytes are; the directory is synced after the rename: whatever a power cut leaves can go on."""
+    """And when its own files are; the folder is synced after the rename: whatever a power cut leaves can go on."""
     order: list[str] = []
     fsync, replace = os.fsync, os.replace
 
@@ -288,9 +358,14 @@ def test_a_checkpoint_is_renamed_when_its_metrics_are_on_disk(
     monkeypatch.setattr(os, "fsync", note_sync)
     monkeypatch.setattr(os, "replace", note_rename)
     run_job(tmp_path / "a", {**SIZES, "steps": 4, "data": str(text)}, checkpoint_every=2)
-    checkpoint = ["sync checkpoint.safetensors.tmp", "rename checkpoint.safetensors", "sync a"]
-    assert order[: 3 * 4] == ["sync metrics.jsonl", *checkpoint] * 3  # steps 0, 2 and 4
-    assert order[12:] == [
+    assert order.pop(1) == "sync a"  # where the checkpoint's folder is new
+    for save in (1, 2, 3):  # steps 0, 2 and 4
+        tensors, *others = order[1:7]
+        assert (order[0], tensors.endswith(".safetensors")) == ("sync metrics.jsonl", True)
+        switch = ["sync checkpoint.json.tmp", "rename checkpoint.json", "sync checkpoint"]
+        assert others == [f"sync tensors-{save:06d}", "sync checkpoint", *switch]
+        del order[:7]
+    assert order == [
         *("sync summary.json.tmp", "rename summary.json", "sync a"),
         *("sync report.html.tmp", "rename report.html", "sync a"),
     ]
@@ -302,7 +377,7 @@ def test_a_run_that_failed_before_its_first_step_does_not_block_the_directory(tm
         patch.setattr(loop, "train_step", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("the device is gone")))
         with pytest.raises(RuntimeError, match="the device is gone"):
             run_job(tmp_path / "a", options)
-    assert sorted(snapshot(tmp_path / "a")) == ["checkpoint.safetensors", "metrics.jsonl"]
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"checkpoint", "metrics.jsonl"}
     run_job(tmp_path / "a", {**options, "seed": 3})
     assert [step for step, _ in losses(tmp_path / "a" / "metrics.jsonl")] == [1, 2]
 
@@ -426,5 +501,5 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, text: Path, monkeypatch: pytes
         result = command(tmp_path / "a", "--data", str(text), "--checkpoint-every", "2", *flags(**SIZES, steps=8))
     assert result.exit_code == 130
     assert f"--out {tmp_path / 'a'} --resume" in result.stderr
-    assert sorted(snapshot(tmp_path / "a")) == ["checkpoint.safetensors", "metrics.jsonl"]
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"checkpoint", "metrics.jsonl"}
     assert "going on after step 4 of 8" in command(tmp_path / "a", "--resume").stdout

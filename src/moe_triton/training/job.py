@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from moe_triton.training.checkpoint import Checkpoint, load_checkpoint
+from moe_triton.training.checkpoint import Checkpoint, read_checkpoint, restore
 from moe_triton.training.config import KINDS, TrainConfig, check_machine
 from moe_triton.training.data import Corpus, evaluation_windows, load_corpus
 from moe_triton.training.display import Display
@@ -139,7 +139,7 @@ def run(
         model = train_kind(kind, config, corpus, out, before, compare_dense, checkpoint_every, console, workers)
         results[kind] = measure(model, config, corpus, out, workers)
         if kind == "moe":
-            whole = whole_model(model, config, workers)
+            whole = whole_model(model, config, out, workers)
             sample = write_sample(whole, config, corpus) if workers.is_first else {}
     spread = {"processes": workers.world, "ep": 1 if workers.groups is None else workers.groups.ep.size}
     summary = {**results, "sample": sample, **circumstances(config, corpus), **spread}
@@ -172,14 +172,17 @@ def saved_checkpoints(out: Path, resume: bool) -> dict[str, Checkpoint]:
     saved = {}
     for kind in KINDS:
         files = run_files(out, kind)
-        has_checkpoint, has_steps = files.checkpoint.exists(), has_contents(files.metrics)
-        if has_steps and not has_checkpoint:
+        if (old := files.checkpoint.with_suffix(".safetensors")).exists():
+            raise TrainingError(
+                f"--out: {old} is of an earlier version, which this one cannot go on from; name another directory"
+            )
+        found, has_steps = read_checkpoint(files.checkpoint), has_contents(files.metrics)
+        if has_steps and found is None:
             raise TrainingError(
                 f"--out: {out} holds {files.metrics.name} but no {files.checkpoint.name} to go on from; "
                 "put it back, or name another directory"
             )
-        if has_checkpoint:
-            found = load_checkpoint(files.checkpoint)
+        if found is not None:
             if not resume and (has_steps or found.step):
                 raise TrainingError(f"--out: {out} already holds a run; go on with --resume, or name another directory")
             saved[kind] = found
@@ -259,18 +262,15 @@ def measure(model: LanguageModel, config: TrainConfig, corpus: Corpus, out: Path
     return result
 
 
-def whole_model(model: LanguageModel, config: TrainConfig, workers: Workers) -> LanguageModel:
-    """The model with all experts in this process, where it is whole; every worker has to call it.
+def whole_model(model: LanguageModel, config: TrainConfig, out: Path, workers: Workers) -> LanguageModel:
+    """The trained model with all experts in this process, from its last checkpoint; every worker has to call it.
 
     A text is written byte by byte: exchanges of single tokens would take most of the time.
     """
     if workers.groups is None:
         return model
-    owners = dict(model.named_parameters())
-    tensors = workers.whole(model.state_dict(), model, owners)
     alone = LanguageModel(config, model.kind).to(config.device)
-    if workers.is_first:
-        alone.load_state_dict(tensors)
+    restore(run_files(out, model.kind).checkpoint, alone)
     return alone
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_triton.layers import Experts
-from moe_triton.training.checkpoint import Checkpoint, restore, save_checkpoint
+from moe_triton.training.checkpoint import Checkpoint, restore, write_checkpoint
 from moe_triton.training.config import TrainConfig
 from moe_triton.training.data import Corpus, batch, evaluation_windows
 from moe_triton.training.errors import TrainingError
@@ -28,7 +28,7 @@ FINAL_LR = 0.1  # share of the peak learning rate
 
 
 class RunFiles(NamedTuple):
-    """Where one model of a run keeps its state."""
+    """Where one model of a run keeps its state; `checkpoint` is a folder."""
 
     checkpoint: Path
     metrics: Path
@@ -37,7 +37,7 @@ class RunFiles(NamedTuple):
 def run_files(out: Path, kind: str) -> RunFiles:
     """The files of the "moe" or the "dense" model under `out`."""
     prefix = "" if kind == "moe" else f"{kind}_"
-    return RunFiles(out / f"{prefix}checkpoint.safetensors", out / f"{prefix}metrics.jsonl")
+    return RunFiles(out / f"{prefix}checkpoint", out / f"{prefix}metrics.jsonl")
 
 
 def learning_rate(config: TrainConfig, kind: str, step: int) -> float:
@@ -83,22 +83,16 @@ def train_model(
     files = run_files(out, kind)
     done = 0
     if resume_from is not None:
-        restore(resume_from, model, optimizer, workers)
+        restore(resume_from.path, model, optimizer)
         done = resume_from.step
 
     def save(step: int) -> None:
         if metrics is not None:
             metrics.sync()
-        save_checkpoint(
-            files.checkpoint,
-            model,
-            optimizer,
-            step=step,
-            config=config,
-            digest=corpus.digest,
-            compare_dense=compare_dense,
-            workers=workers,
+        checkpoint = Checkpoint(
+            path=files.checkpoint, step=step, config=config, digest=corpus.digest, compare_dense=compare_dense
         )
+        write_checkpoint(checkpoint, model, optimizer)
 
     fault = partial(record_fault, config=config, kind=kind)
     with MetricsFile(files.metrics, done, fault) if workers.is_first else contextlib.nullcontext() as metrics:

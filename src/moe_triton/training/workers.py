@@ -9,13 +9,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_triton.checks import check_choice, check_int
 from moe_triton.distributed import ExpertParallel, ParallelGroups, explain_termination, make_groups
 from moe_triton.distributed.exchange.expert_parallel import MODES
-from moe_triton.distributed.groups import all_gather_single
-from moe_triton.distributed.parameters import expert_parameters
 from moe_triton.training.config import check_device
 from moe_triton.training.errors import TrainingError
 
@@ -71,45 +69,8 @@ class Workers:
         if problem is not None:
             raise TrainingError(problem)
 
-    def whole(self, tensors: dict[str, Tensor], model: nn.Module, owners: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-        """The tensors with all experts: those that `owners` gives to an expert parameter are gathered, by name.
-
-        Complete on the first rank, and on all ranks that share its experts. Every rank must call it.
-        """
-        spread = expert_parameters(model)
-        found = {}
-        for name, value in tensors.items():
-            owner = owners.get(name)
-            parallel = None if owner is None or value.dim() == 0 else spread.get(owner)
-            found[name] = value if parallel is None else gather_experts(value, parallel)
-        return found
-
-    def local(self, value: Tensor, parameter: nn.Parameter, model: nn.Module) -> Tensor:
-        """The rows of a whole tensor that belong to this rank's experts, if `parameter` is one of an expert."""
-        parallel = expert_parameters(model).get(parameter)
-        if parallel is None or value.dim() == 0:
-            return value
-        experts = parallel.experts_of(value.shape[0])
-        return value[experts.start : experts.stop]
-
 
 ALONE = Workers()
-
-
-def gather_experts(local: Tensor, parallel: ExpertParallel) -> Tensor:
-    """A tensor [E_local, ...] of every rank of the group as one [E, ...]."""
-    if parallel.ep.size == 1:
-        return local
-    sizes = torch.tensor([local.shape[0]], device=local.device)
-    dist.all_reduce(sizes, dist.ReduceOp.MAX, group=parallel.ep.handle)
-    most = int(sizes.item())
-    padded = local.new_zeros(most, *local.shape[1:])
-    padded[: local.shape[0]] = local
-    out = local.new_empty(parallel.ep.size * most, *local.shape[1:])
-    all_gather_single(out, padded, group=parallel.ep.handle)
-    kept = torch.tensor([local.shape[0]], device=local.device)
-    dist.all_reduce(kept, group=parallel.ep.handle)
-    return out[: int(kept.item())]  # only the last rank has fewer
 
 
 def check_exchange(mode: str, chunks: int) -> None:

@@ -262,7 +262,9 @@ def _verify(folder: Path, names: Iterable[str], manifest: Manifest) -> None:
 
 def _new_folder(path: Path) -> str:
     """Makes the folder for the next save's files, and removes what interrupted ones left. Returns its name."""
-    path.mkdir(parents=True, exist_ok=True)
+    if not path.is_dir():
+        path.mkdir(parents=True, exist_ok=True)
+        sync_directory(path.parent)
     if (current := _current(path)) is not None:
         _remove_others(path, current)
     last = max((int(folder.name.removeprefix(PREFIX)) for folder in _data_folders(path)), default=0)

@@ -70,6 +70,9 @@ def _run(team: Team, phase: str, function: Any) -> None:
         try:
             function(process_group=team.group.handle, no_dist=team.is_alone)
         except dcp.CheckpointException as error:  # the same on all ranks
+            mine = error.failures.get(team.group.rank)
+            if mine is not None and not isinstance(mine[0], Exception):  # ctrl-C, which torch catches too
+                raise mine[0] from error
             raise team.failure(phase, {rank: failure[0] for rank, failure in error.failures.items()}) from error
 
 
