@@ -27,6 +27,7 @@ LEVELS = [
     ["kernel_stages"],
     ["explain", "integrations", "metrics", "training"],
     ["benchmarking", "compat"],
+    ["swap"],
     ["cli"],
 ]
 KNOW_THE_KERNELS = (
