@@ -15,13 +15,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from moe_triton.checks import FLOATS
 from moe_triton.experts import moe_mlp
 from moe_triton.integrations.called_gate import called_gate_mlp
 from moe_triton.reference import activate, wide
-from moe_triton.runtime import constant_while_compiling
+from moe_triton.torch_internals import constant_while_compiling, real_tensors
 
 KEY = "moe_triton"
 
@@ -258,7 +257,7 @@ def computes_gpt_oss(gate: Any, alpha_name: str, limit_name: str, is_concatenate
 
 @lru_cache(maxsize=16)
 def _tried_as_gpt_oss(gate: Any, alpha_name: str, limit_name: str, is_concatenated: bool) -> bool:
-    with _disable_current_modes(), torch.no_grad():  # real numbers, also while torch.export traces with fake ones
+    with real_tensors(), torch.no_grad():
         numbers = (20 * torch.arange(256, dtype=torch.float64, device="cpu").sin()).view(16, 16)
         module = SimpleNamespace(**{alpha_name: ALPHA, limit_name: LIMIT})
         return torch.allclose(gate(module, numbers), activate(numbers, "gpt_oss", is_concatenated), rtol=1e-12, atol=0)
