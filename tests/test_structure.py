@@ -15,7 +15,7 @@ SRC = ROOT / "src" / "moe_triton"
 
 # A module may import from its own level and from those above it in this list, which runs from the ground up.
 LEVELS = [
-    ["checks", "files", "records", "simulate"],
+    ["checks", "files", "records", "simulate", "torch_internals"],
     ["reference"],
     ["backends"],
     ["runtime"],
@@ -27,6 +27,7 @@ LEVELS = [
     ["kernel_stages"],
     ["explain", "integrations", "metrics", "training"],
     ["benchmarking", "compat"],
+    ["swap"],
     ["cli"],
 ]
 KNOW_THE_KERNELS = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
 from types import SimpleNamespace
 
@@ -16,10 +17,11 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import moe_triton
-from moe_triton.integrations import swap as swap_module
 from moe_triton.integrations import transformers as hf
 from tests.helpers.compare import assert_close
 from tests.helpers.families import COMMON, FAMILIES, VOCAB, experts_modules, only_ours, tiny_model
+
+swap_module = importlib.import_module("moe_triton.swap")  # moe_triton.swap is the function
 
 
 def token_ids() -> torch.Tensor:
@@ -238,7 +240,7 @@ def test_a_recognizer_of_ones_own(monkeypatch):
         model.get_submodule(name).inner = nn.Identity()
         return swap_module.Swapped(name, "HiddenMoE", "replaced its inner part")
 
-    monkeypatch.setattr(swap_module, "RECOGNIZERS", [own_recognizer, *swap_module.RECOGNIZERS])
+    monkeypatch.setattr(swap_module, "RECOGNIZERS", (own_recognizer, *swap_module.RECOGNIZERS))
     model = nn.ModuleDict({"block": HiddenMoE()})
     report = moe_triton.swap(model)
     assert [entry.name for entry in report.swapped] == ["block"]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from moe_triton.checks import INTEGERS, check_int, check_tensor
 from moe_triton.layers import Experts
 from moe_triton.records import Dispatch
-from moe_triton.runtime import recomputing
+from moe_triton.torch_internals import recomputing
 
 
 class LoadStatistics(NamedTuple):

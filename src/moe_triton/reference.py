@@ -16,6 +16,7 @@ from torch import Tensor
 from moe_triton.records import Dispatch, ExpertCall, RouterSpec, Routing
 
 EPS = 1e-20  # keeps a normalisation finite when every chosen score underflowed
+GPT_OSS_ALPHA, GPT_OSS_LIMIT = 1.702, 7.0  # of its activation: the sigmoid's slope, and where gate and up are cut
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -177,9 +178,9 @@ def activate(hidden: Tensor, activation: str, is_concatenated: bool = True) -> T
     gate, up = rearrange(hidden, pattern, two=2)
     if activation == "gpt_oss":
         # no clamp: its gradient at the limit itself, 1 here, became 0 in torch 2.14
-        gate = torch.where(gate > 7.0, 7.0, gate)
-        up = torch.where(up.abs() > 7.0, 7.0 * up.sign(), up)
-        return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+        gate = torch.where(gate > GPT_OSS_LIMIT, GPT_OSS_LIMIT, gate)
+        up = torch.where(up.abs() > GPT_OSS_LIMIT, GPT_OSS_LIMIT * up.sign(), up)
+        return (up + 1) * gate * torch.sigmoid(GPT_OSS_ALPHA * gate)
     gates = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
     return pointwise(gate, gates[activation]) * up
 

@@ -11,23 +11,20 @@ import contextlib
 import importlib
 import importlib.util
 import os
-import sys
-from collections.abc import Callable, Iterator
-from functools import cache, wraps
+from collections.abc import Iterator
+from functools import cache
 from types import ModuleType
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
 from moe_triton.backends.protocols import DispatchBackend, ExpertsBackend, RoutingBackend
 from moe_triton.checks import check_choice
+from moe_triton.torch_internals import constant_while_compiling
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 OLDEST_CAPABILITY = (8, 0)  # asynchronous copies and bf16 matrix instructions
-
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Choice(NamedTuple):
@@ -35,30 +32,6 @@ class Choice(NamedTuple):
 
     name: str
     reason: str
-
-
-def constant_while_compiling(function: Function) -> Function:
-    """What `torch.compiler.assume_constant_result` does, without importing the compiler, which takes seconds."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
-def never_compiled(function: Function) -> Function:
-    """What `torch.compiler.disable` does, without importing the compiler where nothing is compiled."""
-
-    @wraps(function)
-    def call(*args: Any, **arguments: Any) -> Any:
-        if "torch._dynamo" not in sys.modules:
-            return function(*args, **arguments)
-        return _disabled(function)(*args, **arguments)
-
-    call._torchdynamo_disable = True  # type: ignore[attr-defined]
-    return cast(Function, call)
-
-
-@cache
-def _disabled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compiler.disable(function)
 
 
 def interpreting() -> bool:
@@ -143,11 +116,6 @@ def plain_maths(tensor: torch.Tensor) -> Iterator[None]:
         torch.cuda.device_of(tensor),
     ):
         yield
-
-
-def recomputing() -> bool:
-    """True while activation checkpointing runs a forward again inside backward: nothing may be counted twice there."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def routing_backend(name: str) -> RoutingBackend:

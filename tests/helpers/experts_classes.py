@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig
 
-from moe_triton.integrations.swap import EXPERTS
+from moe_triton.swap import EXPERTS
 from tests.helpers.experts_modules import D, E, N
 
 MODELS = Path(transformers.__file__).parent / "models"

@@ -19,11 +19,10 @@ from moe_triton.autograd.flat import ROWS, Form, call_of, flatten_gradients, for
 from moe_triton.autograd.transforms import (
     TransformedGradient,
     call_per_sample,
-    has_no_data,
-    is_transforming,
     refuse_jvp,
 )
 from moe_triton.records import ExpertCall, ExpertParameters, ExpertSpec, Wanted
+from moe_triton.torch_internals import has_no_data, is_transforming
 
 
 def run_experts(call: ExpertCall, *, recompute: bool = False, backend: str = "auto") -> Tensor:

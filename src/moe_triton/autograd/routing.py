@@ -13,12 +13,11 @@ from moe_triton import runtime
 from moe_triton.autograd.transforms import (
     TransformedGradient,
     call_per_sample,
-    has_no_data,
-    is_transforming,
     refuse_jvp,
 )
 from moe_triton.records import RouterSpec
 from moe_triton.reference import wide
+from moe_triton.torch_internals import has_no_data, is_transforming
 
 
 def run_route(

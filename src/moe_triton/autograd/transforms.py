@@ -1,4 +1,4 @@
-"""What the autograd Functions need under torch.func transforms, and on tensors that have no data."""
+"""What the autograd Functions need under torch.func transforms."""
 
 from __future__ import annotations
 
@@ -7,18 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
-
-
-def has_no_data(tensor: Tensor) -> bool:
-    """Return whether a tensor has a shape and no values: on the meta device, or under FakeTensorMode."""
-    return tensor.is_meta or isinstance(tensor, FakeTensor)
-
-
-def is_transforming() -> bool:
-    """Return whether a torch.func transform or forward-mode differentiation is active."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def refuse_jvp(name: str) -> Any:

@@ -11,17 +11,14 @@ import torch
 from torch import Tensor
 
 from moe_triton.benchmarking.cases import Case, Workload
+from moe_triton.torch_internals import onednn_has_bf16, onednn_linear
 
 Product = tuple[Tensor, Tensor, Tensor]  # (a, b, out): a @ b
 SMALL_TOKENS = 256  # up to here reading the weights bounds the time, so the bandwidth floor is shown
 CPU_BUFFER_BYTES = 256 << 20  # far beyond the caches
 GPU_BUFFER_BYTES = 2 << 30
 # oneDNN's own product: torch.mm takes MKL for float32, which is half as fast on some CPUs. None where torch lacks it.
-ONEDNN = (
-    torch.ops.mkldnn._linear_pointwise.default
-    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    else None
-)
+ONEDNN = onednn_linear()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +52,7 @@ def by_onednn(parts: Sequence[Product], linear: Callable[..., Tensor]) -> Callab
 
 def onednn_dtypes() -> tuple[torch.dtype, ...]:
     """What oneDNN's product takes: bf16 only on processors that oneDNN has bf16 kernels for."""
-    has_bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return (torch.float32, torch.bfloat16) if has_bf16 else (torch.float32,)
+    return (torch.float32, torch.bfloat16) if onednn_has_bf16() else (torch.float32,)
 
 
 def fastest(parts: Sequence[Product], clock: Callable[[], float] = time.perf_counter) -> tuple[Callable[[], None], str]:

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from moe_triton.distributed.gradients import REDUCED, sum_over
 from moe_triton.distributed.groups import Group, ParallelGroups, number_of_ranks
 from moe_triton.distributed.parameters import check_rule, data_groups, expert_parameters
+from moe_triton.torch_internals import ignore_in_ddp
 
 
 def wrap_ddp(model: nn.Module, groups: ParallelGroups | None = None, **arguments: object) -> DistributedDataParallel:
@@ -36,7 +37,7 @@ def wrap_ddp(model: nn.Module, groups: ParallelGroups | None = None, **arguments
     if any(parallel.redundant_experts for parallel in experts.values()):
         raise ValueError("model: got layers with redundant_experts, whose gradients reduce_gradients has to sum")
     ignored = [name for name, parameter in model.named_parameters() if parameter in experts]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+    ignore_in_ddp(model, ignored)
     handle = over[0].handle if over else (groups.dp.handle if groups is not None else None)
     wrapped = DistributedDataParallel(model, process_group=handle, **arguments)  # type: ignore[arg-type]
     num_ranks = number_of_ranks(over)

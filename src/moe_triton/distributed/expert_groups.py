@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from moe_triton.checks import check_int
 from moe_triton.distributed.groups import ALONE, Group, ParallelGroups, group_from_handle, group_of_one, my_group
+from moe_triton.torch_internals import root_mesh
 
 SPREAD = ("ep", "edp", "etp")  # a mesh's dimensions over which tokens are spread
 REPEATED = ("tp", "pp")  # those over which they are not: ranks with the same tokens, or with other layers
@@ -87,7 +88,7 @@ def _groups_of_mesh(mesh: DeviceMesh) -> ExpertGroups:
 
 def _sliced_off(mesh: DeviceMesh) -> dict[str, int]:
     """The dimensions, by name, of the mesh that this one was sliced from, along which it is one of several."""
-    root = mesh._get_root_mesh()
+    root = root_mesh(mesh)
     places = torch.isin(root.mesh, mesh.mesh.flatten()).nonzero()
     return {
         name: size

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from moe_triton.distributed.rank_tables import KINDS, RankTables, plan
+from moe_triton.torch_internals import timeout_of
 
 # torch 2.13 has renamed it, and warns of the old name
 all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -113,8 +114,8 @@ def default_timeout() -> timedelta:
     """What init_process_group was given. new_group would take 30 minutes where it is not told."""
     world = dist.group.WORLD
     assert world is not None
-    options = world._get_backend(torch.device(device_type())).options
-    return dist.default_pg_timeout if options is None else options._timeout  # the "fake" backend has none
+    timeout = timeout_of(world, torch.device(device_type()))
+    return dist.default_pg_timeout if timeout is None else timeout
 
 
 # by the default group, for as long as there is that one; then by members and time-out

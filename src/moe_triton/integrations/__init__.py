@@ -1,1 +1,1 @@
-"""Other people's models: transformers' experts interface, and `swap` for whole models."""
+"""Other people's models: transformers' experts interface."""

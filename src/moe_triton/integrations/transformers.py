@@ -15,13 +15,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from moe_triton.checks import FLOATS
 from moe_triton.experts import moe_mlp
 from moe_triton.integrations.called_gate import called_gate_mlp
-from moe_triton.reference import activate, wide
-from moe_triton.runtime import constant_while_compiling
+from moe_triton.reference import GPT_OSS_ALPHA, GPT_OSS_LIMIT, activate, wide
+from moe_triton.torch_internals import constant_while_compiling, real_tensors
 
 KEY = "moe_triton"
 
@@ -49,7 +48,6 @@ CLAMPED_GATES = {
     ),
     f"{_MODELS}.minimax_m3_vl.modeling_minimax_m3_vl.MiniMaxM3VLExperts": ("swiglu_alpha", "swiglu_limit", True),
 }
-ALPHA, LIMIT = 1.702, 7.0
 
 # Activations by exact class; a subclass may compute something else.
 POINTWISE = {
@@ -206,7 +204,7 @@ def fused_activation(module: nn.Module) -> str | None:
     if known is None:
         return None
     alpha_name, limit_name, is_concatenated = known
-    if (getattr(module, alpha_name, None), getattr(module, limit_name, None)) != (ALPHA, LIMIT):
+    if (getattr(module, alpha_name, None), getattr(module, limit_name, None)) != (GPT_OSS_ALPHA, GPT_OSS_LIMIT):
         return None
     if _flag(module, "is_concatenated") != is_concatenated:
         return None
@@ -258,9 +256,9 @@ def computes_gpt_oss(gate: Any, alpha_name: str, limit_name: str, is_concatenate
 
 @lru_cache(maxsize=16)
 def _tried_as_gpt_oss(gate: Any, alpha_name: str, limit_name: str, is_concatenated: bool) -> bool:
-    with _disable_current_modes(), torch.no_grad():  # real numbers, also while torch.export traces with fake ones
+    with real_tensors(), torch.no_grad():
         numbers = (20 * torch.arange(256, dtype=torch.float64, device="cpu").sin()).view(16, 16)
-        module = SimpleNamespace(**{alpha_name: ALPHA, limit_name: LIMIT})
+        module = SimpleNamespace(**{alpha_name: GPT_OSS_ALPHA, limit_name: GPT_OSS_LIMIT})
         return torch.allclose(gate(module, numbers), activate(numbers, "gpt_oss", is_concatenated), rtol=1e-12, atol=0)
 
 

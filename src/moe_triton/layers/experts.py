@@ -23,6 +23,7 @@ from moe_triton.layers.load import CountsLoad
 from moe_triton.records import ACTIVATIONS, GATED, Dispatch, ExpertCall, ExpertParameters, ExpertSpec
 from moe_triton.reference import activate
 from moe_triton.runtime import autocast_dtype
+from moe_triton.torch_internals import inside_fsdp1, is_fsdp2_class
 
 
 class Experts(CountsLoad):
@@ -262,8 +263,8 @@ def uncast(weights: Tensor | Uncast) -> Tensor:
 
 def casts_inputs(module: nn.Module) -> bool:
     """Whether the module is Experts that are a unit of FSDP2, which changes their class, or FSDP1, which wraps them."""
-    inner = module._modules.get("_fsdp_wrapped_module", module)
-    return isinstance(inner, Experts) and (inner is not module or hasattr(type(module), "_get_fsdp_state"))
+    inner = inside_fsdp1(module)
+    return isinstance(inner, Experts) and (inner is not module or is_fsdp2_class(type(module)))
 
 
 class FeedForward(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moe_triton.runtime import recomputing
+from moe_triton.torch_internals import recomputing
 
 
 class CountsLoad(nn.Module):

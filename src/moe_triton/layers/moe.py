@@ -19,7 +19,8 @@ from moe_triton.distributed.exchange.overlap import Deferred
 from moe_triton.layers.experts import Experts, FeedForward, Uncast, casts_inputs
 from moe_triton.layers.router import Router
 from moe_triton.records import PRIORITIES, Routing
-from moe_triton.runtime import BACKENDS, never_compiled
+from moe_triton.runtime import BACKENDS
+from moe_triton.torch_internals import never_compiled
 
 
 class MoEOutput(NamedTuple):

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from moe_triton.records import ExpertSpec
+from moe_triton.reference import GPT_OSS_ALPHA, GPT_OSS_LIMIT
 
 aten = torch.ops.aten
 GATE = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
-GPT_OSS_ALPHA, GPT_OSS_LIMIT = 1.702, 7.0
 
 
 def activate(h_SN: Tensor, spec: ExpertSpec) -> Tensor:

@@ -5,25 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moe_triton.torch_internals import onednn_has_bf16, onednn_linear
+
 ROW_QUANTUM = 16
 HAS_AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 # oneDNN's fp32 product, which torch otherwise uses only in compiled graphs. On CPUs with AVX-512 that are not Intel's
 # it runs at about twice the speed of torch.mm (MKL); without AVX-512 it is the slower one (benchmarks/NOTES.md).
-_ONEDNN_LINEAR = (
-    torch.ops.mkldnn._linear_pointwise.default
-    if HAS_ONEDNN and hasattr(torch.ops.mkldnn, "_linear_pointwise") and HAS_AVX512
-    else None
-)
-_COMPILES_PER_SHAPE = HAS_ONEDNN and HAS_AVX512
+_ONEDNN_LINEAR = onednn_linear() if HAS_AVX512 else None
+_COMPILES_PER_SHAPE = torch.backends.mkldnn.is_available() and HAS_AVX512
 
 # Up to how many rows an expert may share one batched product with its neighbours, forward and backward, by dtype; not
 # at all in other dtypes. MKL's gives every thread products of its own, which is faster until they are long; backward,
 # where more is done to the padding, the gain ends sooner. oneDNN's pays where the weights' bytes rule the time; without
 # oneDNN a batched product in bf16 is a naive loop in torch.
 _MOST_BATCHED_ROWS: dict[torch.dtype, tuple[int, int]] = {}
-if HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+if onednn_has_bf16():
     _MOST_BATCHED_ROWS[torch.bfloat16] = (32, 32)
 if torch.backends.mkl.is_available() and not HAS_AVX512:
     _MOST_BATCHED_ROWS[torch.float32] = (320, 48)

@@ -26,6 +26,7 @@ from moe_triton.benchmarking.providers.block import (
     require_swiglu,
     share,
 )
+from moe_triton.reference import GPT_OSS_ALPHA, GPT_OSS_LIMIT
 
 
 def tensor(parameter: Parameter) -> Tensor:
@@ -228,7 +229,7 @@ def triton_kernels(workload: Workload) -> Block:
         up_bias = (interleave(up_bias[:, :, None])[:, :, 0] if is_fused else up_bias).float()
         down_bias = down_bias.float()
     specs = FnSpecs("swiglu", swiglu_fn, ("alpha", "limit"), reduction_n=2)
-    fused = FusedActivation(specs, (1.702, 7.0)) if is_fused else None
+    fused = FusedActivation(specs, (GPT_OSS_ALPHA, GPT_OSS_LIMIT)) if is_fused else None
     activation = compiled_activation(case.activation, "cuda")
 
     def forward(x: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from moe_triton.torch_internals import WRAPPERS, compiled_module, shards
+
 Offset = tuple[int, ...]
 
 
@@ -90,7 +92,7 @@ def as_global(tensor: Tensor, layout: ExpertLayout | None) -> GlobalTensor:
         layout.spread(shape, spans)
     boxes: dict[Offset, Tensor] = {}
     copies = []
-    for start, local in _shards(tensor.detach()):
+    for start, local in shards(tensor.detach()):
         for spot in itertools.product(*spans):
             lows = [max(span.start, low) for span, low in zip(spot, start, strict=True)]
             highs = [min(span.stop, low + n) for span, low, n in zip(spot, start, local.shape, strict=True)]
@@ -104,14 +106,6 @@ def as_global(tensor: Tensor, layout: ExpertLayout | None) -> GlobalTensor:
                 copies.append((offset, view))
             boxes.setdefault(offset, view)
     return GlobalTensor(shape=tuple(shape), dtype=tensor.dtype, boxes=boxes, copies=copies)
-
-
-def _shards(tensor: Tensor) -> list[tuple[Offset, Tensor]]:
-    """(offset, what is here): of a DTensor, in the words of torch.distributed.checkpoint's protocol for it."""
-    if not hasattr(tensor, "__create_chunk_list__"):
-        return [((0,) * tensor.dim(), tensor)]
-    chunks: list[Any] = tensor.__create_chunk_list__()
-    return [(tuple(chunk.offsets), tensor.to_local()) for chunk in chunks]  # type: ignore[attr-defined]
 
 
 class ModelTensor(NamedTuple):
@@ -169,9 +163,6 @@ def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # of torch.compile and of activation checkpointing
-
-
 def _plain(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
@@ -180,8 +171,8 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model._modules["_orig_mod"]  # type: ignore[assignment]
+        elif (inner := compiled_module(model)) is not None:
+            model = inner
         else:
             return model
 

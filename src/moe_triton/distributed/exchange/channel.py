@@ -14,11 +14,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import record_function
-from torch.utils.checkpoint import _StopRecomputationError
 
 from moe_triton.distributed.errors import ConfigurationMismatch, ExpertParallelError
 from moe_triton.distributed.exchange.failure_board import FailureBoard, failure_board, identity, logger
 from moe_triton.distributed.groups import Group, all_gather_single, device_type
+from moe_triton.torch_internals import ends_recomputation
 
 Listener = Callable[[str], None]
 
@@ -207,7 +207,7 @@ class report_failure:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, _trace: object) -> None:
-        if error is None or hasattr(error, "was_reported") or isinstance(error, _StopRecomputationError):
+        if error is None or hasattr(error, "was_reported") or ends_recomputation(error):
             return
         error.was_reported = True  # type: ignore[attr-defined]
         if not dist.is_initialized():

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.nn.parallel import DistributedDataParallel
 
 from moe_triton import runtime
 from moe_triton.autograd.experts import in_autocast_dtype
@@ -35,6 +34,7 @@ from moe_triton.distributed.exchange.transport import (
 from moe_triton.distributed.expert_groups import all_ep_groups, expert_groups, two_levels
 from moe_triton.distributed.groups import Group, ParallelGroups, number_of_ranks
 from moe_triton.records import Dispatch, ExpertCall
+from moe_triton.torch_internals import active_ddp, never_compiled
 
 MODES = ("dropless", "capacity", "bounded", "allgather")
 LOSS_REDUCTIONS = ("sum", "mean")
@@ -197,7 +197,7 @@ class ExpertParallel:
             out = self.exchange(call.hidden, call.weights, call.dispatched, experts, parameters, layer, overlap_with)
             return out.to(dtype)
 
-    @runtime.never_compiled  # the order of collectives is Python's
+    @never_compiled  # the order of collectives is Python's
     def exchange(
         self,
         hidden: Tensor,
@@ -247,7 +247,7 @@ class ExpertParallel:
         if experts.backend == "reference":
             raise ValueError("backend: got 'reference' with expert parallelism, wanted 'auto', 'triton' or 'torch'")
         self.check()
-        if (wrapper := DistributedDataParallel._get_active_ddp_module()) is not None:
+        if (wrapper := active_ddp()) is not None:
             from moe_triton.distributed.ddp import refuse_plain_ddp  # which imports this file
 
             refuse_plain_ddp(wrapper)
@@ -263,7 +263,7 @@ class ExpertParallel:
                     f"max_rows_per_pair={self.max_rows_per_pair}; they were left out"
                 )
 
-    @runtime.never_compiled
+    @never_compiled
     def global_counts(self, counts: Tensor, num_tokens: Tensor, layer: str) -> tuple[Tensor, Tensor]:
         """Counts [E] and the number of tokens [], summed over all ranks that have tokens of their own; no gradient."""
         both = torch.cat([counts.double(), num_tokens.reshape(1).double()])

@@ -28,6 +28,7 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 
 from moe_triton.distributed.groups import Group
+from moe_triton.torch_internals import default_store, group_names
 
 T = TypeVar("T")
 Identity = tuple[int, int, int]  # hash of where its process id is valid, process id, its start in clock ticks
@@ -196,7 +197,7 @@ class FailureBoard:
 
     def _counts(self) -> dict[str, int]:
         """Return the number of collectives issued, for every group that this rank is in."""
-        return {name: self.issued[name] for name in dist.distributed_c10d._world.pg_names.values()}
+        return {name: self.issued[name] for name in group_names()}
 
     def _read(self) -> bool:
         """Read the reports written since the last call; False where the store does not answer."""
@@ -246,7 +247,7 @@ def failure_board() -> FailureBoard:
     world = dist.group.WORLD
     assert world is not None
     if world not in _boards:
-        _boards[world] = FailureBoard(store=dist.distributed_c10d._get_default_store())
+        _boards[world] = FailureBoard(store=default_store())
     return _boards[world]
 
 

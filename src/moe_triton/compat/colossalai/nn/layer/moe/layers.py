@@ -21,7 +21,7 @@ from moe_triton.compat.colossalai.nn.layer.moe.routers import MoeRouter, Top1Rou
 from moe_triton.compat.colossalai.nn.layer.moe.utils import NormalNoiseGenerator, UniformNoiseGenerator
 from moe_triton.records import Routing
 from moe_triton.reference import wide
-from moe_triton.runtime import recomputing
+from moe_triton.torch_internals import recomputing
 
 NOISY_POLICIES = (None, "Jitter", "Gaussian")
 

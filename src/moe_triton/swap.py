@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -100,7 +100,7 @@ def swap(model: nn.Module, *, backend: str = "auto") -> SwapReport:
 
 
 def transformers_experts(model: nn.Module, name: str, module: nn.Module, backend: str) -> Swapped | Skipped | None:
-    """An experts module whose class has transformers' `use_experts_implementation`."""
+    """Switch an experts module whose class has transformers' `use_experts_implementation`."""
     if not _dispatches(module):
         return None
     reason = _obstacle(module)
@@ -125,15 +125,38 @@ def transformers_experts(model: nn.Module, name: str, module: nn.Module, backend
     return Swapped(name, _kind(module), f"experts_implementation={key!r}, backend={backend!r}: {how}")
 
 
+def deepspeed_layer(model: nn.Module, name: str, module: nn.Module, backend: str) -> Swapped | Skipped | None:
+    """Replace DeepSpeed's MoE by ours. Nothing of DeepSpeed is imported before such a layer is met."""
+    upstream = sys.modules.get("deepspeed.moe.layer")
+    if upstream is None or not isinstance(module, upstream.MoE):
+        return None
+    from moe_triton.compat.deepspeed import convert
+
+    reason = convert.obstacle(module)
+    if reason is None and name == "":
+        reason = "is the model itself: there is nothing above it to put another layer into"
+    if reason is not None:
+        return Skipped(name, _kind(module), reason)
+    layer = convert.from_upstream(module, backend)
+    for parent in list(model.modules()):  # a shared layer is replaced wherever it is
+        for key, child in parent._modules.items():
+            if child is module:
+                parent._modules[key] = layer
+    mlp = layer.deepspeed_moe.experts.mlp
+    how = "called one by one" if mlp is None else f"fused, {mlp.activation}"
+    return Swapped(name, _kind(module), f"moe_triton.compat.deepspeed.layer.MoE, backend={backend!r}: experts {how}")
+
+
 def own(model: nn.Module, name: str, module: nn.Module, backend: str) -> Skipped | None:
-    """A layer of ours."""
-    if isinstance(module, (MoE, Experts)):
+    """Leave a layer of ours as it is."""
+    compat = sys.modules.get("moe_triton.compat.deepspeed.layer")
+    if isinstance(module, (MoE, Experts)) or (compat is not None and isinstance(module, compat.MoE)):
         return Skipped(name, _kind(module), "is moe_triton's own already")
     return None
 
 
 def unknown_experts(model: nn.Module, name: str, module: nn.Module, backend: str) -> Skipped | None:
-    """Stacked weights, or a list of modules, called experts: something that nobody above recognised."""
+    """List stacked weights, or a list of modules, called experts that no recogniser above knows."""
     if not EXPERTS.search(type(module).__name__) and not EXPERTS.search(name.rpartition(".")[2]):
         return None
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
@@ -143,14 +166,7 @@ def unknown_experts(model: nn.Module, name: str, module: nn.Module, backend: str
     return Skipped(name, _kind(module), UNKNOWN) if stacked else None
 
 
-Recognizer = Callable[[nn.Module, str, nn.Module, str], Swapped | Skipped | None]
-RECOGNIZERS: list[Recognizer] = [transformers_experts, own, unknown_experts]  # the first that knows a module has it
-
-
-def register_recognizer(recognizer: Recognizer) -> None:
-    """Let a room above this one recognise other people's layers; it is asked before the ones that are here."""
-    RECOGNIZERS.insert(0, recognizer)
-
+RECOGNIZERS = (own, transformers_experts, deepspeed_layer, unknown_experts)  # the first that knows a module has it
 
 EXPERTS = re.compile(r"[Ee]xperts?([A-Z]|$)")
 BLOCK = re.compile(r"(MoE|Moe|MOE|MixtureOfExperts)(Block|Layer)?$")

@@ -1,0 +1,159 @@
+"""Every private name of torch that is in use here, each behind a function.
+
+Private names change without notice. tests/test_torch_internals.py has a test of each; it passed on torch 2.11.0, 2.13.0
+and 2.14.1, on CPUs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from functools import cache, wraps
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.checkpoint import _StopRecomputationError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# The names under which torch.compile and activation checkpointing keep the module that they wrap.
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
+
+
+# The compiler ---------------------------------------------------------------------------------------------------------
+
+
+def constant_while_compiling(function: Function) -> Function:
+    """Do what `torch.compiler.assume_constant_result` does, without importing the compiler, which takes seconds."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def never_compiled(function: Function) -> Function:
+    """Do what `torch.compiler.disable` does, without importing the compiler where nothing is compiled."""
+
+    @wraps(function)
+    def call(*args: Any, **arguments: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **arguments)
+        return _disabled(function)(*args, **arguments)
+
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return cast(Function, call)
+
+
+@cache
+def _disabled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compiler.disable(function)
+
+
+def compiled_module(module: nn.Module) -> nn.Module | None:
+    """Return the module that torch.compile has wrapped in this one."""
+    return module._modules.get("_orig_mod")
+
+
+# Autograd, its transforms, and modes ----------------------------------------------------------------------------------
+
+
+def recomputing() -> bool:
+    """Return whether activation checkpointing runs a forward again inside backward: nothing is counted twice there."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def ends_recomputation(error: object) -> bool:
+    """Return whether this is the exception with which activation checkpointing ends a recomputation early."""
+    return isinstance(error, _StopRecomputationError)
+
+
+def is_transforming() -> bool:
+    """Return whether a torch.func transform or forward-mode differentiation is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def has_no_data(tensor: Tensor) -> bool:
+    """Return whether a tensor has a shape and no values: on the meta device, or under FakeTensorMode."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
+def real_tensors() -> AbstractContextManager[Any]:
+    """Leave all modes, so that new tensors have values also while torch.export traces with fake ones."""
+    return _disable_current_modes()
+
+
+# oneDNN ---------------------------------------------------------------------------------------------------------------
+
+
+def onednn_linear() -> Callable[..., Tensor] | None:
+    """Return oneDNN's x @ w.T + bias, called as (x, w, bias, "none", [], ""); None where this torch has none.
+
+    torch itself uses it for float32 in compiled graphs only.
+    """
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return None
+    return cast(Callable[..., Tensor], torch.ops.mkldnn._linear_pointwise.default)
+
+
+def onednn_has_bf16() -> bool:
+    """Return whether oneDNN has bf16 kernels for this processor."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+# torch.distributed ----------------------------------------------------------------------------------------------------
+
+
+def default_store() -> dist.Store:
+    """Return the store of the default process group."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def group_names() -> Collection[str]:
+    """Return the names of the process groups that this rank is in."""
+    return dist.distributed_c10d._world.pg_names.values()
+
+
+def timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta | None:
+    """Return the time-out of a group's collectives on a device; None where its backend has none, as "fake" has not."""
+    options = group._get_backend(device).options
+    return None if options is None else options._timeout
+
+
+def root_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """Return the mesh that this one was sliced from, or the mesh itself."""
+    return mesh._get_root_mesh()
+
+
+def shards(tensor: Tensor) -> list[tuple[tuple[int, ...], Tensor]]:
+    """Return (offset, part) of what is here of a DTensor, by its protocol for checkpoints; a plain tensor is whole."""
+    if not hasattr(tensor, "__create_chunk_list__"):
+        return [((0,) * tensor.dim(), tensor)]
+    chunks: list[Any] = tensor.__create_chunk_list__()
+    return [(tuple(chunk.offsets), tensor.to_local()) for chunk in chunks]  # type: ignore[attr-defined]
+
+
+def ignore_in_ddp(model: nn.Module, names: list[str]) -> None:
+    """Make a DistributedDataParallel that is put around the model later leave these parameters alone."""
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+
+
+def active_ddp() -> DistributedDataParallel | None:
+    """Return the DistributedDataParallel whose forward pass is running."""
+    return DistributedDataParallel._get_active_ddp_module()
+
+
+def inside_fsdp1(module: nn.Module) -> nn.Module:
+    """Return the module that FSDP1 has wrapped in this one, or the module itself."""
+    return module._modules.get("_fsdp_wrapped_module") or module
+
+
+def is_fsdp2_class(cls: type) -> bool:
+    """Return whether FSDP2 has made this class, which it gives to the modules that it shards."""
+    return hasattr(cls, "_get_fsdp_state")

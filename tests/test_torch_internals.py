@@ -1,0 +1,162 @@
+"""What is expected of torch's private names: each test fails where torch has changed or removed one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp._common_utils import FSDP_WRAPPED_MODULE
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from moe_triton import torch_internals
+from tests.helpers.compare import assert_close
+
+
+@pytest.fixture
+def world() -> Iterator[Any]:
+    """A default process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=77))
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_a_constant_while_compiling():
+    calls = []
+
+    @torch_internals.constant_while_compiling
+    def three() -> int:
+        calls.append(torch.compiler.is_compiling())
+        return 3
+
+    compiled = torch.compile(lambda x: x * three(), backend="eager", fullgraph=True)
+    for _ in range(2):
+        assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 3.0))
+    assert len(calls) == 1
+    assert vars(three) == vars(torch.compiler.assume_constant_result(lambda: 3))
+
+
+def test_a_function_that_is_never_compiled():
+    compiling = []
+
+    @torch_internals.never_compiled
+    def double(x: torch.Tensor) -> torch.Tensor:
+        compiling.append(torch.compiler.is_compiling())
+        return 2 * x
+
+    assert torch.equal(torch.compile(lambda x: double(x + 1), backend="eager")(torch.ones(2)), torch.full((2,), 4.0))
+    assert compiling == [False]
+    assert double._torchdynamo_disable is torch.compiler.disable(lambda: 0)._torchdynamo_disable is True
+
+
+def test_the_names_that_wrappers_give():
+    inner = nn.Linear(2, 2)
+    compiled = torch.compile(inner)
+    assert torch_internals.compiled_module(compiled) is inner
+    assert torch_internals.compiled_module(inner) is None
+    found = [list(dict(module.named_modules()))[1] for module in (compiled, checkpoint_wrapper(inner))]
+    assert tuple(found) == torch_internals.WRAPPERS
+
+
+def test_recomputation():
+    seen, errors = [], []
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        seen.append(torch_internals.recomputing())
+        try:
+            return x.sin().sin()
+        except BaseException as error:
+            errors.append(error)
+            raise
+
+    checkpoint(forward, torch.ones(2, requires_grad=True), use_reentrant=False).sum().backward()
+    assert seen == [False, True]
+    assert [torch_internals.ends_recomputation(error) for error in (*errors, ValueError())] == [True, False]
+
+
+def test_transforms():
+    seen = []
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        seen.append(torch_internals.is_transforming())
+        return x.sum()
+
+    forward(torch.ones(2))
+    torch.func.vmap(forward)(torch.ones(2, 2))
+    torch.func.grad(forward)(torch.ones(2))
+    with forward_ad.dual_level():
+        forward(torch.ones(2))
+    forward(torch.ones(2))
+    assert seen == [False, True, True, True, False]
+
+
+def test_fake_and_real_tensors():
+    assert torch_internals.has_no_data(torch.empty(2, device="meta"))
+    assert not torch_internals.has_no_data(torch.ones(2))
+    with FakeTensorMode():
+        assert torch_internals.has_no_data(torch.ones(2))
+        with torch_internals.real_tensors():
+            assert torch.ones(2).tolist() == [1, 1]
+
+
+def test_onednn():
+    linear = torch_internals.onednn_linear()
+    if not torch.backends.mkldnn.is_available():
+        assert linear is None
+        assert not torch_internals.onednn_has_bf16()
+        return
+    x, weight, bias = torch.randn(3, 5), torch.randn(4, 5), torch.randn(4)
+    assert_close(linear(x, weight, bias, "none", [], ""), F.linear(x, weight, bias))
+    has_avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    assert torch_internals.onednn_has_bf16() >= has_avx512
+
+
+def test_process_groups(world):
+    torch_internals.default_store().set("key", "value")
+    assert torch_internals.default_store().get("key") == b"value"
+    made = dist.new_group([0], timeout=timedelta(seconds=55))
+    assert {world.group_name, made.group_name} == set(torch_internals.group_names())
+    found = [torch_internals.timeout_of(group, torch.device("cpu")) for group in (world, made)]
+    assert found == [timedelta(seconds=77), timedelta(seconds=55)]
+
+
+def test_meshes_and_sharded_tensors(world):
+    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("rows", "copies"))
+    assert torch_internals.root_mesh(mesh["rows"]) == torch_internals.root_mesh(mesh) == mesh
+    whole = torch.randn(3, 2)
+    for tensor in (whole, distribute_tensor(whole, mesh, [Shard(0), Replicate()])):
+        [(offset, part)] = torch_internals.shards(tensor)
+        assert offset == (0, 0)
+        assert torch.equal(part, whole)
+
+
+def test_data_parallel_wrappers(world):
+    seen = []
+    model = nn.Linear(2, 2)
+    model.register_forward_hook(lambda *_: seen.append(torch_internals.active_ddp()))
+    torch_internals.ignore_in_ddp(model, ["bias"])
+    wrapped = DistributedDataParallel(model)
+    wrapped(torch.ones(1, 2)).sum().backward()
+    assert seen == [wrapped]
+    assert torch_internals.active_ddp() is None
+    assert wrapped.parameters_to_ignore == {"bias"}
+
+
+def test_fully_sharded_modules(world):
+    module = nn.Linear(2, 2)
+    assert torch_internals.inside_fsdp1(module) is module
+    assert torch_internals.inside_fsdp1(nn.ModuleDict({FSDP_WRAPPED_MODULE: module})) is module
+    assert not torch_internals.is_fsdp2_class(type(module))
+    assert torch_internals.is_fsdp2_class(type(fully_shard(module, mesh=init_device_mesh("cpu", (1,)))))
