@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_triton.backends.torch import blocks, cpu, experts_cpu, experts_device, memory
+from moe_triton.backends.torch import blocks, cpu, experts_cpu, experts_device, grouped, memory
 from moe_triton.records import ACTIVATIONS, Dispatch, ExpertSpec
 from tests.helpers import problems
 from tests.helpers.compare import TOLERANCE, assert_close
@@ -247,7 +247,7 @@ def test_the_device_way_with_grouped_mm(
         return out
 
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", dirty)
-    monkeypatch.setattr(experts_device, "_can_group", lambda left, right: right.dim() == 3 or grouped_calls == "all")
+    monkeypatch.setattr(grouped, "can_group", lambda left, right: right.dim() == 3 or grouped_calls == "all")
     spec = ExpertSpec(is_transposed=is_transposed)
     problem = make_problem(ragged_choices(SIZES), len(SIZES), spec=spec, dtype=dtype, bias=True, capacity=18, d=16, n=8)
     check_way("device", problem, keep)
