@@ -15,13 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from moe_triton.backends.torch.cpu import padded, shapes_should_recur
-
-SHARED_BLOCK_ROWS = 256  # the most rows of a block whose experts have products of their own
-BATCHED_BLOCK_ROWS = (64, 1280)  # the fewest and the most rows of a block with one batched product
-# MKL's cost of m rows, in rows of a batched product: m + 24, and 1.1 m + 36 for a product alone (benchmarks/NOTES.md).
-BATCHED_OVERHEAD = 24
-ALONE_PER_ROW, ALONE_OVERHEAD = 1.1, 36
+from moe_triton.backends.torch.cpu import CpuPolicy
 
 
 @dataclass(slots=True)
@@ -59,9 +53,10 @@ class Layout:
     row_of_place   [num_places]; row 0 in the padding
     """
 
-    def __init__(self, bounds: Sequence[int], most_batched_rows: int) -> None:
-        """bounds: the offsets [E+1]. most_batched_rows: see `cpu`; 0 also where the weights are not stacked."""
-        self.blocks = cut(bounds, most_batched_rows)
+    def __init__(self, bounds: Sequence[int], policy: CpuPolicy, most_batched_rows: int) -> None:
+        """bounds: the offsets [E+1]. most_batched_rows: the policy's; 0 also where the weights are not stacked."""
+        self.policy = policy
+        self.blocks = cut(bounds, policy, most_batched_rows)
         self.num_places = self.blocks[-1].places.stop if self.blocks else 0
         self.place_of_row = self.row_of_place = torch.arange(bounds[-1])
         self._padding_of: dict[int, Tensor] = {}
@@ -81,7 +76,7 @@ class Layout:
         `values` has a row for every place of the block.
         """
         block = self.blocks[index]
-        if block.is_padded and shapes_should_recur():
+        if block.is_padded and self.policy.shapes_recur:
             filled = block.rows.stop - block.rows.start
             if block.batch is None:
                 values[filled:].zero_()
@@ -121,28 +116,29 @@ class Layout:
         return torch.cat([self.place_of_row, self.place_of_row.new_tensor([self.num_places])])[position]
 
 
-def cut(bounds: Sequence[int], most_batched_rows: int) -> list[Block]:
+def cut(bounds: Sequence[int], policy: CpuPolicy, most_batched_rows: int) -> list[Block]:
     """The blocks; every row is in one, and all of an expert's rows are in the same."""
     sizes = [end - start for start, end in pairwise(bounds)]
-    together = shapes_should_recur() and _may_go_together(sizes, most_batched_rows)
+    together = policy.shapes_recur and _may_go_together(sizes, most_batched_rows)
     blocks: list[Block] = []
     e = place = 0
     while e < len(sizes):
         if sizes[e] == 0 and not together:
             e += 1
             continue
-        stop = len(sizes) if together else _batch_end(sizes, e, most_batched_rows)
+        stop = len(sizes) if together else _batch_end(sizes, e, policy, most_batched_rows)
         rows = slice(bounds[e], bounds[stop])
         last = blocks[-1] if blocks and blocks[-1].batch is None else None
+        most_shared = policy.shared_block_rows - (0 if last is None else last.size)
         if stop > e + 1:
-            each = padded(max(sizes[e:stop]), batched=True)
+            each = policy.padded(max(sizes[e:stop]), batched=True)
             parts = [(i, slice((i - e) * each, (i - e) * each + sizes[i])) for i in range(e, stop) if sizes[i] > 0]
             blocks.append(Block(rows, slice(place, place + (stop - e) * each), parts, batch=slice(e, stop)))
-        elif last is not None and not last.is_padded and padded(sizes[e]) == sizes[e] <= SHARED_BLOCK_ROWS - last.size:
+        elif last is not None and not last.is_padded and policy.padded(sizes[e]) == sizes[e] <= most_shared:
             parts = [*last.parts, (e, slice(last.size, last.size + sizes[e]))]
             blocks[-1] = Block(slice(last.rows.start, rows.stop), slice(last.places.start, place + sizes[e]), parts)
         else:
-            each = padded(sizes[e])
+            each = policy.padded(sizes[e])
             blocks.append(Block(rows, slice(place, place + each), [(e, slice(0, each))]))
         place = blocks[-1].places.stop
         e = stop
@@ -154,23 +150,24 @@ def _may_go_together(sizes: Sequence[int], most_rows: int) -> bool:
     return max(sizes) <= most_rows and 4 * sum(size > 0 for size in sizes) >= 3 * len(sizes)
 
 
-def _batch_end(sizes: Sequence[int], first: int, most_rows: int) -> int:
+def _batch_end(sizes: Sequence[int], first: int, policy: CpuPolicy, most_rows: int) -> int:
     """Where the experts end that go with `first` into one batched product, since that costs less; first + 1 if none."""
-    if shapes_should_recur():  # a batch of some experts would be a new shape in every call
+    if policy.shapes_recur:  # a batch of some experts would be a new shape in every call
         return first + 1
-    fewest_places, most_places = BATCHED_BLOCK_ROWS
-    num_threads = torch.get_num_threads()  # each gets at least one product of its own
+    fewest_places, most_places = policy.batched_block_rows
+    num_threads = policy.threads  # each gets at least one product of its own
     end = first + 1
     most, alone = 0, 0.0
     for e in range(first, len(sizes)):
         most = max(most, sizes[e])
         count = e + 1 - first
         if sizes[e] == 0:  # goes with the others if one behind it pays for it
-            if (count + 1) * (most + BATCHED_OVERHEAD) > alone + ALONE_PER_ROW * most + ALONE_OVERHEAD:
+            one_more = policy.alone_per_row * most
+            if (count + 1) * (most + policy.batched_overhead) > alone + one_more + policy.alone_overhead:
                 break
             continue
-        alone += ALONE_PER_ROW * sizes[e] + ALONE_OVERHEAD
-        if most > most_rows or count * most > most_places or count * (most + BATCHED_OVERHEAD) > alone:
+        alone += policy.alone_per_row * sizes[e] + policy.alone_overhead
+        if most > most_rows or count * most > most_places or count * (most + policy.batched_overhead) > alone:
             break
         if count * most >= fewest_places and count >= num_threads:
             end = e + 1
