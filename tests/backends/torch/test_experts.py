@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from dataclasses import fields, replace
 from functools import partial
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -340,7 +341,16 @@ def check_blocks(found: list[blocks.Block], policy: CpuPolicy, sizes: list[int],
         if block.batch is None and len(block.parts) > 1:
             assert not block.is_padded
             assert block.size <= policy.shared_block_rows
+        if block.batch and not policy.shapes_recur:
+            fewest, most = policy.batched_block_rows
+            assert fewest <= block.size <= most
+            assert block.batch.stop - block.batch.start >= policy.threads
+        if block.batch and policy.shapes_recur:
+            assert (block.batch.start, block.batch.stop, len(found)) == (0, len(sizes), 1)
     assert not rows_of
+    for first, second in pairwise(found):  # whatever may share a block does
+        if not (first.batch or second.batch or first.is_padded or second.is_padded):
+            assert first.size + second.parts[0][1].stop > policy.shared_block_rows
 
 
 def check_layout(layout: blocks.Layout) -> None:

@@ -117,42 +117,57 @@ class Layout:
 
 
 def cut(bounds: Sequence[int], policy: CpuPolicy, most_batched_rows: int) -> list[Block]:
-    """The blocks; every row is in one, and all of an expert's rows are in the same."""
+    """Return the blocks; every row is in one, and all of an expert's rows are in the same."""
     sizes = [end - start for start, end in pairwise(bounds)]
-    together = policy.shapes_recur and _may_go_together(sizes, most_batched_rows)
     blocks: list[Block] = []
-    e = place = 0
+    e = 0
     while e < len(sizes):
-        if sizes[e] == 0 and not together:
-            e += 1
-            continue
-        stop = len(sizes) if together else _batch_end(sizes, e, policy, most_batched_rows)
-        rows = slice(bounds[e], bounds[stop])
-        last = blocks[-1] if blocks and blocks[-1].batch is None else None
-        most_shared = policy.shared_block_rows - (0 if last is None else last.size)
+        place = blocks[-1].places.stop if blocks else 0
+        stop = _batch_end(sizes, e, policy, most_batched_rows)
         if stop > e + 1:
-            each = policy.padded(max(sizes[e:stop]), batched=True)
-            parts = [(i, slice((i - e) * each, (i - e) * each + sizes[i])) for i in range(e, stop) if sizes[i] > 0]
-            blocks.append(Block(rows, slice(place, place + (stop - e) * each), parts, batch=slice(e, stop)))
-        elif last is not None and not last.is_padded and policy.padded(sizes[e]) == sizes[e] <= most_shared:
-            parts = [*last.parts, (e, slice(last.size, last.size + sizes[e]))]
-            blocks[-1] = Block(slice(last.rows.start, rows.stop), slice(last.places.start, place + sizes[e]), parts)
-        else:
-            each = policy.padded(sizes[e])
-            blocks.append(Block(rows, slice(place, place + each), [(e, slice(0, each))]))
-        place = blocks[-1].places.stop
+            blocks.append(_batched(bounds, range(e, stop), place, policy))
+        elif sizes[e] > 0:
+            block = _alone(bounds, e, place, policy)
+            shares = bool(blocks) and _may_share(blocks[-1], block, policy)
+            blocks.append(_shared(blocks.pop(), block) if shares else block)
         e = stop
     return blocks
 
 
-def _may_go_together(sizes: Sequence[int], most_rows: int) -> bool:
-    """Whether all experts are one batch: the fullest has few rows, and most have some."""
-    return max(sizes) <= most_rows and 4 * sum(size > 0 for size in sizes) >= 3 * len(sizes)
+def _alone(bounds: Sequence[int], expert: int, place: int, policy: CpuPolicy) -> Block:
+    """Return the block of one expert, which begins at `place`."""
+    rows = slice(bounds[expert], bounds[expert + 1])
+    size = policy.padded(rows.stop - rows.start)
+    return Block(rows, slice(place, place + size), [(expert, slice(0, size))])
+
+
+def _shared(first: Block, second: Block) -> Block:
+    """Return the block of the experts of both, whose products stay their own."""
+    later = [(e, slice(first.size + part.start, first.size + part.stop)) for e, part in second.parts]
+    rows = slice(first.rows.start, second.rows.stop)
+    return Block(rows, slice(first.places.start, second.places.stop), [*first.parts, *later])
+
+
+def _may_share(first: Block, second: Block, policy: CpuPolicy) -> bool:
+    is_full = first.size + second.size > policy.shared_block_rows
+    return first.batch is None and not (first.is_padded or second.is_padded or is_full)
+
+
+def _batched(bounds: Sequence[int], experts: range, place: int, policy: CpuPolicy) -> Block:
+    """Return the block of experts that go through one batched product, each padded to the fullest."""
+    sizes = [bounds[e + 1] - bounds[e] for e in experts]
+    each = policy.padded(max(sizes), batched=True)
+    starts = range(0, each * len(sizes), each)
+    parts = [(e, slice(start, start + n)) for e, start, n in zip(experts, starts, sizes, strict=True) if n > 0]
+    rows, batch = slice(bounds[experts.start], bounds[experts.stop]), slice(experts.start, experts.stop)
+    return Block(rows, slice(place, place + each * len(sizes)), parts, batch)
 
 
 def _batch_end(sizes: Sequence[int], first: int, policy: CpuPolicy, most_rows: int) -> int:
-    """Where the experts end that go with `first` into one batched product, since that costs less; first + 1 if none."""
-    if policy.shapes_recur:  # a batch of some experts would be a new shape in every call
+    """Return where the experts end that go with `first` into one batched product; first + 1 if none does."""
+    if policy.shapes_recur:  # a batch of some experts would be a new shape in every call: all of them, or none
+        return len(sizes) if first == 0 and _may_go_together(sizes, most_rows) else first + 1
+    if sizes[first] == 0:
         return first + 1
     fewest_places, most_places = policy.batched_block_rows
     num_threads = policy.threads  # each gets at least one product of its own
@@ -172,3 +187,8 @@ def _batch_end(sizes: Sequence[int], first: int, policy: CpuPolicy, most_rows: i
         if count * most >= fewest_places and count >= num_threads:
             end = e + 1
     return end
+
+
+def _may_go_together(sizes: Sequence[int], most_rows: int) -> bool:
+    """Return whether all experts are one batch: the fullest has few rows, and most have some."""
+    return max(sizes) <= most_rows and 4 * sum(size > 0 for size in sizes) >= 3 * len(sizes)
