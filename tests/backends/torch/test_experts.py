@@ -293,6 +293,21 @@ def test_memory_is_used_again_once_nothing_lies_in_it(monkeypatch: pytest.Monkey
     assert not any(memory._idle.values())
 
 
+def test_the_environment_turns_the_memory_pool_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    idle: defaultdict[int, deque] = defaultdict(deque)
+    monkeypatch.setattr(memory, "_idle", idle)
+    for value, kept in (("0", 0), ("1", 1)):
+        monkeypatch.setenv("MOE_TRITON_MEMORY_POOL", value)
+        large = memory.empty((3, 500_000), torch.float32)
+        # a buffer of the pool is up to an eighth larger than its tensor
+        assert (large.untyped_storage().nbytes() == large.nbytes) == (value == "0")
+        del large
+        assert sum(map(len, idle.values())) == kept
+    monkeypatch.setenv("MOE_TRITON_MEMORY_POOL", "off")
+    with pytest.raises(ValueError, match="MOE_TRITON_MEMORY_POOL: got 'off', wanted one of 0, 1"):
+        memory.empty((3, 500_000), torch.float32)
+
+
 @pytest.mark.parametrize("size", [1, 17, 4 << 20, (4 << 20) + 1, 123_456_789])
 def test_size_classes(size: int) -> None:
     assert size <= memory.size_class(size) <= size * 9 / 8 + 1
