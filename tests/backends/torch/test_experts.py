@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from dataclasses import fields, replace
 from functools import partial
-from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_triton.backends.torch import blocks, experts_cpu, experts_device, grouped, memory
+from moe_triton.backends.torch import experts_cpu, experts_device, grouped, memory
 from moe_triton.backends.torch.cpu import CpuPolicy, this_cpu
 from moe_triton.records import ACTIVATIONS, Dispatch, ExpertSpec
 from tests.helpers import problems
@@ -276,177 +275,6 @@ def test_used_memory_holds_garbage(way: str, dtype: torch.dtype, monkeypatch: py
     check_way(way, problem)
     assert len(lent) >= 4
     check_way(way, problem)  # in the memory of the first
-
-
-def test_memory_is_used_again_once_nothing_lies_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_idle", defaultdict(deque))
-    first = memory.empty((3, 500_000), torch.float32)
-    address, part = first.data_ptr(), first[1:]
-    del first
-    second = memory.empty((3, 500_000), torch.float32)
-    assert second.data_ptr() != address  # a view is still there
-    del part
-    third = memory.empty((1_490_000,), torch.float32)  # of the same class of sizes
-    assert third.data_ptr() == address
-    monkeypatch.setattr(memory, "MOST_IDLE", 0)
-    del second, third
-    assert not any(memory._idle.values())
-
-
-def test_the_environment_turns_the_memory_pool_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    idle: defaultdict[int, deque] = defaultdict(deque)
-    monkeypatch.setattr(memory, "_idle", idle)
-    for value, kept in (("0", 0), ("1", 1)):
-        monkeypatch.setenv("MOE_TRITON_MEMORY_POOL", value)
-        large = memory.empty((3, 500_000), torch.float32)
-        # a buffer of the pool is up to an eighth larger than its tensor
-        assert (large.untyped_storage().nbytes() == large.nbytes) == (value == "0")
-        del large
-        assert sum(map(len, idle.values())) == kept
-    monkeypatch.setenv("MOE_TRITON_MEMORY_POOL", "off")
-    with pytest.raises(ValueError, match="MOE_TRITON_MEMORY_POOL: got 'off', wanted one of 0, 1"):
-        memory.empty((3, 500_000), torch.float32)
-
-
-@pytest.mark.parametrize("size", [1, 17, 4 << 20, (4 << 20) + 1, 123_456_789])
-def test_size_classes(size: int) -> None:
-    assert size <= memory.size_class(size) <= size * 9 / 8 + 1
-    assert memory.size_class(memory.size_class(size)) == memory.size_class(size)
-
-
-@pytest.mark.parametrize("shape", [(0, 3), (5,), (1 << 20, 2), (3, 700_001)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_empty_is_aligned_contiguous_and_writable(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    tensor = memory.empty(shape, dtype)
-    assert tensor.shape == shape
-    assert tensor.dtype == dtype
-    assert tensor.is_contiguous()
-    assert tensor.data_ptr() % memory.ALIGNMENT == 0
-    assert torch.equal(tensor.fill_(2), torch.full(shape, 2, dtype=dtype))
-
-
-@settings(max_examples=60, deadline=None)
-@given(sizes=st.lists(st.one_of(st.integers(0, 16), st.integers(0, 300)), min_size=1, max_size=60))
-def test_blocks_cover_every_row_once(sizes: list[int]) -> None:
-    bounds = [0, *torch.tensor(sizes).cumsum(0).tolist()]
-    for policy in (CpuPolicy(shapes_recur=False, num_threads=2), CpuPolicy(shapes_recur=True)):
-        for most_batched_rows in (0, 32, 320):
-            check_blocks(blocks.cut(bounds, policy, most_batched_rows), policy, sizes, bounds)
-            check_layout(blocks.Layout(bounds, policy, most_batched_rows))
-
-
-def check_blocks(found: list[blocks.Block], policy: CpuPolicy, sizes: list[int], bounds: list[int]) -> None:
-    rows_of = {e: range(bounds[e], bounds[e + 1]) for e, size in enumerate(sizes) if size > 0}
-    place = 0
-    for block in found:
-        assert block.places.start == place
-        place = block.places.stop
-        row = block.rows.start
-        for e, part in block.parts:
-            assert rows_of.pop(e) == range(row, row + sizes[e])
-            row += sizes[e]
-            assert part.stop <= block.size
-            assert part.stop - part.start == (sizes[e] if block.batch else policy.padded(sizes[e]))
-            if block.batch:
-                each, rest = divmod(block.size, block.batch.stop - block.batch.start)
-                assert rest == 0
-                assert part.start == (e - block.batch.start) * each
-                assert part.stop <= part.start + each
-        assert row == block.rows.stop
-        if block.batch is None and len(block.parts) > 1:
-            assert not block.is_padded
-            assert block.size <= policy.shared_block_rows
-        if block.batch and not policy.shapes_recur:
-            fewest, most = policy.batched_block_rows
-            assert fewest <= block.size <= most
-            assert block.batch.stop - block.batch.start >= policy.threads
-        if block.batch and policy.shapes_recur:
-            assert (block.batch.start, block.batch.stop, len(found)) == (0, len(sizes), 1)
-    assert not rows_of
-    for first, second in pairwise(found):  # whatever may share a block does
-        if not (first.batch or second.batch or first.is_padded or second.is_padded):
-            assert first.size + second.parts[0][1].stop > policy.shared_block_rows
-
-
-def check_layout(layout: blocks.Layout) -> None:
-    kept = len(layout.place_of_row)
-    assert torch.equal(layout.row_of_place[layout.place_of_row], torch.arange(kept))
-    values = torch.randn(kept, 3)
-    there_and_back = torch.full_like(values, float("nan"))
-    for index, block in enumerate(layout.blocks):
-        at_places = layout.spread(index, values)
-        assert at_places.shape == (block.size, 3)
-        layout.collect(index, at_places, there_and_back)
-        if layout.policy.shapes_recur:
-            assert int((at_places != 0).any(1).sum()) == block.rows.stop - block.rows.start
-    assert torch.equal(values, there_and_back)
-    assert layout.places(torch.tensor([[-1]], dtype=torch.int32)).item() == layout.num_places
-
-
-@pytest.mark.parametrize("recurring", [False, True])
-def test_experts_with_few_rows_share_a_block(recurring: bool) -> None:
-    policy = CpuPolicy(shapes_recur=recurring)
-    found = blocks.cut([0, 3, 3, 19, 36, 40], policy, 0)
-    assert [(b.rows.start, b.rows.stop, b.size) for b in found] == (
-        [(0, 19, 19), (19, 36, 32), (36, 40, 4)] if recurring else [(0, 40, 40)]
-    )
-    assert len(blocks.cut([16 * i for i in range(33)], policy, 0)) == 2
-    assert len(blocks.cut([0, 200, 400], policy, 0)) == 2
-
-
-def batches(sizes: list[int], policy: CpuPolicy, most_batched_rows: int = 320) -> list[tuple[int, int]]:
-    bounds = [0, *torch.tensor(sizes).cumsum(0).tolist()]
-    found = blocks.cut(bounds, policy, most_batched_rows)
-    return [(b.batch.start, b.batch.stop) for b in found if b.batch]
-
-
-def test_which_experts_share_a_batched_product() -> None:
-    two_threads = CpuPolicy(shapes_recur=False, num_threads=2)
-    assert batches([8] * 64, two_threads) == [(0, 64)]
-    assert batches([256] * 8, two_threads) == [(0, 5), (5, 8)]  # as many as stay in cache
-    assert batches([256] * 8, two_threads, most_batched_rows=255) == []
-    # not where the padding costs more than it gains
-    assert batches([100, 110, 1, 300, 300], two_threads) == [(0, 2), (3, 5)]
-    assert batches([0, 32, 32, 0, 0, 32, 0], two_threads) == [(1, 3)]  # an idle expert costs reading its weights
-    assert batches([3, 3, 3], two_threads) == []  # fewer rows share a block anyway
-    four_threads = replace(two_threads, num_threads=4)
-    assert batches([256] * 8, four_threads) == [(0, 5)]  # a product of its own for every thread
-    recurring = CpuPolicy(shapes_recur=True)
-    assert batches([5, 0, 32, 1], recurring, 32) == [(0, 4)]
-    assert batches([5, 0, 33, 1], recurring, 32) == []
-    assert batches([5, 0, 0, 1], recurring, 32) == []
-
-
-@pytest.mark.parametrize(("recurring", "threads", "expected"), [(False, 1, 0), (False, 2, 320), (True, 1, 320)])
-def test_batches_need_threads(recurring: bool, threads: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = CpuPolicy(shapes_recur=recurring, most_batched_rows={torch.float32: (320, 48)})
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    for asked in (policy, replace(policy, num_threads=threads)):
-        assert asked.most_batched(torch.float32, backward=False) == expected
-        assert asked.most_batched(torch.float64, backward=False) == 0
-
-
-@pytest.mark.parametrize("recurring", [False, True])
-def test_padded_sizes_recur(recurring: bool) -> None:
-    policy = CpuPolicy(shapes_recur=recurring)
-    found = [policy.padded(m) for m in (0, 1, 16, 17, 32, 33)]
-    assert found == ([0, 1, 16, 32, 32, 48] if recurring else [0, 1, 16, 17, 32, 33])
-    assert policy.padded(3, batched=True) == (16 if recurring else 3)
-    if recurring:
-        assert len({policy.padded(m) for m in range(200, 300)}) <= 8
-
-
-@pytest.mark.parametrize("avx512", [False, True])
-@pytest.mark.parametrize("onednn", [False, True])
-def test_the_policy_of_a_processor(avx512: bool, onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512" if avx512 else "AVX2")
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
-    policy = this_cpu.__wrapped__()
-    assert policy.shapes_recur == (avx512 and onednn)
-    assert set(policy.linear) == ({torch.float32} if avx512 and onednn else set())
-    with_batches = {torch.bfloat16} if onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported() else set()
-    with_batches |= {torch.float32} if torch.backends.mkl.is_available() and not avx512 else set()
-    assert set(policy.most_batched_rows) == with_batches
 
 
 def test_only_stacked_weights_are_batched(monkeypatch: pytest.MonkeyPatch) -> None:
