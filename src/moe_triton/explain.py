@@ -18,8 +18,8 @@ SHAPE = ("tokens", "hidden_size", "intermediate_size", "num_experts", "top_k")
 TORCH_WAYS = {
     True: "CPU: blocks of rows that stay in cache, an expert's or those of neighbours in one batched product; the rows "
     "of the very call decide",
-    False: "F.grouped_mm for bf16 with sizes that are multiples of 8 on CUDA; otherwise every expert multiplies all "
-    "rows, E times the work; no host sync of ours",
+    False: "F.grouped_mm for bf16 with sizes that are multiples of 8 on GPUs of compute capability 9.x and 10.x; "
+    "otherwise every expert multiplies all rows, E times the work; no host sync",
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
 from types import SimpleNamespace
@@ -15,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_triton.backends.torch import blocks, cpu, experts_cpu, experts_device, memory
+from moe_triton.backends.torch import experts_cpu, experts_device, grouped, memory
+from moe_triton.backends.torch.cpu import CpuPolicy, this_cpu
 from moe_triton.records import ACTIVATIONS, Dispatch, ExpertSpec
 from tests.helpers import problems
 from tests.helpers.compare import TOLERANCE, assert_close
@@ -27,26 +27,22 @@ make_problem = partial(problems.make_problem, device="cpu")
 
 def on_cpu(*, batched: bool, recurring: bool) -> Any:
     """The CPU's blocks, as cut on a processor of that kind, with batches wherever they are possible or nowhere."""
-
-    def patched(function: Callable) -> Callable:
-        def as_there(*args: object) -> object:
-            with pytest.MonkeyPatch.context() as patch:
-                cut_like(patch, batched=batched, recurring=recurring)
-                return function(*args)
-
-        return as_there
-
-    return SimpleNamespace(
-        experts_forward=patched(experts_cpu.experts_forward), experts_backward=patched(experts_cpu.experts_backward)
+    policy = replace(
+        this_cpu(),
+        shapes_recur=recurring,
+        most_batched_rows=dict.fromkeys(TOLERANCE, (1000, 1000) if batched else (0, 0)),
+        batched_block_rows=(1, 100),  # two batches of SIZES
+        alone_overhead=1000,
+        num_threads=2,
     )
+    return with_policy(policy)
 
 
-def cut_like(patch: pytest.MonkeyPatch, *, batched: bool, recurring: bool) -> None:
-    patch.setattr(cpu, "_MOST_BATCHED_ROWS", dict.fromkeys(TOLERANCE, (1000, 1000) if batched else (0, 0)))
-    patch.setattr(cpu, "_COMPILES_PER_SHAPE", recurring)
-    patch.setattr(torch, "get_num_threads", lambda: 2)
-    patch.setattr(blocks, "BATCHED_BLOCK_ROWS", (1, 100))  # two batches of SIZES
-    patch.setattr(blocks, "ALONE_OVERHEAD", 1000)
+def with_policy(policy: CpuPolicy) -> Any:
+    return SimpleNamespace(
+        experts_forward=partial(experts_cpu.experts_forward, policy=policy),
+        experts_backward=partial(experts_cpu.experts_backward, policy=policy),
+    )
 
 
 WAYS = {
@@ -247,17 +243,17 @@ def test_the_device_way_with_grouped_mm(
         return out
 
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", dirty)
-    monkeypatch.setattr(experts_device, "_can_group", lambda left, right: right.dim() == 3 or grouped_calls == "all")
+    monkeypatch.setattr(grouped, "can_group", lambda left, right: right.dim() == 3 or grouped_calls == "all")
     spec = ExpertSpec(is_transposed=is_transposed)
     problem = make_problem(ragged_choices(SIZES), len(SIZES), spec=spec, dtype=dtype, bias=True, capacity=18, d=16, n=8)
     check_way("device", problem, keep)
     assert len(calls) == (4 if keep else 5) + (4 if grouped_calls == "all" else 0)
 
 
-def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("recurring", [False, True])
+def test_without_onednn(recurring: bool) -> None:
     problem = make_problem(ragged_choices(SIZES), len(SIZES), bias=True)
-    monkeypatch.setattr(cpu, "_ONEDNN_LINEAR", None)
-    check_way("alone", problem)
+    check(run(problem, with_policy(CpuPolicy(shapes_recur=recurring))), problem)
 
 
 @pytest.mark.parametrize("way", CPU_WAYS)
@@ -281,144 +277,7 @@ def test_used_memory_holds_garbage(way: str, dtype: torch.dtype, monkeypatch: py
     check_way(way, problem)  # in the memory of the first
 
 
-def test_memory_is_used_again_once_nothing_lies_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_idle", defaultdict(deque))
-    first = memory.empty((3, 500_000), torch.float32)
-    address, part = first.data_ptr(), first[1:]
-    del first
-    second = memory.empty((3, 500_000), torch.float32)
-    assert second.data_ptr() != address  # a view is still there
-    del part
-    third = memory.empty((1_490_000,), torch.float32)  # of the same class of sizes
-    assert third.data_ptr() == address
-    monkeypatch.setattr(memory, "MOST_IDLE", 0)
-    del second, third
-    assert not any(memory._idle.values())
-
-
-@pytest.mark.parametrize("size", [1, 17, 4 << 20, (4 << 20) + 1, 123_456_789])
-def test_size_classes(size: int) -> None:
-    assert size <= memory.size_class(size) <= size * 9 / 8 + 1
-    assert memory.size_class(memory.size_class(size)) == memory.size_class(size)
-
-
-@pytest.mark.parametrize("shape", [(0, 3), (5,), (1 << 20, 2), (3, 700_001)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_empty_is_aligned_contiguous_and_writable(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    tensor = memory.empty(shape, dtype)
-    assert tensor.shape == shape
-    assert tensor.dtype == dtype
-    assert tensor.is_contiguous()
-    assert tensor.data_ptr() % memory.ALIGNMENT == 0
-    assert torch.equal(tensor.fill_(2), torch.full(shape, 2, dtype=dtype))
-
-
-@settings(max_examples=60, deadline=None)
-@given(sizes=st.lists(st.one_of(st.integers(0, 16), st.integers(0, 300)), min_size=1, max_size=60))
-def test_blocks_cover_every_row_once(sizes: list[int]) -> None:
-    bounds = [0, *torch.tensor(sizes).cumsum(0).tolist()]
-    for recurring in (False, True):
-        for most_batched_rows in (0, 32, 320):
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(cpu, "_COMPILES_PER_SHAPE", recurring)
-                check_blocks(blocks.cut(bounds, most_batched_rows), sizes, bounds)
-                check_layout(blocks.Layout(bounds, most_batched_rows))
-
-
-def check_blocks(found: list[blocks.Block], sizes: list[int], bounds: list[int]) -> None:
-    rows_of = {e: range(bounds[e], bounds[e + 1]) for e, size in enumerate(sizes) if size > 0}
-    place = 0
-    for block in found:
-        assert block.places.start == place
-        place = block.places.stop
-        row = block.rows.start
-        for e, part in block.parts:
-            assert rows_of.pop(e) == range(row, row + sizes[e])
-            row += sizes[e]
-            assert part.stop <= block.size
-            assert part.stop - part.start == (sizes[e] if block.batch else cpu.padded(sizes[e]))
-            if block.batch:
-                each, rest = divmod(block.size, block.batch.stop - block.batch.start)
-                assert rest == 0
-                assert part.start == (e - block.batch.start) * each
-                assert part.stop <= part.start + each
-        assert row == block.rows.stop
-        if block.batch is None and len(block.parts) > 1:
-            assert not block.is_padded
-            assert block.size <= blocks.SHARED_BLOCK_ROWS
-    assert not rows_of
-
-
-def check_layout(layout: blocks.Layout) -> None:
-    kept = len(layout.place_of_row)
-    assert torch.equal(layout.row_of_place[layout.place_of_row], torch.arange(kept))
-    values = torch.randn(kept, 3)
-    there_and_back = torch.full_like(values, float("nan"))
-    for index, block in enumerate(layout.blocks):
-        at_places = layout.spread(index, values)
-        assert at_places.shape == (block.size, 3)
-        layout.collect(index, at_places, there_and_back)
-        if blocks.shapes_should_recur():
-            assert int((at_places != 0).any(1).sum()) == block.rows.stop - block.rows.start
-    assert torch.equal(values, there_and_back)
-    assert layout.places(torch.tensor([[-1]], dtype=torch.int32)).item() == layout.num_places
-
-
-@pytest.mark.parametrize("recurring", [False, True])
-def test_experts_with_few_rows_share_a_block(recurring: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_COMPILES_PER_SHAPE", recurring)
-    found = blocks.cut([0, 3, 3, 19, 36, 40], 0)
-    assert [(b.rows.start, b.rows.stop, b.size) for b in found] == (
-        [(0, 19, 19), (19, 36, 32), (36, 40, 4)] if recurring else [(0, 40, 40)]
-    )
-    assert len(blocks.cut([16 * i for i in range(33)], 0)) == 2
-    assert len(blocks.cut([0, 200, 400], 0)) == 2
-
-
-def batches(sizes: list[int], most_batched_rows: int = 320) -> list[tuple[int, int]]:
-    bounds = [0, *torch.tensor(sizes).cumsum(0).tolist()]
-    found = blocks.cut(bounds, most_batched_rows)
-    return [(b.batch.start, b.batch.stop) for b in found if b.batch]
-
-
-def test_which_experts_share_a_batched_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(cpu, "_COMPILES_PER_SHAPE", False)
-    assert batches([8] * 64) == [(0, 64)]
-    assert batches([256] * 8) == [(0, 5), (5, 8)]  # as many as stay in cache
-    assert batches([256] * 8, most_batched_rows=255) == []
-    assert batches([100, 110, 1, 300, 300]) == [(0, 2), (3, 5)]  # not where the padding costs more than it gains
-    assert batches([0, 32, 32, 0, 0, 32, 0]) == [(1, 3)]  # an idle expert costs the reading of its weights
-    assert batches([3, 3, 3]) == []  # fewer rows share a block anyway
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    assert batches([256] * 8) == [(0, 5)]  # a product of its own for every thread
-    monkeypatch.setattr(cpu, "_COMPILES_PER_SHAPE", True)
-    assert batches([5, 0, 32, 1], 32) == [(0, 4)]
-    assert batches([5, 0, 33, 1], 32) == []
-    assert batches([5, 0, 0, 1], 32) == []
-
-
-@pytest.mark.parametrize(("recurring", "threads", "expected"), [(False, 1, 0), (False, 2, 320), (True, 1, 320)])
-def test_batches_need_threads(recurring: bool, threads: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(cpu, "_COMPILES_PER_SHAPE", recurring)
-    monkeypatch.setattr(cpu, "_MOST_BATCHED_ROWS", {torch.float32: (320, 48)})
-    assert cpu.most_batched_rows(torch.float32, backward=False) == expected
-    assert cpu.most_batched_rows(torch.float64, backward=False) == 0
-
-
-@pytest.mark.parametrize("recurring", [False, True])
-def test_padded_sizes_recur(recurring: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_COMPILES_PER_SHAPE", recurring)
-    found = [cpu.padded(m) for m in (0, 1, 16, 17, 32, 33)]
-    assert found == ([0, 1, 16, 32, 32, 48] if recurring else [0, 1, 16, 17, 32, 33])
-    assert cpu.padded(3, batched=True) == (16 if recurring else 3)
-    if recurring:
-        assert len({cpu.padded(m) for m in range(200, 300)}) <= 8
-
-
 def test_only_stacked_weights_are_batched(monkeypatch: pytest.MonkeyPatch) -> None:
-    cut_like(monkeypatch, batched=True, recurring=False)
     called: list[torch.Size] = []
     original = experts_cpu.batched_product
 
@@ -431,7 +290,7 @@ def test_only_stacked_weights_are_batched(monkeypatch: pytest.MonkeyPatch) -> No
     for call, wanted in ((problem.call, 2), (as_sequences(problem.call), 0)):
         called.clear()
         with torch.no_grad():
-            out, _ = experts_cpu.experts_forward(call, False)
+            out, _ = WAYS["batched"].experts_forward(call, False)
         assert_close(out, problem.expected["out"])
         assert len(called) == wanted
 

@@ -15,13 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from moe_triton.backends.torch.cpu import padded, shapes_should_recur
-
-SHARED_BLOCK_ROWS = 256  # the most rows of a block whose experts have products of their own
-BATCHED_BLOCK_ROWS = (64, 1280)  # the fewest and the most rows of a block with one batched product
-# MKL's cost of m rows, in rows of a batched product: m + 24, and 1.1 m + 36 for a product alone (benchmarks/NOTES.md).
-BATCHED_OVERHEAD = 24
-ALONE_PER_ROW, ALONE_OVERHEAD = 1.1, 36
+from moe_triton.backends.torch.cpu import CpuPolicy
 
 
 @dataclass(slots=True)
@@ -59,9 +53,10 @@ class Layout:
     row_of_place   [num_places]; row 0 in the padding
     """
 
-    def __init__(self, bounds: Sequence[int], most_batched_rows: int) -> None:
-        """bounds: the offsets [E+1]. most_batched_rows: see `cpu`; 0 also where the weights are not stacked."""
-        self.blocks = cut(bounds, most_batched_rows)
+    def __init__(self, bounds: Sequence[int], policy: CpuPolicy, most_batched_rows: int) -> None:
+        """bounds: the offsets [E+1]. most_batched_rows: the policy's; 0 also where the weights are not stacked."""
+        self.policy = policy
+        self.blocks = cut(bounds, policy, most_batched_rows)
         self.num_places = self.blocks[-1].places.stop if self.blocks else 0
         self.place_of_row = self.row_of_place = torch.arange(bounds[-1])
         self._padding_of: dict[int, Tensor] = {}
@@ -81,7 +76,7 @@ class Layout:
         `values` has a row for every place of the block.
         """
         block = self.blocks[index]
-        if block.is_padded and shapes_should_recur():
+        if block.is_padded and self.policy.shapes_recur:
             filled = block.rows.stop - block.rows.start
             if block.batch is None:
                 values[filled:].zero_()
@@ -121,57 +116,79 @@ class Layout:
         return torch.cat([self.place_of_row, self.place_of_row.new_tensor([self.num_places])])[position]
 
 
-def cut(bounds: Sequence[int], most_batched_rows: int) -> list[Block]:
-    """The blocks; every row is in one, and all of an expert's rows are in the same."""
+def cut(bounds: Sequence[int], policy: CpuPolicy, most_batched_rows: int) -> list[Block]:
+    """Return the blocks; every row is in one, and all of an expert's rows are in the same."""
     sizes = [end - start for start, end in pairwise(bounds)]
-    together = shapes_should_recur() and _may_go_together(sizes, most_batched_rows)
     blocks: list[Block] = []
-    e = place = 0
+    e = 0
     while e < len(sizes):
-        if sizes[e] == 0 and not together:
-            e += 1
-            continue
-        stop = len(sizes) if together else _batch_end(sizes, e, most_batched_rows)
-        rows = slice(bounds[e], bounds[stop])
-        last = blocks[-1] if blocks and blocks[-1].batch is None else None
+        place = blocks[-1].places.stop if blocks else 0
+        stop = _batch_end(sizes, e, policy, most_batched_rows)
         if stop > e + 1:
-            each = padded(max(sizes[e:stop]), batched=True)
-            parts = [(i, slice((i - e) * each, (i - e) * each + sizes[i])) for i in range(e, stop) if sizes[i] > 0]
-            blocks.append(Block(rows, slice(place, place + (stop - e) * each), parts, batch=slice(e, stop)))
-        elif last is not None and not last.is_padded and padded(sizes[e]) == sizes[e] <= SHARED_BLOCK_ROWS - last.size:
-            parts = [*last.parts, (e, slice(last.size, last.size + sizes[e]))]
-            blocks[-1] = Block(slice(last.rows.start, rows.stop), slice(last.places.start, place + sizes[e]), parts)
-        else:
-            each = padded(sizes[e])
-            blocks.append(Block(rows, slice(place, place + each), [(e, slice(0, each))]))
-        place = blocks[-1].places.stop
+            blocks.append(_batched(bounds, range(e, stop), place, policy))
+        elif sizes[e] > 0:
+            block = _alone(bounds, e, place, policy)
+            shares = bool(blocks) and _may_share(blocks[-1], block, policy)
+            blocks.append(_shared(blocks.pop(), block) if shares else block)
         e = stop
     return blocks
 
 
-def _may_go_together(sizes: Sequence[int], most_rows: int) -> bool:
-    """Whether all experts are one batch: the fullest has few rows, and most have some."""
-    return max(sizes) <= most_rows and 4 * sum(size > 0 for size in sizes) >= 3 * len(sizes)
+def _alone(bounds: Sequence[int], expert: int, place: int, policy: CpuPolicy) -> Block:
+    """Return the block of one expert, which begins at `place`."""
+    rows = slice(bounds[expert], bounds[expert + 1])
+    size = policy.padded(rows.stop - rows.start)
+    return Block(rows, slice(place, place + size), [(expert, slice(0, size))])
 
 
-def _batch_end(sizes: Sequence[int], first: int, most_rows: int) -> int:
-    """Where the experts end that go with `first` into one batched product, since that costs less; first + 1 if none."""
-    if shapes_should_recur():  # a batch of some experts would be a new shape in every call
+def _shared(first: Block, second: Block) -> Block:
+    """Return the block of the experts of both, whose products stay their own."""
+    later = [(e, slice(first.size + part.start, first.size + part.stop)) for e, part in second.parts]
+    rows = slice(first.rows.start, second.rows.stop)
+    return Block(rows, slice(first.places.start, second.places.stop), [*first.parts, *later])
+
+
+def _may_share(first: Block, second: Block, policy: CpuPolicy) -> bool:
+    is_full = first.size + second.size > policy.shared_block_rows
+    return first.batch is None and not (first.is_padded or second.is_padded or is_full)
+
+
+def _batched(bounds: Sequence[int], experts: range, place: int, policy: CpuPolicy) -> Block:
+    """Return the block of experts that go through one batched product, each padded to the fullest."""
+    sizes = [bounds[e + 1] - bounds[e] for e in experts]
+    each = policy.padded(max(sizes), batched=True)
+    starts = range(0, each * len(sizes), each)
+    parts = [(e, slice(start, start + n)) for e, start, n in zip(experts, starts, sizes, strict=True) if n > 0]
+    rows, batch = slice(bounds[experts.start], bounds[experts.stop]), slice(experts.start, experts.stop)
+    return Block(rows, slice(place, place + each * len(sizes)), parts, batch)
+
+
+def _batch_end(sizes: Sequence[int], first: int, policy: CpuPolicy, most_rows: int) -> int:
+    """Return where the experts end that go with `first` into one batched product; first + 1 if none does."""
+    if policy.shapes_recur:  # a batch of some experts would be a new shape in every call: all of them, or none
+        return len(sizes) if first == 0 and _may_go_together(sizes, most_rows) else first + 1
+    if sizes[first] == 0:
         return first + 1
-    fewest_places, most_places = BATCHED_BLOCK_ROWS
-    num_threads = torch.get_num_threads()  # each gets at least one product of its own
+    fewest_places, most_places = policy.batched_block_rows
+    num_threads = policy.threads  # each gets at least one product of its own
     end = first + 1
     most, alone = 0, 0.0
     for e in range(first, len(sizes)):
         most = max(most, sizes[e])
         count = e + 1 - first
         if sizes[e] == 0:  # goes with the others if one behind it pays for it
-            if (count + 1) * (most + BATCHED_OVERHEAD) > alone + ALONE_PER_ROW * most + ALONE_OVERHEAD:
+            one_more = policy.alone_per_row * most
+            if (count + 1) * (most + policy.batched_overhead) > alone + one_more + policy.alone_overhead:
                 break
             continue
-        alone += ALONE_PER_ROW * sizes[e] + ALONE_OVERHEAD
-        if most > most_rows or count * most > most_places or count * (most + BATCHED_OVERHEAD) > alone:
+        alone += policy.alone_per_row * sizes[e] + policy.alone_overhead
+        if most > most_rows or count * most > most_places or count * (most + policy.batched_overhead) > alone:
             break
         if count * most >= fewest_places and count >= num_threads:
             end = e + 1
     return end
+
+
+def _may_go_together(sizes: Sequence[int], most_rows: int) -> bool:
+    """Return whether all experts are one batch: the fullest has few rows, and most have some."""
+    return max(sizes) <= most_rows and 4 * sum(size > 0 for size in sizes) >= 3 * len(sizes)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_triton.backends.torch.activations import activate, activate_backward, activate_for_backward
 from moe_triton.backends.torch.blocks import Block, Layout
-from moe_triton.backends.torch.cpu import batched_product, most_batched_rows, product, shapes_should_recur
+from moe_triton.backends.torch.cpu import CpuPolicy, batched_product, this_cpu
 from moe_triton.backends.torch.memory import empty
 from moe_triton.backends.torch.rows import row_slots, scatter_to_slots, sum_rows
 from moe_triton.records import (
@@ -27,12 +27,14 @@ from moe_triton.records import (
 Projection = Callable[[int | slice], Tensor]
 
 
-def experts_forward(call: ExpertCall, keep_preactivation: bool) -> tuple[Tensor, Tensor]:
+def experts_forward(
+    call: ExpertCall, keep_preactivation: bool, policy: CpuPolicy | None = None
+) -> tuple[Tensor, Tensor]:
     """Return (out [T, d], pre-activation [S, 2n] or [S, n]) in hidden's dtype; the second is empty [0] if not kept.
 
     The definition is `moe_triton.reference.moe_experts`.
     """
-    hidden, spec, layout, parameters = call.hidden, call.spec, _layout(call, backward=False), call.parameters
+    hidden, spec, layout, parameters = call.hidden, call.spec, _layout(call, policy, backward=False), call.parameters
     up, down = _projection(parameters.gate_up, spec), _projection(parameters.down, spec)
     tokens, weights = row_slots(call, layout.row_of_place)
     y = empty((layout.num_places + 1, call.hidden_size), hidden.dtype)
@@ -41,21 +43,23 @@ def experts_forward(call: ExpertCall, keep_preactivation: bool) -> tuple[Tensor,
         here = block.places
         x = hidden.index_select(0, tokens[here])  # a padding row is some token's here, and nothing reads its results
         h_out = None if kept is None or block.is_padded else kept[block.rows]
-        h = _products(block, x, up, parameters.gate_up_bias, h_out)
+        h = _products(layout, block, x, up, parameters.gate_up_bias, h_out)
         if kept is not None and h_out is None:
             layout.collect(index, h, kept)
-        torch.mul(_products(block, activate(h, spec), down, parameters.down_bias), weights[here], out=y[here])
+        torch.mul(_products(layout, block, activate(h, spec), down, parameters.down_bias), weights[here], out=y[here])
     out = sum_rows(y, layout.places(call.dispatched.position), zero_row=layout.num_places)
     return out, hidden.new_empty(0) if kept is None else kept
 
 
-def experts_backward(call: ExpertCall, grad_out: Tensor, preactivation: Tensor, wanted: Wanted) -> ExpertGradients:
+def experts_backward(
+    call: ExpertCall, grad_out: Tensor, preactivation: Tensor, wanted: Wanted, policy: CpuPolicy | None = None
+) -> ExpertGradients:
     """Return the gradients that are wanted: both halves block by block, so that nothing of size [S, n] is kept.
 
     An empty `preactivation` is recomputed from hidden. An expert without rows gets zeros; so does the weight of a
     slot that is dropped or skipped. The gradient of a sequence is a list of views of one stacked buffer.
     """
-    layout = _layout(call, backward=True)
+    layout = _layout(call, policy, backward=True)
     work = BlockBuffers(layout, call, grad_out)
     rows = RowsPass(call, layout, preactivation, wanted)
     weights = WeightsPass(call, layout, wanted)
@@ -65,9 +69,11 @@ def experts_backward(call: ExpertCall, grad_out: Tensor, preactivation: Tensor, 
     return ExpertGradients(*rows.results(), *weights.results())
 
 
-def experts_backward_rows(call: ExpertCall, grad_out: Tensor, preactivation: Tensor, wanted: Wanted) -> RowGradients:
+def experts_backward_rows(
+    call: ExpertCall, grad_out: Tensor, preactivation: Tensor, wanted: Wanted, policy: CpuPolicy | None = None
+) -> RowGradients:
     """Compute the first half of `experts_backward`: what a sender waits for, and what the second half needs of it."""
-    layout, dtype = _layout(call, backward=True), call.hidden.dtype
+    layout, dtype = _layout(call, policy, backward=True), call.hidden.dtype
     work = BlockBuffers(layout, call, grad_out)
     rows = RowsPass(call, layout, preactivation, wanted)
     grad_h = empty((call.num_rows, call.width), dtype)
@@ -80,10 +86,10 @@ def experts_backward_rows(call: ExpertCall, grad_out: Tensor, preactivation: Ten
 
 
 def experts_backward_weights(
-    call: ExpertCall, grad_out: Tensor, row_grads: RowGradients, wanted: Wanted
+    call: ExpertCall, grad_out: Tensor, row_grads: RowGradients, wanted: Wanted, policy: CpuPolicy | None = None
 ) -> ParameterGradients:
     """Compute the second half of `experts_backward`."""
-    layout = _layout(call, backward=True)
+    layout = _layout(call, policy, backward=True)
     work = BlockBuffers(layout, call, grad_out)
     weights = WeightsPass(call, layout, wanted)
     for index, block in enumerate(layout.blocks):
@@ -142,9 +148,9 @@ class RowsPass:
         if self.preactivation.numel() > 0:
             h = self.layout.spread(index, self.preactivation)
         else:
-            h = self.layout.clear(index, _products(block, x, self.up, parameters.gate_up_bias))
+            h = self.layout.clear(index, _products(self.layout, block, x, self.up, parameters.gate_up_bias))
         a, activated_gate = activate_for_backward(h, spec)
-        da = _products(block, dy, self.down_back)
+        da = _products(self.layout, block, dy, self.down_back)
         if self.dw is not None:
             self.dw[here] = torch.linalg.vecdot(da, a)
             if parameters.down_bias is not None:
@@ -154,7 +160,7 @@ class RowsPass:
             torch.mul(a, w, out=weighted_a)
         activate_backward(da.mul_(w), h, activated_gate, spec, dh)
         if self.dx is not None:
-            _products(block, dh, self.up_back, out=self.dx[here])
+            _products(self.layout, block, dh, self.up_back, out=self.dx[here])
 
     def results(self) -> tuple[Tensor | None, Tensor | None]:
         layout, call = self.layout, self.call
@@ -182,13 +188,13 @@ class WeightsPass:
         grad_up, grad_down, grad_up_bias, grad_down_bias = self.grads
         x, dy, weighted_a, dh = (buffer[: block.size] for buffer in (work.x, work.dy, work.weighted_a, work.dh))
         if grad_down is not None:
-            _outer_products(block, weighted_a, dy, grad_down, self.spec)
+            _outer_products(self.layout, block, weighted_a, dy, grad_down, self.spec)
         if grad_down_bias is not None:
             weighted_dy = dy * work.weights[block.places]
             for e, part in block.parts:
                 grad_down_bias[e] = weighted_dy[part].sum(0)
         if grad_up is not None:
-            _outer_products(block, x, dh, grad_up, self.spec)
+            _outer_products(self.layout, block, x, dh, grad_up, self.spec)
         if grad_up_bias is not None:
             for e, part in block.parts:
                 grad_up_bias[e] = dh[part].sum(0)
@@ -197,10 +203,11 @@ class WeightsPass:
         return ParameterGradients(*(as_given(p, g) for p, g in zip(self.parameters, self.grads, strict=True)))
 
 
-def _layout(call: ExpertCall, *, backward: bool) -> Layout:
+def _layout(call: ExpertCall, policy: CpuPolicy | None, *, backward: bool) -> Layout:
+    policy = policy or this_cpu()
     are_stacked = all(p is None or isinstance(p, Tensor) for p in call.parameters)
-    most = most_batched_rows(call.hidden.dtype, backward=backward) if are_stacked else 0
-    return Layout(call.dispatched.offsets.tolist(), most)
+    most = policy.most_batched(call.hidden.dtype, backward=backward) if are_stacked else 0
+    return Layout(call.dispatched.offsets.tolist(), policy, most)
 
 
 def _projection(weights: ExpertWeight, spec: ExpertSpec) -> Projection:
@@ -210,9 +217,14 @@ def _projection(weights: ExpertWeight, spec: ExpertSpec) -> Projection:
 
 
 def _products(
-    block: Block, x_mI: Tensor, weight: Projection, biases: ExpertWeight | None = None, out: Tensor | None = None
+    layout: Layout,
+    block: Block,
+    x_mI: Tensor,
+    weight: Projection,
+    biases: ExpertWeight | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """x @ weight(e).T + bias[e] for the rows of every expert e of the block, [m, O]. See `product` for `out`."""
+    """x @ weight(e).T + bias[e] for the rows of every expert e of the block, [m, O]; `out`: see `CpuPolicy.product`."""
     if block.batch is not None:
         count = block.batch.stop - block.batch.start
         x_CmI = x_mI.view(count, -1, x_mI.shape[1])
@@ -221,24 +233,24 @@ def _products(
         return batched_product(x_CmI, weight(block.batch), bias_CO, out_CmO).flatten(0, 1)
     if len(block.parts) == 1:
         e = block.parts[0][0]
-        return product(x_mI, weight(e), None if biases is None else biases[e], out)
+        return layout.policy.product(x_mI, weight(e), None if biases is None else biases[e], out)
     if out is None:
         out = x_mI.new_empty(x_mI.shape[0], weight(block.parts[0][0]).shape[0])
     for e, part in block.parts:
-        product(x_mI[part], weight(e), None if biases is None else biases[e], out[part])
+        layout.policy.product(x_mI[part], weight(e), None if biases is None else biases[e], out[part])
     return out
 
 
-def _outer_products(block: Block, x_mI: Tensor, dy_mO: Tensor, grad: Tensor, spec: ExpertSpec) -> None:
+def _outer_products(layout: Layout, block: Block, x_mI: Tensor, dy_mO: Tensor, grad: Tensor, spec: ExpertSpec) -> None:
     """Writes the gradients of the block's projections, given their inputs and the gradients of their outputs."""
     left, right = (x_mI, dy_mO) if spec.is_transposed else (dy_mO, x_mI)
-    if block.batch is not None and shapes_should_recur():
+    if block.batch is not None and layout.policy.shapes_recur:
         count = block.batch.stop - block.batch.start
         left_Cmo, right_Cmi = (rows.view(count, -1, rows.shape[1]) for rows in (left, right))
         batched_product(left_Cmo.mT, right_Cmi.mT, out=grad[block.batch])
         return
     for e, part in block.parts:  # a batch would gain less here than summing over the padding costs
-        product(left[part].T, right[part].T, out=grad[e])
+        layout.policy.product(left[part].T, right[part].T, out=grad[e])
 
 
 def _gradient(weights: ExpertWeight | None, blocks: list[Block]) -> Tensor | None:

@@ -1,7 +1,4 @@
-"""The experts where the host must not look at the data: grouped_mm where it is legal; elsewhere every expert multiplies
-all S rows and keeps its own, which is E times the work.
-
-torch takes fp16 and fp32 to grouped_mm too, but copies the offsets to the host there and loops over the experts.
+"""The experts where the host must not look at the data, by the grouped products that need no host sync.
 
 Every tensor has all S rows. Those past offsets[E] are zeros wherever they could reach a sum.
 """
@@ -9,10 +6,10 @@ Every tensor has all S rows. Those past offsets[E] are zeros wherever they could
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moe_triton.backends.torch.activations import activate, activate_backward, activate_for_backward
+from moe_triton.backends.torch.grouped import GroupedRows, grouped_outer, grouped_product, sum_per_expert
 from moe_triton.records import (
     ExpertCall,
     ExpertGradients,
@@ -31,7 +28,7 @@ def experts_forward(call: ExpertCall, keep_preactivation: bool) -> tuple[Tensor,
     hidden, spec, down_bias = call.hidden, call.spec, call.parameters.down_bias
     rows = _Rows(call)
     h_SN = _up(call, rows)
-    y_Sd = _grouped(activate(h_SN, spec), _in_out(call.parameters.down, spec), rows)
+    y_Sd = grouped_product(activate(h_SN, spec), _in_out(call.parameters.down, spec), rows)
     if down_bias is not None:
         y_Sd = y_Sd + _stack(down_bias)[rows.expert_S]
     rows_Sd = (y_Sd * rows.weight_S1).to(hidden.dtype)
@@ -52,7 +49,7 @@ def experts_backward_rows(call: ExpertCall, grad_out: Tensor, preactivation: Ten
     h_SN = _up(call, rows) if preactivation.numel() == 0 else preactivation
     h_SN = torch.where(rows.kept_S1, h_SN, 0)
     a_Sn, activated_gate = activate_for_backward(h_SN, spec)
-    da_Sn = _grouped(dy_Sd, _in_out(call.parameters.down, spec).mT, rows)
+    da_Sn = grouped_product(dy_Sd, _in_out(call.parameters.down, spec).mT, rows)
     da_Sn = torch.where(rows.kept_S1, da_Sn, 0)
     dh_SN = torch.empty_like(h_SN)
     activate_backward((da_Sn * rows.weight_S1).to(dtype), h_SN, activated_gate, spec, dh_SN)
@@ -67,7 +64,7 @@ def experts_backward_rows(call: ExpertCall, grad_out: Tensor, preactivation: Ten
         dw_of_slot = torch.where(row >= 0, dw_S[row.clamp_min(0)], 0)
         grad_weights = dw_of_slot.view_as(call.weights).to(call.weights.dtype)
     if wanted.hidden:
-        grad_hidden = combine_rows(_grouped(dh_SN, _in_out(call.parameters.gate_up, spec).mT, rows), position)
+        grad_hidden = combine_rows(grouped_product(dh_SN, _in_out(call.parameters.gate_up, spec).mT, rows), position)
     return RowGradients(grad_hidden, grad_weights, dh_SN, weighted_a_Sn)
 
 
@@ -79,34 +76,24 @@ def experts_backward_weights(
     dy_Sd = rows.gather(grad_out)
     up = down = up_bias = down_bias = None
     if wanted.gate_up:
-        up = _grouped_outer(*_as_laid_out(rows.gather(call.hidden), grad_h, spec), rows)
+        up = grouped_outer(*_as_laid_out(rows.gather(call.hidden), grad_h, spec), rows)
     if wanted.down:
-        down = _grouped_outer(*_as_laid_out(row_grads.weighted_a, dy_Sd, spec), rows)
+        down = grouped_outer(*_as_laid_out(row_grads.weighted_a, dy_Sd, spec), rows)
     if wanted.gate_up_bias:
-        up_bias = _sum_per_expert(grad_h, rows)
+        up_bias = sum_per_expert(grad_h, rows)
     if wanted.down_bias:
-        down_bias = _sum_per_expert((dy_Sd * rows.weight_S1).to(call.hidden.dtype), rows)
+        down_bias = sum_per_expert((dy_Sd * rows.weight_S1).to(call.hidden.dtype), rows)
     grads = (up, down, up_bias, down_bias)
     return ParameterGradients(*(as_given(p, grad) for p, grad in zip(call.parameters, grads, strict=True)))
 
 
-class _Rows:
-    """Every row of the Dispatch.
-
-    expert_S   [S] the row's expert; past offsets[E] the last
-    kept_S1    [S, 1] whether the row is kept
-    weight_S1  [S, 1] its router weight; that of slot 0 past offsets[E]
-    """
+class _Rows(GroupedRows):
+    """The rows of a call, and of each its token and weight_S1 [S, 1], its router weight: slot 0's past offsets[E]."""
 
     def __init__(self, call: ExpertCall) -> None:
-        dispatched = call.dispatched
-        self.offsets = offsets = dispatched.offsets
-        row_S = torch.arange(call.num_rows, device=offsets.device, dtype=offsets.dtype)
-        expert_S = torch.searchsorted(offsets[1:].contiguous(), row_S, right=True)
-        self.expert_S = expert_S.clamp_max(dispatched.num_experts - 1)
-        self.kept_S1 = (row_S < offsets[-1])[:, None]
-        slot_S = dispatched.source.clamp_min(0)
-        self.token_S = slot_S // dispatched.top_k
+        super().__init__(call.dispatched.offsets, call.num_rows)
+        slot_S = call.dispatched.source.clamp_min(0)
+        self.token_S = slot_S // call.dispatched.top_k
         self.weight_S1 = call.weights.reshape(-1, 1)[slot_S]
 
     def gather(self, tokens_Td: Tensor) -> Tensor:
@@ -117,45 +104,13 @@ class _Rows:
 def _up(call: ExpertCall, rows: _Rows) -> Tensor:
     """Pre-activations [S, 2n] or [S, n]."""
     parameters = call.parameters
-    h_SN = _grouped(rows.gather(call.hidden), _in_out(parameters.gate_up, call.spec), rows)
+    h_SN = grouped_product(rows.gather(call.hidden), _in_out(parameters.gate_up, call.spec), rows)
     return h_SN if parameters.gate_up_bias is None else h_SN + _stack(parameters.gate_up_bias)[rows.expert_S]
-
-
-def _can_group(left: Tensor, right: Tensor) -> bool:
-    """Whether grouped_mm takes these: CUDA, bf16, some rows, and sizes that are multiples of 16 bytes."""
-    sizes = (*left.shape[1:], *right.shape[-2:]) if right.dim() == 3 else (left.shape[1], right.shape[1])
-    return left.is_cuda and left.dtype == torch.bfloat16 and left.shape[0] > 0 and all(n % 8 == 0 for n in sizes)
-
-
-def _grouped(x_SI: Tensor, weight_EIO: Tensor, rows: _Rows) -> Tensor:
-    """Row s of [S, O] is x[s] @ weight[expert of s]; rows past offsets[E] are arbitrary."""
-    if _can_group(x_SI, weight_EIO):
-        return F.grouped_mm(x_SI, weight_EIO, offs=rows.offsets[1:])
-    out_SO = x_SI.new_zeros(x_SI.shape[0], weight_EIO.shape[2])
-    for e, weight_IO in enumerate(weight_EIO.unbind(0)):
-        out_SO = torch.where((rows.expert_S == e)[:, None], x_SI @ weight_IO, out_SO)
-    return out_SO
 
 
 def _as_laid_out(x_SI: Tensor, dy_SO: Tensor, spec: ExpertSpec) -> tuple[Tensor, Tensor]:
     """The factors whose outer product is a projection's gradient, first the one that gives its first dimension."""
     return (x_SI, dy_SO) if spec.is_transposed else (dy_SO, x_SI)
-
-
-def _grouped_outer(left_SM: Tensor, right_SN: Tensor, rows: _Rows) -> Tensor:
-    """Per expert the sum over its rows of left x right, [E, M, N]; `right` is zeros past offsets[E]."""
-    if _can_group(left_SM, right_SN):
-        return F.grouped_mm(left_SM.T, right_SN, offs=rows.offsets[1:])
-    num_experts = rows.offsets.shape[0] - 1
-    # Both factors are masked, since zero times another expert's infinity is not zero.
-    is_of_e = [(rows.expert_S == e)[:, None] for e in range(num_experts)]
-    return torch.stack([torch.where(m, left_SM, 0).T @ torch.where(m, right_SN, 0) for m in is_of_e])
-
-
-def _sum_per_expert(values_SN: Tensor, rows: _Rows) -> Tensor:
-    """Sum of each expert's rows, [E, N]."""
-    ones = values_SN.new_ones(values_SN.shape[0], 8)  # 8 is the fewest columns that grouped_mm takes in bf16
-    return _grouped_outer(ones, values_SN, rows)[:, 0]
 
 
 def combine_rows(rows_Sd: Tensor, position: Tensor) -> Tensor:

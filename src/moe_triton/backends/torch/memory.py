@@ -1,18 +1,21 @@
 """Memory for large CPU tensors that is used again once they are gone.
 
 The system takes freed memory back at once, and faulting in the pages of a new buffer costs as much as a product over
-it. So a training step's gradients and rows get the memory of the step before.
+it. So a training step's gradients and rows get the memory of the step before. MOE_TRITON_MEMORY_POOL=0 turns this off.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import weakref
 from collections import defaultdict, deque
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from moe_triton.checks import check_choice
 
 LARGE = 4 << 20  # bytes; smaller tensors are torch's own, and numpy asks for huge pages from here on
 ALIGNMENT = 64  # bytes; a cache line, which is what torch's own memory is aligned to
@@ -24,7 +27,7 @@ _idle: defaultdict[int, deque[np.ndarray]] = defaultdict(deque)  # by size; its 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """torch.empty on the CPU, in used memory where the tensor is large and there is some."""
     size = math.prod(shape) * dtype.itemsize
-    if size < LARGE:
+    if size < LARGE or not is_on():
         return torch.empty(shape, dtype=dtype)
     total = size_class(size + ALIGNMENT)
     try:
@@ -35,6 +38,13 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     weakref.finalize(lent, _give_back, memory).atexit = False  # runs when the last tensor on it is gone
     start = -memory.ctypes.data % ALIGNMENT
     return torch.from_numpy(lent)[start : start + size].view(dtype).view(shape)
+
+
+def is_on() -> bool:
+    """Return whether memory is used again: yes, unless the environment says MOE_TRITON_MEMORY_POOL=0."""
+    value = os.environ.get("MOE_TRITON_MEMORY_POOL", "1")
+    check_choice("MOE_TRITON_MEMORY_POOL", value, ("0", "1"))
+    return value == "1"
 
 
 def size_class(size: int) -> int:
