@@ -31,7 +31,7 @@ from gpu_checks.harness import RESULTS, result_path  # noqa: E402
 from moe_triton.benchmarking.cases import PRESETS, Case  # noqa: E402
 from moe_triton.benchmarking.environment import environment  # noqa: E402
 from moe_triton.benchmarking.report import write_json  # noqa: E402
-from moe_triton.benchmarking.runner import FAULTS  # noqa: E402
+from moe_triton.benchmarking.results import FAULTS  # noqa: E402
 from moe_triton.benchmarking.timing import Timer, make_timer  # noqa: E402
 
 SCHEMA = "moe-triton-gpu-bench/1"

@@ -14,9 +14,11 @@ import moe_triton
 from gpu_benches.limits import COPY_BYTES, DENSE_SIZE, limit_calls, measured_device
 from moe_triton.benchmarking.cases import Case, Workload, make_workload
 from moe_triton.benchmarking.memory import peak_bytes, saved_bytes
-from moe_triton.benchmarking.providers import PROVIDERS, Block, Provider, require_swiglu, share
-from moe_triton.benchmarking.runner import Prepared, block_call, prepare
+from moe_triton.benchmarking.providers import PROVIDERS
+from moe_triton.benchmarking.providers.block import Block, Provider, require_swiglu, share
+from moe_triton.benchmarking.runner import Prepared, prepare
 from moe_triton.benchmarking.timing import Call, Timer, Times, ratios, run_rounds, spread
+from moe_triton.benchmarking.ways import Runnable
 
 OURS, PEER = "triton", "gather-grouped_mm"
 
@@ -117,7 +119,7 @@ def measure_layers(
     calls = limit_calls(device, case.torch_dtype, size=size, copied=copied)
     for name, block in blocks.items():
         calls[f"{name} forward"] = training_forward(block, workload)
-        calls[f"{name} full"] = block_call(block, workload, "full")
+        calls[f"{name} full"] = Runnable(block, workload).call("full")
     times = run_rounds(calls, timer, budget_s=budget_s, min_rounds=min_rounds)
     here = measured_device(str(device), times, size=size, copied=copied)
     modes: dict[str, dict[str, Times]] = {}
@@ -142,8 +144,7 @@ def describe(
     """One block: status, errors, memory, and of every mode the time, TFLOP/s, share of dense, and our speed-up."""
     flops = {"forward": case.flops("forward"), "full": case.flops("full")}
     flops["backward"] = flops["full"] - flops["forward"]
-    row: dict[str, Any] = {"label": found.label, "status": found.status, "note": found.note, "saved_bytes": found.saved}
-    row["errors"] = {} if found.check is None else dict(found.check.errors)
+    row = {name: getattr(found, name) for name in ("label", "status", "note", "saved_bytes", "errors")}
     for mode, times in modes.items():
         time = spread(times)
         if time is None:

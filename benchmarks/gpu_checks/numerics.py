@@ -234,7 +234,7 @@ def layer(setting: Setting) -> str:
         with poisoned():
             found = check_block(PROVIDERS["triton"].build(workload), workload)
         assert found.problem is None, f"{case.title()}: {found.problem}"
-        worst = max(worst, found.output_error, found.gradient_error)
+        worst = max(worst, *found.errors.values())
     return f"{len(cases)} layers, largest error {worst:.1e}"
 
 

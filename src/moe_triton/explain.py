@@ -177,14 +177,7 @@ def triton_parts(
     for stage, kernel in KERNELS.items():
         if stage.startswith("d_bias") and not has_bias:
             continue
-        known = config.get(stage)
+        known = config.get(stage, {"config": "", "from": ""})
         step = f"{stage.removesuffix('_backward')} (backward)" if stage not in FORWARD else stage
-        parts.append(
-            Part(
-                step=step,
-                runs=kernel,
-                config="" if known is None else known["config"],
-                origin="" if known is None else known["from"],
-            )
-        )
+        parts.append(Part(step=step, runs=kernel, config=known["config"], origin=known["from"]))
     return parts

@@ -153,7 +153,6 @@ def plot_load(history: Sequence[Mapping[str, LoadStatistics]], path: str | Path)
 
     One curve per layer. ValueError for an empty history.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -167,7 +166,6 @@ def plot_load(history: Sequence[Mapping[str, LoadStatistics]], path: str | Path)
         ("dropped", "dropped share of the assignments"),
     )
     figure = Figure(figsize=(10, 6), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     for axes, (field, title) in zip(figure.subplots(2, 2, sharex=True).flat, panels, strict=True):
         for layer in layers:
             points = [

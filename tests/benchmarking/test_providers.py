@@ -15,7 +15,8 @@ from moe_triton.benchmarking import correctness, runner, ways
 from moe_triton.benchmarking.cases import Case, make_workload
 from moe_triton.benchmarking.correctness import TOLERANCE, check
 from moe_triton.benchmarking.memory import peak_bytes, saved_bytes
-from moe_triton.benchmarking.providers import PROVIDERS, Block, Provider, Unavailable, gpu_peers, huggingface
+from moe_triton.benchmarking.providers import PROVIDERS, gpu_peers, huggingface
+from moe_triton.benchmarking.providers.block import Block, Provider, Unavailable
 from moe_triton.benchmarking.timing import ready
 
 CPU = torch.device("cpu")
@@ -325,7 +326,7 @@ def test_a_peer_without_a_backward_is_checked_and_timed_forward_only(monkeypatch
     monkeypatch.setitem(PROVIDERS, "liger", Provider(label="inference", build=build))
     workload = make_workload(CASE, CPU)
     found = runner.prepare("liger", workload)
-    assert set(found.check.errors) == {"output"}
+    assert set(found.errors) == {"output"}
     assert found.row("forward").status == "ok"
     assert (found.row("backward").status, found.row("full").note) == ("not applicable", "inference only")
 
@@ -384,7 +385,7 @@ def test_a_compiled_block_is_checked_and_named(monkeypatch):
     found = runner.prepare("torch", make_workload(CASE, CPU), way="compile")
     assert (found.status, found.name, found.label) == ("ok", "torch+compile", "moe_triton (torch), compiled")
     assert len(compiled) == 1
-    assert found.check.problem is None
+    assert found.runnable is not None
 
 
 @pytest.mark.parametrize(("name", "status"), [("torch", "failed"), ("hf-eager", "not measured")])

@@ -56,12 +56,12 @@ def measured(monkeypatch):
     """Replaces the measurement by made-up times; gives the list of cells that were asked for."""
     cells = []
 
-    def measure(case, device, modes, *rest):
+    def measure(case, *, modes, **_):
         for mode in modes:
             cells.append((case.dtype, mode))
             yield run_of(case, mode)
 
-    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(runner, "measure_case", measure)
     return cells
 
 
@@ -96,22 +96,22 @@ def test_an_interrupted_run_goes_on(tmp_path, measured, monkeypatch):
     folder = tmp_path / "report"
     arguments = ("--dtype", "float32,bfloat16", "--mode", "forward,full", "--report", str(folder))
     monkeypatch.setattr("sys.argv", ["moe-triton", "bench"])
-    plain = bench.measure
+    plain = runner.measure_case
 
-    def stopped(case, device, modes, *rest):
-        yield from plain(case, device, modes[:1], *rest)
+    def stopped(case, *, modes, **rest):
+        yield from plain(case, modes=modes[:1], **rest)
         if case.dtype == "bfloat16":
             raise KeyboardInterrupt
-        yield from plain(case, device, modes[1:], *rest)
+        yield from plain(case, modes=modes[1:], **rest)
 
-    monkeypatch.setattr(bench, "measure", stopped)
+    monkeypatch.setattr(runner, "measure_case", stopped)
     done = invoke(*arguments)
     assert done.exit_code == EXIT_INTERRUPTED
     assert "3 of 4 cells are done; the same command goes on" in done.stderr
     assert "moe_triton (torch)" in done.stdout
     assert len(read_results(folder / "results.json", "x").runs) == 3
 
-    monkeypatch.setattr(bench, "measure", plain)
+    monkeypatch.setattr(runner, "measure_case", plain)
     measured.clear()
     done = invoke(*arguments)
     assert done.exit_code == 0, done.output

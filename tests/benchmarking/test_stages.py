@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from moe_triton.benchmarking import stage_report, stages
+from moe_triton.benchmarking import limits, stage_report, stages
 from moe_triton.benchmarking.cases import Case, make_workload
 from moe_triton.benchmarking.providers import PROVIDERS
 from moe_triton.benchmarking.timing import CpuTimer
@@ -20,7 +20,7 @@ BACKWARD = ["d_hidden", "d_router_weights", "d_weight_down", "d_weight_up", "d_r
 
 @pytest.fixture(autouse=True)
 def small_buffer(monkeypatch):
-    monkeypatch.setattr(stages, "CPU_BUFFER_BYTES", 1 << 12)
+    monkeypatch.setattr(limits, "CPU_BUFFER_BYTES", 1 << 12)
 
 
 def whole_layer(workload):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import statistics
@@ -12,12 +11,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from moe_triton.benchmarking import environment, limits
-from moe_triton.benchmarking.providers import PROVIDERS, Provider
+from moe_triton.benchmarking import environment, limits, runner
+from moe_triton.benchmarking.providers import PROVIDERS
+from moe_triton.benchmarking.providers.block import Provider, Unavailable
 from moe_triton.cli import app
 from moe_triton.cli.arguments import EXIT_FAULT, EXIT_NO_GPU, EXIT_USAGE
-
-bench = importlib.import_module("moe_triton.cli.bench")  # the package's attribute of that name is the command
 
 SHAPE = ["--tokens", "40", "--hidden", "32", "--intermediate", "24", "--experts", "8", "--top-k", "2"]
 QUICK = ["--device", "cpu", "--budget", "0"]
@@ -115,7 +113,7 @@ def test_a_provider_that_breaks_is_shown_and_fails_the_command(monkeypatch):
 
 
 def test_peers_that_are_not_installed_are_no_error(monkeypatch):
-    from moe_triton.benchmarking.providers import Unavailable, huggingface
+    from moe_triton.benchmarking.providers import huggingface
 
     def missing(package):
         raise Unavailable("not installed", f"{package} is not installed")
@@ -168,7 +166,7 @@ def test_without_a_gpu(arguments, monkeypatch):
     ids=str,
 )
 def test_bad_arguments_are_named_before_anything_is_measured(arguments, message, monkeypatch):
-    monkeypatch.setattr(bench, "measure", lambda *a: pytest.fail("something was measured"))
+    monkeypatch.setattr(runner, "measure_case", lambda *a, **_: pytest.fail("something was measured"))
     done = run("--device", "cpu", *arguments)
     assert done.exit_code == EXIT_USAGE
     assert message in done.stderr
@@ -178,7 +176,7 @@ def test_bad_arguments_are_named_before_anything_is_measured(arguments, message,
 @pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("float32",)], ids=str)
 def test_the_default_is_the_cpu_preset_in_the_dtypes_that_the_processor_has(monkeypatch, dtypes):
     seen = []
-    monkeypatch.setattr(bench, "measure", lambda case, *a: seen.append((case.name, case.dtype)) or [])
+    monkeypatch.setattr(runner, "measure_case", lambda case, **_: seen.append((case.name, case.dtype)) or [])
     monkeypatch.setattr(limits, "onednn_dtypes", lambda: tuple(getattr(torch, dtype) for dtype in dtypes))
     done = run("--device", "cpu")
     assert done.exit_code == 0
@@ -188,7 +186,7 @@ def test_the_default_is_the_cpu_preset_in_the_dtypes_that_the_processor_has(monk
 
 def test_options_override_a_preset(monkeypatch):
     seen = []
-    monkeypatch.setattr(bench, "measure", lambda case, *a: seen.append(case) or [])
+    monkeypatch.setattr(runner, "measure_case", lambda case, **_: seen.append(case) or [])
     assert run("--device", "cpu", "--preset", "cpu-fine", "--dtype", "bfloat16", "--skew", "zipf").exit_code == 0
     assert [(case.tokens, case.dtype, case.skew) for case in seen] == [(2048, "bfloat16", "zipf")]
 

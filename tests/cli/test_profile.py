@@ -9,7 +9,7 @@ import torch
 from torch.profiler import record_function
 from typer.testing import CliRunner
 
-from moe_triton.benchmarking import profiling, stages
+from moe_triton.benchmarking import limits, profiling
 from moe_triton.benchmarking.memory_chart import draw_memory, outermost
 from moe_triton.cli import app
 from moe_triton.cli.arguments import EXIT_NO_GPU, EXIT_USAGE
@@ -20,7 +20,7 @@ QUICK = ["--device=cpu", "--steps=2", "--budget=0"]
 
 @pytest.fixture(autouse=True)
 def small_buffer(monkeypatch):
-    monkeypatch.setattr(stages, "CPU_BUFFER_BYTES", 1 << 12)
+    monkeypatch.setattr(limits, "CPU_BUFFER_BYTES", 1 << 12)
 
 
 def invoke(*arguments):

@@ -75,7 +75,6 @@ def draw_panel(axes: Any, run: Run, unit: tuple[str, float]) -> None:
 
 def draw(path: Path, runs: Sequence[Run], environment: dict[str, Any]) -> None:
     """Writes a PNG. One column per mode when a case was measured in several, else two columns."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     modes = list(dict.fromkeys(run.mode for run in runs))
@@ -83,7 +82,6 @@ def draw(path: Path, runs: Sequence[Run], environment: dict[str, Any]) -> None:
     lines = max(1, -(-len(runs) // columns))
     bars = max((sum(row.kind in COLOURS and row.tflops is not None for row in run.rows) for run in runs), default=1)
     figure = Figure(figsize=(6.4 * columns, (1.3 + 0.24 * bars) * lines + 0.4), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     unit = speed_unit(runs)
     grid = figure.subplots(lines, columns, squeeze=False)
     for axes, run in zip(grid.flat, runs, strict=False):

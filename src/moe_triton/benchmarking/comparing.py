@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moe_triton.benchmarking.results import Row, Run
+from moe_triton.benchmarking.results import Run
 
 STEADY_LIMIT = "dense"  # the limit whose own change says how much the machine itself changed
 
@@ -48,8 +48,10 @@ def compare(old: Sequence[Run], new: Sequence[Run], fail_over: float) -> Compari
     changes = []
     for run in new:
         earlier = before.get((run.case, run.mode))
-        for row in run.rows if earlier is not None else ():
-            past = earlier.row(row.name) if earlier is not None else None
+        if earlier is None:
+            continue
+        for row in run.rows:
+            past = earlier.row(row.name)
             if row.kind not in ("ours", "peer") or past is None or row.time_s is None or past.time_s is None:
                 continue
             changes.append(
@@ -60,7 +62,7 @@ def compare(old: Sequence[Run], new: Sequence[Run], fail_over: float) -> Compari
                     old_s=past.time_s.p50,
                     new_s=row.time_s.p50,
                     machine=machine_change(earlier, run),
-                    is_steady=run.is_steady and (earlier is None or earlier.is_steady),
+                    is_steady=run.is_steady and earlier.is_steady,
                 )
             )
     slower = sorted((c for c in changes if c.ratio > 1 + fail_over), key=lambda c: -c.ratio)
@@ -68,8 +70,7 @@ def compare(old: Sequence[Run], new: Sequence[Run], fail_over: float) -> Compari
     return Comparison(changes=changes, slower=slower, missing=missing, fail_over=fail_over)
 
 
-def machine_change(old: Run | None, new: Run) -> float | None:
+def machine_change(old: Run, new: Run) -> float | None:
     """New over old time of the dense product: the limit was measured beside the providers both times."""
-    rows: list[Row | None] = [None if run is None else run.row(STEADY_LIMIT) for run in (old, new)]
-    times = [None if row is None or row.time_s is None else row.time_s.p50 for row in rows]
-    return None if times[0] is None or times[1] is None else times[1] / times[0]
+    before, now = (None if (row := run.row(STEADY_LIMIT)) is None else row.time_s for run in (old, new))
+    return None if before is None or now is None else now.p50 / before.p50

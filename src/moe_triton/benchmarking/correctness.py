@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_triton import reference
 from moe_triton.benchmarking.cases import Workload
-from moe_triton.benchmarking.providers import Block, Parameter
+from moe_triton.benchmarking.providers.block import Block, Parameter
 from moe_triton.records import Dispatch, ExpertCall, ExpertParameters, RouterSpec
 
 # Relative RMS error of a whole tensor. bf16 and fp16 leave room for a router that computes its logits in that dtype.
@@ -33,15 +33,6 @@ class Check:
     worst: dict[str, float]
     moved: float
     problem: str | None
-
-    @property
-    def output_error(self) -> float:
-        return self.errors.get("output", float("nan"))
-
-    @property
-    def gradient_error(self) -> float:
-        """The largest error among the gradients."""
-        return max((error for name, error in self.errors.items() if name != "output"), default=float("nan"))
 
 
 class Difference:

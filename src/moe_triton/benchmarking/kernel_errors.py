@@ -7,18 +7,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from moe_triton.benchmarking.correctness import Difference
 from moe_triton.benchmarking.stages_triton import ExpertKernels
 from moe_triton.reference import activate
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Relative RMS error; infinite where a value is not finite."""
-    difference = actual.double() - expected
-    if not bool(torch.isfinite(difference).all()):
-        return float("inf")
-    norm = expected.square().mean().sqrt().item() if expected.numel() else 0.0
-    error = difference.square().mean().sqrt().item() if expected.numel() else 0.0
-    return error / norm if norm > 0 else (0.0 if error == 0 else float("inf"))
 
 
 def stage_error(kernels: ExpertKernels, stage: str, result: object) -> float:
@@ -34,7 +25,10 @@ def stage_error(kernels: ExpertKernels, stage: str, result: object) -> float:
             continue
         for actual, expected in zip(tensors, expected_of(kernels, stage, expert, slice(start, end)), strict=False):
             assert isinstance(actual, Tensor)
-            worst = max(worst, relative_error(actual[expert] if is_weight else actual[start:end], expected))
+            difference = Difference()
+            own = actual[expert] if is_weight else actual[start:end]
+            difference.add(own.reshape(1, -1), expected.reshape(1, -1))
+            worst = max(worst, difference.result()[0])
     return worst
 
 

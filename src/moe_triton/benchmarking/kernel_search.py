@@ -5,7 +5,7 @@ A candidate is timed beside the best one so far, in interleaved rounds, after it
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,8 @@ from moe_triton import runtime
 from moe_triton.benchmarking.cases import Workload
 from moe_triton.benchmarking.correctness import TOLERANCE
 from moe_triton.benchmarking.kernel_errors import stage_error
-from moe_triton.benchmarking.limits import dense
-from moe_triton.benchmarking.stages import bandwidth_buffer, middle, work_of
+from moe_triton.benchmarking.results import first_line
+from moe_triton.benchmarking.stages import middle, run_beside_speeds, work_of
 from moe_triton.benchmarking.stages_triton import ExpertKernels, shipped_for
 from moe_triton.benchmarking.timing import Timer, ratios, run_rounds, spread
 from moe_triton.dispatch import dispatch
@@ -25,16 +25,6 @@ from moe_triton.reference import wide
 from moe_triton_kernels.launch import Config
 
 OK, WRONG, FAILED = "ok", "wrong", "failed"
-
-
-def stage_names() -> list[str]:
-    """The stages whose kernels have configurations."""
-    return list(OP_OF)
-
-
-def operations() -> list[str]:
-    """The operations that have a configuration each; a gated one has its own."""
-    return list(STAGES_OF)
 
 
 def open_kernels(workload: Workload) -> ExpertKernels:
@@ -66,12 +56,12 @@ class Outcome:
 
 
 class Searched:
-    """An operation of the experts over one workload, run with any configuration."""
+    """An operation of the experts over one workload, or some of its stages, run with any configuration."""
 
-    def __init__(self, workload: Workload, op: str, timer: Timer) -> None:
+    def __init__(self, workload: Workload, op: str, timer: Timer, stages: Sequence[str] | None = None) -> None:
         self.workload, self.op, self.timer = workload, op, timer
         self.kernels = open_kernels(workload)
-        self.stages = STAGES_OF[op]
+        self.stages = STAGES_OF[op] if stages is None else stages
 
     @property
     def incumbent(self) -> Config:
@@ -103,8 +93,7 @@ class Searched:
                 {"candidate": self.call(config), "against": self.call(against)}, self.timer, budget_s=budget_s
             )
         except Exception as problem:  # out of shared memory, a compiler that gives up, a launch that fails, ...
-            line = (str(problem).strip().splitlines() or [""])[0]
-            return Outcome(status=FAILED, note=f"{type(problem).__name__}: {line}"[:240])
+            return Outcome(status=FAILED, note=first_line(problem))
         ratio = ratios(times["candidate"], times["against"])
         assert ratio is not None
         return Outcome(status=OK, time_s=middle(spread(times["candidate"])), ratio=ratio.p50, error=error)
@@ -125,36 +114,22 @@ def time_shipped(
     workload: Workload, stage: str, timer: Timer, budget_s: float, on_step: Callable[[str, float], None]
 ) -> list[Timed]:
     """A stage's kernel with every configuration that ships for this device and dtype, fastest first."""
-    kernels = open_kernels(workload)
-    op, case = OP_OF[stage], workload.case
-    running = kernels.problem.config(op)
-    shipped = shipped_for(kernels.problem, op)
-    buffer = bandwidth_buffer(workload.hidden.device)
-    limits = run_rounds({"dense": dense(workload, "forward").call, "sum": buffer.sum}, timer, budget_s=budget_s / 10)
-    flops_per_s = case.flops("forward") / middle(spread(limits["dense"]))
-    bytes_per_s = buffer.nbytes / middle(spread(limits["sum"]))
-    work = work_of(stage, case)
+    searched = Searched(workload, OP_OF[stage], timer, stages=(stage,))
+    running = searched.incumbent
+    _, flops_per_s, bytes_per_s = run_beside_speeds({}, workload, timer, budget_s / 10)
+    work = work_of(stage, workload.case)
     floor_s = max(work.flops / flops_per_s, work.bytes / bytes_per_s)
     found = []
-    configs = list(dict.fromkeys([running, *shipped]))
+    configs = list(dict.fromkeys([running, *shipped_for(searched.kernels.problem, searched.op)]))
     for number, config in enumerate(configs):
         words = in_words(config)
         on_step(words, number / len(configs))
-
-        def run(config: Config = config) -> object:
-            kernels.problem.chosen = {op: config}
-            with runtime.plain_maths(workload.hidden):
-                return kernels.call(stage)()
-
-        note = "runs" if config == running else ""
+        note, time_s = "runs" if config == running else "", None
         try:
-            times = run_rounds({"kernel": run}, timer, budget_s=budget_s / len(configs))["kernel"]
+            times = run_rounds({"kernel": searched.call(config)}, timer, budget_s=budget_s / len(configs))
+            time_s = middle(spread(times["kernel"]))
         except Exception as error:  # a configuration for another size may not fit
-            line = (str(error).strip().splitlines() or [""])[0]
-            note = f"{note} {type(error).__name__}: {line}".strip()[:120]
-            found.append(Timed(config=words, time_s=None, flops=work.flops, floor_s=floor_s, note=note))
-            continue
-        time_s = middle(spread(times))
+            note = f"{note} {first_line(error)}".strip()[:120]
         found.append(Timed(config=words, time_s=time_s, flops=work.flops, floor_s=floor_s, note=note))
     return sorted(found, key=lambda row: float("inf") if row.time_s is None else row.time_s)
 

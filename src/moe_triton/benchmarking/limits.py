@@ -123,6 +123,12 @@ def dense(workload: Workload, mode: str) -> Limit:
     return Limit(name="dense", about=f"one dense product of the same FLOPs, by {way}", call=run)
 
 
+def bandwidth_buffer(device: torch.device) -> Tensor:
+    """fp32 ones that no cache holds: their sum reads at the memory's bandwidth."""
+    size = GPU_BUFFER_BYTES if device.type == "cuda" else CPU_BUFFER_BYTES
+    return torch.ones(size // 4, dtype=torch.float32, device=device)
+
+
 def floor_bytes(case: Case, counts: list[int], mode: str) -> int:
     """Bytes of weights that must move: each pass reads the touched experts' weights once, and backward writes every
     expert's gradient once."""
@@ -136,14 +142,12 @@ def floor(workload: Workload, counts: list[int], mode: str) -> Limit:
 
     Writing is taken to be as fast as reading, so it stays a floor.
     """
-    device = workload.hidden.device
-    size = GPU_BUFFER_BYTES if device.type == "cuda" else CPU_BUFFER_BYTES
-    buffer = torch.ones(size // 4, dtype=torch.float32, device=device)
+    buffer = bandwidth_buffer(workload.hidden.device)
     return Limit(
         name="floor",
         about="moving the touched weights at the measured read bandwidth",
         call=buffer.sum,
-        scale=floor_bytes(workload.case, counts, mode) / size,
+        scale=floor_bytes(workload.case, counts, mode) / buffer.nbytes,
     )
 
 

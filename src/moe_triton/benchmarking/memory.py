@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_triton.benchmarking.providers import Block
+from moe_triton.benchmarking.providers.block import Block
 from moe_triton.benchmarking.timing import Call, ready
 
 

@@ -15,7 +15,6 @@ LINE = "#1f6f8b"
 
 def draw_memory(path: Path, trace: Trace, first: str, title: str) -> bool:
     """Writes a PNG of the last step, which begins with the range `first`; False where nothing was recorded."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     starts = [found.start_us for found in trace.ranges if found.name == first]
@@ -28,7 +27,6 @@ def draw_memory(path: Path, trace: Trace, first: str, title: str) -> bool:
     if not points:
         return False
     figure = Figure(figsize=(10, 4.2), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     axes: Any = figure.subplots()
     for number, found in enumerate(shown):
         left, right = (found.start_us - begin) / 1e3, (found.end_us - begin) / 1e3

@@ -11,17 +11,15 @@ from moe_triton.benchmarking.comparing import Comparison
 from moe_triton.benchmarking.environment import caption
 from moe_triton.benchmarking.report import (
     MODE_NAMES,
+    cells,
+    columns,
     comparison_lines,
-    error_cell,
     factor,
     geometric_mean,
     headline,
-    mebibytes,
-    note_cell,
     self_check_line,
     speed_unit,
     three_digits,
-    time_cell,
 )
 from moe_triton.benchmarking.results import Run
 from moe_triton.benchmarking.stage_report import STAGE_HEADER, stage_cells, stage_summary
@@ -76,8 +74,8 @@ def table(header: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], text
     css_of = ["text" if i >= first_text else "number" for i in range(len(header))]
     head = "".join(f'<th class="{css}">{escape(cell)}</th>' for css, cell in zip(css_of, header, strict=True))
     body = []
-    for css, cells in rows:
-        marked = "".join(f'<td class="{kind}">{escape(cell)}</td>' for kind, cell in zip(css_of, cells, strict=True))
+    for css, line in rows:
+        marked = "".join(f'<td class="{kind}">{escape(cell)}</td>' for kind, cell in zip(css_of, line, strict=True))
         body.append(f'<tr class="{css}">{marked}')
     return f'<div class="scroll"><table><tr>{head}</tr>{"</tr>".join(body)}</tr></table></div>'
 
@@ -110,19 +108,12 @@ def bars(run: Run, unit: tuple[str, float]) -> str:
 
 
 def run_table(run: Run, unit: tuple[str, float]) -> str:
-    bounds = [row.name for row in run.rows if row.kind == "limit"]
-    header = ["provider", "ms", unit[0], *(f"of {bound}" for bound in bounds), "ours is faster", "saved MiB"]
-    has_peak = any(row.peak_bytes is not None for row in run.rows)
-    header += [*(["peak MiB"] if has_peak else []), "error", "note"]
-    rows = []
-    for row in run.rows:
-        speedup = run.speedups.get(row.name)
-        cells = [row.label, time_cell(row), "" if row.tflops is None else three_digits(row.tflops * unit[1])]
-        cells += [f"{row.of[bound].p50:.2f}" if bound in row.of else "" for bound in bounds]
-        cells += ["" if speedup is None else f"{factor(speedup.p50)}x", mebibytes(row.saved_bytes)]
-        cells += [*([mebibytes(row.peak_bytes)] if has_peak else []), error_cell(row, run.mode), note_cell(row, run)]
-        rows.append(("fault" if row in run.faults else row.kind, cells))
-    return table(header, rows, text_columns=1)
+    speedups = {name: f"{factor(found.p50)}x" for name, found in run.speedups.items()}
+    rows = [
+        ("fault" if row in run.faults else row.kind, cells(run, row, unit, speedups.get(row.name, "")))
+        for row in run.rows
+    ]
+    return table(columns(run, unit, "error"), rows, text_columns=1)
 
 
 def summary_table(runs: Sequence[Run]) -> str:
@@ -131,14 +122,14 @@ def summary_table(runs: Sequence[Run]) -> str:
     labels = {row.name: row.label for run in runs for row in run.rows if row.name in run.speedups}
     rows = []
     for name, label in labels.items():
-        cells = [label]
+        line = [label]
         every = []
         for mode in modes:
             found = [run.speedups[name].p50 for run in runs if run.mode == mode and name in run.speedups]
             every += found
-            cells.append(f"{factor(geometric_mean(found))}x" if found else "not measured")
-        cells += [f"{factor(min(every))}x to {factor(max(every))}x", str(len(every))]
-        rows.append(("", cells))
+            line.append(f"{factor(geometric_mean(found))}x" if found else "not measured")
+        line += [f"{factor(min(every))}x to {factor(max(every))}x", str(len(every))]
+        rows.append(("", line))
     header = ["ours is faster than", *(MODE_NAMES[mode] for mode in modes), "least to most", "cells"]
     return table(header, rows) if rows else "<p>No peer was measured.</p>"
 

@@ -18,20 +18,19 @@ from torch import nn
 from torch.profiler import ProfilerActivity, record_function
 
 from moe_triton.benchmarking.cases import Workload
-from moe_triton.benchmarking.environment import now
-from moe_triton.benchmarking.limits import dense
 from moe_triton.benchmarking.stages import (
     LAYER,
     StageTable,
-    bandwidth_buffer,
-    fill_shares,
-    middle,
     open_layer,
-    stage_row,
+    run_beside_speeds,
+    stage_table,
     whole_passes,
-    works,
 )
-from moe_triton.benchmarking.timing import Timer, ready, run_rounds, spread
+from moe_triton.benchmarking.timing import Timer, Times, ready
+from moe_triton.layers import Experts, MoE, Router
+from moe_triton.training.config import TrainConfig
+from moe_triton.training.loop import make_optimizer, train_step
+from moe_triton.training.model import Attention, LanguageModel
 
 WARM_UP = 2  # calls of everything before the profiler looks
 PREFIX = "moe::"  # of our ranges in a trace
@@ -181,22 +180,15 @@ def profile_layer(
 
     The speeds that floors need (a dense product, a sum over a large buffer) are timed first, for `budget_s`.
     """
-    device, case = workload.hidden.device, workload.case
     opened = open_layer(workload, backend)
-    backward = whole_passes(opened, workload)[LAYER[1]]
-    buffer = bandwidth_buffer(device)
-    times = run_rounds({"dense": dense(workload, "forward").call, "sum": buffer.sum}, timer, budget_s=budget_s)
-    flops_per_s = case.flops("forward") / middle(spread(times["dense"]))
-    bytes_per_s = buffer.nbytes / middle(spread(times["sum"]))
-
-    rows = [stage_row(stage) for stage in opened.stages]
-    calls = [(row.full_name, stage.call) for row, stage in zip(rows, opened.stages, strict=True)]
+    calls, backward = opened.calls, whole_passes(opened, workload)[LAYER[1]]
+    _, flops_per_s, bytes_per_s = run_beside_speeds({}, workload, timer, budget_s)
 
     def step() -> None:
-        for name, call in calls:
-            if call is not None:
-                with span(name):
-                    call()
+        for name, call in calls.items():
+            run = ready(call)
+            with span(name):
+                run()
         with span(LAYER[0]):
             run = ready(backward)
         with span(LAYER[1]):
@@ -204,21 +196,11 @@ def profile_layer(
 
     for _ in range(WARM_UP):
         step()
-    trace = record(step, steps, device, path)
-    for row, stage in zip(rows, opened.stages, strict=True):
-        found = trace.seconds.get(PREFIX + row.full_name)
-        if found:
-            row.fill(works(stage, case), found, flops_per_s, bytes_per_s)
-    fill_shares(rows)
-    table = StageTable(
-        case=case,
-        backend=opened.backend,
-        stages=rows,
-        flops_per_s=flops_per_s,
-        bytes_per_s=bytes_per_s,
-        layer_s={name: s for name in LAYER if (s := spread(trace.seconds.get(PREFIX + name, []))) is not None},
-        measured=now(),
-    )
+    trace = record(step, steps, workload.hidden.device, path)
+    times: dict[str, Times] = {
+        name.removeprefix(PREFIX): list(found) for name, found in trace.seconds.items() if name.startswith(PREFIX)
+    }
+    table = stage_table(opened, workload.case, times, flops_per_s, bytes_per_s)
     return LayerProfile(table=table, trace=trace, counts=opened.plan.counts.tolist())
 
 
@@ -274,12 +256,8 @@ STEP_PARTS = {
 MOE = PREFIX + "moe layer"
 
 
-def profile_step(config: Any, *, steps: int, path: Path) -> StepProfile:
+def profile_step(config: TrainConfig, *, steps: int, path: Path) -> StepProfile:
     """`steps` optimizer steps of the model that `moe-triton train` trains, on random bytes, under the profiler."""
-    from moe_triton.layers import Experts, MoE, Router
-    from moe_triton.training.loop import make_optimizer, train_step
-    from moe_triton.training.model import Attention, LanguageModel
-
     device = torch.device(config.device)
     torch.manual_seed(config.seed)
     model = LanguageModel(config, "moe").to(device)

@@ -74,10 +74,8 @@ def time_cell(row: Row) -> str:
 def error_cell(row: Row, mode: str) -> str:
     if not row.errors:
         return ""
-    out = f"{row.errors['output']:.0e}"
-    gradients = [error for name, error in row.errors.items() if name != "output"]
-    verdict = "ok" if row.status == "ok" else row.status.upper()
-    return f"{verdict} {out}" if mode == "forward" or not gradients else f"{verdict} {out} / {max(gradients):.0e}"
+    text = f"{'ok' if row.status == 'ok' else row.status.upper()} {row.errors['output']:.0e}"
+    return text if mode == "forward" or row.gradient_error is None else f"{text} / {row.gradient_error:.0e}"
 
 
 def note_cell(row: Row, run: Run) -> str:
@@ -95,32 +93,44 @@ def headline(run: Run) -> str:
     )
 
 
-def table(run: Run, unit: tuple[str, float], plain: bool) -> Table:
-    """One run. Times are p50 (p20-p80); "of" a limit and "faster" are medians of per-round ratios."""
-    shown = Table(title=headline(run), title_justify="left", box=None if plain else Table().box)
+def columns(run: Run, unit: tuple[str, float], error: str) -> list[str]:
+    """The columns of a run's table, of which the first and the last two are text; `error` is the title of one of them.
+
+    Times are p50 (p20-p80); "of" a limit and "faster" are medians of per-round ratios.
+    """
+    bounds = [f"of {row.name}" for row in run.rows if row.kind == "limit"]
+    peak = ["peak MiB"] if any(row.peak_bytes is not None for row in run.rows) else []
+    return ["provider", "ms", unit[0], *bounds, "ours is faster", "saved MiB", *peak, error, "note"]
+
+
+def cells(run: Run, row: Row, unit: tuple[str, float], speedup: str) -> list[str]:
+    """A row under `columns`, with the speed-up over it in words."""
     bounds = [row.name for row in run.rows if row.kind == "limit"]
-    has_peak = any(row.peak_bytes is not None for row in run.rows)
-    shown.add_column("provider", no_wrap=True)
-    for name in ("ms", unit[0], *(f"of {bound}" for bound in bounds), "ours is faster", "saved MiB"):
-        shown.add_column(name, justify="right", no_wrap=True)
-    if has_peak:
-        shown.add_column("peak MiB", justify="right", no_wrap=True)
-    shown.add_column("error out" if run.mode == "forward" else "error out / grad", no_wrap=True)
-    shown.add_column("note")
+    peak = [mebibytes(row.peak_bytes)] if any(row.peak_bytes is not None for row in run.rows) else []
+    return [
+        row.label,
+        time_cell(row),
+        "" if row.tflops is None else three_digits(row.tflops * unit[1]),
+        *(f"{row.of[bound].p50:.2f}" if bound in row.of else "" for bound in bounds),
+        speedup,
+        mebibytes(row.saved_bytes),
+        *peak,
+        error_cell(row, run.mode),
+        note_cell(row, run),
+    ]
+
+
+def table(run: Run, unit: tuple[str, float], plain: bool) -> Table:
+    """One run."""
+    shown = Table(title=headline(run), title_justify="left", box=None if plain else Table().box)
+    names = columns(run, unit, "error out" if run.mode == "forward" else "error out / grad")
+    for name in names:
+        is_text = name in (names[0], *names[-2:])
+        shown.add_column(name, justify="left" if is_text else "right", no_wrap=name != "note")
     for row in run.rows:
-        cells = [
-            row.label,
-            time_cell(row),
-            "" if row.tflops is None else three_digits(row.tflops * unit[1]),
-            *(f"{row.of[bound].p50:.2f}" if bound in row.of else "" for bound in bounds),
-            speedup_cell(run.speedups.get(row.name)),
-            mebibytes(row.saved_bytes),
-        ]
-        if has_peak:
-            cells.append(mebibytes(row.peak_bytes))
-        cells += [error_cell(row, run.mode), note_cell(row, run)]
         style = {"ours": "bold", "limit": "dim", "check": "dim"}.get(row.kind)
-        shown.add_row(*cells, style="red" if row.status in ("mismatch", "failed") else style)
+        words = cells(run, row, unit, speedup_cell(run.speedups.get(row.name)))
+        shown.add_row(*words, style="red" if row in run.faults else style)
     return shown
 
 
@@ -128,6 +138,18 @@ def plain_console() -> Console:
     """A console that does not wrap where there is no terminal."""
     console = Console()
     return console if console.is_terminal else Console(width=PLAIN_WIDTH, no_color=True, highlight=False)
+
+
+def print_table(
+    console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[str] = ()
+) -> None:
+    """Prints a table: numbers to the right, the columns that `text` names to the left; lines in a terminal only."""
+    shown = Table(box=Table().box if console.is_terminal else None)
+    for name in columns:
+        shown.add_column(name, justify="left" if name in text else "right")
+    for cells in rows:
+        shown.add_row(*cells)
+    console.print(shown)
 
 
 def print_runs(runs: Sequence[Run], console: Console | None = None) -> None:
@@ -219,7 +241,6 @@ def csv_table(runs: Sequence[Run]) -> str:
     writer.writeheader()
     for run in runs:
         for row in run.rows:
-            gradients = [error for name, error in row.errors.items() if name != "output"]
             record: dict[str, Any] = {name: getattr(run.case, name) for name in CSV_FIELDS}
             record |= {name: getattr(row, name) for name in ("label", "kind", "way", "status", "note", "tflops")}
             record |= {"mode": run.mode, "provider": row.name, "measured": run.measured}
@@ -230,6 +251,6 @@ def csv_table(runs: Sequence[Run]) -> str:
                 record["ours_is_faster"] = run.speedups[row.name].p50
             record |= {"self_difference": run.self_difference, "output_error": row.errors.get("output")}
             record |= {"saved_bytes": row.saved_bytes, "peak_bytes": row.peak_bytes}
-            record["gradient_error"] = max(gradients, default=None)
+            record["gradient_error"] = row.gradient_error
             writer.writerow(record)
     return out.getvalue()

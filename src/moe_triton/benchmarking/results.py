@@ -14,6 +14,7 @@ from moe_triton.benchmarking.timing import Spread, Times
 SCHEMA = "moe-triton-bench/2"
 READABLE = ("moe-triton-bench/1", SCHEMA)
 FAULTS = ("mismatch", "failed")  # these make the command fail
+NOTE_LENGTH = 240
 SELF_CHECK_LIMIT = 0.03  # how much the same provider may differ from itself
 
 
@@ -46,6 +47,11 @@ class Row:
     of: dict[str, Spread] = field(default_factory=dict)
     saved_bytes: int | None = None
     peak_bytes: int | None = None
+
+    @property
+    def gradient_error(self) -> float | None:
+        """The largest error among the gradients."""
+        return max((error for name, error in self.errors.items() if name != "output"), default=None)
 
 
 @dataclass(kw_only=True)
@@ -84,6 +90,11 @@ class Run:
 
     def row(self, name: str) -> Row | None:
         return next((row for row in self.rows if row.name == name), None)
+
+
+def first_line(error: Exception) -> str:
+    """A compiler's error fills pages: its first line says what and where."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:NOTE_LENGTH]
 
 
 def spread_from(value: dict[str, float] | None) -> Spread | None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, fields
 
 import torch
 
 from moe_triton.benchmarking.cases import Case, Workload, make_workload
-from moe_triton.benchmarking.correctness import Check
 from moe_triton.benchmarking.environment import now
 from moe_triton.benchmarking.limits import Limit, limits
 from moe_triton.benchmarking.memory import peak_bytes, saved_bytes
-from moe_triton.benchmarking.providers import PROVIDERS, Block, Provider, Unavailable
-from moe_triton.benchmarking.results import FAULTS, Row, Run
+from moe_triton.benchmarking.providers import PROVIDERS
+from moe_triton.benchmarking.providers.block import Block, Provider, Unavailable
+from moe_triton.benchmarking.results import Row, Run, first_line
 from moe_triton.benchmarking.timing import (
     FAR_SLOWER,
     MIN_ROUNDS,
@@ -25,47 +26,28 @@ from moe_triton.benchmarking.timing import (
     samples,
     spread,
 )
-from moe_triton.benchmarking.ways import LABELS, Runnable, block_call, runnable
+from moe_triton.benchmarking.ways import LABELS, Runnable, runnable
 
-__all__ = ["FAULTS", "OnStep", "Prepared", "block_call", "expert_counts", "measure_case", "prepare", "relate"]
-NOTE_LENGTH = 240
 OnStep = Callable[..., None]  # (what is being done, share of the case's present mode that is done, who runs: "")
 
 
 @dataclass(kw_only=True)
-class Prepared:
+class Prepared(Row):
     """A provider in one way, after its check; nothing to run when it cannot be measured or is wrong."""
 
-    name: str
     provider: Provider
-    label: str
-    way: str = "eager"
-    kind: str = "peer"
-    status: str = "ok"
-    note: str = ""
     runnable: Runnable | None = None
-    check: Check | None = None
-    saved: int | None = None
 
     @property
     def block(self) -> Block | None:
         return None if self.runnable is None else self.runnable.block
 
     def row(self, mode: str) -> Row:
-        checked = self.check
-        is_inference_only = self.runnable is not None and not self.runnable.block.is_trainable and mode != "forward"
-        return Row(
-            name=self.name,
-            label=self.label,
-            kind=self.kind,
-            way=self.way,
-            status="not applicable" if is_inference_only else self.status,
-            note="inference only" if is_inference_only else self.note,
-            errors=dict(checked.errors) if checked else {},
-            worst=dict(checked.worst) if checked else {},
-            moved=checked.moved if checked else None,
-            saved_bytes=self.saved,
-        )
+        """Its row in a run of the mode, without times yet."""
+        row = Row(**{field.name: copy(getattr(self, field.name)) for field in fields(Row)})
+        if self.block is not None and not self.block.is_trainable and mode != "forward":
+            row.status, row.note = "not applicable", "inference only"
+        return row
 
 
 def prepare(name: str, workload: Workload, provider: Provider | None = None, way: str = "eager") -> Prepared:
@@ -83,9 +65,10 @@ def prepare(name: str, workload: Workload, provider: Provider | None = None, way
         block = provider.build(workload)
         found.label = (block.label or provider.label) + LABELS[way]
         ready = runnable(block, workload, way)
-        found.check = ready.check()
+        checked = ready.check()
+        found.errors, found.worst, found.moved = checked.errors, checked.worst, checked.moved
         if block.is_trainable and way != "graph":  # a replay keeps its memory whatever happens
-            found.saved = saved_bytes(ready.block, workload.hidden)
+            found.saved_bytes = saved_bytes(ready.block, workload.hidden)
     except Unavailable as reason:
         found.status, found.note = reason.status, reason.reason
     except torch.OutOfMemoryError:
@@ -95,15 +78,11 @@ def prepare(name: str, workload: Workload, provider: Provider | None = None, way
         found.status = "failed" if way == "eager" or provider.is_ours else "not measured"
         found.note = first_line(error)
     else:
-        found.runnable = ready
-        if found.check.problem is not None:
-            found.status, found.note, found.runnable = "mismatch", found.check.problem, None
+        if checked.problem is None:
+            found.runnable = ready
+        else:
+            found.status, found.note = "mismatch", checked.problem
     return found
-
-
-def first_line(error: Exception) -> str:
-    """A compiler's error fills pages: its first line says what and where."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:NOTE_LENGTH]
 
 
 def twin_of(own: Prepared, workload: Workload) -> Prepared:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Table
 
-from moe_triton.benchmarking.report import milliseconds, plain_console, three_digits
+from moe_triton.benchmarking.report import milliseconds, plain_console, print_table, three_digits
 from moe_triton.benchmarking.stages import PASSES, StageRow, StageTable, middle
 
 STAGE_HEADER = ("stage", "ms", "share", "GFLOP", "MB", "floor ms", "of floor", "kernel, configuration")
@@ -52,13 +51,8 @@ def print_stages(tables: Sequence[StageTable], console: Console | None = None) -
     """Every stage of our layer beside its floor, and what follows from it."""
     console = plain_console() if console is None else console
     for found in tables:
-        box = Table().box if console.is_terminal else None
         console.print(f"stages: {found.title}", highlight=False, soft_wrap=True)
-        shown = Table(box=box)
-        for number, name in enumerate(STAGE_HEADER):
-            shown.add_column(name, justify="left" if number in (0, len(STAGE_HEADER) - 1) else "right")
-        for row in found.stages:
-            shown.add_row(*stage_cells(row))
-        console.print(shown)
+        rows = [stage_cells(row) for row in found.stages]
+        print_table(console, STAGE_HEADER, rows, text=(STAGE_HEADER[0], STAGE_HEADER[-1]))
         console.print("\n".join(stage_summary(found)), highlight=False, soft_wrap=True)
         console.print()

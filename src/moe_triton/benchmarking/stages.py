@@ -6,7 +6,7 @@ dense product and at the bandwidth that are measured in the same rounds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,13 +18,13 @@ from moe_triton import runtime
 from moe_triton.benchmarking import stages_torch
 from moe_triton.benchmarking.cases import Case, Workload
 from moe_triton.benchmarking.environment import now
-from moe_triton.benchmarking.limits import CPU_BUFFER_BYTES, GPU_BUFFER_BYTES, dense
+from moe_triton.benchmarking.limits import bandwidth_buffer, dense
 from moe_triton.benchmarking.providers import PROVIDERS
 from moe_triton.benchmarking.report import three_digits
 from moe_triton.benchmarking.results import spread_from, spreads_from
 from moe_triton.benchmarking.stage import Stage
-from moe_triton.benchmarking.timing import Call, Fresh, Spread, Timer, run_rounds, spread
-from moe_triton.benchmarking.ways import block_call
+from moe_triton.benchmarking.timing import Call, Fresh, Spread, Timer, Times, run_rounds, spread
+from moe_triton.benchmarking.ways import Runnable
 from moe_triton.records import Dispatch, ExpertCall, RouterSpec
 from moe_triton.reference import wide
 from moe_triton_kernels.tools.floors import FLOORS, Shape, Work
@@ -105,6 +105,11 @@ class Opened:
     stages: list[Stage]
     plan: Dispatch
 
+    @property
+    def calls(self) -> dict[str, Call]:
+        """Those that can be timed, by their full names."""
+        return {stage_row(stage).full_name: stage.call for stage in self.stages if stage.call is not None}
+
 
 def open_layer(workload: Workload, backend: str = "auto") -> Opened:
     """Run the layer once, keeping what every stage needs."""
@@ -120,15 +125,24 @@ def open_layer(workload: Workload, backend: str = "auto") -> Opened:
     def gate_forward() -> Tensor:
         return F.linear(x.to(dtype), gate.to(dtype))
 
+    def route_forward() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return routing.route_forward(logits, spec, None, None, None)
+
+    def build_dispatch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return dispatching.build_dispatch(experts, case.experts, None, 1, False, None)
+
+    def route_backward() -> Tensor:
+        return routing.route_backward(grad_weights, *zeros, logits, experts, spec)
+
     with runtime.plain_maths(x):
         logits = gate_forward()
-        experts, weights, _, score_sums, z_sum = routing.route_forward(logits, spec, None, None, None)
-        counts, offsets, source, position = dispatching.build_dispatch(experts, case.experts, None, 1, False, None)
+        experts, weights, _, score_sums, z_sum = route_forward()
+        counts, offsets, source, position = build_dispatch()
         plan = Dispatch(counts=counts, offsets=offsets, source=source, position=position)
         inner = expert_stages(name, workload.call(weights, plan), workload.grad_out)
         grad_weights = torch.randn_like(weights)
         zeros = torch.zeros_like(score_sums), torch.zeros_like(z_sum)
-        grad_logits = routing.route_backward(grad_weights, *zeros, logits, experts, spec)
+        grad_logits = route_backward()
 
     def gate_backward() -> tuple[Tensor, Tensor]:
         return (grad_logits @ gate.to(dtype)).to(x.dtype), (grad_logits.T @ x.to(dtype)).to(gate.dtype)
@@ -141,18 +155,18 @@ def open_layer(workload: Workload, backend: str = "auto") -> Opened:
         return run
 
     outer = [
-        Stage(name="gate", kernel="linear in fp32", call=plain(gate_forward)),
+        Stage(name="gate", kernel="linear in fp32", call=gate_forward),
         Stage(
             name="route",
             kernel=f"{name}.routing.route_forward",
             floors=("topk",),
-            call=plain(lambda: routing.route_forward(logits, spec, None, None, None)),
+            call=route_forward,
         ),
         Stage(
             name="dispatch",
             kernel=f"{name}.dispatch.build_dispatch",
             floors=("permutation",),
-            call=plain(lambda: dispatching.build_dispatch(experts, case.experts, None, 1, False, None)),
+            call=build_dispatch,
         ),
     ]
     behind = [
@@ -161,12 +175,13 @@ def open_layer(workload: Workload, backend: str = "auto") -> Opened:
             is_backward=True,
             kernel=f"{name}.routing.route_backward",
             floors=("topk_backward",),
-            call=plain(lambda: routing.route_backward(grad_weights, *zeros, logits, experts, spec)),
+            call=route_backward,
         ),
-        Stage(name="gate", is_backward=True, kernel="two products in fp32", call=plain(gate_backward)),
+        Stage(name="gate", is_backward=True, kernel="two products in fp32", call=gate_backward),
     ]
-    wrapped = [stage if stage.call is None else replace(stage, call=plain(stage.call)) for stage in inner]
-    return Opened(backend=name, stages=[*outer, *wrapped, *behind], plan=plan)
+    stages = [*outer, *inner, *behind]
+    wrapped = [stage if stage.call is None else replace(stage, call=plain(stage.call)) for stage in stages]
+    return Opened(backend=name, stages=wrapped, plan=plan)
 
 
 def expert_stages(backend: str, call: ExpertCall, grad_out: Tensor) -> list[Stage]:
@@ -200,15 +215,24 @@ def work_of(name: str, case: Case) -> Work:
 
 def whole_passes(opened: Opened, workload: Workload) -> dict[str, Call]:
     """A training step's forward and backward of the whole layer, by the same backend."""
-    backward = block_call(PROVIDERS[opened.backend].build(workload), workload, "backward")
+    backward = Runnable(PROVIDERS[opened.backend].build(workload), workload).call("backward")
     assert isinstance(backward, Fresh)
     return {LAYER[0]: backward.make, LAYER[1]: backward}
 
 
-def bandwidth_buffer(device: torch.device) -> Tensor:
-    """fp32 ones that no cache holds: their sum reads at the memory's bandwidth."""
-    size = GPU_BUFFER_BYTES if device.type == "cuda" else CPU_BUFFER_BYTES
-    return torch.ones(size // 4, dtype=torch.float32, device=device)
+def run_beside_speeds(
+    calls: Mapping[str, Call],
+    workload: Workload,
+    timer: Timer,
+    budget_s: float,
+    on_round: Callable[[float], None] | None = None,
+) -> tuple[dict[str, Times], float, float]:
+    """(the calls' times, FLOP/s of a dense product, bytes/s of a sum over a large buffer), in interleaved rounds."""
+    buffer = bandwidth_buffer(workload.hidden.device)
+    speeds: dict[str, Call] = {DENSE: dense(workload, "forward").call, BANDWIDTH: buffer.sum}
+    times = run_rounds({**calls, **speeds}, timer, budget_s=budget_s, on_round=on_round)
+    flops_per_s = workload.case.flops("forward") / middle(spread(times[DENSE]))
+    return times, flops_per_s, buffer.nbytes / middle(spread(times[BANDWIDTH]))
 
 
 def measure_stages(
@@ -220,22 +244,20 @@ def measure_stages(
     on_round: Callable[[float], None] | None = None,
 ) -> StageTable:
     """Times every stage, the whole passes of the layer and the two speeds that floors need, in interleaved rounds."""
-    case, device = workload.case, workload.hidden.device
     opened = open_layer(workload, backend)
-    buffer = bandwidth_buffer(device)
-    passes = whole_passes(opened, workload)
-    named: dict[str, Call] = {
-        f"{number}": stage.call for number, stage in enumerate(opened.stages) if stage.call is not None
-    }
-    speeds: dict[str, Call] = {DENSE: dense(workload, "forward").call, BANDWIDTH: buffer.sum}
-    times = run_rounds({**named, **passes, **speeds}, timer, budget_s=budget_s, on_round=on_round)
+    calls = {**opened.calls, **whole_passes(opened, workload)}
+    times, flops_per_s, bytes_per_s = run_beside_speeds(calls, workload, timer, budget_s, on_round)
+    return stage_table(opened, workload.case, times, flops_per_s, bytes_per_s)
 
-    flops_per_s = case.flops("forward") / middle(spread(times[DENSE]))
-    bytes_per_s = buffer.nbytes / middle(spread(times[BANDWIDTH]))
+
+def stage_table(
+    opened: Opened, case: Case, times: Mapping[str, Times], flops_per_s: float, bytes_per_s: float
+) -> StageTable:
+    """The table of what was timed, by the stages' full names and LAYER."""
     rows = [stage_row(stage) for stage in opened.stages]
-    for number, (row, stage) in enumerate(zip(rows, opened.stages, strict=True)):
-        if stage.call is not None:
-            row.fill(works(stage, case), times[f"{number}"], flops_per_s, bytes_per_s)
+    for row, stage in zip(rows, opened.stages, strict=True):
+        if row.full_name in times:
+            row.fill(works(stage, case), times[row.full_name], flops_per_s, bytes_per_s)
     fill_shares(rows)
     return StageTable(
         case=case,
@@ -243,7 +265,7 @@ def measure_stages(
         stages=rows,
         flops_per_s=flops_per_s,
         bytes_per_s=bytes_per_s,
-        layer_s={name: found for name in LAYER if (found := spread(times[name])) is not None},
+        layer_s={name: found for name in LAYER if (found := spread(times.get(name, []))) is not None},
         measured=now(),
     )
 

@@ -11,7 +11,6 @@ from moe_triton.benchmarking.stage import Stage
 from moe_triton.kernel_stages import FORWARD, KERNELS, OP_OF, full_name, in_words
 from moe_triton.records import ExpertCall
 from moe_triton_kernels.launch import Config, target_of
-from moe_triton_kernels.tiles import TileTables
 from moe_triton_kernels.tools.shipped import TYPES, shipped_configs
 
 
@@ -32,52 +31,43 @@ class ExpertKernels:
     """
 
     def __init__(self, call: ExpertCall, grad_out: Tensor) -> None:
-        self.problem, self.grad_out = Chosen(call), grad_out
-        self.tiles = self.tile_tables()
-        self.a, self.h = self.up()
-        self.rows = self.down()
-        self.weighted_a, self.grad_h, self.shares = self.d_hidden()
-        self.grad_rows = self.d_rows()
+        problem = self.problem = Chosen(call)
+        self.grad_out, tiles = grad_out, problem.tiles()
 
-    def tile_tables(self) -> TileTables:
-        return self.problem.tiles()
+        def up() -> tuple[Tensor, Tensor]:
+            return problem.up(tiles, keep_a=True, keep_h=True)
 
-    def up(self) -> tuple[Tensor, Tensor]:
-        return self.problem.up(self.tiles, keep_a=True, keep_h=True)
+        def down() -> Tensor:
+            return problem.down_rows(self.a, tiles)
 
-    def down(self) -> Tensor:
-        return self.problem.down_rows(self.a, self.tiles)
+        def d_hidden() -> tuple[Tensor, Tensor, Tensor]:
+            return problem.d_hidden(grad_out, self.h, tiles)
 
-    def combine(self) -> Tensor:
-        return self.problem.combine(self.rows)
+        def d_rows() -> Tensor:
+            return problem.d_rows(self.grad_h, tiles)
 
-    def d_hidden(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.problem.d_hidden(self.grad_out, self.h, self.tiles)
-
-    def d_router_weights(self) -> Tensor:
-        return self.problem.d_router_weights(self.shares, self.grad_out, self.tiles)
-
-    def d_weight_down(self) -> Tensor:
-        return self.problem.d_down(self.grad_out, self.weighted_a)
-
-    def d_weight_up(self) -> Tensor:
-        return self.problem.d_gate_up(self.grad_h)
-
-    def d_rows(self) -> Tensor:
-        return self.problem.d_rows(self.grad_h, self.tiles)
-
-    def combine_backward(self) -> Tensor:
-        return self.problem.combine(self.grad_rows)
-
-    def d_bias_rows(self) -> Tensor:
-        return self.problem.d_gate_up_bias(self.grad_h)
-
-    def d_bias_gathered(self) -> Tensor:
-        return self.problem.d_down_bias(self.grad_out)
+        self.a, self.h = up()
+        rows = down()
+        self.weighted_a, self.grad_h, shares = d_hidden()
+        grad_rows = d_rows()
+        self.calls: dict[str, Callable[[], object]] = {
+            "tile_tables": problem.tiles,
+            "up": up,
+            "down": down,
+            "combine": lambda: problem.combine(rows),
+            "d_hidden": d_hidden,
+            "d_router_weights": lambda: problem.d_router_weights(shares, grad_out, tiles),
+            "d_weight_down": lambda: problem.d_down(grad_out, self.weighted_a),
+            "d_weight_up": lambda: problem.d_gate_up(self.grad_h),
+            "d_rows": d_rows,
+            "combine_backward": lambda: problem.combine(grad_rows),
+            "d_bias_rows": lambda: problem.d_gate_up_bias(self.grad_h),
+            "d_bias_gathered": lambda: problem.d_down_bias(grad_out),
+        }
 
     def call(self, stage: str) -> Callable[[], object]:
-        """The method that runs a stage of KERNELS once."""
-        return getattr(self, stage)
+        """What runs a stage of KERNELS once."""
+        return self.calls[stage]
 
 
 def shipped_for(problem: Problem, op: str) -> list[Config]:

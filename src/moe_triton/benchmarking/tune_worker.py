@@ -16,6 +16,7 @@ import torch
 
 from moe_triton.benchmarking.cases import Case, make_workload
 from moe_triton.benchmarking.kernel_search import Searched, is_fatal
+from moe_triton.benchmarking.results import first_line
 from moe_triton.benchmarking.timing import make_timer
 from moe_triton_kernels.launch import Config, target_of
 
@@ -37,7 +38,7 @@ def main() -> int:
         searched = Searched(workload, problem["op"], make_timer(device))
         answer({"incumbent": asdict(searched.incumbent), "architecture": target_of(device).architecture})
     except (RuntimeError, ValueError, TypeError) as error:  # out of memory among them
-        answer({"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"})
+        answer({"error": first_line(error)})
         return 1
     for line in sys.stdin:
         asked = json.loads(line)

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +42,20 @@ Entry = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One entry of the table: an operation at the sizes of a case, with the rows per expert that the case has.
-
-    name: of the operation in tables ("up_gated", "down", ...).
-    """
+    """One entry of the table: an operation at the sizes of a case, with the rows per expert that the case has."""
 
     case: Case
     op: str
-    name: str
-    bucket: int
     architecture: str
+
+    @property
+    def name(self) -> str:
+        """Of the operation in tables: "up_gated", "down", ..."""
+        return full_name(self.op, self.case.expert_rows == 2 * self.case.intermediate)
+
+    @property
+    def bucket(self) -> int:
+        return bucket_of(self.case.tokens * self.case.top_k / self.case.experts)
 
     @property
     def key(self) -> dict[str, Any]:
@@ -68,17 +73,9 @@ class Problem:
 def problems_of(cases: list[Case], ops: list[str], architecture: str) -> list[Problem]:
     """The distinct table entries that the cases ask for; the first case of each stands for it."""
     found: dict[str, Problem] = {}
-    for case in cases:
-        is_gated = case.expert_rows == 2 * case.intermediate
-        for op in ops:
-            problem = Problem(
-                case=case,
-                op=op,
-                name=full_name(op, is_gated),
-                bucket=bucket_of(case.tokens * case.top_k / case.experts),
-                architecture=architecture,
-            )
-            found.setdefault(json.dumps(problem.key), problem)
+    for case, op in product(cases, ops):
+        problem = Problem(case=case, op=op, architecture=architecture)
+        found.setdefault(json.dumps(problem.key), problem)
     return list(found.values())
 
 
@@ -160,7 +157,7 @@ class Crashed(Exception):
 
 
 class Worker:
-    """The process that measures one problem; a context manager."""
+    """The process that measures one problem, until it is closed."""
 
     command = (sys.executable, "-m", "moe_triton.benchmarking.tune_worker")
 
@@ -197,11 +194,11 @@ class Worker:
                 with contextlib.suppress(OSError):  # what it could not be told any more
                     pipe.close()
 
-    def __enter__(self) -> Worker:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+def try_out(worker: Worker, config: Mapping[str, Any], against: Mapping[str, Any], seconds: float) -> Outcome:
+    """Times a configuration beside another one. Raises Crashed."""
+    asked = {"config": config, "against": against, "budget_s": seconds}
+    return Outcome(**worker.ask(asked, PATIENCE_S + seconds))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,9 +251,8 @@ def search(
             if candidate is None:
                 state.is_done = True
                 break
-            asked = {"config": candidate, "against": state.best, "budget_s": settings.candidate_s}
             try:
-                outcome = Outcome(**worker.ask(asked, PATIENCE_S + settings.candidate_s))
+                outcome = try_out(worker, candidate, state.best, settings.candidate_s)
             except Crashed as reason:
                 outcome = Outcome(status=FAILED, note=str(reason))
                 worker.close()
@@ -281,9 +277,8 @@ def confirmed_ratio(problem: Problem, state: State, settings: Settings) -> float
     """The best one's time over the incumbent's, measured once more directly; 1 where there is nothing better."""
     if state.best == state.incumbent:
         return 1.0
-    with Worker(problem, settings.device, settings.seed, settings.threads) as worker:
-        asked = {"config": state.best, "against": state.incumbent, "budget_s": 3 * settings.candidate_s}
-        outcome = Outcome(**worker.ask(asked, PATIENCE_S + 3 * settings.candidate_s))
+    with contextlib.closing(Worker(problem, settings.device, settings.seed, settings.threads)) as worker:
+        outcome = try_out(worker, state.best, state.incumbent, 3 * settings.candidate_s)
     return outcome.ratio if outcome.status == OK and outcome.ratio is not None else 1.0
 
 

@@ -18,46 +18,39 @@ LABELS = {"eager": "", "compile": ", compiled", "graph": ", CUDA graph"}
 GRAPH_WARM_UP = 3  # calls on a side stream before a capture, as torch asks for
 
 
-def block_call(block: Block, workload: Workload, mode: str) -> Call:
-    """What is timed of a block.
-
-    forward: without autograd, as in inference. backward: the gradients of hidden states and parameters, the forward
-    that they need being run anew outside the timed part. full: both.
-    """
-    if mode == "forward":
-
-        def forward() -> object:
-            with torch.no_grad():
-                return block.forward(workload.hidden)
-
-        return forward
-    trained = workload.hidden.detach().clone().requires_grad_()
-    wanted = [trained, *block.leaves()]
-
-    def gradients(out: Tensor) -> object:
-        return torch.autograd.grad(out, wanted, workload.grad_out)
-
-    if mode == "full":
-        return lambda: gradients(block.forward(trained))
-
-    def make() -> Callable[[], object]:
-        out = block.forward(trained)
-        return lambda: gradients(out)
-
-    return Fresh(make)
-
-
 class Runnable:
     """A block in one way: its check, and its calls by mode."""
 
     def __init__(self, block: Block, workload: Workload) -> None:
         self.block, self.workload = block, workload
+        self.hidden = workload.hidden.detach().clone().requires_grad_(block.is_trainable)
+
+    def infer(self) -> Tensor:
+        with torch.no_grad():
+            return self.block.forward(self.workload.hidden)
+
+    def gradients(self, out: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(out, [self.hidden, *self.block.leaves()], self.workload.grad_out)
 
     def check(self) -> Check:
         return check(self.block, self.workload)
 
     def call(self, mode: str) -> Call:
-        return block_call(self.block, self.workload, mode)
+        """What is timed.
+
+        forward: without autograd, as in inference. backward: the gradients of hidden states and parameters, the forward
+        that they need being run anew outside the timed part. full: both.
+        """
+        if mode == "forward":
+            return self.infer
+        if mode == "full":
+            return lambda: self.gradients(self.block.forward(self.hidden))
+
+        def make() -> Callable[[], object]:
+            out = self.block.forward(self.hidden)
+            return lambda: self.gradients(out)
+
+        return Fresh(make)
 
 
 class Replayed(Runnable):
@@ -66,7 +59,6 @@ class Replayed(Runnable):
     def __init__(self, block: Block, workload: Workload) -> None:
         super().__init__(block, workload)
         device = workload.hidden.device
-        self.hidden = workload.hidden.detach().clone().requires_grad_(block.is_trainable)
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
@@ -84,13 +76,6 @@ class Replayed(Runnable):
                 self.out = block.forward(self.hidden)
             with torch.cuda.graph(self.backward, pool=self.forward.pool()):
                 self.grads = self.gradients(self.out)
-
-    def infer(self) -> Tensor:
-        with torch.no_grad():
-            return self.block.forward(self.workload.hidden)
-
-    def gradients(self, out: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(out, [self.hidden, *self.block.leaves()], self.workload.grad_out)
 
     def train(self) -> None:
         self.forward.replay()

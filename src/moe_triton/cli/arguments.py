@@ -89,6 +89,17 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def whole_shape(shape: dict[str, int | None], other: str, value: str | None) -> dict[str, Any]:
+    """The sizes of one layer, {} where none is given; ValueError where one is missing, or the option `other` given."""
+    given = {name: size for name, size in shape.items() if size is not None}
+    if given and value is not None:
+        raise ValueError(f"{other}: got {value!r} together with {', '.join(given)}, wanted one or the other")
+    missing = [name for name in shape if name not in given]
+    if given and missing:
+        raise ValueError(f"{', '.join(missing)}: missing; one shape needs all of {', '.join(shape)}")
+    return given
+
+
 def pick_cases(
     suite: str | None,
     shape: dict[str, int | None],
@@ -100,13 +111,8 @@ def pick_cases(
     from moe_triton.benchmarking.cases import DTYPES, PRESETS, Case
 
     dtypes = None if dtype is None else pick_several(dtype, "dtype", tuple(DTYPES))
-    given: dict[str, Any] = {name: value for name, value in shape.items() if value is not None}
+    given = whole_shape(shape, "suite", suite)
     if given:
-        if suite is not None:
-            raise ValueError(f"suite: got {suite!r} together with {', '.join(given)}, wanted one or the other")
-        missing = [name for name in shape if name not in given]
-        if missing:
-            raise ValueError(f"{', '.join(missing)}: missing; one shape needs all of {', '.join(shape)}")
         bases: Sequence[Case] = [Case(**given)]
     else:
         name = suite or ("sonic-12" if device.type == "cuda" else "cpu")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
 
-from moe_triton.benchmarking.environment import commit, environment, source_digest
+from moe_triton.benchmarking.environment import environment, source_digest
 from moe_triton.cli import arguments
 from moe_triton.cli.arguments import (
     EXIT_FAULT,
@@ -31,11 +32,9 @@ from moe_triton.cli.display import StepDisplay
 
 if TYPE_CHECKING:
     from moe_triton.benchmarking.cases import Case
-    from moe_triton.benchmarking.results import Results, Run
+    from moe_triton.benchmarking.comparing import Comparison
     from moe_triton.benchmarking.session import Session
-    from moe_triton.benchmarking.stages import StageTable
 
-__all__ = ["StepDisplay", "bench", "commit", "environment"]
 CELL_S = 1.6  # about how long a cell takes, in budgets: checks, and slow peers that need more
 
 
@@ -100,8 +99,10 @@ def bench(
     Exit code: 0; 1 when a result is wrong or a provider breaks; 2 for bad arguments; 3 when a GPU is needed; 4 when
     --compare finds something slower.
     """
+    from moe_triton.benchmarking import comparing, report
     from moe_triton.benchmarking.cases import MODES
     from moe_triton.benchmarking.providers import PROVIDERS
+    from moe_triton.benchmarking.results import read_results
     from moe_triton.benchmarking.session import Session
     from moe_triton.benchmarking.timing import CACHES
     from moe_triton.benchmarking.ways import WAYS
@@ -134,7 +135,7 @@ def bench(
         settings = {"suite": suite, "modes": modes, "ways": ways, "budget_s": budget, "cache": cache, "seed": seed}
         settings["command"] = shlex.join(["moe-triton", *sys.argv[1:]])
         session = Session(path=json_file, facts=facts, settings=settings, source=source_digest())
-        old = read_old(compare_file)
+        old = None if compare_file is None else read_results(compare_file, "--compare")
         if json_file is not None:
             arguments.lock(ctx, json_file, "--json")
         if not fresh:
@@ -157,7 +158,25 @@ def bench(
     except torch.OutOfMemoryError as error:
         show(session)
         fail("bench", f"out of memory: {error}", EXIT_FAULT)
-    finish(session, old, share, report_dir, csv_file, chart_file, markdown_file)
+    show(session)
+    comparison = None
+    if old is not None:
+        comparison = comparing.compare(old.runs, session.runs, share)
+        print("\n".join(report.comparison_lines(comparison)))
+    try:
+        session.write()
+        write(session, csv_file, chart_file, markdown_file)
+        if report_dir is not None:
+            write_report(report_dir, session, comparison)
+    except OSError as error:
+        fail("bench", f"cannot write {error.filename}: {error.strerror}; what was there before is intact", EXIT_FAULT)
+    faults = list(dict.fromkeys(f"{row.label}: {row.status}: {row.note}" for run in session.runs for row in run.faults))
+    if faults:
+        fail("bench", "; ".join(faults), EXIT_FAULT)
+    if comparison is not None and comparison.compared == 0:
+        fail("bench", "--compare: the old file holds no time of any cell that was measured now", EXIT_USAGE)
+    if comparison is not None and comparison.slower:
+        raise typer.Exit(EXIT_SLOWER)
 
 
 def without_slow_dtypes(cases: list[Case], device: torch.device) -> list[Case]:
@@ -183,12 +202,6 @@ def print_list() -> None:
         print(f"provider  {name:14} {provider.label}{f': {provider.notes}' if provider.notes else ''}")
 
 
-def read_old(path: Path | None) -> Results | None:
-    from moe_triton.benchmarking.results import read_results
-
-    return None if path is None else read_results(path, "--compare")
-
-
 # Measuring ------------------------------------------------------------------------------------------------------------
 
 
@@ -202,8 +215,12 @@ def measure_all(
     with_stages: bool,
 ) -> None:
     """Measures every cell that the session does not hold yet, and adds it."""
+    from moe_triton.benchmarking.cases import make_workload
     from moe_triton.benchmarking.providers import default_names
+    from moe_triton.benchmarking.runner import measure_case
     from moe_triton.benchmarking.session import STAGES
+    from moe_triton.benchmarking.stages import measure_stages
+    from moe_triton.benchmarking.timing import make_timer
 
     kinds = [*modes, *([STAGES] if with_stages else [])]
     wanted = {case: default_names(case, device) if names is None else list(names) for case in cases}
@@ -215,56 +232,25 @@ def measure_all(
             "--fresh measures them again",
             file=sys.stderr,
         )
-    budget = session.settings["budget_s"]
+    budget, seed, cache = (session.settings[name] for name in ("budget_s", "seed", "cache"))
     display = StepDisplay(len(keys) - there, CELL_S * budget)
     with display as on_step:
         for case in cases:
             missing = [kind for kind in kinds if keys[case, kind] not in session.found]
             if rest := [mode for mode in modes if mode in missing]:
-                for run in measure(case, device, rest, wanted[case], ways, session.settings, on_step):
+                runs = measure_case(
+                    case, device=device, modes=rest, names=wanted[case], ways=ways, budget_s=budget, seed=seed,
+                    timer=make_timer(device, cache), on_step=on_step,
+                )  # fmt: skip
+                for run in runs:
                     session.add(keys[case, run.mode], run)
                     display.finish_cell()
             if STAGES in missing:
-                session.add(keys[case, STAGES], take_apart(case, device, session.settings, on_step))
+                what = f"{case.title()}, stages"
+                timer, workload = make_timer(device, cache), make_workload(case, device, seed)
+                found = measure_stages(workload, timer=timer, budget_s=budget, on_round=partial(on_step, what))
+                session.add(keys[case, STAGES], found)
                 display.finish_cell()
-
-
-def measure(
-    case: Case,
-    device: torch.device,
-    modes: Sequence[str],
-    names: Sequence[str],
-    ways: Sequence[str],
-    settings: dict[str, Any],
-    on_step: Any,
-) -> Iterator[Run]:
-    from moe_triton.benchmarking.runner import measure_case
-    from moe_triton.benchmarking.timing import make_timer
-
-    yield from measure_case(
-        case,
-        device=device,
-        modes=modes,
-        names=names,
-        ways=ways,
-        budget_s=settings["budget_s"],
-        seed=settings["seed"],
-        timer=make_timer(device, settings["cache"]),
-        on_step=on_step,
-    )
-
-
-def take_apart(case: Case, device: torch.device, settings: dict[str, Any], on_step: Any) -> StageTable:
-    from moe_triton.benchmarking.cases import make_workload
-    from moe_triton.benchmarking.stages import measure_stages
-    from moe_triton.benchmarking.timing import make_timer
-
-    return measure_stages(
-        make_workload(case, device, settings["seed"]),
-        timer=make_timer(device, settings["cache"]),
-        budget_s=settings["budget_s"],
-        on_round=lambda share: on_step(f"{case.title()}, stages", share),
-    )
 
 
 # The end --------------------------------------------------------------------------------------------------------------
@@ -281,48 +267,20 @@ def show(session: Session) -> None:
     print(report.caption(session.facts))
 
 
-def finish(
-    session: Session,
-    old: Results | None,
-    share: float,
-    report_dir: Path | None,
-    csv_file: Path | None,
-    chart_file: Path | None,
-    markdown_file: Path | None,
-) -> None:
-    """Prints and writes everything that was asked for; ends the command with its exit code."""
-    from moe_triton.benchmarking import comparing, report
+def write(session: Session, csv_file: Path | None, chart_file: Path | None, markdown_file: Path | None) -> None:
+    """What the runs are written as beside the session's own JSON; None is not written."""
+    from moe_triton.benchmarking import report
+    from moe_triton.benchmarking.chart import draw
 
-    show(session)
-    runs, facts = session.runs, session.facts
-    comparison = None
-    if old is not None:
-        comparison = comparing.compare(old.runs, runs, share)
-        print("\n".join(report.comparison_lines(comparison)))
-    try:
-        session.write()
-        if csv_file is not None:
-            report.write_text(csv_file, report.csv_table(runs))
-        if markdown_file is not None:
-            report.write_text(markdown_file, report.markdown(runs, facts))
-        if chart_file is not None:
-            from moe_triton.benchmarking.chart import draw
-
-            draw(chart_file, runs, facts)
-        if report_dir is not None:
-            write_report(report_dir, session, comparison)
-    except OSError as error:
-        fail("bench", f"cannot write {error.filename}: {error.strerror}; what was there before is intact", EXIT_FAULT)
-    faults = list(dict.fromkeys(f"{row.label}: {row.status}: {row.note}" for run in runs for row in run.faults))
-    if faults:
-        fail("bench", "; ".join(faults), EXIT_FAULT)
-    if comparison is not None and comparison.compared == 0:
-        fail("bench", "--compare: the old file holds no time of any cell that was measured now", EXIT_USAGE)
-    if comparison is not None and comparison.slower:
-        raise typer.Exit(EXIT_SLOWER)
+    if csv_file is not None:
+        report.write_text(csv_file, report.csv_table(session.runs))
+    if markdown_file is not None:
+        report.write_text(markdown_file, report.markdown(session.runs, session.facts))
+    if chart_file is not None:
+        draw(chart_file, session.runs, session.facts)
 
 
-def write_report(folder: Path, session: Session, comparison: Any) -> None:
+def write_report(folder: Path, session: Session, comparison: Comparison | None) -> None:
     """report.html, results.csv and a chart per mode; results.json is there already."""
     from moe_triton.benchmarking import page, report
     from moe_triton.benchmarking.chart import draw

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 
-from moe_triton.cli.arguments import EXIT_FAULT, EXIT_NO_GPU, EXIT_USAGE, fail
+from moe_triton.cli.arguments import EXIT_FAULT, EXIT_NO_GPU, EXIT_USAGE, SHAPE, fail, pick
 from moe_triton.cli.display import StepDisplay
 from moe_triton.records import GATED
 from moe_triton.runtime import check_table
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 ARCHITECTURES = {"sm_80": "a100", "sm_90": "h200", "sm_100": "b200", "gfx942": "mi300x"}  # and a device of each
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+NUMBERS = ("regs", "spills", "shared KiB", "wgmma", "mma", "cp.async", "TMA", "per SM", "GFLOP", "MB", "floor us")
 DEFAULT_MODEL = "qwen3-30b"
 
 
@@ -58,7 +59,8 @@ def inspect(
         fail("inspect", "Triton is not installed: pip install triton (Linux)", EXIT_NO_GPU)
     try:
         wanted = pick_shape(shape, model, dtype)
-        devices = {name: pick_device(name, device) for name in pick_architectures(arch)}
+        names = pick(arch, "arch", {**{name: [name] for name in ARCHITECTURES}, "all": list(ARCHITECTURES)})
+        devices = {name: pick_device(name, device) for name in names}
         cases = {name: pick_cases(name, kernel, dtype) for name in devices}
         if jobs is not None and jobs < 1:
             raise ValueError(f"jobs: got {jobs}, wanted at least 1")
@@ -87,40 +89,25 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def pick_architectures(arch: str) -> list[str]:
-    if arch == "all":
-        return list(ARCHITECTURES)
-    if arch not in ARCHITECTURES:
-        raise ValueError(f"arch: got {arch!r}, wanted one of {', '.join(ARCHITECTURES)}, all")
-    return [arch]
-
-
 def pick_device(arch: str, device: str | None) -> Device:
     from moe_triton_kernels.tools.floors import DEVICES
 
-    name = ARCHITECTURES[arch] if device is None else device.lower()
-    if name not in DEVICES:
-        raise ValueError(f"device: got {device!r}, wanted one of {', '.join(DEVICES)}")
-    return DEVICES[name]
+    return pick(ARCHITECTURES[arch] if device is None else device.lower(), "device", DEVICES)
 
 
 def pick_shape(shape: str | None, model: str | None, dtype: str | None) -> Shape:
     """The layer that floors are computed for; dtype and activation follow each kernel's own."""
     from moe_triton_kernels.tools.floors import Shape
 
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype: got {dtype!r}, wanted one of {', '.join(DTYPES)}")
+    dtype_name = "bf16" if dtype is None else pick(dtype, "dtype", DTYPES, dtype)
     if shape is not None and model is not None:
         raise ValueError(f"shape: got {shape!r} together with model {model!r}, wanted one or the other")
     if shape is None:
-        return model_shape(model or DEFAULT_MODEL, dtype or "bf16")
+        return model_shape(model or DEFAULT_MODEL, dtype_name)
     numbers = [part.strip() for part in shape.split(",")]
     if len(numbers) != 5 or not all(re.fullmatch(r"\d+", number) for number in numbers):
         raise ValueError(f"shape: got {shape!r}, wanted five integers T,d,n,E,K")
-    tokens, hidden, intermediate, experts, top_k = map(int, numbers)
-    return Shape(
-        tokens=tokens, hidden=hidden, intermediate=intermediate, experts=experts, top_k=top_k, dtype=dtype or "bf16"
-    )
+    return Shape(**dict(zip(SHAPE, map(int, numbers), strict=True)), dtype=dtype_name)
 
 
 def model_shape(model: str, dtype: str) -> Shape:
@@ -135,14 +122,7 @@ def model_shape(model: str, dtype: str) -> Shape:
     if len(found) != 1:
         raise ValueError(f"model: got {model!r}, wanted one of {', '.join(found or cases)}")
     case = cases[found[0]]  # of a name that stands twice, the larger one comes later
-    return Shape(
-        tokens=case.tokens,
-        hidden=case.hidden,
-        intermediate=case.intermediate,
-        experts=case.experts,
-        top_k=case.top_k,
-        dtype=dtype,
-    )
+    return Shape(**{name: getattr(case, name) for name in SHAPE}, dtype=dtype)
 
 
 def slug(name: str) -> str:
@@ -273,19 +253,16 @@ def is_chosen(case: Case, arch: str, shape: Shape) -> bool | None:
 
 
 def print_tables(rows: Sequence[dict[str, Any]], shape: Shape, devices: dict[str, Device]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
-    if not console.is_terminal:
-        console.width = 240  # nothing wraps where there is no terminal
+    from moe_triton.benchmarking.report import plain_console
+
+    console = plain_console()
     sizes = f"T={shape.tokens} d={shape.hidden} n={shape.intermediate} E={shape.experts} K={shape.top_k}"
     for arch, device in devices.items():
         table = Table(title=f"{arch}: floors at {sizes} on {device.name} ({device.source}); * what it runs with")
         table.add_column("kernel", no_wrap=True)
-        for heading in ("regs", "spills", "shared KiB", "wgmma", "mma", "cp.async", "TMA", "per SM"):
-            table.add_column(heading, justify="right")
-        for heading in ("GFLOP", "MB", "floor us"):
+        for heading in NUMBERS:
             table.add_column(heading, justify="right")
         table.add_column("gate")
         for row in rows:

@@ -16,11 +16,12 @@ from moe_triton.cli import arguments
 from moe_triton.cli.arguments import EXIT_FAULT, EXIT_NO_GPU, EXIT_USAGE, SHAPE, Unmeasurable, fail, pick_device
 from moe_triton.cli.display import StepDisplay
 from moe_triton.cli.profile_ranks import profile_over_ranks
+from moe_triton.training.config import TrainConfig
 from moe_triton.training.workers import check_exchange
 
 if TYPE_CHECKING:
     from moe_triton.benchmarking.cases import Case
-    from moe_triton.training.config import TrainConfig
+    from moe_triton.benchmarking.profiling import Trace
 
 DEFAULT_MODELS = {"cpu": "cpu-fine", "cuda": "Qwen3-30B-A3B"}
 
@@ -84,7 +85,13 @@ def profile(
             raise ValueError("training-step: got together with a layer's options, wanted sizes only")
         if training_step:
             sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_experts": experts, "top_k": top_k}
-            config = step_config(where, backend, seed, {k: v for k, v in sizes.items() if v is not None})
+            options: dict[str, Any] = {
+                "backend": backend,
+                "device": str(where),
+                "seed": seed,
+                "threads": torch.get_num_threads(),
+            }
+            config = TrainConfig(**options, **{k: v for k, v in sizes.items() if v is not None})
             arguments.check_backend(backend, where, torch.float32)
             arguments.make_directory(out, "--out")
             profile_training_step(out, where, config, steps)
@@ -97,7 +104,7 @@ def profile(
         if processes > 1:
             profile_over_ranks(out, case, where, backend, mode, chunks, steps, seed)
         elif kernel is not None:
-            profile_kernel(kernel, case, where, backend, budget, seed)
+            profile_kernel(kernel, case, where, budget, seed)
         else:
             profile_one_layer(out, case, where, backend, steps, budget, seed)
     except (ValueError, TypeError) as error:
@@ -114,12 +121,7 @@ def pick_case(model: str | None, shape: dict[str, int | None], overrides: dict[s
 
     sizes: dict[str, Any] = {name: value for name, value in shape.items() if value is not None}
     if set(sizes) - {"tokens"}:
-        if model is not None:
-            raise ValueError(f"model: got {model!r} together with {', '.join(sizes)}, wanted one or the other")
-        missing = [name for name in shape if name not in sizes]
-        if missing:
-            raise ValueError(f"{', '.join(missing)}: missing; one shape needs all of {', '.join(shape)}")
-        return Case(**sizes, **overrides)
+        return Case(**arguments.whole_shape(shape, "model", model), **overrides)
     known = {case.name.lower(): case for name in ("cpu", "models") for case in reversed(PRESETS[name].cases)}
     wanted = (model or DEFAULT_MODELS[device.type]).lower()
     if wanted not in known:
@@ -135,9 +137,6 @@ def profile_one_layer(
 ) -> None:
     from moe_triton.benchmarking import profiling
     from moe_triton.benchmarking.cases import make_workload
-    from moe_triton.benchmarking.environment import environment
-    from moe_triton.benchmarking.memory_chart import draw_memory
-    from moe_triton.benchmarking.report import write_json
     from moe_triton.benchmarking.stage_report import print_stages
     from moe_triton.benchmarking.timing import make_timer
     from moe_triton.metrics import load_statistics
@@ -153,22 +152,12 @@ def profile_one_layer(
     print_inside(found.trace.inside, steps)
     statistics = load_statistics(torch.tensor(found.counts), dropped=0)
     print(f"experts: {statistics}")
+    load = {"counts": found.counts, **statistics._asdict()}
+    content = {"stages": asdict(found.table), "inside": found.trace.inside, "load": load}
     title = f"{case.title()}, backend {found.table.backend}: memory of one step, stage by stage"
-    drawn = draw_memory(out / "memory.png", found.trace, "gate", title)
-    peak = max((m.bytes for m in found.trace.memory), default=0)
-    write_json(
-        out / "profile.json",
-        {
-            "schema": "moe-triton-profile/1",
-            **environment(device),
-            "stages": asdict(found.table),
-            "inside": found.trace.inside,
-            "load": {"counts": found.counts, **statistics._asdict()},
-            "peak_bytes": peak,
-        },
-    )
+    files = write_profile(out, device, found.trace, content, "gate", title)
     print(proton_line(out, workload, backend, steps))
-    print_files(out, peak, drawn)
+    print(files)
 
 
 def print_inside(inside: dict[str, dict[str, float]], steps: int) -> None:
@@ -182,11 +171,24 @@ def print_inside(inside: dict[str, dict[str, float]], steps: int) -> None:
             print(f"inside {name}: {text} (of {total / steps * 1e3:.3g} ms in operators, under the profiler)")
 
 
-def print_files(out: Path, peak: int, drawn: bool) -> None:
-    print(f"memory: at most {peak / 2**20:.3g} MiB beyond what was held before{f', {out}/memory.png' if drawn else ''}")
-    print(f"trace: {out / 'trace.json'} (open it at ui.perfetto.dev)")
+def write_profile(
+    out: Path, device: torch.device, trace: Trace, content: dict[str, Any], first: str, title: str
+) -> str:
+    """profile.json and memory.png, of the step that begins with the range `first`; what there is, in words."""
+    from moe_triton.benchmarking.environment import environment
+    from moe_triton.benchmarking.memory_chart import draw_memory
+    from moe_triton.benchmarking.report import write_json
+
+    drawn = draw_memory(out / "memory.png", trace, first, title)
+    peak = max((m.bytes for m in trace.memory), default=0)
+    record = {"schema": "moe-triton-profile/1", **environment(device), **content, "peak_bytes": peak}
+    write_json(out / "profile.json", record)
+    picture = f", {out}/memory.png" if drawn else ""
+    memory = f"memory: at most {peak / 2**20:.3g} MiB beyond what was held before{picture}"
+    lines = [memory, f"trace: {out / 'trace.json'} (open it at ui.perfetto.dev)"]
     if not torch.cuda.is_available():
-        print("not measured on this machine, for want of a GPU: kernels' own times, NVTX ranges for nsys")
+        lines.append("not measured on this machine, for want of a GPU: kernels' own times, NVTX ranges for nsys")
+    return "\n".join(lines)
 
 
 def proton_line(out: Path, workload: Any, backend: str, steps: int) -> str:
@@ -213,24 +215,14 @@ def proton_line(out: Path, workload: Any, backend: str, steps: int) -> str:
 # A training step ------------------------------------------------------------------------------------------------------
 
 
-def step_config(device: torch.device, backend: str, seed: int, sizes: dict[str, Any]) -> TrainConfig:
-    from moe_triton.training.config import TrainConfig
-
-    return TrainConfig(backend=backend, device=str(device), seed=seed, threads=torch.get_num_threads(), **sizes)
-
-
 def profile_training_step(out: Path, device: torch.device, config: TrainConfig, steps: int) -> None:
     from moe_triton.benchmarking import profiling
-    from moe_triton.benchmarking.environment import environment
-    from moe_triton.benchmarking.memory_chart import draw_memory
-    from moe_triton.benchmarking.report import milliseconds, plain_console, write_json
+    from moe_triton.benchmarking.report import milliseconds, plain_console, print_table
     from moe_triton.metrics import load_statistics
 
     with StepDisplay() as on_step:
         on_step(f"{steps} training steps under the profiler", 0.3)
         found = profiling.profile_step(config, steps=steps, path=out / "trace.json")
-    from rich.table import Table
-
     console = plain_console()
     console.print(
         f"a training step: {config.num_layers} layers, {config.batch_size * config.seq_len} tokens, "
@@ -239,68 +231,48 @@ def profile_training_step(out: Path, device: torch.device, config: TrainConfig, 
         highlight=False,
         soft_wrap=True,
     )
-    shown = Table(box=Table().box if console.is_terminal else None)
-    for name in ("part", "ms", "share"):
-        shown.add_column(name, justify="left" if name == "part" else "right")
-    for part, seconds, share in found.rows:
-        shown.add_row(part, milliseconds(seconds), f"{share:.1%}")
-    console.print(shown)
+    cells = [(part, milliseconds(seconds), f"{share:.1%}") for part, seconds, share in found.rows]
+    print_table(console, ("part", "ms", "share"), cells, text=("part",))
     for layer, counts in enumerate(found.load):
         print(f"experts of layer {layer}: {load_statistics(torch.tensor(counts), dropped=None)}")
     print(f"dropped: {found.dropped:.2%} of the assignments (capacity factor {config.capacity_factor:g})")
+    parts = [{"part": part, "seconds": seconds, "share": share} for part, seconds, share in found.rows]
+    content = {"config": config.as_dict(), "step_s": found.step_s, "parts": parts, "load": found.load}
+    content["dropped"] = found.dropped
     title = "a training step: memory, forward by module"
-    drawn = draw_memory(out / "memory.png", found.trace, "step", title)
-    peak = max((m.bytes for m in found.trace.memory), default=0)
-    rows = [{"part": part, "seconds": seconds, "share": share} for part, seconds, share in found.rows]
-    write_json(
-        out / "profile.json",
-        {
-            "schema": "moe-triton-profile/1",
-            **environment(device),
-            "config": config.as_dict(),
-            "step_s": found.step_s,
-            "parts": rows,
-            "load": found.load,
-            "dropped": found.dropped,
-            "peak_bytes": peak,
-        },
-    )
-    print_files(out, peak, drawn)
+    print(write_profile(out, device, found.trace, content, "step", title))
 
 
 # One kernel -----------------------------------------------------------------------------------------------------------
 
 
-def profile_kernel(name: str, case: Case, device: torch.device, backend: str, budget: float, seed: int) -> None:
+def profile_kernel(name: str, case: Case, device: torch.device, budget: float, seed: int) -> None:
     """The kernel with every configuration that ships for this device and dtype, fastest first."""
     from moe_triton import runtime
     from moe_triton.benchmarking import kernel_search
     from moe_triton.benchmarking.cases import make_workload
-    from moe_triton.benchmarking.report import milliseconds, plain_console, three_digits
+    from moe_triton.benchmarking.report import milliseconds, plain_console, print_table, three_digits
     from moe_triton.benchmarking.timing import make_timer
 
     try:
         runtime.choose("triton", device, case.torch_dtype)
     except RuntimeError as error:
         raise Unmeasurable(f"--kernel times Triton kernels: {error}") from error
-    stage = arguments.pick(name, "kernel", kernel_search.stage_names(), name)
+    stage = arguments.pick(name, "kernel", kernel_search.OP_OF, name)
     with StepDisplay() as on_step:
         workload = make_workload(case, device, seed)
         found = kernel_search.time_shipped(
             workload, stage, make_timer(device), budget, lambda what, share: on_step(f"{stage} {what}", share)
         )
-    from rich.table import Table
-
     console = plain_console()
     title = f"{stage}: {case.title()}, shipped configurations (the one that runs is marked)"
     console.print(title, highlight=False, soft_wrap=True)
-    shown = Table(box=Table().box if console.is_terminal else None)
-    for column in ("configuration", "ms", "TFLOP/s", "of floor", "note"):
-        shown.add_column(column, justify="left" if column in ("configuration", "note") else "right")
+    rows = []
     for row in found:
         speed = "" if row.time_s is None else three_digits(row.flops / row.time_s / 1e12)
         share = "" if row.time_s is None else f"{row.floor_s / row.time_s:.2f}"
-        shown.add_row(row.config, "" if row.time_s is None else milliseconds(row.time_s), speed, share, row.note)
-    console.print(shown)
+        rows.append((row.config, "" if row.time_s is None else milliseconds(row.time_s), speed, share, row.note))
+    columns = ("configuration", "ms", "TFLOP/s", "of floor", "note")
+    print_table(console, columns, rows, text=("configuration", "note"))
     if device.type == "cpu":
         print("these are times of Triton's interpreter: they say nothing about a GPU", file=sys.stderr)

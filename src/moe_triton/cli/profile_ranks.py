@@ -43,26 +43,20 @@ def profile_over_ranks(
 
 
 def print_ranks(ranks: list[RankExchange], title: str) -> None:
-    from rich.table import Table
-
-    from moe_triton.benchmarking.report import milliseconds, plain_console
+    from moe_triton.benchmarking.report import milliseconds, plain_console, print_table
 
     console = plain_console()
-    box = Table().box if console.is_terminal else None
     console.print(f"forward and backward: {title}", highlight=False, soft_wrap=True)
-    by_rank = Table(box=box)
-    for name in ("rank", "tokens", "step ms", "exchange ms", "exposed ms", "overlap", "exposed of step"):
-        by_rank.add_column(name, justify="right")
+    rows = []
     for r in ranks:
         times = [milliseconds(seconds) for seconds in (r.step_s, r.exchange_s, r.exposed_s)]
         share = r.exposed_s / r.step_s if r.step_s > 0 else 0.0
-        by_rank.add_row(str(r.rank), str(r.tokens), *times, f"{r.overlap:.0%}", f"{share:.1%}")
-    console.print(by_rank)
-    by_phase = Table(box=box)
-    for name in ("waiting for", "ms, mean of ranks", "ms, longest rank"):
-        by_phase.add_column(name, justify="left" if name == "waiting for" else "right")
+        rows.append((str(r.rank), str(r.tokens), *times, f"{r.overlap:.0%}", f"{share:.1%}"))
+    columns = ("rank", "tokens", "step ms", "exchange ms", "exposed ms", "overlap", "exposed of step")
+    print_table(console, columns, rows)
+    waits = []
     phases = dict.fromkeys(phase for r in ranks for phase in r.waits)
     for phase in sorted(phases, key=lambda phase: -mean(r.waits.get(phase, 0.0) for r in ranks)):
         waited = [r.waits.get(phase, 0.0) for r in ranks]
-        by_phase.add_row(phase, milliseconds(mean(waited)), milliseconds(max(waited)))
-    console.print(by_phase)
+        waits.append((phase, milliseconds(mean(waited)), milliseconds(max(waited))))
+    print_table(console, ("waiting for", "ms, mean of ranks", "ms, longest rank"), waits, text=("waiting for",))

@@ -265,13 +265,11 @@ def draw(path: Path, heading: str, found: Sequence[Prediction], efficiency: Sequ
     """Writes a PNG: the parts of a step over the number of GPUs, and the efficiency below."""
     from textwrap import fill
 
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     from moe_triton.benchmarking.chart import save
 
     figure = Figure(figsize=(8.6, 6.4), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     places = range(len(found))
     base = [0.0] * len(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,7 @@ def setting(name: str, text: str) -> Any:
 
 
 def train(
+    ctx: typer.Context,
     out: Annotated[Path, typer.Option(help="Directory of the run: metrics, checkpoints, summary.json, report.html.")],
     data: Annotated[
         Path | None,
@@ -71,31 +73,8 @@ def train(
     threads: Annotated[int | None, setting("threads", "CPU threads; more help larger models.")] = None,
 ) -> None:
     """Train a small mixture-of-experts language model on the bytes of a text, and write a report."""
-    options = {
-        "data": None if data is None else str(data.absolute()),
-        "steps": steps,
-        "seed": seed,
-        "lr": lr,
-        "dense_lr": dense_lr,
-        "batch_size": batch_size,
-        "seq_len": seq_len,
-        "num_layers": num_layers,
-        "hidden_size": hidden_size,
-        "num_heads": num_heads,
-        "intermediate_size": intermediate_size,
-        "num_experts": num_experts,
-        "top_k": top_k,
-        "capacity_factor": capacity_factor,
-        "capacity_groups": capacity_groups,
-        "aux_loss_weight": aux_loss_weight,
-        "z_loss_weight": z_loss_weight,
-        "weight_decay": weight_decay,
-        "grad_clip": grad_clip,
-        "dtype": dtype,
-        "backend": backend,
-        "device": device,
-        "threads": threads,
-    }
+    options = {field.name: ctx.params[field.name] for field in fields(TrainConfig)}
+    options["data"] = None if data is None else str(data.absolute())
     try:
         summary = run_job(
             out,

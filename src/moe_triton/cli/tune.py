@@ -67,17 +67,18 @@ def tune(
     place, or from the file that MOE_TRITON_TABLE names.
     Exit code: 0; 1 when a file cannot be written; 2 for bad arguments; 3 when a GPU is needed.
     """
-    from moe_triton.benchmarking import kernel_search, tuning
-
     if importlib.util.find_spec("triton") is None:
         fail("tune", "Triton is not installed: there is nothing to tune", EXIT_NO_GPU)
+    from moe_triton.benchmarking import tuning
+    from moe_triton.kernel_stages import STAGES_OF
+
     shape = dict(zip(SHAPE, (tokens, hidden, intermediate, experts, top_k), strict=True))
     try:
         where = pick_device(device)
         if suite is None and all(value is None for value in shape.values()):
             raise ValueError(f"suite: missing; name one (see moe-triton bench --list), or give {', '.join(shape)}")
-        cases = tunable_cases(suite, shape, dtype)
-        names = kernel_search.operations() if ops is None else pick_several(ops, "ops", kernel_search.operations())
+        cases = arguments.pick_cases(suite, shape, dtype, {}, torch.device("cuda"))  # here or not: a dry run needs none
+        names = list(STAGES_OF) if ops is None else pick_several(ops, "ops", tuple(STAGES_OF))
         arguments.check_settings(budget, threads, seed, [])
         if not 0 <= candidate_s < float("inf"):
             raise ValueError(f"candidate-seconds: got {candidate_s}, wanted seconds >= 0")
@@ -106,11 +107,6 @@ def tune(
         fail("tune", f"interrupted; the same command goes on from {progress.path}", EXIT_INTERRUPTED)
     except OSError as error:
         fail("tune", f"cannot write to {path.parent}: {error.strerror}; what was there before is intact", EXIT_FAULT)
-
-
-def tunable_cases(suite: str | None, shape: dict[str, int | None], dtype: str | None) -> list[Case]:
-    """As for `bench`, whatever the device: a dry run needs none."""
-    return arguments.pick_cases(suite, shape, dtype, {}, torch.device("cuda"))
 
 
 def measurable(device: torch.device, cases: list[Case]) -> str:
@@ -194,10 +190,8 @@ def summary(problem: Problem, state: Any, ratio: float, is_better: bool) -> str:
 
 def dry(problems: list[Problem], budget: float) -> None:
     """The configuration that runs today and its neighbours, compiled for an architecture that may not be here."""
-    from rich.table import Table
-
     from moe_triton.benchmarking import tuning
-    from moe_triton.benchmarking.report import plain_console
+    from moe_triton.benchmarking.report import plain_console, print_table
     from moe_triton.kernel_stages import chosen_config, in_words
     from moe_triton_kernels.tools.search import neighbours
 
@@ -211,21 +205,19 @@ def dry(problems: list[Problem], budget: float) -> None:
         configs = [running, *neighbours(running, problem.name, case.hidden, case.intermediate)]
         title = f"{problem.title()}, {problem.architecture}: today's configuration and {len(configs) - 1} candidates"
         console.print(title, highlight=False, soft_wrap=True)
-        shown = Table(box=Table().box if console.is_terminal else None)
-        for name in ("configuration", "registers", "spills", "shared bytes", "offline gates"):
-            shown.add_column(name, justify="left" if name in ("configuration", "offline gates") else "right")
+        rows: list[list[str]] = []
 
-        def on_report(config: dict[str, Any], found: dict[str, Any], shown: Table = shown) -> None:
+        def on_report(config: dict[str, Any], found: dict[str, Any], rows: list[list[str]] = rows) -> None:
             report = found["report"] or {}
             verdict = found["error"] or ", ".join(found["broken"]) or "ok"
             cells = [str(report.get(name, "")) for name in ("registers", "spills", "shared_bytes")]
-            shown.add_row(tuning.in_words(config), *cells, verdict)
+            rows.append([tuning.in_words(config), *cells, verdict])
 
         print(f"compiling {problem.title()}", file=sys.stderr, flush=True)
         if time.monotonic() - begin < budget:
             tuning.offline_gates(problem, [asdict(config) for config in configs], on_report)
         else:
-            for config in configs:
-                shown.add_row(in_words(config), "", "", "", "not compiled: the budget is spent")
-        console.print(shown)
+            rows = [[in_words(config), "", "", "", "not compiled: the budget is spent"] for config in configs]
+        columns = ("configuration", "registers", "spills", "shared bytes", "offline gates")
+        print_table(console, columns, rows, text=(columns[0], columns[-1]))
         console.print()

@@ -67,7 +67,7 @@ class Point:
 # Network --------------------------------------------------------------------------------------------------------------
 
 
-def groups_of(ep: int, nodes: float) -> Model:
+def groups_of(nodes: float) -> Model:
     """DeepEP's normal test chooses 4 groups where there are more nodes than that, one group a node."""
     return replace(DEEPEP, router_groups=int(nodes), router_top_groups=4) if nodes > 4 else DEEPEP
 
@@ -75,7 +75,7 @@ def groups_of(ep: int, nodes: float) -> Model:
 def normal_gbs(network: Network, ep: int) -> float:
     """Logical GB/s at the bottleneck of a deduplicated dispatch in float8 as DeepEP counts them, own rows included."""
     nodes = max(1.0, ep / network.gpus_per_node)
-    model = groups_of(ep, nodes)
+    model = groups_of(nodes)
     row = row_bytes(model.hidden, "float8")
     within, beyond = exchange_bytes("deduplicated", model, NORMAL_TOKENS, row, ep, network.gpus_per_node)
     seconds = max(within / network.node_rate, beyond / network.nic_rate)

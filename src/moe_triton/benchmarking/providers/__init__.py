@@ -8,21 +8,10 @@ from moe_triton.benchmarking.cases import Case
 from moe_triton.benchmarking.limits import SMALL_TOKENS
 from moe_triton.benchmarking.providers import gpu_peers
 from moe_triton.benchmarking.providers.baseline import grouped_mm
-from moe_triton.benchmarking.providers.block import Block, Parameter, Provider, Unavailable, require_swiglu, share
+from moe_triton.benchmarking.providers.block import Provider
 from moe_triton.benchmarking.providers.deepspeed_moe import deepspeed_moe
 from moe_triton.benchmarking.providers.huggingface import transformers
 from moe_triton.benchmarking.providers.ours import ours
-
-__all__ = [
-    "PROVIDERS",
-    "Block",
-    "Parameter",
-    "Provider",
-    "Unavailable",
-    "default_names",
-    "require_swiglu",
-    "share",
-]
 
 PROVIDERS = {
     "auto": Provider(label="moe_triton (auto)", build=ours("auto"), is_ours=True),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_triton.benchmarking.cases import Workload
-from moe_triton.benchmarking.providers.block import Block, Unavailable, plain_route, share
+from moe_triton.benchmarking.providers.block import Block, Unavailable, routed_block, share
 from moe_triton.reference import activate
 
 
@@ -37,11 +37,10 @@ def grouped_mm(workload: Workload) -> Block:
         raise Unavailable("not applicable", f"F.grouped_mm takes {' and '.join(dtypes)} on this device")
     if case.bias:
         raise Unavailable("not applicable", "this baseline has no biases")
-    gate, gate_up, down = share(workload.gate), share(workload.gate_up), share(workload.down)
+    gate_up, down = share(workload.gate_up), share(workload.down)
     activation = compiled_activation(case.activation, device.type)
 
-    def forward(x_Td: Tensor) -> Tensor:
-        weights_TK, experts_TK = plain_route(x_Td, gate, case.top_k)
+    def run(x_Td: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
         expert_S, slot_S = experts_TK.reshape(-1).sort(stable=True)
         edges = torch.arange(case.experts, device=device)
         ends_E = torch.searchsorted(expert_S, edges, right=True, out_int32=True)
@@ -50,9 +49,5 @@ def grouped_mm(workload: Workload) -> Block:
         y_TKd = torch.empty_like(y_Sd).index_copy(0, slot_S, y_Sd).view(case.tokens, case.top_k, -1)
         return torch.bmm(weights_TK[:, None].to(y_TKd.dtype), y_TKd)[:, 0]
 
-    return Block(
-        forward=forward,
-        choose=lambda x: plain_route(x, gate, case.top_k)[1],
-        parameters={"gate": gate, "gate_up": gate_up, "down": down},
-        label="gather + F.grouped_mm" + (" + compiled activation" if device.type == "cuda" else ""),
-    )
+    label = "gather + F.grouped_mm" + (" + compiled activation" if device.type == "cuda" else "")
+    return routed_block(workload, run, gate_up, down, label=label)

@@ -82,14 +82,28 @@ def require(package: str, name: str | None = None) -> None:
         raise Unavailable("not installed", f"{name or package} is not installed")
 
 
-def require_gpu(workload: Workload, who: str) -> None:
-    if workload.hidden.device.type != "cuda":
-        raise Unavailable("not measured", f"{who} needs a GPU")
-
-
 def require_swiglu(case: Case, who: str) -> None:
     if case.activation != "swiglu" or case.bias:
         raise Unavailable("not applicable", f"{who} computes swiglu without biases")
+
+
+def routed_block(
+    workload: Workload,
+    run: Callable[[Tensor, Tensor, Tensor], Tensor],
+    gate_up: nn.Parameter,
+    down: nn.Parameter,
+    unpack: Callable[[Named], Named] | None = None,
+    label: str | None = None,
+) -> Block:
+    """A block with `plain_route` as its router, before experts `run`: (x [T, d], weights, experts [T, K]) -> [T, d]."""
+    gate, top_k = share(workload.gate), workload.case.top_k
+    return Block(
+        forward=lambda x: run(x, *plain_route(x, gate, top_k)),
+        choose=lambda x: plain_route(x, gate, top_k)[1],
+        parameters={"gate": gate, "gate_up": gate_up, "down": down},
+        unpack=unpack,
+        label=label,
+    )
 
 
 def plain_route(hidden_Td: Tensor, gate_Ed: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

@@ -20,10 +20,9 @@ from moe_triton.benchmarking.providers.block import (
     Named,
     Parameter,
     Unavailable,
-    plain_route,
     require,
-    require_gpu,
     require_swiglu,
+    routed_block,
     share,
 )
 from moe_triton.reference import GPT_OSS_ALPHA, GPT_OSS_LIMIT
@@ -55,6 +54,15 @@ def require_normalised(workload: Workload, who: str) -> None:
         raise Unavailable("not applicable", f"{who} normalises a lone weight to 1, where the others keep it")
 
 
+def require_peer(workload: Workload, package: str, name: str, only_swiglu: str | None = None) -> None:
+    """The package and a GPU; `only_swiglu` names what computes nothing else."""
+    require(package, name)
+    if workload.hidden.device.type != "cuda":
+        raise Unavailable("not measured", f"{name} needs a GPU")
+    if only_swiglu is not None:
+        require_swiglu(workload.case, only_swiglu)
+
+
 def members(who: str, module: str, *names: str) -> tuple[Any, ...]:
     """The named members of a peer's module."""
     try:
@@ -71,9 +79,7 @@ def changed(who: str, error: Exception) -> Unavailable:
 def scattermoe(workload: Workload) -> Block:
     """github.com/shawntan/scattermoe: `GLUMLP`, whose up projection has up in its first half and gate in its second."""
     case = workload.case
-    require("scattermoe")
-    require_gpu(workload, "ScatterMoE")
-    require_swiglu(case, "ScatterMoE's GLUMLP")
+    require_peer(workload, "scattermoe", "ScatterMoE", "ScatterMoE's GLUMLP")
     (GLUMLP,) = members("ScatterMoE", "scattermoe.mlp", "GLUMLP")
     try:
         with torch.device("meta"):
@@ -82,49 +88,32 @@ def scattermoe(workload: Workload) -> Block:
         layer.output_experts.weight = share(workload.down)
     except (TypeError, AttributeError) as error:
         raise changed("ScatterMoE", error) from error
-    gate = share(workload.gate)
 
-    def forward(x: Tensor) -> Tensor:
-        weights, experts = plain_route(x, gate, case.top_k)
+    def run(x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         return layer(x, weights.to(x.dtype), experts)
 
     def unpack(named: Named) -> Named:
         return {**named, "gate_up": swap_halves(tensor(named["gate_up"]))}
 
-    return Block(
-        forward=forward,
-        choose=lambda x: plain_route(x, gate, case.top_k)[1],
-        parameters={"gate": gate, "gate_up": layer.experts.weight, "down": layer.output_experts.weight},
-        unpack=unpack,
-    )
+    return routed_block(workload, run, layer.experts.weight, layer.output_experts.weight, unpack)
 
 
 def liger(workload: Workload) -> Block:
     """github.com/linkedin/Liger-Kernel: `LigerFusedMoEFunction`, over the very weights of the workload."""
-    case = workload.case
-    require("liger_kernel", "Liger-Kernel")
-    require_gpu(workload, "Liger-Kernel")
-    require_swiglu(case, "Liger-Kernel's fused MoE")
+    require_peer(workload, "liger_kernel", "Liger-Kernel", "Liger-Kernel's fused MoE")
     (LigerFusedMoEFunction,) = members("Liger-Kernel", "liger_kernel.ops.fused_moe", "LigerFusedMoEFunction")
-    gate, gate_up, down = share(workload.gate), share(workload.gate_up), share(workload.down)
+    gate_up, down = share(workload.gate_up), share(workload.down)
 
-    def forward(x: Tensor) -> Tensor:
-        weights, experts = plain_route(x, gate, case.top_k)
+    def run(x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         return LigerFusedMoEFunction.apply(x, gate_up, down, experts.int(), weights.to(x.dtype))
 
-    return Block(
-        forward=forward,
-        choose=lambda x: plain_route(x, gate, case.top_k)[1],
-        parameters={"gate": gate, "gate_up": gate_up, "down": down},
-    )
+    return routed_block(workload, run, gate_up, down)
 
 
 def sonicmoe(workload: Workload) -> Block:
     """github.com/Dao-AILab/sonic-moe: the functional layer, router included; gate and up rows alternate."""
     case = workload.case
-    require("sonicmoe", "SonicMoE")
-    require_gpu(workload, "SonicMoE")
-    require_swiglu(case, "this adapter of SonicMoE")
+    require_peer(workload, "sonicmoe", "SonicMoE", "this adapter of SonicMoE")
     require_normalised(workload, "SonicMoE")
     (moe_TC_softmax_topk_layer,) = members("SonicMoE", "sonicmoe", "moe_TC_softmax_topk_layer")
     (ActivationType,) = members("SonicMoE", "sonicmoe.enums", "ActivationType")
@@ -153,9 +142,7 @@ def sonicmoe(workload: Workload) -> Block:
 def megablocks(workload: Workload) -> Block:
     """github.com/databricks/megablocks: dMoE with the block-sparse GLU; w1 and v1 [E n, d], w2 [E n, d]."""
     case = workload.case
-    require("megablocks", "MegaBlocks")
-    require_gpu(workload, "MegaBlocks")
-    require_swiglu(case, "MegaBlocks' GLU")
+    require_peer(workload, "megablocks", "MegaBlocks", "MegaBlocks' GLU")
     if case.dtype not in ("bfloat16", "float16"):
         raise Unavailable("not applicable", "MegaBlocks' block-sparse products are for bfloat16 and float16")
     if case.intermediate % 128:
@@ -211,8 +198,7 @@ def triton_kernels(workload: Workload) -> Block:
     Its fused SwiGLU is gpt-oss's; plain SwiGLU runs as two products with a compiled activation between them.
     """
     case = workload.case
-    require("triton_kernels")
-    require_gpu(workload, "triton_kernels")
+    require_peer(workload, "triton_kernels", "triton_kernels")
     require_normalised(workload, "triton_kernels")
     if case.activation not in ("swiglu", "gpt_oss"):
         raise Unavailable("not applicable", "triton_kernels is measured with swiglu and gpt_oss")

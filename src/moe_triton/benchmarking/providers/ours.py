@@ -29,22 +29,14 @@ def ours(backend: str) -> Callable[[Workload], Block]:
             dtype=case.torch_dtype,
         )
         layer.router.weight = share(workload.gate)
-        layer.experts.gate_up_proj = share(workload.gate_up)
-        layer.experts.down_proj = share(workload.down)
-        parameters = {
-            "gate": layer.router.weight,
-            "gate_up": layer.experts.gate_up_proj,
-            "down": layer.experts.down_proj,
-        }
-        if workload.gate_up_bias is not None and workload.down_bias is not None:
-            layer.experts.gate_up_proj_bias = share(workload.gate_up_bias)
-            layer.experts.down_proj_bias = share(workload.down_bias)
-            parameters["gate_up_bias"] = layer.experts.gate_up_proj_bias
-            parameters["down_bias"] = layer.experts.down_proj_bias
+        experts = {name: share(tensor) for name, tensor in workload.experts.items()}
+        for name, parameter in experts.items():
+            projection, *bias = name.rsplit("_bias", 1)
+            setattr(layer.experts, f"{projection}_proj{'_bias' if bias else ''}", parameter)
         return Block(
             forward=lambda x: layer(x).output,
             choose=lambda x: layer.router(x).experts,
-            parameters=parameters,
+            parameters={"gate": layer.router.weight, **experts},
             label=f"moe_triton ({chosen.name})",
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partialmethod
 
 from moe_triton.compat.colossalai.context.parallel_context import global_context
 
@@ -20,21 +21,14 @@ class DistributedLogger:
             self._logger.setLevel(logging.INFO)
             self._logger.propagate = False
 
-    def _log(self, level: int, message: str, ranks: Sequence[int] | None) -> None:
+    def _log(self, level: int, message: str, ranks: Sequence[int] | None = None) -> None:
         if ranks is None or global_context.get_global_rank() in ranks:
             self._logger.log(level, message)
 
-    def debug(self, message: str, ranks: Sequence[int] | None = None) -> None:
-        self._log(logging.DEBUG, message, ranks)
-
-    def info(self, message: str, ranks: Sequence[int] | None = None) -> None:
-        self._log(logging.INFO, message, ranks)
-
-    def warning(self, message: str, ranks: Sequence[int] | None = None) -> None:
-        self._log(logging.WARNING, message, ranks)
-
-    def error(self, message: str, ranks: Sequence[int] | None = None) -> None:
-        self._log(logging.ERROR, message, ranks)
+    debug = partialmethod(_log, logging.DEBUG)
+    info = partialmethod(_log, logging.INFO)
+    warning = partialmethod(_log, logging.WARNING)
+    error = partialmethod(_log, logging.ERROR)
 
 
 def get_dist_logger(name: str = "colossalai") -> DistributedLogger:

@@ -19,6 +19,13 @@ PARTS = {
     "deepspeed_moe.experts": "deepspeed.moe.experts.Experts",
 }
 
+# the options of a layer, by where DeepSpeed's keeps them
+OF_LAYER = ("num_experts", "ep_size", "use_residual", "enable_expert_tensor_parallelism")
+OF_GATE = (
+    "k", "capacity_factor", "eval_capacity_factor", "min_capacity", "noisy_gate_policy", "drop_tokens", "use_rts",
+    "top2_2nd_expert_sampling",
+)  # fmt: skip
+
 
 def obstacle(layer: nn.Module) -> str | None:
     """Why a layer that derives from DeepSpeed's MoE cannot be replaced by ours, or None."""
@@ -39,18 +46,8 @@ def from_upstream(layer: Any, backend: str = "auto") -> MoE:
         ours = MoE(
             gate.wg.in_features,
             nn.Identity(),
-            num_experts=layer.num_experts,
-            ep_size=layer.ep_size,
-            k=gate.k,
-            capacity_factor=gate.capacity_factor,
-            eval_capacity_factor=gate.eval_capacity_factor,
-            min_capacity=gate.min_capacity,
-            use_residual=layer.use_residual,
-            noisy_gate_policy=gate.noisy_gate_policy,
-            drop_tokens=gate.drop_tokens,
-            use_rts=gate.use_rts,
-            enable_expert_tensor_parallelism=layer.enable_expert_tensor_parallelism,
-            top2_2nd_expert_sampling=gate.top2_2nd_expert_sampling,
+            **{name: getattr(layer, name) for name in OF_LAYER},
+            **{name: getattr(gate, name) for name in OF_GATE},
             backend=backend,
         )
     ours.deepspeed_moe.gate.wg = gate.wg

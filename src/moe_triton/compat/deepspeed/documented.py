@@ -39,27 +39,8 @@ class MoE(layer.MoE):
         exchange: dict[str, Any] | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__(
-            hidden_size,
-            expert,
-            num_experts=num_experts,
-            ep_size=groups.ep_size_for(num_experts) if ep_size is None else ep_size,
-            k=k,
-            capacity_factor=capacity_factor,
-            eval_capacity_factor=eval_capacity_factor,
-            min_capacity=min_capacity,
-            use_residual=use_residual,
-            noisy_gate_policy=noisy_gate_policy,
-            drop_tokens=drop_tokens,
-            use_rts=use_rts,
-            use_tutel=use_tutel,
-            enable_expert_tensor_parallelism=enable_expert_tensor_parallelism,
-            top2_2nd_expert_sampling=top2_2nd_expert_sampling,
-            expert_group_name=expert_group_name,
-            drop_policy=drop_policy,
-            exchange=exchange,
-            backend=backend,
-        )
+        options = {name: value for name, value in locals().items() if name not in ("self", "ep_size", "__class__")}
+        super().__init__(**options, ep_size=groups.ep_size_for(num_experts) if ep_size is None else ep_size)
         self.follows_groups = ep_size is None
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:

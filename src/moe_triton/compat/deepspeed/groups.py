@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -17,6 +18,11 @@ import torch.distributed as dist
 from moe_triton.checks import check_int
 from moe_triton.compat.deepspeed import upstream
 from moe_triton.distributed import ParallelGroups, RankTables, make_groups, plan
+
+
+def _store(name: str) -> dict[str, Any]:
+    """DeepSpeed's dictionary of groups where deepspeed is installed, else one of our own."""
+    return {} if upstream.groups is None else getattr(upstream.groups, name)
 
 
 @dataclass
@@ -27,24 +33,15 @@ class _State:
     mpu: Any = None
     world: Any = None  # the default group that the others belong to
     parallel: dict[str, ParallelGroups] = field(default_factory=dict)
-    expert_parallel: dict[str, Any] = field(default_factory=dict)
-    expert_parallel_ranks: dict[str, Any] = field(default_factory=dict)
-    expert_data_parallel: dict[str, Any] = field(default_factory=dict)
-    expert_data_parallel_ranks: dict[str, Any] = field(default_factory=dict)
-
-
-def _new_state() -> _State:
-    if upstream.groups is None:
-        return _State()
-    return _State(
-        expert_parallel=upstream.groups._EXPERT_PARALLEL_GROUP,
-        expert_parallel_ranks=upstream.groups._EXPERT_PARALLEL_GROUP_RANKS,
-        expert_data_parallel=upstream.groups._EXPERT_DATA_PARALLEL_GROUP,
-        expert_data_parallel_ranks=upstream.groups._EXPERT_DATA_PARALLEL_GROUP_RANKS,
+    expert_parallel: dict[str, Any] = field(default_factory=partial(_store, "_EXPERT_PARALLEL_GROUP"))
+    expert_parallel_ranks: dict[str, Any] = field(default_factory=partial(_store, "_EXPERT_PARALLEL_GROUP_RANKS"))
+    expert_data_parallel: dict[str, Any] = field(default_factory=partial(_store, "_EXPERT_DATA_PARALLEL_GROUP"))
+    expert_data_parallel_ranks: dict[str, Any] = field(
+        default_factory=partial(_store, "_EXPERT_DATA_PARALLEL_GROUP_RANKS")
     )
 
 
-_state = _new_state()
+_state = _State()
 
 
 def group_name(ep_size: int) -> str:
@@ -144,7 +141,7 @@ def _forget_groups() -> None:
         groups.clear()
     if upstream.groups is not None:
         upstream.groups.expert_tensor_parallel_world_size = 1
-    _state = replace(_new_state(), mpu=_state.mpu)
+    _state = _State(mpu=_state.mpu)
 
 
 def create_expert_groups(ep_size: int, *, within_lanes: bool = False, data_before_expert: bool = False) -> None:

@@ -7,7 +7,6 @@ in step with each other stay in step, and activation checkpointing, which restor
 
 from __future__ import annotations
 
-import functools
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -107,13 +106,7 @@ def seed(mode: ParallelMode) -> Iterator[None]:
 
 def with_seed(function: Callable[..., Any], mode: ParallelMode) -> Callable[..., Any]:
     """`function`, called inside `seed(mode)`."""
-
-    @functools.wraps(function)
-    def seeded(*args: Any, **kwargs: Any) -> Any:
-        with seed(mode):
-            return function(*args, **kwargs)
-
-    return seeded
+    return seed(mode)(function)
 
 
 def expert_seeds() -> Callable[[int], int]:

@@ -46,49 +46,33 @@ class Engine:
                 f"clip_grad_norm: got {clip_grad_norm} with {global_context.tensor_parallel} tensor-parallel ranks, "
                 "wanted 0: the norm over slices of dense parameters is not known"
             )
-        self._model = model
-        self._optimizer = optimizer
-        self._criterion = criterion
-        self._gradient_handlers = list(gradient_handlers)
+        self.model = model
+        self.optimizer = optimizer
+        self.criterion = criterion
+        self.gradient_handlers = list(gradient_handlers)
         self._clip_grad_norm = float(clip_grad_norm)
         self._accumulation = gradient_accumulation
         self._accumulated = 0
         self.training = model.training
 
-    @property
-    def model(self) -> nn.Module:
-        return self._model
-
-    @property
-    def optimizer(self) -> Optimizer:
-        return self._optimizer
-
-    @property
-    def criterion(self) -> Any:
-        return self._criterion
-
-    @property
-    def gradient_handlers(self) -> list[MoeGradientHandler]:
-        return self._gradient_handlers
-
     def train(self) -> None:
         """Training mode, of model and engine."""
         self.training = True
-        self._model.train()
+        self.model.train()
 
     def eval(self) -> None:
         """Evaluation mode, of model and engine."""
         self.training = False
-        self._model.eval()
+        self.model.eval()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward."""
-        return self._model(*args, **kwargs)
+        return self.model(*args, **kwargs)
 
     def zero_grad(self) -> None:
         """Forget the gradients, unless they are being accumulated."""
         if self._accumulated == 0:
-            self._optimizer.zero_grad()
+            self.optimizer.zero_grad()
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of a loss, which is the mean over this rank's batch."""
@@ -103,11 +87,11 @@ class Engine:
         if self._accumulated < self._accumulation:
             return False
         self._accumulated = 0
-        for handler in self._gradient_handlers:
+        for handler in self.gradient_handlers:
             handler.handle_gradient()
         if self._clip_grad_norm > 0:
-            clip_grad_norm_(self._model, self._clip_grad_norm, global_context.groups())
-        self._optimizer.step()
+            clip_grad_norm_(self.model, self._clip_grad_norm, global_context.groups())
+        self.optimizer.step()
         return True
 
     def execute_schedule(
@@ -121,7 +105,7 @@ class Engine:
         data, label = (to_device(part) for part in next(data_iter))
         with torch.set_grad_enabled(self.training):
             output = self(data)
-            loss = self._criterion(output, label) if return_loss or self.training else None
+            loss = self.criterion(output, label) if return_loss or self.training else None
         if self.training:
             assert loss is not None
             self.backward(loss)

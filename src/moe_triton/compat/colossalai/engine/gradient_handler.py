@@ -30,7 +30,6 @@ class MoeGradientHandler:
     def __init__(self, model: nn.Module, optimizer: Optimizer | None = None, *, rule: str = "mean") -> None:
         check_choice("rule", rule, RULES)
         self._model = model
-        self._optimizer = optimizer
         self.rule = rule
 
     def handle_gradient(self) -> None:

@@ -81,6 +81,9 @@ class _MeanHook(BaseHook):
         trainer.metrics[phase].setdefault(self.name, []).append(value / max(count, 1))
         self.total = torch.zeros(2, dtype=torch.float64)
 
+    def after_test_iter(self, trainer: Training, output: Any, label: Any, loss: Tensor) -> None:
+        self.after_train_iter(trainer, output, label, loss)
+
     def after_train_epoch(self, trainer: Training) -> None:
         self._finish(trainer, "train")
 
@@ -97,10 +100,6 @@ class LossHook(_MeanHook):
         size = 1 if label is None else len(label)
         self._add(size * float(loss), size)
 
-    def after_test_iter(self, trainer: Training, output: Any, label: Any, loss: Tensor) -> None:
-        size = 1 if label is None else len(label)
-        self._add(size * float(loss), size)
-
 
 class AccuracyHook(_MeanHook):
     """The share of right answers; `accuracy_func(output, label)` counts those of a batch, None by the largest logit."""
@@ -112,9 +111,6 @@ class AccuracyHook(_MeanHook):
         self.accuracy_func = accuracy_func or (lambda output, label: (output.argmax(-1) == label).sum())
 
     def after_train_iter(self, trainer: Training, output: Any, label: Any, loss: Tensor) -> None:
-        self._add(float(self.accuracy_func(output, label)), len(label))
-
-    def after_test_iter(self, trainer: Training, output: Any, label: Any, loss: Tensor) -> None:
         self._add(float(self.accuracy_func(output, label)), len(label))
 
 
@@ -146,9 +142,6 @@ class LRSchedulerHook(BaseHook):
 
 class ThroughputHook(BaseHook):
     """Samples per second of an epoch of training, over all ranks."""
-
-    def __init__(self, priority: int = 10) -> None:
-        super().__init__(priority)
 
     def before_train_epoch(self, trainer: Training) -> None:
         self.samples, self.start = 0, time.perf_counter()

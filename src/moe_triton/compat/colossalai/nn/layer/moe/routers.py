@@ -156,12 +156,7 @@ class Top1Router(MoeRouter):
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        common = _common(options)
-        is_first = _is_first_generation(_top1_v002, args, options, common.pop("generation"))
-        given = _bound(_top1_v002 if is_first else _top1_v016, args, options)
-        super().__init__(
-            top_k=1, noise_on="choice" if is_first else "logits", **_by_generation(is_first), **given, **common
-        )
+        super().__init__(top_k=1, **_arguments(_top1_v002, _top1_v016, args, options))
 
     @property
     def select_policy(self) -> str:
@@ -185,18 +180,15 @@ class Top2Router(MoeRouter):
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        common = _common(options)
-        is_first = _is_first_generation(_top2_v002, args, options, common.pop("generation"))
-        given = _bound(_top2_v002 if is_first else _top2_v016, args, options)
-        super().__init__(top_k=2, noise_on="logits", **_by_generation(is_first), **given, **common)
+        super().__init__(top_k=2, **_arguments(_top2_v002, _top2_v016, args, options))
 
 
 def _top1_v002(capacity_factor: Any, min_capacity: Any, noisy_func: Any = None) -> dict[str, Any]:
-    return _one_factor(capacity_factor, min_capacity, noisy_func, "random")
+    return _options(capacity_factor, capacity_factor, min_capacity, noisy_func, True, "random", "choice")
 
 
 def _top2_v002(capacity_factor: Any, noisy_func: Any = None) -> dict[str, Any]:
-    return _one_factor(capacity_factor, 0, noisy_func, "choice")
+    return _options(capacity_factor, capacity_factor, 0, noisy_func, True, "choice", "logits")
 
 
 def _top1_v016(
@@ -209,7 +201,7 @@ def _top1_v016(
 ) -> dict[str, Any]:
     check_choice("select_policy", select_policy, ("first", "random"))
     priority = "position" if select_policy == "first" else "random"
-    return _two_factors(capacity_factor_train, capacity_factor_eval, min_capacity, noisy_func, drop_tks, priority)
+    return _options(capacity_factor_train, capacity_factor_eval, min_capacity, noisy_func, drop_tks, priority, "logits")
 
 
 def _top2_v016(
@@ -219,15 +211,11 @@ def _top2_v016(
     noisy_func: Any = None,
     drop_tks: Any = True,
 ) -> dict[str, Any]:
-    return _two_factors(capacity_factor_train, capacity_factor_eval, min_capacity, noisy_func, drop_tks, "choice")
+    return _options(capacity_factor_train, capacity_factor_eval, min_capacity, noisy_func, drop_tks, "choice", "logits")
 
 
-def _one_factor(factor: Any, min_capacity: Any, noisy_func: Any, priority: str) -> dict[str, Any]:
-    return _two_factors(factor, factor, min_capacity, noisy_func, True, priority)
-
-
-def _two_factors(
-    train: Any, evaluation: Any, min_capacity: Any, noisy_func: Any, drop_tks: Any, priority: str
+def _options(
+    train: Any, evaluation: Any, min_capacity: Any, noisy_func: Any, drop_tks: Any, priority: str, noise_on: str
 ) -> dict[str, Any]:
     return {
         "capacity_factor_train": train,
@@ -236,17 +224,8 @@ def _two_factors(
         "noisy_func": noisy_func,
         "drop_tks": bool(drop_tks),
         "priority": priority,
+        "noise_on": noise_on,
     }
-
-
-def _by_generation(is_first: bool) -> dict[str, Any]:
-    return {"generation": GENERATIONS[0] if is_first else GENERATIONS[1]}
-
-
-def _common(options: dict[str, Any]) -> dict[str, Any]:
-    """The keywords that both generations take, out of `options`."""
-    defaults = {"generation": None, "noise_in_eval": False, "capacity_groups": 1, "backend": "auto"}
-    return {name: options.pop(name, value) for name, value in defaults.items()}
 
 
 def _is_first_generation(
@@ -267,8 +246,17 @@ def _is_first_generation(
     return noise_fits and isinstance(given.get("min_capacity", 0), int)
 
 
-def _bound(signature: Callable[..., dict[str, Any]], args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
-    """What a generation's signature makes of the arguments."""
+def _arguments(
+    first: Callable[..., dict[str, Any]],
+    second: Callable[..., dict[str, Any]],
+    args: tuple[Any, ...],
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """What `MoeRouter` takes, of the arguments of either generation, whose signatures are `first` and `second`."""
+    defaults = {"generation": None, "noise_in_eval": False, "capacity_groups": 1, "backend": "auto"}
+    common = {name: options.pop(name, value) for name, value in defaults.items()}
+    is_first = _is_first_generation(first, args, options, common["generation"])
+    signature = first if is_first else second
     wanted = inspect.signature(signature)
     try:
         wanted.bind(*args, **options)
@@ -276,4 +264,4 @@ def _bound(signature: Callable[..., dict[str, Any]], args: tuple[Any, ...], opti
         raise TypeError(
             f"router: {error}; wanted the arguments of one generation, {tuple(wanted.parameters)}"
         ) from None
-    return signature(*args, **options)
+    return {**common, "generation": GENERATIONS[0 if is_first else 1], **signature(*args, **options)}
