@@ -170,7 +170,7 @@ class MoE(nn.Module):
         self.residual_coefficient = nn.Linear(hidden_size, 2, device=device, dtype=dtype) if residual else None
 
     def capacity(self, num_tokens: int) -> int | None:
-        """Assignments that one expert keeps out of `num_tokens` tokens in the present mode; None for all."""
+        """Return the assignments that one expert keeps out of `num_tokens` tokens in the present mode; None for all."""
         factor = self.capacity_factor
         if not self.training and self.eval_capacity_factor is not None:
             factor = self.eval_capacity_factor
@@ -179,7 +179,7 @@ class MoE(nn.Module):
         return expert_capacity(num_tokens, self.num_experts, self.top_k, factor, self.min_capacity)
 
     def most_kept(self, num_tokens: int) -> int | None:
-        """Assignments that one expert keeps at most out of `num_tokens` tokens, over all their capacity groups."""
+        """Return the most that one expert keeps out of `num_tokens` tokens, over all their capacity groups."""
         in_a_group = self.capacity(-(-num_tokens // self.capacity_groups))
         return None if in_a_group is None else self.capacity_groups * in_a_group
 
@@ -260,7 +260,7 @@ class MoE(nn.Module):
         return shared
 
     def aux_loss(self, routing: Routing) -> Tensor:
-        """The weighted sum of the load-balance and z losses, a scalar; under expert parallelism this rank's share.
+        """Compute the weighted sum of load-balance and z losses, a scalar; under expert parallelism this rank's share.
 
         With the counts and the number of tokens of all ranks, and this one's sums, both losses are sums of shares.
         """
