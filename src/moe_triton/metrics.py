@@ -103,14 +103,14 @@ class LoadMonitor:
         ]
 
     def _count(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        plan = kwargs["plan"] if "plan" in kwargs else args[2]
+        dispatched = kwargs["plan"] if "plan" in kwargs else args[2]
         if not recomputing():
-            self._add(name, plan)
+            self._add(name, dispatched)
 
     @torch.inference_mode(False)  # totals of an evaluation go on counting in training
     @torch.no_grad()
-    def _add(self, name: str, plan: Dispatch) -> None:
-        seen = torch.cat((plan.counts, plan.offsets[-1:])).long()
+    def _add(self, name: str, dispatched: Dispatch) -> None:
+        seen = torch.cat((dispatched.counts, dispatched.offsets[-1:])).long()
         before = self.totals[name]
         self.totals[name] = seen if before is None else before.add_(seen)
 

@@ -219,7 +219,7 @@ class MoE(nn.Module):
         routing = self.router(x, token_mask)
         if not isinstance(routing, Routing):
             raise TypeError(f"router: returned {type(routing).__name__}, wanted a Routing")
-        plan = dispatch(
+        dispatched = dispatch(
             routing.experts,
             self.num_experts,
             capacity=self.capacity(num_tokens // groups),
@@ -228,14 +228,14 @@ class MoE(nn.Module):
             weights=routing.weights,
             backend=self.backend,
         )
-        weights = renormalize(routing.weights, plan) if self.renormalize else routing.weights
+        weights = renormalize(routing.weights, dispatched) if self.renormalize else routing.weights
         shared = None
         if self.shared_expert is not None and unless_alone(self.parallel) is not None:
             shared = Deferred(partial(self._shared, x), x.device)
         out = self.experts(
             x,
             Uncast(weights) if casts_inputs(self.experts) else weights,
-            plan,
+            dispatched,
             capacity=self.most_kept,
             overlap_with=shared,
         )
@@ -249,7 +249,7 @@ class MoE(nn.Module):
         return MoEOutput(
             output=out.to(hidden_states.dtype).reshape(hidden_states.shape),
             aux_loss=self.aux_loss(routing),
-            expert_counts=plan.counts.long(),
+            expert_counts=dispatched.counts.long(),
         )
 
     def _shared(self, x: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class Channel:
         return self._issue(phase, out, lambda: all_gather_single(out, rows, group=self.group.handle, async_op=True))
 
     def all_reduce(self, tensor: Tensor, phase: str, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
-        """Sum over the ranks, in place, and wait for it."""
+        """Reduce over the ranks, in place, and wait for it; a sum by default."""
         self._issue(phase, tensor, lambda: dist.all_reduce(tensor, op, group=self.group.handle, async_op=True))()
 
     def broadcast(self, tensor: Tensor, phase: str) -> None:
