@@ -73,8 +73,6 @@ SMALLER = {  # what one process on a CPU cannot do, or not quickly
 NOT_RUN = {
     "engine, *_ = deepspeed.initialize(": "needs the engine on two ranks: tests/compat/deepspeed/",
 }
-# Commands whose options nothing here parses.
-NOT_PARSED = ("pip", "make", "nsys", "proton-viewer", "python -m pytest")
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -117,10 +115,9 @@ def command_lines(page: str) -> list[str]:
     text = (ROOT / page).read_text(encoding="utf-8")
     found = [line.split(" #")[0].strip() for block in blocks(page, "bash") for line in block.splitlines()]
     text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    found += re.findall(
-        r"`((?:moe-triton|torchrun|python benchmarks/\S+|python -m) [^`]+|python benchmarks/[^`]+)`", text
-    )
-    return [line for line in found if line and "..." not in line and not line.startswith(NOT_PARSED)]
+    found += [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
+    commands = ("moe-triton ", "torchrun ", "python benchmarks/", "python docs/", "python -m ")
+    return [line for line in found if line.startswith(commands) and "..." not in line]
 
 
 class Parsed(Exception):
