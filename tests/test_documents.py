@@ -177,6 +177,8 @@ def test_command_lines_parse(line: str, monkeypatch: pytest.MonkeyPatch) -> None
         if path.parent.name == "examples":
             assert path.is_file()
             return
+        text = path.read_text(encoding="utf-8")
+        assert "parse_args" in text or "typer" in text, f"{line}: would run, for want of a parser"
         parse_script(lambda: runpy.run_path(str(path), run_name="__main__"), words[1:], monkeypatch)
 
 
