@@ -9,10 +9,10 @@ Each run is a whole training with `TrainConfig`'s defaults, two at a time.
 
 from __future__ import annotations
 
+import argparse
 import concurrent.futures
 import json
 import multiprocessing
-import sys
 import tempfile
 from pathlib import Path
 from statistics import mean, stdev
@@ -107,6 +107,6 @@ def seeds() -> None:
 
 if __name__ == "__main__":
     commands = {"rates": rates, "seeds": seeds}
-    if len(sys.argv) != 2 or sys.argv[1] not in commands:
-        raise SystemExit(f"usage: python {sys.argv[0]} rates|seeds")
-    commands[sys.argv[1]]()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=commands)
+    commands[parser.parse_args().what]()

@@ -21,7 +21,7 @@ from moe_triton.torch_internals import has_no_data, is_transforming
 def expert_capacity(
     num_tokens: int, num_experts: int, top_k: int, capacity_factor: float, min_capacity: int = 0
 ) -> int:
-    """C = max(min_capacity, ceil(capacity_factor * K * T / E)), the assignments an expert keeps of T tokens (GShard).
+    """Compute max(min_capacity, ceil(capacity_factor * K * T / E)), what an expert keeps of T tokens (GShard).
 
     Computed exactly on the decimal that the user wrote: 1.1 means eleven tenths, so that 10 tokens for one expert
     keep 11 places, not the 12 that binary rounding would give.
@@ -160,7 +160,7 @@ def _(experts: Tensor, num_experts: int, *rest: object) -> tuple[Tensor, Tensor,
 
 
 def renormalize(weights: Tensor, dispatch: Dispatch) -> Tensor:
-    """Weights [T, K] divided by their sum over each token's surviving choices, 0 at dropped ones; differentiable.
+    """Divide weights [T, K] by their sum over each token's surviving choices, 0 at dropped ones; differentiable.
 
     The sum is clamped at the dtype's eps, so that a token without survivors gets zeros (DeepSpeed's top-2 and top-k).
     """

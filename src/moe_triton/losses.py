@@ -1,4 +1,4 @@
-"""Auxiliary losses of the router, of sums over tokens, which a caller may first reduce over ranks."""
+"""Auxiliary losses of the router, computed from sums over tokens that the caller may all-reduce first."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def load_balance_loss(counts: Tensor, score_sums: Tensor, num_tokens: Tensor, top_k: int) -> Tensor:
-    """L = E / K * sum_e (counts_e / N) * (score_sums_e / N), a scalar; 1 when the load and the scores are uniform.
+    """Compute E / K * sum_e (counts_e / N) * (score_sums_e / N), a scalar; 1 when load and scores are uniform.
 
     counts [E]: assignments wanted before dropping, a constant to autograd. score_sums [E]: sums over tokens of the
     router's normalised scores. num_tokens []: N, the tokens that count. For K = 1 this is Switch Transformer's loss
@@ -18,5 +18,5 @@ def load_balance_loss(counts: Tensor, score_sums: Tensor, num_tokens: Tensor, to
 
 
 def z_loss(z_sum: Tensor, num_tokens: Tensor) -> Tensor:
-    """Mean over tokens of logsumexp(logits)**2, a scalar (ST-MoE, arXiv 2202.08906, eq. 5): keeps the logits small."""
+    """Return the mean over tokens of logsumexp(logits)**2 (ST-MoE, arXiv 2202.08906, eq. 5): keeps the logits small."""
     return z_sum / num_tokens.clamp_min(1)

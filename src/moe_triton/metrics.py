@@ -49,7 +49,7 @@ class LoadStatistics(NamedTuple):
 
 
 def load_statistics(counts: Tensor, dropped: int | None = None) -> LoadStatistics:
-    """The statistics of counts [E] (int32 or int64, assignments wanted per expert); reading them waits for the device.
+    """Compute statistics of counts [E] (int32 or int64, assignments wanted per expert); this waits for the device.
 
     dropped: how many of the assignments were dropped; None where that is not known. No assignments at all count as
     even. ValueError or TypeError on another shape or dtype, and on a negative `dropped`.
@@ -103,19 +103,19 @@ class LoadMonitor:
         ]
 
     def _count(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        plan = kwargs["plan"] if "plan" in kwargs else args[2]
+        dispatched = kwargs["plan"] if "plan" in kwargs else args[2]
         if not recomputing():
-            self._add(name, plan)
+            self._add(name, dispatched)
 
     @torch.inference_mode(False)  # totals of an evaluation go on counting in training
     @torch.no_grad()
-    def _add(self, name: str, plan: Dispatch) -> None:
-        seen = torch.cat((plan.counts, plan.offsets[-1:])).long()
+    def _add(self, name: str, dispatched: Dispatch) -> None:
+        seen = torch.cat((dispatched.counts, dispatched.offsets[-1:])).long()
         before = self.totals[name]
         self.totals[name] = seen if before is None else before.add_(seen)
 
     def read(self, *, reset: bool = True, group: Any = None) -> dict[str, LoadStatistics]:
-        """The statistics of each layer since the last read, by the name of its Experts module; waits for the device.
+        """Return each layer's statistics since the last read, by the name of its Experts module; waits for the device.
 
         reset: start counting anew. group: a torch.distributed group to sum over first; every rank must call then.
         """
@@ -133,7 +133,7 @@ class LoadMonitor:
         return found
 
     def counts(self) -> dict[str, Tensor]:
-        """Assignments wanted per expert [E] int64 of each layer since the last reset, on the device; nothing waits."""
+        """Return each layer's wanted assignments [E] int64 since the last reset, on the device; nothing waits."""
         return {name: total[:-1] for name, total in self.totals.items() if total is not None}
 
     def close(self) -> None:
@@ -149,7 +149,7 @@ class LoadMonitor:
 
 
 def plot_load(history: Sequence[Mapping[str, LoadStatistics]], path: str | Path) -> None:
-    """Writes a PNG of what `LoadMonitor.read` gave over time: busiest and idlest expert, entropy and dropped share.
+    """Write a PNG of what `LoadMonitor.read` gave over time: busiest and idlest expert, entropy and dropped share.
 
     One curve per layer. ValueError for an empty history.
     """

@@ -20,12 +20,12 @@ GPT_OSS_ALPHA, GPT_OSS_LIMIT = 1.702, 7.0  # of its activation: the sigmoid's sl
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of router maths: fp32, or the model's own where that is wider."""
+    """Return the dtype of router maths: fp32, or the model's own where that is wider."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def group_mask(scores_TE: Tensor, spec: RouterSpec) -> Tensor:
-    """True [T, E] for the experts of each token's `top_groups` best groups (DeepSeek-V2: max, V3: sum of the top 2)."""
+    """Return True [T, E] for the experts of each token's best groups (DeepSeek-V2: max, V3: sum of the top 2)."""
     scores_TGM = rearrange(scores_TE, "t (g m) -> t g m", g=spec.num_groups)
     if spec.group_score == "max":
         group_TG = scores_TGM.amax(-1)
@@ -37,7 +37,7 @@ def group_mask(scores_TE: Tensor, spec: RouterSpec) -> Tensor:
 
 
 def choice_keys(logits_TE: Tensor, spec: RouterSpec, choice_bias: Tensor | None, noise: Tensor | None) -> Tensor:
-    """What the top-k is taken of, [T, E]: higher wins, the lower index wins a tie, NaN counts as -inf.
+    """Return what the top-k is taken of, [T, E]: higher wins, the lower index wins a tie, NaN counts as -inf.
 
     A score is monotone in its logit, so the logits themselves are compared, which no rounding of exp can disturb.
     Only a choice bias, or a sum of two scores over a group, needs the scores.
@@ -64,7 +64,7 @@ def route(
     noise: Tensor | None = None,
     token_mask: Tensor | None = None,
 ) -> Routing:
-    """Logits [T, E] -> each token's K distinct experts in order of preference, their weights, and the losses' sums.
+    """Choose each token's K distinct experts by its logits [T, E], in order of preference; sum up what losses need.
 
     score "softmax": s = softmax(logits), w = s[chosen] (Switch, Mixtral); "sigmoid": s = sigmoid(logits) (DeepSeek-V3);
     "topk_softmax": w = softmax(logits[chosen]) (gpt-oss). `normalize` divides w by its sum, then `scale` multiplies.
@@ -119,7 +119,7 @@ def dispatch(
     by_choice: bool = False,
     keys: Tensor | None = None,
 ) -> Dispatch:
-    """Choices [T, K] -> the row of every kept assignment. Ids outside [0, E) are skipped.
+    """Give every kept assignment of the choices [T, K] its row. Ids outside [0, E) are skipped.
 
     Rows lie in expert order and, within an expert, in order of token*K + choice. With a `capacity`, each expert keeps
     at most that many assignments out of each of the `capacity_groups` equal runs of consecutive tokens: those with the
@@ -165,13 +165,13 @@ def dispatch(
 
 
 def renormalize(weights_TK: Tensor, dispatch: Dispatch) -> Tensor:
-    """Weights [T, K] divided by their sum over each token's surviving choices; 0 at the dropped ones (GShard)."""
+    """Divide weights [T, K] by their sum over each token's surviving choices; 0 at the dropped ones (GShard)."""
     kept = torch.where(dispatch.position >= 0, weights_TK, 0.0)
     return kept / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(kept.dtype).eps)
 
 
 def activate(hidden: Tensor, activation: str, is_concatenated: bool = True) -> Tensor:
-    """[..., 2n] -> [..., n] for a gated activation (gate first, then up), [..., n] -> [..., n] for an ungated one."""
+    """Activate [..., 2n] -> [..., n] where gated (gate first, then up), [..., n] -> [..., n] where not."""
     if activation in ("silu", "gelu", "gelu_tanh", "relu", "relu2"):
         return pointwise(hidden, activation)
     pattern = "... (two n) -> two ... n" if is_concatenated else "... (n two) -> two ... n"
@@ -186,7 +186,7 @@ def activate(hidden: Tensor, activation: str, is_concatenated: bool = True) -> T
 
 
 def pointwise(x: Tensor, name: str) -> Tensor:
-    """The ungated activations: silu, gelu (erf), gelu_tanh, relu, relu2 (relu squared, Primer).
+    """Apply an ungated activation: silu, gelu (erf), gelu_tanh, relu, relu2 (relu squared, Primer).
 
     The two forms of GELU (arXiv 1606.08415) are written without 1 + erf and 1 + tanh, of which nothing is left for far
     negative x even in float64.
@@ -201,7 +201,7 @@ def pointwise(x: Tensor, name: str) -> Tensor:
 
 
 def moe_experts(call: ExpertCall) -> Tensor:
-    """out[t] = sum over t's kept choices k of weights[t, k] * (W2 act(W1 x[t] + b1) + b2), [T, d]."""
+    """Compute out[t] = sum over t's kept choices k of weights[t, k] * (W2 act(W1 x[t] + b1) + b2), [T, d]."""
     hidden_Td, spec, dispatched = call.hidden, call.spec, call.dispatched
     gate_up, down, gate_up_bias, down_bias = call.parameters
     out = torch.zeros_like(hidden_Td)

@@ -27,7 +27,7 @@ def router_spec(
     top_groups: int | None = None,
     group_score: str = "max",
 ) -> RouterSpec:
-    """The checked record of a router's options; see `route` for their meaning."""
+    """Return the checked record of a router's options; see `route` for their meaning."""
     check_int("num_experts", num_experts, low=1)
     check_int("top_k", top_k, low=1, high=num_experts)
     check_choice("score", score, SCORES)
@@ -55,7 +55,7 @@ def router_spec(
 
 
 def gumbel_noise(logits: Tensor) -> Tensor:
-    """Standard Gumbel noise [T, E] in the router's dtype, from torch's generator: top-k of logits + noise samples
+    """Draw standard Gumbel noise [T, E] in the router's dtype, from torch's generator: top-k of logits + noise samples
     experts without replacement (Gumbel top-k; DeepSpeed's RSample is its top-1)."""
     uniform = torch.rand(logits.shape, dtype=reference.wide(logits.dtype), device=logits.device)
     tiny = torch.finfo(uniform.dtype).tiny
@@ -127,7 +127,7 @@ def route_by_spec(
     token_mask: Tensor | None = None,
     backend: str = "auto",
 ) -> Routing:
-    """`route` for options that `router_spec` has checked already."""
+    """Do what `route` does, for options that `router_spec` has checked already."""
     num_tokens, num_experts = check_tensor("logits", logits, shape=("T", "E"), dtypes=FLOATS).shape
     if choice_bias is not None:
         check_tensor("choice_bias", choice_bias, shape=(num_experts,), dtypes=FLOATS, device=logits.device)

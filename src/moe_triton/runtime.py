@@ -34,8 +34,35 @@ class Choice(NamedTuple):
     reason: str
 
 
+<<<<<<< HEAD
+=======
+def constant_while_compiling(function: Function) -> Function:
+    """Do what `torch.compiler.assume_constant_result` does, without importing the compiler, which takes seconds."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def never_compiled(function: Function) -> Function:
+    """Do what `torch.compiler.disable` does, without importing the compiler where nothing is compiled."""
+
+    @wraps(function)
+    def call(*args: Any, **arguments: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **arguments)
+        return _disabled(function)(*args, **arguments)
+
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return cast(Function, call)
+
+
+@cache
+def _disabled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compiler.disable(function)
+
+
+>>>>>>> h/docs
 def interpreting() -> bool:
-    """Whether Triton runs its kernels in its interpreter, on CPU tensors."""
+    """Return whether Triton runs its kernels in its interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
@@ -81,7 +108,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> Choice:
 
 
 def check_usable(backend: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises what `choose` raises, and ValueError where the table that the kernels read their configurations from is
+    """Raise what `choose` raises, and ValueError where the table that the kernels read their configurations from is
     broken: before anything is run."""
     if choose(backend, device, dtype).name == "triton":
         check_table()
@@ -96,20 +123,20 @@ def check_table() -> None:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype that autocast computes with on this device; None where autocast is off, or does not exist (meta)."""
+    """Return the dtype that autocast computes with on this device; None where it is off, or does not exist (meta)."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """`torch.autocast(enabled=False)`, also for the meta device, which torch's refuses."""
+    """Return `torch.autocast(enabled=False)`, also for the meta device, which torch's refuses."""
     return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 @contextlib.contextmanager
 def plain_maths(tensor: torch.Tensor) -> Iterator[None]:
-    """What an implementation runs under: no autograd, no autocast, and the tensor's GPU as the current one."""
+    """Set what an implementation runs under: no autograd, no autocast, and the tensor's GPU as the current one."""
     with (
         torch.no_grad(),
         without_autocast(tensor.device),
@@ -118,18 +145,26 @@ def plain_maths(tensor: torch.Tensor) -> Iterator[None]:
         yield
 
 
+<<<<<<< HEAD
+=======
+def recomputing() -> bool:
+    """Return whether activation checkpointing runs a forward again inside backward, where nothing may be counted."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+>>>>>>> h/docs
 def routing_backend(name: str) -> RoutingBackend:
-    """The implementation of routing by backend "torch" or "triton"."""
+    """Return the implementation of routing by backend "torch" or "triton"."""
     return cast(RoutingBackend, _module(f"{name}.routing"))
 
 
 def dispatch_backend(name: str) -> DispatchBackend:
-    """The implementation of dispatch by backend "torch" or "triton"."""
+    """Return the implementation of dispatch by backend "torch" or "triton"."""
     return cast(DispatchBackend, _module(f"{name}.dispatch"))
 
 
 def experts_backend(name: str, device: torch.device) -> ExpertsBackend:
-    """The implementation of the experts by backend "torch" or "triton" on a device."""
+    """Return the implementation of the experts by backend "torch" or "triton" on a device."""
     if name == "torch":
         return cast(ExpertsBackend, _module("torch.experts_cpu" if device.type == "cpu" else "torch.experts_device"))
     return cast(ExpertsBackend, _module(f"{name}.experts"))

@@ -36,7 +36,7 @@ class ExpertGroups(NamedTuple):
 
 
 def expert_groups(given: object) -> ExpertGroups:
-    """The groups that a user's process group, mesh or ParallelGroups names."""
+    """Return the groups that a user's process group, mesh or ParallelGroups names."""
     if isinstance(given, ParallelGroups):
         # with replicated experts the copies of a token at the tp ranks go to copies of its experts
         tp = given.alone if given.tables.order == "tp-replicated" else given.tp
@@ -98,7 +98,7 @@ def _sliced_off(mesh: DeviceMesh) -> dict[str, int]:
 
 
 def all_ep_groups(given: object, ep: Group) -> list[list[int]]:
-    """The ranks of every expert-parallel group of the world."""
+    """Return the ranks of every expert-parallel group of the world."""
     if isinstance(given, ParallelGroups):
         return given.tables.ep
     if isinstance(given, DeviceMesh) and given.ndim > 1:

@@ -88,7 +88,7 @@ def clip_grad_norm_(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
 ) -> Tensor:
-    """`torch.nn.utils.clip_grad_norm_` for a model whose experts are spread over ranks: one norm, one factor.
+    """Clip the gradients of a model whose experts are spread over ranks as torch's does: one norm, one factor.
 
     The norm is that of all gradients of the whole model: dense ones once, every expert's once, sharded ones (FSDP2)
     over their shards, and with `groups` also over the pipeline stages. Call it after `reduce_gradients`.
@@ -181,7 +181,7 @@ def _gradients(parameters: Iterator[nn.Parameter]) -> list[Tensor]:
 
 @torch.no_grad()
 def sum_over(over: Sequence[Group], tensors: Sequence[Tensor], divisor: int, what: str) -> None:
-    """Each tensor becomes its sum over the ranks of the groups, divided; small ones travel together."""
+    """Replace each tensor by its sum over the ranks of the groups, divided; small ones travel together."""
     over = [group for group in over if group.size > 1]
     if over and len(tensors) > 0:
         layout = zlib.crc32(repr([(tuple(tensor.shape), tensor.dtype) for tensor in tensors]).encode())

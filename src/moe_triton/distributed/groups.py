@@ -95,7 +95,7 @@ class ParallelGroups:
 
     @cached_property
     def dp_mesh(self) -> DeviceMesh:
-        """A mesh [dp] over the data-parallel ranks."""
+        """Return a mesh [dp] over the data-parallel ranks."""
         return self._mesh(torch.tensor(self.dp.ranks), ("dp",))
 
     def _mesh(self, ranks: torch.Tensor, names: tuple[str, ...]) -> DeviceMesh:
@@ -111,7 +111,7 @@ def device_type() -> str:
 
 
 def default_timeout() -> timedelta:
-    """What init_process_group was given. new_group would take 30 minutes where it is not told."""
+    """Return the time-out that init_process_group was given; new_group would take 30 minutes by default."""
     world = dist.group.WORLD
     assert world is not None
     timeout = timeout_of(world, torch.device(device_type()))
@@ -123,7 +123,7 @@ _made: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[object, ...], dist.Proces
 
 
 def make_groups(tables: RankTables | None = None, *, timeout: timedelta | None = None, **sizes: Any) -> ParallelGroups:
-    """The groups of `tables`, or of `plan(world, **sizes)`, on this rank.
+    """Make the groups of `tables`, or of `plan(world, **sizes)`, on this rank.
 
     Every rank of the world must call it with the same arguments: torch makes groups collectively. Groups with the same
     members are made once.
@@ -148,7 +148,7 @@ def make_groups(tables: RankTables | None = None, *, timeout: timedelta | None =
 
 
 def my_group(partition: list[list[int]], timeout: timedelta | None = None) -> Group:
-    """This rank's group of a partition of the world. Every rank makes all of them, in one order, as torch wants it."""
+    """Return this rank's group of a partition of the world. Every rank makes all of them, in one order, for torch."""
     rank, mine = dist.get_rank(), None
     for ranks in partition:
         if ranks == [rank]:

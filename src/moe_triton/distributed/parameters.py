@@ -16,7 +16,7 @@ from moe_triton.distributed.groups import Group, ParallelGroups, group_from_hand
 
 
 def expert_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, ExpertParallel]]:
-    """(name, module, its ExpertParallel) of every module that holds expert parameters."""
+    """Yield (name, module, its ExpertParallel) of every module that holds expert parameters."""
     for name, module in model.named_modules():
         parallel = getattr(module, "expert_parallel", None)
         if isinstance(parallel, ExpertParallel):
@@ -24,7 +24,7 @@ def expert_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, ExpertPar
 
 
 def held_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    """The expert parameters of one of `expert_modules`."""
+    """Return the expert parameters of one of `expert_modules`."""
     held: Callable[[], Iterator[nn.Parameter]] | None = getattr(module, "held_parameters", None)
     return module.parameters(recurse=False) if held is None else held()
 
@@ -37,12 +37,12 @@ def expert_parameters(model: nn.Module) -> dict[nn.Parameter, ExpertParallel]:
 
 
 def is_sliced(module: nn.Module, parameter: nn.Parameter) -> bool:
-    """Whether expert tensor parallelism splits this parameter; the down projection's bias is whole on every slice."""
+    """Return whether expert tensor parallelism splits this parameter; the down projection's bias stays whole."""
     return parameter is not getattr(module, "down_proj_bias", None)
 
 
 def data_groups(model: nn.Module, groups: ParallelGroups | None = None) -> tuple[Group, ...]:
-    """The groups over which the model's tokens are spread, one after the other.
+    """Return the groups over which the model's tokens are spread, one after the other.
 
     Those of `groups`, else of the model's first ExpertParallel, else the default group; none without torch.distributed.
     """

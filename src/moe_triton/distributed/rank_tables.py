@@ -36,7 +36,7 @@ class RankTables:
     moe: np.ndarray = field(compare=False, repr=False)
 
     def group_of(self, kind: str, rank: int) -> list[int]:
-        """The ranks of the group of `kind` that `rank` is in."""
+        """Return the ranks of the group of `kind` that `rank` is in."""
         check_choice("kind", kind, KINDS)
         check_int("rank", rank, low=0, high=self.world - 1)
         return next(ranks for ranks in getattr(self, kind) if rank in ranks)
@@ -45,7 +45,7 @@ class RankTables:
 def plan(
     world: int, *, pp: int = 1, tp: int = 1, ep: int = 1, etp: int = 1, order: str = "ep-consecutive"
 ) -> RankTables:
-    """The parallel groups of `world` ranks.
+    """Return the parallel groups of `world` ranks.
 
     The dense parameters see the ranks as [pp, dp, tp], the experts as [pp, edp, ep, etp], both row-major, with
     dp = world / (pp*tp) and edp = world / (pp*ep*etp); the two need not share a layout (Megatron-Core's folding).

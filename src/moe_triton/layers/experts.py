@@ -148,7 +148,7 @@ class Experts(CountsLoad):
 
     @property
     def local_experts(self) -> Sequence[int]:
-        """The global ids of the experts whose parameters are here, by slot."""
+        """Return the global ids of the experts whose parameters are here, by slot."""
         parallel = self.expert_parallel
         if parallel is None:
             return range(self.num_experts)
@@ -164,7 +164,7 @@ class Experts(CountsLoad):
         return {"gate_up_proj": (1, parts), "gate_up_proj_bias": (1, parts), "down_proj": (2, 1)}
 
     def local_slice(self, name: str, whole: Tensor) -> Tensor:
-        """This rank's part of one expert's whole parameter `name`: all of it without expert tensor parallelism.
+        """Return this rank's part of one expert's whole parameter `name`: all of it without expert tensor parallelism.
 
 
         The down projection's bias is whole on every rank.
@@ -262,9 +262,15 @@ def uncast(weights: Tensor | Uncast) -> Tensor:
 
 
 def casts_inputs(module: nn.Module) -> bool:
+<<<<<<< HEAD
     """Whether the module is Experts that are a unit of FSDP2, which changes their class, or FSDP1, which wraps them."""
     inner = inside_fsdp1(module)
     return isinstance(inner, Experts) and (inner is not module or is_fsdp2_class(type(module)))
+=======
+    """Return whether the module is Experts as a unit of FSDP2, which changes their class, or of FSDP1, which wraps."""
+    inner = module._modules.get("_fsdp_wrapped_module", module)
+    return isinstance(inner, Experts) and (inner is not module or hasattr(type(module), "_get_fsdp_state"))
+>>>>>>> h/docs
 
 
 class FeedForward(nn.Module):

@@ -171,7 +171,7 @@ class MoE(nn.Module):
         self.residual_coefficient = nn.Linear(hidden_size, 2, device=device, dtype=dtype) if residual else None
 
     def capacity(self, num_tokens: int) -> int | None:
-        """Assignments that one expert keeps out of `num_tokens` tokens in the present mode; None for all."""
+        """Return the assignments that one expert keeps out of `num_tokens` tokens in the present mode; None for all."""
         factor = self.capacity_factor
         if not self.training and self.eval_capacity_factor is not None:
             factor = self.eval_capacity_factor
@@ -180,7 +180,7 @@ class MoE(nn.Module):
         return expert_capacity(num_tokens, self.num_experts, self.top_k, factor, self.min_capacity)
 
     def most_kept(self, num_tokens: int) -> int | None:
-        """Assignments that one expert keeps at most out of `num_tokens` tokens, over all their capacity groups."""
+        """Return the most that one expert keeps out of `num_tokens` tokens, over all their capacity groups."""
         in_a_group = self.capacity(-(-num_tokens // self.capacity_groups))
         return None if in_a_group is None else self.capacity_groups * in_a_group
 
@@ -220,7 +220,7 @@ class MoE(nn.Module):
         routing = self.router(x, token_mask)
         if not isinstance(routing, Routing):
             raise TypeError(f"router: returned {type(routing).__name__}, wanted a Routing")
-        plan = dispatch(
+        dispatched = dispatch(
             routing.experts,
             self.num_experts,
             capacity=self.capacity(num_tokens // groups),
@@ -229,14 +229,14 @@ class MoE(nn.Module):
             weights=routing.weights,
             backend=self.backend,
         )
-        weights = renormalize(routing.weights, plan) if self.renormalize else routing.weights
+        weights = renormalize(routing.weights, dispatched) if self.renormalize else routing.weights
         shared = None
         if self.shared_expert is not None and unless_alone(self.parallel) is not None:
             shared = Deferred(partial(self._shared, x), x.device)
         out = self.experts(
             x,
             Uncast(weights) if casts_inputs(self.experts) else weights,
-            plan,
+            dispatched,
             capacity=self.most_kept,
             overlap_with=shared,
         )
@@ -250,7 +250,7 @@ class MoE(nn.Module):
         return MoEOutput(
             output=out.to(hidden_states.dtype).reshape(hidden_states.shape),
             aux_loss=self.aux_loss(routing),
-            expert_counts=plan.counts.long(),
+            expert_counts=dispatched.counts.long(),
         )
 
     def _shared(self, x: Tensor) -> Tensor:
@@ -261,7 +261,7 @@ class MoE(nn.Module):
         return shared
 
     def aux_loss(self, routing: Routing) -> Tensor:
-        """The weighted sum of the load-balance and z losses, a scalar; under expert parallelism this rank's share.
+        """Compute the weighted sum of load-balance and z losses, a scalar; under expert parallelism this rank's share.
 
         With the counts and the number of tokens of all ranks, and this one's sums, both losses are sums of shares.
         """

@@ -167,7 +167,7 @@ class Router(CountsLoad):
 def update_choice_biases(
     model: nn.Module, rate: float = 1e-3, group: torch.distributed.ProcessGroup | None = None
 ) -> None:
-    """`Router.update_choice_bias` for every router of the model that has a choice bias.
+    """Call `Router.update_choice_bias` for every router of the model that has a choice bias.
 
     group: the ranks that hold the same layers; with pipeline parallelism these are not all (None).
     """

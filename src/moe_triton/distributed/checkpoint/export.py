@@ -36,7 +36,7 @@ def export_safetensors(
     max_file_bytes: int = 50 * 10**9,
     group: dist.ProcessGroup | None = None,
 ) -> list[Path]:
-    """Writes the model's parameters and persistent buffers to safetensors, with global expert tensors [E, ...].
+    """Write the model's parameters and persistent buffers to safetensors, with global expert tensors [E, ...].
 
     The names are the model's own and the layout of `Experts` is that of transformers. The first rank writes, and
     gathers expert by expert: it holds its own part and one expert (or one tensor that is no expert's), the others only

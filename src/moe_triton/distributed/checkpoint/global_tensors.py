@@ -34,7 +34,7 @@ class GlobalTensor:
     copies: list[tuple[Offset, Tensor]] = field(default_factory=list)
 
     def fill_copies(self) -> None:
-        """To be called once the boxes have been written to."""
+        """Copy the boxes into their replicas; call it once the boxes have been written."""
         for offset, view in self.copies:
             view.copy_(self.boxes[offset])
 
@@ -67,7 +67,7 @@ class ExpertLayout:
     apart: bool = False
 
     def spread(self, shape: list[int], spans: list[list[Span]]) -> None:
-        """Turns the local shape, and every dimension's spans, into the global ones."""
+        """Turn the local shape, and every dimension's spans, into the global ones."""
         shape[0] = self.num_experts
         spans[0] = [Span(i, i + 1, e) for i, e in enumerate(self.experts)] if self.apart else list(_runs(self.experts))
         if self.sliced is not None and self.slices > 1:
@@ -120,7 +120,7 @@ class ModelTensor(NamedTuple):
 
 
 def model_tensors(model: nn.Module) -> dict[str, ModelTensor]:
-    """The model's parameters and persistent buffers by name; one that has several names by the first of them.
+    """Return the model's parameters and persistent buffers by name; one that has several names by the first of them.
 
     A module with `expert_parallel` and `num_experts` holds experts; where `expert_parallel` is not None its own
     parameters are [local experts, ...], and `local_experts` are their ids; with a `placement` these come in any order,
@@ -155,7 +155,7 @@ def model_tensors(model: nn.Module) -> dict[str, ModelTensor]:
 
 
 def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that hold experts, spread or not, by name."""
+    """Return the modules that hold experts, spread or not, by name."""
     return {
         _plain(name): module
         for name, module in _unwrapped(model).named_modules()

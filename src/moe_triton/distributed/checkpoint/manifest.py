@@ -39,13 +39,13 @@ class Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Replaces the folder's manifest atomically. Raises OSError."""
+    """Replace the folder's manifest atomically. Raises OSError."""
     body = json.dumps({"format": FORMAT, **asdict(manifest)})
     replace_file(folder / NAME, [f'{{"crc32": {zlib.crc32(body.encode())}, "manifest": {body}}}\n'.encode()])
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises CheckpointError naming the file: not there, unreadable, damaged or of another kind."""
+    """Raise CheckpointError naming the file: not there, unreadable, damaged or of another kind."""
     path = folder / NAME
     try:
         text = path.read_text(encoding="utf-8")
@@ -68,7 +68,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def encode(name: str, value: object) -> Any:
-    """A value as JSON that `decode` turns into the same one: tuples and small tensors included.
+    """Return a value as JSON that `decode` turns into the same one: tuples and small tensors included.
 
     Raises TypeError naming what cannot be saved so.
     """

@@ -16,7 +16,7 @@ Described = dict[str, Any]
 
 
 def parameter_names(optimizer: torch.optim.Optimizer, model: Mapping[str, ModelTensor]) -> list[list[str]]:
-    """The names of the optimizer's parameters, group by group.
+    """Return the names of the optimizer's parameters, group by group.
 
     Raises:
         TypeError: optimizer is no torch.optim.Optimizer.
@@ -37,7 +37,7 @@ def parameter_names(optimizer: torch.optim.Optimizer, model: Mapping[str, ModelT
 def describe(
     optimizer: torch.optim.Optimizer, model: Mapping[str, ModelTensor]
 ) -> tuple[Described, dict[str, GlobalTensor]]:
-    """The optimizer's kind, groups and state as JSON, and those tensors of its state that have a parameter's shape.
+    """Return the optimizer's kind, groups and state as JSON, and its state's tensors that have a parameter's shape.
 
     Raises TypeError naming the parameter and the entry: state that is neither such a tensor nor a scalar.
     """

@@ -44,7 +44,7 @@ def save_checkpoint(
     extra: Mapping[str, Any] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Saves the model's parameters and persistent buffers, and the optimizer's state, as global tensors.
+    """Save the model's parameters and persistent buffers, and the optimizer's state, as global tensors.
 
     Every rank of `group` calls it, and returns when the checkpoint is complete. The one that `folder` held before stays
     whole until then, and is removed afterwards.
@@ -127,7 +127,7 @@ def load_checkpoint(
     *,
     group: dist.ProcessGroup | None = None,
 ) -> dict[str, Any]:
-    """Loads what `save_checkpoint` saved, into a model and optimizer that may be spread over other ranks or not at all.
+    """Load what `save_checkpoint` saved, into a model and optimizer that may be spread over other ranks or not at all.
 
     Every rank of `group` calls it and reads its own part, into the model's memory; values take the model's dtype. All
     checks come first: of names, shapes and the files' checksums (each file is checked by one rank). Reading runs no

@@ -50,14 +50,14 @@ Tensors = Mapping[str, GlobalTensor]
 
 
 def write(folder: Path, tensors: Tensors, team: Team) -> set[str]:
-    """Writes every box once into safetensors files of `folder`; returns the names of this rank's, flushed to disk."""
+    """Write every box once into safetensors files of `folder`; return the names of this rank's, flushed to disk."""
     writer = _Writer(folder, num_ranks=team.group.size)
     _run(team, "writing", lambda **how: dcp.save({**tensors}, storage_writer=writer, planner=_SavePlanner(), **how))
     return writer.written
 
 
 def read(folder: Path, tensors: Tensors, team: Team) -> None:
-    """Fills this rank's boxes from the files of `folder`, whoever wrote them."""
+    """Fill this rank's boxes from the files of `folder`, whichever ranks wrote them."""
     reader = HuggingFaceStorageReader(str(folder))
     _run(team, "reading", lambda **how: dcp.load({**tensors}, storage_reader=reader, planner=_LoadPlanner(), **how))
     for tensor in tensors.values():

@@ -25,7 +25,7 @@ class Team:
 
     @classmethod
     def of(cls, group: dist.ProcessGroup | None, task: str) -> Team:
-        """The processes of `group`, or of the default group; this one alone where torch.distributed is not in use."""
+        """Return the processes of `group` or of the default group; only this one without torch.distributed."""
         if group is not None and not isinstance(group, dist.ProcessGroup):
             raise TypeError(f"group: got {type(group).__name__}, wanted a ProcessGroup or None")
         if group is None and not (dist.is_available() and dist.is_initialized()):
@@ -41,7 +41,7 @@ class Team:
         return self.group.size == 1
 
     def each(self, phase: str, function: Callable[[], T]) -> list[T]:
-        """What `function` returns on every rank, in rank order; an exception on any of them is raised on all.
+        """Return what `function` returns on every rank, in rank order; an exception on any of them is raised on all.
 
         A bad argument keeps its kind, TypeError or ValueError; all else is a CheckpointError.
         """
@@ -63,7 +63,7 @@ class Team:
         return [value for _, value in outcomes]
 
     def first(self, phase: str, function: Callable[[], T]) -> T:
-        """What `function` returns on the first rank, which alone runs it; its exception is raised on all."""
+        """Return what `function` returns on the first rank, which alone runs it; its exception is raised on all."""
         return self.each(phase, lambda: function() if self.is_first else None)[0]  # type: ignore[return-value]
 
     def failure(

@@ -19,7 +19,7 @@ Source = Mapping[str, Tensor] | str | PathLike[str]
 
 
 def load_experts_from(source: Source, model: nn.Module, *, only_experts: bool = True) -> list[str]:
-    """Fills the model from whole tensors [E, ...]: every rank takes its own experts, and of those its own slices.
+    """Fill the model from whole tensors [E, ...]: every rank takes its own experts, and of those its own slices.
 
     No rank talks to another, and of a file only the rank's own part is read.
 

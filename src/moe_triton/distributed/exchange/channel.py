@@ -54,7 +54,7 @@ class Channel:
     def all_to_all(
         self, out: Tensor, rows: Tensor, received: Sequence[int], sent: Sequence[int], phase: str
     ) -> Callable[[], None]:
-        """Rows [sum sent, ...] by destination to `out` [sum received, ...] by source. Returns the wait for it."""
+        """Send rows [sum sent, ...] by destination into `out` [sum received, ...] by source. Return the wait for it."""
         return self._issue(
             phase,
             out,
@@ -64,15 +64,15 @@ class Channel:
         )
 
     def all_gather(self, out: Tensor, rows: Tensor, phase: str) -> Callable[[], None]:
-        """Rows [M, ...] of every rank to `out` [P*M, ...]. Returns the wait for it."""
+        """Gather the rows [M, ...] of every rank into `out` [P*M, ...]. Return the wait for it."""
         return self._issue(phase, out, lambda: all_gather_single(out, rows, group=self.group.handle, async_op=True))
 
     def all_reduce(self, tensor: Tensor, phase: str, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
-        """In place, waited for."""
+        """Reduce over the ranks, in place, and wait for it; a sum by default."""
         self._issue(phase, tensor, lambda: dist.all_reduce(tensor, op, group=self.group.handle, async_op=True))()
 
     def broadcast(self, tensor: Tensor, phase: str) -> None:
-        """The first rank's to all, in place, waited for."""
+        """Send the first rank's tensor to all, in place, and wait for it."""
         source, handle = self.group.ranks[0], self.group.handle
         self._issue(phase, tensor, lambda: dist.broadcast(tensor, source, group=handle, async_op=True))()
 
@@ -222,7 +222,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def to_host(*tensors: Tensor) -> Callable[[], list[list[int]]]:
-    """Starts copying integer tensors to the host; what it returns waits for that copy alone and gives their elements.
+    """Start copying integer tensors to the host; what it returns waits for that copy alone and gives their elements.
 
     On a GPU the copy is one, into pinned memory, on a stream of its own behind what is queued now.
     """

@@ -121,12 +121,12 @@ class ExpertParallel:
 
     @property
     def is_alone(self) -> bool:
-        """Whether no row has to travel: a group of one, with whole experts and tokens of its own."""
+        """Return whether no row has to travel: a group of one, with whole experts and tokens of its own."""
         exchanges = self.always_exchange or self.redundant_experts > 0
         return not exchanges and self.ep.size == 1 and self.etp.size == 1 and self.tp.size == 1
 
     def experts_of(self, num_experts: int, rank: int | None = None) -> range:
-        """The global ids of the experts of this rank of the group, or of another one.
+        """Return the global ids of the experts of this rank of the group, or of another one.
 
         Raises ValueError where a rank of the group would have none.
         """
@@ -140,7 +140,7 @@ class ExpertParallel:
         return range(rank * per_rank, min((rank + 1) * per_rank, num_experts))
 
     def has_copies_on(self, ranks: Iterable[int]) -> bool:
-        """Whether all of these global ranks hold the experts that this rank holds, the same slices of them."""
+        """Return whether all of these global ranks hold the experts that this rank holds, the same slices of them."""
         if self.ep.size == 1 and self.etp.size == 1:
             return True
         return set(ranks) <= set(self.edp.ranks if self.edp.size > 1 else (dist.get_rank(),))
@@ -158,7 +158,7 @@ class ExpertParallel:
         return {**vars(self), "listener": None, "_overflows": []}
 
     def most_tokens(self, num_tokens: int, device: torch.device, layer: str) -> int:
-        """The most tokens that any rank passes in this call: as the user said, or asked of the others."""
+        """Return the most tokens that any rank passes in this call: as the user said, or asked of the others."""
         if self.max_tokens_per_rank is not None:
             if num_tokens > self.max_tokens_per_rank:
                 raise ValueError(f"max_tokens_per_rank: got {self.max_tokens_per_rank} for a call with {num_tokens}")
@@ -378,5 +378,5 @@ class ExpertParallel:
 
 
 def unless_alone(parallel: ExpertParallel | None) -> ExpertParallel | None:
-    """The ExpertParallel of a layer whose rows have to travel; None where all is on this rank."""
+    """Return the ExpertParallel of a layer whose rows have to travel; None where all is on this rank."""
     return None if parallel is None or parallel.is_alone else parallel

@@ -74,7 +74,7 @@ class LocalExperts:
         return lambda: found
 
     def backward_weights(self, wanted: Sequence[bool], saved: Saved) -> Sequence[Tensor | None]:
-        """One ragged product over the rows of all calls."""
+        """Compute one ragged product over the rows of all calls."""
         self.note("weight gradients")
         call, grad_out, rows = self._all_calls(saved)
         groups = Wanted(False, False, *(any(group) for group in split(wanted, self.form)))
@@ -124,7 +124,7 @@ class LocalExperts:
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Rows that follow each other, as one tensor: a view where they already are neighbours in one buffer."""
+    """Join rows that follow each other into one tensor: a view where they already are neighbours in one buffer."""
     first, width = parts[0], parts[0].stride(0)
     end = first.storage_offset()
     neighbours = True

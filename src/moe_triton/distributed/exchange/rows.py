@@ -74,7 +74,7 @@ class Exchange:
         return self._combine(home, transport)
 
     def start_backward(self, call: int, grad: Tensor, saved: Saved) -> Callable[[], tuple[Tensor, Tensor]]:
-        """All of backward's exchanges are issued; what is returned waits for the last ones and sums up."""
+        """Issue all of backward's exchanges; what is returned waits for the last ones and sums up."""
         here, transport = self.calls[call], self.calls[call].transport
         chunks, bounds, home_rows = transport.chunks, transport.received_bounds, transport.home_bounds[-1]
         rows = transport.expand(grad)

@@ -35,7 +35,7 @@ class ExchangedLayer:
     slots: Callable[[Tensor], Tensor] = lambda ids: ids
 
     def ids(self, dispatched: Dispatch) -> Tensor:
-        """The slot of every choice [T, K] int32, -1 where nothing is to be computed."""
+        """Return the slot of every choice [T, K] int32, -1 where nothing is to be computed."""
         return self.slots(chosen_experts(dispatched)).int()
 
 
@@ -81,4 +81,4 @@ class InnermostStage(Stage, Protocol):
         """What has to be the same on all ranks, by name."""
 
     def backward_weights(self, wanted: Sequence[bool], saved: Saved) -> Sequence[Tensor | None]:
-        """The gradients of `saved.parameters` over the rows of all calls, after their `start_backward`."""
+        """Return the gradients of `saved.parameters` over the rows of all calls, after their `start_backward`."""

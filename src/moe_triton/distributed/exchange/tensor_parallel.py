@@ -16,14 +16,14 @@ from moe_triton.distributed.groups import Group
 
 
 def share(num_tokens: int, group: Group, rank: int | None = None) -> tuple[int, int]:
-    """The tokens [start, end) of a rank of the group: runs of ceil(T / size), the last ones shorter."""
+    """Return the tokens [start, end) of a rank of the group: runs of ceil(T / size), the last ones shorter."""
     size = -(-num_tokens // group.size)
     rank = group.rank if rank is None else rank
     return min(rank * size, num_tokens), min((rank + 1) * size, num_tokens)
 
 
 def slice_tokens(x: Tensor, channel: Channel) -> Tensor:
-    """This rank's share of the tokens x [T, ...]; backward gathers the shares' gradients."""
+    """Return this rank's share of the tokens x [T, ...]; backward gathers the shares' gradients."""
     if not x.is_floating_point():
         start, end = share(x.shape[0], channel.group)
         return x[start:end]
@@ -31,7 +31,7 @@ def slice_tokens(x: Tensor, channel: Channel) -> Tensor:
 
 
 def gather_tokens(x: Tensor, channel: Channel, num_tokens: int) -> Tensor:
-    """All T tokens, from every rank's share; backward takes this rank's share of the gradient."""
+    """Gather all T tokens, from every rank's share; backward takes this rank's share of the gradient."""
     return _Gather.apply(x, channel, num_tokens)
 
 

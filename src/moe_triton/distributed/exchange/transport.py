@@ -66,17 +66,17 @@ class Transport:
 
     @property
     def received_bounds(self) -> list[int]:
-        """First received row of each chunk, and the end."""
+        """Return the first received row of each chunk, and the end."""
         return [0, *accumulate(sum(rows) for rows in self.received)]
 
     @property
     def home_bounds(self) -> list[int]:
-        """First row of each chunk among those that come back, and the end."""
+        """Return the first row of each chunk among those that come back, and the end."""
         rows = self.received if self.gathers else self.sent
         return [0, *accumulate(sum(part) for part in rows)]
 
     def expand(self, x_Td: Tensor) -> Tensor:
-        """The rows to send, [R, d]."""
+        """Return the rows to send, [R, d]."""
         if x_Td.shape[0] == 0:
             return x_Td.new_zeros(self.tokens.shape[0], *x_Td.shape[1:])
         return x_Td.index_select(0, self.tokens)
@@ -100,24 +100,24 @@ class Transport:
         return self.channel.all_to_all(arriving, rows.contiguous(), sizes, self.received[chunk], phase)
 
     def packed(self) -> Tensor:
-        """Ids and weights as one [R, .] int32, so that they travel in one message."""
+        """Pack ids and weights into one [R, .] int32, so that they travel in one message."""
         return torch.cat([self.ids, self.weights.contiguous().view(torch.int32)], dim=1)
 
     def unpacked(self, packed: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids and weights of arrived rows."""
+        """Return the ids and weights of arrived rows."""
         width = self.ids.shape[1]
         bits = packed[:, width:].clone(memory_format=torch.contiguous_format)  # aligned, as fp64 has to be
         return packed[:, :width], bits.view(self.weights.dtype)
 
     def choice_gradients(self, home_RJ: Tensor) -> Tensor:
-        """The router weights' gradients [T, K], from those of the returned rows' slots."""
+        """Return the router weights' gradients [T, K], from those of the returned rows' slots."""
         padded = torch.cat([home_RJ, home_RJ.new_zeros(1, home_RJ.shape[1])])
         slots = padded[self.position.long()]  # [T, ., J]; position -1 is the row of zeros
         return slots[:, :, 0] if self.by_choice else slots.sum(1)  # a choice's slot is zero in all rows but one
 
 
 def plan_dropless(channel: Channel, ids: Tensor, weights: Tensor, shape: Shape) -> Callable[[], Transport]:
-    """Exactly the rows that are wanted. Starts the exchange of counts; what it returns waits for them on the host.
+    """Plan exactly the rows that are wanted. Starts the exchange of counts; what it returns waits for them on the host.
 
     ids [T, K]: global, -1 where nothing is to be computed. The one message to each rank holds the fingerprint, the
     rows of each chunk, and the assignments of each of its experts by chunk.
@@ -177,7 +177,7 @@ def plan_dropless(channel: Channel, ids: Tensor, weights: Tensor, shape: Shape) 
 def plan_bounded(
     channel: Channel, ids: Tensor, weights: Tensor, shape: Shape, *, max_tokens: int, max_rows: int | None
 ) -> tuple[Transport, Tensor]:
-    """Room for whatever `max_tokens` tokens can want: nothing is counted, nothing is dropped, no host sync.
+    """Plan room for whatever `max_tokens` tokens can want: nothing is counted, nothing is dropped, no host sync.
 
     `max_rows` makes the room of each (chunk, pair of ranks) smaller. The second result is 1 [] where a row found no
     room and was left out, else 0; it stays on the device.
@@ -203,7 +203,7 @@ def plan_bounded(
 
 
 def plan_capacity(channel: Channel, ids: Tensor, weights: Tensor, shape: Shape, *, capacity: int) -> Transport:
-    """An even exchange of [E, C, d], as GShard's: every expert has `capacity` places in what each rank sends.
+    """Plan an even exchange of [E, C, d], as GShard's: every expert has `capacity` places in what each rank sends.
 
     The ids hold what survived the capacity already; `capacity` must be the same on all ranks. Chunks cut up the places.
     """
@@ -226,7 +226,7 @@ def plan_capacity(channel: Channel, ids: Tensor, weights: Tensor, shape: Shape, 
 def plan_allgather(
     channel: Channel, ids: Tensor, weights: Tensor, shape: Shape, *, max_tokens: int, assignments: int | None = None
 ) -> Transport:
-    """Every rank gets all tokens and leaves out what is not its own; partial sums come back and are added at home.
+    """Plan to send all tokens to all ranks, each skipping what is not its own; partial sums are added at home.
 
     `assignments` bounds what one rank's tokens can want of another, where that is known better than from the sizes.
     """

@@ -65,7 +65,7 @@ def plan_placement(
     num_groups: int | None = None,
     previous: Placement | None = None,
 ) -> Placement:
-    """A placement that evens out the ranks' loads, the same for the same arguments on every process.
+    """Return a placement that evens out the ranks' loads, the same for the same arguments on every process.
 
     load_E: [E], any real dtype: tokens per expert, counted or expected, finite and not negative.
     num_slots: P, a multiple of num_ranks, at least E. Every expert gets one slot; each further one goes to the expert
@@ -122,7 +122,7 @@ def check_load(load_E: Tensor) -> list[float]:
 
 
 def experts_of_nodes(load: Sequence[float], groups: int, nodes: int) -> list[list[int]]:
-    """The experts of each node, ascending: whole groups, as many per node, with loads as even as may be."""
+    """Return the experts of each node, ascending: whole groups, as many per node, with loads as even as may be."""
     size = len(load) // groups
     sums = [sum(load[g * size : (g + 1) * size]) for g in range(groups)]
     packed = pack(sums, nodes, range(groups))
@@ -130,7 +130,7 @@ def experts_of_nodes(load: Sequence[float], groups: int, nodes: int) -> list[lis
 
 
 def replicate_and_pack(load: Sequence[float], slots: int, ranks: int) -> list[list[int]]:
-    """The experts of every rank: `replicate`, `pack`, then one replica at a time from one expert to another, the best
+    """Choose every rank's experts: `replicate`, `pack`, then one replica at a time from expert to expert, the best
     of at most TRIES // slots exchanges, as long as the busiest rank gains.
 
     With few slots per rank a cold expert beside a hot one can be worth more than a smaller share of the hot one; with
@@ -173,7 +173,7 @@ def replicate(load: Sequence[float], slots: int, ranks: int) -> list[int]:
 
 
 def pack(weights: Sequence[float], bins: int, kinds: Sequence[int]) -> list[list[int]]:
-    """Items 0..N-1 into `bins` bins of N/bins items each, with sums as even as may be; ascending within a bin.
+    """Pack items 0..N-1 into `bins` bins of N/bins items each, with sums as even as may be; ascending within a bin.
 
     Equal kinds share a bin only when there are more of one than bins. Heaviest first into the lightest bin that has
     room and lacks the kind, or, should that come to a dead end, all dealt out in turn; then `refine`.
@@ -204,7 +204,7 @@ def pack_heaviest_first(
 
 
 def refine(bins: list[list[int]], weights: NDArray[np.float64], kinds: NDArray[np.int64]) -> None:
-    """Swaps an item of the heaviest bin with a lighter one of another bin, each time the pair that leaves the lowest
+    """Swap an item of the heaviest bin with a lighter one of another bin, each time the pair that leaves the lowest
     larger sum, until none helps. No bin gets a kind that it has already."""
     size = len(bins[0])
     slack = 1e-12 * weights.sum()  # below it is rounding
@@ -257,7 +257,7 @@ def align(ranks: list[list[int]], previous: Placement, num_experts: int, block: 
 
 
 def match(new: Sequence[Sequence[int]], old: Sequence[Sequence[int]]) -> list[int]:
-    """For each of `old` one of `new`, the pairs that share most first; ties: the lowest old, then the lowest new."""
+    """Pair each of `old` with one of `new`, those that share most first; ties: the lowest old, then the lowest new."""
     old_counts, new_counts = [Counter(items) for items in old], [Counter(items) for items in new]
     pairs = sorted((-(old_counts[o] & new_counts[n]).total(), o, n) for o in range(len(old)) for n in range(len(new)))
     chosen: dict[int, int] = {}
@@ -270,7 +270,7 @@ def match(new: Sequence[Sequence[int]], old: Sequence[Sequence[int]]) -> list[in
 
 
 def keep_slots(experts: Sequence[int], before: Sequence[int]) -> list[int]:
-    """A rank's experts in an order that leaves those in place that the rank had `before`."""
+    """Return a rank's experts in an order that leaves those in place that the rank had `before`."""
     left = Counter(experts)
     slots: list[int | None] = []
     for e in before:
@@ -285,7 +285,7 @@ def keep_slots(experts: Sequence[int], before: Sequence[int]) -> list[int]:
 
 
 def build_placement(physical_to_logical: Tensor, load_E: Tensor, num_ranks: int) -> Placement:
-    """The Placement of a given map [P], int32 or int64, on the CPU: a checkpoint's, or `arange(E)` without replicas.
+    """Build the Placement of a map [P], int32 or int64, on the CPU: a checkpoint's, or `arange(E)` without replicas.
 
     Raises ValueError or TypeError when an expert has no slot, an id is not one, or the ranks do not divide the slots.
     """
@@ -316,7 +316,7 @@ def build_placement(physical_to_logical: Tensor, load_E: Tensor, num_ranks: int)
 
 
 def replica_of(experts: Tensor, placement: Placement) -> Tensor:
-    """Physical ids [T, K] of the choices `experts` [T, K] (int32 or int64), in their dtype: token t takes replica
+    """Get the physical ids [T, K] of the choices `experts` [T, K] (int32 or int64), in their dtype: t takes replica
     t mod replicas[e], so that an expert's tokens spread over its replicas. What is no expert (-1, or >= E) becomes -1.
 
     No host sync; `placement` must be on the device of `experts`.
@@ -333,7 +333,7 @@ def replica_of(experts: Tensor, placement: Placement) -> Tensor:
 
 
 def moves(old: Placement, new: Placement) -> list[tuple[int, int]]:
-    """The copies (source slot, destination slot) that turn `old` into `new`, by destination: one for every slot whose
+    """List the copies (source slot, destination slot) that turn `old` into `new`, by destination: one per slot whose
     expert changes, none for the others. All sources are read before any destination is written.
 
     The source is on the destination's rank where that rank held the expert, so that as few copies as possible cross

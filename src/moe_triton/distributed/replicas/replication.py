@@ -29,7 +29,7 @@ class Rebalanced:
 
 
 def replicated(model: nn.Module) -> Iterator[tuple[str, Experts, ExpertParallel, Placement]]:
-    """The layers with redundant experts."""
+    """Return the layers with redundant experts."""
     for name, module, parallel in expert_modules(model):
         placement = getattr(module, "placement", None)
         if placement is not None:
@@ -63,7 +63,7 @@ def sum_replica_gradients(model: nn.Module) -> None:
 
 
 def shares_of_slots(module: nn.Module) -> Tensor | None:
-    """[slots] 1 / replicas of each local slot's expert, for sums that count an expert once; None without replicas."""
+    """Return 1 / replicas of each local slot's expert, [slots], to count an expert once; None without replicas."""
     placement = getattr(module, "placement", None)
     if placement is None:
         return None
@@ -78,7 +78,7 @@ def rebalance(
     *,
     loads: Mapping[str, Tensor] | None = None,
 ) -> list[Rebalanced]:
-    """Plan every layer's replicas anew by its load, and move parameters and optimizer state to their new slots.
+    """Place every layer's replicas again by its load, and move parameters and optimizer state to their new slots.
 
     Call it between two steps, on every rank; the computed function does not change, nor does the training beyond
     rounding. It reads the loads on the host.
