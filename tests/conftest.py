@@ -51,13 +51,14 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything but `slow`, which is written at the test, follows from its folder, fixtures and imports."""
+    """Everything but `slow`, which is written at the test, follows from names of files, from fixtures and imports."""
     for item in items:
         folders = item.path.relative_to(TESTS).parts
         choices = item.callspec.params if hasattr(item, "callspec") else {}
         if "kernels" in folders or "triton" in folders or choices.get("backend") == "triton":
             item.add_marker("interpreter")
-        if {"four_ranks", "two_ranks"} & set(item.fixturenames) or OWN_PROCESSES & imports(item.path):
+        has_ranks = {"four_ranks", "two_ranks"} & set(item.fixturenames) or OWN_PROCESSES & imports(item.path)
+        if has_ranks or "ranks" in item.path.stem:
             item.add_marker("ranks")
         if imports_a_peer(item.path):
             item.add_marker("peer")
