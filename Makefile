@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint gpu gpu-bench clean
+.PHONY: demo quick test lint gpu gpu-bench clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -16,6 +16,10 @@ $(READY): pyproject.toml constraints.txt
 # Trains the MoE and a dense model of the same active parameters on the Python standard library's source.
 demo: $(READY)
 	$(BIN)/moe-triton train --out demo --compare-dense --resume
+
+# Without the tests in the interpreter, of several processes, of peer libraries, and of over five seconds each.
+quick: $(READY)
+	$(BIN)/python -m pytest -n 2 -q -m "not interpreter and not ranks and not peer and not slow"
 
 test: $(READY)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2

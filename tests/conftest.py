@@ -1,10 +1,13 @@
-"""Shared set-up: fresh memory is poisoned with NaN, so that nothing can lean on memory that nobody wrote."""
+"""Shared set-up: markers, and fresh memory poisoned with NaN, so that nothing can lean on memory that nobody wrote."""
 
 from __future__ import annotations
 
+import ast
 import os
 import sys
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 
 if not os.environ.get("MOE_TRITON_TEST_ON_GPU"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before triton is first imported
@@ -17,7 +20,48 @@ from tests.helpers.ranks import four_ranks, two_ranks
 
 __all__ = ["four_ranks", "two_ranks"]
 
+TESTS = Path(__file__).parent
+PEERS = {"deepspeed", "peft", "transformers"}
+OWN_PROCESSES = {"tests.helpers.faults", "tests.helpers.ranks.fork_context", "tests.helpers.ranks.started"}
+
 torch.set_num_threads(1 if os.environ.get("PYTEST_XDIST_WORKER") else 2)
+
+
+@cache
+def imports(path: Path) -> frozenset[str]:
+    """What a test file and the helpers that it imports import at their top: modules, and names of modules."""
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    helpers = [TESTS.parent.joinpath(*name.split(".")).with_suffix(".py") for name in found if "tests.helpers" in name]
+    return frozenset(found.union(*(imports(helper) for helper in helpers if helper.is_file())))
+
+
+def imports_a_peer(path: Path) -> bool:
+    return any(name.split(".")[0] in PEERS for name in imports(path))
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`-m "not peer ..."` does not import the peers, which takes longer than many tests."""
+    is_test = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
+    return True if is_test and "not peer" in config.option.markexpr and imports_a_peer(collection_path) else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything but `slow`, which is written at the test, follows from names of files, from fixtures and imports."""
+    for item in items:
+        folders = item.path.relative_to(TESTS).parts
+        choices = item.callspec.params if hasattr(item, "callspec") else {}
+        if "kernels" in folders or "triton" in folders or choices.get("backend") == "triton":
+            item.add_marker("interpreter")
+        has_ranks = {"four_ranks", "two_ranks"} & set(item.fixturenames) or OWN_PROCESSES & imports(item.path)
+        if has_ranks or "ranks" in item.path.stem:
+            item.add_marker("ranks")
+        if imports_a_peer(item.path):
+            item.add_marker("peer")
 
 
 @pytest.fixture(autouse=True)

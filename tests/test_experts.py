@@ -11,6 +11,7 @@ import moe_triton
 from moe_triton import reference
 from moe_triton.records import ACTIVATIONS, GATED, ExpertCall, ExpertParameters, ExpertSpec
 from tests.helpers.compare import assert_close
+from tests.helpers.problems import INPUTS, expected_of
 
 BACKENDS = ["torch", "triton"]
 
@@ -48,42 +49,35 @@ def make_case(
     return normal(num_tokens, width), experts, weights, parameters
 
 
-def leaves(x, weights, parameters, dtype=None):
+def leaves(x, weights, parameters):
     tensors = {"hidden_states": x, "top_k_weights": weights, **parameters}
-    return {
-        name: None if t is None else (t if dtype is None else t.to(dtype)).detach().clone().requires_grad_()
-        for name, t in tensors.items()
-    }
+    return {name: None if t is None else t.detach().clone().requires_grad_() for name, t in tensors.items()}
 
 
-def compare_with_reference(case, backend, *, capacity=None, tolerance=None, **options):
+def compare_with_reference(case, backend, *, capacity=None, tolerance=None, recompute=False, **options):
     x, experts, weights, parameters = case
-    got, want = leaves(x, weights, parameters), leaves(x, weights, parameters, torch.float64)
-    out = moe_triton.moe_mlp(top_k_index=experts, backend=backend, capacity=capacity, **got, **options)
-    options.pop("recompute", None)
-    plan = reference.dispatch(experts, len(want["gate_up_proj"]), capacity=capacity)
-    args = ExpertParameters(*(want[name] for name in ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")))
-    expected = reference.moe_experts(
-        ExpertCall(
-            hidden=want["hidden_states"], weights=want["top_k_weights"], dispatched=plan, parameters=args,
-            spec=ExpertSpec(**options),
-        )
-    )  # fmt: skip
+    got = leaves(x, weights, parameters)
+    out = moe_triton.moe_mlp(
+        top_k_index=experts, backend=backend, capacity=capacity, recompute=recompute, **got, **options
+    )
+    plan = reference.dispatch(experts, len(parameters["gate_up_proj"]), capacity=capacity)
+    given = ExpertParameters(*parameters.values())
+    call = ExpertCall(hidden=x, weights=weights, dispatched=plan, parameters=given, spec=ExpertSpec(**options))
+    grad = torch.randn_like(out)
+    expected = expected_of(call, grad)
     assert out.dtype == x.dtype
-    assert_close(out, expected, tolerance=tolerance)
-    grad = torch.randn(out.shape, dtype=torch.float64)
-    out.backward(grad.to(out.dtype))
-    expected.backward(grad.to(out.dtype).double())
-    for name, leaf in got.items():
+    assert_close(out, expected["out"], tolerance=tolerance)
+    out.backward(grad)
+    for name, leaf in zip(INPUTS, got.values(), strict=True):
         if leaf is None:
             continue
         assert leaf.grad is not None, name
         assert leaf.grad.dtype == leaf.dtype
         scale = None
-        if name == "top_k_weights" and expected.numel():
+        if name == "weights" and expected[name].numel():
             # each entry is a cancelling sum over d: scale by what was summed
-            scale = max(want[name].grad.square().mean().sqrt().item(), 1e-30)
-        assert_close(leaf.grad, want[name].grad, tolerance=tolerance, scale=scale)
+            scale = max(expected[name].square().mean().sqrt().item(), 1e-30)
+        assert_close(leaf.grad, expected[name], tolerance=tolerance, scale=scale)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -64,7 +64,8 @@ class Ranks:
         if failures:  # the others may be out of step: the next test gets new processes
             self.close()
             self.start()
-        assert not failures, "\n".join(failures)
+        call = f"{function.__name__}({', '.join(map(repr, args))})"
+        assert not failures, "\n".join([call, *failures])
         return [result for _, result in answers]
 
     def close(self) -> None:

@@ -2,18 +2,13 @@
 
 import os
 import signal
-import sys
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from tests.helpers import faults
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # torchrun runs this file as a script
-
 from moe_triton.distributed import ExpertParallel, explain_termination, make_groups
+from tests.helpers import faults
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo", timeout=timedelta(seconds=60))

@@ -1,13 +1,8 @@
-"""The grouped GEMM kernels by themselves: block shapes, tile order, addresses, what is left alone, what compiles."""
+"""The grouped GEMM kernels by themselves: block shapes, tile order, addresses, what is left alone."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,13 +21,10 @@ from moe_triton_kernels.down import down
 from moe_triton_kernels.grouped_gemm import PerExpert, address_table, per_expert, tile_order, weight_descriptor
 from moe_triton_kernels.launch import Config
 from moe_triton_kernels.tiles import tile_tables
-from moe_triton_kernels.tools.offline import TARGETS, Report, compile_apart
 from moe_triton_kernels.up import up
 from tests.helpers.compare import assert_close
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-MODULES = ["up", "down", "d_hidden", "d_weight"]
-SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 SMALL = Config(block_m=16, block_n=16, block_k=16, num_warps=4, num_stages=1)
 CONFIGS = [
     SMALL,
@@ -318,50 +310,3 @@ def test_offsets_beyond_32_bits() -> None:
     expected = x[-5:].double() @ gate_up[1].double()
     assert_close(h, expected)
     assert_close(a, reference.activate(expected, "silu"))
-
-
-@pytest.fixture(scope="module", params=list(TARGETS))
-def reports(request: pytest.FixtureRequest) -> list[Report]:
-    return compile_apart(request.param, MODULES)
-
-
-def test_the_sample_compiles_without_a_spill(reports: list[Report]) -> None:
-    for report in reports:
-        assert report.spills == 0, report
-        assert report.shared_bytes <= SHARED_LIMIT[report.arch], report
-    products = [report for report in reports if "_bf16_" in report.kernel]
-    assert len(products) == 8
-    for report in products:
-        assert report.wgmma + report.mma > 0, report
-        if report.arch == "sm_90":
-            assert report.wgmma > 0, report
-            assert report.cp_async > 0, report
-
-
-ORDER = """
-import json, re, sys
-from moe_triton_kernels.tools.cases import collect_cases
-from moe_triton_kernels.tools.offline import compile_source
-
-for module in sys.argv[1:]:
-    case = collect_cases("sm_90", [module])[0]
-    ptx = compile_source(case, "sm_90").asm["ptx"]
-    steps = re.findall(r"cp\\.async\\.wait_group|fence\\.proxy\\.async|wgmma\\.mma_async", ptx)
-    print(json.dumps(steps[: steps.index("wgmma.mma_async") + 1]))
-"""
-
-
-def test_copies_are_fenced_before_the_matrix_unit_reads_them(tmp_path: Path) -> None:
-    """Whoever puts the fence in, Triton or `proxy_fence`: it stands between the wait for the copies and the product."""
-    script = tmp_path / "order.py"
-    script.write_text(ORDER)
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, str(script), *MODULES]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    lines = [json.loads(line) for line in result.stdout.splitlines()]
-    assert len(lines) == len(MODULES)
-    for steps in lines:
-        assert "cp.async.wait_group" in steps
-        after_the_wait = steps[-1 - steps[::-1].index("cp.async.wait_group") :]
-        assert "fence.proxy.async" in after_the_wait, steps

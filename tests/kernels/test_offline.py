@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from moe_triton_kernels.tools import offline
 from moe_triton_kernels.tools.case import Case
 from moe_triton_kernels.tools.offline import (
+    SHARED_LIMIT,
     Report,
     compile_apart,
     compile_case,
@@ -20,6 +22,9 @@ from moe_triton_kernels.tools.offline import (
     find_number,
     named_cases,
 )
+
+PRODUCTS = ["up", "down", "d_hidden", "d_weight"]
+OTHERS = ["routing", "permutation", "combine", "tiles"]
 
 KERNELS = """
 import json, sys
@@ -70,15 +75,19 @@ for fn in (copy, descriptor_copy):
 """
 
 
+def run_compiled(program: str, folder: Path, *arguments: str) -> list[Any]:
+    """The JSON lines that a program prints in a process where kernels are compiled, not interpreted."""
+    script = folder / "program.py"
+    script.write_text(program)
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, script, *arguments], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
 @pytest.mark.parametrize("arch", offline.TARGETS)
 def test_report_of_known_kernels(arch: str, tmp_path: Path) -> None:
-    script = tmp_path / "known_kernels.py"
-    script.write_text(KERNELS)
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    output = subprocess.run(
-        [sys.executable, script, arch], env=environment, check=True, capture_output=True, text=True
-    ).stdout
-    reports = {report.kernel: report for report in (Report(**json.loads(line)) for line in output.splitlines())}
+    reports = {report["kernel"]: Report(**report) for report in run_compiled(KERNELS, tmp_path, arch)}
     product, spilling, copy, descriptor = (reports[name] for name in ("product", "spilling", "copy", "descriptor_copy"))
     assert all(report.arch == arch for report in reports.values())
 
@@ -96,12 +105,45 @@ def test_report_of_known_kernels(arch: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arch", offline.TARGETS)
-def test_routing_permutation_and_combine_compile_without_spills(arch: str) -> None:
-    modules = ["routing", "permutation", "combine", "tiles"]
-    reports = compile_apart(arch, modules)
-    assert [report.kernel for report in reports] == [case.name for case in offline.collect_cases(arch, modules)]
+def test_the_sample_compiles_without_spills(arch: str) -> None:
+    reports = compile_apart(arch, PRODUCTS + OTHERS)
+    assert [report.kernel for report in reports] == [
+        case.name for case in offline.collect_cases(arch, PRODUCTS + OTHERS)
+    ]
     assert all(report.arch == arch and report.registers > 0 for report in reports)
     assert [(report.kernel, report.spills) for report in reports if report.spills] == []
+    assert [report for report in reports if report.shared_bytes > SHARED_LIMIT[arch]] == []
+    names = {case.name for case in offline.collect_cases(arch, PRODUCTS)}
+    products = [report for report in reports if report.kernel in names and "_bf16_" in report.kernel]
+    assert len(products) == 8
+    for report in products:
+        assert report.wgmma + report.mma > 0, report
+        if arch == "sm_90":
+            assert report.wgmma > 0, report
+            assert report.cp_async > 0, report
+
+
+ORDER = """
+import json, re, sys
+from moe_triton_kernels.tools.cases import collect_cases
+from moe_triton_kernels.tools.offline import compile_source
+
+for module in sys.argv[1:]:
+    case = collect_cases("sm_90", [module])[0]
+    ptx = compile_source(case, "sm_90").asm["ptx"]
+    steps = re.findall(r"cp\\.async\\.wait_group|fence\\.proxy\\.async|wgmma\\.mma_async", ptx)
+    print(json.dumps(steps[: steps.index("wgmma.mma_async") + 1]))
+"""
+
+
+def test_copies_are_fenced_before_the_matrix_unit_reads_them(tmp_path: Path) -> None:
+    """Whoever puts the fence in, Triton or `proxy_fence`: it stands between the wait for the copies and the product."""
+    lines = run_compiled(ORDER, tmp_path, *PRODUCTS)
+    assert len(lines) == len(PRODUCTS)
+    for steps in lines:
+        assert "cp.async.wait_group" in steps
+        after_the_wait = steps[-1 - steps[::-1].index("cp.async.wait_group") :]
+        assert "fence.proxy.async" in after_the_wait, steps
 
 
 def test_an_interpreted_function_and_an_unknown_architecture_are_refused() -> None:

@@ -132,6 +132,7 @@ def test_a_folder_that_cannot_be_made_and_ranks_that_disagree(two_ranks, tmp_pat
     two_ranks.run(checkpointing.refused, tmp_path)
 
 
+@pytest.mark.ranks
 def test_a_rank_killed_in_the_middle_of_a_save(tmp_path):
     folder = tmp_path / "checkpoint"
     context = mp.get_context("spawn")
