@@ -288,7 +288,8 @@ def nccl(setting: Setting) -> str:
     setting.need_gpu()
     import torch.distributed as dist
 
-    from moe_triton import distributed
+    from moe_triton.distributed import ExpertParallel
+    from moe_triton.distributed.exchange.expert_parallel import MODES
 
     # a store in memory: no port, no file
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=torch.device("cuda", 0))
@@ -297,8 +298,8 @@ def nccl(setting: Setting) -> str:
         x = make_input(setting, plain)
         grad_out = torch.randn_like(x)
         wanted = forward_backward(plain, x, grad_out, [x, *plain.parameters()])
-        for mode in distributed.expert_parallel.MODES:
-            spread = distributed.ExpertParallel(mode=mode, chunks=2, always_exchange=True)
+        for mode in MODES:
+            spread = ExpertParallel(mode=mode, chunks=2, always_exchange=True)
             parallel = make_layer(setting, capacity_factor=2.0, expert_parallel=spread)
             parallel.load_state_dict(plain.state_dict())
             found = forward_backward(parallel, x, grad_out, [x, *parallel.parameters()])
@@ -306,7 +307,7 @@ def nccl(setting: Setting) -> str:
                 assert_close(mine, expected, tolerance=TOLERANCE[torch.bfloat16])
     finally:
         dist.destroy_process_group()
-    return f"one rank, {len(distributed.expert_parallel.MODES)} modes"
+    return f"one rank, {len(MODES)} modes"
 
 
 def sanitizer(setting: Setting) -> str:

@@ -105,6 +105,8 @@ def reduced_twice() -> None:
     wrapped(torch.randn(5, HIDDEN, dtype=torch.float64)).output.sum().backward()
     with pytest.raises(ValueError, match="wrap_ddp"):
         reduce_gradients(wrapped)
+    with pytest.raises(ValueError, match="wrap_ddp has wrapped before"):
+        wrap_ddp(model)
     clip_grad_norm_(wrapped, 1.0)
 
 

@@ -134,3 +134,8 @@ def test_deepspeed(four_ranks, ep_size):
         assert [size for size, *_ in found] == [ep_size, 4 // ep_size, 1, 1, 4]
         assert all(size == torchs for size, torchs, _, _ in found)
         assert {group for group in found if group[0] == 1} == {(1, 1, 0, 10**rank)}
+
+
+def test_an_exchange_without_torch_distributed():
+    with pytest.raises(ValueError, match=r"always_exchange: got True without torch\.distributed"):
+        ExpertParallel(always_exchange=True)

@@ -26,8 +26,8 @@ def wrap_ddp(model: nn.Module, groups: ParallelGroups | None = None, **arguments
         arguments: DDP's own.
 
     Raises:
-        ValueError: a layer's `loss_reduction` is "sum", it has `redundant_experts`, or the data-parallel ranks are no
-            one group.
+        ValueError: a layer's `loss_reduction` is "sum", it has `redundant_experts`, the data-parallel ranks are no one
+            group, or the model has been wrapped before.
     """
     check_rule(model, "mean")
     over = [group for group in data_groups(model, groups) if group.size > 1]
@@ -36,6 +36,8 @@ def wrap_ddp(model: nn.Module, groups: ParallelGroups | None = None, **arguments
     experts = expert_parameters(model)
     if any(parallel.redundant_experts for parallel in experts.values()):
         raise ValueError("model: got layers with redundant_experts, whose gradients reduce_gradients has to sum")
+    if any(hasattr(parameter, REDUCED) for parameter in experts):  # its hooks stay, and would scale twice
+        raise ValueError("model: got one that wrap_ddp has wrapped before, wanted a fresh model, or that wrapper")
     ignored = [name for name, parameter in model.named_parameters() if parameter in experts]
     ignore_in_ddp(model, ignored)
     handle = over[0].handle if over else (groups.dp.handle if groups is not None else None)

@@ -88,7 +88,7 @@ def freed() -> None:
 
 def autocast() -> None:
     """fp32 parameters, products in bf16, the result of one process under autocast."""
-    case = Case([5, 0, 7, 4], dtype=torch.float32, layer={"aux_loss_weight": 0.1})
+    case = Case([5, 0, 7, 4], dtype=torch.float32, layer={"aux_loss_weight": 0.1, "shared_intermediate_size": 8})
     groups = fresh_groups(ep=4)
     parallel = ExpertParallel(groups, chunks=2, loss_reduction="sum")
     local, whole = (parity.make_layer(case, p) for p in (parallel, None))
@@ -106,7 +106,10 @@ def autocast() -> None:
 
     exact, _ = run(whole, slice(None), on=False)
     whole.zero_grad()
+    shared: list[tuple[torch.dtype, bool]] = []
+    local.shared_expert.register_forward_hook(lambda module, args, out: shared.append((out.dtype, out.requires_grad)))
     expected, got = run(whole, slice(None)), run(local, here)
+    assert shared == [(torch.bfloat16, True)], "while rows travel, in the caller's modes"
     assert relative_rms(expected[0], exact) > 1e-4, "bf16 makes a difference"
     for a, b in zip(got, expected, strict=True):
         assert_close(a, b[here], tolerance=1.2e-2)

@@ -111,6 +111,8 @@ class ExpertParallel:
         check_int("redundant_experts", redundant_experts, low=0)
         self.redundant_experts, self.ranks_per_node = redundant_experts, ranks_per_node
         groups = expert_groups(group_or_mesh)
+        if always_exchange and groups.ep.handle is None:
+            raise ValueError("always_exchange: got True without torch.distributed, wanted init_process_group before")
         self.ep, self.edp, self.etp, self.tp, self.data = groups.ep, groups.edp, groups.etp, groups.tp, groups.data
         self.between_nodes, self.in_node = groups.alone, self.ep
         every_ep = all_ep_groups(group_or_mesh, self.ep)
