@@ -34,33 +34,6 @@ class Choice(NamedTuple):
     reason: str
 
 
-<<<<<<< HEAD
-=======
-def constant_while_compiling(function: Function) -> Function:
-    """Do what `torch.compiler.assume_constant_result` does, without importing the compiler, which takes seconds."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
-def never_compiled(function: Function) -> Function:
-    """Do what `torch.compiler.disable` does, without importing the compiler where nothing is compiled."""
-
-    @wraps(function)
-    def call(*args: Any, **arguments: Any) -> Any:
-        if "torch._dynamo" not in sys.modules:
-            return function(*args, **arguments)
-        return _disabled(function)(*args, **arguments)
-
-    call._torchdynamo_disable = True  # type: ignore[attr-defined]
-    return cast(Function, call)
-
-
-@cache
-def _disabled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compiler.disable(function)
-
-
->>>>>>> h/docs
 def interpreting() -> bool:
     """Return whether Triton runs its kernels in its interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
@@ -145,14 +118,6 @@ def plain_maths(tensor: torch.Tensor) -> Iterator[None]:
         yield
 
 
-<<<<<<< HEAD
-=======
-def recomputing() -> bool:
-    """Return whether activation checkpointing runs a forward again inside backward, where nothing may be counted."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
->>>>>>> h/docs
 def routing_backend(name: str) -> RoutingBackend:
     """Return the implementation of routing by backend "torch" or "triton"."""
     return cast(RoutingBackend, _module(f"{name}.routing"))

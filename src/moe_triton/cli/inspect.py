@@ -107,7 +107,8 @@ def pick_shape(shape: str | None, model: str | None, dtype: str | None) -> Shape
     numbers = [part.strip() for part in shape.split(",")]
     if len(numbers) != 5 or not all(re.fullmatch(r"\d+", number) for number in numbers):
         raise ValueError(f"shape: got {shape!r}, wanted five integers T,d,n,E,K")
-    return Shape(**dict(zip(SHAPE, map(int, numbers), strict=True)), dtype=dtype_name)
+    sizes: dict[str, Any] = dict(zip(SHAPE, map(int, numbers), strict=True))
+    return Shape(**sizes, dtype=dtype_name)
 
 
 def model_shape(model: str, dtype: str) -> Shape:

@@ -91,7 +91,8 @@ def profile(
                 "seed": seed,
                 "threads": torch.get_num_threads(),
             }
-            config = TrainConfig(**options, **{k: v for k, v in sizes.items() if v is not None})
+            options |= {name: size for name, size in sizes.items() if size is not None}
+            config = TrainConfig(**options)
             arguments.check_backend(backend, where, torch.float32)
             arguments.make_directory(out, "--out")
             profile_training_step(out, where, config, steps)

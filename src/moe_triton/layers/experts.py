@@ -262,15 +262,9 @@ def uncast(weights: Tensor | Uncast) -> Tensor:
 
 
 def casts_inputs(module: nn.Module) -> bool:
-<<<<<<< HEAD
-    """Whether the module is Experts that are a unit of FSDP2, which changes their class, or FSDP1, which wraps them."""
+    """Return whether the module is Experts as a unit of FSDP2, which changes their class, or of FSDP1, which wraps."""
     inner = inside_fsdp1(module)
     return isinstance(inner, Experts) and (inner is not module or is_fsdp2_class(type(module)))
-=======
-    """Return whether the module is Experts as a unit of FSDP2, which changes their class, or of FSDP1, which wraps."""
-    inner = module._modules.get("_fsdp_wrapped_module", module)
-    return isinstance(inner, Experts) and (inner is not module or hasattr(type(module), "_get_fsdp_state"))
->>>>>>> h/docs
 
 
 class FeedForward(nn.Module):
