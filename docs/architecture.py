@@ -29,7 +29,7 @@ PAGE = ROOT / "ARCHITECTURE.md"
 MARKED = re.compile(r"(<!-- ([^>]+?) \(docs/architecture\.py\) -->\n).*?(<!-- end -->)", re.DOTALL)
 CODE = (str(ROOT / "src" / "moe_triton"), str(ROOT / "kernels"))
 # The function that multiplies, by backend.
-PRODUCT = {"torch": ("backends/torch/cpu.py", "product"), "triton": ("moe_triton_kernels/up.py", "up")}
+PRODUCT = {"torch": ("backends/torch/experts_cpu.py", "_products"), "triton": ("moe_triton_kernels/up.py", "up")}
 WRAPPERS = ("runtime.py",)  # decorators, which decide nothing about the call
 # Folder -> its lines of Python at commit 5fc9d34, and where they are now.
 SIZES: dict[str, tuple[int, list[str]]] = {
@@ -77,6 +77,7 @@ def chain(run: Callable[[], object], backend: str) -> list[tuple[str, str]]:
         run()
     finally:
         sys.setprofile(None)
+    assert found, f"{PRODUCT[backend]} was not reached"
     return found
 
 
