@@ -62,6 +62,20 @@ def test_no_recompilation_when_only_the_token_count_changes():
     assert len(seen) == 1
 
 
+def test_random_numbers_for_a_symbolic_number_of_tokens():
+    torch.compiler.reset()
+    router = Router(16, 8, 2, jitter=0.1, gumbel=True, backend="torch")
+    layer = MoE(16, 12, 8, 2, router=router, capacity_factor=0.7, drop_policy="random", backend="torch")
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for num_tokens in (9, 14):
+        x = torch.randn(num_tokens, 16)
+        outputs = []
+        for call in (layer, compiled):
+            torch.manual_seed(0)
+            outputs.append(call(x).output)
+        assert torch.equal(*outputs)
+
+
 FACTORS = (1.5, 1.25, 1.0, 0.5, 0.3, 2.0, 1.1, 0.7, 0.9, 1.7, 3.0, 0.1)  # more than dynamo's limit of 8 recompilations
 
 

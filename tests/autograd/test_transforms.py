@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev, jvp, linearize, vmap
 
-from moe_triton import MoE, dispatch, moe_mlp, renormalize, route
+from moe_triton import MoE, Router, dispatch, moe_mlp, renormalize, route
 from tests.helpers.compare import assert_close
 
 TOKENS, WIDTH, INNER, EXPERTS = 6, 8, 5, 4
@@ -80,6 +80,21 @@ def test_functional_call_of_a_layer():
     total(dict(layer.named_parameters())).backward()
     for name, parameter in layer.named_parameters():
         assert torch.equal(got[name], parameter.grad), name
+
+
+def test_a_load_is_not_counted_under_a_transform():
+    layer = MoE(WIDTH, INNER, EXPERTS, 2, router=Router(WIDTH, EXPERTS, 2, choice_bias=True))
+    x = torch.randn(TOKENS, WIDTH)
+
+    def squares(x):
+        return layer(x).output.square().sum()
+
+    for transformed, argument in ((grad(squares), x), (vmap(squares), x[:, None])):
+        with pytest.raises(NotImplementedError, match=r"load: got a torch\.func transform in training"):
+            transformed(argument)
+    layer.eval()
+    leaf = x.clone().requires_grad_()
+    assert torch.equal(grad(squares)(x), torch.autograd.grad(squares(leaf), leaf)[0])
 
 
 def test_forward_mode_is_refused_and_not_dropped():

@@ -142,6 +142,34 @@ def test_down_and_up_write_far_rows() -> None:
         torch.testing.assert_close(results[kept][first : first + COUNT].float(), wanted, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.usefixtures("lazy_results")
+def test_d_hidden_reads_and_writes_far_rows() -> None:
+    h, first = far_rows(WIDE)
+    here = slice(first, first + COUNT)
+    grad_out, weight = torch.randn(first + 16, 16).half(), torch.randn(1, 16, WIDE).half()
+    weighted_a, grad_h, _ = d_hidden(
+        grad_out, torch.arange(first + 16, dtype=torch.int32), tile_tables(FAR_OFFSETS, COUNT), per_expert(weight), h,
+        torch.ones(first + 16, 1), size_n=WIDE, activation="relu", is_concatenated=True,
+        config=replace(SMALL, block_n=4096),
+    )  # fmt: skip
+    assert torch.equal(weighted_a[here], h[here].relu())
+    wanted = (grad_out[here].float() @ weight[0].float()) * (h[here] > 0)
+    torch.testing.assert_close(grad_h[here].float(), wanted, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("gather_left", [False, True])
+@pytest.mark.usefixtures("lazy_results")
+def test_d_weight_reads_far_rows(gather_left: bool) -> None:
+    rows, first = far_rows(SIZE)
+    source, offsets = lazy(rows.shape[0], torch.int32), torch.tensor([first, first + COUNT], dtype=torch.int32)
+    source[first : first + COUNT] = torch.arange(COUNT, dtype=torch.int32)
+    tokens = torch.randn(COUNT, 16).half()
+    operands = (tokens, rows) if gather_left else (rows, tokens)
+    got = d_weight(*operands, source, offsets, top_k=1, gather_left=gather_left, config=SMALL)[0].float()
+    expected = rows[first : first + COUNT].float().T @ tokens.float()
+    torch.testing.assert_close(got, expected.T if gather_left else expected, rtol=1e-2, atol=1e-2)
+
+
 def test_pieces_of_an_expert_with_so_many_rows_that_their_product_with_the_pieces_passes_int32() -> None:
     count = 2**31 - 17
     pieces = row_pieces(torch.tensor([0, count], dtype=torch.int32), count, count // 300)

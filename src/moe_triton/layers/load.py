@@ -19,9 +19,17 @@ class CountsLoad(nn.Module):
     load: Tensor | None
 
     def count_load(self, counts: Tensor) -> None:
-        """Add counts [E], in training only, and not again when activation checkpointing repeats a forward."""
-        if self.load is not None and self.training and not recomputing():
-            self.load_on(counts.device).add_(counts)
+        """Add counts [E], in training only, and not again when activation checkpointing repeats a forward.
+
+        Raises NotImplementedError under torch.func, which changes no tensor in place that it has not made.
+        """
+        if self.load is None or not self.training or recomputing():
+            return
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(
+                "load: got a torch.func transform in training, which counts it; wanted eval() or choice_bias=False"
+            )
+        self.load_on(counts.device).add_(counts)
 
     def load_on(self, device: torch.device) -> Tensor:
         """Move `load` to a device; from the meta device, where it has no values, it comes as zeros."""
