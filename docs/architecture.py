@@ -30,7 +30,7 @@ MARKED = re.compile(r"(<!-- ([^>]+?) \(docs/architecture\.py\) -->\n).*?(<!-- en
 CODE = (str(ROOT / "src" / "moe_triton"), str(ROOT / "kernels"))
 # The function that multiplies, by backend.
 PRODUCT = {"torch": ("backends/torch/experts_cpu.py", "_products"), "triton": ("moe_triton_kernels/up.py", "up")}
-WRAPPERS = ("runtime.py",)  # decorators, which decide nothing about the call
+WRAPPERS = ("torch_internals.py",)  # decorators, which decide nothing about the call
 # Folder -> its lines of Python at commit 5fc9d34, and where they are now.
 SIZES: dict[str, tuple[int, list[str]]] = {
     "kernels: device code and launchers": (2828, ["kernels/moe_triton_kernels/*.py"]),

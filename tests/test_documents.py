@@ -129,6 +129,8 @@ def parse_cli(arguments: list[str]) -> None:
     if arguments == ["--version"]:
         return
     command = root.commands[arguments[0]]  # type: ignore[attr-defined]
+    if not arguments[1:]:  # the name alone, in the text
+        return
     with contextlib.suppress(typer.Exit):  # --help prints, and stops
         command.make_context(arguments[0], list(arguments[1:]))
 
