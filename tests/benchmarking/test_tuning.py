@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import sys
@@ -177,7 +178,7 @@ def test_a_candidate_that_raises_is_a_result(monkeypatch):
 
 
 def test_the_worker_answers_and_its_death_is_noticed(monkeypatch):
-    with tuning.Worker(PROBLEM, SETTINGS.device, 0, 1) as worker:
+    with contextlib.closing(tuning.Worker(PROBLEM, SETTINGS.device, 0, 1)) as worker:
         assert worker.ready == {"incumbent": INCUMBENT, "architecture": "interpreter"}
         asked = {"config": {**INCUMBENT, "block_m": 32}, "against": INCUMBENT, "budget_s": 0.0}
         outcome = Outcome(**worker.ask(asked, 120.0))

@@ -110,6 +110,7 @@ def restarts(rank: int, stores: list[str]) -> None:
         dist.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
         )
+    dist.barrier()  # no rank ends while another one still connects
 
 
 def test_groups_end_with_their_default_group(tmp_path):
