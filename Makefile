@@ -17,7 +17,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/moe-triton train --out demo --compare-dense --resume
 
-# Without the tests in the interpreter, of several processes, of peer libraries, and of over five seconds each.
+# Without the tests in the interpreter, of several processes, of peer libraries, and those that start programs or compile.
 quick: $(READY)
 	$(BIN)/python -m pytest -n 2 -q -m "not interpreter and not ranks and not peer and not slow"
 

@@ -23,6 +23,9 @@ __all__ = ["four_ranks", "two_ranks"]
 
 TESTS = Path(__file__).parent
 PEERS = re.compile(r"(deepspeed|peft|transformers|moe_triton\.compat\.deepspeed)(\.|$)")  # the last imports the first
+# files that start programs of their own or compile: a test of them takes seconds
+SLOW_FILES = ("test_compile", "test_documents", "test_grouped", "test_structure", "test_torch_internals")
+SLOW_FOLDERS = ("benchmarking", "benchmarks", "checkpoint", "cli", "training")
 OWN_PROCESSES = {"tests.helpers.faults", "tests.helpers.ranks.fork_context", "tests.helpers.ranks.started"}
 
 torch.set_num_threads(1 if os.environ.get("PYTEST_XDIST_WORKER") else 2)
@@ -52,9 +55,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything but `slow`, which is written at the test, follows from names of files, from fixtures and imports."""
+    """All marks follow from names of files and folders, from fixtures and from imports."""
     for item in items:
         folders = item.path.relative_to(TESTS).parts
+        if item.path.stem in SLOW_FILES or set(folders) & set(SLOW_FOLDERS):
+            item.add_marker("slow")
         choices = item.callspec.params if hasattr(item, "callspec") else {}
         if "kernels" in folders or "triton" in folders or choices.get("backend") == "triton":
             item.add_marker("interpreter")
