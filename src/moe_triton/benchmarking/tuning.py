@@ -191,7 +191,7 @@ class Worker:
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
-                with contextlib.suppress(OSError):  # what it could not be told any more
+                with contextlib.suppress(OSError):  # what it did not read any more
                     pipe.close()
 
 
