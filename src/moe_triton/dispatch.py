@@ -112,8 +112,8 @@ def dispatch(
         check_tensor("weights", weights, shape=tuple(experts.shape), dtypes=FLOATS, device=experts.device)
         keys = weights.detach()
     elif capacity is not None and priority == "random":
-        # not torch.rand, which takes no generator, even None, with symbolic sizes
-        keys = torch.empty(experts.shape, device=experts.device).uniform_(generator=generator)
+        # not torch.rand, which takes no generator, even None, with symbolic sizes; nor torch.empty, which tests replace
+        keys = torch.zeros(experts.shape, device=experts.device).uniform_(generator=generator)
     by_choice = priority == "choice"
     name = runtime.choose(backend, experts.device, torch.float32).name
     if name == "reference":
