@@ -46,7 +46,7 @@ def flattened() -> None:
 
 
 def of_some_ranks() -> None:
-    """A mesh that is no part of another is taken at its word."""
+    """A mesh that is no part of another stands for all ranks of its model."""
     torch.manual_seed(0)
     rank = torch.distributed.get_rank()
     group = torch.distributed.new_group([0, 1])
