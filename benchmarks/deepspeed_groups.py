@@ -24,12 +24,11 @@ import typer
 from tables import deepspeed_groups
 from torch import nn
 
-from moe_triton.benchmarking.environment import cpu_name
+from moe_triton.benchmarking.environment import cpu_name, version
 from moe_triton.benchmarking.memory import peak_bytes
 from moe_triton.benchmarking.timing import Call, Fresh, make_timer, run_rounds, spread
 from moe_triton.compat.deepspeed.layer import MoE
 from moe_triton.compat.deepspeed.utils import BY, configure_moe_param_groups
-from moe_triton.training.job import version
 
 RESULTS = Path(__file__).parent / "results" / "deepspeed"
 

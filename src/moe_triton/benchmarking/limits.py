@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from moe_triton.benchmarking.cases import Case, Workload
+from moe_triton.benchmarking.cases import PASSES, Case, Workload
 from moe_triton.torch_internals import onednn_has_bf16, onednn_linear
 
 Product = tuple[Tensor, Tensor, Tensor]  # (a, b, out): a @ b
@@ -110,7 +110,7 @@ def roof(workload: Workload, counts: Sequence[int], mode: str) -> Limit:
 def dense_product(workload: Workload, mode: str) -> Product:
     """One product with the experts' FLOPs: [T, K 3n] @ [K 3n, d] (2n when ungated), 2 T for backward, 3 T for full."""
     case = workload.case
-    rows = case.tokens * {"forward": 1, "backward": 2, "full": 3}[mode]
+    rows = case.tokens * PASSES[mode]
     inner = case.top_k * (case.expert_rows + case.intermediate)
     like = workload.hidden
     a = torch.randn(rows, inner, device=like.device, dtype=like.dtype)
