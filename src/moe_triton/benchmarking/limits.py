@@ -10,8 +10,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from moe_triton.backends.torch.processor import this_processor
 from moe_triton.benchmarking.cases import PASSES, Case, Workload
-from moe_triton.torch_internals import onednn_has_bf16, onednn_linear
+from moe_triton.torch_internals import onednn_linear
 
 Product = tuple[Tensor, Tensor, Tensor]  # (a, b, out): a @ b
 SMALL_TOKENS = 256  # up to here reading the weights bounds the time, so the bandwidth floor is shown
@@ -51,8 +52,8 @@ def by_onednn(parts: Sequence[Product], linear: Callable[..., Tensor]) -> Callab
 
 
 def onednn_dtypes() -> tuple[torch.dtype, ...]:
-    """What oneDNN's product takes: bf16 only on processors that oneDNN has bf16 kernels for."""
-    return (torch.float32, torch.bfloat16) if onednn_has_bf16() else (torch.float32,)
+    """What oneDNN's product is fast for: bf16 only on processors that multiply bf16."""
+    return (torch.float32, torch.bfloat16) if this_processor().has_bf16_products else (torch.float32,)
 
 
 def fastest(parts: Sequence[Product], clock: Callable[[], float] = time.perf_counter) -> tuple[Callable[[], None], str]:
