@@ -20,10 +20,20 @@ def e2m1(code: int) -> float:
     return -magnitude if sign else magnitude
 
 
-def test_e2m1() -> None:
-    pairs = formats.e2m1_pairs(torch.device("cpu"))
-    for byte in range(256):
-        assert pairs[byte].tolist() == [e2m1(byte & 15), e2m1(byte >> 4)]
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "int4"])
+def test_codes_of_four_bits(name: str) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).repeat(2).view(2, 256)
+    found = formats.values_of(codes, formats.FORMATS[name])
+    value = float if name == "int4" else e2m1
+    assert found.tolist() == [[value(code) for byte in range(256) for code in (byte & 15, byte >> 4)]] * 2
+
+
+def test_codes_of_eight_bits() -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    assert formats.values_of(codes, formats.FORMATS["int8"]).tolist() == list(range(256))
+    floats = codes.view(torch.float8_e4m3fn)
+    exact = formats.values_of(floats, formats.FORMATS["fp8"]).float()
+    assert torch.equal(exact.nan_to_num(7), floats.float().nan_to_num(7))
 
 
 def test_e8m0() -> None:

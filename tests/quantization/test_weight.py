@@ -116,15 +116,25 @@ def test_parts_of_it(kind: str) -> None:
     assert torch.equal(weight.dequantize(torch.float32, expert=1), whole[1])
     assert torch.equal(weight.dequantize(torch.float32, expert=2, rows=slice(128, 300)), whole[2, 128:])
     assert torch.equal(weight[1:].dequantize(torch.float32), whole[1:])
+    assert torch.equal(weight.dequantize(torch.float32, columns=slice(0, 128)), whole)
     assert torch.equal(weight.mT.dequantize(torch.float32), whole.mT)
+    assert torch.equal(weight.mT.dequantize(torch.float32, expert=0, columns=slice(128, 256)), whole[0, 128:256].mT)
     assert (weight.shape, weight.mT.shape, len(weight)) == ((E, 300, IN), (E, IN, 300), E)
     with pytest.raises(TypeError, match="experts: got 1, wanted a slice"):
         weight[1]
-    with pytest.raises(ValueError, match="rows: got slice"):
+    with pytest.raises(ValueError, match="rows, columns: got slice"):
         weight.dequantize(rows=slice(0, 4, 2))
-    if weight.format == "fp8":
-        with pytest.raises(ValueError, match="multiple of 128"):
-            weight.dequantize(rows=slice(1, 4))
+    with pytest.raises(ValueError, match=f"multiple of {weight.group}"):
+        weight.dequantize(columns=slice(1, 4))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_of_several_blocks(kind: str) -> None:
+    weight = quantized(kind, torch.randn(2, 256, 512))
+    whole = weight.dequantize(torch.float32)
+    assert torch.equal(weight.dequantize(torch.float32, columns=slice(128, 384)), whole[..., 128:384])
+    part = weight.mT.dequantize(torch.float32, expert=1, rows=slice(256, 512), columns=slice(128, 256))
+    assert torch.equal(part, whole[1, 128:256, 256:512].mT)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -82,21 +82,28 @@ def pack(codes: Tensor) -> Tensor:
 
 
 @cache
-def e2m1_pairs(device: torch.device) -> Tensor:
-    """Return the two numbers of every byte, [256, 2] fp32."""
-    values = torch.tensor([*E2M1, *(-value for value in E2M1)], device=device)
-    return values[unpack(torch.arange(256, dtype=torch.uint8, device=device)[:, None]).int()]
+def quads(format_name: str, device: torch.device) -> Tensor:
+    """Return the numbers of every two bytes of codes of four bits, before scaling: [65536] int64, four bf16 in each."""
+    values = torch.arange(16.0) if format_name == "int4" else torch.tensor([*E2M1, *(-value for value in E2M1)])
+    words = torch.arange(1 << 16, dtype=torch.int32)
+    codes = torch.stack([words >> shift & 0xF for shift in range(0, 16, 4)], -1)
+    return values[codes].bfloat16().view(torch.int64).flatten().to(device)
 
 
-def values_of(codes: Tensor, format_: Format) -> Tensor:
-    """Return the numbers that float codes stand for before scaling, [..., in] fp32."""
-    if format_.codes == torch.float8_e4m3fn:
-        return codes.float()
-    return e2m1_pairs(codes.device)[codes.int()].flatten(-2)
+def values_of(codes: Tensor, kind: Format) -> Tensor:
+    """Return the numbers that codes stand for before zero point and scale, [..., in] bf16: all of them are exact.
+
+    Codes of four bits are looked up four at a time, which on CPUs is twice as fast as one by one.
+    """
+    if kind.bits == 8:
+        return codes.to(torch.bfloat16)
+    words = codes.contiguous().view(torch.uint16)
+    found = quads(kind.name, codes.device).index_select(0, words.flatten().int())
+    return found.view(torch.bfloat16).view(*codes.shape[:-1], -1)
 
 
 def scales_of(scales: Tensor) -> Tensor:
-    """Return scales in fp32; bytes are E8M0: 2^(byte - 127), and NaN for 255."""
+    """Return scales in fp32, exactly; bytes are E8M0: 2^(byte - 127), and NaN for 255."""
     if scales.dtype != torch.uint8:
         return scales.float()
     exact = torch.ldexp(torch.ones_like(scales, dtype=torch.float32), scales.int() - E8M0_BIAS)

@@ -47,8 +47,7 @@ class QuantizedWeight:
         num_experts, rows, columns = self._stored_shape
         check_tensor("scales", self.scales, shape=(num_experts, "out", "in"), dtypes=found.scales, device=device)
         wanted_rows = -(-rows // found.rows)
-        groups = [group for group in found.groups if -(-columns // group) == self.scales.shape[2]]
-        if self.scales.shape[1] != wanted_rows or not groups or (found.rows == 1 and columns % groups[0]):
+        if self.scales.shape[1] != wanted_rows or not self._groups:
             raise ValueError(
                 f"scales: got shape {list(self.scales.shape)}, wanted one for every {found.rows} x "
                 f"{' or '.join(map(str, found.groups))} numbers of [{num_experts}, {rows}, {columns}]"
@@ -83,8 +82,14 @@ class QuantizedWeight:
     @property
     def group(self) -> int:
         """Columns that share a scale."""
-        columns, number = self._stored_shape[2], self.scales.shape[2]
-        return next(group for group in self.kind.groups if -(-columns // group) == number)
+        return self._groups[0]
+
+    @property
+    def _groups(self) -> list[int]:
+        """The group that the shapes of codes and scales imply; none where they do not fit together."""
+        columns, number, kind = self._stored_shape[2], self.scales.shape[2], self.kind
+        whole = [group for group in kind.groups if kind.rows > 1 or columns % group == 0]
+        return [group for group in whole if -(-columns // group) == number]
 
     @property
     def device(self) -> torch.device:
@@ -122,44 +127,41 @@ class QuantizedWeight:
         return {name: part for name, part in found.items() if part is not None}
 
     def dequantize(
-        self, dtype: torch.dtype = torch.bfloat16, *, expert: int | None = None, rows: slice = slice(None)
+        self,
+        dtype: torch.dtype = torch.bfloat16,
+        *,
+        expert: int | None = None,
+        rows: slice = slice(None),
+        columns: slice = slice(None),
     ) -> Tensor:
-        """Return the numbers in `dtype`, computed in fp32: [E, out, in], or [out, in] of one expert.
+        """Return the numbers in `dtype`, computed in fp32: `shape`, or two-dimensional for one expert.
 
-        rows: of `out`, a slice from a multiple of 128 on; the rest is left out. Where the weight is transposed the last
-        two dimensions are swapped (a view).
+        rows, columns: of the last two dimensions of `shape`, slices that begin at the edge of a block.
         """
         picked = slice(None) if expert is None else slice(expert, expert + 1)
-        num_rows = range(self.codes.shape[1])[rows]
-        if num_rows.step != 1 or (num_rows.start % self.kind.rows and len(num_rows)):
-            raise ValueError(f"rows: got {rows}, wanted a slice that starts at a multiple of {self.kind.rows}")
-        codes = self.codes[picked, rows]
-        scale_rows = slice(num_rows.start // self.kind.rows, -(-num_rows.stop // self.kind.rows))
-        scales = formats.scales_of(self.scales[picked, scale_rows])
+        if self.is_transposed:
+            rows, columns = columns, rows
+        kind, (_, num_rows, num_columns) = self.kind, self._stored_shape
+        row_codes, row_blocks = _parts(rows, num_rows, kind.rows, 1)
+        column_codes, column_blocks = _parts(columns, num_columns, self.group, kind.codes_per_element)
+        numbers = formats.values_of(self.codes[picked, row_codes, column_codes], kind)
+        scales = formats.scales_of(self.scales[picked, row_blocks, column_blocks])
         if self.global_scale is not None:
             scales = scales * self.global_scale[picked, None, None]
-        numbers = self._scaled(self._numbers(codes, picked, scale_rows), scales).to(dtype)
-        numbers = numbers if expert is None else numbers[0]
+        if kind.rows > 1:
+            wide = scales.repeat_interleave(self.group, 2)[..., : numbers.shape[2]]
+            numbers = numbers * wide.repeat_interleave(kind.rows, 1)[:, : numbers.shape[1]]
+        else:
+            blocks = numbers.unflatten(2, (-1, self.group))
+            if self.zeros is not None:
+                blocks = blocks.sub_(self.zeros[picked, row_blocks, column_blocks, None].to(blocks.dtype))
+            elif kind.is_integer:
+                blocks = blocks.sub_(kind.zero_point)
+            # powers of two are exact in bf16, so that nothing wider is needed for bf16
+            exact = kind.name == "mxfp4" and dtype == torch.bfloat16
+            numbers = (blocks * scales[..., None].to(dtype if exact else torch.float32)).flatten(2)
+        numbers = numbers.to(dtype) if expert is None else numbers[0].to(dtype)
         return numbers.mT if self.is_transposed else numbers
-
-    def _numbers(self, codes: Tensor, picked: slice, scale_rows: slice) -> Tensor:
-        """The numbers before scaling, fp32."""
-        if not self.kind.is_integer:
-            return formats.values_of(codes, self.kind)
-        values = (formats.unpack(codes) if self.kind.bits == 4 else codes).float()
-        if self.zeros is None:
-            return values.sub_(self.kind.zero_point)
-        zeros = self.zeros[picked, scale_rows].float()
-        return (values.unflatten(2, (-1, self.group)) - zeros[..., None]).flatten(2)
-
-    def _scaled(self, numbers: Tensor, scales: Tensor) -> Tensor:
-        if self.kind.rows == 1:
-            return (numbers.unflatten(2, (-1, self.group)) * scales[..., None]).flatten(2)
-        rows, columns = numbers.shape[1:]
-        return (
-            numbers
-            * scales.repeat_interleave(self.group, 2)[..., :columns].repeat_interleave(self.kind.rows, 1)[:, :rows]
-        )
 
     @classmethod
     def from_mxfp4(cls, blocks: Tensor, scales: Tensor, *, is_transposed: bool = False) -> QuantizedWeight:
@@ -248,6 +250,15 @@ class QuantizedWeight:
             raise ValueError(f"tensors: got {len(found)} quantised weights named {name!r}, wanted one")
         (((format_, is_transposed), parts),) = found.items()
         return cls(format=format_, is_transposed=is_transposed, **parts)
+
+
+def _parts(part: slice, size: int, block: int, per_element: int) -> tuple[slice, slice]:
+    """A slice of a stored dimension, of its codes and of its blocks."""
+    found = range(size)[part]
+    if found.step != 1 or found.start % block:
+        raise ValueError(f"rows, columns: got {part}, wanted a slice that begins at a multiple of {block}")
+    codes = slice(found.start // per_element, -(-found.stop // per_element))
+    return codes, slice(found.start // block, -(-found.stop // block))
 
 
 def _quantize_one(weight: Tensor, kind: Format, group: int, symmetric: bool) -> dict[str, Tensor]:
