@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from moe_triton.distributed.exchange.stages import ExchangedLayer
 from moe_triton.distributed.replicas.placement import Placement, build_placement, plan_placement, replica_of
 from moe_triton.experts import check_call
 from moe_triton.layers.load import CountsLoad
-from moe_triton.records import ACTIVATIONS, GATED, Dispatch, ExpertCall, ExpertParameters, ExpertSpec
+from moe_triton.records import ACTIVATIONS, GATED, Dispatch, ExpertCall, ExpertParameters, ExpertSpec, ExpertWeight
 from moe_triton.reference import activate
 from moe_triton.runtime import autocast_dtype
 from moe_triton.torch_internals import inside_fsdp1, is_fsdp2_class
@@ -212,7 +212,7 @@ class Experts(CountsLoad):
             parameters=self._parameters_in_order,
             spec=self.spec,
         )
-        dtype = call.parameters.gate_up[0].dtype
+        dtype = cast(ExpertWeight, call.parameters.gate_up)[0].dtype
         if hidden_states.dtype != dtype and autocast_dtype(hidden_states.device) is None:
             raise TypeError(f"hidden_states: got dtype {hidden_states.dtype}, wanted {dtype}, the layer's own")
         self.count_load(plan.counts)

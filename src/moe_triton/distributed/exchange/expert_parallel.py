@@ -27,7 +27,7 @@ from moe_triton.distributed.exchange.tensor_parallel import gather_tokens, slice
 from moe_triton.distributed.exchange.transport import Shape, Transport
 from moe_triton.distributed.expert_groups import all_ep_groups, expert_groups, two_levels
 from moe_triton.distributed.groups import Group, ParallelGroups, number_of_ranks
-from moe_triton.records import Dispatch, ExpertCall
+from moe_triton.records import Dispatch, ExpertCall, matrix_shape
 from moe_triton.torch_internals import active_ddp, never_compiled
 
 MODES = ("dropless", "capacity", "bounded", "allgather")
@@ -183,7 +183,7 @@ class ExpertParallel:
                 backend=runtime.choose(layer.backend, call.hidden.device, call.hidden.dtype).name,
                 form=form_of(call.parameters),
                 spec=call.spec,
-                width=tuple(call.parameters.gate_up[0].shape),
+                width=matrix_shape(call.parameters.gate_up),
                 recompute=recompute,
                 first_expert=self.first_expert(layer.num_experts),
                 adds_bias=self.etp.rank == 0,
