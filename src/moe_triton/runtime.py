@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -32,6 +33,14 @@ class Choice(NamedTuple):
 
     name: str
     reason: str
+
+
+def installed_version(package: str) -> str | None:
+    """Return the installed version of a distribution, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def interpreting() -> bool:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import base64
+import io
 import math
-import struct
-import zlib
 from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
@@ -95,9 +94,14 @@ def line_chart(
 
 def heat_map(load: NDArray[np.float64], high: float, title: str) -> str:
     """An SVG of the load [steps, E] (1 = the mean) with one row per expert; colors go from 0 to `high`."""
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.image import imsave
+
     columns = min(COLUMNS, len(load))
     binned = np.stack([chunk.mean(0) for chunk in np.array_split(load, columns)], axis=1)  # [E, columns]
-    data = base64.b64encode(png(colors(binned / high))).decode()
+    image = io.BytesIO()
+    imsave(image, binned, vmin=0, vmax=high, cmap=LinearSegmentedColormap.from_list("load", RAMP), format="png")
+    data = base64.b64encode(image.getbuffer()).decode()
     rows = binned.shape[0]
     height = max(60, min(12 * rows, 240))
     inner_width = WIDTH - LEFT - RIGHT
@@ -116,23 +120,3 @@ def color_bar(high: float) -> str:
     """The legend of the heat maps, as a CSS gradient."""
     gradient = f"linear-gradient(to right, {', '.join(RAMP)})"
     return f'<p class="bar">0 <span style="background: {gradient}"></span> {high:g} times the mean load</p>'
-
-
-def colors(values: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Values [...] in 0..1 (clipped) -> RGB [..., 3] along `RAMP`."""
-    stops = np.array([[int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in RAMP], dtype=np.float64)
-    place = np.linspace(0, 1, len(stops))
-    channels = [np.interp(values, place, stops[:, channel]) for channel in range(3)]
-    return np.stack(channels, axis=-1).round().astype(np.uint8)
-
-
-def png(pixels: NDArray[np.uint8]) -> bytes:
-    """RGB pixels [height, width, 3] as a PNG file (8 bits per channel, no filter)."""
-    height, width, _ = pixels.shape
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows, 9)) + chunk(b"IEND", b"")

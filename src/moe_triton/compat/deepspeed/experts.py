@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moe_triton.autograd.experts import run_experts
 from moe_triton.checks import check_int
 from moe_triton.compat.deepspeed import groups
 from moe_triton.compat.mlps import MLP, is_tampered, recognise
-from moe_triton.compat.opaque import OpaqueExperts, call_one_by_one
+from moe_triton.compat.opaque import OpaqueCall, call_one_by_one, compute_experts
 from moe_triton.distributed import ExpertParallel
 from moe_triton.distributed.exchange.stages import ExchangedLayer
-from moe_triton.experts import check_call
 from moe_triton.records import Dispatch, ExpertCall, ExpertParameters, ExpertSpec
-from moe_triton.runtime import without_autocast
 
 
 class Experts(nn.Module):
@@ -71,7 +69,7 @@ class Experts(nn.Module):
         self,
         hidden_states: Tensor,
         weights: Tensor,
-        plan: Dispatch,
+        dispatched: Dispatch,
         *,
         expert_parallel: ExpertParallel | None = None,
         capacity: Callable[[int], int | None] = lambda num_tokens: None,
@@ -80,27 +78,29 @@ class Experts(nn.Module):
 
         `capacity` (tokens -> places of an expert) is for an `expert_parallel`, over whose ranks the experts are spread.
         """
-        call = self._fused_call(hidden_states, weights, plan)
-        if expert_parallel is None:
-            if call is None:
-                return self._one_by_one(hidden_states, weights, plan)
-            check_call(call, self.backend)
-            return run_experts(call, backend=self.backend)
-        num_experts = self.num_local_experts * expert_parallel.ep.size
-        layer = ExchangedLayer(name=self.message_name, num_experts=num_experts, backend=self.backend, capacity=capacity)
-        if call is not None:
-            return expert_parallel.run(call, layer)
-        parameters, first = list(self.parameters()), expert_parallel.first_expert(num_experts)
-        name, device = type(self.deepspeed_experts[0]).__name__, hidden_states.device
-        experts = OpaqueExperts(name, self._one_by_one, parameters, self.num_local_experts, first, self.backend, device)
-        with without_autocast(device):
-            return expert_parallel.exchange(hidden_states, weights, plan, experts, parameters, layer)
+        num_experts = self.num_local_experts * (1 if expert_parallel is None else expert_parallel.ep.size)
+        layer = ExchangedLayer(
+            name=self.message_name,
+            num_experts=num_experts,
+            backend=self.backend,
+            capacity=capacity,
+            held=self.parameters,
+        )
+        return compute_experts(self._call(hidden_states, weights, dispatched), expert_parallel, layer)
 
-    def _fused_call(self, hidden_states: Tensor, weights: Tensor, plan: Dispatch) -> ExpertCall | None:
-        """The call of experts that are MLPs, with their parameters as they are; None for other experts."""
+    def _call(self, hidden_states: Tensor, weights: Tensor, dispatched: Dispatch) -> ExpertCall | OpaqueCall:
         linears = self._linears()
         if linears is None or self.mlp is None:
-            return None
+            experts = list(self.deepspeed_experts)
+            return OpaqueCall(
+                hidden=hidden_states,
+                weights=weights,
+                dispatched=dispatched,
+                name=type(experts[0]).__name__,
+                compute=partial(call_one_by_one, experts),
+                parameters=list(self.parameters()),
+                num_experts=self.num_local_experts,
+            )
         gate_up_biases = down_biases = None
         if linears[0][0].bias is not None:
             gate_up_biases = [_joined([up.bias for up in ups]) for *ups, _ in linears]
@@ -111,7 +111,7 @@ class Experts(nn.Module):
         return ExpertCall(
             hidden=hidden_states,
             weights=weights,
-            dispatched=plan,
+            dispatched=dispatched,
             parameters=ExpertParameters(gate_ups, downs, gate_up_biases, down_biases),
             spec=ExpertSpec(activation=self.mlp.activation),
         )
@@ -129,10 +129,6 @@ class Experts(nn.Module):
                 return None
             found.append(linears)
         return found
-
-    def _one_by_one(self, hidden_states: Tensor, weights: Tensor, plan: Dispatch) -> Tensor:
-        """Each expert on its own rows, [1, 1, rows, d] as DeepSpeed has four dimensions; one host sync."""
-        return call_one_by_one(list(self.deepspeed_experts), hidden_states, weights, plan)
 
     @torch.no_grad()
     def prepare(self) -> None:

@@ -34,14 +34,14 @@ class Gating(NamedTuple):
     exp_counts  [E] int64, assignments wanted per expert, before dropping
     experts     [S, K] int32; -1 for tokens that `used_token` leaves out
     weights     [S, K] fp32, differentiable; for K >= 2 renormalised over the choices that survive
-    plan        the Dispatch: which assignments survive the capacity, and where they go
+    dispatched  the Dispatch: which assignments survive the capacity, and where they go
     """
 
     l_aux: Tensor
     exp_counts: Tensor
     experts: Tensor
     weights: Tensor
-    plan: Dispatch
+    dispatched: Dispatch
 
 
 def capacity(num_tokens: int, num_experts: int, capacity_factor: float, min_capacity: int) -> int:
@@ -112,7 +112,7 @@ def top_k_gating(
         priority = "probability" if keys is not None else "position"
     else:
         priority = "choice" if k == 2 else DROP_POLICIES[drop_policy]
-    plan = dispatch(
+    dispatched = dispatch(
         experts,
         num_experts,
         capacity=limit,
@@ -120,11 +120,11 @@ def top_k_gating(
         weights=weights if keys is None else keys,
         backend=backend,
     )
-    counts = _count(experts[:, 0], num_experts) if k == 2 else plan.counts
+    counts = _count(experts[:, 0], num_experts) if k == 2 else dispatched.counts
     l_aux = losses.load_balance_loss(counts, routing.score_sums, routing.num_tokens, 1 if k == 2 else k)
     if k > 1:
-        weights = renormalize(weights, plan)
-    return Gating(l_aux=l_aux, exp_counts=plan.counts.long(), experts=experts, weights=weights, plan=plan)
+        weights = renormalize(weights, dispatched)
+    return Gating(l_aux, dispatched.counts.long(), experts, weights, dispatched)
 
 
 def _choice_noise(logits: Tensor, k: int, rsample: bool, second_expert_sampling: bool) -> Tensor | None:

@@ -14,18 +14,18 @@ from moe_triton.compat.deepspeed import groups, upstream
 from moe_triton.compat.deepspeed.experts import Experts
 from moe_triton.compat.deepspeed.gating import TopKGate
 from moe_triton.distributed import ExpertParallel
+from moe_triton.distributed.holders import ExpertHolder
 from moe_triton.runtime import BACKENDS
 
 _layer_numbers = itertools.count()
 
 
-class MOELayer(nn.Module):
+class MOELayer(ExpertHolder):
     """gate -> exchange -> experts -> exchange, with the loss and the counts of the last forward as attributes."""
 
     TRANSIENT = ("l_aux", "exp_counts", "expert_parallel")
     l_aux: Tensor | None = None
     exp_counts: Tensor | None = None
-    expert_parallel: ExpertParallel | None = None
 
     def __init__(self, gate: TopKGate, experts: Experts) -> None:
         super().__init__()
@@ -40,14 +40,14 @@ class MOELayer(nn.Module):
         output = self.experts(
             x,
             gating.weights,
-            gating.plan,
+            gating.dispatched,
             expert_parallel=self.expert_parallel,
             capacity=self.gate.capacity,
         )
         return output.reshape(hidden_states.shape), gating.l_aux, gating.exp_counts
 
     def held_parameters(self) -> Iterator[nn.Parameter]:
-        """Those that differ between the ranks of `expert_parallel`, for `moe_triton.distributed.reduce_gradients`."""
+        """Return the parameters of the container, which differ between the ranks of `expert_parallel`."""
         return self.experts.parameters()
 
     def __getstate__(self) -> dict[str, Any]:

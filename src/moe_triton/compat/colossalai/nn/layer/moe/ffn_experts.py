@@ -123,17 +123,20 @@ class FFNExperts(layers.Experts, MoeExperts):
         self,
         hidden_states: Tensor,
         top_k_weights: Tensor | Uncast,
-        plan: Dispatch,
+        dispatched: Dispatch,
         *,
         capacity: Capacity = lambda num_tokens: None,
         overlap_with: Deferred | None = None,
     ) -> Tensor:
         """As `Experts.forward`."""
         if self.is_fused:
-            return super().forward(hidden_states, top_k_weights, plan, capacity=capacity, overlap_with=overlap_with)
-        return self.run_opaque(self._call, hidden_states, uncast(top_k_weights), plan, capacity)
+            return super().forward(
+                hidden_states, top_k_weights, dispatched, capacity=capacity, overlap_with=overlap_with
+            )
+        call = self.opaque_call(self._call, hidden_states, uncast(top_k_weights), dispatched)
+        return self.compute(call, capacity)
 
-    def _call(self, hidden: Tensor, weights: Tensor, plan: Dispatch) -> Tensor:
+    def _call(self, hidden: Tensor, weights: Tensor, dispatched: Dispatch) -> Tensor:
         size, rank = self.parallel_slices
         parameters = self.gate_up_proj, self.gate_up_proj_bias, self.down_proj, self.down_proj_bias
         slices = [parameter.unbind(0) for parameter in parameters if parameter is not None]
@@ -150,7 +153,7 @@ class FFNExperts(layers.Experts, MoeExperts):
             with seed(last):
                 return F.dropout(out, self.drop_rate, self.training)
 
-        return call_one_by_one([partial(call, i) for i in range(len(slices[0]))], hidden, weights, plan)
+        return call_one_by_one([partial(call, i) for i in range(len(slices[0]))], hidden, weights, dispatched)
 
 
 class TPExperts(FFNExperts):

@@ -139,7 +139,7 @@ class MoeLayer(nn.Module):
         out = self.experts(
             x,
             routed.routing.weights,
-            routed.plan,
+            routed.dispatched,
             capacity=lambda num_tokens: self.router.get_capacity((num_tokens, self.num_experts)),
         )
         return out.reshape(inputs.shape)

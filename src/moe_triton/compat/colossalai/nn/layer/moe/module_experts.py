@@ -42,6 +42,7 @@ class Experts(MoeExperts):
             raise TypeError(f"expert: got {type(kind).__name__}, wanted a class of Modules")
         self.num_experts = num_experts
         self.num_local_experts, self.dist_info = MOE_CONTEXT.get_info(num_experts)
+        self.expert_parallel = self.parallel
         self.layer_name = self.parallel.new_layer()
         self.backend = "auto"
         seeds = expert_seeds()
@@ -54,11 +55,6 @@ class Experts(MoeExperts):
         self.mlp = recognise(_without_dropout(made[0]))
         self._stack(made)
         self.bind(self.dist_info)
-
-    @property
-    def local_experts(self) -> range:
-        """The global ids of the experts whose parameters are here."""
-        return self.parallel.experts_of(self.num_experts)
 
     @property
     def experts(self) -> tuple[nn.Module, ...]:
@@ -116,7 +112,7 @@ class Experts(MoeExperts):
         self,
         hidden_states: Tensor,
         top_k_weights: Tensor,
-        plan: Dispatch,
+        dispatched: Dispatch,
         *,
         capacity: Capacity = lambda num_tokens: None,
     ) -> Tensor:
@@ -128,12 +124,12 @@ class Experts(MoeExperts):
             call = ExpertCall(
                 hidden=hidden_states,
                 weights=top_k_weights,
-                dispatched=plan,
+                dispatched=dispatched,
                 parameters=self._mlp_parameters(),
                 spec=ExpertSpec(activation=self.mlp.activation),
             )
-            return self.run_fused(call, capacity)
-        return self.run_opaque(self._call, hidden_states, top_k_weights, plan, capacity)
+            return self.compute(call, capacity)
+        return self.compute(self.opaque_call(self._call, hidden_states, top_k_weights, dispatched), capacity)
 
     @property
     def is_fused(self) -> bool:
@@ -157,7 +153,7 @@ class Experts(MoeExperts):
         assert down is not None
         return ExpertParameters(up, down, joined(self.mlp.up, "bias"), joined((self.mlp.down,), "bias"))
 
-    def _call(self, hidden: Tensor, weights: Tensor, plan: Dispatch) -> Tensor:
+    def _call(self, hidden: Tensor, weights: Tensor, dispatched: Dispatch) -> Tensor:
         slices = {name: getattr(self, name).unbind(0) for name in self.paths}
 
         def call(number: int, rows: Tensor) -> Any:
@@ -165,7 +161,7 @@ class Experts(MoeExperts):
             return torch.func.functional_call(self.expert, own, (rows,))
 
         calls = [partial(call, number) for number in range(self.num_local_experts)]
-        return call_one_by_one(calls, hidden, weights, plan)
+        return call_one_by_one(calls, hidden, weights, dispatched)
 
     def extra_repr(self) -> str:
         how = "called one by one" if self.mlp is None else f"fused, activation={self.mlp.activation}"

@@ -29,12 +29,12 @@ NoisyFunction = Callable[[Tensor], Tensor]
 class Routed:
     """What a router decides.
 
-    routing  the choices before dropping: experts [S, K] int32, weights [S, K], and the sums for the auxiliary loss
-    plan     which of them survive, and the row of each
+    routing     the choices before dropping: experts [S, K] int32, weights [S, K], and the sums for the auxiliary loss
+    dispatched  which of them survive, and the row of each
     """
 
     routing: Routing
-    plan: Dispatch
+    dispatched: Dispatch
 
 
 class MoeRouter(nn.Module):
@@ -124,7 +124,7 @@ class MoeRouter(nn.Module):
                 f"capacity_groups: got {self.capacity_groups}, wanted a divisor of the {num_tokens} tokens"
             )
         with seed(ParallelMode.TOKENS):  # ranks with the same tokens draw the same keys
-            plan = dispatch(
+            dispatched = dispatch(
                 routing.experts,
                 num_experts,
                 capacity=self.get_capacity((num_tokens // self.capacity_groups, num_experts)),
@@ -132,7 +132,7 @@ class MoeRouter(nn.Module):
                 priority=self.priority,
                 backend=self.backend,
             )
-        return Routed(routing=routing, plan=plan)
+        return Routed(routing=routing, dispatched=dispatched)
 
     def extra_repr(self) -> str:
         factors = f"{self.capacity_factor_train}, eval {self.capacity_factor_eval}"
