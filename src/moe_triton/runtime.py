@@ -50,7 +50,7 @@ def interpreting() -> bool:
 
 @constant_while_compiling
 def _unfit_gpu(device: torch.device) -> str | None:
-    """Why the kernels cannot run on this device; None when they can."""
+    """Return why the kernels cannot run on this device; None when they can."""
     if device.type != "cuda":
         return f"the Triton kernels need a CUDA or ROCm GPU; the tensors are on {device.type}"
     if not TRITON_INSTALLED:

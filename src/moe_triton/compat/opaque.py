@@ -109,7 +109,7 @@ class OpaqueExperts:
         return out.detach()
 
     def start_backward(self, call: int, grad: Tensor, saved: Saved) -> Callable[[], tuple[Tensor, Tensor]]:
-        """The gradients of a call's rows and weights; those of the parameters are added up on the way."""
+        """Compute the gradients of a call's rows and weights, and add those of the parameters to the earlier ones."""
         x, weights, out = self.calls[call]
         wanted = [p for p in self.parameters if p.requires_grad]
         grad_x, grad_weights, *found = torch.autograd.grad(
@@ -120,7 +120,7 @@ class OpaqueExperts:
         return lambda: (grad_x, grad_weights)
 
     def backward_weights(self, wanted: Sequence[bool], saved: Saved) -> list[Tensor | None]:
-        """The parameters' gradients; None for a frozen one."""
+        """Return the parameters' gradients; None for a frozen one."""
         found = iter(self.gradients or [])
         self.gradients = None
         return [next(found) if p.requires_grad else None for p in self.parameters]

@@ -25,7 +25,7 @@ def called_gate_mlp(
     is_transposed: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """`moe_triton.moe_mlp` with `gate`, any differentiable function of rows [S, m] -> [S, n], as the activation.
+    """Compute `moe_triton.moe_mlp` with `gate`, any differentiable function of rows [S, m] -> [S, n], as activation.
 
     Shapes and dtypes as in `moe_mlp`, but up_proj [E, m, d] may have any number m of rows, and weights are stacked.
     `gate` sees each assignment's pre-activation once, in expert order, and rows of zeros for the skipped slots.

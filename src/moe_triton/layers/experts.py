@@ -85,7 +85,7 @@ class Experts(CountsLoad, StackedExperts):
         self.reset_parameters()
 
     def _place(self, device: torch.device | str | None) -> None:
-        """The first placement of replicas, before any load is known, and the counters for the next one."""
+        """Make the first placement of replicas, before any load is known, and the counters for the next one."""
         parallel, placed, slots = self.expert_parallel, None, 0
         if parallel is not None and parallel.redundant_experts:
             slots = self.num_experts + parallel.redundant_experts
@@ -144,7 +144,7 @@ class Experts(CountsLoad, StackedExperts):
 
     @property
     def sliced_dimensions(self) -> dict[str, tuple[int, int]]:
-        """What expert tensor parallelism slices: parameter -> (dimension, parts), gate and up being sliced apart."""
+        """Return what expert tensor parallelism slices: parameter -> (dimension, parts), 2 for gate and up."""
         parts = 2 if self.spec.is_gated else 1
         return {"gate_up_proj": (1, parts), "gate_up_proj_bias": (1, parts), "down_proj": (2, 1)}
 
@@ -236,9 +236,9 @@ class ScaleGradient(torch.autograd.Function):
 
 
 class Uncast:
-    """A tensor that FSDP's mixed precision hands on as it is: what it finds in a module's arguments, it casts.
+    """Keep a tensor from FSDP's mixed precision, which casts the tensors among a module's arguments.
 
-    The router weights are fp32 whatever the experts compute in.
+    The router weights stay fp32 in every dtype of the experts.
     """
 
     def __init__(self, tensor: Tensor) -> None:

@@ -29,7 +29,7 @@ class Curve(NamedTuple):
 
 
 def smooth(values: Sequence[float], span: float) -> list[float]:
-    """Exponential moving average over about `span` steps, corrected for its start."""
+    """Return the exponential moving average over about `span` steps, corrected for its start."""
     decay = math.exp(-1 / max(span, 1e-9))
     total = weight = 0.0
     result = []
@@ -41,7 +41,7 @@ def smooth(values: Sequence[float], span: float) -> list[float]:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers (1, 2 or 5 times a power of ten apart) from `low` to `high`."""
+    """Return about `count` round numbers (1, 2 or 5 times a power of ten apart) from `low` to `high`."""
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
@@ -51,7 +51,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 def line_chart(
     curves: Sequence[Curve], *, label: str, low: float, high: float, percent: bool = False, title: str = ""
 ) -> str:
-    """An SVG of curves over steps; what lies outside [low, high] is cut off."""
+    """Draw an SVG of curves over steps; what lies outside [low, high] is cut off."""
     steps = max(len(curve.values) for curve in curves)
     high = max(high, low + 1e-6)
     inner_width, inner_height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
@@ -93,7 +93,7 @@ def line_chart(
 
 
 def heat_map(load: NDArray[np.float64], high: float, title: str) -> str:
-    """An SVG of the load [steps, E] (1 = the mean) with one row per expert; colors go from 0 to `high`."""
+    """Draw an SVG of the load [steps, E] (1 = the mean) with one row per expert; colors go from 0 to `high`."""
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.image import imsave
 
@@ -117,6 +117,6 @@ def heat_map(load: NDArray[np.float64], high: float, title: str) -> str:
 
 
 def color_bar(high: float) -> str:
-    """The legend of the heat maps, as a CSS gradient."""
+    """Return the legend of the heat maps, as a CSS gradient."""
     gradient = f"linear-gradient(to right, {', '.join(RAMP)})"
     return f'<p class="bar">0 <span style="background: {gradient}"></span> {high:g} times the mean load</p>'

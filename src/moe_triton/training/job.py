@@ -101,7 +101,7 @@ def run_job(
 def prepared(
     workers: Workers, out: Path, options: Mapping[str, Any], saved: Mapping[str, Checkpoint]
 ) -> tuple[TrainConfig, Corpus]:
-    """The settings and the text. TrainingError where they, the saved run and the workers do not fit together."""
+    """Return the settings and the text. Raises TrainingError where they, the saved run and the workers do not fit."""
     config = settings(options, saved, out)
     if config.capacity_factor and config.num_groups % workers.world:
         raise TrainingError(
@@ -152,7 +152,7 @@ def train_and_report(run: Run) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def cpu_threads(count: int) -> Iterator[None]:
-    """torch on `count` threads, and afterwards on as many as before."""
+    """Let torch use `count` threads inside, and as many as before afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -162,7 +162,7 @@ def cpu_threads(count: int) -> Iterator[None]:
 
 
 def saved_checkpoints(out: Path, resume: bool) -> dict[str, Checkpoint]:
-    """The checkpoints to go on from, by kind of model. A run that would be overwritten is an error.
+    """Return the checkpoints to continue from, by kind of model. A run that would be overwritten is an error.
 
     Without `resume` that is any run which did a step; with it, one whose metrics are there without their checkpoint.
     """
@@ -189,12 +189,12 @@ def saved_checkpoints(out: Path, resume: bool) -> dict[str, Checkpoint]:
 
 
 def has_contents(path: Path) -> bool:
-    """Whether there is anything in a file, or at its place, that writing it would lose."""
+    """Return whether writing the file would lose anything."""
     return path.exists() and (not path.is_file() or path.stat().st_size > 0)
 
 
 def settings(options: Mapping[str, Any], saved: Mapping[str, Checkpoint], out: Path) -> TrainConfig:
-    """The run's settings: the saved ones, which the given options must not contradict, or the options over defaults."""
+    """Return the run's settings: the saved ones, which the options must not contradict, or options over defaults."""
     configs = [checkpoint.config for checkpoint in saved.values()]
     if len({dataclasses.replace(config, data=None) for config in configs}) > 1:
         raise TrainingError(f"--resume: the checkpoints in {out} are of different runs")
@@ -206,7 +206,7 @@ def settings(options: Mapping[str, Any], saved: Mapping[str, Checkpoint], out: P
         raise TrainingError(str(error)) from error
     for name, value in before.items():
         given = getattr(config, name)
-        if given != value and name != "data":  # the text itself is compared, wherever it lies now
+        if given != value and name != "data":  # the text itself is compared, not its path
             option = name.replace("_", "-")
             raise TrainingError(f"--{option}: got {given}, but the run in {out} that --resume continues has {value}")
     return config
@@ -266,7 +266,7 @@ def whole_model(run: Run, model: LanguageModel) -> LanguageModel:
 
 
 def write_sample(model: LanguageModel, config: TrainConfig, corpus: Corpus) -> dict[str, str]:
-    """A prompt out of the held-out text, and how the model goes on; bytes that are not UTF-8 show as U+FFFD."""
+    """Return a prompt of the held-out text and the model's continuation; bytes that are not UTF-8 are U+FFFD."""
     middle = corpus.held_out.numel() // 2
     text = bytes(corpus.held_out[middle : middle + 4096].tolist())
     lines = text.splitlines(keepends=True)
@@ -276,7 +276,7 @@ def write_sample(model: LanguageModel, config: TrainConfig, corpus: Corpus) -> d
 
 
 def circumstances(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
-    """The settings, the text, the software and the machine."""
+    """Return the settings, the text, the software and the machine."""
     device = torch.device(config.device)
     windows = evaluation_windows(corpus.held_out, config.seq_len)
     return {

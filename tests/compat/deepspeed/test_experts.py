@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import moe_triton
-from moe_triton.compat.deepspeed import experts as experts_module
+from moe_triton.compat import opaque
 from moe_triton.compat.deepspeed.experts import Experts
 from tests.helpers.compare import assert_close
 from tests.helpers.deepspeed_modules import EXPERTS, D, Gated, Mlp, N, sequential
@@ -114,12 +114,12 @@ def test_nothing_is_copied(monkeypatch):
         experts = different(make)
         given = {}
 
-        def spy(call, _given=given, _run=experts_module.run_experts, **options):
+        def spy(call, _given=given, _run=opaque.run_experts, **options):
             _given["parameters"] = [p for group in call.parameters if group is not None for p in group]
             return _run(call, **options)
 
         with monkeypatch.context() as patch:
-            patch.setattr(experts_module, "run_experts", spy)
+            patch.setattr(opaque, "run_experts", spy)
             experts(*problem())
         storages = {p.untyped_storage().data_ptr() for p in experts.parameters()}
         assert all(p.untyped_storage().data_ptr() in storages for p in given["parameters"])

@@ -117,7 +117,7 @@ class Experts(nn.Module):
         )
 
     def _linears(self) -> list[list[Any]] | None:
-        """Every expert's Linears; None when the experts are no MLPs, or not what they were any more."""
+        """Return every expert's Linears; None when the experts are no MLPs, or have been changed."""
         if self.mlp is None:
             return None
         found = []
@@ -134,7 +134,7 @@ class Experts(nn.Module):
     def prepare(self) -> None:
         """Mark the parameters, and put gate beside up in memory, so that one product reads both without a copy.
 
-        Done again whenever torch may have made other parameters: `.to`, copying, unpickling, loading with assign=True.
+        Repeat it after what may make new parameters: `.to`, copying, unpickling, loading with assign=True.
         """
         for number, expert in enumerate(self.deepspeed_experts):
             for parameter in expert.parameters():
@@ -149,7 +149,7 @@ class Experts(nn.Module):
         for linears in self._linears() or []:
             ups = linears[:-1]
             for parameters in ([up.weight for up in ups], [up.bias for up in ups]):
-                # in a storage that they share with others (an optimizer's flat buffer) they stay where they are
+                # parameters in a shared storage (an optimizer's flat buffer) stay where they are
                 if parameters[0] is not None and _adjacent(parameters) is None and all(map(_owns_storage, parameters)):
                     whole = torch.cat([parameter.data for parameter in parameters])
                     for parameter, half in zip(parameters, whole.chunk(2), strict=True):
@@ -171,7 +171,7 @@ class Experts(nn.Module):
 
 
 def _take_own_experts(experts: Experts, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-    """Of a state dict with all of the group's experts, leave this rank's, by their local numbers.
+    """Keep only this rank's experts, by local numbers, of a state dict with all of the group's experts.
 
     DeepSpeed would give the first experts to every rank (DeepSpeed #6589).
     """
@@ -182,7 +182,7 @@ def _take_own_experts(experts: Experts, state_dict: dict[str, Any], prefix: str,
     if num_given <= num_local or experts.expert_group_name is None:
         return
     if num_given != num_local * groups.get_expert_parallel_world_size(experts.expert_group_name):
-        return  # torch names the keys that are too many
+        return  # torch's error names the unexpected keys
     first = num_local * groups.get_expert_parallel_rank(experts.expert_group_name)
     own = {}
     for key, (number, rest) in keys.items():
@@ -197,7 +197,7 @@ def _prepare_after_loading(experts: Experts, _incompatible_keys: object) -> None
 
 
 def _kinds(expert: nn.Module) -> tuple[type, ...]:
-    """The classes of an expert and of its parts."""
+    """Return the classes of an expert and of its parts."""
     return (type(expert), *map(type, expert._modules.values()))
 
 
@@ -208,7 +208,7 @@ def _submodule(module: nn.Module, name: str) -> Any:
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """One tensor of all rows of one or two tensors; a view, when `prepare` or an optimizer laid them side by side."""
+    """Return all rows of one or two tensors; a view, when `prepare` or an optimizer placed them side by side."""
     if len(parts) == 1:
         return parts[0]
     if torch.compiler.is_compiling() or _adjacent(parts) is None:
@@ -221,7 +221,7 @@ def _owns_storage(parameter: Tensor) -> bool:
 
 
 def _adjacent(parts: list[Tensor]) -> Tensor | None:
-    """The view of both tensors when the second begins where the first ends; a single tensor needs none."""
+    """Return the view of both tensors when the second begins where the first ends; a single tensor needs none."""
     first, *rest = (part.detach() for part in parts)
     if not rest:
         return first

@@ -24,14 +24,14 @@ Capacity = Callable[[int], int | None]
 
 
 class MoeExperts(StackedExperts):
-    """What `MoeLayer` needs of experts; the base of Colossal-AI's containers.
+    """The base of Colossal-AI's containers: what `MoeLayer` needs of experts.
 
     num_experts, num_local_experts  of all ranks that share them, and here
     dist_info                       where the others are
     comm_name                       how tokens reach the experts, in v0.1.6's words
 
     Every parameter carries the marks that Colossal-AI's users look for: `moe_param` (v0.0.2) and `moe_info` (v0.1.6),
-    whatever makes other parameters of them: `.to`, copying, unpickling, loading with assign=True. A copy shares the
+    also after what makes new parameters: `.to`, copying, unpickling, loading with assign=True. A copy shares the
     process groups; an unpickled layer takes those of the MoE context, which has to be set up as it was.
     """
 
@@ -52,7 +52,7 @@ class MoeExperts(StackedExperts):
             parameter.moe_info = self.dist_info  # type: ignore[attr-defined]
 
     def bind(self, info: MoeParallelInfo) -> None:
-        """Compute where `info` says, and mark the parameters, now and whenever they are made anew."""
+        """Spread the experts as `info` says, and mark the parameters, now and after loading."""
         self.dist_info = info
         self.expert_parallel = info.parallel
         self.mark()

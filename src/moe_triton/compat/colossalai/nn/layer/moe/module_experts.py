@@ -58,7 +58,7 @@ class Experts(MoeExperts):
 
     @property
     def experts(self) -> tuple[nn.Module, ...]:
-        """This rank's experts as modules, made anew from slices of our parameters at every access.
+        """Return this rank's experts as modules, made from slices of our parameters at every access.
 
         `experts[0].weight` has upstream's names, shapes, values, gradients and marks. Values and gradients are views:
         what is written into them in place is written into ours, and a call's gradients reach ours. Hooks belong on
@@ -83,7 +83,7 @@ class Experts(MoeExperts):
         return view
 
     def _stack(self, made: list[Any]) -> None:
-        """The experts' tensors as ours, stacked; the first expert stays, without any, as what computes."""
+        """Register the experts' tensors, stacked, as ours; keep the first expert, without tensors, as what computes."""
         self.paths: dict[str, list[str]] = {}  # of each of our tensors, where it belongs in the expert
         for kind in ("parameters", "buffers"):
             named = [dict(getattr(one, f"named_{kind}")(remove_duplicate=False)) for one in made]
@@ -133,7 +133,7 @@ class Experts(MoeExperts):
 
     @property
     def is_fused(self) -> bool:
-        """Whether the experts, in the present mode, are MLPs that run fused."""
+        """Return whether the experts, in the present mode, are MLPs that run fused."""
         modules = list(self.expert.modules())
         drops = self.training and any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules)
         return self.mlp is not None and not drops and not any(map(is_tampered, modules))
@@ -169,7 +169,7 @@ class Experts(MoeExperts):
 
 
 def _without_dropout(expert: nn.Module) -> nn.Module:
-    """A copy whose dropouts do nothing, to see what the expert computes without them."""
+    """Return a copy without dropouts, to see what the expert computes without them."""
     trial = copy.deepcopy(expert)
     for module in list(trial.modules()):
         for name, child in module.named_children():
