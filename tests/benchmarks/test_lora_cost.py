@@ -12,14 +12,16 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import lora_cost  # noqa: E402
+import lora_cost
 
-SIZES = "--tokens 12 --hidden 8 --intermediate 6 --experts 4 --top-k 2 --rank 3 --budget 0".split()
+SIZES = {"tokens": 12, "hidden": 8, "intermediate": 8, "experts": 4, "top-k": 2, "rank": 4, "budget": 0}
 
 
 def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     result = tmp_path / "cost.json"
-    monkeypatch.setattr(sys, "argv", ["lora_cost.py", *SIZES, "--out", str(result)])
+    monkeypatch.setattr(
+        sys, "argv", ["lora_cost.py", *(f"--{name}={size}" for name, size in SIZES.items()), f"--out={result}"]
+    )
     lora_cost.main()
     record = json.loads(result.read_text())
     ways = record["ways"]
