@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from moe_triton.distributed.replicas.placement import build_placement, plan_plac
 from moe_triton.experts import check_adapters, check_call, with_adapters
 from moe_triton.layers.load import CountsLoad
 from moe_triton.layers.lora import TakesLora
+from moe_triton.layers.quantized import QuantizedProjection, projection_of, quantize_projection
+from moe_triton.quantization import QuantizedWeight
 from moe_triton.records import (
     ACTIVATIONS,
     GATED,
@@ -29,8 +31,8 @@ from moe_triton.records import (
     ExpertCall,
     ExpertParameters,
     ExpertSpec,
-    ExpertWeight,
     Lora,
+    Projection,
 )
 from moe_triton.reference import activate
 from moe_triton.runtime import autocast_dtype
@@ -180,14 +182,43 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
         pieces = [part.chunk(etp.size, dimension - 1)[etp.rank] for part in whole.chunk(parts, dimension - 1)]
         return torch.cat(pieces, dimension - 1)
 
+    def quantize(self, format: str, *, group: int | None = None, symmetric: bool = True) -> None:
+        """Replace both projections by `QuantizedWeight.quantize` of them, which frees and freezes them.
+
+        Do so before FSDP2 and the optimizer see the parameters; adapters may be added before or after.
+
+        Raises:
+            ValueError, TypeError: what `QuantizedWeight.quantize` raises; quantised experts; experts that FSDP2 has
+                sharded, or whose adapters are merged.
+        """
+        self.refuse_shards("quantize")
+        if self.is_quantized or self.lora_is_merged:
+            what = "quantised projections" if self.is_quantized else "merged adapters"
+            raise ValueError(f"quantize: got experts with {what}, wanted parameters as they were made")
+        weights = {
+            name: QuantizedWeight.quantize(self.get_parameter(name), format, group=group, symmetric=symmetric)
+            for name in ("gate_up_proj", "down_proj")
+        }
+        for name, weight in weights.items():
+            quantize_projection(self, name, weight)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the projections are quantised."""
+        return isinstance(self.gate_up_proj, QuantizedProjection)
+
     def _scaled(self, parameter: Tensor) -> Tensor:
         return parameter if self.gradient_scale == 1.0 else ScaleGradient.apply(parameter, self.gradient_scale)
+
+    def _projection(self, name: str) -> Projection:
+        found = projection_of(self, name)
+        return self._scaled(found) if isinstance(found, Tensor) else found
 
     @property
     def _parameters_in_order(self) -> ExpertParameters:
         return ExpertParameters(
-            self._scaled(self.gate_up_proj),
-            self._scaled(self.down_proj),
+            self._projection("gate_up_proj"),
+            self._projection("down_proj"),
             None if self.gate_up_proj_bias is None else self._scaled(self.gate_up_proj_bias),
             None if self.down_proj_bias is None else self._scaled(self.down_proj_bias),
         )
@@ -217,7 +248,8 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
             parameters=self._parameters_in_order,
             spec=self.spec,
         )
-        dtype = cast(ExpertWeight, call.parameters.gate_up)[0].dtype
+        gate_up = call.parameters.gate_up
+        dtype = gate_up.dtype if isinstance(gate_up, Tensor) else hidden_states.dtype
         if hidden_states.dtype != dtype and autocast_dtype(hidden_states.device) is None:
             raise TypeError(f"hidden_states: got dtype {hidden_states.dtype}, wanted {dtype}, the layer's own")
         gate_up_lora, down_lora = self._scaled_lora("gate_up"), self._scaled_lora("down")
