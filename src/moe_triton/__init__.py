@@ -2,6 +2,7 @@
 
 from moe_triton import compat
 from moe_triton.dispatch import dispatch, expert_capacity, renormalize
+from moe_triton.distributed import export_safetensors
 from moe_triton.experts import moe_experts, moe_mlp
 from moe_triton.explain import Explanation, explain
 from moe_triton.layers import Experts, FeedForward, MoE, MoEOutput, Router, update_choice_biases
@@ -29,6 +30,7 @@ __all__ = [
     "dispatch",
     "expert_capacity",
     "explain",
+    "export_safetensors",
     "load_balance_loss",
     "load_statistics",
     "moe_experts",

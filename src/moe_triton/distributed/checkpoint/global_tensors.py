@@ -133,7 +133,7 @@ def model_tensors(model: nn.Module) -> dict[str, ModelTensor]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
-    model = _unwrapped(model)
+    model = unwrapped(model)
     layouts = {
         id(parameter): expert_layout(name, module, own)
         for name, module in expert_modules(model).items()
@@ -158,7 +158,7 @@ def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules that hold experts, spread or not, by name."""
     return {
         _plain(name): module
-        for name, module in _unwrapped(model).named_modules()
+        for name, module in unwrapped(model).named_modules()
         if hasattr(module, "expert_parallel") and hasattr(module, "num_experts")
     }
 
@@ -167,7 +167,8 @@ def _plain(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside DistributedDataParallel and torch.compile."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
