@@ -9,7 +9,7 @@ from moe_triton.integrations.upcycling import upcycle
 from moe_triton.layers import Experts, FeedForward, MoE, MoEOutput, Router, update_choice_biases
 from moe_triton.losses import load_balance_loss, z_loss
 from moe_triton.metrics import LoadMonitor, LoadStatistics, load_statistics, plot_load
-from moe_triton.records import Dispatch, Routing
+from moe_triton.records import Dispatch, Lora, Routing
 from moe_triton.routing import route
 from moe_triton.swap import SwapReport, swap
 
@@ -22,6 +22,7 @@ __all__ = [
     "FeedForward",
     "LoadMonitor",
     "LoadStatistics",
+    "Lora",
     "MoE",
     "MoEOutput",
     "Router",

@@ -35,11 +35,14 @@ class ExpertSpec:
 
     Default layout: gate_up_proj [E, 2n, d] ([E, n, d] when ungated), down_proj [E, d, n]. `is_transposed` swaps the
     last two dimensions of both. `is_concatenated=False` means that gate and up alternate: g0, u0, g1, u1, ...
+    The scalings multiply the adapters' part of a product.
     """
 
     activation: str = "swiglu"
     is_transposed: bool = False
     is_concatenated: bool = True
+    gate_up_scaling: float = 1.0
+    down_scaling: float = 1.0
 
     @property
     def is_gated(self) -> bool:
@@ -94,19 +97,44 @@ class Dispatch:
 ExpertWeight = Tensor | Sequence[Tensor]
 
 
-class ExpertParameters(NamedTuple):
-    """The experts' projections and biases; `ExpertSpec` says how the projections lie.
+@dataclass(frozen=True)
+class Lora:
+    """A low-rank adapter of a projection of every expert: x (W + scaling * b a)^T (LoRA, arXiv 2106.09685).
 
-    gate_up       [E, 2n, d]
-    down          [E, d, n]
-    gate_up_bias  [E, 2n] or None
-    down_bias     [E, d] or None
+    a        [E, r, in], any r >= 1
+    b        [E, out, r]; out in the order of the projection's outputs, also where gate and up alternate
+    scaling  alpha / r; alpha / sqrt(r) for rsLoRA (arXiv 2312.03732)
+
+    `in` and `out` are those of the product: d and 2n for gate and up, n and d for down, also where the projections are
+    stored transposed. Any strides.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float = 1.0
+
+
+class ExpertParameters(NamedTuple):
+    """The experts' projections, biases and adapters; `ExpertSpec` says how the projections lie, and has the scalings.
+
+    gate_up         [E, 2n, d]
+    down            [E, d, n]
+    gate_up_bias    [E, 2n] or None
+    down_bias       [E, d] or None
+    gate_up_lora_a  [E, r, d] or None
+    gate_up_lora_b  [E, 2n, r] or None
+    down_lora_a     [E, r, n] or None; this r may differ
+    down_lora_b     [E, d, r] or None
     """
 
     gate_up: ExpertWeight
     down: ExpertWeight
     gate_up_bias: ExpertWeight | None = None
     down_bias: ExpertWeight | None = None
+    gate_up_lora_a: Tensor | None = None
+    gate_up_lora_b: Tensor | None = None
+    down_lora_a: Tensor | None = None
+    down_lora_b: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +174,20 @@ class ExpertCall:
     def intermediate_size(self) -> int:
         return self.width // 2 if self.spec.is_gated else self.width
 
+    @property
+    def gate_up_lora(self) -> Lora | None:
+        given = self.parameters
+        if given.gate_up_lora_a is None or given.gate_up_lora_b is None:
+            return None
+        return Lora(given.gate_up_lora_a, given.gate_up_lora_b, self.spec.gate_up_scaling)
+
+    @property
+    def down_lora(self) -> Lora | None:
+        given = self.parameters
+        if given.down_lora_a is None or given.down_lora_b is None:
+            return None
+        return Lora(given.down_lora_a, given.down_lora_b, self.spec.down_scaling)
+
 
 class Wanted(NamedTuple):
     """Which gradients of an ExpertCall are wanted."""
@@ -156,6 +198,10 @@ class Wanted(NamedTuple):
     down: bool = True
     gate_up_bias: bool = True
     down_bias: bool = True
+    gate_up_lora_a: bool = True
+    gate_up_lora_b: bool = True
+    down_lora_a: bool = True
+    down_lora_b: bool = True
 
 
 class RowGradients(NamedTuple):
@@ -180,6 +226,10 @@ class ParameterGradients(NamedTuple):
     down: ExpertWeight | None = None
     gate_up_bias: ExpertWeight | None = None
     down_bias: ExpertWeight | None = None
+    gate_up_lora_a: ExpertWeight | None = None
+    gate_up_lora_b: ExpertWeight | None = None
+    down_lora_a: ExpertWeight | None = None
+    down_lora_b: ExpertWeight | None = None
 
 
 class ExpertGradients(NamedTuple):
@@ -191,6 +241,10 @@ class ExpertGradients(NamedTuple):
     down: ExpertWeight | None
     gate_up_bias: ExpertWeight | None
     down_bias: ExpertWeight | None
+    gate_up_lora_a: ExpertWeight | None = None
+    gate_up_lora_b: ExpertWeight | None = None
+    down_lora_a: ExpertWeight | None = None
+    down_lora_b: ExpertWeight | None = None
 
 
 def as_given(parameter: ExpertWeight | None, gradient: Tensor | None) -> ExpertWeight | None:

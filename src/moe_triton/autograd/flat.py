@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -41,13 +41,10 @@ def split(flat: Sequence[Item], form: Form) -> list[list[Item]]:
 
 def unflatten(flat: Sequence[Tensor], form: Form) -> ExpertParameters:
     """The parameters that `flatten` and `form_of` were given."""
-    groups: list[ExpertWeight | None] = [
+    groups: list[Any] = [
         part[0] if size == STACKED else part or None for part, size in zip(split(flat, form), form, strict=True)
     ]
-    gate_up, down, gate_up_bias, down_bias = groups
-    assert gate_up is not None
-    assert down is not None
-    return ExpertParameters(gate_up, down, gate_up_bias, down_bias)
+    return ExpertParameters(*groups)
 
 
 def flatten_gradients(gradients: Sequence[ExpertWeight | None], form: Form) -> list[Tensor | None]:

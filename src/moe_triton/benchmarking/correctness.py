@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -154,7 +155,9 @@ def compare(
             position=plan.position,
         )
         # a leaf per expert: the gradient of an index into stacked weights would fill the whole stack every time
-        named = {name: [tensor[e].double().requires_grad_() for e in part] for name, tensor in workload.experts.items()}
+        named: dict[str, Any] = {
+            name: [tensor[e].double().requires_grad_() for e in part] for name, tensor in workload.experts.items()
+        }
         leaves = [tensor for tensors in named.values() for tensor in tensors]
         partial = reference.moe_experts(
             ExpertCall(

@@ -40,6 +40,8 @@ class Problem:
         if call.hidden.dtype not in DTYPES:
             raise TypeError(f"hidden: the triton backend takes float32, float16 or bfloat16, got {call.hidden.dtype}")
         spec, parameters = call.spec, call.parameters
+        if call.gate_up_lora is not None or call.down_lora is not None:
+            raise NotImplementedError("gate_up_lora, down_lora: got adapters for backend 'triton', wanted 'torch'")
         self.call, self.spec, self.dispatched = call, spec, call.dispatched
         self.hidden, self.weights = call.hidden.contiguous(), call.weights.contiguous()
         self.top_k, self.num_rows = call.dispatched.top_k, call.num_rows
@@ -197,7 +199,7 @@ def experts_backward_rows(call: ExpertCall, grad_out: Tensor, preactivation: Ten
             preactivation=hidden.new_zeros(0, call.width),
             weighted_a=hidden.new_zeros(0, call.intermediate_size),
         )
-    if wanted == Wanted(*(False,) * 5, wanted.down_bias):  # the down bias alone needs neither
+    if not any(wanted._replace(down_bias=False)):  # the down bias alone needs neither
         return RowGradients(None, None, hidden.new_empty(0), hidden.new_empty(0))
     grad_out, tiles = grad_out.contiguous(), problem.tiles()
     if preactivation.numel() == 0:
@@ -227,6 +229,7 @@ def experts_backward_weights(
         problem.d_down(grad_out, row_grads.weighted_a) if wanted.down else None,
         problem.d_gate_up_bias(grad_h) if wanted.gate_up_bias and has_biases[0] else None,
         problem.d_down_bias(grad_out) if wanted.down_bias and has_biases[1] else None,
+        *(None,) * 4,
     )
     return ParameterGradients(*(as_given(p, grad) for p, grad in zip(given, grads, strict=True)))
 
