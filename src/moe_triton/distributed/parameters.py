@@ -37,8 +37,9 @@ def expert_parameters(model: nn.Module) -> dict[nn.Parameter, ExpertParallel]:
 
 
 def is_sliced(module: nn.Module, parameter: nn.Parameter) -> bool:
-    """Return whether expert tensor parallelism splits this parameter; the down projection's bias stays whole."""
-    return parameter is not getattr(module, "down_proj_bias", None)
+    """Return whether expert tensor parallelism splits this parameter, as it does all where a module does not say."""
+    names = getattr(module, "sliced_dimensions", None)
+    return names is None or any(parameter is getattr(module, name, None) for name in names)
 
 
 def data_groups(model: nn.Module, groups: ParallelGroups | None = None) -> tuple[Group, ...]:

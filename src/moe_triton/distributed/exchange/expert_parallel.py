@@ -22,7 +22,7 @@ from moe_triton.distributed.exchange.local_experts import LocalExperts
 from moe_triton.distributed.exchange.overlap import Deferred
 from moe_triton.distributed.exchange.rows import Exchange, Planner
 from moe_triton.distributed.exchange.stages import ExchangedLayer, InnermostStage, Stage
-from moe_triton.distributed.exchange.tensor_parallel import gather_tokens, slice_tokens
+from moe_triton.distributed.exchange.tensor_parallel import gather_tokens, slice_tokens, sum_slices_gradients
 from moe_triton.distributed.exchange.transport import (
     Shape,
     Transport,
@@ -183,6 +183,9 @@ class ExpertParallel:
         call: of all ranks' experts, with the parameters of the local ones. overlap_with: computed while rows travel.
         """
         dtype, call = call.hidden.dtype, in_autocast_dtype(call)
+        if self.etp.size > 1:
+            slices = self._channel(self.etp, f"{layer.name}, expert slices")
+            call = replace(call, parameters=sum_slices_gradients(call.parameters, slices))
         with runtime.without_autocast(call.hidden.device):
             experts = LocalExperts(
                 num_experts=len(call.parameters.gate_up),
