@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,19 +21,11 @@ from moe_triton.checks import FLOATS
 from moe_triton.integrations.experts_interface import KEY, implementation, registry
 from moe_triton.layers import Experts
 from moe_triton.records import Lora
-from moe_triton.torch_internals import shards
+from moe_triton.torch_internals import is_fsdp2_class, shards
 
 CHECKED = ((0, 19, 1), (0, 22))  # PEFT's versions whose ParamWrapper `install` was checked on: from, below
 SWAPPED_BEFORE = (0, 19, 1)  # PEFT's versions that may have the two sizes of a parameter the other way round
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
-HANDED = "moe_triton_adapters"  # the attribute of an experts module, while a ParamWrapper calls it
-
-
-class Handed(NamedTuple):
-    """A parameter's active adapters, and the parameter as it was outside of the experts' forward."""
-
-    adapters: list[Lora]
-    parameter: Tensor
 
 
 # Packing --------------------------------------------------------------------------------------------------------------
@@ -89,28 +81,13 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-# What experts see -----------------------------------------------------------------------------------------------------
-
-
-def adapters_of(module: nn.Module, name: str) -> list[Lora] | None:
-    """Return the adapters that are active on an experts module's parameter in this call, or None.
-
-    Where this rank holds some of the experts only, so are the adapters' factors; their gradients are gathered.
-    """
-    handed: Handed | None = getattr(module, HANDED, {}).get(name)
-    if handed is None:
-        return None
-    count = getattr(module, name).shape[0]
-    return [
-        lora if lora.a.shape[0] == count else Lora(*(_own(x, handed.parameter) for x in (lora.a, lora.b)), lora.scaling)
-        for lora in handed.adapters
-    ]
+# Experts on several ranks ---------------------------------------------------------------------------------------------
 
 
 def _own(factor: Tensor, parameter: Any) -> Tensor:
-    """The rows of this rank's experts out of [E, ...]; `parameter` is a DTensor [E, ...] with the same experts here."""
-    ((start, local),) = shards(parameter)
-    return _OwnExperts.apply(factor, start[0], local.shape[0], parameter.device_mesh.get_group())
+    """The rows of the experts that are on this rank out of [E, ...]; `parameter` is a DTensor [E, ...]."""
+    ((start, *_), local) = shards(parameter)[0]
+    return _OwnExperts.apply(factor, start, local.shape[0], parameter.device_mesh.get_group())
 
 
 class _OwnExperts(torch.autograd.Function):
@@ -160,7 +137,7 @@ def install() -> None:
             with activate(self, active_adapters):
                 yield
             return
-        with _handing(self, names, version):
+        with _lending(self, names, version):
             yield
 
     def update_layer(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -184,16 +161,27 @@ def takes_factors(module: nn.Module, name: str) -> bool:
 
 
 @contextmanager
-def _handing(wrapper: Any, names: list[str], version: str) -> Iterator[None]:
+def _lending(wrapper: Any, names: list[str], version: str) -> Iterator[None]:
     """The wrapper's adapters on its experts module, as long as this lasts. Wrappers of other parameters add theirs."""
-    experts, name = wrapper.get_base_layer(), wrapper.parameter_name
-    adapters = [Lora(*_unpacked(wrapper, key, version), wrapper.scaling[key]) for key in names]
-    before: dict[str, Handed] = getattr(experts, HANDED, {})
-    setattr(experts, HANDED, {**before, name: Handed(adapters, wrapper.get_param())})
+    experts, parameter = wrapper.get_base_layer(), wrapper.get_param()
+    # a DTensor outside of FSDP2's own units is what expert parallelism has spread
+    is_spread = hasattr(parameter, "device_mesh") and not is_fsdp2_class(type(experts))
+    adapters = []
+    for key in names:
+        factors = _unpacked(wrapper, key, version)
+        a, b = (_own(factor, parameter) for factor in factors) if is_spread else factors
+        adapters.append(Lora(a, b, wrapper.scaling[key]))
+    before = lent_lora(experts)
+    experts.lent_lora = {**before, wrapper.parameter_name: adapters}
     try:
         yield
     finally:
-        setattr(experts, HANDED, before)
+        experts.lent_lora = before
+
+
+def lent_lora(experts: Any) -> dict[str, list[Lora]]:
+    """Return the adapters that an experts module has in this call, by the name of the parameter."""
+    return getattr(experts, "lent_lora", {})
 
 
 def _unpacked(wrapper: Any, key: str, version: str) -> tuple[Tensor, Tensor]:

@@ -103,7 +103,8 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
         top_k_weights = top_k_weights.to(wide(compute))
     if "parametrizations" in module._modules:  # PEFT was imported after `register`: the next forward gets factors
         peft.install()
-    up_lora, down_lora = peft.adapters_of(module, up_name), peft.adapters_of(module, "down_proj")
+    adapters = peft.lent_lora(module)
+    up_lora, down_lora = adapters.get(up_name), adapters.get("down_proj")
     is_transposed = _flag(module, "is_transposed")
     backend = getattr(module, "moe_triton_backend", "auto")  # what `moe_triton.swap` was asked for
     x = hidden_states.to(compute)
