@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -147,6 +147,22 @@ def install() -> None:
             _unpacked(self, adapter_name, getattr(config, "peft_version", None) or version)
 
     wrapper._activate_lora, wrapper.update_layer = activate_lora, update_layer
+    model = sys.modules["peft.tuners.lora.model"]
+    if hasattr(model, "get_tp_plan_and_mesh"):  # since 0.21.2
+        model.get_tp_plan_and_mesh = _without_experts(model.get_tp_plan_and_mesh)  # type: ignore[attr-defined]
+
+
+def _without_experts(plan_and_mesh: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
+    """PEFT's look into the tensor-parallel plan, which goes on naming experts that are spread by expert instead."""
+
+    def get_tp_plan_and_mesh(model: Any, current_key: str) -> Any:
+        module_name, _, name = current_key.rpartition(".")
+        module = model.get_submodule(module_name)
+        while hasattr(module, "get_base_layer"):
+            module = module.get_base_layer()
+        return (None, None) if takes_factors(module, name) else plan_and_mesh(model, current_key)
+
+    return get_tp_plan_and_mesh
 
 
 def takes_factors(module: nn.Module, name: str) -> bool:
@@ -156,8 +172,17 @@ def takes_factors(module: nn.Module, name: str) -> bool:
     else:
         mapping = registry(module)
         ours = implementation(module) == KEY and mapping is not None and getattr(mapping.get(KEY), "takes_lora", False)
-    parameter = module._parameters.get(name)
-    return ours and name in PROJECTIONS and parameter is not None and parameter.dim() == 3 and parameter.dtype in FLOATS
+    parameter: Any = module._parameters.get(name)
+    if (
+        not ours
+        or name not in PROJECTIONS
+        or parameter is None
+        or parameter.dim() != 3
+        or parameter.dtype not in FLOATS
+    ):
+        return False
+    # a DTensor may be some of the experts, not slices of all
+    return all(placement.is_replicate() or placement.is_shard(0) for placement in getattr(parameter, "placements", ()))
 
 
 @contextmanager
