@@ -74,7 +74,8 @@ def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 @contextmanager
 def nothing_materialised() -> Iterator[None]:
     """PEFT's parametrizations of experts' projections raise."""
-    proxies = (peft_layers._LoraFactorsProxy, peft_layers._LoraParameterProxy)
+    names = ("_LoraFactorsProxy", "_LoraParameterProxy")  # PEFT before 0.21 has the latter only
+    proxies = [getattr(peft_layers, name) for name in names if hasattr(peft_layers, name)]
     before = [proxy.forward for proxy in proxies]
 
     def refusing(forward: Callable) -> Callable:
