@@ -9,6 +9,7 @@ from moe_triton.integrations.upcycling import upcycle
 from moe_triton.layers import Experts, FeedForward, MoE, MoEOutput, Router, update_choice_biases
 from moe_triton.losses import load_balance_loss, z_loss
 from moe_triton.metrics import LoadMonitor, LoadStatistics, load_statistics, plot_load
+from moe_triton.quantization import QuantizedWeight
 from moe_triton.records import Dispatch, Lora, Routing
 from moe_triton.routing import route
 from moe_triton.swap import SwapReport, swap
@@ -25,6 +26,7 @@ __all__ = [
     "Lora",
     "MoE",
     "MoEOutput",
+    "QuantizedWeight",
     "Router",
     "Routing",
     "SwapReport",

@@ -44,7 +44,7 @@ def make_layer(case: Case, parallel: ExpertParallel | None, **more: Any) -> MoE:
         with torch.no_grad():
             layer.router.weight.zero_()  # ties go to the lowest ids
     if case.lora:
-        layer.experts.add_lora(3, 6.0)
+        layer.experts.add_lora(4, 6.0)
         layer.experts.requires_grad_()
         set_b(layer.experts)
     return layer
@@ -56,9 +56,11 @@ def set_b(experts: Experts) -> None:
     for name in ("gate_up", "down"):
         size_out, _ = experts.whole_shape(f"{name}_proj")
         b = experts.get_parameter(f"{name}_lora_b")
+        if b.is_meta:
+            continue
         for slot, expert in enumerate(experts.local_experts):
             draw = torch.Generator().manual_seed(100 + expert)
-            whole = torch.randn(size_out, b.shape[2], generator=draw, dtype=torch.float64)
+            whole = torch.randn(size_out, b.shape[2], generator=draw, dtype=torch.float64, device="cpu")
             b[slot] = experts.local_slice(f"{name}_lora_b", whole)
 
 
@@ -126,10 +128,10 @@ def check_bits(case: Case, backend: str) -> None:
         from moe_triton import dispatch
 
         x, weights = (t[part].clone().requires_grad_() for t in (x_all, weights_all))
-        plan = dispatch(ids_all[part], case.experts, backend=backend)
-        out = experts(x, weights, plan)
+        dispatched = dispatch(ids_all[part], case.experts, backend=backend)
+        out = experts(x, weights, dispatched)
         with torch.no_grad():
-            unchanged = experts(x, weights, plan)
+            unchanged = experts(x, weights, dispatched)
         assert torch.equal(out, unchanged), "the bits depend on autograd"
         out.backward(grad_all[part])
         return [out.detach(), x.grad, weights.grad, *(p.grad for p in experts.parameters())]

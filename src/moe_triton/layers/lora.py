@@ -108,14 +108,11 @@ class TakesLora(nn.Module):
             ValueError: experts without adapters, or sharded by FSDP2.
         """
         self._refuse_shards("merge_lora")
-        found = {name: p for name, p in self.named_parameters(recurse=False) if "_lora_" in name}
-        if not found:
+        if all(self.lora(name) is None for name in PROJECTIONS):
             what = "merged adapters" if self._merged else "experts without adapters"
             raise ValueError(f"merge_lora: got {what}, wanted adapters from add_lora")
         self._add_adapters(1)
-        for name in found:
-            setattr(self, name, None)
-        self._merged = found
+        self._take_out()
 
     def unmerge_lora(self) -> None:
         """Undo `merge_lora`: up to the rounding of the projections' dtype they are what they were.
@@ -125,11 +122,27 @@ class TakesLora(nn.Module):
         """
         if not self._merged:
             raise ValueError("unmerge_lora: got no merged adapters, wanted merge_lora before")
+        self._put_back()
+        self._add_adapters(-1)
+
+    def _take_out(self) -> None:
+        self._merged = {name: p for name, p in self.named_parameters(recurse=False) if "_lora_" in name}
+        for name in self._merged:
+            setattr(self, name, None)
+
+    def _put_back(self) -> None:
         for name, parameter in self._merged.items():
-            parameter.data = parameter.data.to(self.down_proj.device)
             setattr(self, name, parameter)
         self._merged = {}
-        self._add_adapters(-1)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move and cast merged adapters with the module."""
+        is_merged = bool(self._merged)
+        self._put_back()
+        super()._apply(fn, recurse)
+        if is_merged:
+            self._take_out()
+        return self
 
     @torch.no_grad()
     def _add_adapters(self, sign: int) -> None:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -40,14 +39,15 @@ def load_experts_from(source: Source, model: nn.Module, *, only_experts: bool = 
         changed where the fault is in a name or a shape.
     """
     found = model_tensors(model)
-    reader = _reader(source)
+    given = _reader(source)
+    reader: _Memory | _Files | _Hub = given
     names = [name for name, tensor in found.items() if not only_experts or tensor.is_expert]
     if not names:
         raise ValueError("model: got one without experts, wanted one with experts, or only_experts=False")
     wanted = {name: found[name].as_global() for name in names}
     if (of_transformers := pretrained(unwrapped(model))) is not None:
-        shapes = {name: tensor.shape for name, tensor in wanted.items() if not reader.has(name)}
-        reader = _Hub(reader, shapes, hub_parts(of_transformers, shapes))
+        shapes = {name: tensor.shape for name, tensor in wanted.items() if not given.has(name)}
+        reader = _Hub(given, shapes, hub_parts(of_transformers, shapes))
     for name, tensor in wanted.items():
         shape = reader.shape(name)
         if shape != tensor.shape:
@@ -59,17 +59,6 @@ def load_experts_from(source: Source, model: nn.Module, *, only_experts: bool = 
                 box.copy_(reader.read(name, spot))
             tensor.fill_copies()
     return names
-
-
-Spot = tuple[slice, ...]
-
-
-class _Reader(Protocol):
-    def has(self, name: str) -> bool: ...
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def read(self, name: str, spot: Spot) -> Tensor: ...
 
 
 class _Memory:
@@ -86,7 +75,7 @@ class _Memory:
             raise TypeError(f"source: got {type(tensor).__name__} at {name!r}, wanted a Tensor")
         return tuple(tensor.shape)
 
-    def read(self, name: str, spot: Spot) -> Tensor:
+    def read(self, name: str, spot: tuple[slice, ...]) -> Tensor:
         return self.tensors[name][spot]
 
 
@@ -121,7 +110,7 @@ class _Files:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"source: cannot read {name!r} in {self.files[name]}: {error}") from error
 
-    def read(self, name: str, spot: Spot) -> Tensor:
+    def read(self, name: str, spot: tuple[slice, ...]) -> Tensor:
         with safe_open(self.files[name], framework="pt") as file:
             return file.get_slice(name)[spot]
 
@@ -129,13 +118,12 @@ class _Files:
 class _Hub:
     """The model's tensors, put together from a reader's tensors under the hub's names."""
 
-    def __init__(self, reader: _Reader, shapes: dict[str, tuple[int, ...]], parts: dict[str, list[Part]]) -> None:
+    def __init__(
+        self, reader: _Memory | _Files, shapes: dict[str, tuple[int, ...]], parts: dict[str, list[Part]]
+    ) -> None:
         self.reader = reader
         self.shapes = shapes
         self.parts = parts
-
-    def has(self, name: str) -> bool:
-        return name in self.parts or self.reader.has(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         if name not in self.parts:
@@ -148,7 +136,7 @@ class _Hub:
                 raise ValueError(f"source: {part.name!r} has shape {list(shape)}, wanted {list(wanted)}")
         return whole
 
-    def read(self, name: str, spot: Spot) -> Tensor:
+    def read(self, name: str, spot: tuple[slice, ...]) -> Tensor:
         if name not in self.parts:
             return self.reader.read(name, spot)
         if (first := self.parts[name][0]).expert is None:
@@ -162,7 +150,7 @@ class _Hub:
         return torch.stack([torch.cat(pieces) for pieces in read.values()])
 
 
-def _reader(source: object) -> _Reader:
+def _reader(source: object) -> _Memory | _Files:
     if isinstance(source, Mapping):
         return _Memory(source)
     if isinstance(source, (str, PathLike)):
