@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from moe_triton.autograd.grouped import grouped_linear
 from moe_triton.dispatch import dispatch
+from moe_triton.records import Lora
 from moe_triton.reference import wide
 
 
@@ -22,6 +23,8 @@ def called_gate_mlp(
     *,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    up_lora: Sequence[Lora] | None = None,
+    down_lora: Sequence[Lora] | None = None,
     is_transposed: bool = False,
     backend: str = "auto",
 ) -> Tensor:
@@ -38,9 +41,20 @@ def called_gate_mlp(
         up_bias, down_bias = (None if x is None else x.to(compute) for x in (up_bias, down_bias))
     dispatched = dispatch(top_k_index, up_proj.shape[0], backend=backend)
     token_S = dispatched.source.long().clamp_min(0) // dispatched.top_k
-    h_Sm = grouped_linear(hidden_states[token_S], up_proj, up_bias, dispatched.offsets, is_transposed)
+    x_Sd = hidden_states[token_S]
+    h_Sm = grouped_linear(x_Sd, up_proj, up_bias, dispatched.offsets, is_transposed)
+    h_Sm = _adapted(h_Sm, x_Sd, up_lora, dispatched.offsets)
     a_Sn = gate(h_Sm).to(down_proj.dtype)
     y_Sd = grouped_linear(a_Sn, down_proj, down_bias, dispatched.offsets, is_transposed)
+    y_Sd = _adapted(y_Sd, a_Sn, down_lora, dispatched.offsets)
     kept_TK1 = (dispatched.position >= 0)[..., None]
     rows_TKd = torch.where(kept_TK1, y_Sd[dispatched.position.long().clamp_min(0)], 0).to(wide(dtype))
     return (rows_TKd * top_k_weights[..., None]).sum(1).to(dtype)
+
+
+def _adapted(product_S: Tensor, x_S: Tensor, adapters: Sequence[Lora] | None, offsets: Tensor) -> Tensor:
+    """Add scaling * (x A^T) B^T of every adapter to the product."""
+    for lora in adapters or ():
+        low_rank = grouped_linear(x_S, lora.a.to(x_S.dtype), None, offsets, False)
+        product_S = product_S + lora.scaling * grouped_linear(low_rank, lora.b.to(x_S.dtype), None, offsets, False)
+    return product_S

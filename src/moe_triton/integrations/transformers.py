@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from moe_triton.checks import FLOATS
 from moe_triton.experts import moe_mlp
+from moe_triton.integrations import peft
 from moe_triton.integrations.called_gate import called_gate_mlp
+from moe_triton.integrations.experts_interface import KEY
 from moe_triton.reference import GPT_OSS_ALPHA, GPT_OSS_LIMIT, activate, wide
 from moe_triton.torch_internals import constant_while_compiling, real_tensors
-
-KEY = "moe_triton"
 
 # The flags of an experts module, with the values that a module has which does not mention them.
 FLAGS = {
@@ -75,6 +75,7 @@ def register() -> str:
             "moe_triton.integrations.transformers needs transformers >= 5 (pip install moe-triton[hf])"
         ) from error
     ALL_EXPERTS_FUNCTIONS.register(KEY, experts_forward)
+    peft.install()
     return KEY
 
 
@@ -84,7 +85,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     hidden_states [T, d], top_k_index [T, K] (an id outside [0, E) skips its slot), top_k_weights [T, K] of any
     floating dtype. Computes in the dtype of the module's weights (under autocast in autocast's) and returns [T, d] in
     hidden_states' dtype. A gate that we know is fused; any other is called. So is the module's `post_expert_norm`, on
-    each expert's rows before the router weights multiply them.
+    each expert's rows before the router weights multiply them. LoRA adapters of PEFT are operands of the products.
 
     Raises ValueError where `obstacle` names one.
     """
@@ -100,6 +101,10 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     down_proj = down_proj.to(compute)
     if compute == torch.float64 or top_k_weights.dtype not in (compute, torch.float32):
         top_k_weights = top_k_weights.to(wide(compute))
+    if "parametrizations" in module._modules:  # PEFT was imported after `register`: the next forward gets factors
+        peft.install()
+    adapters = peft.lent_lora(module)
+    up_lora, down_lora = adapters.get(up_name), adapters.get("down_proj")
     is_transposed = _flag(module, "is_transposed")
     backend = getattr(module, "moe_triton_backend", "auto")  # what `moe_triton.swap` was asked for
     x = hidden_states.to(compute)
@@ -116,6 +121,8 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
                 activation=activation,
                 gate_up_bias=up_bias,
                 down_bias=down_bias,
+                gate_up_lora=up_lora,
+                down_lora=down_lora,
                 is_transposed=is_transposed,
                 is_concatenated=_flag(module, "is_concatenated"),
                 backend=backend,
@@ -129,6 +136,8 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
             module._apply_gate if _flag(module, "has_gate") else module.act_fn,
             up_bias=up_bias,
             down_bias=down_bias,
+            up_lora=up_lora,
+            down_lora=down_lora,
             is_transposed=is_transposed,
             backend=backend,
         )
@@ -138,6 +147,9 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     else:
         out = experts(x, top_k_index, top_k_weights)
     return out.to(hidden_states.dtype)
+
+
+experts_forward.takes_lora = True  # type: ignore[attr-defined]
 
 
 def _normalised(

@@ -223,9 +223,11 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
             None if self.down_proj_bias is None else self._scaled(self.down_proj_bias),
         )
 
-    def _scaled_lora(self, projection: str) -> Lora | None:
-        lora = self.lora(projection)
-        return None if lora is None else Lora(self._scaled(lora.a), self._scaled(lora.b), lora.scaling)
+    def _scaled_lora(self, projection: str) -> list[Lora]:
+        """Its own adapter, and those that are lent for this call."""
+        own = self.lora(projection)
+        adapters = [*([] if own is None else [own]), *self.lent_lora.get(f"{projection}_proj", ())]
+        return [Lora(self._scaled(lora.a), self._scaled(lora.b), lora.scaling) for lora in adapters]
 
     def forward(
         self,

@@ -23,6 +23,8 @@ class TakesLora(nn.Module):
     Its parameters are `gate_up_lora_a` [E, r, d], `gate_up_lora_b` [E, 2n, r], `down_lora_a` [E, r, n] and
     `down_lora_b` [E, d, r], None without one: spread over ranks, saved and loaded as the projections are. While an
     adapter is merged, it is no part of the module, whose state dict is then that of one without adapters.
+
+    `lent_lora` has further adapters, by the projection's parameter, that whoever calls the module sets for this call.
     """
 
     gate_up_proj: nn.Parameter
@@ -31,6 +33,7 @@ class TakesLora(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.lora_scaling = 1.0
+        self.lent_lora: dict[str, Sequence[Lora]] = {}
         self._merged: dict[str, nn.Parameter] = {}
         for name in PROJECTIONS:
             self.register_parameter(f"{name}_lora_a", None)

@@ -134,7 +134,7 @@ def model_tensors(model: nn.Module) -> dict[str, ModelTensor]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
-    model = _unwrapped(model)
+    model = unwrapped(model)
     layouts = {
         id(tensor): expert_layout(name, module, own.partition(".")[0])
         for name, module in named_experts(model).items()
@@ -166,14 +166,15 @@ def _quantized_parts(module: StackedExperts) -> Iterator[tuple[str, Tensor]]:
 
 def named_experts(model: nn.Module) -> dict[str, StackedExperts]:
     """Return the modules that hold stacked experts by name, without the wrappers."""
-    return {_plain(name): module for name, module in expert_modules(_unwrapped(model), StackedExperts)}
+    return {_plain(name): module for name, module in expert_modules(unwrapped(model), StackedExperts)}
 
 
 def _plain(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside DistributedDataParallel and torch.compile."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
