@@ -10,6 +10,7 @@ from moe_triton.layers import Experts, FeedForward, MoE, MoEOutput, Router, upda
 from moe_triton.losses import load_balance_loss, z_loss
 from moe_triton.metrics import LoadMonitor, LoadStatistics, load_statistics, plot_load
 from moe_triton.quantization import QuantizedWeight
+from moe_triton.quantize import QuantizeReport, quantize
 from moe_triton.records import Dispatch, Lora, Routing
 from moe_triton.routing import route
 from moe_triton.swap import SwapReport, swap
@@ -26,6 +27,7 @@ __all__ = [
     "Lora",
     "MoE",
     "MoEOutput",
+    "QuantizeReport",
     "QuantizedWeight",
     "Router",
     "Routing",
@@ -40,6 +42,7 @@ __all__ = [
     "moe_experts",
     "moe_mlp",
     "plot_load",
+    "quantize",
     "renormalize",
     "route",
     "swap",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_triton import MoE
+from moe_triton import MoE, quantize
 from moe_triton.distributed import ExpertParallel, load_checkpoint, make_groups, save_checkpoint
 from tests.helpers.compare import assert_close
 
@@ -17,7 +17,7 @@ D, N, E, T = 64, 64, 4, 12
 def make(parallel=None, *, seed=3, lora=True):
     torch.manual_seed(seed)
     layer = MoE(D, N, E, 2, expert_parallel=parallel)
-    layer.experts.quantize("mxfp4")
+    quantize(layer, "mxfp4")
     if lora:
         layer.experts.add_lora(r=3, alpha=6)
         torch.nn.init.constant_(layer.experts.down_lora_b, 0.1)

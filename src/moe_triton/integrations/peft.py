@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from moe_triton.checks import FLOATS
 from moe_triton.integrations.experts_interface import KEY, implementation, registry
 from moe_triton.layers import Experts
+from moe_triton.layers.quantized import QuantizedProjection
 from moe_triton.records import Lora
 from moe_triton.torch_internals import is_fsdp2_class, shards
 
@@ -119,7 +120,7 @@ def install() -> None:
     wrapper: Any = getattr(layer, "ParamWrapper", None)
     if wrapper is None or hasattr(wrapper, "_moe_triton"):
         return
-    activate, update = wrapper._moe_triton = wrapper._activate_lora, wrapper.update_layer
+    activate, update, merge = wrapper._moe_triton = wrapper._activate_lora, wrapper.update_layer, wrapper.merge
     version = sys.modules["peft"].__version__
     if not CHECKED[0] <= _numbers(version) < CHECKED[1]:
         low, high = (".".join(map(str, numbers)) for numbers in CHECKED)
@@ -146,7 +147,12 @@ def install() -> None:
             config = kwargs.get("config")
             _unpacked(self, adapter_name, getattr(config, "peft_version", None) or version)
 
-    wrapper._activate_lora, wrapper.update_layer = activate_lora, update_layer
+    def merge_into_floats(self: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(self.get_base_layer()._modules.get(self.parameter_name), QuantizedProjection):
+            raise ValueError("merge: got quantised projections, wanted projections in a float dtype")
+        merge(self, *args, **kwargs)
+
+    wrapper._activate_lora, wrapper.update_layer, wrapper.merge = activate_lora, update_layer, merge_into_floats
     model = sys.modules["peft.tuners.lora.model"]
     if hasattr(model, "get_tp_plan_and_mesh"):  # since 0.21.2
         model.get_tp_plan_and_mesh = _without_experts(model.get_tp_plan_and_mesh)  # type: ignore[attr-defined]
@@ -173,6 +179,8 @@ def takes_factors(module: nn.Module, name: str) -> bool:
         mapping = registry(module)
         ours = implementation(module) == KEY and mapping is not None and getattr(mapping.get(KEY), "takes_lora", False)
     parameter: Any = module._parameters.get(name)
+    if ours and name in PROJECTIONS and isinstance(module._modules.get(name), QuantizedProjection):
+        return True
     if (
         not ours
         or name not in PROJECTIONS

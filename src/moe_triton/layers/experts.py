@@ -22,8 +22,7 @@ from moe_triton.distributed.replicas.placement import build_placement, plan_plac
 from moe_triton.experts import check_adapters, check_call, with_adapters
 from moe_triton.layers.load import CountsLoad
 from moe_triton.layers.lora import TakesLora
-from moe_triton.layers.quantized import QuantizedProjection, projection_of, quantize_projection
-from moe_triton.quantization import QuantizedWeight
+from moe_triton.layers.quantized import QuantizedProjection, projection_of
 from moe_triton.records import (
     ACTIVATIONS,
     GATED,
@@ -182,25 +181,12 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
         pieces = [part.chunk(etp.size, dimension - 1)[etp.rank] for part in whole.chunk(parts, dimension - 1)]
         return torch.cat(pieces, dimension - 1)
 
-    def quantize(self, format: str, *, group: int | None = None, symmetric: bool = True) -> None:
-        """Replace both projections by `QuantizedWeight.quantize` of them, which frees and freezes them.
-
-        Do so before FSDP2 and the optimizer see the parameters; adapters may be added before or after.
-
-        Raises:
-            ValueError, TypeError: what `QuantizedWeight.quantize` raises; quantised experts; experts that FSDP2 has
-                sharded, or whose adapters are merged.
-        """
+    def check_quantizable(self) -> None:
+        """Raise ValueError for projections that `moe_triton.quantize` cannot replace."""
         self.refuse_shards("quantize")
         if self.is_quantized or self.lora_is_merged:
             what = "quantised projections" if self.is_quantized else "merged adapters"
-            raise ValueError(f"quantize: got experts with {what}, wanted parameters as they were made")
-        weights = {
-            name: QuantizedWeight.quantize(self.get_parameter(name), format, group=group, symmetric=symmetric)
-            for name in ("gate_up_proj", "down_proj")
-        }
-        for name, weight in weights.items():
-            quantize_projection(self, name, weight)
+            raise ValueError(f"quantize: got experts with {what}, wanted projections as they were made")
 
     @property
     def is_quantized(self) -> bool:
