@@ -151,8 +151,8 @@ def test_opcheck(backend):
     for stacked in (True, False):
         parameters = ExpertParameters(
             *(w.clone().requires_grad_() if stacked else [x.clone().requires_grad_() for x in w] for w in (up, down)),
-            gate_up_lora_a=torch.randn(8, 3, 16, requires_grad=True) if backend == "torch" else None,
-            gate_up_lora_b=torch.randn(8, 12, 3, requires_grad=True) if backend == "torch" else None,
+            gate_up_lora_a=torch.randn(8, 3, 16, requires_grad=True),
+            gate_up_lora_b=torch.randn(8, 12, 3, requires_grad=True),
         )
         call = ExpertCall(
             hidden=torch.randn(6, 16, requires_grad=True), weights=routing.weights.clone().requires_grad_(),

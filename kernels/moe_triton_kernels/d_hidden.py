@@ -18,6 +18,7 @@ from torch import Tensor
 from moe_triton_kernels.activations import check_activation, is_gated
 from moe_triton_kernels.grouped_gemm import rows_times_weight, split_columns, tile_order
 from moe_triton_kernels.launch import Config, launch_options, persistent_grid
+from moe_triton_kernels.lora import Adapter, Added
 from moe_triton_kernels.operands import (
     Columns,
     PerExpert,
@@ -47,6 +48,7 @@ def d_hidden_kernel(
     source,  # [S]
     weight,  # per expert [d, n]
     descriptor,  # of weight, or None
+    adapter,  # of weight, or None
     h,  # [S, n] or [S, 2n]
     router_weights,  # [T * K]
     weighted_a,  # [S, n]
@@ -84,6 +86,7 @@ def d_hidden_kernel(
         acc = rows_times_weight(
             Rows(grad_out + (slots // TOP_K).to(tl.int64) * size_d, None, None),
             Columns(weight, descriptor, expert, n0, size_n, 1, TILE.BLOCK_N),
+            Added(adapter, rows, row_mask),
             size_d,
             DTYPE,
             sizes.EVEN_K,
@@ -128,6 +131,7 @@ def d_hidden(
     activation: str,
     is_concatenated: bool,
     config: Config,
+    adapter: Adapter | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """w*A [S, n] and dH (like h) in grad_out's dtype, and the shares of <dA, A>, [column tiles, S] fp32.
 
@@ -146,6 +150,7 @@ def d_hidden(
         source,
         weight.weight(),
         weight_descriptor(weight, config, size_k=size_d, size_columns=size_n, halves=1, block_n=config.block_n),
+        None if adapter is None else adapter.argument(),
         h,
         router_weights,
         weighted_a,

@@ -18,6 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moe_triton_kernels.lora import add_adapter
 from moe_triton_kernels.operands import load_columns, load_rows, number_columns, start_columns, start_rows
 
 
@@ -49,8 +50,11 @@ def proxy_fence(FENCE: tl.constexpr):
 
 
 @triton.jit
-def rows_times_weight(rows, columns, size_k, DTYPE: tl.constexpr, EVEN_K: tl.constexpr, TILE):
-    """fp32 [BLOCK_M, HALVES * WIDTH]: the product of `Rows` and `Columns` of DTYPE, size_k the contraction."""
+def rows_times_weight(rows, columns, added, size_k, DTYPE: tl.constexpr, EVEN_K: tl.constexpr, TILE):
+    """fp32 [BLOCK_M, HALVES * WIDTH]: the product of `Rows` and `Columns` of DTYPE, size_k the contraction.
+
+    added: what is `Added` to it by an adapter.
+    """
     BLOCK_K: tl.constexpr = TILE.BLOCK_K
     BY_TMA: tl.constexpr = rows.descriptor is not None and columns.descriptor is not None
     numbers, column_mask = number_columns(columns)
@@ -66,6 +70,8 @@ def rows_times_weight(rows, columns, size_k, DTYPE: tl.constexpr, EVEN_K: tl.con
         acc = tl.dot(a, b, acc, input_precision="ieee")
         a_at += BLOCK_K
         b_at += b_step
+    if added.adapter is not None:
+        acc = add_adapter(acc, added, columns.expert, numbers, column_mask)
     return acc
 
 
