@@ -68,8 +68,8 @@ def d_hidden_kernel(
     COLUMNS_PER_HALF: tl.constexpr = 2 if GATED and not CONCATENATED else 1  # of H, side by side, for one column of A
     PARTS: tl.constexpr = TILE.PARTS
     PART: tl.constexpr = TILE.BLOCK_N // PARTS
-    # H comes a part ahead, the first one during the product, in tiles that have a processor to themselves
-    AHEAD: tl.constexpr = TILE.BLOCK_M >= 128
+    # H comes a part ahead, the first one during the product, in large tiles that hold no addresses of weights
+    AHEAD: tl.constexpr = TILE.BLOCK_M >= 128 and descriptor is not None
     size_d, size_n = in_units(sizes.k, sizes.UNIT), in_units(sizes.columns, sizes.UNIT)
     num_m = tl.load(tiles.num_tiles)
     num_n = tl.cdiv(size_n, TILE.BLOCK_N)
