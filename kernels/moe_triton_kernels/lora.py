@@ -3,7 +3,7 @@
 With factors A [r, in] and B [out, r] per expert and s the scaling, a product of rows by W is x W^T + t B^T with
 t = s x A^T, and the gradient of its input is dy W + u A with u = s dy B. The kernel `narrow` computes t and u, [S, r]:
 it reads the rows once. The wide part is added by the kernel that multiplies the rows by W, as more steps of its
-contraction (`add_adapter`), so that nothing of [S, out] is written twice. The adapters' gradients, dA = u^T x and
+contraction (`add_steps`), so that nothing of [S, out] is written twice. The adapters' gradients, dA = u^T x and
 dB = dy^T t, are products of `d_weight`.
 
 The rank is padded to a power of two, 16 at least as the matrix unit wants, or to a multiple of MOST_RANK: t and u have
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_triton_kernels.operands import PerExpert
+from moe_triton_kernels.operands import Columns, PerExpert, in_units, start_columns, unit_of
 
 MOST_RANK = 64  # of one step of the contraction
 
@@ -30,24 +30,24 @@ def rank_block(rank: int) -> int:
 
 
 class AdapterArgument(NamedTuple):
-    """What an adapter adds to a product, among a kernel's arguments: t [S, STEPS * BLOCK] by factors [rank, columns].
+    """What an adapter adds to a product, among a kernel's arguments.
 
-    factor   pointer to the stacked factors of the experts
+    t       [S, STEPS * BLOCK]
+    factor  WeightArgument: per expert [rank, columns]
+    UNIT    elements that divide the rank (see `unit_of`)
     """
 
     t: Any
     factor: Any
-    stride_e: Any
-    stride_k: Any
-    stride_n: Any
     rank: Any
+    UNIT: Any
     BLOCK: Any
     STEPS: Any
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """t [S, width] of `narrow`, and the stacked factors that it is multiplied by, per expert [rank, columns]."""
+    """t [S, width] of `narrow`, and the factor that it is multiplied by, per expert [rank, columns]."""
 
     t: Tensor
     factor: PerExpert
@@ -55,11 +55,8 @@ class Adapter:
 
     def argument(self) -> AdapterArgument:
         block = rank_block(self.rank)
-        constants = (tl.constexpr(block), tl.constexpr(self.t.shape[1] // block))
-        stride_k, stride_n = self.factor.strides
-        return AdapterArgument(
-            self.t, self.factor.data, self.factor.stride_e, stride_k, stride_n, self.rank, *constants
-        )
+        constants = (unit_of(self.t.element_size(), self.rank), block, self.t.shape[1] // block)
+        return AdapterArgument(self.t, self.factor.weight(), self.rank, *map(tl.constexpr, constants))
 
 
 class Added(NamedTuple):
@@ -74,16 +71,26 @@ class Added(NamedTuple):
 
 
 @triton.jit
-def add_adapter(acc, added, expert, numbers, column_mask):
-    """acc + t[rows] factor[expert], at these columns of the factor: more steps of a contraction."""
-    k = tl.arange(0, added.adapter.BLOCK)
-    t_rows = added.adapter.t + added.rows.to(tl.int64) * (added.adapter.STEPS * added.adapter.BLOCK)
-    factor = added.adapter.factor + expert.to(tl.int64) * added.adapter.stride_e
-    factor = factor + numbers.to(tl.int64) * added.adapter.stride_n
-    for step in tl.static_range(added.adapter.STEPS):
-        at = step * added.adapter.BLOCK + k
-        t = tl.load(t_rows[:, None] + at[None, :], mask=added.row_mask[:, None], other=0.0)
-        cells = factor[None, :] + (at.to(tl.int64) * added.adapter.stride_k)[:, None]
-        b = tl.load(cells, mask=(at < added.adapter.rank)[:, None] & column_mask[None, :], other=0.0)
-        acc = tl.dot(t, b, acc, input_precision="ieee")
+def load_step(added, step: tl.constexpr, columns, numbers, column_mask, DTYPE: tl.constexpr):
+    """t [BLOCK_M, BLOCK] at the rows, and the factor [BLOCK, .] at the columns of a product, of one step."""
+    BLOCK: tl.constexpr = added.adapter.BLOCK
+    k = step * BLOCK + tl.arange(0, BLOCK)
+    t_rows = added.adapter.t + added.rows.to(tl.int64) * (added.adapter.STEPS * BLOCK)
+    t = tl.load(t_rows[:, None] + k[None, :], mask=added.row_mask[:, None], other=0.0)
+    first, stride = start_columns(
+        Columns(added.adapter.factor, None, columns.expert, columns.first, columns.size, columns.HALVES, columns.WIDTH),
+        numbers,
+        DTYPE,
+        BLOCK,
+    )
+    inside = k < in_units(added.adapter.rank, added.adapter.UNIT)
+    return t, tl.load(first + step * stride, mask=inside[:, None] & column_mask[None, :], other=0.0)
+
+
+@triton.jit
+def add_steps(acc, added, FIRST: tl.constexpr, columns, numbers, column_mask, DTYPE: tl.constexpr):
+    """acc + t factor, by the steps from FIRST on."""
+    for step in tl.static_range(FIRST, added.adapter.STEPS):
+        t, factor = load_step(added, step, columns, numbers, column_mask, DTYPE)
+        acc = tl.dot(t, factor, acc, input_precision="ieee")
     return acc

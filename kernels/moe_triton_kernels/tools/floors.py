@@ -16,7 +16,11 @@ for a gated activation, 1 for an ungated one:
     d_weight_down     2Snd     sTd + sSn + sEnd              dO, w*A -> dW2
     d_weight_up       2fSnd    sTd + sfSn + sfEnd            X, dH -> dW1
     d_rows            2fSnd    sfSn + sfEnd + sSd            dH, W1 -> dX rows
+    narrow_gathered   2Sdr     sTd + sEdr + sSr              X or dO, factor of rank r -> t or u
+    narrow_ordered    2Snr     sSn + sEnr + sSr              A, factor -> t (f times the rows where they are dH)
+    d_adapter_...     as narrow: its operands and its result are the same three
 
+An adapter's part of up, down, d_hidden and d_rows, r in d or n of their work, is left out.
 Row indices and router weights (a few bytes per row) are left out where whole rows move, and make up the rest.
 """
 
@@ -41,9 +45,10 @@ class Shape:
     top_k: int
     dtype: str = "bf16"
     gated: bool = True
+    rank: int = 16  # of adapters
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "hidden", "intermediate", "experts", "top_k"):
+        for name in ("tokens", "hidden", "intermediate", "experts", "top_k", "rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, wanted at least 1")
         if self.top_k > self.experts:
@@ -161,6 +166,20 @@ def d_rows(shape: Shape) -> Work:
     return _product(shape, f, f * a + f * w + rows)
 
 
+def narrow_gathered(shape: Shape) -> Work:
+    return _narrow(shape, shape.tokens, shape.hidden)
+
+
+def narrow_ordered(shape: Shape) -> Work:
+    return _narrow(shape, shape.rows, shape.intermediate)
+
+
+def _narrow(shape: Shape, rows: int, width: int) -> Work:
+    """Between rows of this width, rows of the rank, and a factor of every expert."""
+    elements = rows * width + (shape.experts * width + shape.rows) * shape.rank
+    return Work(flops=2 * shape.rows * width * shape.rank, bytes=shape.itemsize * elements)
+
+
 def d_bias_rows(shape: Shape) -> Work:
     """db1: dH -> [E, fn]."""
     columns = shape.factor * shape.intermediate
@@ -253,6 +272,10 @@ FLOORS: dict[str, Callable[[Shape], Work]] = {
     "d_weight_down": d_weight_down,
     "d_weight_up": d_weight_up,
     "d_rows": d_rows,
+    "narrow_gathered": narrow_gathered,
+    "narrow_ordered": narrow_ordered,
+    "d_adapter_gathered": narrow_gathered,
+    "d_adapter_ordered": narrow_ordered,
     "d_bias_rows": d_bias_rows,
     "d_bias_gathered": d_bias_gathered,
 }

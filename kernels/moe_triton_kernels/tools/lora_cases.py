@@ -12,6 +12,7 @@ from moe_triton_kernels.heuristics import BUCKETS, adapter_tile, narrow_tile
 from moe_triton_kernels.launch import Config
 from moe_triton_kernels.lora import AdapterArgument, rank_block
 from moe_triton_kernels.narrow import narrow_kernel
+from moe_triton_kernels.operands import WeightArgument, unit_of
 from moe_triton_kernels.tools.case import Case
 from moe_triton_kernels.tools.product_cases import (
     TILES,
@@ -39,11 +40,11 @@ def narrow_cases(arch: str, _shipped: Sequence[Shipped]) -> list[Case]:
                 for gathered in (True, False):
                     case = _case(
                         narrow_kernel,
-                        "narrow",
+                        "narrow_gathered" if gathered else "narrow_ordered",
                         name,
                         config,
                         arch,
-                        variant="gathered" if gathered else "ordered",
+                        variant=f"rank{rank}",
                         signature={
                             **dict.fromkeys(("x", "out"), f"*{name}"),
                             "source": "*i32" if gathered else None,
@@ -75,11 +76,11 @@ def adapter_cases(arch: str, shipped: Sequence[Shipped]) -> list[Case]:
                     left, right = (gathers and not of_a), (gathers and of_a)
                     case = _case(
                         d_weight_kernel,
-                        "d_adapter",
+                        "d_adapter_gathered" if gathers else "d_adapter_ordered",
                         name,
                         adapter_tile(*sizes, dtype.itemsize, arch),
                         arch,
-                        variant=("a" if of_a else "b") + ("_gathered" if gathers else "_ordered"),
+                        variant="a" if of_a else "b",
                         signature=dict.fromkeys(("left", "right", "out"), f"*{name}")
                         | {"partials": "*fp32", "pieces": "*i32", "state": "*i32", "ordered": None}
                         | {"source": "*i32" if left or right else None},
@@ -101,19 +102,20 @@ def with_adapter(case: Case, rank: int) -> Case:
     """The same kernel with an adapter of this rank; 8 is 16, of which half are zeros."""
     dtype = case.signature["h" if case.name.startswith("d_hidden") else "a"]
     is_forward = case.name.startswith(("up", "down"))
-    adapter = AdapterArgument(
-        t=dtype,
-        factor=dtype,
+    unit = unit_of(2 if dtype == "*bf16" else 4, rank)
+    factor = WeightArgument(
+        data=dtype,
         stride_e="i32",
         stride_k=1 if is_forward else "i32",
         stride_n="i32" if is_forward else 1,
-        rank="i32",
-        BLOCK=rank_block(rank),
-        STEPS=1,
+        ALIGNMENT=16,
+        UNIT=unit if is_forward else 1,
+        K_CONTIGUOUS=is_forward,
     )
-    multiples = ["t", "factor", "stride_e"] + ([] if is_forward else ["stride_k"])
+    adapter = AdapterArgument(t=dtype, factor=factor, rank="i32", UNIT=unit, BLOCK=rank_block(rank), STEPS=1)
+    multiples = ["t", "factor.data", "factor.stride_e"] + ([] if is_forward else ["factor.stride_k"])
     if rank % 16 == 0:
-        multiples += ["rank"] + (["stride_n"] if is_forward else [])
+        multiples += ["rank"] + (["factor.stride_n"] if is_forward else [])
     return replace(
         case,
         name=f"{case.name}_rank{rank}",
