@@ -18,7 +18,7 @@ from torch import Tensor
 from moe_triton_kernels.activations import check_activation, is_gated
 from moe_triton_kernels.grouped_gemm import rows_times_weight, split_columns, tile_order
 from moe_triton_kernels.launch import Config, launch_options, persistent_grid
-from moe_triton_kernels.lora import Adapter, Added
+from moe_triton_kernels.lora import Added
 from moe_triton_kernels.operands import (
     Columns,
     PerExpert,
@@ -131,7 +131,6 @@ def d_hidden(
     activation: str,
     is_concatenated: bool,
     config: Config,
-    adapter: Adapter | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """w*A [S, n] and dH (like h) in grad_out's dtype, and the shares of <dA, A>, [column tiles, S] fp32.
 
@@ -150,7 +149,7 @@ def d_hidden(
         source,
         weight.weight(),
         weight_descriptor(weight, config, size_k=size_d, size_columns=size_n, halves=1, block_n=config.block_n),
-        None if adapter is None else adapter.argument(),
+        None if weight.adapter is None else weight.adapter.argument(),
         h,
         router_weights,
         weighted_a,

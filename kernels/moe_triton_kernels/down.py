@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_triton_kernels.gluon.schedules import why_unsupported
 from moe_triton_kernels.grouped_gemm import rows_times_weight, split_columns, tile_order
 from moe_triton_kernels.launch import Config, launch_options, persistent_grid
-from moe_triton_kernels.lora import Adapter, Added
+from moe_triton_kernels.lora import Added
 from moe_triton_kernels.operands import (
     Columns,
     PerExpert,
@@ -89,15 +89,14 @@ def down(
     bias: PerExpert | None = None,
     router_weights: Tensor | None = None,
     source: Tensor | None = None,
-    adapter: Adapter | None = None,
 ) -> Tensor:
     """out[row] = (a[row] weight[e] + bias[e]) * w[source[row]] for the rows of every expert e: [S, columns], a's dtype.
 
     a [S, k] contiguous, rows in expert order; weight: per expert [k, columns], any strides; router_weights [T, K]
-    contiguous, read at source[row] (None: no factor; `source` is then not needed). `adapter` adds to the product. Rows
-    past offsets[E] are not written, and change nothing.
+    contiguous, read at source[row] (None: no factor; `source` is then not needed). Rows past offsets[E]
+    are not written, and change nothing.
     """
-    if adapter is None and why_unsupported(config.gluon, a, weight, bias, size_columns=size_columns) is None:
+    if why_unsupported(config.gluon, a, weight, bias, size_columns=size_columns) is None:
         from moe_triton_kernels.gluon import down as warp_specialized  # imports Gluon, which is experimental
 
         return warp_specialized.down(
@@ -119,7 +118,7 @@ def down(
         weight.weight(),
         weight_descriptor(weight, config, size_k=size_k, size_columns=size_columns, halves=1, block_n=config.block_n),
         None if bias is None else bias.bias(),
-        None if adapter is None else adapter.argument(),
+        None if weight.adapter is None else weight.adapter.argument(),
         router_weights,
         source,
         out,

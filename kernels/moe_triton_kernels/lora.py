@@ -21,12 +21,17 @@ from torch import Tensor
 
 from moe_triton_kernels.operands import Columns, PerExpert, in_units, start_columns, unit_of
 
-MOST_RANK = 64  # of one step of the contraction
+MOST_RANK = 64
 
 
 def rank_block(rank: int) -> int:
-    """The rank that a step of the contraction takes."""
+    """Columns of a tile of `narrow`, of which t and u have a multiple."""
     return min(MOST_RANK, max(16, triton.next_power_of_2(rank)))
+
+
+def step_block(rank: int, itemsize: int) -> int:
+    """The rank that a step of the contraction takes; in fp32, whose products need more registers, the least."""
+    return 16 if itemsize == 4 else rank_block(rank)
 
 
 class AdapterArgument(NamedTuple):
@@ -54,7 +59,7 @@ class Adapter:
     rank: int
 
     def argument(self) -> AdapterArgument:
-        block = rank_block(self.rank)
+        block = step_block(self.rank, self.t.element_size())
         constants = (unit_of(self.t.element_size(), self.rank), block, self.t.shape[1] // block)
         return AdapterArgument(self.t, self.factor.weight(), self.rank, *map(tl.constexpr, constants))
 
@@ -71,7 +76,7 @@ class Added(NamedTuple):
 
 
 @triton.jit
-def load_step(added, step: tl.constexpr, columns, numbers, column_mask, DTYPE: tl.constexpr):
+def load_step(added, step, columns, numbers, column_mask, DTYPE: tl.constexpr):
     """t [BLOCK_M, BLOCK] at the rows, and the factor [BLOCK, .] at the columns of a product, of one step."""
     BLOCK: tl.constexpr = added.adapter.BLOCK
     k = step * BLOCK + tl.arange(0, BLOCK)
@@ -90,7 +95,7 @@ def load_step(added, step: tl.constexpr, columns, numbers, column_mask, DTYPE: t
 @triton.jit
 def add_steps(acc, added, FIRST: tl.constexpr, columns, numbers, column_mask, DTYPE: tl.constexpr):
     """acc + t factor, by the steps from FIRST on."""
-    for step in tl.static_range(FIRST, added.adapter.STEPS):
+    for step in tl.range(FIRST, added.adapter.STEPS, num_stages=1):
         t, factor = load_step(added, step, columns, numbers, column_mask, DTYPE)
         acc = tl.dot(t, factor, acc, input_precision="ieee")
     return acc

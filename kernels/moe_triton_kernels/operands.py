@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -25,6 +25,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_triton_kernels.launch import BLACKWELL, Config, target_of
+
+if TYPE_CHECKING:
+    from moe_triton_kernels.lora import Adapter
 
 ExpertParameter = Tensor | Sequence[Tensor]
 
@@ -92,6 +95,7 @@ class PerExpert:
     strides    the strides of one expert's tensor, in elements
     alignment  bytes that divide every address of a table
     held       the tensors that the addresses point to, kept alive with this record
+    adapter    what is added to a product by these matrices, or None
     """
 
     data: Tensor
@@ -99,6 +103,7 @@ class PerExpert:
     strides: tuple[int, ...]
     alignment: int
     held: tuple[Tensor, ...]
+    adapter: Adapter | None = None
 
     @property
     def is_table(self) -> bool:

@@ -16,7 +16,7 @@ from moe_triton_kernels.activations import check_activation, is_gated
 from moe_triton_kernels.gluon.schedules import why_unsupported
 from moe_triton_kernels.grouped_gemm import rows_times_weight, tile_order
 from moe_triton_kernels.launch import Config, launch_options, persistent_grid
-from moe_triton_kernels.lora import Adapter, Added
+from moe_triton_kernels.lora import Added
 from moe_triton_kernels.operands import (
     Columns,
     PerExpert,
@@ -114,18 +114,16 @@ def up(
     keep_activation: bool,
     keep_preactivation: bool,
     config: Config,
-    adapter: Adapter | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A [S, n] and the pre-activation H [S, 2n] ([S, n] ungated), in x's dtype; an empty [0] tensor for one not kept.
 
     x [T, d] contiguous; source [S] int32, row -> token*top_k + choice; weight: per expert [d, 2n] or [d, n], any
     strides. H's columns lie as the weight's do: [gate | up], or g0, u0, g1, u1, ... where not `is_concatenated`.
-    `adapter` adds to X W1^T. Rows past offsets[E] are not written.
+    Rows past offsets[E] are not written.
     """
     gated = check_activation(activation)
     sizes = {"size_columns": size_n, "projections": 2 if gated else 1}
-    unsupported = why_unsupported(config.gluon, x, weight, bias, is_concatenated=is_concatenated, **sizes)
-    if unsupported is None and adapter is None:
+    if why_unsupported(config.gluon, x, weight, bias, is_concatenated=is_concatenated, **sizes) is None:
         from moe_triton_kernels.gluon import up as warp_specialized  # imports Gluon, which is experimental
 
         return warp_specialized.up(
@@ -160,7 +158,7 @@ def up(
         weight.weight(),
         descriptor,
         None if bias is None else bias.bias(),
-        None if adapter is None else adapter.argument(),
+        None if weight.adapter is None else weight.adapter.argument(),
         a if keep_activation else None,
         h if keep_preactivation else None,
         table,

@@ -9,8 +9,8 @@ from typing import Any
 from moe_triton_kernels.activations import GATED, UNGATED
 from moe_triton_kernels.d_weight import d_weight_kernel
 from moe_triton_kernels.heuristics import BUCKETS, adapter_tile, narrow_tile
-from moe_triton_kernels.launch import Config
-from moe_triton_kernels.lora import AdapterArgument, rank_block
+from moe_triton_kernels.launch import HOPPER, Config
+from moe_triton_kernels.lora import AdapterArgument, rank_block, step_block
 from moe_triton_kernels.narrow import narrow_kernel
 from moe_triton_kernels.operands import WeightArgument, unit_of
 from moe_triton_kernels.tools.case import Case
@@ -58,7 +58,7 @@ def narrow_cases(arch: str, _shipped: Sequence[Shipped]) -> list[Case]:
                                 block_n=config.block_n,
                             )["weight"],
                         },
-                        sample=rank == 16 and bucket == BUCKETS[-1] and name == "bf16",
+                        sample=gathered and rank == 16 and bucket == BUCKETS[-1] and name == "bf16",
                         TOP_K=8,
                     )
                     cases.append(case)
@@ -66,7 +66,8 @@ def narrow_cases(arch: str, _shipped: Sequence[Shipped]) -> list[Case]:
 
 
 def adapter_cases(arch: str, shipped: Sequence[Shipped]) -> list[Case]:
-    """The gradients of a and b; and up, down, d_rows and d_hidden, in each configuration of bf16, with each rank."""
+    """The gradients of a and b; and up, down, d_rows and d_hidden, in each configuration, with one rank or, on Hopper,
+    with all that are gated."""
     cases = []
     for dtype, name in TYPES.items():
         for rank in dict.fromkeys(map(rank_block, RANKS)):
@@ -84,7 +85,7 @@ def adapter_cases(arch: str, shipped: Sequence[Shipped]) -> list[Case]:
                         signature=dict.fromkeys(("left", "right", "out"), f"*{name}")
                         | {"partials": "*fp32", "pieces": "*i32", "state": "*i32", "ordered": None}
                         | {"source": "*i32" if left or right else None},
-                        sample=rank == 16 and name == "bf16",
+                        sample=of_a and gathers and rank == 16 and name == "bf16",
                         TOP_K=8,
                         GATHER_LEFT=left,
                         EVEN_I=True,
@@ -95,7 +96,8 @@ def adapter_cases(arch: str, shipped: Sequence[Shipped]) -> list[Case]:
                     cases.append(case)
     products = [*up_cases(arch, shipped), *down_cases(arch, shipped), *d_hidden_cases(arch, shipped)]
     plain = {case.name: case for case in products if case.name.endswith(VARIANTS)}
-    return cases + [with_adapter(case, rank) for case in plain.values() for rank in RANKS]
+    ranks = RANKS if arch in HOPPER else (16,)
+    return cases + [with_adapter(case, rank) for case in plain.values() for rank in ranks]
 
 
 def with_adapter(case: Case, rank: int) -> Case:
@@ -112,7 +114,9 @@ def with_adapter(case: Case, rank: int) -> Case:
         UNIT=unit if is_forward else 1,
         K_CONTIGUOUS=is_forward,
     )
-    adapter = AdapterArgument(t=dtype, factor=factor, rank="i32", UNIT=unit, BLOCK=rank_block(rank), STEPS=1)
+    block = step_block(rank, 2 if dtype == "*bf16" else 4)
+    steps = max(rank, block) // block
+    adapter = AdapterArgument(t=dtype, factor=factor, rank="i32", UNIT=unit, BLOCK=block, STEPS=steps)
     multiples = ["t", "factor.data", "factor.stride_e"] + ([] if is_forward else ["factor.stride_k"])
     if rank % 16 == 0:
         multiples += ["rank"] + (["factor.stride_n"] if is_forward else [])
@@ -121,7 +125,7 @@ def with_adapter(case: Case, rank: int) -> Case:
         name=f"{case.name}_rank{rank}",
         signature={**case.signature, "adapter": adapter},
         aligned=[*(case.aligned or ()), *(f"adapter.{field}" for field in multiples)],
-        sample=case.sample and rank == 16,
+        sample=rank == 16 and case.sample and case.name.startswith(("up_gated", "d_hidden_gated")),
     )
 
 

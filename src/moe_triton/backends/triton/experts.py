@@ -6,6 +6,7 @@ Forward: up, down, combine. Backward: d_hidden, then the gradients that are want
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ class Problem:
             self.hidden,
             self.dispatched.source,
             tiles,
-            self.gate_up,
+            self.gate_up if (lora := self.gate_up_lora) is None else lora.forward(self.gate_up, self.t_gate_up(tiles)),
             self.gate_up_bias,
             size_n=self.size_n,
             top_k=self.top_k,
@@ -88,7 +89,6 @@ class Problem:
             keep_activation=keep_a,
             keep_preactivation=keep_h,
             config=self.config("up"),
-            adapter=None if (lora := self.gate_up_lora) is None else lora.forward(self.t_gate_up(tiles)),
         )
 
     def down_rows(self, a: Tensor, tiles: TileTables) -> Tensor:
@@ -96,13 +96,12 @@ class Problem:
         return down(
             a,
             tiles,
-            self.down,
+            self.down if (lora := self.down_lora) is None else lora.forward(self.down, self.t_down(a, tiles)),
             size_columns=self.size_d,
             config=self.config("down"),
             bias=self.down_bias,
             router_weights=self.weights,
             source=self.dispatched.source,
-            adapter=None if (lora := self.down_lora) is None else lora.forward(self.t_down(a, tiles)),
         )
 
     def d_hidden(
@@ -113,15 +112,19 @@ class Problem:
             grad_out,
             self.dispatched.source,
             tiles,
-            self.down.transposed(),
+            self._backward(self.down, self.down_lora, u),
             h,
             self.weights,
             size_n=self.size_n,
             activation=self.spec.activation,
             is_concatenated=self.spec.is_concatenated,
             config=self.config("d_hidden"),
-            adapter=None if self.down_lora is None or u is None else self.down_lora.backward(u),
         )
+
+    @staticmethod
+    def _backward(projection: PerExpert, lora: Factors | None, u: Tensor | None) -> PerExpert:
+        weight = projection.transposed()
+        return weight if lora is None or u is None else lora.backward(weight, u)
 
     def d_router_weights(self, shares: Tensor, grad_out: Tensor, tiles: TileTables) -> Tensor:
         return d_router_weights(shares, grad_out, self.dispatched.source, tiles, self.down_bias, self.weights)
@@ -131,10 +134,9 @@ class Problem:
         return down(
             grad_h,
             tiles,
-            self.gate_up.transposed(),
+            self._backward(self.gate_up, self.gate_up_lora, u),
             size_columns=self.size_d,
             config=self.config("d_rows"),
-            adapter=None if self.gate_up_lora is None or u is None else self.gate_up_lora.backward(u),
         )
 
     def combine(self, rows: Tensor) -> Tensor:
@@ -260,13 +262,13 @@ class Factors:
         a, b = (x if 1 in x.stride()[1:] else x.contiguous() for x in (lora.a, lora.b))
         self.a, self.b, self.rank, self.scaling = per_expert(a), per_expert(b), a.shape[1], lora.scaling
 
-    def forward(self, t: Tensor) -> Adapter:
-        """What is added to a product, given t = scaling * x A^T."""
-        return Adapter(t=t, factor=self.b.transposed(), rank=self.rank)
+    def forward(self, weight: PerExpert, t: Tensor) -> PerExpert:
+        """The projection with what is added to its product, given t = scaling * x A^T."""
+        return replace(weight, adapter=Adapter(t=t, factor=self.b.transposed(), rank=self.rank))
 
-    def backward(self, u: Tensor) -> Adapter:
-        """What is added to the gradient of its input, given u = scaling * dy B."""
-        return Adapter(t=u, factor=self.a, rank=self.rank)
+    def backward(self, weight: PerExpert, u: Tensor) -> PerExpert:
+        """The same for the gradient of the product's input, given u = scaling * dy B."""
+        return replace(weight, adapter=Adapter(t=u, factor=self.a, rank=self.rank))
 
 
 def experts_forward(call: ExpertCall, keep_preactivation: bool) -> tuple[Tensor, Tensor]:
