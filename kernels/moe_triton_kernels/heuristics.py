@@ -81,7 +81,7 @@ def decode_tile(op: str, contraction: int, architecture: str) -> Config:
 
     A GPU delivers its bandwidth to those who have about 4 MB on the way (4.3 TB/s times 0.9 us, both of an H200). One
     token touches K experts only; with 64 columns a tile, half as many as for more rows, their tiles still ask for that
-    much in every model of MODEL_SIZES that has K > 1. Splitting the contraction would cost partial sums and a launch.
+    much in every layer of tools.models that has K > 1. Splitting the contraction would cost partial sums and a launch.
     """
     block_k, num_stages = (128, 4) if contraction % 128 == 0 else (64, 6)  # long runs, but no masked steps
     return Config(

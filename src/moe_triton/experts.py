@@ -17,7 +17,18 @@ from moe_triton import runtime
 from moe_triton.autograd.experts import run_experts
 from moe_triton.checks import FLOATS, INTEGERS, check_choice, check_number, check_tensor
 from moe_triton.dispatch import dispatch
-from moe_triton.records import ACTIVATIONS, Dispatch, ExpertCall, ExpertParameters, ExpertSpec, ExpertWeight, Lora
+from moe_triton.quantization import QuantizedWeight
+from moe_triton.records import (
+    ACTIVATIONS,
+    Dispatch,
+    ExpertCall,
+    ExpertParameters,
+    ExpertSpec,
+    ExpertWeight,
+    Lora,
+    Projection,
+    matrix_shape,
+)
 
 Adapters = Lora | Sequence[Lora] | None  # of one projection; several are summed
 
@@ -26,8 +37,8 @@ def moe_mlp(
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    gate_up_proj: ExpertWeight,
-    down_proj: ExpertWeight,
+    gate_up_proj: Projection,
+    down_proj: Projection,
     *,
     activation: str = "swiglu",
     gate_up_bias: ExpertWeight | None = None,
@@ -49,8 +60,8 @@ def moe_mlp(
         top_k_index: [T, K] int32 or int64; an id that is negative or >= E skips its slot.
         top_k_weights: [T, K], fp32 or the hidden states' dtype.
         gate_up_proj: [E, 2n, d] ([E, n, d] for an ungated activation), or a sequence of E such matrices, of which
-            nothing is copied.
-        down_proj: [E, d, n], stacked or a sequence.
+            nothing is copied; or a `QuantizedWeight`, which is frozen.
+        down_proj: [E, d, n], stacked, a sequence, or a `QuantizedWeight`.
         activation: gated "swiglu", "geglu" (erf), "geglu_tanh", "reglu", "gpt_oss"; ungated "silu", "gelu" (erf),
             "gelu_tanh", "relu", "relu2".
         gate_up_bias, down_bias: [E, 2n] ([E, n] ungated) and [E, d], stacked or sequences, or None.
@@ -92,8 +103,8 @@ def moe_experts(
     hidden_states: Tensor,
     weights: Tensor,
     dispatched: Dispatch,
-    gate_up_proj: ExpertWeight,
-    down_proj: ExpertWeight,
+    gate_up_proj: Projection,
+    down_proj: Projection,
     *,
     activation: str = "swiglu",
     gate_up_bias: ExpertWeight | None = None,
@@ -150,10 +161,7 @@ def _check_parameters(parameters: ExpertParameters, num_experts: int, spec: Expe
     check_choice("activation", spec.activation, ACTIVATIONS)
     width, device, dtypes = hidden_states.shape[1], hidden_states.device, _dtypes(hidden_states)
     gate_up_proj, down_proj, gate_up_bias, down_bias = parameters[:4]
-    first = gate_up_proj[0] if count_experts("gate_up_proj", gate_up_proj) else None
-    if not isinstance(first, Tensor) or first.dim() != 2:
-        raise ValueError("gate_up_proj: wanted [E, 2n, d], or a sequence of E matrices")
-    rows = first.shape[1 if spec.is_transposed else 0]
+    rows = _matrix_shape("gate_up_proj", gate_up_proj)[1 if spec.is_transposed else 0]
     if spec.is_gated and rows % 2:
         raise ValueError(f"gate_up_proj: got {rows} rows of gate and up, wanted an even number for {spec.activation!r}")
     inner = rows // 2 if spec.is_gated else rows
@@ -166,6 +174,14 @@ def _check_parameters(parameters: ExpertParameters, num_experts: int, spec: Expe
         check_expert_tensors("gate_up_bias", gate_up_bias, num_experts, (rows,), dtypes, device)
     if down_bias is not None:
         check_expert_tensors("down_bias", down_bias, num_experts, (width,), dtypes, device)
+
+
+def _matrix_shape(name: str, projection: Projection) -> tuple[int, int]:
+    if count_experts(name, projection) > 0:
+        first = projection if isinstance(projection, QuantizedWeight) else projection[0]
+        if isinstance(first, QuantizedWeight) or (isinstance(first, Tensor) and first.dim() == 2):
+            return matrix_shape(projection)
+    raise ValueError(f"{name}: wanted [E, 2n, d], or a sequence of E matrices")
 
 
 def with_adapters(call: ExpertCall, gate_up: Adapters, down: Adapters) -> ExpertCall:
@@ -208,7 +224,7 @@ def check_adapters(
         if not isinstance(adapters, (Lora, Sequence, NoneType)):
             raise TypeError(f"{name}: got {type(adapters).__name__}, wanted a Lora or a sequence of them")
         projection = parameters.gate_up if name == "gate_up_lora" else parameters.down
-        size_out, size_in = projection[0].shape[::-1] if spec.is_transposed else projection[0].shape
+        size_out, size_in = matrix_shape(projection)[:: -1 if spec.is_transposed else 1]
         for index, lora in enumerate(_as_list(adapters)):
             label = name if isinstance(adapters, Lora) else f"{name}[{index}]"
             if not isinstance(lora, Lora):
@@ -223,7 +239,7 @@ def check_adapters(
 
 def count_experts(name: str, value: object) -> int:
     """Return the number of experts in a stacked tensor, or in a sequence of one tensor per expert."""
-    if not isinstance(value, (Tensor, Sequence, nn.ParameterList)):
+    if not isinstance(value, (Tensor, Sequence, nn.ParameterList, QuantizedWeight)):
         raise TypeError(f"{name}: got {type(value).__name__}, wanted a Tensor or a sequence of tensors")
     if isinstance(value, Tensor) and value.dim() == 0:
         raise ValueError(f"{name}: got a scalar, wanted [E, ...]")
@@ -232,13 +248,19 @@ def count_experts(name: str, value: object) -> int:
 
 def check_expert_tensors(
     name: str,
-    value: ExpertWeight,
+    value: Projection,
     num_experts: int,
     shape: tuple[int, ...],
     dtypes: Sequence[torch.dtype],
     device: torch.device,
 ) -> None:
-    """One stacked tensor [E, *shape], or a sequence of E tensors of `shape`."""
+    """One stacked tensor [E, *shape], a sequence of E tensors of `shape`, or a quantised weight of that shape."""
+    if isinstance(value, QuantizedWeight):
+        if value.shape != (num_experts, *shape):
+            raise ValueError(f"{name}: got shape {list(value.shape)}, wanted {[num_experts, *shape]}")
+        if value.device != device:
+            raise ValueError(f"{name}: got device {value.device}, wanted {device}")
+        return
     if isinstance(value, Tensor):
         check_tensor(name, value, shape=(num_experts, *shape), dtypes=dtypes, device=device)
         return

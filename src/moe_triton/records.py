@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from moe_triton.quantization import QuantizedWeight
+
 GATED = ("swiglu", "geglu", "geglu_tanh", "reglu", "gpt_oss")
 UNGATED = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 ACTIVATIONS = GATED + UNGATED
@@ -95,6 +97,8 @@ class Dispatch:
 
 # All experts' tensors of one kind: stacked [E, ...], or one tensor per expert.
 ExpertWeight = Tensor | Sequence[Tensor]
+# A projection of all experts; a quantised one is frozen.
+Projection = ExpertWeight | QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -127,8 +131,8 @@ class ExpertParameters(NamedTuple):
     down_lora_b     [E, d, r] or None
     """
 
-    gate_up: ExpertWeight
-    down: ExpertWeight
+    gate_up: Projection
+    down: Projection
     gate_up_bias: ExpertWeight | None = None
     down_bias: ExpertWeight | None = None
     gate_up_lora_a: Tensor | None = None
@@ -168,7 +172,7 @@ class ExpertCall:
     @property
     def width(self) -> int:
         """Columns of the pre-activation: 2n, or n when ungated."""
-        return self.parameters.gate_up[0].shape[1 if self.spec.is_transposed else 0]
+        return matrix_shape(self.parameters.gate_up)[1 if self.spec.is_transposed else 0]
 
     @property
     def intermediate_size(self) -> int:
@@ -202,6 +206,11 @@ class Wanted(NamedTuple):
     gate_up_lora_b: bool = True
     down_lora_a: bool = True
     down_lora_b: bool = True
+
+    def of(self, parameters: ExpertParameters) -> Wanted:
+        """Return what of it exists: an absent parameter and a quantised projection have no gradient."""
+        exist = [not (p is None or isinstance(p, QuantizedWeight)) for p in parameters]
+        return Wanted(*self[:2], *(want and here for want, here in zip(self[2:], exist, strict=True)))
 
 
 class RowGradients(NamedTuple):
@@ -252,6 +261,12 @@ class ExpertGradients(NamedTuple):
     down_lora_b: ExpertWeight | None = None
 
 
-def as_given(parameter: ExpertWeight | None, gradient: Tensor | None) -> ExpertWeight | None:
+def matrix_shape(projection: Projection) -> tuple[int, int]:
+    """The shape of one expert's matrix."""
+    matrix = projection.shape[1:] if isinstance(projection, (Tensor, QuantizedWeight)) else projection[0].shape
+    return matrix[0], matrix[1]
+
+
+def as_given(parameter: Projection | None, gradient: Tensor | None) -> ExpertWeight | None:
     """A stacked gradient in the form of its parameter: stacked, or a list of one view per expert."""
     return gradient if gradient is None or isinstance(parameter, Tensor) else list(gradient.unbind(0))

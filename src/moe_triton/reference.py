@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from moe_triton.records import Dispatch, ExpertCall, Lora, RouterSpec, Routing
+from moe_triton.quantization import QuantizedWeight
+from moe_triton.records import Dispatch, ExpertCall, ExpertWeight, Lora, Projection, RouterSpec, Routing
 
 EPS = 1e-20  # keeps a normalisation finite when every chosen score underflowed
 GPT_OSS_ALPHA, GPT_OSS_LIMIT = 1.702, 7.0  # of its activation: the sigmoid's slope, and where gate and up are cut
@@ -205,13 +206,19 @@ def adapted(product: Tensor, x: Tensor, lora: Lora | None, expert: int) -> Tenso
     return product if lora is None else product + lora.scaling * (x @ lora.a[expert].T) @ lora.b[expert].T
 
 
+def dequantized(projection: Projection, dtype: torch.dtype) -> ExpertWeight:
+    """Return a projection as it is, or the numbers that a quantised one stands for."""
+    return projection.dequantize(dtype) if isinstance(projection, QuantizedWeight) else projection
+
+
 def moe_experts(call: ExpertCall) -> Tensor:
     """Compute out[t] = sum over t's kept choices k of weights[t, k] * (W2 act(W1 x[t] + b1) + b2), [T, d].
 
     With adapters W1 and W2 are W + scaling * B A, which is never formed: see `adapted`.
     """
     hidden_Td, spec, dispatched = call.hidden, call.spec, call.dispatched
-    gate_up, down, gate_up_bias, down_bias = call.parameters[:4]
+    gate_up, down = (dequantized(p, hidden_Td.dtype) for p in call.parameters[:2])
+    gate_up_bias, down_bias = call.parameters[2:4]
     out = torch.zeros_like(hidden_Td)
     offsets = dispatched.offsets.tolist()
     for e in range(dispatched.num_experts):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from torch import Tensor
 
 from moe_triton import reference, runtime
 from moe_triton.backends.protocols import ExpertsBackend
+from moe_triton.backends.torch import experts_cpu
+from moe_triton.backends.torch.cpu import CpuPolicy
 from moe_triton.records import Dispatch, ExpertCall, ExpertParameters, ExpertSpec, ExpertWeight, Wanted
 from tests.helpers.compare import assert_close
 
@@ -204,3 +208,18 @@ def check(actual: dict[str, Tensor], problem: Problem, tolerance: float | None =
             least = 0.01 * summed_for_weights(problem).square().mean().sqrt().item()
             scale = least if expected.square().mean().sqrt().item() < least else None
         assert_close(actual[name], expected, tolerance=tolerance, scale=scale)
+
+
+def ragged_choices(sizes: Sequence[int], top_k: int = 2) -> Tensor:
+    """Choices [T, K] in which expert e has sizes[e] slots, in random order, and -1 fills up the last token."""
+    ids = torch.cat([torch.full((size,), e) for e, size in enumerate(sizes)])
+    ids = torch.cat([ids, torch.full((-len(ids) % top_k,), -1)])
+    return ids[torch.randperm(len(ids))].view(-1, top_k)
+
+
+def with_policy(policy: CpuPolicy) -> Any:
+    """Return the CPU's experts as a backend, with a policy other than this processor's."""
+    return SimpleNamespace(
+        experts_forward=partial(experts_cpu.experts_forward, policy=policy),
+        experts_backward=partial(experts_cpu.experts_backward, policy=policy),
+    )

@@ -12,7 +12,7 @@ from moe_triton_kernels.down import down_kernel
 from moe_triton_kernels.launch import pipeline_stages, tile_of
 from moe_triton_kernels.operands import BiasArgument, SizesArgument, WeightArgument, descriptor_block
 from moe_triton_kernels.tiles import TilesArgument
-from moe_triton_kernels.tools.case import Case, leaves
+from moe_triton_kernels.tools.case import Case, integers_of, leaves, pointers_of
 from moe_triton_kernels.tools.shipped import Shipped
 from moe_triton_kernels.up import up_kernel
 
@@ -45,10 +45,9 @@ def product_case(
     """A grouped kernel at a shipped configuration: sizes, and the strides of weights, are multiples of 16."""
     config = shipped.config
     signature = {**signature, "TILE": tile_of(arch, config)}
-    numbers = [name for name in fn.arg_names if name not in signature and name not in constants]
+    numbers = integers_of(fn, signature, constants)
     kinds = [(name, kind) for arg, value in signature.items() for name, _, kind in leaves(arg, value, ())]
-    # num_tiles is one of several counts, 4 bytes apart
-    aligned = [name for name, kind in kinds if str(kind).startswith("*") and name != "tiles.num_tiles"]
+    aligned = pointers_of(signature)
     aligned += [name for name, kind in kinds if name.startswith(("weight.stride_", "sizes.")) and kind == "i32"]
     aligned += [name for name in numbers if name.startswith("size_")]
     return Case(
@@ -162,8 +161,7 @@ def down_cases(arch: str, shipped: Sequence[Shipped]) -> list[Case]:
                     "a": stored,
                     "out": stored,
                     "bias": bias_type(entry.dtype, addresses) if is_down else None,
-                    "router_weights": "*fp32" if is_down else None,
-                    "source": "*i32" if is_down else None,
+                    **only_of_down(op),
                     "tiles": TILES,
                     "sizes": sizes_type(is_even=not addresses),
                     "adapter": None,
@@ -174,6 +172,11 @@ def down_cases(arch: str, shipped: Sequence[Shipped]) -> list[Case]:
             )
             cases.append(case)
     return cases
+
+
+def only_of_down(op: str) -> dict[str, str | None]:
+    """What the kernel of down and d_rows takes for down only."""
+    return {"router_weights": "*fp32", "source": "*i32"} if op == "down" else {"router_weights": None, "source": None}
 
 
 def d_hidden_cases(arch: str, shipped: Sequence[Shipped]) -> list[Case]:

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from moe_triton import reference, runtime
 from moe_triton.autograd.flat import ROWS, Form, call_of, flatten_gradients, form_of, split, tensors_of
 from moe_triton.autograd.transforms import TransformedGradient, call_per_sample, refuse_jvp
+from moe_triton.quantization import QuantizedWeight
 from moe_triton.records import ExpertCall, ExpertParameters, ExpertSpec, Wanted
 from moe_triton.torch_internals import has_no_data, is_transforming
 
@@ -55,8 +56,10 @@ def in_autocast_dtype(call: ExpertCall) -> ExpertCall:
 
 
 def _cast(x: Any, dtype: torch.dtype) -> Any:
-    if x is None or isinstance(x, Tensor):
-        return x if x is None else x.to(dtype)
+    if x is None or isinstance(x, QuantizedWeight):
+        return x
+    if isinstance(x, Tensor):
+        return x.to(dtype)
     return [tensor.to(dtype) for tensor in x]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from dataclasses import fields, replace
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +14,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_triton.backends.torch import experts_cpu, experts_device, grouped, memory
-from moe_triton.backends.torch.cpu import CpuPolicy, this_cpu
+from moe_triton.backends.torch.cpu import CpuPolicy, make_policy
+from moe_triton.backends.torch.processor import this_processor
 from moe_triton.records import ACTIVATIONS, Dispatch, ExpertSpec
 from tests.helpers import problems
 from tests.helpers.compare import TOLERANCE, assert_close
-from tests.helpers.problems import INPUTS, Problem, as_sequences, check, replaced, run, with_inputs
+from tests.helpers.problems import (
+    INPUTS,
+    Problem,
+    as_sequences,
+    check,
+    ragged_choices,
+    replaced,
+    run,
+    with_inputs,
+    with_policy,
+)
 
 LAYOUTS = ((False, True), (True, False), (True, True), (False, False))  # (is_transposed, is_concatenated)
 make_problem = partial(problems.make_problem, device="cpu")
@@ -28,21 +38,15 @@ make_problem = partial(problems.make_problem, device="cpu")
 def on_cpu(*, batched: bool, recurring: bool) -> Any:
     """The CPU's blocks, as cut on a processor of that kind, with batches wherever they are possible or nowhere."""
     policy = replace(
-        this_cpu(),
+        make_policy("onednn" if recurring else "mm", this_processor()),
         shapes_recur=recurring,
+        linear_from=1,
         most_batched_rows=dict.fromkeys(TOLERANCE, (1000, 1000) if batched else (0, 0)),
         batched_block_rows=(1, 100),  # two batches of SIZES
         alone_overhead=1000,
         num_threads=2,
     )
     return with_policy(policy)
-
-
-def with_policy(policy: CpuPolicy) -> Any:
-    return SimpleNamespace(
-        experts_forward=partial(experts_cpu.experts_forward, policy=policy),
-        experts_backward=partial(experts_cpu.experts_backward, policy=policy),
-    )
 
 
 WAYS = {
@@ -58,13 +62,6 @@ CPU_WAYS = [way for way in WAYS if way != "device"]
 def check_way(way: str, problem: Problem, keep: bool = True) -> None:
     # the router weights' gradient is fp32, of products in the hidden states' dtype
     check(run(problem, WAYS[way], recompute=not keep), problem, TOLERANCE[problem.call.hidden.dtype])
-
-
-def ragged_choices(sizes: list[int], top_k: int = 2) -> Tensor:
-    """Choices [T, K] in which expert e has sizes[e] slots, in random order, and -1 fills up the last token."""
-    ids = torch.cat([torch.full((size,), e) for e, size in enumerate(sizes)])
-    ids = torch.cat([ids, torch.full((-len(ids) % top_k,), -1)])
-    return ids[torch.randperm(len(ids))].view(-1, top_k)
 
 
 SIZES = [5, 0, 33, 1, 7, 20]  # an empty expert, experts that share a block, and two whose rows may be padded

@@ -11,8 +11,10 @@ from torch import Tensor
 from moe_triton.backends.torch.activations import activate, activate_backward, activate_for_backward
 from moe_triton.backends.torch.blocks import Block, Layout
 from moe_triton.backends.torch.cpu import CpuPolicy, batched_product, this_cpu
+from moe_triton.backends.torch.decoded import Decoded
 from moe_triton.backends.torch.memory import empty
 from moe_triton.backends.torch.rows import row_slots, scatter_to_slots, sum_rows
+from moe_triton.quantization import QuantizedWeight
 from moe_triton.records import (
     ExpertCall,
     ExpertGradients,
@@ -20,12 +22,13 @@ from moe_triton.records import (
     ExpertWeight,
     Lora,
     ParameterGradients,
+    Projection,
     RowGradients,
     Wanted,
     as_given,
 )
 
-Projection = Callable[[int | slice], Tensor]
+Matrices = Callable[[int | slice], Tensor]  # expert -> its projection as [out, in]; or several experts'
 
 
 def experts_forward(
@@ -36,7 +39,7 @@ def experts_forward(
     The definition is `moe_triton.reference.moe_experts`.
     """
     hidden, spec, layout, parameters = call.hidden, call.spec, _layout(call, policy, backward=False), call.parameters
-    up, down = _projection(parameters.gate_up, spec), _projection(parameters.down, spec)
+    up, down = (_matrices(p, spec, hidden.dtype) for p in parameters[:2])
     up_lora, down_lora = _readable(call.gate_up_lora), _readable(call.down_lora)
     tokens, weights = row_slots(call, layout.row_of_place)
     y = empty((layout.num_places + 1, call.hidden_size), hidden.dtype)
@@ -141,8 +144,8 @@ class RowsPass:
 
     def __init__(self, call: ExpertCall, layout: Layout, preactivation: Tensor, wanted: Wanted) -> None:
         self.call, self.layout, self.preactivation = call, layout, preactivation
-        up, down = (_projection(p, call.spec) for p in (call.parameters.gate_up, call.parameters.down))
-        self.up, self.up_back, self.down_back = up, lambda e: up(e).mT, lambda e: down(e).mT
+        up, down = (_matrices(p, call.spec, call.hidden.dtype) for p in call.parameters[:2])
+        self.up, self.up_back, self.down_back = up, _transposed(up), _transposed(down)
         self.up_lora, self.down_lora = _readable(call.gate_up_lora), _readable(call.down_lora)
         shape = (layout.num_places + 1, call.hidden_size)
         self.dx = empty(shape, call.hidden.dtype) if wanted.hidden else None
@@ -197,7 +200,8 @@ class WeightsPass:
         self.spec, self.layout, self.parameters = call.spec, layout, call.parameters
         self.up_lora, self.down_lora = _readable(call.gate_up_lora), _readable(call.down_lora)
         self.grads = [
-            _gradient(p, layout.blocks) if want else None for p, want in zip(self.parameters, wanted[2:], strict=True)
+            _gradient(cast(ExpertWeight, p), layout.blocks) if want else None
+            for p, want in zip(self.parameters, wanted.of(self.parameters)[2:], strict=True)
         ]
 
     def run(self, index: int, work: BlockBuffers) -> None:
@@ -253,22 +257,28 @@ def _layout(call: ExpertCall, policy: CpuPolicy | None, *, backward: bool) -> La
     return Layout(call.dispatched.offsets.tolist(), policy, most)
 
 
-def _projection(weights: ExpertWeight, spec: ExpertSpec) -> Projection:
-    """Expert -> its projection as [out, in], a view; or several experts' of stacked weights."""
-    of = cast(Tensor, weights)  # what is not stacked is never sliced
+def _matrices(projection: Projection, spec: ExpertSpec, dtype: torch.dtype) -> Matrices | Decoded:
+    """The projections as [out, in], views; quantised ones are decoded to `dtype`."""
+    if isinstance(projection, QuantizedWeight):
+        return Decoded(projection.mT if spec.is_transposed else projection, dtype)
+    of = cast(Tensor, projection)  # what is not stacked is never sliced
     return (lambda e: of[e].mT) if spec.is_transposed else (lambda e: of[e])
+
+
+def _transposed(matrices: Matrices | Decoded) -> Matrices | Decoded:
+    return matrices.mT if isinstance(matrices, Decoded) else lambda e: matrices(e).mT
 
 
 def _products(
     layout: Layout,
     block: Block,
     x_mI: Tensor,
-    weight: Projection,
+    weight: Matrices | Decoded,
     biases: ExpertWeight | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """x @ weight(e).T + bias[e] for the rows of every expert e of the block, [m, O]; `out`: see `CpuPolicy.product`."""
-    if block.batch is not None:
+    if block.batch is not None and not isinstance(weight, Decoded):
         count = block.batch.stop - block.batch.start
         x_CmI = x_mI.view(count, -1, x_mI.shape[1])
         bias_CO = cast(Tensor, biases)[block.batch] if biases is not None else None
@@ -276,19 +286,35 @@ def _products(
         return batched_product(x_CmI, weight(block.batch), bias_CO, out_CmO).flatten(0, 1)
     if len(block.parts) == 1:
         e = block.parts[0][0]
-        return layout.policy.product(x_mI, weight(e), None if biases is None else biases[e], out)
+        return _product(layout.policy, x_mI, weight, e, biases, out)
     if out is None:
-        out = x_mI.new_empty(x_mI.shape[0], weight(block.parts[0][0]).shape[0])
+        size = weight.size_out if isinstance(weight, Decoded) else weight(block.parts[0][0]).shape[0]
+        out = x_mI.new_empty(x_mI.shape[0], size)
     for e, part in block.parts:
-        layout.policy.product(x_mI[part], weight(e), None if biases is None else biases[e], out[part])
+        _product(layout.policy, x_mI[part], weight, e, biases, out[part])
     return out
+
+
+def _product(
+    policy: CpuPolicy,
+    x_mI: Tensor,
+    weight: Matrices | Decoded,
+    expert: int,
+    biases: ExpertWeight | None,
+    out: Tensor | None,
+) -> Tensor:
+    """x @ weight(expert).T + bias[expert] for the rows of one expert; `out`: see `CpuPolicy.product`."""
+    bias = None if biases is None else biases[expert]
+    if isinstance(weight, Decoded):
+        return weight.product(policy, x_mI, expert, bias, out)
+    return policy.product(x_mI, weight(expert), bias, out)
 
 
 def _affine(
     layout: Layout,
     block: Block,
     x_mI: Tensor,
-    weight: Projection,
+    weight: Matrices | Decoded,
     biases: ExpertWeight | None,
     lora: Lora | None,
     out: Tensor | None = None,

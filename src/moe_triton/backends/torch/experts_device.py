@@ -20,11 +20,12 @@ from moe_triton.records import (
     ExpertWeight,
     Lora,
     ParameterGradients,
+    Projection,
     RowGradients,
     Wanted,
     as_given,
 )
-from moe_triton.reference import wide
+from moe_triton.reference import dequantized, wide
 
 
 def experts_forward(call: ExpertCall, keep_preactivation: bool) -> tuple[Tensor, Tensor]:
@@ -33,7 +34,7 @@ def experts_forward(call: ExpertCall, keep_preactivation: bool) -> tuple[Tensor,
     rows = _Rows(call)
     h_SN = _up(call, rows)
     a_Sn = activate(h_SN, spec)
-    y_Sd = grouped_product(a_Sn, _in_out(call.parameters.down, spec), rows)
+    y_Sd = grouped_product(a_Sn, _in_out(call.parameters.down, call), rows)
     if (lora := _padded(call.down_lora)) is not None:
         y_Sd = y_Sd + grouped_product(_narrow(a_Sn, lora.a.mT, lora.scaling, rows), lora.b.mT, rows)
     if down_bias is not None:
@@ -56,7 +57,7 @@ def experts_backward_rows(call: ExpertCall, grad_out: Tensor, preactivation: Ten
     h_SN = _up(call, rows) if preactivation.numel() == 0 else preactivation
     h_SN = torch.where(rows.kept_S1, h_SN, 0)
     a_Sn, activated_gate = activate_for_backward(h_SN, spec)
-    da_Sn = grouped_product(dy_Sd, _in_out(call.parameters.down, spec).mT, rows)
+    da_Sn = grouped_product(dy_Sd, _in_out(call.parameters.down, call).mT, rows)
     if (lora := _padded(call.down_lora)) is not None:
         da_Sn = da_Sn + grouped_product(_narrow(dy_Sd, lora.b, lora.scaling, rows), lora.a, rows)
     da_Sn = torch.where(rows.kept_S1, da_Sn, 0)
@@ -73,7 +74,7 @@ def experts_backward_rows(call: ExpertCall, grad_out: Tensor, preactivation: Ten
         dw_of_slot = torch.where(row >= 0, dw_S[row.clamp_min(0)], 0)
         grad_weights = dw_of_slot.view_as(call.weights).to(call.weights.dtype)
     if wanted.hidden:
-        dx_Sd = grouped_product(dh_SN, _in_out(call.parameters.gate_up, spec).mT, rows)
+        dx_Sd = grouped_product(dh_SN, _in_out(call.parameters.gate_up, call).mT, rows)
         if (lora := _padded(call.gate_up_lora)) is not None:
             dx_Sd = dx_Sd + grouped_product(_narrow(dh_SN, lora.b, lora.scaling, rows), lora.a, rows)
         grad_hidden = combine_rows(dx_Sd, position)
@@ -84,7 +85,7 @@ def experts_backward_weights(
     call: ExpertCall, grad_out: Tensor, row_grads: RowGradients, wanted: Wanted
 ) -> ParameterGradients:
     """Compute `experts_cpu.experts_backward_weights` with no host sync."""
-    rows, spec, grad_h = _Rows(call), call.spec, row_grads.preactivation
+    rows, spec, grad_h, wanted = _Rows(call), call.spec, row_grads.preactivation, wanted.of(call.parameters)
     dy_Sd = rows.gather(grad_out)
     up = down = up_bias = down_bias = None
     if wanted.gate_up:
@@ -118,7 +119,7 @@ class _Rows(GroupedRows):
 def _up(call: ExpertCall, rows: _Rows) -> Tensor:
     """Pre-activations [S, 2n] or [S, n]."""
     parameters, x_Sd = call.parameters, rows.gather(call.hidden)
-    h_SN = grouped_product(x_Sd, _in_out(parameters.gate_up, call.spec), rows)
+    h_SN = grouped_product(x_Sd, _in_out(parameters.gate_up, call), rows)
     if (lora := _padded(call.gate_up_lora)) is not None:
         h_SN = h_SN + grouped_product(_narrow(x_Sd, lora.a.mT, lora.scaling, rows), lora.b.mT, rows)
     return h_SN if parameters.gate_up_bias is None else h_SN + _stack(parameters.gate_up_bias)[rows.expert_S]
@@ -171,6 +172,7 @@ def _stack(weights: ExpertWeight) -> Tensor:
     return weights if isinstance(weights, Tensor) else torch.stack(list(weights))
 
 
-def _in_out(weights: ExpertWeight, spec: ExpertSpec) -> Tensor:
-    """The projections of all experts as [E, in, out]."""
-    return _stack(weights) if spec.is_transposed else _stack(weights).mT
+def _in_out(projection: Projection, call: ExpertCall) -> Tensor:
+    """The projections of all experts as [E, in, out]; quantised ones are decoded for this product alone."""
+    stacked = _stack(dequantized(projection, call.hidden.dtype))
+    return stacked if call.spec.is_transposed else stacked.mT

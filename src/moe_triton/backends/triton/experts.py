@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from moe_triton.records import (
     Wanted,
     as_given,
 )
+from moe_triton.reference import dequantized
 from moe_triton_kernels.combine import combine
 from moe_triton_kernels.configs import choose_config
 from moe_triton_kernels.d_hidden import d_hidden, d_router_weights
@@ -51,7 +53,7 @@ class Problem:
         self.hidden, self.weights = call.hidden.contiguous(), call.weights.contiguous()
         self.top_k, self.num_rows = call.dispatched.top_k, call.num_rows
         self.size_d, self.size_n = call.hidden_size, call.intermediate_size
-        gate_up, down = per_expert(parameters.gate_up), per_expert(parameters.down)
+        gate_up, down = (per_expert(dequantized(p, call.hidden.dtype)) for p in parameters[:2])
         self.gate_up = gate_up if spec.is_transposed else gate_up.transposed()
         self.down = down if spec.is_transposed else down.transposed()
         self.gate_up_bias = None if parameters.gate_up_bias is None else per_expert(parameters.gate_up_bias)
@@ -326,14 +328,12 @@ def experts_backward_weights(
     call: ExpertCall, grad_out: Tensor, row_grads: RowGradients, wanted: Wanted
 ) -> ParameterGradients:
     """Compute the second half of `experts_backward`."""
-    problem, given = Problem(call), call.parameters
+    problem, given, wanted = Problem(call), call.parameters, wanted.of(call.parameters)
     if problem.num_rows == 0:
         return ParameterGradients(
-            *(zeros_like(p) if want and p is not None else None for p, want in zip(given, wanted[2:], strict=True))
+            *(zeros_like(cast(ExpertWeight, p)) if want else None for p, want in zip(given, wanted[2:], strict=True))
         )
-    grad_out = grad_out.contiguous()
-    grad_h, has_biases = row_grads.preactivation, (given.gate_up_bias is not None, given.down_bias is not None)
-    weighted_a = row_grads.weighted_a
+    grad_out, grad_h, weighted_a = grad_out.contiguous(), row_grads.preactivation, row_grads.weighted_a
     adapters: Sequence[Tensor | None] = (None,) * 4
     if problem.gate_up_lora is not None or problem.down_lora is not None:
         tiles = problem.tiles()
@@ -344,8 +344,8 @@ def experts_backward_weights(
     grads = (
         problem.d_gate_up(grad_h) if wanted.gate_up else None,
         problem.d_down(grad_out, weighted_a) if wanted.down else None,
-        problem.d_gate_up_bias(grad_h) if wanted.gate_up_bias and has_biases[0] else None,
-        problem.d_down_bias(grad_out) if wanted.down_bias and has_biases[1] else None,
+        problem.d_gate_up_bias(grad_h) if wanted.gate_up_bias else None,
+        problem.d_down_bias(grad_out) if wanted.down_bias else None,
         *(None if x is None else x.contiguous() for x in adapters),
     )
     return ParameterGradients(*(as_given(p, grad) for p, grad in zip(given, grads, strict=True)))
