@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,8 @@ from moe_triton import runtime
 from moe_triton.backends.torch.cpu import choose_policy
 from moe_triton.backends.torch.processor import this_processor
 from moe_triton.checks import check_choice, check_int
+from moe_triton.integrations import transformers as hf
+from moe_triton.integrations.transformers_routers import RoutedLayer, num_local_experts, routed_layers
 from moe_triton.layers import Experts, MoE
 from moe_triton.records import ACTIVATIONS, GATED
 
@@ -39,7 +42,7 @@ class Explanation:
 
     name      of the module; "" for a shape
     shape     T, d, n, E, K
-    backend   "triton", "torch" or "reference"; reason: why
+    backend   "triton", "torch" or "reference", or "transformers" for experts that are not swapped; reason: why
     parts     step by step
     """
 
@@ -74,7 +77,8 @@ def explain(
     """What will run for every MoE layer of a module, or for one shape (T, d, n, E, K).
 
     Args:
-        module_or_shape: a module with `moe_triton.MoE` layers (or one itself), or five sizes.
+        module_or_shape: a module with `moe_triton.MoE` layers (or one itself), a transformers model whose experts have
+            its interface, swapped or not, or five sizes.
         tokens: T, for a module; configurations depend on the rows per expert, T K / E.
         activation, dtype, backend: for a shape; a module has its own.
         device: where it would run. None: the module's own; for a shape a GPU if there is one.
@@ -88,10 +92,15 @@ def explain(
     """
     if isinstance(module_or_shape, nn.Module):
         check_int("tokens", tokens, low=1)
-        found = [(name, layer) for name, layer in module_or_shape.named_modules() if isinstance(layer, MoE)]
+        layers = [(name, layer) for name, layer in module_or_shape.named_modules() if isinstance(layer, MoE)]
+        found = [explain_layer(name, layer, tokens, device) for name, layer in layers]
+        found += [explain_routed(layer, tokens, device) for layer in routed_layers(module_or_shape)]
         if not found:
-            raise ValueError("module_or_shape: got a module without a moe_triton.MoE layer, wanted at least one")
-        return [explain_layer(name, layer, tokens, device) for name, layer in found]
+            raise ValueError(
+                "module_or_shape: got a module without a moe_triton.MoE layer and without experts of transformers' "
+                "interface, wanted at least one"
+            )
+        return found
     sizes = tuple(module_or_shape)
     if len(sizes) != len(SHAPE):
         raise ValueError(f"module_or_shape: got {len(sizes)} sizes, wanted {len(SHAPE)}: {', '.join(SHAPE)}")
@@ -114,6 +123,37 @@ def explain_layer(name: str, layer: MoE, tokens: int, device: torch.device | str
         name, shape, weight.dtype, where, experts.backend, experts.spec.activation,
         has_bias=experts.down_proj_bias is not None, recompute=experts.recompute,
     )  # fmt: skip
+
+
+def explain_routed(layer: RoutedLayer, tokens: int, device: torch.device | str | None) -> Explanation:
+    """What will run for a layer of a transformers model: its router, and whatever its experts are switched to."""
+    experts: Any = layer.experts
+    down = experts.down_proj
+    hidden, intermediate = down.shape[-2:][::-1] if experts.is_transposed else down.shape[-2:]
+    shape = (tokens, hidden, intermediate, num_local_experts(experts), layer.top_k)
+    where = down.device if device is None else torch.device(device)
+    implementation = getattr(experts.config, "_experts_implementation", None)
+    routing = Part(step="gate, route", runs=f"{type(layer.router).__name__} of transformers")
+    if implementation != hf.KEY:
+        obstacle = hf.obstacle(experts)
+        reason = "not swapped" if obstacle is None else f"cannot be swapped: {obstacle}"
+        runs = f"experts_implementation={implementation!r} of transformers"
+        return Explanation(
+            name=layer.name, shape=shape, dtype=down.dtype, device=where, backend="transformers", reason=reason,
+            parts=(routing, Part(step="experts", runs=runs)),
+        )  # fmt: skip
+    activation = hf.fused_activation(experts)
+    found = describe(
+        layer.name, shape, down.dtype, where, getattr(experts, "moe_triton_backend", "auto"), activation or "swiglu",
+        has_bias=experts.has_bias,
+    )  # fmt: skip
+    rest = [part for part in found.parts if part.step not in ("gate", "route")]
+    if activation is None and found.backend != "reference":
+        rest = [part for part in rest if part.step == "dispatch"]
+        rest.append(
+            Part(step="experts, both passes", runs="products of torch, with the module's own gate between them")
+        )
+    return replace(found, parts=(routing, *rest))
 
 
 def describe(

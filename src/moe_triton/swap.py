@@ -13,6 +13,7 @@ from torch import nn
 
 from moe_triton.checks import check_choice
 from moe_triton.integrations import transformers as hf
+from moe_triton.integrations.transformers_routers import experts_interface
 from moe_triton.layers import Experts, MoE
 from moe_triton.runtime import BACKENDS
 
@@ -183,23 +184,15 @@ UNKNOWN = "looks like a mixture of experts, but its class has no interface that 
 
 def _dispatches(module: nn.Module) -> bool:
     """Return whether the class's forward looks its implementation up by name, as transformers' decorator makes it."""
-    return _interface(module) is not None
-
-
-def _interface(module: nn.Module) -> Any:
-    """Return the registry that the module's forward looks in, a free variable of the decorator's wrapper; or None."""
-    forward = type(module).forward
-    code = getattr(forward, "__code__", None)
-    if code is None or "experts_interface" not in code.co_freevars:
-        return None
-    return forward.__closure__[code.co_freevars.index("experts_interface")].cell_contents  # type: ignore[index]
+    return experts_interface(module) is not None
 
 
 def _obstacle(module: nn.Module) -> str | None:
     """Return why this module, which dispatches, cannot run our experts; None where it can."""
     hf.register()
-    if hf.KEY not in _interface(module):
-        return f"its class looks its implementation up in a registry of its own ({type(_interface(module)).__name__})"
+    registry = experts_interface(module)
+    if hf.KEY not in registry:
+        return f"its class looks its implementation up in a registry of its own ({type(registry).__name__})"
     return hf.obstacle(module)
 
 
