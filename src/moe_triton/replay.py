@@ -8,6 +8,7 @@ gradients and the losses are those of the model as it is now.
 
 from __future__ import annotations
 
+import math
 import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -39,8 +40,14 @@ class _Call:
 
 @dataclass(eq=False)
 class _Pass:
-    """The calls of the routers in one forward pass of the model. The graph of its output keeps it alive."""
+    """The calls of the routers in one forward pass of the model. The graph of its output keeps it alive.
 
+    start, end: autograd's count of nodes before and after the pass, in which there was autograd if `has_graph`.
+    """
+
+    start: int = 0
+    end: float = math.inf
+    has_graph: bool = True
     calls: dict[str, list[_Call]] = field(default_factory=dict)
 
 
@@ -233,13 +240,14 @@ class RoutingRecorder:
     @never_compiled
     def _begin_pass(self, *_: Any) -> None:
         if not recomputing():
-            self._pass = self._latest = _Pass()
+            self._pass = self._latest = _Pass(nodes_made(), has_graph=torch.is_grad_enabled())
 
     @never_compiled
     def _end_pass(self, module: nn.Module, args: Any, output: Any) -> None:
         current = self._pass
         if current is None or recomputing():
             return
+        current.end = nodes_made()
         for tensor in _tensors(output):
             node: Any = tensor.grad_fn
             if node is not None:
@@ -296,12 +304,22 @@ class RoutingRecorder:
             call.given = ids
 
     def _repeated(self, name: str) -> _Call | None:
-        """The call in a forward pass that backward repeats now: the last one before the running node was made."""
-        passes = {id(x): x for x in (*(ref() for ref in self._passes), self._latest) if x is not None}
-        calls = [call for found in passes.values() for call in found.calls.get(name, ())]
+        """The call in a forward pass that backward repeats now, by when the node that backward runs was made.
+
+        That was before the call where it is a reentrant checkpoint's own node, else after it. None where the pass is
+        not known: it came before the first context.
+        """
         number, is_reentrant = running_node()
-        before = [call for call in calls if call.since <= number + is_reentrant]
-        return max(before, key=lambda call: call.since, default=None)
+        passes = {id(x): x for x in (*(ref() for ref in self._passes), self._latest) if x is not None}
+        found = max((x for x in passes.values() if x.start <= number), key=lambda x: x.start, default=None)
+        if is_reentrant and (found is None or number >= found.end):  # the checkpoint is around the whole model
+            found = self._latest
+            if found is None or found.has_graph or found.start <= number:
+                return None
+        calls = [] if found is None else found.calls.get(name, [])
+        if is_reentrant:
+            return next((call for call in calls if call.since > number), None)
+        return next((call for call in reversed(calls) if call.since <= number), None)
 
     @torch.inference_mode(False)
     @torch.no_grad()
