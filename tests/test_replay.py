@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from functools import partial
 
+import peft
 import pytest
 import torch
 import transformers
@@ -339,6 +340,26 @@ def test_groups_of_given_experts_are_kept():
         block(x)
     expected = block.gate(x)[0].softmax(-1).gather(1, worst.long())
     torch.testing.assert_close(seen[0], expected)
+
+
+@pytest.mark.parametrize("target", [{"target_parameters": ["experts.gate_up_proj"]}, {"target_modules": "all-linear"}])
+def test_a_model_with_adapters(target):
+    """PEFT wraps the experts, and with "all-linear" the router too."""
+    model = peft.get_peft_model(tiny_model("mixtral"), peft.LoraConfig(r=2, **target))
+    tokens = torch.randint(2, VOCAB, (1, 5))
+    recorder, monitor = RoutingRecorder(model), moe_triton.LoadMonitor(model)
+    data = distinct_ids(5, 2)
+    with recorder.replay(data):
+        wanted = model(tokens).logits
+    with recorder.record():
+        model(tokens)
+    with recorder.replay(recorder.data):
+        assert not torch.equal(model(tokens).logits, wanted)
+    with recorder.replay(data):
+        assert torch.equal(model(tokens).logits, wanted)
+    name = "base_model.model.model.layers.0.mlp.experts"
+    assert monitor.read()[name].assignments == 4 * 5 * K
+    assert moe_triton.explain(model)[0].name == name
 
 
 # Over ranks, compiled, and wrong --------------------------------------------------------------------------------------

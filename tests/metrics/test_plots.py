@@ -29,7 +29,7 @@ def test_the_map_of_layers_and_experts(tmp_path):
     """Layers may have different numbers of experts; an expert without any load is marked."""
     from matplotlib.image import imread
 
-    counts = {"a": [9, 1, 2, 4], "b": [4, 4, 4, 4, 4, 0], "c": [0, 0, 0, 0]}
+    counts = {"a": [9, 1, 2, 4], "b": [8, 4, 4, 2, 0, 4], "c": [0, 0, 0, 0]}
     reading = {name: load_statistics(torch.tensor(values)) for name, values in counts.items()}
     plot_load_map(reading, tmp_path / "map.png")
     pixels = imread(tmp_path / "map.png")[..., :3]

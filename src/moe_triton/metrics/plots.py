@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -47,36 +48,40 @@ def plot_load(history: Sequence[Mapping[str, LoadStatistics]], path: str | Path)
 
 
 def plot_load_map(reading: Mapping[str, LoadStatistics], path: str | Path) -> None:
-    """Write a PNG of one reading of `LoadMonitor.read`: layers x experts, coloured by load, a cross where it is 0.
+    """Write a PNG of one reading of `LoadMonitor.read`: layers x experts, coloured by load, on a scale of powers of 2.
 
-    White is the mean load, blue below it and red above, up to the busiest expert. ValueError for an empty reading.
+    White is the mean load, red above it and blue below; grey with a cross is no load. ValueError for an empty reading.
     """
-    from matplotlib.colors import TwoSlopeNorm
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     if not reading:
         raise ValueError("reading: got nothing, wanted at least one layer")
     num_experts = max(len(statistics.loads) for statistics in reading.values())
-    missing = (float("nan"),)
-    loads = [statistics.loads + missing * (num_experts - len(statistics.loads)) for statistics in reading.values()]
     busiest = max(statistics.max_load for statistics in reading.values())
-    width, height = min(16.0, 3.5 + 0.16 * num_experts), min(20.0, 1.6 + 0.24 * len(reading))
-    figure = Figure(figsize=(max(6.0, width), max(2.2, height)), dpi=110, layout="constrained")
+    limit = min(4, max(1, math.ceil(math.log2(busiest))))  # to a sixteenth and 16 times at most
+    powers, dead = [], []
+    for row, statistics in enumerate(reading.values()):
+        missing = [math.nan] * (num_experts - len(statistics.loads))
+        powers.append([math.log2(load) if load else math.nan for load in statistics.loads] + missing)
+        dead += [(expert, row) for expert in statistics.dead_experts]
+
+    width, height = min(16.0, max(6.0, 3.5 + 0.16 * num_experts)), min(20.0, max(2.8, 1.6 + 0.24 * len(reading)))
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(
-        loads, cmap="RdBu_r", norm=TwoSlopeNorm(1, vmin=0, vmax=max(2.0, busiest)), aspect="auto", interpolation="none"
-    )
-    dead = [(expert, row) for row, found in enumerate(reading.values()) for expert in found.dead_experts]
+    image = axes.imshow(powers, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="none")
     if dead:
         experts, rows = zip(*dead, strict=True)
+        axes.set_facecolor("lightgrey")
         axes.scatter(experts, rows, marker="x", color="black", s=14, linewidths=0.9)
     axes.set_yticks(range(len(reading)), list(reading), fontsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("expert", fontsize=9)
     axes.tick_params(labelsize=8)
     axes.spines[:].set_visible(False)
-    title = f"load of the experts, {len(dead)} without any (x)" if dead else "load of the experts"
-    axes.set_title(title, fontsize=10, loc="left")
-    figure.colorbar(image, label="times the mean load").ax.tick_params(labelsize=8)
+    axes.set_title(f"load of the experts{f'; x: no load ({len(dead)})' if dead else ''}", fontsize=10, loc="left")
+    ticks = range(-limit, limit + 1)
+    labels = [f"1/{2**-power}" if power < 0 else str(2**power) for power in ticks]
+    bar = figure.colorbar(image, ticks=list(ticks), extend="both", label="times the mean load")
+    bar.ax.set_yticklabels(labels, fontsize=8)
     figure.savefig(path, format="png")
