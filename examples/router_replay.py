@@ -18,7 +18,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 import moe_triton
 
 VOCAB, PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 64, 16, 4, 12
-STEPS, MICRO_BATCHES, CLIP = 6, 2, 0.2
+STEPS, MICRO_BATCHES, CLIP = 5, 2, 0.2
 
 
 def make_policy() -> nn.Module:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from functools import partial
 
-import peft
 import pytest
 import torch
 import transformers
@@ -272,7 +271,14 @@ def test_a_whole_model_trains_with_another_ones_choices(family):
     for layer in layers:
         layer.experts.register_forward_pre_hook(lambda _, args: seen.append(args[1].int()))
     model.train()
+    monitor = moe_triton.LoadMonitor(model)
     model(tokens)
+    readings = monitor.read(mode="train")
+    assert list(readings) == [layer.name for layer in layers] == [found.name for found in moe_triton.explain(model)]
+    for reading, layer in zip(readings.values(), layers, strict=True):
+        assert reading.assignments == 10 * layer.top_k
+        assert (reading.dropped, len(reading.loads)) == (0.0, layer.num_experts)
+        assert reading.balance > 0
     assert not all(torch.equal(ids, data[:, index]) for ids, index in zip(seen, routed, strict=True))
     seen.clear()
     with RoutingRecorder(model).replay(data):
@@ -342,51 +348,7 @@ def test_groups_of_given_experts_are_kept():
     torch.testing.assert_close(seen[0], expected)
 
 
-@pytest.mark.parametrize("target", [{"target_parameters": ["experts.gate_up_proj"]}, {"target_modules": "all-linear"}])
-def test_a_model_with_adapters(target):
-    """PEFT wraps the experts, and with "all-linear" the router too."""
-    model = peft.get_peft_model(tiny_model("mixtral"), peft.LoraConfig(r=2, **target))
-    tokens = torch.randint(2, VOCAB, (1, 5))
-    recorder, monitor = RoutingRecorder(model), moe_triton.LoadMonitor(model)
-    data = distinct_ids(5, 2)
-    with recorder.replay(data):
-        wanted = model(tokens).logits
-    with recorder.record():
-        model(tokens)
-    with recorder.replay(recorder.data):
-        assert not torch.equal(model(tokens).logits, wanted)
-    with recorder.replay(data):
-        assert torch.equal(model(tokens).logits, wanted)
-    name = "base_model.model.model.layers.0.mlp.experts"
-    assert monitor.read()[name].assignments == 4 * 5 * K
-    assert moe_triton.explain(model)[0].name == name
-
-
-# Over ranks, compiled, and wrong --------------------------------------------------------------------------------------
-
-
-def replayed_on_ranks():
-    """Each rank's router sees the tokens of its rank."""
-    torch.manual_seed(0)
-    layer = MoE(D, 4, E, K, expert_parallel=moe_triton.distributed.ExpertParallel())
-    alone = MoE(D, 4, E, K)
-    rank = torch.distributed.get_rank()
-    x = torch.randn(2, 5, D)[rank]
-    recorder = RoutingRecorder(layer)
-    with recorder.record():
-        out = layer(x).output
-    assert torch.equal(recorder.data[:, 0], layer.router(x).experts)
-    with recorder.replay(recorder.data):
-        assert torch.equal(layer(x).output, out)
-    alone.router.load_state_dict(layer.router.state_dict())
-    data = torch.rand(2, 5, 1, E).argsort(-1)[rank, ..., :K].int()
-    with recorder.replay(data):
-        counts = layer(x).expert_counts
-    assert torch.equal(counts, torch.bincount(data.reshape(-1), minlength=E))
-
-
-def test_over_ranks(two_ranks):
-    two_ranks.run(replayed_on_ranks)
+# Compiled, and wrong --------------------------------------------------------------------------------------------------
 
 
 def test_a_compiled_model_records_and_replays():
@@ -421,6 +383,13 @@ def test_a_router_that_chooses_in_another_way_is_refused():
         pytest.raises(RuntimeError, match="gate: got Odd, which chooses in a way that"),
     ):
         block(torch.randn(1, 3, 32))
+    del block.gate
+    with pytest.raises(ValueError, match=r"experts: got a layer whose router is not known, wanted"):
+        RoutingRecorder(block)
+    own = MoE(D, 4, E, K, router=Odd())
+    with pytest.raises(ValueError, match=r"model: got a layer whose router is not known, wanted"):
+        RoutingRecorder(own)
+    block.gate = Odd()
     del Odd.top_k
     with pytest.raises(ValueError, match="gate: got a router without top_k or top_k_experts"):
         RoutingRecorder(block)

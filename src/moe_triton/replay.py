@@ -22,8 +22,13 @@ from torch import Tensor, nn
 
 from moe_triton.checks import INTEGERS, MASKS, check_tensor
 from moe_triton.integrations.given_choices import GivenChoices
-from moe_triton.integrations.transformers_routers import RoutedLayer, num_tokens_of, routed_layers
-from moe_triton.layers import Router
+from moe_triton.integrations.transformers_routers import (
+    RoutedLayer,
+    experts_interface,
+    num_tokens_of,
+    routed_layers,
+)
+from moe_triton.layers import MoE, Router
 from moe_triton.reference import given_choices
 from moe_triton.torch_internals import never_compiled, nodes_made, recomputing, running_node
 
@@ -107,7 +112,7 @@ class RoutingRecorder:
     a break of the graph.
 
     Raises:
-        ValueError: no router, or two with one index. TypeError: model is no Module.
+        ValueError: no router, one that is not known, or two with one index. TypeError: model is no Module.
     """
 
     def __init__(self, model: nn.Module, layers: Callable[[str], int | None] | None = None):
@@ -203,7 +208,8 @@ class RoutingRecorder:
         if mask is not None:
             check_tensor("mask", mask, shape=(data.shape[0],), dtypes=MASKS)
         self._install()
-        self._replay = _Replay(data, mask)
+        device = next(self._layers[0].chooser.parameters()).device  # one copy, not one of each layer's part
+        self._replay = _Replay(data.to(device), None if mask is None else mask.to(device))
         try:
             yield self
         finally:
@@ -329,11 +335,11 @@ class RoutingRecorder:
         end = replay.done[layer.name] = start + num_tokens
         if end > len(replay.data):
             raise ValueError(f"data: got {len(replay.data)} tokens, wanted at least {end} for {layer.name}")
-        ids = replay.data[start:end, layer.index, : layer.top_k].to(device, non_blocking=True).int()
+        ids = replay.data[start:end, layer.index, : layer.top_k].to(device).int()
         is_valid = (given_choices(ids, layer.num_classes) >= 0).all(-1)
         has_data = (ids >= 0).any(-1)
         if replay.mask is not None:
-            has_data &= replay.mask[start:end].to(device, non_blocking=True).bool()
+            has_data &= replay.mask[start:end].to(device).bool()
         num_invalid = (has_data & ~is_valid).sum()
         self._invalid = num_invalid if self._invalid is None else self._invalid.to(device) + num_invalid
         return ids.masked_fill(~(is_valid & has_data)[:, None], -1)
@@ -352,7 +358,17 @@ def _find(model: nn.Module, index_of: Callable[[str], int | None]) -> list[_Laye
         for name, module in model.named_modules()
         if isinstance(module, Router)
     ]
-    routers += [(x.chooser_name, x.chooser, x.num_classes, x.top_k, x) for x in routed_layers(model)]
+    others = routed_layers(model)
+    routers += [(x.chooser_name, x.chooser, x.num_classes, x.top_k, x) for x in others]
+    with_router = {layer.experts for layer in others}
+    for name, module in model.named_modules():
+        is_own = isinstance(module, MoE) and not isinstance(module.router, Router)
+        is_foreign = experts_interface(module) is not None and module not in with_router
+        if (is_own or is_foreign) and index_of(name) is not None:
+            raise ValueError(
+                f"{name or 'model'}: got a layer whose router is not known, wanted a moe_triton.Router or "
+                f"a gate or router beside the experts; or leave it out by layers="
+            )
     found: dict[int, _Layer] = {}
     for name, chooser, num_classes, top_k, foreign in routers:
         index = index_of(name)

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import moe_triton
 from moe_triton import LoadMonitor
 from moe_triton.integrations.transformers_routers import routed_layers
-from tests.helpers.families import FAMILIES, VOCAB, tiny_model
+from tests.helpers.families import VOCAB, tiny_model
 
 
 def two_layers(**options):
@@ -182,17 +182,3 @@ def test_a_recomputation_of_a_transformers_model_counts_once(use_reentrant):
     tokens = torch.randint(0, VOCAB, (2, 5))
     model(tokens, labels=tokens).loss.backward()
     assert [reading.assignments for reading in monitor.read(mode="train").values()] == [20, 20]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_whole_model_of_every_family(family):
-    model = tiny_model(family)
-    model(torch.randint(0, VOCAB, (1, 6)))  # before the monitor: not counted
-    monitor = LoadMonitor(model)
-    model(torch.randint(0, VOCAB, (1, 6)))
-    readings = monitor.read()
-    assert len(readings) == len(routed_layers(model)) == len(moe_triton.explain(model))
-    for reading, layer in zip(readings.values(), routed_layers(model), strict=True):
-        assert reading.assignments == 6 * layer.top_k
-        assert (reading.dropped, len(reading.loads)) == (0.0, layer.num_experts)
-        assert reading.balance > 0
