@@ -176,7 +176,7 @@ def test_a_repeated_forward_makes_the_choices_of_its_own_pass(use_reentrant, ord
     recorder = RoutingRecorder(twin)
     steps(order, twin, recorder, micro_batches)
     assert same(gradients(twin), wanted)
-    recorder._repeated = lambda name: None  # shown to matter
+    recorder._passes.repeated = lambda router: None  # shown to matter
     if use_reentrant:  # the other kind notices itself that not the same tensors are saved, where it can
         steps(order, twin, recorder, micro_batches)
         assert not same(gradients(twin), wanted)
@@ -241,8 +241,8 @@ def test_passes_are_forgotten_with_their_graphs():
     del loss
     gc.collect()
     model(x)
-    alive = [found for found in (ref() for ref in recorder._passes) if found is not None]
-    assert alive == [recorder._latest]
+    alive = [found for found in (ref() for ref in recorder._passes.known) if found is not None]
+    assert alive == [recorder._passes.latest]
 
 
 # transformers ---------------------------------------------------------------------------------------------------------

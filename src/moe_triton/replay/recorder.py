@@ -1,17 +1,8 @@
-"""Router replay: record which experts were chosen, and make a model choose them again.
-
-In reinforcement learning an inference engine rolls out and another program trains; where the two choose different
-experts for the same token, the ratio of their probabilities means nothing. Replaying the rollout's choices in training
-removes the difference (Rollout Routing Replay, arXiv 2510.11370): the choices are given, while the weights, their
-gradients and the losses are those of the model as it is now.
-"""
+"""`RoutingRecorder`: records the choices of a model's routers, and replays them."""
 
 from __future__ import annotations
 
-import math
-import re
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,38 +13,13 @@ from torch import Tensor, nn
 
 from moe_triton.checks import INTEGERS, MASKS, check_tensor
 from moe_triton.integrations.given_choices import GivenChoices
-from moe_triton.integrations.transformers_routers import (
-    RoutedLayer,
-    experts_interface,
-    num_tokens_of,
-    routed_layers,
-)
-from moe_triton.layers import MoE, Router
+from moe_triton.integrations.transformers_routers import num_tokens_of
 from moe_triton.reference import given_choices
-from moe_triton.torch_internals import never_compiled, nodes_made, recomputing, running_node
+from moe_triton.replay.passes import Call, Passes
+from moe_triton.replay.routers import ChoosingLayer, choosing_layers, layer_index
+from moe_triton.torch_internals import never_compiled, nodes_made, recomputing
 
 IDS = (torch.uint8, torch.int16, *INTEGERS)
-
-
-@dataclass(eq=False)
-class _Call:
-    """A call of a router in a forward pass: autograd's count of nodes then, and the ids that a repetition is given."""
-
-    since: int
-    given: Tensor | None
-
-
-@dataclass(eq=False)
-class _Pass:
-    """The calls of the routers in one forward pass of the model. The graph of its output keeps it alive.
-
-    start, end: autograd's count of nodes before and after the pass, in which there was autograd if `has_graph`.
-    """
-
-    start: int = 0
-    end: float = math.inf
-    has_graph: bool = True
-    calls: dict[str, list[_Call]] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -63,24 +29,6 @@ class _Replay:
     data: Tensor
     mask: Tensor | None
     done: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Layer:
-    """A router that chooses `top_k` of `num_classes`; `foreign` where it is transformers'."""
-
-    name: str
-    index: int
-    chooser: nn.Module
-    num_classes: int
-    top_k: int
-    foreign: RoutedLayer | None
-
-
-def layer_index(name: str) -> int:
-    """Return the first number in a module's dotted name: of "model.layers.3.mlp.gate" 3. 0 where there is none."""
-    numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", name)
-    return int(numbers[0]) if numbers else 0
 
 
 class RoutingRecorder:
@@ -119,15 +67,13 @@ class RoutingRecorder:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: got {type(model).__name__}, wanted a Module")
         self.model = model
-        self._layers = _find(model, layers or layer_index)
+        self._layers = choosing_layers(model, layers or layer_index)
         self._undo: list[Callable[[], None]] = []
         self._recorded: dict[str, list[Tensor]] | None = None  # while recording
         self._replay: _Replay | None = None  # while replaying
         self._data: dict[str, list[Tensor]] = {}
         self._invalid: Tensor | None = None
-        self._passes: list[weakref.ref[_Pass]] = []
-        self._pass: _Pass | None = None  # of the forward that is running
-        self._latest: _Pass | None = None  # kept also without a graph: a checkpoint may be around the whole model
+        self._passes = Passes()
 
     @property
     def layers(self) -> dict[str, int]:
@@ -224,7 +170,7 @@ class RoutingRecorder:
         """Give the routers their own `forward` back; forward passes that are not repeated yet are forgotten."""
         for undo in self._undo:
             undo()
-        self._undo, self._passes, self._latest = [], [], None
+        self._undo, self._passes = [], Passes()
 
     # The forward passes ---------------------------------------------------------------------------------------------
 
@@ -246,23 +192,15 @@ class RoutingRecorder:
     @never_compiled
     def _begin_pass(self, *_: Any) -> None:
         if not recomputing():
-            self._pass = self._latest = _Pass(nodes_made(), has_graph=torch.is_grad_enabled())
+            self._passes.begin()
 
     @never_compiled
     def _end_pass(self, module: nn.Module, args: Any, output: Any) -> None:
-        current = self._pass
-        if current is None or recomputing():
-            return
-        current.end = nodes_made()
-        for tensor in _tensors(output):
-            node: Any = tensor.grad_fn
-            if node is not None:
-                node.metadata[id(self)] = current
-        self._passes = [ref for ref in self._passes if ref() is not None] + [weakref.ref(current)]
-        self._pass = None
+        if not recomputing():
+            self._passes.end(output)
 
     @never_compiled
-    def _run_own(self, layer: _Layer, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _run_own(self, layer: ChoosingLayer, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call, is_first = self._enter(layer, *num_tokens_of(args, kwargs))
         if call is not None and call.given is not None:
             kwargs["experts"] = call.given
@@ -272,7 +210,7 @@ class RoutingRecorder:
         return routing
 
     @never_compiled
-    def _run_foreign(self, layer: _Layer, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _run_foreign(self, layer: ChoosingLayer, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call, is_first = self._enter(layer, *num_tokens_of(args, kwargs))
         given = None if call is None else call.given
         if given is None and self._recorded is None:
@@ -289,47 +227,26 @@ class RoutingRecorder:
             self._leave(layer, call, mode.chosen)
         return output
 
-    def _enter(self, layer: _Layer, num_tokens: int, device: torch.device) -> tuple[_Call | None, bool]:
+    def _enter(self, layer: ChoosingLayer, num_tokens: int, device: torch.device) -> tuple[Call | None, bool]:
         """(the call that this is or repeats, whether it is one itself)."""
         if recomputing():
-            return self._repeated(layer.name), False
+            return self._passes.repeated(layer.name), False
         given = None if self._replay is None else self._next_rows(layer, self._replay, num_tokens, device)
-        call = _Call(nodes_made(), given)
-        current = self._pass or (self._latest if given is not None or self._recorded is not None else None)
-        if current is None:  # called without the model around it
-            current = self._latest = _Pass()
-        current.calls.setdefault(layer.name, []).append(call)
+        call = Call(nodes_made(), given)
+        self._passes.add(layer.name, call, is_kept=given is not None or self._recorded is not None)
         return call, True
 
     @torch.inference_mode(False)  # a rollout's choices are used in training
     @torch.no_grad()
-    def _leave(self, layer: _Layer, call: _Call | None, chosen: Tensor) -> None:
+    def _leave(self, layer: ChoosingLayer, call: Call | None, chosen: Tensor) -> None:
         if self._recorded is not None and call is not None:
             ids = chosen.detach().to(torch.int32, copy=True)
             self._recorded[layer.name].append(ids)
             call.given = ids
 
-    def _repeated(self, name: str) -> _Call | None:
-        """The call in a forward pass that backward repeats now, by when the node that backward runs was made.
-
-        That was before the call where it is a reentrant checkpoint's own node, else after it. None where the pass is
-        not known: it came before the first context.
-        """
-        number, is_reentrant = running_node()
-        passes = {id(x): x for x in (*(ref() for ref in self._passes), self._latest) if x is not None}
-        found = max((x for x in passes.values() if x.start <= number), key=lambda x: x.start, default=None)
-        if is_reentrant and (found is None or number >= found.end):  # the checkpoint is around the whole model
-            found = self._latest
-            if found is None or found.has_graph or found.start <= number:
-                return None
-        calls = [] if found is None else found.calls.get(name, [])
-        if is_reentrant:
-            return next((call for call in calls if call.since > number), None)
-        return next((call for call in reversed(calls) if call.since <= number), None)
-
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _next_rows(self, layer: _Layer, replay: _Replay, num_tokens: int, device: torch.device) -> Tensor:
+    def _next_rows(self, layer: ChoosingLayer, replay: _Replay, num_tokens: int, device: torch.device) -> Tensor:
         """The router's next rows of the data, [T, K] int32; -1 in those that are chosen from the logits."""
         start = replay.done.get(layer.name, 0)
         end = replay.done[layer.name] = start + num_tokens
@@ -349,52 +266,6 @@ class RoutingRecorder:
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         of_model = getattr(text, "num_hidden_layers", 0)
         return max(of_model, 1 + max(layer.index for layer in self._layers))
-
-
-def _find(model: nn.Module, index_of: Callable[[str], int | None]) -> list[_Layer]:
-    """The routers that have an index, in the order of their layers."""
-    routers: list[tuple[str, nn.Module, int, int, RoutedLayer | None]] = [
-        (name, module, module.num_experts, module.top_k, None)
-        for name, module in model.named_modules()
-        if isinstance(module, Router)
-    ]
-    others = routed_layers(model)
-    routers += [(x.chooser_name, x.chooser, x.num_classes, x.top_k, x) for x in others]
-    with_router = {layer.experts for layer in others}
-    for name, module in model.named_modules():
-        is_own = isinstance(module, MoE) and not isinstance(module.router, Router)
-        is_foreign = experts_interface(module) is not None and module not in with_router
-        if (is_own or is_foreign) and index_of(name) is not None:
-            raise ValueError(
-                f"{name or 'model'}: got a layer whose router is not known, wanted a moe_triton.Router or "
-                f"a gate or router beside the experts; or leave it out by layers="
-            )
-    found: dict[int, _Layer] = {}
-    for name, chooser, num_classes, top_k, foreign in routers:
-        index = index_of(name)
-        if index is None:
-            continue
-        if index in found:
-            raise ValueError(
-                f"layers: got index {index} for {found[index].name} and for {name}, wanted one of its own for each"
-            )
-        found[index] = _Layer(
-            name=name, index=index, chooser=chooser, num_classes=num_classes, top_k=top_k, foreign=foreign
-        )
-    if not found:
-        raise ValueError(
-            "model: got one without a router that can be recorded, wanted a moe_triton.Router or a transformers model "
-            "whose experts have its interface"
-        )
-    return [found[index] for index in sorted(found)]
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, (tuple, list, Mapping)):
-        for value in output.values() if isinstance(output, Mapping) else output:
-            yield from _tensors(value)
 
 
 def _restore(module: Any, forward: Any) -> None:
