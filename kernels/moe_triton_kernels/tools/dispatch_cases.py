@@ -50,7 +50,7 @@ def permutation_cases() -> Iterator[Case]:
 
 def routing_cases() -> Iterator[Case]:
     types: dict[str, Any] = {
-        "bias": "*fp32", "noise": "*fp32", "token_mask": "*i1", "experts": "*i32", "weights": "*fp32",
+        "bias": "*fp32", "noise": "*fp32", "token_mask": "*i1", "given": "*i32", "experts": "*i32", "weights": "*fp32",
         "partials": routing.PartialSums("*i32", "*fp32", "*fp32"), "num_tokens": "i32", "scale": "fp32",
         "grad_weights": "*fp32", "grad_score_sums": "*fp32", "grad_z_sum": "*fp32", "counts": "*i32",
         "score_sums": "*fp32", "z_sum": "*fp32", "num_partials": "i32",
@@ -59,7 +59,7 @@ def routing_cases() -> Iterator[Case]:
     yield Case(
         name="topk_sums", fn=routing.sum_partials_kernel, signature=types, constexprs=sums, num_warps=routing.SUM_WARPS
     )
-    # name, experts, choices, dtype, score, groups, top groups; the one with groups has a bias, noise and a mask
+    # name, experts, choices, dtype, score, groups, top groups; the one with groups has bias, noise, mask and given ids
     for name, num_experts, top_k, dtype, score, num_groups, top_groups in (
         ("mixtral", 8, 2, "fp32", "softmax", 1, 1),
         ("qwen3", 128, 8, "bf16", "softmax", 1, 1),
@@ -76,7 +76,7 @@ def routing_cases() -> Iterator[Case]:
             "LANES": routing.lanes_of(num_experts, top_k, num_groups),
         }
         if num_groups == 1:
-            signature |= {"bias": None, "noise": None, "token_mask": None}
+            signature |= {"bias": None, "noise": None, "token_mask": None, "given": None}
         backward = signature | {"LANES": routing.lanes_of(num_experts, top_k)}
         options: dict[str, Any] = {"num_warps": routing.NUM_WARPS, "sample": name in ("qwen3", "deepseek_v3")}
         packed = {"PACKED": dtype != "fp32"}
