@@ -142,8 +142,8 @@ OPTIONS = ["softmax", True, 1.0, 1, 1, "max"]
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_opcheck(backend):
-    logits = torch.randn(6, 8, requires_grad=True)
-    torch.library.opcheck(_route_op, (logits, None, None, None, 2, *OPTIONS, backend))
+    logits, given = torch.randn(6, 8, requires_grad=True), torch.tensor([[1, 0], [-1, -1]] * 3, dtype=torch.int32)
+    torch.library.opcheck(_route_op, (logits, None, None, None, given, 2, *OPTIONS, backend))
     torch.library.opcheck(_dispatch_op, (torch.randint(0, 8, (6, 2)), 8, 3, 1, False, None, backend))
     routing = moe_triton.route(logits.detach(), 2)
     plan = moe_triton.dispatch(routing.experts, 8)

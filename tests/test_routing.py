@@ -26,16 +26,17 @@ OPTIONS = [
 ]
 
 
-def check_against_reference(logits, top_k, backend, *, choice_bias=None, noise=None, token_mask=None, **options):
+def check_against_reference(
+    logits, top_k, backend, *, choice_bias=None, noise=None, token_mask=None, experts=None, **options
+):
     got_in = logits.detach().clone().requires_grad_()
     want_in = logits.detach().double().requires_grad_()
-    got = moe_triton.route(
-        got_in, top_k, choice_bias=choice_bias, noise=noise, token_mask=token_mask, backend=backend, **options
-    )
+    what = {"choice_bias": choice_bias, "noise": noise, "token_mask": token_mask}
+    got = moe_triton.route(got_in, top_k, **what, experts=experts, backend=backend, **options)
     spec = router_spec(logits.shape[1], top_k, **options)
     # the choice itself is made in fp32 by definition; the reference is asked for it there
-    chosen = reference.route(logits, spec, choice_bias=choice_bias, noise=noise, token_mask=token_mask)
-    want = reference.route(want_in, spec, choice_bias=choice_bias, noise=noise, token_mask=token_mask)
+    chosen = reference.route(logits, spec, **what, given=experts)
+    want = reference.route(want_in, spec, **what, given=experts)
     assert torch.equal(got.experts, chosen.experts)
     assert torch.equal(got.counts, chosen.counts)
     assert got.experts.dtype == torch.int32
@@ -54,6 +55,7 @@ def check_against_reference(logits, top_k, backend, *, choice_bias=None, noise=N
     actual = backward(got, got_in)
     assert actual.dtype == logits.dtype
     assert_close(actual, expected)
+    return got
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -75,6 +77,48 @@ def test_any_top_k_with_mask_bias_and_noise(backend, top_k, score):
         noise=torch.randn(20, 12),
         token_mask=torch.rand(20) < 0.7,
     )
+
+
+def given_experts(num_tokens, num_experts, top_k):
+    """Distinct ids; in the first rows some that are repeated or out of range, then rows of nothing else."""
+    experts = torch.rand(num_tokens, num_experts).argsort(-1)[:, :top_k].int()
+    experts[0, 0] = num_experts
+    experts[1, -1] = experts[1, 0]
+    experts[2] = torch.tensor([-(2**31), 2**31 - 1] * top_k)[:top_k]
+    experts[3] = -1
+    return experts
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_given_experts(backend, options):
+    logits, experts = torch.randn(33, 12), given_experts(33, 12, 3)
+    mask = torch.arange(33) % 7 != 0
+    everything = {"choice_bias": torch.randn(12), "noise": torch.randn(33, 12), "token_mask": mask}
+    for extras in ({}, everything):
+        got = check_against_reference(logits, 3, backend, experts=experts, **options, **extras).experts
+        live = moe_triton.route(logits, 3, **options, **extras).experts
+        assert torch.equal(got[4:][mask[4:]], experts[4:][mask[4:]])
+        assert torch.equal(got[2:4], live[2:4])
+        assert got[1].tolist() == [*experts[1, :2].tolist(), -1]
+    assert (got[~mask] == -1).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "topk_softmax"])
+@pytest.mark.parametrize("top_k", [1, 5])
+def test_the_choice_given_back_gives_the_same_bits(backend, score, top_k):
+    logits = torch.randn(20, 12).round()
+    options = {"score": score, "normalize": True, "noise": torch.randn(20, 12), "backend": backend}
+    live, again = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    want = moe_triton.route(live, top_k, **options)
+    got = moe_triton.route(again, top_k, experts=want.experts.long(), **options)
+    for name in ("experts", "weights", "counts", "score_sums", "z_sum"):
+        assert torch.equal(getattr(got, name), getattr(want, name))
+    outer = torch.randn(20, top_k)
+    (want.weights * outer).sum().backward()
+    (got.weights * outer).sum().backward()
+    assert torch.equal(live.grad, again.grad)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -191,6 +235,8 @@ def test_gumbel_noise_samples_the_softmax():
             "token_mask: got dtype torch.float32",
         ),
         ({"token_mask": torch.ones(4).half()}, TypeError, "token_mask: got dtype torch.float16, wanted torch.bool or"),
+        ({"experts": torch.zeros(4, 3).int()}, ValueError, r"experts: got shape \[4, 3\], wanted \[4, 2\]"),
+        ({"experts": torch.zeros(4, 2)}, TypeError, "experts: got dtype torch.float32, wanted torch.int32 or"),
         ({"scale": 10**309}, ValueError, "scale: got 1000"),
         ({"logits": torch.zeros(4, 0)}, ValueError, "num_experts: got 0, wanted at least 1"),
         (

@@ -92,7 +92,8 @@ def mask_groups(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def topk_kernel(
-    logits, bias, noise, token_mask, experts, weights, partial_counts, partial_scores, partial_z, num_tokens, scale,
+    logits, bias, noise, token_mask, given, experts, weights, partial_counts, partial_scores, partial_z, num_tokens,
+    scale,
     NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SCORE: tl.constexpr, NORMALIZE: tl.constexpr,
     NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP2: tl.constexpr, PACKED: tl.constexpr,
     BLOCK_T: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -157,10 +158,20 @@ def topk_kernel(
             chosen = tl.where(choice_k == k, choice[:, None], chosen)
             bits = tl.where(expert[None, :] == choice[:, None], TAKEN, bits)
 
-        # the weights, from the chosen logits
         slots = token[:, None] * TOP_K + choice_k
         slot_exists = exists[:, None] & (choice_k < TOP_K)
         slot_valid = valid[:, None] & (choice_k < TOP_K)
+        if given is not None:
+            given_ids = tl.load(given + slots, mask=slot_valid, other=-1)
+            is_given = (tl.max(given_ids, 1) >= 0)[:, None]
+            chosen = tl.where(is_given, given_ids, chosen)
+            slot_valid &= chosen >= 0
+            bits = tl.where(is_given, 0, bits)
+            for k in range(TOP_K):
+                choice = tl.sum(tl.where(choice_k == k, chosen, 0), 1)
+                bits = tl.where(expert[None, :] == choice[:, None], TAKEN, bits)
+
+        # the weights, from the chosen logits
         logit = tl.load(logits + token[:, None] * NUM_EXPERTS + chosen, mask=slot_valid, other=float("-inf"))
         logit = logit.to(tl.float32)
         if SCORE == TOPK_SOFTMAX:
@@ -310,12 +321,14 @@ def topk_forward(
     choice_bias: Tensor | None = None,
     noise: Tensor | None = None,
     token_mask: Tensor | None = None,
+    given: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Logits [T, E] (fp32, bf16, fp16) -> experts [T, K], weights [T, K], counts [E], score_sums [E], z_sum [].
 
     Experts and counts are int32, the others fp32. Experts are in order of preference; they are -1, with weight 0, where
-    `token_mask` [T] is false. `choice_bias` [E] and `noise` [T, E] change the choice only. `score` is "softmax",
-    "sigmoid" or "topk_softmax", `group_score` "max" or "top2_sum". Two launches, no host sync, bitwise deterministic.
+    `token_mask` [T] is false. `choice_bias` [E] and `noise` [T, E] change the choice only. `given` [T, K] int32, ids
+    distinct in a row or -1 for none, takes its place in the rows that have any. `score` is "softmax", "sigmoid" or
+    "topk_softmax", `group_score` "max" or "top2_sum". Two launches, no host sync, bitwise deterministic.
     """
     num_tokens, num_experts = logits.shape
     device = logits.device
@@ -335,6 +348,7 @@ def topk_forward(
         None if choice_bias is None else choice_bias.contiguous(),
         None if noise is None else noise.contiguous(),
         None if token_mask is None else token_mask.contiguous(),
+        None if given is None else given.contiguous(),
         experts, weights, partial_counts, partial_scores, partial_z, num_tokens, float(scale),
         PACKED=by_logit and logits.dtype != torch.float32, **constants, num_warps=NUM_WARPS,
     )  # fmt: skip

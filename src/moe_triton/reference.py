@@ -56,6 +56,23 @@ def choice_keys(logits_TE: Tensor, spec: RouterSpec, choice_bias: Tensor | None,
     return keys_TE
 
 
+def given_choices(experts_TK: Tensor, num_experts: int) -> Tensor:
+    """Return given ids [T, K] as int32: -1 for one outside [0, E), and for one that its row has before."""
+    ids = experts_TK.long()
+    is_repeated = (ids[:, :, None] == ids[:, None, :]).tril(-1).any(-1)
+    return ids.masked_fill(is_repeated | (ids < 0) | (ids >= num_experts), -1).int()
+
+
+def unless_empty(given_TK: Tensor, experts_TK: Tensor) -> Tensor:
+    """Return the given choices [T, K] in place of a token's own, in the rows that have any."""
+    return torch.where((given_TK >= 0).any(-1, keepdim=True), given_TK.to(experts_TK.dtype), experts_TK)
+
+
+def of_chosen(values_TE: Tensor, experts_TK: Tensor, missing: float) -> Tensor:
+    """Return each choice's value [T, K]; `missing` where the id is -1."""
+    return values_TE.gather(1, experts_TK.clamp_min(0)).masked_fill(experts_TK < 0, missing)
+
+
 def route(
     logits_TE: Tensor,
     spec: RouterSpec,
@@ -63,12 +80,15 @@ def route(
     choice_bias: Tensor | None = None,
     noise: Tensor | None = None,
     token_mask: Tensor | None = None,
+    given: Tensor | None = None,
 ) -> Routing:
     """Choose each token's K distinct experts by its logits [T, E], in order of preference; sum up what losses need.
 
     score "softmax": s = softmax(logits), w = s[chosen] (Switch, Mixtral); "sigmoid": s = sigmoid(logits) (DeepSeek-V3);
     "topk_softmax": w = softmax(logits[chosen]) (gpt-oss). `normalize` divides w by its sum, then `scale` multiplies.
-    `choice_bias` [E] and `noise` [T, E] change which experts are chosen, never a weight.
+    `choice_bias` [E] and `noise` [T, E] change which experts are chosen, never a weight. `given` [T, K] takes the place
+    of the choice, in its order (router replay, arXiv 2510.11370): weights, sums and gradients are those of the present
+    logits. A given id that `given_choices` refuses is skipped; a row without any other is chosen as if none were given.
     """
     num_tokens, num_experts = logits_TE.shape
     logits = logits_TE.to(wide(logits_TE.dtype))
@@ -78,17 +98,19 @@ def route(
         logits = logits.masked_fill(~valid[:, None], 0.0)  # a NaN that counts nowhere gives no NaN in a gradient
     keys = choice_keys(logits.detach(), spec, choice_bias, noise)
     experts = keys.sort(dim=-1, descending=True, stable=True).indices[:, : spec.top_k]
+    if given is not None:
+        experts = unless_empty(given_choices(given, num_experts), experts)
 
     if spec.score == "topk_softmax":
-        weights = logits.gather(1, experts).softmax(-1)
+        weights = of_chosen(logits, experts, float("-inf")).softmax(-1)
         probs = logits.softmax(-1)
     elif spec.score == "sigmoid":
         scores = logits.sigmoid()
-        weights = scores.gather(1, experts)
+        weights = of_chosen(scores, experts, 0.0)
         probs = scores / (scores.sum(-1, keepdim=True) + EPS)
     else:
         probs = logits.softmax(-1)
-        weights = probs.gather(1, experts)
+        weights = of_chosen(probs, experts, 0.0)
     if spec.normalize:
         weights = weights / (weights.sum(-1, keepdim=True) + EPS)
     weights = weights * spec.scale
@@ -99,7 +121,7 @@ def route(
         weights = weights.masked_fill(~valid[:, None], 0.0)
         probs = probs.masked_fill(~valid[:, None], 0.0)
         z = z.masked_fill(~valid, 0.0)
-    counts = torch.bincount(experts[valid].reshape(-1), minlength=num_experts)
+    counts = torch.bincount(experts[experts >= 0], minlength=num_experts)
     return Routing(
         experts=experts.int(),
         weights=weights,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_triton import reference, runtime
 from moe_triton.autograd.routing import run_route
-from moe_triton.checks import FLOATS, MASKS, check_choice, check_int, check_number, check_tensor
+from moe_triton.checks import FLOATS, INTEGERS, MASKS, check_choice, check_int, check_number, check_tensor
 from moe_triton.records import GROUP_SCORES, SCORES, RouterSpec, Routing
 
 
@@ -75,6 +75,7 @@ def route(
     group_score: str = "max",
     noise: Tensor | Literal["gumbel"] | None = None,
     token_mask: Tensor | None = None,
+    experts: Tensor | None = None,
     backend: str = "auto",
 ) -> Routing:
     """Choose each token's `top_k` experts and their weights.
@@ -95,6 +96,10 @@ def route(
         noise: [T, E] added to the logits for the choice only, or "gumbel" to draw it from torch's generator.
         token_mask: [T] bool or integer; tokens where it is 0 get expert -1 and weight 0 and count nowhere. An additive
             float mask (0 and -inf) is refused, since it says the opposite.
+        experts: [T, K] int32 or int64, the choice itself, in its order (router replay, arXiv 2510.11370); weights, sums
+            and gradients are those of these logits. An id outside [0, E), or one that its row has before, is skipped:
+            expert -1, weight 0, counted nowhere. A row that has no other id, such as one of -1, is chosen from the
+            logits. Nothing is checked on the host.
         backend: "auto", "triton", "torch" or "reference".
 
     Returns:
@@ -115,7 +120,9 @@ def route(
         top_groups=top_groups,
         group_score=group_score,
     )
-    return route_by_spec(logits, spec, choice_bias=choice_bias, noise=noise, token_mask=token_mask, backend=backend)
+    return route_by_spec(
+        logits, spec, choice_bias=choice_bias, noise=noise, token_mask=token_mask, experts=experts, backend=backend
+    )
 
 
 def route_by_spec(
@@ -125,6 +132,7 @@ def route_by_spec(
     choice_bias: Tensor | None = None,
     noise: Tensor | Literal["gumbel"] | None = None,
     token_mask: Tensor | None = None,
+    experts: Tensor | None = None,
     backend: str = "auto",
 ) -> Routing:
     """Do what `route` does, for options that `router_spec` has checked already."""
@@ -141,11 +149,15 @@ def route_by_spec(
     if token_mask is not None:
         check_tensor("token_mask", token_mask, shape=(num_tokens,), dtypes=MASKS, device=logits.device)
         token_mask = token_mask.bool()
+    given = None
+    if experts is not None:
+        check_tensor("experts", experts, shape=(num_tokens, spec.top_k), dtypes=INTEGERS, device=logits.device)
+        given = reference.given_choices(experts, num_experts)
     name = runtime.choose(backend, logits.device, logits.dtype).name
     if name == "reference":
-        return reference.route(logits, spec, choice_bias=choice_bias, noise=noise, token_mask=token_mask)
+        return reference.route(logits, spec, choice_bias=choice_bias, noise=noise, token_mask=token_mask, given=given)
 
-    weights, score_sums, z_sum, experts, counts = run_route(logits, choice_bias, noise, token_mask, spec, name)
+    weights, score_sums, z_sum, experts, counts = run_route(logits, choice_bias, noise, token_mask, given, spec, name)
     num_valid = torch.full((), num_tokens, device=logits.device) if token_mask is None else token_mask.sum()
     return Routing(
         experts=experts,

@@ -56,10 +56,12 @@ def check_forward(
     return experts
 
 
-def check_backward(logits: Tensor, spec: RouterSpec, experts: Tensor, token_mask: Tensor | None = None) -> None:
+def check_backward(
+    logits: Tensor, spec: RouterSpec, experts: Tensor, token_mask: Tensor | None = None, given: Tensor | None = None
+) -> None:
     """experts: the forward's choice."""
     wide = logits.double().requires_grad_()
-    routing = reference.route(wide, spec, token_mask=token_mask)
+    routing = reference.route(wide, spec, token_mask=token_mask, given=given)
     grad_weights = torch.randn_like(routing.weights)
     grad_scores = torch.randn_like(routing.score_sums)
     grad_z = torch.randn_like(routing.z_sum)
@@ -77,6 +79,23 @@ def check_backward(logits: Tensor, spec: RouterSpec, experts: Tensor, token_mask
 def test_forward_and_backward(spec: RouterSpec, num_experts: int, dtype: torch.dtype) -> None:
     logits = make_logits(70, num_experts, dtype)
     check_backward(logits, spec, check_forward(logits, spec))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("num_groups", [1, 3])
+def test_given_choices(num_groups: int, dtype: torch.dtype) -> None:
+    """Groups of 3 experts lie in lanes of their own; rows of -1 are chosen from the logits."""
+    spec = RouterSpec(top_k=3, normalize=True, scale=1.5, num_groups=num_groups, top_groups=1)
+    logits = make_logits(70, 9, dtype)
+    given = torch.rand(70, 9).argsort(-1)[:, :3].int().to(device)
+    given[::5], given[1::5, 0] = -1, -1
+    experts, weights, counts, score_sums, z_sum = route_forward(logits, spec, None, None, None, given)
+    exact = reference.route(logits.double(), spec, given=given)
+    assert torch.equal(experts, exact.experts)
+    assert torch.equal(counts, exact.counts)
+    for actual, expected in ((weights, exact.weights), (score_sums, exact.score_sums), (z_sum, exact.z_sum)):
+        assert_close(actual, expected)
+    check_backward(logits, spec, experts, given=given)
 
 
 @settings(max_examples=20, deadline=None)

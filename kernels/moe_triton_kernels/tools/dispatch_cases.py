@@ -71,7 +71,7 @@ def permutation_cases() -> list[Case]:
 
 def routing_cases() -> list[Case]:
     types = {
-        "bias": "*fp32", "noise": "*fp32", "token_mask": "*i1", "experts": "*i32", "weights": "*fp32",
+        "bias": "*fp32", "noise": "*fp32", "token_mask": "*i1", "given": "*i32", "experts": "*i32", "weights": "*fp32",
         "partial_counts": "*i32", "partial_scores": "*fp32", "partial_z": "*fp32", "num_tokens": "i32", "scale": "fp32",
         "grad_weights": "*fp32", "grad_score_sums": "*fp32", "grad_z_sum": "*fp32", "counts": "*i32",
         "score_sums": "*fp32", "z_sum": "*fp32", "num_partials": "i32",
@@ -86,7 +86,7 @@ def routing_cases() -> list[Case]:
             num_warps=routing.SUM_WARPS,
         ),
     ]
-    # name, experts, choices, dtype, score, groups, top groups; the one with groups has a bias, noise and a mask
+    # name, experts, choices, dtype, score, groups, top groups; the one with groups has bias, noise, mask and given ids
     for name, num_experts, top_k, dtype, score, num_groups, top_groups in (
         ("mixtral", 8, 2, "fp32", "softmax", 1, 1),
         ("qwen3", 128, 8, "bf16", "softmax", 1, 1),
@@ -99,7 +99,7 @@ def routing_cases() -> list[Case]:
         forward = routing.forward_constants(num_experts, top_k, score, True, num_groups, top_groups, "top2_sum")
         forward["PACKED"] = dtype != "fp32"
         if num_groups == 1:
-            forward |= {"bias": None, "noise": None, "token_mask": None}
+            forward |= {"bias": None, "noise": None, "token_mask": None, "given": None}
         backward = routing.backward_constants(num_experts, top_k, score, True)
         options: dict[str, Any] = {
             "signature": signature,

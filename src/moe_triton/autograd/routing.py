@@ -21,17 +21,21 @@ def run_route(
     choice_bias: Tensor | None,
     noise: Tensor | None,
     token_mask: Tensor | None,
+    given: Tensor | None,
     spec: RouterSpec,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(weights, score_sums, z_sum, experts, counts), the first three differentiable in the logits."""
+    """(weights, score_sums, z_sum, experts, counts), the first three differentiable in the logits.
+
+    given: what `reference.given_choices` returned, or None.
+    """
     if torch.compiler.is_compiling():
         # A float argument of an op is a constant of its graph: outside, a scale that changes compiles nothing again.
         fields = _fields(replace(spec, scale=1.0))
-        weights, *rest = _route_op(logits, choice_bias, noise, token_mask, *fields, backend)
+        weights, *rest = _route_op(logits, choice_bias, noise, token_mask, given, *fields, backend)
         return weights * spec.scale, *rest
     function = _TransformedRoute if is_transforming() else _Route
-    return function.apply(logits, choice_bias, noise, token_mask, spec, backend)
+    return function.apply(logits, choice_bias, noise, token_mask, given, spec, backend)
 
 
 def _fields(spec: RouterSpec) -> tuple[Any, ...]:
@@ -53,14 +57,15 @@ def _forward(
     choice_bias: Tensor | None,
     noise: Tensor | None,
     token_mask: Tensor | None,
+    given: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(weights, score_sums, z_sum, experts, counts): the differentiable ones first."""
     if has_no_data(logits):
-        return _route_op(logits, choice_bias, noise, token_mask, *_fields(spec), backend)
+        return _route_op(logits, choice_bias, noise, token_mask, given, *_fields(spec), backend)
     with runtime.plain_maths(logits):
         experts, weights, counts, score_sums, z_sum = runtime.routing_backend(backend).route_forward(
-            logits, spec, choice_bias, noise, token_mask
+            logits, spec, choice_bias, noise, token_mask, given
         )
     return weights, score_sums, z_sum, experts, counts
 
@@ -83,6 +88,9 @@ def _backward(
         )
 
 
+NO_GRADIENT = (None,) * 6  # of choice_bias, noise, token_mask, given, spec and backend
+
+
 class _Route(torch.autograd.Function):
     """The eager path: it goes round the torch.library boundary, which costs tens of microseconds a call."""
 
@@ -97,7 +105,7 @@ class _Route(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         logits, experts = ctx.saved_tensors
         grad = _backward(grads[0], grads[1], grads[2], logits, experts, ctx.spec, ctx.name)
-        return grad, None, None, None, None, None
+        return (grad, *NO_GRADIENT)
 
 
 def _run(
@@ -105,14 +113,15 @@ def _run(
     choice_bias: Tensor | None,
     noise: Tensor | None,
     token_mask: Tensor | None,
+    given: Tensor | None,
     spec: RouterSpec,
     name: str,
 ) -> tuple[Tensor, ...]:
-    return _forward(logits, spec, choice_bias, noise, token_mask, name)
+    return _forward(logits, spec, choice_bias, noise, token_mask, given, name)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, _, _, _, ctx.spec, ctx.name = inputs
+    logits, *_, ctx.spec, ctx.name = inputs
     experts, counts = output[3:]
     ctx.mark_non_differentiable(experts, counts)
     ctx.save_for_backward(logits, experts)
@@ -139,7 +148,7 @@ class _TransformedRoute(_Route):
             return (_backward(grad_weights, grad_score_sums, grad_z_sum, logits, experts, spec, name),)
 
         (grad,) = TransformedGradient.apply(gradient, *grads[:3], *ctx.saved_tensors)
-        return grad, None, None, None, None, None
+        return (grad, *NO_GRADIENT)
 
 
 @torch.library.custom_op("moe_triton::route", mutates_args=())
@@ -148,6 +157,7 @@ def _route_op(
     choice_bias: Tensor | None,
     noise: Tensor | None,
     token_mask: Tensor | None,
+    given: Tensor | None,
     top_k: int,
     score: str,
     normalize: bool,
@@ -158,7 +168,7 @@ def _route_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     spec = _spec(top_k, score, normalize, scale, num_groups, top_groups, group_score)
-    return _forward(logits, spec, choice_bias, noise, token_mask, backend)
+    return _forward(logits, spec, choice_bias, noise, token_mask, given, backend)
 
 
 def _spec(
@@ -181,6 +191,7 @@ def _(
     choice_bias: Tensor | None,
     noise: Tensor | None,
     token_mask: Tensor | None,
+    given: Tensor | None,
     top_k: int,
     *spec_and_backend: object,
 ) -> tuple[Tensor, ...]:
@@ -221,7 +232,7 @@ def _(grad_weights: Tensor, grad_score_sums: Tensor, grad_z_sum: Tensor, logits:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, _, _, _, *options = inputs
+    logits, _, _, _, _, *options = inputs
     experts, counts = output[3:]
     ctx.mark_non_differentiable(experts, counts)
     ctx.save_for_backward(logits, experts)
@@ -231,7 +242,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _op_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     logits, experts = ctx.saved_tensors
     grad = _route_backward_op(grads[0], grads[1], grads[2], logits, experts, *ctx.options)
-    return (grad,) + (None,) * (3 + len(ctx.options))
+    return (grad,) + (None,) * (4 + len(ctx.options))
 
 
 _route_op.register_autograd(_op_backward, setup_context=_setup_context)

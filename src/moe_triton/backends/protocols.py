@@ -29,8 +29,12 @@ class RoutingBackend(Protocol):
         choice_bias: Tensor | None,
         noise: Tensor | None,
         token_mask: Tensor | None,
+        given: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return (experts [T, K] int32, weights [T, K], counts [E] int32, score_sums [E], z_sum [])."""
+        """Return (experts [T, K] int32, weights [T, K], counts [E] int32, score_sums [E], z_sum []).
+
+        given: what `reference.given_choices` returned.
+        """
 
     def route_backward(
         self,

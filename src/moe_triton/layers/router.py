@@ -125,8 +125,10 @@ class Router(CountsLoad):
                 x = x * (1 + self.jitter * (2 * torch.rand_like(x) - 1))
             return F.linear(x, self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
-    def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> Routing:
-        """hidden_states [T, d], token_mask [T] or None -> Routing."""
+    def forward(
+        self, hidden_states: Tensor, token_mask: Tensor | None = None, experts: Tensor | None = None
+    ) -> Routing:
+        """hidden_states [T, d], token_mask [T] or None, given experts [T, K] or None -> Routing; see `route`."""
         check_tensor("hidden_states", hidden_states, shape=("T", self.hidden_size), dtypes=FLOATS)
         if token_mask is not None:
             shape, device = hidden_states.shape[:-1], hidden_states.device
@@ -138,6 +140,7 @@ class Router(CountsLoad):
             choice_bias=self.choice_bias,
             noise="gumbel" if self.gumbel and self.training else None,
             token_mask=token_mask,
+            experts=experts,
             backend=self.backend,
         )
         self.count_load(routing.counts)

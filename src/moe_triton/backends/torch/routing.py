@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_triton.records import RouterSpec
-from moe_triton.reference import EPS, choice_keys, wide
+from moe_triton.reference import EPS, choice_keys, of_chosen, unless_empty, wide
 
 
 def top_choices(keys_TE: Tensor, top_k: int) -> Tensor:
@@ -22,7 +22,12 @@ def top_choices(keys_TE: Tensor, top_k: int) -> Tensor:
 
 
 def route_forward(
-    logits: Tensor, spec: RouterSpec, choice_bias: Tensor | None, noise: Tensor | None, token_mask: Tensor | None
+    logits: Tensor,
+    spec: RouterSpec,
+    choice_bias: Tensor | None,
+    noise: Tensor | None,
+    token_mask: Tensor | None,
+    given: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Logits [T, E] -> experts [T, K] int32, weights [T, K], counts [E] int32, score_sums [E], z_sum [].
 
@@ -32,6 +37,8 @@ def route_forward(
     num_experts = logits.shape[1]
     logits_TE = logits.to(wide(logits.dtype))
     experts_TK = top_choices(choice_keys(logits_TE, spec, choice_bias, noise), spec.top_k)
+    if given is not None:
+        experts_TK = unless_empty(given, experts_TK)
     probs_TE, weights_TK = _scores(logits_TE, experts_TK, spec)
     if spec.normalize:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + EPS)
@@ -58,14 +65,16 @@ def route_backward(
     grad_weights [T, K], grad_score_sums [E] and grad_z_sum [] are the gradients of the three differentiable outputs.
     """
     logits_TE = logits.to(wide(logits.dtype))
-    skipped_T = experts[:, 0] < 0
-    experts_TK = experts.long().clamp_min(0)
+    experts_TK = experts.long()
+    is_missing_TK = experts_TK < 0
     grad_raw_TK = grad_weights.to(logits_TE.dtype) * spec.scale
     probs_TE, raw_TK = _scores(logits_TE, experts_TK, spec)
     if spec.normalize:  # w = raw / sum(raw)
         total_T1 = raw_TK.sum(-1, keepdim=True) + EPS
         mean_T1 = (grad_raw_TK * raw_TK).sum(-1, keepdim=True) / total_T1
         grad_raw_TK = (grad_raw_TK - mean_T1) / total_T1
+    grad_raw_TK = grad_raw_TK.masked_fill(is_missing_TK, 0.0)
+    experts_TK = experts_TK.clamp_min(0)
 
     grad_probs_TE = grad_score_sums.to(logits_TE.dtype).expand_as(logits_TE)
     if spec.score == "sigmoid":
@@ -82,18 +91,18 @@ def route_backward(
     # d logsumexp(l)**2 / dl = 2 * logsumexp(l) * softmax(l)
     softmax_TE = logits_TE.softmax(-1) if spec.score == "sigmoid" else probs_TE
     grad_TE = grad_TE + 2 * grad_z_sum.to(logits_TE.dtype) * logits_TE.logsumexp(-1, keepdim=True) * softmax_TE
-    return grad_TE.masked_fill(skipped_T[:, None], 0.0).to(logits.dtype)
+    return grad_TE.masked_fill(is_missing_TK.all(-1, keepdim=True), 0.0).to(logits.dtype)
 
 
 def _scores(logits_TE: Tensor, experts_TK: Tensor, spec: RouterSpec) -> tuple[Tensor, Tensor]:
-    """Normalised scores [T, E], and the chosen experts' weights [T, K] before `normalize` and `scale`."""
+    """Normalised scores [T, E], and the chosen experts' weights [T, K] before `normalize` and `scale`, 0 at id -1."""
     if spec.score == "sigmoid":
         scores_TE = logits_TE.sigmoid()
-        return scores_TE / (scores_TE.sum(-1, keepdim=True) + EPS), scores_TE.gather(1, experts_TK)
+        return scores_TE / (scores_TE.sum(-1, keepdim=True) + EPS), of_chosen(scores_TE, experts_TK, 0.0)
     probs_TE = logits_TE.softmax(-1)
     if spec.score == "topk_softmax":
-        return probs_TE, logits_TE.gather(1, experts_TK).softmax(-1)
-    return probs_TE, probs_TE.gather(1, experts_TK)
+        return probs_TE, of_chosen(logits_TE, experts_TK, float("-inf")).softmax(-1)
+    return probs_TE, of_chosen(probs_TE, experts_TK, 0.0)
 
 
 def _softmax_backward(grad: Tensor, probs: Tensor) -> Tensor:

@@ -9,7 +9,12 @@ from moe_triton_kernels.routing import topk_backward, topk_forward
 
 
 def route_forward(
-    logits: Tensor, spec: RouterSpec, choice_bias: Tensor | None, noise: Tensor | None, token_mask: Tensor | None
+    logits: Tensor,
+    spec: RouterSpec,
+    choice_bias: Tensor | None,
+    noise: Tensor | None,
+    token_mask: Tensor | None,
+    given: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Logits [T, E] -> experts [T, K] i32, weights [T, K] f32, counts [E] i32, score_sums [E] f32, z_sum [] f32."""
     return topk_forward(
@@ -24,6 +29,7 @@ def route_forward(
         choice_bias=choice_bias,
         noise=noise,
         token_mask=token_mask,
+        given=given,
     )
 
 
