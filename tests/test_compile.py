@@ -137,7 +137,7 @@ def test_a_varying_scale():
     assert len(seen) == 2
 
 
-OPTIONS = ["softmax", True, 1.0, 1, 1, "max"]
+OPTIONS = ["softmax", True, 1.0, 1, 1, "max", 0, 1]
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

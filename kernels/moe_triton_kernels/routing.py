@@ -3,22 +3,28 @@
 A program takes BLOCK_T tokens at a time, with all of their experts in registers, and repeats an arg-max K times.
 Scores are compared as int32 whose order is that of the floats, so NaN, infinities and ties have a defined order and
 chosen experts are always distinct. Every program writes its partial sums; a second kernel adds them in a fixed order.
-Shapes: T tokens, E experts, K choices, P programs. Maths in fp32.
+Shapes: T tokens, E experts, K choices, B sequences with sums of their own, P programs for each. Maths in fp32.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-SOFTMAX = tl.constexpr(0)
-SIGMOID = tl.constexpr(1)
-TOPK_SOFTMAX = tl.constexpr(2)
-SCORES = {"softmax": 0, "sigmoid": 1, "topk_softmax": 2}
+from moe_triton_kernels.scores import (
+    SCORES,
+    SIGMOID,
+    SOFTMAX,
+    TOPK_SOFTMAX,
+    own_score,
+    scores_of,
+    sigmoid,
+    softmax_rows,
+)
 
 TAKEN = tl.constexpr(-(2**31))  # below every score, -inf included
 EPS = tl.constexpr(1e-20)  # keeps a normalisation finite when every chosen score underflowed
@@ -41,31 +47,6 @@ def ordered_bits(x):
 def first_of(keys, best, index, SIZE: tl.constexpr):
     """The lowest index at which keys [N, SIZE] have their row's maximum `best` [N]."""
     return tl.min(tl.where(keys == best[:, None], index, SIZE), 1)
-
-
-@triton.jit
-def softmax_rows(x, valid):
-    """Softmax of x [N, M] over its rows, and log(sum(exp(x))) [N]; zeros for the rows, all -inf, that are not valid."""
-    most = tl.where(valid, tl.max(x, 1), 0.0)
-    e = tl.exp(x - most[:, None])
-    total = tl.sum(e, 1)
-    return e * tl.where(valid, 1.0 / total, 0.0)[:, None], tl.where(valid, most + tl.log(total), 0.0)
-
-
-@triton.jit
-def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def scores_of(x, softmax, SCORE: tl.constexpr):
-    """The scores that a choice bias is added to."""
-    if SCORE == SIGMOID:
-        return sigmoid(x)
-    elif SCORE == SOFTMAX:
-        return softmax
-    else:
-        return x
 
 
 @triton.jit
@@ -94,12 +75,13 @@ def mask_groups(
 def topk_kernel(
     logits, bias, noise, token_mask, given, experts, weights, partial_counts, partial_scores, partial_z, num_tokens,
     scale,
-    NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SCORE: tl.constexpr, NORMALIZE: tl.constexpr,
-    NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP2: tl.constexpr, PACKED: tl.constexpr,
-    BLOCK_T: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr, BLOCK_K: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr, WEIGHTLESS: tl.constexpr, TOP_K: tl.constexpr, SCORE: tl.constexpr,
+    NORMALIZE: tl.constexpr, NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP2: tl.constexpr,
+    PACKED: tl.constexpr, BLOCK_T: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Experts and weights of every token; counts, score sums and z sum of this program's tokens.
 
+    num_tokens are those of a sequence, on which the programs of a row of the grid [B, P] work.
     Lanes lie as [GROUPS, MEMBERS], both powers of two; `expert` maps them to experts and `inside` marks the real ones.
     PACKED: keys are 16-bit logits, so the index fits below the score and one maximum finds both.
     """
@@ -117,9 +99,10 @@ def topk_kernel(
     counts = tl.zeros((BLOCK_T, BLOCK_E), tl.int32)
     score_sums = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     z_sums = tl.zeros((BLOCK_T,), tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(num_tokens, BLOCK_T), tl.num_programs(0)):
-        token = (tile * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    for tile in range(tl.program_id(1), tl.cdiv(num_tokens, BLOCK_T), tl.num_programs(1)):
+        token = tile * BLOCK_T + tl.arange(0, BLOCK_T)
         exists = token < num_tokens
+        token = tl.program_id(0).to(tl.int64) * num_tokens + token
         valid = exists
         if token_mask is not None:
             valid = exists & (tl.load(token_mask + token, mask=exists, other=0) != 0)
@@ -163,21 +146,21 @@ def topk_kernel(
         slot_valid = valid[:, None] & (choice_k < TOP_K)
         if given is not None:
             given_ids = tl.load(given + slots, mask=slot_valid, other=-1)
-            is_given = (tl.max(given_ids, 1) >= 0)[:, None]
+            is_given = (tl.max((given_ids != -1).to(tl.int32), 1) != 0)[:, None]
             chosen = tl.where(is_given, given_ids, chosen)
-            slot_valid &= chosen >= 0
             bits = tl.where(is_given, 0, bits)
             for k in range(TOP_K):
                 choice = tl.sum(tl.where(choice_k == k, chosen, 0), 1)
                 bits = tl.where(expert[None, :] == choice[:, None], TAKEN, bits)
 
         # the weights, from the chosen logits
-        logit = tl.load(logits + token[:, None] * NUM_EXPERTS + chosen, mask=slot_valid, other=float("-inf"))
+        has_weight = slot_valid & (chosen >= 0) & (chosen < NUM_EXPERTS - WEIGHTLESS)
+        logit = tl.load(logits + token[:, None] * NUM_EXPERTS + chosen, mask=has_weight, other=float("-inf"))
         logit = logit.to(tl.float32)
         if SCORE == TOPK_SOFTMAX:
-            weight, _ = softmax_rows(logit, valid)
-        elif SCORE == SIGMOID:
-            weight = sigmoid(logit)
+            weight, _ = softmax_rows(logit, tl.max(has_weight.to(tl.int32), 1) != 0)
+        elif SCORE >= SIGMOID:
+            weight = own_score(logit, SCORE)
         else:
             weight = tl.exp(logit - lse[:, None])
         if NORMALIZE:
@@ -187,48 +170,51 @@ def topk_kernel(
 
         # the sums; a logit of -inf, as of a masked token, adds nothing
         counts += (present & (bits == TAKEN)).to(tl.int32)
-        if SCORE == SIGMOID:
-            scores = sigmoid(x)
+        if SCORE >= SIGMOID:
+            scores = own_score(x, SCORE)
             score_sums += scores * (1.0 / (tl.sum(scores, 1) + EPS))[:, None]
         else:
             score_sums += softmax
         z_sums += lse * lse
 
-    row = tl.program_id(0) * NUM_EXPERTS + expert
+    program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    row = program.to(tl.int64) * NUM_EXPERTS + expert
     tl.store(partial_counts + row, tl.sum(counts, 0), mask=inside)
     tl.store(partial_scores + row, tl.sum(score_sums, 0), mask=inside)
-    tl.store(partial_z + tl.program_id(0), tl.sum(z_sums, 0))
+    tl.store(partial_z + program, tl.sum(z_sums, 0))
 
 
 @triton.jit(do_not_specialize=["num_partials"])
 def sum_partials_kernel(
-    partial_counts, partial_scores, partial_z, counts, score_sums, z_sum, num_partials,
+    partial_counts, partial_scores, partial_z, counts, score_sums, z_sums, num_partials,
     NUM_EXPERTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """The programs' partial sums [P, E] and [P], added in the order of the programs."""
-    column = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
+    """The programs' partial sums [B, P, E] and [B, P], added in the order of the programs."""
+    sequence = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
     count = tl.zeros((BLOCK_P, BLOCK_E), tl.int32)
     score = tl.zeros((BLOCK_P, BLOCK_E), tl.float32)
     z = tl.zeros((BLOCK_P,), tl.float32)
     for start in range(0, num_partials, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
-        cell = p[:, None] * NUM_EXPERTS + column
+        cell = (sequence * num_partials + p[:, None]) * NUM_EXPERTS + column
         mask = (p < num_partials)[:, None] & (column < NUM_EXPERTS)
         count += tl.load(partial_counts + cell, mask=mask, other=0)
         score += tl.load(partial_scores + cell, mask=mask, other=0.0)
-        z += tl.load(partial_z + p, mask=p < num_partials, other=0.0)
-    column = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    tl.store(counts + column, tl.sum(count, 0), mask=column < NUM_EXPERTS)
-    tl.store(score_sums + column, tl.sum(score, 0), mask=column < NUM_EXPERTS)
-    if tl.program_id(0) == 0:
-        tl.store(z_sum, tl.sum(z, 0))
+        z += tl.load(partial_z + sequence * num_partials + p, mask=p < num_partials, other=0.0)
+    column = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    cell = sequence * NUM_EXPERTS + column
+    tl.store(counts + cell, tl.sum(count, 0), mask=column < NUM_EXPERTS)
+    tl.store(score_sums + cell, tl.sum(score, 0), mask=column < NUM_EXPERTS)
+    if tl.program_id(1) == 0:
+        tl.store(z_sums + sequence, tl.sum(z, 0))
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "sequence_length"])
 def topk_backward_kernel(
-    grad_weights, grad_score_sums, grad_z_sum, logits, experts, grad_logits, num_tokens, scale,
-    NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SCORE: tl.constexpr, NORMALIZE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+    grad_weights, grad_score_sums, grad_z_sum, logits, experts, grad_logits, num_tokens, sequence_length, scale,
+    NUM_EXPERTS: tl.constexpr, WEIGHTLESS: tl.constexpr, TOP_K: tl.constexpr, SCORE: tl.constexpr,
+    NORMALIZE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the logits, with the scores recomputed. u are the chosen scores, w = scale * u / sum(u)."""
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -239,8 +225,8 @@ def topk_backward_kernel(
     present = exists[:, None] & (expert < NUM_EXPERTS)
     slots = token[:, None] * TOP_K + choice_k
     chosen = tl.load(experts + slots, mask=exists[:, None] & (choice_k < TOP_K), other=-1)
-    is_chosen = chosen >= 0
-    valid = tl.max(chosen, 1) >= 0
+    is_chosen = (chosen >= 0) & (chosen < NUM_EXPERTS - WEIGHTLESS)
+    valid = tl.max((chosen != -1).to(tl.int32), 1) != 0
     x = tl.load(logits + cells, mask=present & valid[:, None], other=float("-inf")).to(tl.float32)
     softmax, lse = softmax_rows(x, valid)
 
@@ -248,9 +234,9 @@ def topk_backward_kernel(
     logit = tl.load(logits + token[:, None] * NUM_EXPERTS + chosen, mask=is_chosen, other=float("-inf")).to(tl.float32)
     grad_u = tl.load(grad_weights + slots, mask=is_chosen, other=0.0).to(tl.float32) * scale
     if SCORE == TOPK_SOFTMAX:
-        u, _ = softmax_rows(logit, valid)
-    elif SCORE == SIGMOID:
-        u = sigmoid(logit)
+        u, _ = softmax_rows(logit, tl.max(is_chosen.to(tl.int32), 1) != 0)
+    elif SCORE >= SIGMOID:
+        u = own_score(logit, SCORE)
     else:
         u = tl.exp(logit - lse[:, None])
     if NORMALIZE:
@@ -263,16 +249,21 @@ def topk_backward_kernel(
     scattered = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     for k in range(TOP_K):
         index = tl.sum(tl.where(choice_k == k, chosen, 0), 1)
-        value = tl.sum(tl.where(choice_k == k, grad_chosen, 0.0), 1)
+        value = tl.sum(tl.where((choice_k == k) & is_chosen, grad_chosen, 0.0), 1)
         scattered += tl.where(expert == index[:, None], value[:, None], 0.0)
 
     # through the scores
-    grad_probs = tl.load(grad_score_sums + expert, mask=expert < NUM_EXPERTS, other=0.0).to(tl.float32)
-    if SCORE == SIGMOID:
-        s = sigmoid(x)
+    sums = (token // sequence_length)[:, None] * NUM_EXPERTS + expert
+    grad_probs = tl.load(grad_score_sums + sums, mask=present, other=0.0).to(tl.float32)
+    if SCORE >= SIGMOID:
+        s = own_score(x, SCORE)
         total = tl.sum(s, 1)[:, None] + EPS
         scattered += (grad_probs - tl.sum(grad_probs * s, 1)[:, None] / total) / total
-        grad = s * (1.0 - s) * scattered
+        if SCORE == SIGMOID:
+            slope = s * (1.0 - s)
+        else:  # sigmoid(x) / (2 s), which far below is s / 2
+            slope = tl.where(x < -40.0, 0.5 * s, sigmoid(x) / (2.0 * s))
+        grad = slope * scattered
     elif SCORE == SOFTMAX:
         grad_probs += scattered
         grad = softmax * (grad_probs - tl.sum(softmax * grad_probs, 1)[:, None])
@@ -287,37 +278,49 @@ def tokens_per_tile(lanes: int, choices: int) -> int:
     return max(1, min(64, TILE_ELEMENTS // max(lanes, choices)))
 
 
-def forward_constants(
-    num_experts: int, top_k: int, score: str, normalize: bool, num_groups: int, top_groups: int, group_score: str
-) -> dict[str, Any]:
-    groups = triton.next_power_of_2(num_groups)
-    members = triton.next_power_of_2(num_experts // num_groups)
-    block_k = triton.next_power_of_2(top_k)
+class TopK(NamedTuple):
+    """How logits become choices and weights; the fields are those of `moe_triton.records.RouterSpec`.
+
+    `score` is a key of `SCORES`, `group_score` "max" or "top2_sum". The last `weightless` experts have weight 0. Each
+    of B = `sequences` equal runs of tokens has sums of its own.
+    """
+
+    top_k: int
+    score: str = "softmax"
+    normalize: bool = False
+    scale: float = 1.0
+    num_groups: int = 1
+    top_groups: int = 1
+    group_score: str = "max"
+    weightless: int = 0
+    sequences: int = 1
+
+
+def forward_constants(num_experts: int, options: TopK) -> dict[str, Any]:
+    groups = triton.next_power_of_2(options.num_groups)
+    members = triton.next_power_of_2(num_experts // options.num_groups)
+    block_k = triton.next_power_of_2(options.top_k)
     return {
-        "NUM_EXPERTS": num_experts, "TOP_K": top_k, "SCORE": SCORES[score], "NORMALIZE": normalize,
-        "NUM_GROUPS": num_groups, "TOP_GROUPS": top_groups, "TOP2": num_groups > 1 and group_score == "top2_sum",
+        "NUM_EXPERTS": num_experts, "WEIGHTLESS": options.weightless, "TOP_K": options.top_k,
+        "SCORE": SCORES[options.score], "NORMALIZE": options.normalize, "NUM_GROUPS": options.num_groups,
+        "TOP_GROUPS": options.top_groups, "TOP2": options.num_groups > 1 and options.group_score == "top2_sum",
         "BLOCK_T": tokens_per_tile(groups * members, block_k), "GROUPS": groups, "MEMBERS": members, "BLOCK_K": block_k,
     }  # fmt: skip
 
 
-def backward_constants(num_experts: int, top_k: int, score: str, normalize: bool) -> dict[str, Any]:
-    block_e, block_k = triton.next_power_of_2(num_experts), triton.next_power_of_2(top_k)
+def backward_constants(num_experts: int, options: TopK) -> dict[str, Any]:
+    block_e, block_k = triton.next_power_of_2(num_experts), triton.next_power_of_2(options.top_k)
     return {
-        "NUM_EXPERTS": num_experts, "TOP_K": top_k, "SCORE": SCORES[score], "NORMALIZE": normalize,
+        "NUM_EXPERTS": num_experts, "WEIGHTLESS": options.weightless, "TOP_K": options.top_k,
+        "SCORE": SCORES[options.score], "NORMALIZE": options.normalize,
         "BLOCK_T": tokens_per_tile(block_e, block_k), "BLOCK_E": block_e, "BLOCK_K": block_k,
     }  # fmt: skip
 
 
 def topk_forward(
     logits: Tensor,
-    top_k: int,
+    options: TopK,
     *,
-    score: str,
-    normalize: bool,
-    scale: float,
-    num_groups: int = 1,
-    top_groups: int = 1,
-    group_score: str = "max",
     choice_bias: Tensor | None = None,
     noise: Tensor | None = None,
     token_mask: Tensor | None = None,
@@ -325,62 +328,60 @@ def topk_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Logits [T, E] (fp32, bf16, fp16) -> experts [T, K], weights [T, K], counts [E], score_sums [E], z_sum [].
 
-    Experts and counts are int32, the others fp32. Experts are in order of preference; they are -1, with weight 0, where
-    `token_mask` [T] is false. `choice_bias` [E] and `noise` [T, E] change the choice only. `given` [T, K] int32, ids
-    distinct in a row or -1 for none, takes its place in the rows that have any. `score` is "softmax", "sigmoid" or
-    "topk_softmax", `group_score` "max" or "top2_sum". Two launches, no host sync, bitwise deterministic.
+    Experts and counts are int32, the others fp32; with several sequences, counts and score sums are [B, E]. Experts are
+    in order of preference; they are -1, with weight 0, where `token_mask` [T] is false. `choice_bias` [E] and `noise`
+    [T, E] change the choice only. `given` [T, K] int32, ids distinct in a row, -1 for none or -2 for an empty place,
+    takes its place in the rows that are not all -1. Two launches, no host sync, bitwise deterministic.
     """
     num_tokens, num_experts = logits.shape
-    device = logits.device
-    experts = torch.empty((num_tokens, top_k), dtype=torch.int32, device=device)
-    weights = torch.empty((num_tokens, top_k), dtype=torch.float32, device=device)
+    sequences, device = options.sequences, logits.device
+    experts = torch.empty((num_tokens, options.top_k), dtype=torch.int32, device=device)
+    weights = torch.empty((num_tokens, options.top_k), dtype=torch.float32, device=device)
+    of_experts = (num_experts,) if sequences == 1 else (sequences, num_experts)
     if num_tokens == 0:
-        zeros = torch.zeros(num_experts, dtype=torch.float32, device=device)
+        zeros = torch.zeros(of_experts, dtype=torch.float32, device=device)
         return experts, weights, zeros.int(), zeros, torch.zeros((), dtype=torch.float32, device=device)
-    constants = forward_constants(num_experts, top_k, score, normalize, num_groups, top_groups, group_score)
+    constants = forward_constants(num_experts, options)
     by_logit = noise is None and choice_bias is None and not constants["TOP2"]
-    programs = min(triton.cdiv(num_tokens, constants["BLOCK_T"]), MAX_PROGRAMS)
-    partial_counts = torch.empty((programs, num_experts), dtype=torch.int32, device=device)
-    partial_scores = torch.empty((programs, num_experts), dtype=torch.float32, device=device)
-    partial_z = torch.empty(programs, dtype=torch.float32, device=device)
-    topk_kernel[(programs,)](
+    length = num_tokens // sequences
+    programs = min(triton.cdiv(length, constants["BLOCK_T"]), max(1, MAX_PROGRAMS // sequences))
+    partial_counts = torch.empty((sequences, programs, num_experts), dtype=torch.int32, device=device)
+    partial_scores = torch.empty((sequences, programs, num_experts), dtype=torch.float32, device=device)
+    partial_z = torch.empty((sequences, programs), dtype=torch.float32, device=device)
+    topk_kernel[(sequences, programs)](
         logits.contiguous(),
         None if choice_bias is None else choice_bias.contiguous(),
         None if noise is None else noise.contiguous(),
         None if token_mask is None else token_mask.contiguous(),
         None if given is None else given.contiguous(),
-        experts, weights, partial_counts, partial_scores, partial_z, num_tokens, float(scale),
+        experts, weights, partial_counts, partial_scores, partial_z, length, float(options.scale),
         PACKED=by_logit and logits.dtype != torch.float32, **constants, num_warps=NUM_WARPS,
     )  # fmt: skip
-    counts = torch.empty(num_experts, dtype=torch.int32, device=device)
-    score_sums = torch.empty(num_experts, dtype=torch.float32, device=device)
-    z_sum = torch.empty((), dtype=torch.float32, device=device)
-    sum_partials_kernel[(triton.cdiv(num_experts, SUM_EXPERTS),)](
-        partial_counts, partial_scores, partial_z, counts, score_sums, z_sum, programs,
+    counts = torch.empty(of_experts, dtype=torch.int32, device=device)
+    score_sums = torch.empty(of_experts, dtype=torch.float32, device=device)
+    z_sums = torch.empty(sequences, dtype=torch.float32, device=device)
+    sum_partials_kernel[(sequences, triton.cdiv(num_experts, SUM_EXPERTS))](
+        partial_counts, partial_scores, partial_z, counts, score_sums, z_sums, programs,
         NUM_EXPERTS=num_experts, BLOCK_P=SUM_PROGRAMS, BLOCK_E=SUM_EXPERTS, num_warps=SUM_WARPS,
     )  # fmt: skip
-    return experts, weights, counts, score_sums, z_sum
+    return experts, weights, counts, score_sums, z_sums[0] if sequences == 1 else z_sums.sum()
 
 
 def topk_backward(
-    grad_weights: Tensor,
-    grad_score_sums: Tensor,
-    grad_z_sum: Tensor,
-    logits: Tensor,
-    experts: Tensor,
-    *,
-    score: str,
-    normalize: bool,
-    scale: float,
+    grad_weights: Tensor, grad_score_sums: Tensor, grad_z_sum: Tensor, logits: Tensor, experts: Tensor, options: TopK
 ) -> Tensor:
-    """Gradient of the logits [T, E], in their dtype; zeros for the tokens whose experts [T, K] are -1. One launch."""
+    """Gradient of the logits [T, E], in their dtype; zeros for the tokens whose experts [T, K] are -1. One launch.
+
+    grad_score_sums: [E], or [B, E] with several sequences.
+    """
     num_tokens, num_experts = logits.shape
     grad_logits = torch.empty((num_tokens, num_experts), dtype=logits.dtype, device=logits.device)
     if num_tokens == 0:
         return grad_logits
-    constants = backward_constants(num_experts, experts.shape[1], score, normalize)
+    constants = backward_constants(num_experts, options)
     topk_backward_kernel[(triton.cdiv(num_tokens, constants["BLOCK_T"]),)](
         grad_weights.contiguous(), grad_score_sums.contiguous(), grad_z_sum, logits.contiguous(), experts.contiguous(),
-        grad_logits, num_tokens, float(scale), **constants, num_warps=NUM_WARPS,
+        grad_logits, num_tokens, num_tokens // options.sequences, float(options.scale), **constants,
+        num_warps=NUM_WARPS,
     )  # fmt: skip
     return grad_logits

@@ -13,15 +13,28 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from moe_triton.records import Dispatch, ExpertCall, RouterSpec, Routing
+from moe_triton.records import Dispatch, ExpertCall, RouterSpec, Routing, SequenceSums
 
 EPS = 1e-20  # keeps a normalisation finite when every chosen score underflowed
+EMPTY = -2  # the id of a choice that a rule leaves empty; -1 is one of a token that counts nowhere
 GPT_OSS_ALPHA, GPT_OSS_LIMIT = 1.702, 7.0  # of its activation: the sigmoid's slope, and where gate and up are cut
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of router maths: fp32, or the model's own where that is wider."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def sqrt_softplus(x: Tensor) -> Tensor:
+    """Return sqrt(log(1 + exp(x))) (DeepSeek-V4); below -40 as exp(x/2), which it equals in float64."""
+    return torch.where(x < -40, (x / 2).exp(), F.softplus(x.clamp_min(-40), threshold=50).sqrt())
+
+
+def router_scores(logits_TE: Tensor, score: str) -> Tensor:
+    """Return every expert's score [T, E], of which the chosen ones' are the weights; "topk_softmax" has softmax's."""
+    if score == "sigmoid":
+        return logits_TE.sigmoid()
+    return sqrt_softplus(logits_TE) if score == "sqrt_softplus" else logits_TE.softmax(-1)
 
 
 def group_mask(scores_TE: Tensor, spec: RouterSpec) -> Tensor:
@@ -44,10 +57,8 @@ def choice_keys(logits_TE: Tensor, spec: RouterSpec, choice_bias: Tensor | None,
     """
     keys_TE = logits_TE if noise is None else logits_TE + noise
     if choice_bias is not None or (spec.num_groups > 1 and spec.group_score == "top2_sum"):
-        if spec.score == "softmax":
-            keys_TE = keys_TE.softmax(-1)
-        elif spec.score == "sigmoid":
-            keys_TE = keys_TE.sigmoid()
+        if spec.score != "topk_softmax":
+            keys_TE = router_scores(keys_TE, spec.score)
         if choice_bias is not None:
             keys_TE = keys_TE + choice_bias.to(keys_TE.dtype)
     keys_TE = keys_TE.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
@@ -57,20 +68,35 @@ def choice_keys(logits_TE: Tensor, spec: RouterSpec, choice_bias: Tensor | None,
 
 
 def given_choices(experts_TK: Tensor, num_experts: int) -> Tensor:
-    """Return given ids [T, K] as int32: -1 for one outside [0, E), and for one that its row has before."""
+    """Return given ids [T, K] as int32, `EMPTY` as it is: -1 for any other one outside [0, E), and for one that its row
+    has before."""
     ids = experts_TK.long()
     is_repeated = (ids[:, :, None] == ids[:, None, :]).tril(-1).any(-1)
-    return ids.masked_fill(is_repeated | (ids < 0) | (ids >= num_experts), -1).int()
+    is_unknown = (ids < 0) | (ids >= num_experts)
+    return ids.masked_fill((is_repeated | is_unknown) & (ids != EMPTY), -1).int()
 
 
 def unless_empty(given_TK: Tensor, experts_TK: Tensor) -> Tensor:
     """Return the given choices [T, K] in place of a token's own, in the rows that have any."""
-    return torch.where((given_TK >= 0).any(-1, keepdim=True), given_TK.to(experts_TK.dtype), experts_TK)
+    return torch.where((given_TK != -1).any(-1, keepdim=True), given_TK.to(experts_TK.dtype), experts_TK)
 
 
-def of_chosen(values_TE: Tensor, experts_TK: Tensor, missing: float) -> Tensor:
-    """Return each choice's value [T, K]; `missing` where the id is -1."""
-    return values_TE.gather(1, experts_TK.clamp_min(0)).masked_fill(experts_TK < 0, missing)
+def normalised_and_chosen(logits_TE: Tensor, experts_TK: Tensor, spec: RouterSpec) -> tuple[Tensor, Tensor]:
+    """Return the scores divided by each token's sum [T, E], and the weights [T, K] before `normalize` and `scale`.
+
+    The weights are 0 where there is no expert, and for the last `spec.weightless` experts.
+    """
+    scores_TE = router_scores(logits_TE, spec.score)
+    has_none_TK = (experts_TK < 0) | (experts_TK >= logits_TE.shape[1] - spec.weightless)
+    ids_TK = experts_TK.masked_fill(has_none_TK, 0)
+    if spec.score == "topk_softmax":
+        chosen_TK = logits_TE.gather(1, ids_TK).masked_fill(has_none_TK, float("-inf"))
+        chosen_TK = chosen_TK.masked_fill(has_none_TK.all(-1, keepdim=True), 0.0).softmax(-1)
+    else:
+        chosen_TK = scores_TE.gather(1, ids_TK)
+    if spec.score in ("sigmoid", "sqrt_softplus"):
+        scores_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + EPS)
+    return scores_TE, chosen_TK.masked_fill(has_none_TK, 0.0)
 
 
 def route(
@@ -85,7 +111,8 @@ def route(
     """Choose each token's K distinct experts by its logits [T, E], in order of preference; sum up what losses need.
 
     score "softmax": s = softmax(logits), w = s[chosen] (Switch, Mixtral); "sigmoid": s = sigmoid(logits) (DeepSeek-V3);
-    "topk_softmax": w = softmax(logits[chosen]) (gpt-oss). `normalize` divides w by its sum, then `scale` multiplies.
+    "sqrt_softplus": s = sqrt(softplus(logits)) (DeepSeek-V4); "topk_softmax": w = softmax(logits[chosen]) (gpt-oss).
+    The last `weightless` experts have w = 0 (null experts). `normalize` divides w by its sum, then `scale` multiplies.
     `choice_bias` [E] and `noise` [T, E] change which experts are chosen, never a weight. `given` [T, K] takes the place
     of the choice, in its order (router replay, arXiv 2510.11370): weights, sums and gradients are those of the present
     logits. A given id that `given_choices` refuses is skipped; a row without any other is chosen as if none were given.
@@ -101,16 +128,7 @@ def route(
     if given is not None:
         experts = unless_empty(given_choices(given, num_experts), experts)
 
-    if spec.score == "topk_softmax":
-        weights = of_chosen(logits, experts, float("-inf")).softmax(-1)
-        probs = logits.softmax(-1)
-    elif spec.score == "sigmoid":
-        scores = logits.sigmoid()
-        weights = of_chosen(scores, experts, 0.0)
-        probs = scores / (scores.sum(-1, keepdim=True) + EPS)
-    else:
-        probs = logits.softmax(-1)
-        weights = of_chosen(probs, experts, 0.0)
+    probs, weights = normalised_and_chosen(logits, experts, spec)
     if spec.normalize:
         weights = weights / (weights.sum(-1, keepdim=True) + EPS)
     weights = weights * spec.scale
@@ -121,15 +139,114 @@ def route(
         weights = weights.masked_fill(~valid[:, None], 0.0)
         probs = probs.masked_fill(~valid[:, None], 0.0)
         z = z.masked_fill(~valid, 0.0)
-    counts = torch.bincount(experts[experts >= 0], minlength=num_experts)
+    lengths = [num_tokens // spec.sequences] * spec.sequences
+    counts = [torch.bincount(ids[ids >= 0], minlength=num_experts).int() for ids in experts.split(lengths)]
+    score_sums = [part.sum(0) for part in probs.split(lengths)]
+    num_valid = valid.view(spec.sequences, -1).sum(1).to(logits.dtype)
+    if spec.sequences == 1:
+        return routing_of(experts.int(), weights, counts[0], score_sums[0], z.sum(), num_valid[0])
+    return routing_of(experts.int(), weights, torch.stack(counts), torch.stack(score_sums), z.sum(), num_valid)
+
+
+def routing_of(
+    experts: Tensor, weights: Tensor, counts: Tensor, score_sums: Tensor, z_sum: Tensor, num_tokens: Tensor
+) -> Routing:
+    """Return the record of counts and score sums [E], and of the number of tokens []; or of [B, E] and [B]."""
+    sequences = None
+    if counts.dim() == 2:
+        sequences = SequenceSums(counts, score_sums, num_tokens)
+        counts, score_sums, num_tokens = counts.sum(0, dtype=counts.dtype), score_sums.sum(0), num_tokens.sum()
     return Routing(
-        experts=experts.int(),
+        experts=experts,
         weights=weights,
-        counts=counts.int(),
-        score_sums=probs.sum(0),
-        z_sum=z.sum(),
-        num_tokens=valid.sum().to(logits.dtype),
+        counts=counts,
+        score_sums=score_sums,
+        z_sum=z_sum,
+        num_tokens=num_tokens,
+        sequences=sequences,
     )
+
+
+def expert_choice(scores_GTE: Tensor, capacity: int, top_k: int) -> Tensor:
+    """Return the experts [G, T, K] of every token when each expert takes its `capacity` best tokens of each group.
+
+    Expert choice (Zhou et al., arXiv 2202.09368): expert e takes the tokens of the `capacity` highest scores in column
+    e. A token keeps the `top_k` best of those that took it, in order of its scores (K = E keeps all, as the paper
+    does); the other places are `EMPTY`. A score of -inf is not taken.
+    """
+    order = scores_GTE.sort(dim=1, descending=True, stable=True).indices[:, :capacity]
+    taken = torch.zeros_like(scores_GTE, dtype=torch.bool).scatter(1, order, True) & (scores_GTE > float("-inf"))
+    own = scores_GTE.masked_fill(~taken, float("-inf")).sort(dim=-1, descending=True, stable=True)
+    ids = own.indices[..., :top_k]
+    return ids.masked_fill(~taken.gather(-1, ids), EMPTY).int()
+
+
+def sinkhorn_offsets(logits_GTE: Tensor, iterations: int) -> Tensor:
+    """Return what Sinkhorn's algorithm adds to each expert's logits in a group, [G, 1, E].
+
+    The algorithm scales rows and columns of exp(logits) in turn until each token's row sums to 1/T and each expert's
+    column to 1/E (Megatron-Core's "sinkhorn"; S-BASE, arXiv 2202.01169): P = exp(logits + row + column). Within a row,
+    the best experts by P are those by logits + column. In logarithms, where no logit overflows; a row of -inf, as of
+    a token that counts nowhere, takes no part.
+    """
+    limit = torch.finfo(logits_GTE.dtype).max / 4
+    logits_GTE = logits_GTE.nan_to_num(nan=float("-inf"), posinf=limit, neginf=float("-inf"))
+    is_out = (logits_GTE == float("-inf")).all(-1, keepdim=True)
+    column = torch.zeros_like(logits_GTE[:, :1])
+    for _ in range(iterations):
+        row = -(logits_GTE + column).logsumexp(-1, keepdim=True)
+        column = -(logits_GTE + row.masked_fill(is_out, 0.0)).logsumexp(1, keepdim=True)
+        column = column.masked_fill(column == float("inf"), 0.0)  # no token has a logit for this expert
+    return column
+
+
+def top_p_choices(scores_TK: Tensor, experts_TK: Tensor, top_p: float) -> Tensor:
+    """Return the choices [T, K], best first, with those `EMPTY` that a mass of `top_p` is reached without.
+
+    Dynamic routing (Huang et al., arXiv 2403.07652): the smallest k with s_1 + ... + s_k >= top_p, at most K.
+    """
+    before = scores_TK.cumsum(-1) - scores_TK
+    return experts_TK.masked_fill((before >= top_p) & (experts_TK >= 0), EMPTY)
+
+
+def token_rounding(scores_GTJ: Tensor, experts_GTJ: Tensor, num_experts: int, top_k: int, tile: int) -> Tensor:
+    """Return the choices [G, T, J] of which every expert has a multiple of `tile` in each group; the others `EMPTY`.
+
+    Token rounding (SonicMoE, arXiv 2512.14080). The first `top_k` of a token's J choices are its own, the others are
+    offers. An expert's count of own choices is rounded to the nearest multiple, a half to the even one; down where the
+    offers are too few. Rounded down it drops its own choices of the lowest scores, rounded up it takes the offers of
+    the highest. With J = E every token offers itself to every expert, which is the paper's rule.
+    """
+    num_groups, _, width = experts_GTJ.shape
+    is_offer = torch.arange(width, device=experts_GTJ.device) >= top_k
+    bucket = experts_GTJ.long() + num_experts * torch.arange(num_groups, device=experts_GTJ.device)[:, None, None]
+    bucket = torch.where(experts_GTJ >= 0, 2 * bucket + is_offer, 2 * num_groups * num_experts).reshape(-1)
+    sizes = torch.zeros(2 * num_groups * num_experts + 2, dtype=torch.int64, device=bucket.device)
+    sizes = sizes.scatter_add(0, bucket, torch.ones_like(bucket)).view(-1, 2)  # of own choices and of offers
+    own, offers = sizes.unbind(1)
+    low, over = own // tile * tile, own % tile
+    goes_up = (2 * over > tile) | ((2 * over == tile) & (low // tile % 2 == 1))
+    target = torch.where(goes_up & (offers >= tile - over), low + tile, low)
+
+    best_first = scores_GTJ.reshape(-1).sort(descending=True, stable=True).indices
+    order = best_first[bucket[best_first].sort(stable=True).indices]  # by expert, its own choices first
+    start = F.pad(sizes.sum(1).cumsum(0), (1, 0))
+    rank = torch.empty_like(bucket)
+    rank[order] = torch.arange(bucket.numel(), device=bucket.device) - start[bucket[order] // 2]
+    keep = rank < target[bucket // 2]
+    return torch.where(keep.view_as(experts_GTJ) | (experts_GTJ < 0), experts_GTJ, EMPTY)
+
+
+def quantile_bias(scores_TE: Tensor, choice_bias: Tensor, top_k: int) -> Tensor:
+    """Return the choice bias [E] under which every expert would have been chosen by K / E of these tokens.
+
+    Quantile balancing (Kimi K3's report, section 2.3.3; Su, kexue.fm/archives/11619): with a the (K+1)-th highest of a
+    token's biased scores, expert e is chosen where s_e + b_e > a. So b_e = quantile over tokens of (a - s_e) at K / E,
+    and the mean over experts is subtracted.
+    """
+    cutoff_T1 = (scores_TE + choice_bias).topk(top_k + 1, dim=-1).values[:, -1:]
+    bias = (cutoff_T1 - scores_TE).quantile(top_k / scores_TE.shape[1], dim=0)
+    return bias - bias.mean()
 
 
 def dispatch(

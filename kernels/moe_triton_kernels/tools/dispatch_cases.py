@@ -72,9 +72,9 @@ def permutation_cases() -> list[Case]:
 def routing_cases() -> list[Case]:
     types = {
         "bias": "*fp32", "noise": "*fp32", "token_mask": "*i1", "given": "*i32", "experts": "*i32", "weights": "*fp32",
-        "partial_counts": "*i32", "partial_scores": "*fp32", "partial_z": "*fp32", "num_tokens": "i32", "scale": "fp32",
-        "grad_weights": "*fp32", "grad_score_sums": "*fp32", "grad_z_sum": "*fp32", "counts": "*i32",
-        "score_sums": "*fp32", "z_sum": "*fp32", "num_partials": "i32",
+        "partial_counts": "*i32", "partial_scores": "*fp32", "partial_z": "*fp32", "num_tokens": "i32",
+        "sequence_length": "i32", "scale": "fp32", "grad_weights": "*fp32", "grad_score_sums": "*fp32",
+        "grad_z_sum": "*fp32", "counts": "*i32", "score_sums": "*fp32", "z_sums": "*fp32", "num_partials": "i32",
     }  # fmt: skip
     sums = {"NUM_EXPERTS": 128, "BLOCK_P": routing.SUM_PROGRAMS, "BLOCK_E": routing.SUM_EXPERTS}
     cases = [
@@ -93,14 +93,16 @@ def routing_cases() -> list[Case]:
         ("qwen3_fp32", 128, 8, "fp32", "softmax", 1, 1),
         ("gpt_oss", 32, 4, "bf16", "topk_softmax", 1, 1),
         ("deepseek_v3", 256, 8, "fp32", "sigmoid", 8, 4),
+        ("deepseek_v4", 256, 6, "bf16", "sqrt_softplus", 1, 1),
         ("experts_1024", 1024, 16, "fp32", "softmax", 1, 1),
     ):
         signature = types | {"logits": f"*{dtype}", "grad_logits": f"*{dtype}"}
-        forward = routing.forward_constants(num_experts, top_k, score, True, num_groups, top_groups, "top2_sum")
+        router = routing.TopK(top_k, score, True, 1.0, num_groups, top_groups, "top2_sum")
+        forward = routing.forward_constants(num_experts, router)
         forward["PACKED"] = dtype != "fp32"
         if num_groups == 1:
             forward |= {"bias": None, "noise": None, "token_mask": None, "given": None}
-        backward = routing.backward_constants(num_experts, top_k, score, True)
+        backward = routing.backward_constants(num_experts, router)
         options: dict[str, Any] = {
             "signature": signature,
             "num_warps": routing.NUM_WARPS,
