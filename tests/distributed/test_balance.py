@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 from moe_triton import BalanceAccumulator, MoE, Router
 from moe_triton.distributed import ExpertParallel, make_groups
@@ -170,6 +171,40 @@ def updated() -> None:
 
 def test_choice_bias_over_ranks(two_ranks):
     two_ranks.run(updated)
+
+
+def test_eval_and_a_failed_count_leave_nothing_behind():
+    layer, (x, mask) = make_layer({"aux_loss_weight": 1.0}), global_batch(masked=True)
+    alone = layer(x, mask).aux_loss
+    balance = BalanceAccumulator(layer)
+    layer.eval()
+    assert torch.equal(layer(x[:2]).aux_loss, layer(x[:2]).aux_loss)
+    layer.train()
+    with pytest.raises(ValueError, match="hidden_states"), balance.counting():
+        [layer(piece) for piece in (x[:3], x[..., :2])]
+    assert_close(layer(x, mask).aux_loss, alone)
+    assert not torch.equal(layer(x[:2]).aux_loss, alone)
+    balance.step()
+    assert_close(layer(x, mask).aux_loss, alone)
+
+
+def recomputed() -> None:
+    """A recomputation counts nothing, and its loss is the one of its forward."""
+    x, mask = global_batch(masked=True)
+    found = []
+    for again in (False, True):
+        layer = make_layer({"aux_loss_weight": 0.5})
+        BalanceAccumulator(layer)
+        for part, part_mask in zip(x.chunk(2), mask.chunk(2), strict=True):
+            leaf = part.clone().requires_grad_()
+            out = checkpoint(layer, leaf, part_mask, use_reentrant=False) if again else layer(leaf, part_mask)
+            out.aux_loss.backward()
+        found.append(layer.router.weight.grad)
+    assert torch.equal(*found)
+
+
+def test_recomputation_counts_once(two_ranks):
+    two_ranks.run(recomputed)
 
 
 def test_a_model_without_such_a_loss_is_refused():

@@ -51,8 +51,9 @@ class BalanceAccumulator:
         group: the data-parallel ranks; None: torch.distributed's default group, when there is one. A layer with expert
             parallelism sums over its own ranks already and takes accumulation only from here.
 
-    A recomputation by activation checkpointing sees the counts that are there when it runs; it is exact where backward
-    follows its forward, and after `counting`. Noise and dropout differ between the two forwards of `counting`.
+    In eval mode nothing is counted. A recomputation by activation checkpointing sees the counts that are there when it
+    runs: it is exact where backward follows its forward, and after `counting`. Noise and dropout differ between the two
+    forwards of `counting`. torch.compile breaks its graph here.
 
     Raises:
         ValueError: a model without such a layer.
@@ -80,6 +81,9 @@ class BalanceAccumulator:
         try:
             with torch.no_grad():
                 yield
+        except BaseException:
+            self.step()
+            raise
         finally:
             self._is_counting = False
         for layer in self.layers:
@@ -90,6 +94,8 @@ class BalanceAccumulator:
     @never_compiled  # it remembers, and sums over ranks
     def global_load(self, layer: nn.Module, counts: Tensor, num_tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return (counts [E], number of tokens []) for the losses of a layer's micro-batch; their quotient is f."""
+        if not layer.training:
+            return counts, num_tokens
         total = self._totals.get(layer)
         if total is not None and total.is_final:
             mean = total.sums[:-1] / total.sums[-1]  # over micro-batches
