@@ -10,6 +10,7 @@ TOPK_SOFTMAX = tl.constexpr(1)
 SIGMOID = tl.constexpr(2)  # from here on, an expert's score follows from its own logit
 SQRT_SOFTPLUS = tl.constexpr(3)
 SCORES = {"softmax": 0, "topk_softmax": 1, "sigmoid": 2, "sqrt_softplus": 3}
+EPS = tl.constexpr(1e-20)  # keeps a normalisation finite when every chosen score underflowed
 
 
 @triton.jit
@@ -54,3 +55,15 @@ def scores_of(x, softmax, SCORE: tl.constexpr):
         return softmax
     else:
         return x
+
+
+@triton.jit
+def scores_of_chosen(logit, lse, has_weight, SCORE: tl.constexpr):
+    """The chosen experts' scores [N, K], from their logits [N, K], -inf where there is no weight, and the lse [N]."""
+    if SCORE == TOPK_SOFTMAX:
+        score, _ = softmax_rows(logit, tl.max(has_weight.to(tl.int32), 1) != 0)
+    elif SCORE >= SIGMOID:
+        score = own_score(logit, SCORE)
+    else:
+        score = tl.exp(logit - lse[:, None])
+    return score

@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_triton import reference
 from moe_triton.backends.triton.routing import route_backward, route_forward
 from moe_triton.records import SCORES, RouterSpec
-from moe_triton_kernels.routing import EPS
+from moe_triton_kernels.scores import EPS
 from tests.helpers.compare import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about intended infinities and NaN

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_triton_kernels import combine, permutation, routing, row_pieces, tiles
+from moe_triton_kernels import combine, permutation, routing, routing_backward, row_pieces, tiles
 from moe_triton_kernels.tools.case import Case
 
 
@@ -70,11 +70,11 @@ def permutation_cases() -> list[Case]:
 
 
 def routing_cases() -> list[Case]:
-    types = {
+    types: dict[str, Any] = {
         "bias": "*fp32", "noise": "*fp32", "token_mask": "*i1", "given": "*i32", "experts": "*i32", "weights": "*fp32",
-        "partial_counts": "*i32", "partial_scores": "*fp32", "partial_z": "*fp32", "num_tokens": "i32",
-        "sequence_length": "i32", "scale": "fp32", "grad_weights": "*fp32", "grad_score_sums": "*fp32",
-        "grad_z_sum": "*fp32", "counts": "*i32", "score_sums": "*fp32", "z_sums": "*fp32", "num_partials": "i32",
+        "partials": routing.PartialSums("*i32", "*fp32", "*fp32"), "num_tokens": "i32", "sequence_length": "i32",
+        "scale": "fp32", "grad_weights": "*fp32", "grad_score_sums": "*fp32", "grad_z_sum": "*fp32",
+        "counts": "*i32", "score_sums": "*fp32", "z_sums": "*fp32", "num_partials": "i32",
     }  # fmt: skip
     sums = {"NUM_EXPERTS": 128, "BLOCK_P": routing.SUM_PROGRAMS, "BLOCK_E": routing.SUM_EXPERTS}
     cases = [
@@ -96,21 +96,22 @@ def routing_cases() -> list[Case]:
         ("deepseek_v4", 256, 6, "bf16", "sqrt_softplus", 1, 1),
         ("experts_1024", 1024, 16, "fp32", "softmax", 1, 1),
     ):
-        signature = types | {"logits": f"*{dtype}", "grad_logits": f"*{dtype}"}
         router = routing.TopK(top_k, score, True, 1.0, num_groups, top_groups, "top2_sum")
-        forward = routing.forward_constants(num_experts, router)
-        forward["PACKED"] = dtype != "fp32"
-        if num_groups == 1:
-            forward |= {"bias": None, "noise": None, "token_mask": None, "given": None}
-        backward = routing.backward_constants(num_experts, router)
-        options: dict[str, Any] = {
-            "signature": signature,
-            "num_warps": routing.NUM_WARPS,
-            "sample": name in ("qwen3", "deepseek_v3"),
+        signature = types | {
+            "logits": f"*{dtype}",
+            "grad_logits": f"*{dtype}",
+            "RULE": routing.rule_of(num_experts, router),
+            "LIMIT": routing.limit_of(router),
+            "LANES": routing.lanes_of(num_experts, top_k, num_groups),
         }
+        if num_groups == 1:
+            signature |= {"bias": None, "noise": None, "token_mask": None, "given": None}
+        backward = signature | {"LANES": routing.lanes_of(num_experts, top_k)}
+        options: dict[str, Any] = {"num_warps": routing.NUM_WARPS, "sample": name in ("qwen3", "deepseek_v3")}
+        packed = {"PACKED": dtype != "fp32"}
         cases += [
-            Case(name=f"topk_{name}", fn=routing.topk_kernel, constexprs=forward, **options),
-            Case(name=f"topk_backward_{name}", fn=routing.topk_backward_kernel, constexprs=backward, **options),
+            Case(name=f"topk_{name}", fn=routing.topk_kernel, signature=signature, constexprs=packed, **options),
+            Case(name=f"topk_backward_{name}", fn=routing_backward.topk_backward_kernel, signature=backward, **options),
         ]
     return cases
 
