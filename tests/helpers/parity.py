@@ -109,10 +109,10 @@ def check_bits(case: Case, backend: str) -> None:
         from moe_triton import dispatch
 
         x, weights = (t[part].clone().requires_grad_() for t in (x_all, weights_all))
-        plan = dispatch(ids_all[part], case.experts, backend=backend)
-        out = experts(x, weights, plan)
+        dispatched = dispatch(ids_all[part], case.experts, backend=backend)
+        out = experts(x, weights, dispatched)
         with torch.no_grad():
-            unchanged = experts(x, weights, plan)
+            unchanged = experts(x, weights, dispatched)
         assert torch.equal(out, unchanged), "the bits depend on autograd"
         out.backward(grad_all[part])
         return [out.detach(), x.grad, weights.grad, *(p.grad for p in experts.parameters())]

@@ -137,7 +137,7 @@ def compare(
     gate = workload.gate.double().requires_grad_()
     noise = torch.zeros(case.tokens, case.experts, dtype=torch.float64, device=x.device)
     routing = reference.route(x @ gate.T, spec, noise=noise.scatter_(1, chosen_TK, FORCED))
-    plan = reference.dispatch(routing.experts, case.experts)
+    dispatched = reference.dispatch(routing.experts, case.experts)
 
     hidden = x.detach().requires_grad_()
     weights = routing.weights.detach().requires_grad_()
@@ -148,10 +148,10 @@ def compare(
     for first in range(0, case.experts, step):
         part = range(first, min(first + step, case.experts))
         own = Dispatch(
-            counts=plan.counts[first : part.stop],
-            offsets=plan.offsets[first : part.stop + 1],
-            source=plan.source,
-            position=plan.position,
+            counts=dispatched.counts[first : part.stop],
+            offsets=dispatched.offsets[first : part.stop + 1],
+            source=dispatched.source,
+            position=dispatched.position,
         )
         # a leaf per expert: the gradient of an index into stacked weights would fill the whole stack every time
         named = {name: [tensor[e].double().requires_grad_() for e in part] for name, tensor in workload.experts.items()}

@@ -201,7 +201,7 @@ def profile_layer(
         name.removeprefix(PREFIX): list(found) for name, found in trace.seconds.items() if name.startswith(PREFIX)
     }
     table = stage_table(opened, workload.case, times, flops_per_s, bytes_per_s)
-    return LayerProfile(table=table, trace=trace, counts=opened.plan.counts.tolist())
+    return LayerProfile(table=table, trace=trace, counts=opened.dispatched.counts.tolist())
 
 
 # A training step ------------------------------------------------------------------------------------------------------

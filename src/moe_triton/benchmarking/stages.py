@@ -103,7 +103,7 @@ class Opened:
 
     backend: str
     stages: list[Stage]
-    plan: Dispatch
+    dispatched: Dispatch
 
     @property
     def calls(self) -> dict[str, Call]:
@@ -138,8 +138,8 @@ def open_layer(workload: Workload, backend: str = "auto") -> Opened:
         logits = gate_forward()
         experts, weights, _, score_sums, z_sum = route_forward()
         counts, offsets, source, position = build_dispatch()
-        plan = Dispatch(counts=counts, offsets=offsets, source=source, position=position)
-        inner = expert_stages(name, workload.call(weights, plan), workload.grad_out)
+        dispatched = Dispatch(counts=counts, offsets=offsets, source=source, position=position)
+        inner = expert_stages(name, workload.call(weights, dispatched), workload.grad_out)
         grad_weights = torch.randn_like(weights)
         zeros = torch.zeros_like(score_sums), torch.zeros_like(z_sum)
         grad_logits = route_backward()
@@ -181,7 +181,7 @@ def open_layer(workload: Workload, backend: str = "auto") -> Opened:
     ]
     stages = [*outer, *inner, *behind]
     wrapped = [stage if stage.call is None else replace(stage, call=plain(stage.call)) for stage in stages]
-    return Opened(backend=name, stages=wrapped, plan=plan)
+    return Opened(backend=name, stages=wrapped, dispatched=dispatched)
 
 
 def expert_stages(backend: str, call: ExpertCall, grad_out: Tensor) -> list[Stage]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,7 +17,8 @@ from moe_triton.distributed.checkpoint.global_tensors import as_global, expert_l
 from moe_triton.distributed.exchange.expert_parallel import ExpertParallel, unless_alone
 from moe_triton.distributed.exchange.overlap import Deferred
 from moe_triton.distributed.exchange.stages import ExchangedLayer
-from moe_triton.distributed.replicas.placement import Placement, build_placement, plan_placement, replica_of
+from moe_triton.distributed.holders import StackedExperts
+from moe_triton.distributed.replicas.placement import build_placement, plan_placement, replica_of
 from moe_triton.experts import check_call
 from moe_triton.layers.load import CountsLoad
 from moe_triton.records import ACTIVATIONS, GATED, Dispatch, ExpertCall, ExpertParameters, ExpertSpec
@@ -26,7 +27,7 @@ from moe_triton.runtime import autocast_dtype
 from moe_triton.torch_internals import inside_fsdp1, is_fsdp2_class
 
 
-class Experts(CountsLoad):
+class Experts(CountsLoad, StackedExperts):
     """E expert MLPs as plain stacked parameters in the transformers layout.
 
     gate_up_proj [E, 2n, d] ([E, n, d] for an ungated activation), down_proj [E, d, n], and with `bias`
@@ -35,9 +36,6 @@ class Experts(CountsLoad):
     their local slice: under expert tensor parallelism each rank has n / etp columns of gate, of up and of down. With
     `ExpertParallel(redundant_experts=R)` a rank holds (E + R) / ep slots; `placement` says which expert is in each.
     """
-
-    placement: Placement | None
-    physical_to_logical: Tensor | None
 
     def __init__(
         self,
@@ -64,7 +62,7 @@ class Experts(CountsLoad):
         self.num_experts = num_experts
         self.intermediate_size = intermediate_size
         self.expert_parallel = expert_parallel
-        self.gradient_scale = 1.0  # of the parameters' gradients; apply_fsdp2 corrects FSDP2's average by it
+        self.gradient_scale: float = 1.0  # apply_fsdp2 corrects FSDP2's average by it
         if expert_parallel is not None:
             slices = expert_parallel.etp.size
             if intermediate_size % slices:
@@ -87,7 +85,7 @@ class Experts(CountsLoad):
         self.reset_parameters()
 
     def _place(self, device: torch.device | str | None) -> None:
-        """The first placement of replicas, before any load is known, and the counters for the next one."""
+        """Make the first placement of replicas, before any load is known, and the counters for the next one."""
         parallel, placed, slots = self.expert_parallel, None, 0
         if parallel is not None and parallel.redundant_experts:
             slots = self.num_experts + parallel.redundant_experts
@@ -109,12 +107,6 @@ class Experts(CountsLoad):
         if self.placement is not None and self.physical_to_logical is not None and not self.physical_to_logical.is_meta:
             loads = torch.ones(self.num_experts)
             self.placement = build_placement(self.physical_to_logical, loads, self.placement.num_ranks)
-
-    def set_placement(self, placement: Placement) -> None:
-        """Say which expert each slot holds now; `moe_triton.distributed.rebalance` moves the parameters along."""
-        assert self.physical_to_logical is not None
-        self.placement = placement
-        self.physical_to_logical.copy_(placement.physical_to_logical)
 
     def reset_parameters(self) -> None:
         """Draw every expert of the layer from torch's generator, in the order of their ids, and keep what is here.
@@ -146,26 +138,18 @@ class Experts(CountsLoad):
                     box = tuple(slice(low, low + size) for low, size in zip(rest, view.shape[1:], strict=True))
                     view[expert - first] = whole[box]
 
-    @property
-    def local_experts(self) -> Sequence[int]:
-        """Return the global ids of the experts whose parameters are here, by slot."""
-        parallel = self.expert_parallel
-        if parallel is None:
-            return range(self.num_experts)
-        if self.placement is None:
-            return parallel.experts_of(self.num_experts)
-        size, rank = self.placement.slots_per_rank, parallel.ep.rank
-        return self.placement.physical_to_logical[rank * size : (rank + 1) * size].tolist()
+    def is_sliced(self, parameter: nn.Parameter) -> bool:
+        """Return whether expert tensor parallelism splits this parameter; the down projection's bias stays whole."""
+        return parameter is not self.down_proj_bias
 
     @property
     def sliced_dimensions(self) -> dict[str, tuple[int, int]]:
-        """What expert tensor parallelism slices: parameter -> (dimension, parts), gate and up being sliced apart."""
+        """Return what expert tensor parallelism slices: parameter -> (dimension, parts), 2 for gate and up."""
         parts = 2 if self.spec.is_gated else 1
         return {"gate_up_proj": (1, parts), "gate_up_proj_bias": (1, parts), "down_proj": (2, 1)}
 
     def local_slice(self, name: str, whole: Tensor) -> Tensor:
         """Return this rank's part of one expert's whole parameter `name`: all of it without expert tensor parallelism.
-
 
         The down projection's bias is whole on every rank.
         """
@@ -195,7 +179,7 @@ class Experts(CountsLoad):
         self,
         hidden_states: Tensor,
         top_k_weights: Tensor | Uncast,
-        plan: Dispatch,
+        dispatched: Dispatch,
         *,
         capacity: Callable[[int], int | None] = lambda num_tokens: None,
         overlap_with: Deferred | None = None,
@@ -208,19 +192,23 @@ class Experts(CountsLoad):
         call = ExpertCall(
             hidden=hidden_states,
             weights=uncast(top_k_weights),
-            dispatched=plan,
+            dispatched=dispatched,
             parameters=self._parameters_in_order,
             spec=self.spec,
         )
         dtype = call.parameters.gate_up[0].dtype
         if hidden_states.dtype != dtype and autocast_dtype(hidden_states.device) is None:
             raise TypeError(f"hidden_states: got dtype {hidden_states.dtype}, wanted {dtype}, the layer's own")
-        self.count_load(plan.counts)
+        self.count_load(dispatched.counts)
         if (parallel := unless_alone(self.expert_parallel)) is None:
             check_call(call, self.backend)
             return run_experts(call, recompute=self.recompute, backend=self.backend)
         layer = ExchangedLayer(
-            name=self.layer_name, num_experts=self.num_experts, backend=self.backend, capacity=capacity
+            name=self.layer_name,
+            num_experts=self.num_experts,
+            backend=self.backend,
+            capacity=capacity,
+            held=self.held_parameters,
         )
         if self.placement is not None:
             self.placement = self.placement.to(hidden_states.device)
@@ -248,9 +236,9 @@ class ScaleGradient(torch.autograd.Function):
 
 
 class Uncast:
-    """A tensor that FSDP's mixed precision hands on as it is: what it finds in a module's arguments, it casts.
+    """Keep a tensor from FSDP's mixed precision, which casts the tensors among a module's arguments.
 
-    The router weights are fp32 whatever the experts compute in.
+    The router weights stay fp32 in every dtype of the experts.
     """
 
     def __init__(self, tensor: Tensor) -> None:

@@ -53,7 +53,7 @@ class FFNExperts(layers.Experts, MoeExperts):
         check_number("drop_rate", drop_rate, low=0)
         num_local, info = self.place(num_experts)
         known = "gelu" if activation is None else pointwise_name(activation)
-        # a name that is as good as any for the shapes, where the activation itself is called
+        # where the activation itself is called, any ungated name gives the right shapes
         super().__init__(
             d_model, d_ff, num_experts, activation=known or "relu", bias=True, expert_parallel=info.parallel,
             backend=backend, device=device, dtype=dtype,
@@ -66,7 +66,7 @@ class FFNExperts(layers.Experts, MoeExperts):
 
     @staticmethod
     def place(num_experts: int) -> tuple[int, MoeParallelInfo]:
-        """(experts here, where they are)."""
+        """Return (number of experts here, where they are)."""
         return MOE_CONTEXT.get_info(num_experts)
 
     @torch.no_grad()
@@ -79,7 +79,7 @@ class FFNExperts(layers.Experts, MoeExperts):
         biases = self.gate_up_proj_bias, self.down_proj_bias
         assert biases[0] is not None
         assert biases[1] is not None
-        wanted = (  # what is drawn, and the dimension that slices split
+        wanted = (  # parameter, shape, std, and the dimension that slices split
             (self.gate_up_proj, (f, d), std_1, 0),
             (biases[0], (f,), std_1, 0),
             (self.down_proj, (d, f), std_2, 1),
@@ -94,7 +94,7 @@ class FFNExperts(layers.Experts, MoeExperts):
 
     @property
     def parallel_slices(self) -> tuple[int, int]:
-        """(slices of each expert, which of them is here)."""
+        """Return (slices of each expert, which of them is here)."""
         etp = self.expert_parallel.etp if self.expert_parallel is not None else None
         return (1, 0) if etp is None else (etp.size, etp.rank)
 
@@ -116,28 +116,31 @@ class FFNExperts(layers.Experts, MoeExperts):
 
     @property
     def is_fused(self) -> bool:
-        """Whether the experts, in the present mode, run fused."""
+        """Return whether the experts, in the present mode, run fused."""
         return self.is_known and not (self.training and self.drop_rate > 0)
 
     def forward(
         self,
         hidden_states: Tensor,
         top_k_weights: Tensor | Uncast,
-        plan: Dispatch,
+        dispatched: Dispatch,
         *,
         capacity: Capacity = lambda num_tokens: None,
         overlap_with: Deferred | None = None,
     ) -> Tensor:
-        """As `Experts.forward`."""
+        """Do as `Experts.forward`."""
         if self.is_fused:
-            return super().forward(hidden_states, top_k_weights, plan, capacity=capacity, overlap_with=overlap_with)
-        return self.run_opaque(self._call, hidden_states, uncast(top_k_weights), plan, capacity)
+            return super().forward(
+                hidden_states, top_k_weights, dispatched, capacity=capacity, overlap_with=overlap_with
+            )
+        call = self.opaque_call(self._call, hidden_states, uncast(top_k_weights), dispatched)
+        return self.compute(call, capacity)
 
-    def _call(self, hidden: Tensor, weights: Tensor, plan: Dispatch) -> Tensor:
+    def _call(self, hidden: Tensor, weights: Tensor, dispatched: Dispatch) -> Tensor:
         size, rank = self.parallel_slices
         parameters = self.gate_up_proj, self.gate_up_proj_bias, self.down_proj, self.down_proj_bias
         slices = [parameter.unbind(0) for parameter in parameters if parameter is not None]
-        # the slices of an expert's output are summed, so that they have to drop the same elements
+        # the slices of an expert's output are summed, so they have to drop the same elements
         last = ParallelMode.TENSOR if size == 1 else ParallelMode.GLOBAL
 
         def call(number: int, rows: Tensor) -> Tensor:
@@ -145,12 +148,12 @@ class FFNExperts(layers.Experts, MoeExperts):
             hidden = self.act(F.linear(rows, w1, b1))
             with seed(ParallelMode.TENSOR):
                 hidden = F.dropout(hidden, self.drop_rate, self.training)
-            # of several slices one adds the bias, whose gradient all of them have
+            # only one of several slices adds the bias, but all of them have its gradient
             out = F.linear(hidden, w2) + (b2 if rank == 0 else b2 - b2.detach())
             with seed(last):
                 return F.dropout(out, self.drop_rate, self.training)
 
-        return call_one_by_one([partial(call, i) for i in range(len(slices[0]))], hidden, weights, plan)
+        return call_one_by_one([partial(call, i) for i in range(len(slices[0]))], hidden, weights, dispatched)
 
 
 class TPExperts(FFNExperts):
@@ -166,6 +169,6 @@ class TPExperts(FFNExperts):
 
     @staticmethod
     def place(num_experts: int) -> tuple[int, MoeParallelInfo]:
-        """(experts here: all, who has the other slices)."""
+        """Return (number of experts here, which is all, and who has the other slices)."""
         check_int("num_experts", num_experts, low=1)
         return num_experts, MOE_CONTEXT.get_slices()
