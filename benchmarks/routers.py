@@ -62,7 +62,8 @@ def table(rows: list[Row], results: dict[str, Any]) -> str:
     config = results["config"]
     lines = [
         f"{config['steps']} steps of {config['batch_size']} x {config['seq_len']} bytes;"
-        f" {config['num_experts']} experts, {config['top_k']} per token, capacity factor {config['capacity_factor']:g} in training;"
+        f" {config['num_experts']} experts, {config['top_k']} per token,"
+        f" capacity factor {config['capacity_factor']:g} in training;"
         f" {results['processor']}. Load, dropped share and experts per token: of the last tenth of the steps.",
         "",
         "| router | seeds | " + " | ".join(title for title, _ in COLUMNS.values()) + " | vs. softmax |",
@@ -79,7 +80,7 @@ def table(rows: list[Row], results: dict[str, Any]) -> str:
 
 
 def draw(path: Path, rows: list[Row]) -> None:
-    """Three panels of bars, the routers in the order of the table; one standard deviation beside the loss."""
+    """Losses as points with one standard deviation, the rest as bars; the routers in the order of the table."""
     import io
 
     from matplotlib.figure import Figure
@@ -88,14 +89,14 @@ def draw(path: Path, rows: list[Row]) -> None:
     panels = figure.subplots(1, 3, sharey=True)
     for axes, column in zip(panels, ("held_out_loss", "load_entropy", "dropped"), strict=True):
         values = [row.means[column] for row in rows]
-        errors = [row.spread for row in rows] if column == "held_out_loss" else None
-        axes.barh(range(len(rows)), values, xerr=errors, color="#1f6f8b", height=0.66)
+        if column == "held_out_loss":  # no bar, since it does not start at 0
+            axes.errorbar(values, range(len(rows)), xerr=[row.spread for row in rows], fmt="o", color="#1f6f8b")
+            axes.grid(axis="x", alpha=0.3)
+        else:
+            axes.barh(range(len(rows)), values, color="#1f6f8b", height=0.66)
         axes.set_title(COLUMNS[column][0], fontsize=9, loc="left")
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-    losses = [row.means["held_out_loss"] for row in rows]
-    room = max(0.02, 0.1 * (max(losses) - min(losses)))
-    panels[0].set_xlim(min(losses) - 2 * room, max(losses) + room)  # the bars do not start at 0
     panels[0].set_yticks(range(len(rows)), [row.name for row in rows])
     panels[0].invert_yaxis()
     picture = io.BytesIO()
