@@ -72,6 +72,16 @@ def test_every_rule_of_choice_compiles_to_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def test_a_balance_accumulator_breaks_the_graph_and_says_the_same():
+    layer = MoE(16, 12, 8, 2, aux_loss_weight=1.0, backend="torch")
+    balance = moe_triton.BalanceAccumulator(layer)
+    batches, found = torch.randn(2, 10, 16), []
+    for call in (layer, torch.compile(layer, backend="aot_eager")):
+        found.append(torch.stack([call(x).aux_loss for x in batches]))
+        balance.step()
+    assert torch.equal(*found)
+
+
 def test_no_recompilation_when_only_the_token_count_changes():
     layer = MoE(16, 12, 8, 2, backend="torch")
     seen = []

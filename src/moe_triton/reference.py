@@ -205,36 +205,71 @@ def top_p_choices(scores_TK: Tensor, experts_TK: Tensor, top_p: float) -> Tensor
 
     Dynamic routing (Huang et al., arXiv 2403.07652): the smallest k with s_1 + ... + s_k >= top_p, at most K.
     """
-    before = scores_TK.cumsum(-1) - scores_TK
-    return experts_TK.masked_fill((before >= top_p) & (experts_TK >= 0), EMPTY)
+    is_before = torch.ones(2 * scores_TK.shape[1:], dtype=scores_TK.dtype, device=scores_TK.device).tril(-1)
+    before_TK = (scores_TK[:, None, :] * is_before).sum(-1)  # no cumsum, which has no fixed order on a GPU
+    return experts_TK.masked_fill((before_TK >= top_p) & (experts_TK >= 0), EMPTY)
 
 
-def token_rounding(scores_GTJ: Tensor, experts_GTJ: Tensor, num_experts: int, top_k: int, tile: int) -> Tensor:
-    """Return the choices [G, T, J] of which every expert has a multiple of `tile` in each group; the others `EMPTY`.
+def ranks_in_queues(queue_N: Tensor, order_N: Tensor, is_in_N: Tensor, num_queues: int) -> Tensor:
+    """Return how many of those that are in stand before each one in its queue; `order` sorts all by their queues."""
+    sorted_queue = queue_N[order_N]
+    first = torch.searchsorted(sorted_queue, torch.arange(num_queues, device=queue_N.device))
+    before = F.pad(is_in_N[order_N].long().cumsum(0), (1, 0))
+    rank = torch.empty_like(queue_N)
+    rank[order_N] = before[:-1] - before[first[sorted_queue]]
+    return rank
 
-    Token rounding (SonicMoE, arXiv 2512.14080). The first `top_k` of a token's J choices are its own, the others are
-    offers. An expert's count of own choices is rounded to the nearest multiple, a half to the even one; down where the
-    offers are too few. Rounded down it drops its own choices of the lowest scores, rounded up it takes the offers of
-    the highest. With J = E every token offers itself to every expert, which is the paper's rule.
+
+def token_rounding(
+    scores_GTJ: Tensor, experts_GTJ: Tensor, num_experts: int, top_k: int, tile: int, extra: int, rounds: int = 8
+) -> Tensor:
+    """Return choices [G, T, K + extra] of which every expert has a multiple of `tile` in each group, or `EMPTY`.
+
+    Token rounding (SonicMoE, arXiv 2512.14080). The first K of a token's J experts, best first, are its choices. Each
+    expert's number of choices is rounded to the nearest multiple, a half to the even one. Rounded down, it drops its
+    choices of the lowest scores. Rounded up, it takes the tokens of the highest scores among those that it is a later
+    expert of. A token takes `extra` more experts at most, those that it scores highest; an expert that was refused
+    asks its next best token, `rounds` times. One that is then still short is rounded down. With J = E and extra = E - K
+    nothing is refused, which is the paper's rule.
     """
-    num_groups, _, width = experts_GTJ.shape
-    is_offer = torch.arange(width, device=experts_GTJ.device) >= top_k
-    bucket = experts_GTJ.long() + num_experts * torch.arange(num_groups, device=experts_GTJ.device)[:, None, None]
-    bucket = torch.where(experts_GTJ >= 0, 2 * bucket + is_offer, 2 * num_groups * num_experts).reshape(-1)
-    sizes = torch.zeros(2 * num_groups * num_experts + 2, dtype=torch.int64, device=bucket.device)
-    sizes = sizes.scatter_add(0, bucket, torch.ones_like(bucket)).view(-1, 2)  # of own choices and of offers
-    own, offers = sizes.unbind(1)
-    low, over = own // tile * tile, own % tile
-    goes_up = (2 * over > tile) | ((2 * over == tile) & (low // tile % 2 == 1))
-    target = torch.where(goes_up & (offers >= tile - over), low + tile, low)
+    num_groups, num_tokens, width = experts_GTJ.shape
+    queues = num_groups * num_experts + 1  # the last one takes the tokens that do not count
+    group = torch.arange(num_groups, device=experts_GTJ.device)[:, None, None]
+    queue = torch.where(experts_GTJ >= 0, experts_GTJ.long() + num_experts * group, queues - 1)
+    own, later = (part.reshape(-1) for part in queue.split([top_k, width - top_k], -1))
+    own_scores, later_scores = (part.reshape(-1) for part in scores_GTJ.split([top_k, width - top_k], -1))
 
-    best_first = scores_GTJ.reshape(-1).sort(descending=True, stable=True).indices
-    order = best_first[bucket[best_first].sort(stable=True).indices]  # by expert, its own choices first
-    start = F.pad(sizes.sum(1).cumsum(0), (1, 0))
-    rank = torch.empty_like(bucket)
-    rank[order] = torch.arange(bucket.numel(), device=bucket.device) - start[bucket[order] // 2]
-    keep = rank < target[bucket // 2]
-    return torch.where(keep.view_as(experts_GTJ) | (experts_GTJ < 0), experts_GTJ, EMPTY)
+    def by_queue(queue_N: Tensor, scores_N: Tensor) -> Tensor:
+        best_first = scores_N.sort(descending=True, stable=True).indices
+        return best_first[queue_N[best_first].sort(stable=True).indices]
+
+    def sizes(queue_N: Tensor, is_in_N: Tensor) -> Tensor:
+        zeros = torch.zeros(queues, dtype=torch.int64, device=queue_N.device)
+        return zeros.scatter_add(0, queue_N, is_in_N.long())
+
+    counts = sizes(own, torch.ones_like(own))
+    low, over = counts // tile * tile, counts % tile
+    goes_up = (2 * over > tile) | ((2 * over == tile) & (low // tile % 2 == 1))
+    goes_up[-1] = False
+    wanted = torch.where(goes_up, tile - over, 0)
+
+    asked_by, order = torch.ones_like(later, dtype=torch.bool), by_queue(later, later_scores)
+    taken = torch.zeros_like(asked_by)
+    for _ in range(rounds):
+        asks = asked_by & (ranks_in_queues(later, order, asked_by, queues) < wanted[later])
+        by_token = asks.view(num_groups, num_tokens, width - top_k).long()
+        taken = asks & ((by_token.cumsum(-1) - by_token).reshape(-1) < extra)
+        asked_by = asked_by & ~(asks & ~taken)
+    is_full = goes_up & (sizes(later, taken) == wanted)
+    taken = (taken & is_full[later]).view(num_groups, num_tokens, width - top_k)
+
+    kept = ranks_in_queues(own, by_queue(own, own_scores), torch.ones_like(own), queues)
+    kept = (kept < torch.where(is_full, counts, low)[own]).view(num_groups, num_tokens, top_k)
+    chosen, others = experts_GTJ.split([top_k, width - top_k], -1)
+    place = torch.where(taken, taken.long().cumsum(-1) - 1, extra)
+    more = torch.full((num_groups, num_tokens, extra + 1), EMPTY, dtype=chosen.dtype, device=chosen.device)
+    more = more.scatter(-1, place, others)[..., :extra]
+    return torch.cat([chosen.masked_fill(~kept & (chosen >= 0), EMPTY), more], -1)
 
 
 def quantile_bias(scores_TE: Tensor, choice_bias: Tensor, top_k: int) -> Tensor:

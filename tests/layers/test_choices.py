@@ -128,7 +128,7 @@ def sonic_rounding(scores, top_k, tile):
 
 @pytest.mark.parametrize("tile", [1, 4, 7, 16])
 def test_token_rounding_is_sonic_moes_where_all_are_offered(tile):
-    router = Router(D, E, K, token_rounding=tile, rounding_offers=E - K)
+    router = Router(D, E, K, token_rounding=tile, rounding_extra=E - K)
     x = torch.randn(60, D) + 0.3
     routing = router(x)
     kept = sonic_rounding(router.gate(x).softmax(1), K, tile)
@@ -161,15 +161,34 @@ def test_token_rounding_saves_tiles_and_drops_the_least_certain():
             assert probabilities[dropped, e].max() <= probabilities[before & after, e].min()
 
 
-def test_rounding_goes_down_where_too_few_are_offered():
-    scores = torch.tensor([[[0.9, 0.1], [0.8, 0.2], [0.7, 0.3]]])
+def test_rounding_goes_down_where_too_few_tokens_are_left():
     ids = torch.tensor([[[0, 1], [0, 1], [0, -1]]], dtype=torch.int32)
-    # expert 0 has 3 of a tile of 4 and no offers; expert 1 has offers and no choices
-    got = reference.token_rounding(scores, ids, 2, 1, 4)
-    assert got.tolist() == [[[-2, -2], [-2, -2], [-2, -1]]]
-    one_more = torch.tensor([[[0, 1], [0, 1], [0, 1], [1, 0]]], dtype=torch.int32)
-    got = reference.token_rounding(torch.rand(1, 4, 2), one_more, 2, 1, 4)
+    scores = torch.tensor([[[0.9, 0.1], [0.8, 0.2], [0.7, 0.3]]])
+    # three choices of a tile of four, and nobody whose later choice expert 0 is
+    assert reference.token_rounding(scores, ids, 2, 1, 4, 1).tolist() == [[[-2, -2], [-2, -2], [-2, -2]]]
+    ids = torch.tensor([[[0, 1], [0, 1], [0, 1], [1, 0]]], dtype=torch.int32)
+    got = reference.token_rounding(torch.rand(1, 4, 2), ids, 2, 1, 4, 1)
     assert got.tolist() == [[[0, -2], [0, -2], [0, -2], [-2, 0]]]
+
+
+def test_a_half_is_rounded_to_the_even_multiple():
+    ids = torch.tensor([[[0, 1], [0, 1], [0, 1], [1, 0], [1, 0], [1, 0], [2, 0]]], dtype=torch.int32)
+    scores = torch.tensor([[[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.9, 0.1]]])
+    got = reference.token_rounding(scores, ids, 3, 1, 2, 1)
+    # three of two to four, with the token of the highest score; one of two to none
+    assert got.tolist() == [[[0, -2], [0, -2], [0, 1], [1, -2], [1, -2], [1, 0], [-2, -2]]]
+
+
+def test_an_expert_that_a_token_refuses_asks_the_next():
+    ids = torch.tensor([[[0, 1, 2], [0, 1, 2], [0, 2, 1], [1, 2, 0], [1, 0, 2], [1, 0, 2], [2, 0, 1], [2, 1, 0]]])
+    scores = torch.full((1, 8, 3), 0.1)
+    scores[0, :, 0] = 0.5
+    scores[0, 6] = torch.tensor([0.4, 0.35, 0.25])  # experts 0 and 1, with three tokens of a tile of four, like it best
+    one, two = (reference.token_rounding(scores, ids.int(), 3, 1, 4, extra)[0] for extra in (1, 2))
+    for got in (one, two):
+        assert [(got == e).sum() for e in range(3)] == [4, 4, 0]
+    assert one[6].tolist() == [-2, 0]  # the one that it scores higher
+    assert two[6].tolist() == [-2, 0, 1]
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -294,6 +313,29 @@ def test_recomputation_and_autocast(rule):
     assert torch.equal(cast.aux_loss, out.aux_loss)
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_the_kernels_agree_and_a_choice_can_be_replayed(rule):
+    """The triton backend and torch's, and the choice that is given back."""
+    found = []
+    for backend in ("torch", "triton"):
+        layer, more = make(rule, backend=backend)
+        ids = {name: value.flatten() for name, value in more.items()}
+        x = torch.randn(30, D, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        torch.manual_seed(2)
+        routing = layer.router(x, **ids, sequences=3)
+        (routing.weights.square().sum() + routing.sequences.score_sums.square().sum() + routing.z_sum).backward()
+        found.append((routing, x.grad, layer.router.weight.grad))
+        again = layer.router(x, None, routing.experts, **ids)
+        assert torch.equal(again.experts, routing.experts)
+        assert torch.equal(again.weights, routing.weights)
+        assert torch.equal(again.counts, routing.counts)
+    (a, *grads), (b, *others) = found
+    assert torch.equal(a.experts, b.experts)
+    assert torch.equal(a.sequences.counts, b.sequences.counts)
+    for x, y in ((a.weights, b.weights), (a.score_sums, b.score_sums), *zip(grads, others, strict=True)):
+        assert_close(x, y.double())
+
+
 @pytest.mark.parametrize("rule", ["expert_choice", "sinkhorn", "token_rounding"])
 def test_choice_groups_are_batches_of_their_own(rule):
     whole, _ = make(rule, choice_groups=3)
@@ -345,7 +387,7 @@ def test_given_experts_take_the_place_of_the_rule():
         ({"top_p": -0.1}, "top_p: got -0.1, wanted a number > 0"),
         ({"sinkhorn": 0}, "sinkhorn: got 0, wanted at least 1"),
         ({"token_rounding": 0}, "token_rounding: got 0, wanted at least 1"),
-        ({"token_rounding": 8, "rounding_offers": 5}, "rounding_offers: got 5, wanted at most 4"),
+        ({"token_rounding": 8, "rounding_extra": 5}, "rounding_extra: got 5, wanted at most 4"),
         ({"choice_groups": 0}, "choice_groups: got 0, wanted at least 1"),
         ({"hash_table": TABLE[:, :1]}, r"hash_table: got shape \[20, 1\], wanted \[V, 2\]"),
         ({"hash_table": TABLE, "choice_bias": True}, "choice_bias: got it with HashRouting"),

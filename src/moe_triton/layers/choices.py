@@ -158,25 +158,25 @@ class TopP:
 class TokenRounding:
     """Round every expert's count to a multiple of a tile of rows: `reference.token_rounding`.
 
-    Each token offers its `offers` next best experts beside its own.
+    A token may be added to `extra` more experts, out of as many as it has, or `extra` where that is more.
     """
 
     tile: int
-    offers: int
+    extra: int
     groups: int
 
     by_top_k = True
     training_only = True
 
     def width(self, top_k: int) -> int:
-        return top_k + self.offers
+        return top_k + self.extra
 
     def choose(self, batch: ChoiceBatch) -> Tensor:
-        ids = batch.top(self.width(batch.spec.top_k), None)
-        scores = batch.grouped(normalised_scores_of(batch, ids), self.groups)
         num_experts, top_k = batch.logits.shape[1], batch.spec.top_k
-        kept = reference.token_rounding(scores, batch.grouped(ids, self.groups), num_experts, top_k, self.tile)
-        return kept.flatten(0, 1)
+        ids = batch.top(min(num_experts, top_k + max(top_k, self.extra)), None)
+        scores = batch.grouped(normalised_scores_of(batch, ids), self.groups)
+        ids = batch.grouped(ids, self.groups)
+        return reference.token_rounding(scores, ids, num_experts, top_k, self.tile, self.extra).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -211,13 +211,13 @@ def choice_rule(
     sinkhorn: int | None,
     top_p: float | None,
     token_rounding: int | None,
-    rounding_offers: int,
+    rounding_extra: int,
     forced_balance: bool,
     choice_groups: int,
 ) -> ChoiceRule | None:
     """Return the checked rule of a router's options, None for the top-k alone; see `Router` for their meaning."""
     check_int("choice_groups", choice_groups, low=1)
-    check_int("rounding_offers", rounding_offers, low=1)
+    check_int("rounding_extra", rounding_extra, low=1)
     rules: dict[str, ChoiceRule] = {}
     if expert_choice is not None:
         check_number("expert_choice", expert_choice, above=0)
@@ -234,9 +234,9 @@ def choice_rule(
         rules["top_p"] = TopP(top_p)
     if token_rounding is not None:
         check_int("token_rounding", token_rounding, low=1)
-        if top_k + rounding_offers > num_experts:
-            raise ValueError(f"rounding_offers: got {rounding_offers}, wanted at most {num_experts - top_k}, E - K")
-        rules["token_rounding"] = TokenRounding(token_rounding, rounding_offers, choice_groups)
+        if top_k + rounding_extra > num_experts:
+            raise ValueError(f"rounding_extra: got {rounding_extra}, wanted at most {num_experts - top_k}, E - K")
+        rules["token_rounding"] = TokenRounding(token_rounding, rounding_extra, choice_groups)
     if forced_balance:
         rules["forced_balance"] = ForcedBalance()
     if len(rules) > 1:

@@ -54,7 +54,7 @@ class Router(CountsLoad):
         top_p: a token gets no more experts than reach this share of its scores, `top_k` at most (arXiv 2403.07652).
         token_rounding: in training, round each expert's number of assignments to the nearest multiple of this number of
             rows, the tile of a kernel, and drop or add the least certain ones (SonicMoE, arXiv 2512.14080).
-        rounding_offers: so many next choices of a token may be added by `token_rounding`; the Routing has K + this many
+        rounding_extra: to so many more experts a token may be added by `token_rounding`; the Routing has K + this many
             columns. E - K is the paper's rule, at the cost of memory.
         forced_balance: deal out the experts in turn, for benchmarks.
         choice_groups: G equal runs of tokens, each a batch of its own to `expert_choice`, `sinkhorn` and
@@ -93,7 +93,7 @@ class Router(CountsLoad):
         sinkhorn: int | None = None,
         top_p: float | None = None,
         token_rounding: int | None = None,
-        rounding_offers: int = 1,
+        rounding_extra: int = 1,
         forced_balance: bool = False,
         choice_groups: int = 1,
         backend: str = "auto",
@@ -127,7 +127,7 @@ class Router(CountsLoad):
             sinkhorn=sinkhorn,
             top_p=top_p,
             token_rounding=token_rounding,
-            rounding_offers=rounding_offers,
+            rounding_extra=rounding_extra,
             forced_balance=forced_balance,
             choice_groups=choice_groups,
         )
@@ -205,7 +205,7 @@ class Router(CountsLoad):
         """hidden_states [T, d], token_mask [T] or None, given experts [T, K] or None -> Routing; see `route`.
 
         token_ids: [T] int32 or int64, for a `hash_table`. The Routing has E + Z columns with Z null experts, and K +
-        `rounding_offers` choices with `token_rounding` in training.
+        `rounding_extra` choices with `token_rounding` in training.
         """
         check_tensor("hidden_states", hidden_states, shape=("T", self.hidden_size), dtypes=FLOATS)
         if token_mask is not None:
