@@ -7,6 +7,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from moe_triton import MoE, Router, reference
+from moe_triton.records import EMPTY
+from moe_triton.reference import choices
 from tests.helpers.compare import assert_close
 
 D, E, K = 8, 6, 2
@@ -36,7 +38,7 @@ def test_expert_choice_takes_each_experts_best_tokens():
     scores = torch.rand(2, 9, E).round(decimals=1)  # with ties
     scores[0, 4] = float("-inf")  # does not count
     for top_k in (E, 2):
-        got = reference.expert_choice(scores, 3, top_k)
+        got = choices.expert_choice(scores, 3, top_k)
         for g in range(2):
             takers = [[] for _ in range(9)]
             for e in range(E):
@@ -45,7 +47,7 @@ def test_expert_choice_takes_each_experts_best_tokens():
                     takers[t] += [e] if scores[g, t, e] > float("-inf") else []
             for t in range(9):
                 kept = sorted(takers[t], key=lambda e: (-scores[g, t, e].item(), e))[:top_k]
-                assert got[g, t].tolist() == kept + [reference.EMPTY] * (top_k - len(kept))
+                assert got[g, t].tolist() == kept + [EMPTY] * (top_k - len(kept))
 
 
 def test_expert_choice_evens_out_the_load():
@@ -62,7 +64,7 @@ def test_hash_routing_looks_the_experts_up_and_weights_them():
     x, ids = torch.randn(4, D), torch.tensor([3, 19, -1, 20])
     routing = router(x, token_ids=ids)
     assert routing.experts[:2].tolist() == TABLE[ids[:2]].tolist()
-    assert routing.experts[2:].tolist() == [[reference.EMPTY] * K] * 2
+    assert routing.experts[2:].tolist() == [[EMPTY] * K] * 2
     scores = torch.nn.functional.softplus(router.gate(x)[:2]).sqrt().gather(1, TABLE[ids[:2]])
     assert_close(routing.weights[:2], scores / scores.sum(1, keepdim=True))
     assert (routing.weights[2:] == 0).all()
@@ -84,14 +86,14 @@ def test_sinkhorn_is_the_scaling_of_rows_and_columns():
         columns = 1 / (E * (rows[:, None] * cost).sum(0))
     matrix = rows[:, None] * cost * columns
     padded = torch.cat([logits, torch.full((3, E), float("-inf"), dtype=torch.float64)])  # tokens that do not count
-    offsets = reference.sinkhorn_offsets(padded[None], 7)[0, 0]
+    offsets = choices.sinkhorn_offsets(padded[None], 7)[0, 0]
     mine = (logits + offsets).softmax(1)
     assert_close(mine, matrix / matrix.sum(1, keepdim=True))
     assert torch.equal((logits + offsets).topk(2).indices, matrix.topk(2).indices)
     plain, even = logits.topk(2).indices.flatten().bincount(), (logits + offsets).topk(2).indices.flatten().bincount()
     assert even.max() < plain.max()
     strange = torch.tensor([[float("nan"), float("inf"), 0.0], [1e38, -1e38, 0.0]])
-    assert torch.isfinite(reference.sinkhorn_offsets(strange[None], 3)).all()
+    assert torch.isfinite(choices.sinkhorn_offsets(strange[None], 3)).all()
 
 
 def test_top_p_takes_experts_until_the_mass_is_reached():
@@ -107,7 +109,7 @@ def test_top_p_takes_experts_until_the_mass_is_reached():
                 break
             wanted.append(e)
             mass += token[e].item()
-        assert row == wanted + [reference.EMPTY] * (4 - len(wanted))
+        assert row == wanted + [EMPTY] * (4 - len(wanted))
         sizes.add(len(wanted))
     assert len(sizes) > 2
     chosen = routing.experts >= 0
@@ -165,16 +167,16 @@ def test_rounding_goes_down_where_too_few_tokens_are_left():
     ids = torch.tensor([[[0, 1], [0, 1], [0, -1]]], dtype=torch.int32)
     scores = torch.tensor([[[0.9, 0.1], [0.8, 0.2], [0.7, 0.3]]])
     # three choices of a tile of four, and nobody whose later choice expert 0 is
-    assert reference.token_rounding(scores, ids, 2, 1, 4, 1).tolist() == [[[-2, -2], [-2, -2], [-2, -2]]]
+    assert choices.token_rounding(scores, ids, 2, 1, 4, 1).tolist() == [[[-2, -2], [-2, -2], [-2, -2]]]
     ids = torch.tensor([[[0, 1], [0, 1], [0, 1], [1, 0]]], dtype=torch.int32)
-    got = reference.token_rounding(torch.rand(1, 4, 2), ids, 2, 1, 4, 1)
+    got = choices.token_rounding(torch.rand(1, 4, 2), ids, 2, 1, 4, 1)
     assert got.tolist() == [[[0, -2], [0, -2], [0, -2], [-2, 0]]]
 
 
 def test_a_half_is_rounded_to_the_even_multiple():
     ids = torch.tensor([[[0, 1], [0, 1], [0, 1], [1, 0], [1, 0], [1, 0], [2, 0]]], dtype=torch.int32)
     scores = torch.tensor([[[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.9, 0.1]]])
-    got = reference.token_rounding(scores, ids, 3, 1, 2, 1)
+    got = choices.token_rounding(scores, ids, 3, 1, 2, 1)
     # three of two to four, with the token of the highest score; one of two to none
     assert got.tolist() == [[[0, -2], [0, -2], [0, 1], [1, -2], [1, -2], [1, 0], [-2, -2]]]
 
@@ -184,7 +186,7 @@ def test_an_expert_that_a_token_refuses_asks_the_next():
     scores = torch.full((1, 8, 3), 0.1)
     scores[0, :, 0] = 0.5
     scores[0, 6] = torch.tensor([0.4, 0.35, 0.25])  # experts 0 and 1, with three tokens of a tile of four, like it best
-    one, two = (reference.token_rounding(scores, ids.int(), 3, 1, 4, extra)[0] for extra in (1, 2))
+    one, two = (choices.token_rounding(scores, ids.int(), 3, 1, 4, extra)[0] for extra in (1, 2))
     for got in (one, two):
         assert [(got == e).sum() for e in range(3)] == [4, 4, 0]
     assert one[6].tolist() == [-2, 0]  # the one that it scores higher
@@ -244,7 +246,7 @@ def test_quantile_update_balances_and_is_the_quantile():
     mask = torch.arange(600) % 6 != 0
     before = router(x[:300], mask[:300]).counts + router(x[300:], mask[300:]).counts
     scores = router.gate(x)[mask].sigmoid().double()
-    wanted = reference.quantile_bias(scores, torch.zeros(E, dtype=torch.float64), K)
+    wanted = choices.quantile_bias(scores, torch.zeros(E, dtype=torch.float64), K)
     router.update_choice_bias()
     assert (router.choice_bias - wanted).abs().max() < 2 * 2 / 1000  # two bins, of which the mean takes one
     assert router.choice_bias.dtype == torch.float32

@@ -168,7 +168,7 @@ def test_killed_and_resumed_equals_uninterrupted(finished: Path, tmp_path: Path,
     ("moment", "after"),
     [
         ("moe_triton.distributed.checkpoint.storage.write", 10),  # a folder, without files
-        ("moe_triton.distributed.checkpoint.save_load.write_manifest", 10),  # all files, and the manifest before
+        ("moe_triton.distributed.checkpoint.manifest.replace_file", 10),  # all files, and the manifest before
         ("shutil.rmtree", 20),  # the new manifest, with the old files beside the new ones
     ],
 )

@@ -42,6 +42,17 @@ class Case:
         return {**self.constexprs, **own}
 
 
+def integers_of(fn: Any, *known: Mapping[str, Any]) -> list[str]:
+    """The arguments of a kernel that nothing else knows: its integers."""
+    return [name for name in fn.arg_names if not any(name in names for names in known)]
+
+
+def pointers_of(signature: Mapping[str, Any]) -> list[str]:
+    """The aligned pointers, within tuples too: all but num_tiles, which is one of several counts, 4 bytes apart."""
+    kinds = [(name, kind) for arg, value in signature.items() for name, _, kind in leaves(arg, value, ())]
+    return [name for name, kind in kinds if str(kind).startswith("*") and name != "tiles.num_tiles"]
+
+
 def leaves(name: str, value: Any, path: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...], Any]]:
     """(name, path, value) of an argument, or, where it is a tuple, of everything within it ("tiles.table", (7, 0))."""
     if not isinstance(value, tuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from moe_triton_kernels import combine, permutation, routing, routing_backward, row_pieces, tiles
@@ -23,53 +24,31 @@ def combine_cases() -> list[Case]:
     ]
 
 
-def permutation_cases() -> list[Case]:
+def permutation_cases() -> Iterator[Case]:
     types = {
         "experts": "*i32", "order": "*i64", "table": "*i32", "totals": "*i32", "kept": "*i32", "offsets": "*i32",
         "source": "*i32", "position": "*i32", "group_slots": "i32", "num_slots": "i32", "num_rows": "i32",
         "chunks": "i32", "blocks": "i32", "capacity": "i32",
     }  # fmt: skip
     scan = {"BLOCK_R": permutation.SCAN_ROWS, "BLOCK_C": permutation.SCAN_CHUNKS}
-    cases = [Case(name="permutation_scan", fn=permutation.scan_kernel, signature=types, constexprs=scan)]
+    yield Case(name="permutation_scan", fn=permutation.scan_kernel, signature=types, constexprs=scan)
     for num_experts, top_k in ((8, 2), (128, 8), (1024, 8)):
-        sample = num_experts == 128
-        constants = {
-            "NUM_EXPERTS": num_experts,
-            "BLOCK": permutation.BLOCK,
-            "BLOCK_E": permutation.block_experts(num_experts),
-        }
-        queue = constants | {"TOP_K": top_k, "BY_CHOICE": True, "order": None}
-        cases += [
-            Case(
-                name=f"permutation_count_E{num_experts}",
-                fn=permutation.count_kernel,
-                signature=types,
-                constexprs=queue,
-                sample=sample,
-            ),
-            Case(
-                name=f"permutation_keep_E{num_experts}",
-                fn=permutation.keep_kernel,
-                signature=types,
-                constexprs=queue,
-                sample=sample,
-            ),
-            Case(
-                name=f"permutation_place_E{num_experts}",
-                fn=permutation.place_kernel,
+        sizes = {"NUM_EXPERTS": num_experts, "BLOCK": permutation.BLOCK}
+        sizes["BLOCK_E"] = permutation.block_experts(num_experts)
+        queue = {**sizes, "TOP_K": top_k, "BY_CHOICE": True, "order": None}
+        for name, constants in (("count", queue), ("keep", queue), ("place", sizes)):
+            yield Case(
+                name=f"permutation_{name}_E{num_experts}",
+                fn=getattr(permutation, f"{name}_kernel"),
                 signature=types,
                 constexprs=constants,
-                sample=sample,
-            ),
-        ]
+                sample=num_experts == 128,
+            )
     by_key = {"NUM_EXPERTS": 128, "BLOCK": permutation.BLOCK, "BLOCK_E": 128, "TOP_K": 8, "BY_CHOICE": False}
-    return [
-        *cases,
-        Case(name="permutation_keep_by_key", fn=permutation.keep_kernel, signature=types, constexprs=by_key),
-    ]
+    yield Case(name="permutation_keep_by_key", fn=permutation.keep_kernel, signature=types, constexprs=by_key)
 
 
-def routing_cases() -> list[Case]:
+def routing_cases() -> Iterator[Case]:
     types: dict[str, Any] = {
         "bias": "*fp32", "noise": "*fp32", "token_mask": "*i1", "given": "*i32", "experts": "*i32", "weights": "*fp32",
         "partials": routing.PartialSums("*i32", "*fp32", "*fp32"), "num_tokens": "i32", "sequence_length": "i32",
@@ -77,15 +56,9 @@ def routing_cases() -> list[Case]:
         "counts": "*i32", "score_sums": "*fp32", "z_sums": "*fp32", "num_partials": "i32",
     }  # fmt: skip
     sums = {"NUM_EXPERTS": 128, "BLOCK_P": routing.SUM_PROGRAMS, "BLOCK_E": routing.SUM_EXPERTS}
-    cases = [
-        Case(
-            name="topk_sums",
-            fn=routing.sum_partials_kernel,
-            signature=types,
-            constexprs=sums,
-            num_warps=routing.SUM_WARPS,
-        ),
-    ]
+    yield Case(
+        name="topk_sums", fn=routing.sum_partials_kernel, signature=types, constexprs=sums, num_warps=routing.SUM_WARPS
+    )
     # name, experts, choices, dtype, score, groups, top groups; the one with groups has bias, noise, mask and given ids
     for name, num_experts, top_k, dtype, score, num_groups, top_groups in (
         ("mixtral", 8, 2, "fp32", "softmax", 1, 1),
@@ -109,11 +82,9 @@ def routing_cases() -> list[Case]:
         backward = signature | {"LANES": routing.lanes_of(num_experts, top_k)}
         options: dict[str, Any] = {"num_warps": routing.NUM_WARPS, "sample": name in ("qwen3", "deepseek_v3")}
         packed = {"PACKED": dtype != "fp32"}
-        cases += [
-            Case(name=f"topk_{name}", fn=routing.topk_kernel, signature=signature, constexprs=packed, **options),
-            Case(name=f"topk_backward_{name}", fn=routing_backward.topk_backward_kernel, signature=backward, **options),
-        ]
-    return cases
+        yield Case(name=f"topk_{name}", fn=routing.topk_kernel, signature=signature, constexprs=packed, **options)
+        kernel = routing_backward.topk_backward_kernel
+        yield Case(name=f"topk_backward_{name}", fn=kernel, signature=backward, **options)
 
 
 def row_pieces_cases() -> list[Case]:

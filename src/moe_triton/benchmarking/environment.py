@@ -43,17 +43,11 @@ def devices() -> list[dict[str, Any]]:
             "capability": torch.backends.cpu.get_cpu_capability(),
         }
     ]
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(index)
-            found.append(
-                {
-                    "device": f"cuda:{index}",
-                    "name": properties.name,
-                    "memory_gib": round(properties.total_memory / 2**30, 1),
-                    "capability": f"{properties.major}.{properties.minor}",
-                }
-            )
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        memory = round(gpu.total_memory / 2**30, 1)
+        capability = f"{gpu.major}.{gpu.minor}"
+        found.append({"device": f"cuda:{index}", "name": gpu.name, "memory_gib": memory, "capability": capability})
     return found
 
 

@@ -27,9 +27,8 @@ from moe_triton.benchmarking.timing import Call, Fresh, Spread, Timer, Times, ru
 from moe_triton.benchmarking.ways import Runnable
 from moe_triton.records import Dispatch, ExpertCall, RouterSpec
 from moe_triton.reference import wide
-from moe_triton_kernels.tools.floors import FLOORS, Shape, Work
+from moe_triton_kernels.tools.floors import FLOORS, Work
 
-DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 DENSE, BANDWIDTH = "a dense product", "a sum over a large buffer"
 LAYER = ("layer forward", "layer backward")  # of a training step: besides its stages, autograd, checks, allocation
 PASSES = {False: LAYER[0], True: LAYER[1]}
@@ -156,30 +155,14 @@ def open_layer(workload: Workload, backend: str = "auto") -> Opened:
 
     outer = [
         Stage(name="gate", kernel="linear in fp32", call=gate_forward),
-        Stage(
-            name="route",
-            kernel=f"{name}.routing.route_forward",
-            floors=("topk",),
-            call=route_forward,
-        ),
-        Stage(
-            name="dispatch",
-            kernel=f"{name}.dispatch.build_dispatch",
-            floors=("permutation",),
-            call=build_dispatch,
-        ),
+        Stage(name="route", kernel=f"{name}.routing.route_forward", floors=("topk",), call=route_forward),
+        Stage(name="dispatch", kernel=f"{name}.dispatch.build_dispatch", floors=("permutation",), call=build_dispatch),
     ]
     behind = [
-        Stage(
-            name="route",
-            is_backward=True,
-            kernel=f"{name}.routing.route_backward",
-            floors=("topk_backward",),
-            call=route_backward,
-        ),
-        Stage(name="gate", is_backward=True, kernel="two products in fp32", call=gate_backward),
+        Stage(name="route", kernel=f"{name}.routing.route_backward", floors=("topk_backward",), call=route_backward),
+        Stage(name="gate", kernel="two products in fp32", call=gate_backward),
     ]
-    stages = [*outer, *inner, *behind]
+    stages = [*outer, *inner, *(replace(stage, is_backward=True) for stage in behind)]
     wrapped = [stage if stage.call is None else replace(stage, call=plain(stage.call)) for stage in stages]
     return Opened(backend=name, stages=wrapped, dispatched=dispatched)
 
@@ -206,11 +189,7 @@ def works(stage: Stage, case: Case) -> list[Work]:
 
 def work_of(name: str, case: Case) -> Work:
     """What a kernel of FLOORS computes and moves for a case."""
-    shape = Shape(
-        tokens=case.tokens, hidden=case.hidden, intermediate=case.intermediate, experts=case.experts, top_k=case.top_k,
-        dtype=DTYPE_NAMES[case.dtype], gated=case.expert_rows == 2 * case.intermediate,
-    )  # fmt: skip
-    return FLOORS[name](shape)
+    return FLOORS[name](case.shape)
 
 
 def whole_passes(opened: Opened, workload: Workload) -> dict[str, Call]:
@@ -260,14 +239,9 @@ def stage_table(
             row.fill(works(stage, case), times[row.full_name], flops_per_s, bytes_per_s)
     fill_shares(rows)
     return StageTable(
-        case=case,
-        backend=opened.backend,
-        stages=rows,
-        flops_per_s=flops_per_s,
-        bytes_per_s=bytes_per_s,
-        layer_s={name: found for name in LAYER if (found := spread(times.get(name, []))) is not None},
-        measured=now(),
-    )
+        case=case, backend=opened.backend, stages=rows, flops_per_s=flops_per_s, bytes_per_s=bytes_per_s,
+        layer_s={name: found for name in LAYER if (found := spread(times.get(name, []))) is not None}, measured=now(),
+    )  # fmt: skip
 
 
 def table_from(value: dict[str, Any]) -> StageTable:

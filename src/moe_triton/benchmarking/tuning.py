@@ -148,9 +148,6 @@ def write_table(path: Path, entries: list[Entry]) -> None:
     write_text(path, "[\n" + ",\n".join(lines) + "\n]\n" if lines else "[]\n")
 
 
-# Measuring ------------------------------------------------------------------------------------------------------------
-
-
 class Crashed(Exception):
     """The worker died, or did not answer in time."""
 
@@ -212,12 +209,8 @@ class Settings:
 
 def untried(problem: Problem, state: State) -> dict[str, Any] | None:
     """The next neighbour of the best configuration; None where all have been tried."""
-    best = Config(**state.best)
-    for candidate in neighbours(best, problem.name, problem.case.hidden, problem.case.intermediate):
-        config = asdict(candidate)
-        if json.dumps(config) not in state.tried:
-            return config
-    return None
+    found = neighbours(Config(**state.best), problem.name, problem.case.hidden, problem.case.intermediate)
+    return next((config for config in map(asdict, found) if json.dumps(config) not in state.tried), None)
 
 
 def search(
@@ -287,9 +280,6 @@ def entry_of(problem: Problem, state: State, ratio: float, facts: Mapping[str, A
         "commit": None if facts["commit"] is None else facts["commit"]["hash"], "created": now(),
     }  # fmt: skip
     return {**problem.key, "config": state.best, "measured": measured}
-
-
-# With no GPU ----------------------------------------------------------------------------------------------------------
 
 
 def offline_gates(

@@ -19,13 +19,9 @@ from moe_triton.cli.tune import tune
 from moe_triton.runtime import installed_version
 
 app = typer.Typer(
-    name="moe-triton",
-    help="A mixture-of-experts runtime for PyTorch.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+    name="moe-triton", help="A mixture-of-experts runtime for PyTorch.", no_args_is_help=True, add_completion=False,
+    pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
 app.command()(info)
 app.command()(bench)
 app.command()(profile)

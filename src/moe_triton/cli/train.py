@@ -53,12 +53,10 @@ def train(
     top_k: Annotated[int | None, setting("top_k", "Experts per token.")] = None,
     router: Annotated[str | None, setting("router", f"{', '.join(ROUTERS)}.")] = None,
     capacity_factor: Annotated[
-        float | None,
-        setting("capacity_factor", "An expert's limit, in even shares; 0: none."),
+        float | None, setting("capacity_factor", "An expert's limit, in even shares; 0: none.")
     ] = None,
     capacity_groups: Annotated[
-        int | None,
-        setting("capacity_groups", "Parts of a batch with a capacity each; a multiple of the processes."),
+        int | None, setting("capacity_groups", "Parts of a batch with a capacity each; a multiple of the processes.")
     ] = None,
     ep: Annotated[int, typer.Option(help="Under torchrun: over how many processes the experts are spread.")] = 1,
     ep_mode: Annotated[

@@ -15,12 +15,7 @@ from moe_triton.distributed.parameters import check_rule
 
 
 def apply_fsdp2(
-    model: nn.Module,
-    groups: ParallelGroups,
-    *,
-    blocks: Iterable[nn.Module] = (),
-    rule: str = "mean",
-    **arguments: Any,
+    model: nn.Module, groups: ParallelGroups, *, blocks: Iterable[nn.Module] = (), rule: str = "mean", **arguments: Any
 ) -> nn.Module:
     """Shard the experts over the ranks that hold the same ones, and everything else over the data-parallel ranks.
 

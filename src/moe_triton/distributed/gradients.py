@@ -30,11 +30,7 @@ REDUCED = "_moe_triton_reduced"  # on a parameter whose gradient wrap_ddp reduce
 
 
 def reduce_gradients(
-    model: nn.Module,
-    groups: ParallelGroups | None = None,
-    *,
-    rule: str = "mean",
-    experts_only: bool = False,
+    model: nn.Module, groups: ParallelGroups | None = None, *, rule: str = "mean", experts_only: bool = False
 ) -> None:
     """Make every gradient that of the global batch, in place; once per optimizer step, on every rank.
 

@@ -1,7 +1,7 @@
 """Rules that choose the experts in another way than by the top-k alone; a `Router` has one of them at most.
 
 A *score* turns logits into weights; a *rule* decides which experts. Everything after the rule, which is the weights of
-the chosen experts, the sums and the gradients, is `route` with given experts. Definitions: `moe_triton.reference`.
+the chosen experts, the sums and the gradients, is `route` with given experts. Definitions: `reference.choices`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 from moe_triton import reference
 from moe_triton.checks import INTEGERS, check_int, check_number, check_tensor
 from moe_triton.dispatch import expert_capacity
-from moe_triton.records import RouterSpec
+from moe_triton.records import EMPTY, RouterSpec
+from moe_triton.reference import choices as definitions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,14 +90,14 @@ class HashRouting:
         check_tensor("token_ids", batch.token_ids, shape=(num_tokens,), dtypes=INTEGERS, device=batch.logits.device)
         last = batch.hash_table.shape[0] - 1
         ids = batch.hash_table[batch.token_ids.clamp(0, last)]
-        ids = ids.masked_fill(((batch.token_ids < 0) | (batch.token_ids > last))[:, None], reference.EMPTY)
+        ids = ids.masked_fill(((batch.token_ids < 0) | (batch.token_ids > last))[:, None], EMPTY)
         ids = reference.given_choices(ids, num_experts)
-        return ids.masked_fill(ids < 0, reference.EMPTY)
+        return ids.masked_fill(ids < 0, EMPTY)
 
 
 @dataclass(frozen=True)
 class ExpertChoice:
-    """Let each expert take its best tokens: `reference.expert_choice`, with capacity ceil(per_token * T / E).
+    """Let each expert take its best tokens: `reference.choices.expert_choice`, with capacity ceil(per_token * T / E).
 
     A token's experts depend on the tokens after it, so that a causal model sees the future in training and cannot
     repeat the choice when it generates.
@@ -115,12 +116,12 @@ class ExpertChoice:
         num_experts = batch.logits.shape[1]
         scores = batch.grouped(batch.present(reference.router_scores(batch.logits, batch.spec.score)), self.groups)
         capacity = expert_capacity(scores.shape[1], num_experts, 1, self.per_token)
-        return reference.expert_choice(scores, capacity, batch.spec.top_k).flatten(0, 1)
+        return definitions.expert_choice(scores, capacity, batch.spec.top_k).flatten(0, 1)
 
 
 @dataclass(frozen=True)
 class Sinkhorn:
-    """Choose by logits that Sinkhorn's algorithm has balanced over the batch: `reference.sinkhorn_offsets`."""
+    """Choose by logits that Sinkhorn's algorithm has balanced over the batch: `reference.choices.sinkhorn_offsets`."""
 
     iterations: int
     groups: int
@@ -133,13 +134,13 @@ class Sinkhorn:
 
     def choose(self, batch: ChoiceBatch) -> Tensor:
         logits = batch.grouped(batch.present(batch.logits), self.groups)
-        offsets = reference.sinkhorn_offsets(logits, self.iterations).expand_as(logits).flatten(0, 1)
+        offsets = definitions.sinkhorn_offsets(logits, self.iterations).expand_as(logits).flatten(0, 1)
         return batch.top(batch.spec.top_k, offsets)
 
 
 @dataclass(frozen=True)
 class TopP:
-    """Give each token as many experts as reach a mass of the normalised scores: `reference.top_p_choices`."""
+    """Give each token as many experts as reach a mass of the normalised scores: `reference.choices.top_p_choices`."""
 
     top_p: float
 
@@ -151,12 +152,12 @@ class TopP:
 
     def choose(self, batch: ChoiceBatch) -> Tensor:
         ids = batch.top(batch.spec.top_k, None)
-        return reference.top_p_choices(normalised_scores_of(batch, ids), ids, self.top_p)
+        return definitions.top_p_choices(normalised_scores_of(batch, ids), ids, self.top_p)
 
 
 @dataclass(frozen=True)
 class TokenRounding:
-    """Round every expert's count to a multiple of a tile of rows: `reference.token_rounding`.
+    """Round every expert's count to a multiple of a tile of rows: `reference.choices.token_rounding`.
 
     A token may be added to `extra` more experts, out of as many as it has, or `extra` where that is more.
     """
@@ -176,7 +177,7 @@ class TokenRounding:
         ids = batch.top(min(num_experts, top_k + max(top_k, self.extra)), None)
         scores = batch.grouped(normalised_scores_of(batch, ids), self.groups)
         ids = batch.grouped(ids, self.groups)
-        return reference.token_rounding(scores, ids, num_experts, top_k, self.tile, self.extra).flatten(0, 1)
+        return definitions.token_rounding(scores, ids, num_experts, top_k, self.tile, self.extra).flatten(0, 1)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Quantile balancing: the choice bias from a histogram of the biases that tokens would have needed (Kimi K3).
 
-Definition: `moe_triton.reference.quantile_bias`. A histogram can be summed over the batches of a step and over ranks.
+Definition: `reference.choices.quantile_bias`. A histogram can be summed over the batches of a step and over ranks.
 """
 
 from __future__ import annotations

@@ -278,7 +278,7 @@ class Router(CountsLoad):
         """Move the choice bias towards an even load, by the tokens since the last call, and start counting anew.
 
         bias_update "sign": bias += rate * sign(mean(load) - load). "quantile": the bias of
-        `moe_triton.reference.quantile_bias` from a histogram, to within (2 + range of the bias) / 1000; `rate` has no
+        `reference.choices.quantile_bias` from a histogram, to within (2 + range of the bias) / 1000; `rate` has no
         part in it. Both sum over `group` (None: torch.distributed's default group, when there is one). Call it once per
         optimizer step on every rank.
         """

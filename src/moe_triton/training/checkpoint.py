@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from moe_triton.distributed import CheckpointError, load_checkpoint, save_checkpoint
-from moe_triton.distributed.checkpoint.manifest import NAME, decode, read_manifest
+from moe_triton.distributed.checkpoint.manifest import NAME, Manifest, decode
 from moe_triton.training.config import TrainConfig
 from moe_triton.training.errors import TrainingError
 
@@ -49,7 +49,7 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
     if not (path / NAME).exists():
         return None
     with one_line():
-        run = decode(read_manifest(path).extra)
+        run = decode(Manifest.read(path).extra)
     try:
         return Checkpoint(
             path=path,

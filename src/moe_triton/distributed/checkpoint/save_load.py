@@ -18,16 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from moe_triton.distributed.checkpoint.global_tensors import GlobalTensor, model_tensors, named_experts
-from moe_triton.distributed.checkpoint.manifest import (
-    NAME,
-    Manifest,
-    decode,
-    dtype_name,
-    dtype_of,
-    encode,
-    read_manifest,
-    write_manifest,
-)
+from moe_triton.distributed.checkpoint.manifest import NAME, Manifest, decode, dtype_name, dtype_of, encode
 from moe_triton.distributed.checkpoint.optimizer_state import Restoration, describe
 from moe_triton.distributed.checkpoint.team import Team
 from moe_triton.distributed.errors import CheckpointError
@@ -115,7 +106,7 @@ def _write(path: Path, data: str, tensors: Tensors, contents: dict[str, Any], te
                 raise CheckpointError(f"{path} is not on a file system that all ranks share: {name} is not seen here")
         for folder in (path / data, path):
             sync_directory(folder)
-        write_manifest(path, Manifest(data=data, files=files, **contents))
+        Manifest(data=data, files=files, **contents).write(path)
         _remove_others(path, data)
 
     team.first("switching to the new checkpoint", switch)
@@ -152,7 +143,7 @@ def load_checkpoint(
     """
     path = Path(folder)
     team = Team.of(group, f"load_checkpoint from {path}")
-    manifest = team.first("reading the manifest", lambda: read_manifest(path))
+    manifest = team.first("reading the manifest", lambda: Manifest.read(path))
     tensors: Tensors = {}
     restorations: list[Restoration] = []
 
@@ -282,7 +273,7 @@ def _data_folders(path: Path) -> list[Path]:
 
 def _current(path: Path) -> str | None:
     try:
-        return read_manifest(path).data
+        return Manifest.read(path).data
     except CheckpointError:
         return None
 

@@ -67,10 +67,7 @@ def shares_of_slots(module: ExpertHolder) -> Tensor | None:
 
 @torch.no_grad()
 def rebalance(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
-    *,
-    loads: Mapping[str, Tensor] | None = None,
+    model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, loads: Mapping[str, Tensor] | None = None
 ) -> list[Rebalanced]:
     """Place every layer's replicas again by its load, and move parameters and optimizer state to their new slots.
 

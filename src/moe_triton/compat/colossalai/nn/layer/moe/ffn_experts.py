@@ -38,6 +38,9 @@ class FFNExperts(layers.Experts, MoeExperts):
         backend, device, dtype: as of `moe_triton.Experts`.
     """
 
+    gate_up_proj_bias: nn.Parameter
+    down_proj_bias: nn.Parameter
+
     def __init__(
         self,
         num_experts: int,
@@ -73,30 +76,38 @@ class FFNExperts(layers.Experts, MoeExperts):
     def reset_parameters(self) -> None:
         """Draw the local experts, each by its global id."""
         d, f = self.down_proj.shape[1], self.intermediate_size
-        etp = self.parallel_slices
+        slices, rank = self.parallel_slices
         seeds = expert_seeds()
         std_1, std_2 = math.sqrt(0.1 / d), math.sqrt(0.1 / f)
-        biases = self.gate_up_proj_bias, self.down_proj_bias
-        assert biases[0] is not None
-        assert biases[1] is not None
         wanted = (  # parameter, shape, std, and the dimension that slices split
             (self.gate_up_proj, (f, d), std_1, 0),
-            (biases[0], (f,), std_1, 0),
+            (self.gate_up_proj_bias, (f,), std_1, 0),
             (self.down_proj, (d, f), std_2, 1),
-            (biases[1], (d,), std_2, None),
+            (self.down_proj_bias, (d,), std_2, None),
         )
         for place, number in enumerate(self.local_experts):
             with generators_seeded(seeds(number)):
                 for parameter, shape, std, dim in wanted:
                     whole = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
                     nn.init.trunc_normal_(whole, std=std)
-                    parameter[place] = whole if dim is None else whole.chunk(etp[0], dim=dim)[etp[1]]
+                    parameter[place] = whole if dim is None else whole.chunk(slices, dim=dim)[rank]
+        self.reset_lora()
+
+    def add_lora(self, *args: Any, **options: Any) -> None:
+        """Add adapters as `Experts.add_lora` does. Raises ValueError for experts that run one by one."""
+        if self.drop_rate > 0 or not self.is_known:
+            raise ValueError(
+                f"add_lora: got drop_rate={self.drop_rate} and activation {type(self.act).__name__}, wanted experts "
+                "that run fused: no dropout, and an activation that moe_mlp knows"
+            )
+        super().add_lora(*args, **options)
+        self.mark()
 
     @property
     def parallel_slices(self) -> tuple[int, int]:
         """Return (slices of each expert, which of them is here)."""
-        etp = self.expert_parallel.etp if self.expert_parallel is not None else None
-        return (1, 0) if etp is None else (etp.size, etp.rank)
+        parallel = self.expert_parallel
+        return (1, 0) if parallel is None else (parallel.etp.size, parallel.etp.rank)
 
     @property
     def w1(self) -> Tensor:
@@ -104,7 +115,7 @@ class FFNExperts(layers.Experts, MoeExperts):
 
     @property
     def b1(self) -> Tensor:
-        return self.gate_up_proj_bias[:, None]  # type: ignore[index]
+        return self.gate_up_proj_bias[:, None]
 
     @property
     def w2(self) -> Tensor:
@@ -112,7 +123,7 @@ class FFNExperts(layers.Experts, MoeExperts):
 
     @property
     def b2(self) -> Tensor:
-        return self.down_proj_bias[:, None]  # type: ignore[index]
+        return self.down_proj_bias[:, None]
 
     @property
     def is_fused(self) -> bool:
@@ -139,7 +150,7 @@ class FFNExperts(layers.Experts, MoeExperts):
     def _call(self, hidden: Tensor, weights: Tensor, dispatched: Dispatch) -> Tensor:
         size, rank = self.parallel_slices
         parameters = self.gate_up_proj, self.gate_up_proj_bias, self.down_proj, self.down_proj_bias
-        slices = [parameter.unbind(0) for parameter in parameters if parameter is not None]
+        slices = [parameter.unbind(0) for parameter in parameters]
         # the slices of an expert's output are summed, so they have to drop the same elements
         last = ParallelMode.TENSOR if size == 1 else ParallelMode.GLOBAL
 
