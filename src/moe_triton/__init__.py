@@ -6,7 +6,15 @@ from moe_triton.distributed import export_safetensors
 from moe_triton.experts import moe_experts, moe_mlp
 from moe_triton.explain import Explanation, explain
 from moe_triton.integrations.upcycling import upcycle
-from moe_triton.layers import Experts, FeedForward, MoE, MoEOutput, Router, update_choice_biases
+from moe_triton.layers import (
+    BalanceAccumulator,
+    Experts,
+    FeedForward,
+    MoE,
+    MoEOutput,
+    Router,
+    update_choice_biases,
+)
 from moe_triton.losses import load_balance_loss, z_loss
 from moe_triton.metrics import LoadMonitor, LoadStatistics, load_statistics, plot_load, plot_load_map
 from moe_triton.quantization import QuantizedWeight
@@ -19,6 +27,7 @@ from moe_triton.swap import SwapReport, swap
 __version__ = "0.1.0"
 
 __all__ = [
+    "BalanceAccumulator",
     "Dispatch",
     "Experts",
     "Explanation",

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from moe_triton import reference
 from moe_triton.backends.triton.routing import route_backward, route_forward
-from moe_triton.records import RouterSpec
-from moe_triton_kernels.routing import EPS
+from moe_triton.records import SCORES, RouterSpec
+from moe_triton_kernels.scores import EPS
 from tests.helpers.compare import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about intended infinities and NaN
@@ -25,6 +25,7 @@ SPECS = [
     RouterSpec(top_k=4, score="sigmoid"),
     RouterSpec(top_k=3, score="sigmoid", normalize=True, scale=1.5),
     RouterSpec(top_k=3, score="topk_softmax"),
+    RouterSpec(top_k=3, score="sqrt_softplus", normalize=True, weightless=2),
     RouterSpec(top_k=4, score="topk_softmax", normalize=True, scale=0.5),
 ]
 
@@ -103,7 +104,7 @@ def test_given_choices(num_groups: int, dtype: torch.dtype) -> None:
     num_tokens=st.integers(1, 90),
     num_experts=st.sampled_from([1, 2, 3, 16, 31, 130]),
     top_k=st.integers(1, 9),
-    score=st.sampled_from(["softmax", "sigmoid", "topk_softmax"]),
+    score=st.sampled_from(list(SCORES)),
     masked=st.booleans(),
 )
 def test_ragged_shapes(num_tokens: int, num_experts: int, top_k: int, score: str, masked: bool) -> None:
@@ -123,7 +124,7 @@ def test_many_experts_and_many_choices(num_experts: int, top_k: int) -> None:
     check_backward(logits, spec, check_forward(logits, spec))
 
 
-@pytest.mark.parametrize("score", ["softmax", "sigmoid", "topk_softmax"])
+@pytest.mark.parametrize("score", list(SCORES))
 @pytest.mark.parametrize("with_noise", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(
@@ -163,7 +164,7 @@ ODD_ROWS = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("groups", [(1, 1, "max"), (3, 2, "max"), (3, 2, "top2_sum"), (2, 1, "top2_sum")])
-@pytest.mark.parametrize("score", ["softmax", "sigmoid", "topk_softmax"])
+@pytest.mark.parametrize("score", list(SCORES))
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_odd_logits_give_distinct_ids(
     dtype: torch.dtype, groups: tuple[int, int, str], score: str, with_bias: bool

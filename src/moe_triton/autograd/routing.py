@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from moe_triton.autograd.transforms import TransformedGradient, call_per_sample,
 from moe_triton.records import RouterSpec
 from moe_triton.reference import wide
 from moe_triton.torch_internals import has_no_data, is_transforming
+
+FIELDS = tuple(field.name for field in fields(RouterSpec))
 
 
 def run_route(
@@ -31,24 +33,16 @@ def run_route(
     """
     if torch.compiler.is_compiling():
         # A float argument of an op is a constant of its graph: outside, a scale that changes compiles nothing again.
-        fields = _fields(replace(spec, scale=1.0))
-        weights, *rest = _route_op(logits, choice_bias, noise, token_mask, given, *fields, backend)
+        options = _fields(replace(spec, scale=1.0))
+        weights, *rest = _route_op(logits, choice_bias, noise, token_mask, given, *options, backend)
         return weights * spec.scale, *rest
     function = _TransformedRoute if is_transforming() else _Route
     return function.apply(logits, choice_bias, noise, token_mask, given, spec, backend)
 
 
 def _fields(spec: RouterSpec) -> tuple[Any, ...]:
-    """A custom op takes plain values only; `_spec` is the way back."""
-    return (
-        spec.top_k,
-        spec.score,
-        spec.normalize,
-        spec.scale,
-        spec.num_groups,
-        spec.top_groups,
-        spec.group_score,
-    )
+    """A custom op takes plain values only, in the order of the record; `_spec` is the way back."""
+    return tuple(getattr(spec, name) for name in FIELDS)
 
 
 def _forward(
@@ -165,24 +159,17 @@ def _route_op(
     num_groups: int,
     top_groups: int,
     group_score: str,
+    weightless: int,
+    sequences: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    spec = _spec(top_k, score, normalize, scale, num_groups, top_groups, group_score)
+    spec = _spec(top_k, score, normalize, scale, num_groups, top_groups, group_score, weightless, sequences)
     return _forward(logits, spec, choice_bias, noise, token_mask, given, backend)
 
 
-def _spec(
-    top_k: int, score: str, normalize: bool, scale: float, num_groups: int, top_groups: int, group_score: str
-) -> RouterSpec:
-    return RouterSpec(
-        top_k=top_k,
-        score=score,
-        normalize=normalize,
-        scale=scale,
-        num_groups=num_groups,
-        top_groups=top_groups,
-        group_score=group_score,
-    )
+def _spec(*values: Any) -> RouterSpec:
+    """What `_fields` took apart."""
+    return RouterSpec(**dict(zip(FIELDS, values, strict=True)))
 
 
 @_route_op.register_fake
@@ -193,16 +180,18 @@ def _(
     token_mask: Tensor | None,
     given: Tensor | None,
     top_k: int,
-    *spec_and_backend: object,
+    *others: Any,
 ) -> tuple[Tensor, ...]:
     num_tokens, num_experts = logits.shape
     dtype = wide(logits.dtype)
+    sequences = others[-2]
+    of_experts = (num_experts,) if sequences == 1 else (sequences, num_experts)
     return (
         logits.new_empty((num_tokens, top_k), dtype=dtype),
-        logits.new_empty((num_experts,), dtype=dtype),
+        logits.new_empty(of_experts, dtype=dtype),
         logits.new_empty((), dtype=dtype),
         logits.new_empty((num_tokens, top_k), dtype=torch.int32),
-        logits.new_empty((num_experts,), dtype=torch.int32),
+        logits.new_empty(of_experts, dtype=torch.int32),
     )
 
 
@@ -220,9 +209,11 @@ def _route_backward_op(
     num_groups: int,
     top_groups: int,
     group_score: str,
+    weightless: int,
+    sequences: int,
     backend: str,
 ) -> Tensor:
-    spec = _spec(top_k, score, normalize, scale, num_groups, top_groups, group_score)
+    spec = _spec(top_k, score, normalize, scale, num_groups, top_groups, group_score, weightless, sequences)
     return _backward(grad_weights, grad_score_sums, grad_z_sum, logits, experts, spec, backend)
 
 
