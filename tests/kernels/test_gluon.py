@@ -24,11 +24,11 @@ from moe_triton_kernels.gluon import down as gluon_down
 from moe_triton_kernels.gluon import launch, schedules
 from moe_triton_kernels.gluon import up as gluon_up
 from moe_triton_kernels.gluon.schedules import SCHEDULES, why_unsupported
-from moe_triton_kernels.launch import Config, Target
+from moe_triton_kernels.launch import Config, Target, shared_limit
 from moe_triton_kernels.operands import per_expert
 from moe_triton_kernels.tiles import tile_tables
 from moe_triton_kernels.tools import offline
-from moe_triton_kernels.tools.offline import SHARED_LIMIT, compile_apart
+from moe_triton_kernels.tools.offline import compile_apart
 from moe_triton_kernels.up import up
 from tests.helpers.compare import assert_close
 from tests.helpers.gluon_emulator import Emulator
@@ -294,7 +294,7 @@ def test_what_the_kernels_compile_to() -> None:
         gathered, ping_pong = report.kernel.startswith("up"), case.constants["PING_PONG"]
         assert offline.broken_gates(case, report) == []
         assert report.spills == 0
-        assert report.shared_bytes <= SHARED_LIMIT["sm_90"]
+        assert report.shared_bytes <= shared_limit("sm_90")
         assert report.setmaxnreg > 0
         # two main loops of BLOCK_K / 16 instructions for each 64 rows; a step's 128 rows of A in 8 copies a thread
         assert report.wgmma == (16 if ping_pong else 8)

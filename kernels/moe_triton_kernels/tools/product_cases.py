@@ -9,7 +9,7 @@ from moe_triton_kernels.activations import GATED, UNGATED
 from moe_triton_kernels.d_hidden import d_hidden_kernel, d_router_weights_kernel
 from moe_triton_kernels.d_weight import d_bias_kernel, d_weight_kernel
 from moe_triton_kernels.down import down_kernel
-from moe_triton_kernels.launch import pipeline_stages, tile_of
+from moe_triton_kernels.launch import BLACKWELL, pipeline_stages, tile_of
 from moe_triton_kernels.operands import BiasArgument, SizesArgument, WeightArgument, descriptor_block
 from moe_triton_kernels.tiles import TilesArgument
 from moe_triton_kernels.tools.case import Case, integers_of, leaves, pointers_of
@@ -25,7 +25,7 @@ def main_loop_instructions(shipped: Shipped, arch: str, num_descriptors: int) ->
     wgmma takes 64 rows at least. On Blackwell the copies by pointers depend on `pipeline_stages`.
     """
     wants = ["tma"] if num_descriptors else []
-    if arch in ("sm_80", "sm_90") and num_descriptors < 2:
+    if arch.startswith("sm_") and arch not in BLACKWELL and num_descriptors < 2:
         wants.append("cp_async")
     if shipped.dtype != "fp32":
         wants.append("wgmma" if arch == "sm_90" and shipped.config.block_m >= 64 else "mma")
@@ -57,6 +57,7 @@ def product_case(
         constexprs=constants,
         num_warps=config.num_warps,
         num_stages=pipeline_stages(arch, config),
+        maxnreg=config.maxnreg,
         aligned=aligned,
         sample=sample,
         wants=main_loop_instructions(shipped, arch, sum(str(kind).startswith("tensordesc") for _, kind in kinds)),

@@ -30,7 +30,8 @@ from moe_triton.kernel_stages import full_name, in_words
 from moe_triton_kernels.configs import bucket_of
 from moe_triton_kernels.configs import read_table as check_table
 from moe_triton_kernels.launch import Config
-from moe_triton_kernels.tools.search import neighbours
+from moe_triton_kernels.tools.offline import TARGETS
+from moe_triton_kernels.tools.search import neighbours, seeds
 
 SCHEMA = "moe-triton-tune/1"
 GAIN = 0.99  # a candidate wins with less than this share of the time of the best so far
@@ -208,8 +209,9 @@ class Settings:
 
 
 def untried(problem: Problem, state: State) -> dict[str, Any] | None:
-    """The next neighbour of the best configuration; None where all have been tried."""
-    found = neighbours(Config(**state.best), problem.name, problem.case.hidden, problem.case.intermediate)
+    """The next seed, or else neighbour of the best configuration; None where all have been tried."""
+    sizes = (problem.name, problem.case.hidden, problem.case.intermediate)
+    found = (*seeds(*sizes, problem.architecture), *neighbours(Config(**state.best), *sizes))
     return next((config for config in map(asdict, found) if json.dumps(config) not in state.tried), None)
 
 
@@ -249,8 +251,10 @@ def search(
                 outcome = Outcome(status=FAILED, note=str(reason))
                 worker.close()
                 worker = None
+            if is_faster(outcome) and (gates := broken_gates(problem, candidate)):
+                outcome = Outcome(status=FAILED, note=gates)
             state.tried[json.dumps(candidate)] = asdict(outcome)
-            if outcome.status == OK and outcome.ratio is not None and outcome.ratio < GAIN:
+            if outcome.ratio is not None and is_faster(outcome):
                 state.best, state.best_ratio = candidate, state.best_ratio * outcome.ratio
             progress.write()
             on_try(in_words(candidate), outcome)
@@ -259,6 +263,18 @@ def search(
             worker.close()
     progress.write()
     return state
+
+
+def is_faster(outcome: Outcome) -> bool:
+    return outcome.status == OK and outcome.ratio is not None and outcome.ratio < GAIN
+
+
+def broken_gates(problem: Problem, config: dict[str, Any]) -> str:
+    """The offline gates that a configuration breaks, which a measurement may not show; "" where there are none."""
+    found: list[str] = []
+    if problem.architecture in TARGETS:
+        offline_gates(problem, [config], lambda _, report: found.extend([*report["broken"], report["error"]]))
+    return ", ".join(filter(None, found))
 
 
 def confirmed_ratio(problem: Problem, state: State, settings: Settings) -> float:
@@ -276,7 +292,7 @@ def entry_of(problem: Problem, state: State, ratio: float, facts: Mapping[str, A
     measured = {
         "time_over_incumbent": round(ratio, 4), "incumbent": state.incumbent, "tried": len(state.tried) - 1,
         "tokens": case.tokens, "experts": case.experts, "top_k": case.top_k, "device": facts["device"]["name"],
-        "versions": {name: facts["versions"].get(name) for name in ("torch", "triton", "moe-triton")},
+        "versions": {name: facts["versions"].get(name) for name in ("torch", "triton", "ptxas", "moe-triton")},
         "commit": None if facts["commit"] is None else facts["commit"]["hash"], "created": now(),
     }  # fmt: skip
     return {**problem.key, "config": state.best, "measured": measured}
