@@ -136,9 +136,9 @@ def test_the_materialised_way_is_noticed():
 def test_the_comparison_can_fail(broken, monkeypatch):
     model = adapted("qwen3_moe")
 
-    def wrong(wrapper: nn.Module, key: str, version: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def wrong(wrapper: nn.Module, key: str, *version: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The expert fastest in A; slowest in B."""
-        a, b = right(wrapper, key, version)
+        a, b = right(wrapper, key, *version)
         weight_a, weight_b = wrapper.lora_A[key].weight, wrapper.lora_B[key].weight
         if broken == "a":
             a = weight_a.view(-1, a.shape[0], a.shape[2]).transpose(0, 1)
@@ -309,6 +309,43 @@ def test_gradient_checkpointing(use_reentrant):
     with nothing_materialised():
         actual = train_step(model)
     assert all(torch.equal(actual[name], value) for name, value in expected.items())
+
+
+def largest_saved(model: nn.Module) -> int:
+    """Elements of the largest tensor that backward keeps, the model's own parameters left out."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    sizes = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            sizes.append(tensor.untyped_storage().nbytes() // tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model.train()(input_ids=token_ids(), labels=token_ids())
+    return max(sizes)
+
+
+def test_nothing_of_a_weights_size_is_kept_for_backward():
+    model = adapted("qwen3_moe")
+    weight = experts_modules(model)[0].down_proj.numel()
+    assert largest_saved(model) > weight
+    switch(model, "moe_triton")
+    assert largest_saved(model) < weight
+
+
+def test_torch_compile():
+    """One graph: PEFT's own way breaks it at every adapted parameter."""
+    model = adapted("gpt_oss")
+    switch(model, "moe_triton")
+    expected = train_step(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    model.zero_grad(set_to_none=True)
+    compiled(input_ids=token_ids(), labels=token_ids()).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert relative_rms(parameter.grad, expected[f"grad.{name}"]) <= 2e-6, name
 
 
 # Packing --------------------------------------------------------------------------------------------------------------

@@ -9,16 +9,16 @@ from torch import nn
 KEY = "moe_triton"
 
 
-def registry(module: nn.Module) -> Any:
-    """Return the registry that the module's forward looks its implementation up in, or None where it does not.
+def registry(cls: Any) -> Any:
+    """Return the registry that the forward of a class looks its implementation up in, or None where it does not.
 
     It is a free variable of the wrapper that transformers' decorator puts around the class's forward.
     """
-    forward = type(module).forward
+    forward = cls.forward
     code = getattr(forward, "__code__", None)
     if code is None or "experts_interface" not in code.co_freevars:
         return None
-    return forward.__closure__[code.co_freevars.index("experts_interface")].cell_contents  # type: ignore[index]
+    return forward.__closure__[code.co_freevars.index("experts_interface")].cell_contents
 
 
 def implementation(module: nn.Module) -> str | None:
