@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from moe_triton import Lora, moe_mlp
-from moe_triton.benchmarking.environment import environment, version
+from moe_triton.benchmarking.environment import environment
 from moe_triton.benchmarking.report import write_json
 from moe_triton.benchmarking.timing import make_timer, ratios, run_rounds, spread
+from moe_triton.runtime import installed_version
 
 RESULT = Path(__file__).parent / "results" / "cpu" / "lora-cost.json"
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -211,7 +212,7 @@ def main() -> None:
     record = {
         "schema": "moe-triton-lora-cost/1",
         **environment(device),
-        "peft": version("peft"),
+        "peft": installed_version("peft"),
         "shape": {name: getattr(options, name) for name in (
             "tokens", "hidden", "intermediate", "experts", "top_k", "rank", "alpha", "dtype",
         )},
