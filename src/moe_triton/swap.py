@@ -104,7 +104,7 @@ def swap(model: nn.Module, *, backend: str = "auto") -> SwapReport:
 
 def transformers_experts(model: nn.Module, name: str, module: nn.Module, backend: str) -> Swapped | Skipped | None:
     """Switch an experts module whose class has transformers' `use_experts_implementation`."""
-    if registry(type(module)) is None:
+    if registry(module) is None:
         return None
     reason = _obstacle(module)
     if reason is not None:
@@ -113,7 +113,7 @@ def transformers_experts(model: nn.Module, name: str, module: nn.Module, backend
     if implementation(module) != key:
         whole = _outermost_pretrained(model, name)
         # its switch affects all experts: one that cannot run ours would raise at its next forward
-        if whole is not None and not any(registry(type(m)) is not None and _obstacle(m) for m in whole.modules()):
+        if whole is not None and not any(registry(m) is not None and _obstacle(m) for m in whole.modules()):
             whole.set_experts_implementation(key)
     if implementation(module) != key:
         module.config = copy.copy(module.config)
@@ -187,10 +187,8 @@ UNKNOWN = "looks like a mixture of experts, but its class has no interface that 
 def _obstacle(module: nn.Module) -> str | None:
     """Return why this module, which dispatches, cannot run our experts; None where it can."""
     hf.register()
-    if hf.KEY not in registry(type(module)):
-        return (
-            f"its class looks its implementation up in a registry of its own ({type(registry(type(module))).__name__})"
-        )
+    if hf.KEY not in registry(module):
+        return f"its class looks its implementation up in a registry of its own ({type(registry(module)).__name__})"
     return hf.obstacle(module)
 
 

@@ -85,9 +85,10 @@ def as_delivered(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
     def deliver(version: str) -> None:
         ours.install()
-        activate, update = peft_layers.ParamWrapper._moe_triton
+        activate, update, merge = peft_layers.ParamWrapper._moe_triton
         monkeypatch.setattr(peft_layers.ParamWrapper, "_activate_lora", activate)
         monkeypatch.setattr(peft_layers.ParamWrapper, "update_layer", update)
+        monkeypatch.setattr(peft_layers.ParamWrapper, "merge", merge)
         monkeypatch.delattr(peft_layers.ParamWrapper, "_moe_triton")
         monkeypatch.setattr(peft, "__version__", version)
 

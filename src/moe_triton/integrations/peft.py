@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_triton.checks import FLOATS
-from moe_triton.integrations.experts_interface import KEY, implementation, registry
+from moe_triton.integrations.experts_interface import KEY, implementation, registry_of
 from moe_triton.layers import Experts
+from moe_triton.layers.quantized import QuantizedProjection
 from moe_triton.records import Lora
 from moe_triton.torch_internals import constant_while_compiling, is_fsdp2_class, shards
 
@@ -119,7 +120,7 @@ def install() -> None:
     wrapper: Any = getattr(layer, "ParamWrapper", None)
     if wrapper is None or hasattr(wrapper, "_moe_triton"):
         return
-    wrapper._moe_triton = (wrapper._activate_lora, wrapper.update_layer)
+    wrapper._moe_triton = (wrapper._activate_lora, wrapper.update_layer, wrapper.merge)
     (low, high), version = CHECKED, peft_version()
     if not _numbers(low) <= _numbers(version) < _numbers(high):
         warnings.warn(
@@ -128,7 +129,7 @@ def install() -> None:
             stacklevel=3,
         )
         return
-    wrapper._activate_lora, wrapper.update_layer = _activate_lora, _update_layer
+    wrapper._activate_lora, wrapper.update_layer, wrapper.merge = _activate_lora, _update_layer, _merge
     model = sys.modules["peft.tuners.lora.model"]
     if hasattr(model, "get_tp_plan_and_mesh"):  # since 0.21.2
         model.get_tp_plan_and_mesh = _without_experts(model.get_tp_plan_and_mesh)  # type: ignore[attr-defined]
@@ -142,17 +143,25 @@ def _activate_lora(self: Any, active_adapters: list[str]) -> Iterator[None]:
         with _lending(self, names):
             yield
     else:
-        activate, _ = self._moe_triton
+        activate, *_ = self._moe_triton
         with activate(self, active_adapters):
             yield
 
 
 def _update_layer(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
     """Do what PEFT does, and refuse an adapter for our experts whose packing cannot be known."""
-    _, update = self._moe_triton
+    _, update, _ = self._moe_triton
     update(self, adapter_name, *args, **kwargs)
     if takes_factors(self.get_base_layer(), self.parameter_name):
         _unpacked(self, adapter_name, getattr(kwargs.get("config"), "peft_version", None) or peft_version())
+
+
+def _merge(self: Any, *args: Any, **kwargs: Any) -> None:
+    """Do what PEFT does, and refuse projections that are no floats."""
+    if isinstance(self.get_base_layer()._modules.get(self.parameter_name), QuantizedProjection):
+        raise ValueError("merge: got quantised projections, wanted projections in a float dtype")
+    *_, merge = self._moe_triton
+    merge(self, *args, **kwargs)
 
 
 def peft_version() -> str:
@@ -178,6 +187,8 @@ def takes_factors(module: nn.Module, name: str) -> bool:
         ours = module.expert_parallel is None
     else:
         ours = implementation(module) == KEY and _finds_ours(type(module))
+    if ours and name in PROJECTIONS and isinstance(module._modules.get(name), QuantizedProjection):
+        return True
     parameter: Any = module._parameters.get(name)
     if (
         not ours
@@ -194,7 +205,7 @@ def takes_factors(module: nn.Module, name: str) -> bool:
 @constant_while_compiling  # torch.compile cannot look into the closure of a function that it then traces
 def _finds_ours(cls: Any) -> bool:
     """Whether the class's forward finds, under our key, experts that take adapters."""
-    mapping = registry(cls)
+    mapping = registry_of(cls)
     return mapping is not None and getattr(mapping.get(KEY), "takes_lora", False)
 
 

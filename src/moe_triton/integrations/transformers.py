@@ -21,6 +21,7 @@ from moe_triton.experts import moe_mlp
 from moe_triton.integrations import peft
 from moe_triton.integrations.called_gate import called_gate_mlp
 from moe_triton.integrations.experts_interface import KEY
+from moe_triton.layers.quantized import QuantizedProjection, projection_of
 from moe_triton.reference import GPT_OSS_ALPHA, GPT_OSS_LIMIT, activate, wide
 from moe_triton.torch_internals import constant_while_compiling, real_tensors
 
@@ -93,12 +94,12 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     if reason is not None:
         raise ValueError(f"{type(module).__name__}: {reason}")
     has_bias = _flag(module, "has_bias")
-    up_name = "gate_up_proj" if _flag(module, "has_gate") else "up_proj"
-    up_proj, down_proj = getattr(module, up_name), module.down_proj
-    compute = up_proj.dtype
+    up_name, down_name = projection_names(module)
+    up_proj, down_proj = projection_of(module, up_name), projection_of(module, down_name)
+    compute = up_proj.dtype if isinstance(up_proj, Tensor) else hidden_states.dtype
     up_bias = getattr(module, f"{up_name}_bias").to(compute) if has_bias else None
     down_bias = module.down_proj_bias.to(compute) if has_bias else None
-    down_proj = down_proj.to(compute)
+    down_proj = down_proj.to(compute) if isinstance(down_proj, Tensor) else down_proj
     if compute == torch.float64 or top_k_weights.dtype not in (compute, torch.float32):
         top_k_weights = top_k_weights.to(wide(compute))
     if "parametrizations" in module._modules:  # PEFT was imported after `register`: the next forward gets factors
@@ -143,7 +144,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
         )
 
     if _flag(module, "has_post_expert_norm"):
-        out = _normalised(experts, module.post_expert_norm, x, top_k_index, top_k_weights, up_proj.shape[0])
+        out = _normalised(experts, module.post_expert_norm, x, top_k_index, top_k_weights, len(up_proj))
     else:
         out = experts(x, top_k_index, top_k_weights)
     return out.to(hidden_states.dtype)
@@ -176,17 +177,18 @@ def obstacle(module: nn.Module) -> str | None:
     for name in unknown_flags(type(module)):
         if getattr(module, name, False) is True:
             return f"{name}: got True, a flag that moe_triton does not know; wanted one of {', '.join(FLAGS)}"
-    has_gate = _flag(module, "has_gate")
-    if has_gate and not hasattr(module, "_apply_gate"):
+    if _flag(module, "has_gate") and not hasattr(module, "_apply_gate"):
         return "_apply_gate: missing, wanted the method that transformers' decorator adds"
     norm = getattr(module, "post_expert_norm", None)
     if _flag(module, "has_post_expert_norm") and not callable(norm):
         return f"post_expert_norm: got {type(norm).__name__}, wanted a function of rows"
-    names = ["gate_up_proj" if has_gate else "up_proj", "down_proj"]
+    names = list(projection_names(module))
     if _flag(module, "has_bias"):
         names += [f"{name}_bias" for name in names]
     for name in names:
         tensor = getattr(module, name, None)
+        if isinstance(tensor, QuantizedProjection):
+            continue
         if not isinstance(tensor, Tensor):
             return f"{name}: got {type(tensor).__name__}, wanted a Tensor"
         if tensor.dtype not in FLOATS:
@@ -195,6 +197,16 @@ def obstacle(module: nn.Module) -> str | None:
             each = "vector" if name.endswith("_bias") else "matrix"
             return f"{name}: got shape {list(tensor.shape)}, wanted one {each} per expert"
     return None
+
+
+def projection_names(module: nn.Module) -> tuple[str, str]:
+    """Return the names of a module's up and down projections."""
+    return ("gate_up_proj" if _flag(module, "has_gate") else "up_proj", "down_proj")
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Return whether a module's projections are [E, in, out]."""
+    return _flag(module, "is_transposed")
 
 
 def fused_activation(module: nn.Module) -> str | None:

@@ -18,6 +18,7 @@ from moe_triton.distributed.holders import StackedExperts, expert_modules
 from moe_triton.torch_internals import WRAPPERS, compiled_module, shards
 
 Offset = tuple[int, ...]
+PROJECTIONS = ("gate_up_proj", "down_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,9 +136,9 @@ def model_tensors(model: nn.Module) -> dict[str, ModelTensor]:
         raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
     model = unwrapped(model)
     layouts = {
-        id(parameter): expert_layout(name, module, own)
+        id(tensor): expert_layout(name, module, own.partition(".")[0])
         for name, module in named_experts(model).items()
-        for own, parameter in module.named_parameters(recurse=False)
+        for own, tensor in (*module.named_parameters(recurse=False), *_quantized_parts(module))
     }
     found: dict[str, ModelTensor] = {}
     # where replicas lie is not the same on other ranks: experts are saved and loaded by their own ids
@@ -156,6 +157,11 @@ def model_tensors(model: nn.Module) -> dict[str, ModelTensor]:
             seen.add(id(value))
             found[name] = ModelTensor(value, layouts.get(id(value)), id(value) in layouts)
     return found
+
+
+def _quantized_parts(module: StackedExperts) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, buffer) of quantised projections: their dimensions lie as those of the projection do."""
+    return ((name, buffer) for name, buffer in module.named_buffers() if name.partition(".")[0] in PROJECTIONS)
 
 
 def named_experts(model: nn.Module) -> dict[str, StackedExperts]:
