@@ -18,6 +18,7 @@ from tests.helpers.adapters import (
     TOLERANCE,
     adapted,
     assert_equals_eager,
+    assert_same,
     logits,
     lora_config,
     nothing_materialised,
@@ -168,6 +169,14 @@ def test_export_wants_merged_adapters(tmp_path):
 
 def test_float64():
     assert_equals_eager(adapted("gpt_oss", torch.float64), tolerance=1e-12)
+
+
+def test_on_the_kernels():
+    model = adapted("qwen3_moe")
+    expected = train_step(model)
+    moe_triton.swap(model, backend="triton")
+    with nothing_materialised():
+        assert_same(train_step(model), expected, 2e-6)
 
 
 def test_fp32_adapters_of_a_bf16_model():
