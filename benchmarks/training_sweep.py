@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from moe_triton import load_statistics
-from moe_triton.benchmarking.environment import cpu_name
+from moe_triton.backends.torch.processor import this_processor
 from moe_triton.training.config import KINDS, TrainConfig
 from moe_triton.training.data import load_corpus
 from moe_triton.training.files import replace_file
@@ -87,7 +87,7 @@ def run_all(
     """Runs what `path` does not hold yet, some at a time, and writes it after each run; all runs have `common`."""
     config = TrainConfig(**common)
     jobs = [(kind, {**common, **settings}) for kind, settings in jobs]
-    facts = {"processor": cpu_name(), **circumstances(config, load_corpus(None, config.seq_len))}
+    facts = {"processor": this_processor().name, **circumstances(config, load_corpus(None, config.seq_len))}
     for name in ("seed", "lr", "dense_lr", "router"):  # each run has its own
         del facts["config"][name]
     results: dict[str, Any] = {**facts, "runs": []}
