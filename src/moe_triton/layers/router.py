@@ -131,9 +131,12 @@ class Router(CountsLoad):
             forced_balance=forced_balance,
             choice_groups=choice_groups,
         )
-        if self.rule is not None and not self.rule.by_top_k and (choice_bias or gumbel or num_groups > 1):
-            given = "choice_bias" if choice_bias else "gumbel" if gumbel else "num_groups"
-            raise ValueError(f"{given}: got it with {self.rule}, which does not choose by the top-k, wanted neither")
+        if self.rule is not None and not self.rule.by_top_k:
+            for name, got, wanted in (
+                ("choice_bias", choice_bias, False), ("gumbel", gumbel, False), ("num_groups", num_groups, 1)
+            ):  # fmt: skip
+                if got != wanted:
+                    raise ValueError(f"{name}: got {got} with {self.rule}, wanted {wanted}: it changes the top-k only")
         if bias_update == "quantile":
             check_quantile_update(self.spec, num_choices, choice_bias)
         self.hidden_size = hidden_size
