@@ -56,6 +56,8 @@ class Routing:
     score_sums  [E] sum over tokens of the normalised scores, differentiable
     z_sum       []  sum over tokens of logsumexp(logits)**2, differentiable
     num_tokens  []  number of tokens that count, on the device
+    hidden      [T, d] what `Router` was given, for whoever takes it next: the gate then adds its gradient to theirs in
+                one pass; None where there was no gate
     """
 
     experts: Tensor
@@ -64,6 +66,7 @@ class Routing:
     score_sums: Tensor
     z_sum: Tensor
     num_tokens: Tensor
+    hidden: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +148,22 @@ class ExpertCall:
     @property
     def intermediate_size(self) -> int:
         return self.width // 2 if self.spec.is_gated else self.width
+
+
+class GateWanted(NamedTuple):
+    """Which gradients of the gate are wanted."""
+
+    hidden: bool = True
+    weight: bool = True
+    bias: bool = True
+
+
+class GateGradients(NamedTuple):
+    """The gradients of the gate; None where not wanted."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
 
 
 class Wanted(NamedTuple):

@@ -24,6 +24,12 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def gate(hidden_Td: Tensor, weight_Ed: Tensor, bias_E: Tensor | None = None) -> Tensor:
+    """Score every expert for every token: logits [T, E] = hidden W^T + b in fp32 (fp64 for an fp64 weight)."""
+    dtype = wide(weight_Ed.dtype)
+    return F.linear(hidden_Td.to(dtype), weight_Ed.to(dtype), None if bias_E is None else bias_E.to(dtype))
+
+
 def group_mask(scores_TE: Tensor, spec: RouterSpec) -> Tensor:
     """Return True [T, E] for the experts of each token's best groups (DeepSeek-V2: max, V3: sum of the top 2)."""
     scores_TGM = rearrange(scores_TE, "t (g m) -> t g m", g=spec.num_groups)

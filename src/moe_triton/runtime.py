@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from moe_triton.backends.protocols import DispatchBackend, ExpertsBackend, RoutingBackend
+from moe_triton.backends.protocols import DispatchBackend, ExpertsBackend, GateBackend, RoutingBackend
 from moe_triton.checks import check_choice
 from moe_triton.torch_internals import constant_while_compiling
 
@@ -116,6 +116,11 @@ def plain_maths(tensor: torch.Tensor) -> Iterator[None]:
         torch.cuda.device_of(tensor),
     ):
         yield
+
+
+def gate_backend(name: str) -> GateBackend:
+    """Return the implementation of the gate by backend "torch" or "triton"."""
+    return cast(GateBackend, _module(f"{name}.gate"))
 
 
 def routing_backend(name: str) -> RoutingBackend:

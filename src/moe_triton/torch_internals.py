@@ -61,6 +61,15 @@ def compiled_module(module: nn.Module) -> nn.Module | None:
     return module._modules.get("_orig_mod")
 
 
+# Modules --------------------------------------------------------------------------------------------------------------
+
+
+def runs_as_it_is(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Return whether a call of the module is `cls.forward` of the very arguments: no override, wrapper or pre-hook."""
+    is_own = type(module).forward is cls.forward and "forward" not in module.__dict__
+    return is_own and not module._forward_pre_hooks
+
+
 # Autograd, its transforms, and modes ----------------------------------------------------------------------------------
 
 

@@ -36,12 +36,17 @@ def wide(handle: TensorHandle) -> TensorHandle:
 
 def compute_in_bf16() -> None:
     """Patch the interpreter of this process."""
-    cast, binary, dot = (getattr(InterpreterBuilder, name) for name in ("cast_impl", "binary_op", "create_dot"))
+    names = ("cast_impl", "unary_op", "binary_op", "create_dot")
+    cast, unary, binary, dot = (getattr(InterpreterBuilder, name) for name in names)
 
     def cast_impl(self: Any, src: TensorHandle, dst_type: Any) -> TensorHandle:
         if dst_type.scalar == tl.bfloat16 and src.dtype.scalar == tl.float32:
             return TensorHandle(rounded(src.data), tl.bfloat16)
         return cast(self, wide(src), dst_type)
+
+    def unary_op(self: Any, arg: TensorHandle, op: Callable[..., Any]) -> TensorHandle:
+        found = unary(self, wide(arg), op)
+        return TensorHandle(rounded(found.data), tl.bfloat16) if is_bf16(arg) else found
 
     def binary_op(self: Any, lhs: TensorHandle, rhs: TensorHandle, op: Callable[..., Any]) -> TensorHandle:
         if not is_bf16(lhs):
@@ -52,5 +57,5 @@ def compute_in_bf16() -> None:
     def create_dot(self: Any, a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:
         return dot(self, wide(a), wide(b), *rest)
 
-    for patch in (cast_impl, binary_op, create_dot):
+    for patch in (cast_impl, unary_op, binary_op, create_dot):
         setattr(InterpreterBuilder, patch.__name__, patch)

@@ -22,7 +22,7 @@ OTHERS: dict[str, Callable[[], list[Case]]] = {
     "row_pieces": dispatch_cases.row_pieces_cases,
     "combine": dispatch_cases.combine_cases,
 }
-MODULES = (*PRODUCTS, *OTHERS, "gluon")
+MODULES = (*PRODUCTS, "gate", *OTHERS, "gluon")
 
 
 def module_cases(module: str, arch: str) -> list[Case]:
@@ -31,6 +31,8 @@ def module_cases(module: str, arch: str) -> list[Case]:
         return PRODUCTS[module](arch, shipped_configs(arch))
     if module in OTHERS:
         return OTHERS[module]()
+    if module == "gate":
+        return dispatch_cases.gate_cases(arch)
     if arch != "sm_90":
         return []
     gluon: list[Case] = importlib.import_module("moe_triton_kernels.tools.gluon_cases").gluon_cases()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_triton.autograd.gate import run_gate
 from moe_triton.checks import FLOATS, MASKS, check_int, check_number, check_tensor
 from moe_triton.layers.load import CountsLoad
 from moe_triton.records import Routing
@@ -35,7 +36,9 @@ class Router(CountsLoad):
         backend: "auto", "triton", "torch" or "reference".
         device, dtype: of the parameters.
 
-    The gate computes in fp32 whatever the parameters' dtype (fp64 for fp64 parameters), also under autocast.
+    The gate computes in fp32 whatever the parameters' dtype (fp64 for fp64 parameters), also under autocast; on a GPU
+    from 16-bit hidden states on the matrix unit, whose sums are fp32, with nothing rounded before. It keeps the hidden
+    states for backward as they came; with jitter, an fp32 copy.
     """
 
     choice_bias: Tensor | None
@@ -118,12 +121,16 @@ class Router(CountsLoad):
 
     def gate(self, hidden_states: Tensor) -> Tensor:
         """[T, d] -> logits [T, E] in fp32 (fp64 for fp64 parameters)."""
-        dtype = wide(self.weight.dtype)
+        return self._gate(hidden_states)[0]
+
+    def _gate(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits, and the hidden states for whoever takes them next (see `autograd.gate`)."""
+        if not (self.training and self.jitter > 0):
+            return run_gate(hidden_states, self.weight, self.bias, self.backend)
         with without_autocast(hidden_states.device):
-            x = hidden_states.to(dtype)
-            if self.training and self.jitter > 0:
-                x = x * (1 + self.jitter * (2 * torch.rand_like(x) - 1))
-            return F.linear(x, self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+            x = hidden_states.to(wide(self.weight.dtype))
+            x = x * (1 + self.jitter * (2 * torch.rand_like(x) - 1))
+        return run_gate(x, self.weight, self.bias, self.backend)[0], hidden_states
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> Routing:
         """hidden_states [T, d], token_mask [T] or None -> Routing."""
@@ -132,8 +139,9 @@ class Router(CountsLoad):
             shape, device = hidden_states.shape[:-1], hidden_states.device
             check_tensor("token_mask", token_mask, shape=shape, dtypes=MASKS, device=device)
             hidden_states = hidden_states.masked_fill(token_mask.logical_not()[:, None], 0)  # 0 * NaN would be NaN
+        logits, hidden_states = self._gate(hidden_states)
         routing = route_by_spec(
-            self.gate(hidden_states),
+            logits,
             self.spec,
             choice_bias=self.choice_bias,
             noise="gumbel" if self.gumbel and self.training else None,
@@ -141,7 +149,7 @@ class Router(CountsLoad):
             backend=self.backend,
         )
         self.count_load(routing.counts)
-        return routing
+        return replace(routing, hidden=hidden_states)
 
     @torch.no_grad()
     def update_choice_bias(self, rate: float = 1e-3, group: torch.distributed.ProcessGroup | None = None) -> None:
