@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from moe_triton_kernels.address_tables import address_table
 from moe_triton_kernels.launch import Config
 
 ExpertParameter = Tensor | Sequence[Tensor]
@@ -94,12 +94,6 @@ class PerExpert:
     def bias(self) -> BiasArgument:
         (stride_n,) = self.strides
         return BiasArgument(self.data, self.stride_e, stride_n, tl.constexpr(self.alignment))
-
-
-@lru_cache(maxsize=1024)
-def address_table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
-    """The addresses as int64 [E] on the device. Kept, because a training step asks for the same ones every time."""
-    return torch.tensor(addresses, dtype=torch.int64).to(device, non_blocking=True)
 
 
 def per_expert(parameter: ExpertParameter) -> PerExpert:

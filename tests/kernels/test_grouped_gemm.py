@@ -21,7 +21,7 @@ from moe_triton import reference
 from moe_triton_kernels.d_hidden import d_hidden, d_router_weights
 from moe_triton_kernels.d_weight import d_bias, d_weight
 from moe_triton_kernels.down import down
-from moe_triton_kernels.grouped_gemm import PerExpert, address_table, per_expert, tile_order, weight_descriptor
+from moe_triton_kernels.grouped_gemm import PerExpert, per_expert, tile_order, weight_descriptor
 from moe_triton_kernels.launch import Config
 from moe_triton_kernels.tiles import tile_tables
 from moe_triton_kernels.up import up
@@ -270,7 +270,6 @@ def test_addresses_are_kept_and_strides_are_made_equal() -> None:
     assert mixed.strides == (8, 1)
     assert mixed.held[0] is matrices[0]
     assert mixed.data.tolist() == [tensor.data_ptr() for tensor in mixed.held]
-    assert address_table((1, 2), torch.device(device)).dtype == torch.int64
 
 
 def test_a_descriptor_where_the_layout_allows_it() -> None:

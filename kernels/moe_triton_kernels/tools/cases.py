@@ -16,6 +16,7 @@ PRODUCTS: dict[str, Callable[[str, Sequence[Shipped]], list[Case]]] = {
     "d_weight": product_cases.d_weight_cases,
 }
 OTHERS: dict[str, Callable[[], list[Case]]] = {
+    "address_tables": dispatch_cases.address_cases,
     "routing": dispatch_cases.routing_cases,
     "permutation": dispatch_cases.permutation_cases,
     "tiles": dispatch_cases.tiles_cases,

@@ -1,10 +1,10 @@
-"""What is compiled of the gate, routing, permutation, tiles, row pieces and combine."""
+"""What is compiled of the gate, address tables, routing, permutation, tiles, row pieces and combine."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from moe_triton_kernels import combine, gate, permutation, routing, row_pieces, tiles
+from moe_triton_kernels import address_tables, combine, gate, permutation, routing, row_pieces, tiles
 from moe_triton_kernels.tools.case import Case
 
 
@@ -41,6 +41,11 @@ def gate_cases(arch: str) -> list[Case]:
             )
         )
     return cases
+
+
+def address_cases() -> list[Case]:
+    signature = {"table": "*i64", "start": "i32", "size": "i32", **dict.fromkeys(address_tables.ARGUMENTS, "i64")}
+    return [Case(name="address_table", fn=address_tables.address_kernel, signature=signature, num_warps=1)]
 
 
 def combine_cases() -> list[Case]:
