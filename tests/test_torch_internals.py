@@ -83,6 +83,14 @@ def test_a_module_that_runs_as_it_is():
     assert not torch_internals.runs_as_it_is(torch.compile(plain), nn.Linear)
 
 
+def test_a_busy_gpu(monkeypatch):
+    assert callable(torch.cuda._sleep)
+    slept = []
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
+    torch_internals.keep_gpu_busy(7)
+    assert slept == [7]
+
+
 def test_recomputation():
     seen, errors = [], []
 

@@ -98,6 +98,14 @@ def real_tensors() -> AbstractContextManager[Any]:
     return _disable_current_modes()
 
 
+# CUDA -----------------------------------------------------------------------------------------------------------------
+
+
+def keep_gpu_busy(cycles: int) -> None:
+    """Let the current GPU wait for about this many cycles of its clock, while the host goes on."""
+    torch.cuda._sleep(cycles)
+
+
 # oneDNN ---------------------------------------------------------------------------------------------------------------
 
 

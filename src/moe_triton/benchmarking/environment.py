@@ -40,6 +40,22 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def ptxas_version() -> str | None:
+    """The version of the assembler that Triton uses at this moment; None without Triton, or without an assembler.
+
+    It is not a matter of Triton's version alone: the first compilation by torch.compile in a process sets
+    TRITON_PTXAS_PATH to torch's own, and kernels compiled after it come from that one.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from triton import knobs
+
+    try:
+        return str(knobs.nvidia.ptxas.version)
+    except (OSError, RuntimeError, AttributeError):
+        return None
+
+
 def devices() -> list[dict[str, Any]]:
     """Every device that tensors can lie on here, the CPU first."""
     found: list[dict[str, Any]] = [
@@ -75,7 +91,11 @@ def environment(device: torch.device) -> dict[str, Any]:
         "created": now(),
         "device": next(found for found in devices() if found["device"] == name),
         "platform": f"{platform.system()} {platform.machine()}",
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in VERSIONS},
+            "ptxas": None if device.type == "cpu" else ptxas_version(),
+        },
         "commit": commit(),
     }
 

@@ -288,7 +288,7 @@ def entry_of(problem: Problem, state: State, ratio: float, facts: Mapping[str, A
     measured = {
         "time_over_incumbent": round(ratio, 4), "incumbent": state.incumbent, "tried": len(state.tried) - 1,
         "tokens": case.tokens, "experts": case.experts, "top_k": case.top_k, "device": facts["device"]["name"],
-        "versions": {name: facts["versions"].get(name) for name in ("torch", "triton", "moe-triton")},
+        "versions": {name: facts["versions"].get(name) for name in ("torch", "triton", "ptxas", "moe-triton")},
         "commit": None if facts["commit"] is None else facts["commit"]["hash"], "created": now(),
     }  # fmt: skip
     return {**problem.key, "config": state.best, "measured": measured}
