@@ -26,6 +26,7 @@ INDEX_BITS = tl.constexpr(2**13 - 1)  # a 16-bit float has at least 13 zeros at 
 
 MAX_PROGRAMS = 2048  # a constant, not the number of processors: sums have the same order on every GPU
 TILE_ELEMENTS = 512
+FEW_TILES = 4  # one program takes so many, one after another, in the time of the launch that would add up the sums
 SUM_PROGRAMS, SUM_EXPERTS, SUM_WARPS = 512, 8, 8  # the part of the partial sums that a program holds at a time
 NUM_WARPS = 1  # a token's experts lie in one warp, so that an arg-max needs no shared memory
 
@@ -315,7 +316,8 @@ def topk_forward(
 
     Experts and counts are int32, the others fp32. Experts are in order of preference; they are -1, with weight 0, where
     `token_mask` [T] is false. `choice_bias` [E] and `noise` [T, E] change the choice only. `score` is "softmax",
-    "sigmoid" or "topk_softmax", `group_score` "max" or "top2_sum". Two launches, no host sync, bitwise deterministic.
+    "sigmoid" or "topk_softmax", `group_score` "max" or "top2_sum". One launch for
+    few tokens, else two; no host sync, bitwise deterministic.
     """
     num_tokens, num_experts = logits.shape
     device = logits.device
@@ -326,7 +328,8 @@ def topk_forward(
         return experts, weights, zeros.int(), zeros, torch.zeros((), dtype=torch.float32, device=device)
     constants = forward_constants(num_experts, top_k, score, normalize, num_groups, top_groups, group_score)
     by_logit = noise is None and choice_bias is None and not constants["TOP2"]
-    programs = min(triton.cdiv(num_tokens, constants["BLOCK_T"]), MAX_PROGRAMS)
+    tiles = triton.cdiv(num_tokens, constants["BLOCK_T"])
+    programs = 1 if tiles <= FEW_TILES else min(tiles, MAX_PROGRAMS)
     partial_counts = torch.empty((programs, num_experts), dtype=torch.int32, device=device)
     partial_scores = torch.empty((programs, num_experts), dtype=torch.float32, device=device)
     partial_z = torch.empty(programs, dtype=torch.float32, device=device)
@@ -338,6 +341,8 @@ def topk_forward(
         experts, weights, partial_counts, partial_scores, partial_z, num_tokens, float(scale),
         PACKED=by_logit and logits.dtype != torch.float32, **constants, num_warps=NUM_WARPS,
     )  # fmt: skip
+    if programs == 1:
+        return experts, weights, partial_counts[0], partial_scores[0], partial_z[0]
     counts = torch.empty(num_experts, dtype=torch.int32, device=device)
     score_sums = torch.empty(num_experts, dtype=torch.float32, device=device)
     z_sum = torch.empty((), dtype=torch.float32, device=device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -91,6 +91,16 @@ class Dispatch:
     @property
     def top_k(self) -> int:
         return self.position.shape[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiledDispatch(Dispatch):
+    """A Dispatch with what its backend made along with it for its kernels.
+
+    tiles  the `TileTables` of the triton backend
+    """
+
+    tiles: Any
 
 
 # All experts' tensors of one kind: stacked [E, ...], or one tensor per expert.

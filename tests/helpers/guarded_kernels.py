@@ -23,6 +23,7 @@ from moe_triton_kernels import configs
 from moe_triton_kernels.d_weight import d_bias, d_weight
 from moe_triton_kernels.launch import Config
 from moe_triton_kernels.permutation import permute
+from moe_triton_kernels.small_dispatch import small_dispatch
 from tests.helpers.compare import TOLERANCE, assert_close
 from tests.helpers.guarded import guard_launches, guarded
 from tests.helpers.interpreter import compute_in_bf16
@@ -72,6 +73,13 @@ def run_dispatch() -> None:
     assert permute(experts, 9, capacity=7, keys=torch.rand(70, 3))[0].sum() == 210
 
 
+def run_small_dispatch() -> None:
+    experts = random_choices(70, 3, 9)
+    found, expected = small_dispatch(experts, 9), reference.dispatch(experts, 9)
+    for tensor, name in zip(found[:4], ("counts", "offsets", "source", "position"), strict=True):
+        assert torch.equal(tensor, getattr(expected, name)), name
+
+
 def run_experts(at_end: bool) -> None:
     for spec, dtype, d, n in (
         (ExpertSpec(is_transposed=True, is_concatenated=False), torch.float32, 7, 9),
@@ -118,6 +126,7 @@ def main(side: str, planted: bool) -> None:
     with poisoned():
         run_routing()
         run_dispatch()
+        run_small_dispatch()
         run_experts(at_end)
         run_pieces()
         run_gate()

@@ -19,6 +19,7 @@ OTHERS: dict[str, Callable[[], list[Case]]] = {
     "address_tables": dispatch_cases.address_cases,
     "routing": dispatch_cases.routing_cases,
     "permutation": dispatch_cases.permutation_cases,
+    "small_dispatch": dispatch_cases.small_dispatch_cases,
     "tiles": dispatch_cases.tiles_cases,
     "row_pieces": dispatch_cases.row_pieces_cases,
     "combine": dispatch_cases.combine_cases,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_triton_kernels import address_tables, combine, gate, permutation, routing, row_pieces, tiles
+from moe_triton_kernels import address_tables, combine, gate, permutation, routing, row_pieces, small_dispatch, tiles
 from moe_triton_kernels.tools.case import Case
 
 
@@ -106,6 +106,22 @@ def permutation_cases() -> list[Case]:
     return [
         *cases,
         Case(name="permutation_keep_by_key", fn=permutation.keep_kernel, signature=types, constexprs=by_key),
+    ]
+
+
+def small_dispatch_cases() -> list[Case]:
+    names = ("experts", "counts", "offsets", "source", "position", "table", "num_tiles")
+    sizes = {"SIZES": tiles.BLOCK_SIZES, "BLOCK": small_dispatch.BLOCK, "CHUNK": small_dispatch.CHUNK}
+    return [
+        Case(
+            name=f"small_dispatch_E{num_experts}",
+            fn=small_dispatch.small_dispatch_kernel,
+            signature={**dict.fromkeys(names, "*i32"), "num_slots": "i32"},
+            constexprs=sizes | {"NUM_EXPERTS": num_experts, "BLOCK_E": permutation.block_experts(num_experts)},
+            num_warps=small_dispatch.NUM_WARPS,
+            sample=num_experts == 128,
+        )
+        for num_experts in (8, 128, 1024)
     ]
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 from moe_triton.records import (
+    Dispatch,
     ExpertCall,
     ExpertGradients,
     GateGradients,
@@ -71,6 +72,9 @@ class DispatchBackend(Protocol):
         keys: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the fields of a Dispatch: counts [E], offsets [E+1], source [S], position [T, K], all int32."""
+
+    def build_small_dispatch(self, experts: Tensor, num_experts: int) -> Dispatch | None:
+        """Return the same without a capacity, made in one launch; None where there are too many, or no such way."""
 
 
 class ExpertsBackend(Protocol):

@@ -14,6 +14,7 @@ from moe_triton.records import (
     ExpertWeight,
     ParameterGradients,
     RowGradients,
+    TiledDispatch,
     Wanted,
     as_given,
 )
@@ -51,6 +52,8 @@ class Problem:
         self.down_bias = None if parameters.down_bias is None else per_expert(parameters.down_bias)
 
     def tiles(self) -> TileTables:
+        if isinstance(self.dispatched, TiledDispatch):
+            return self.dispatched.tiles
         return tile_tables(self.dispatched.offsets, self.num_rows)
 
     def config(self, op: str) -> Config:
