@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_triton_kernels.arithmetic import cdiv
 from moe_triton_kernels.gluon.schedules import why_unsupported
 from moe_triton_kernels.grouped_gemm import (
     PerExpert,
@@ -111,7 +112,7 @@ def down(
     num_rows, size_k = a.shape
     out = a.new_empty((num_rows, size_columns))
     table, max_tiles = tiles.select(config.block_m)
-    down_kernel[persistent_grid(a.device, max_tiles * triton.cdiv(size_columns, config.block_n), config)](
+    down_kernel[persistent_grid(a.device, max_tiles * cdiv(size_columns, config.block_n), config)](
         a,
         weight.weight(),
         weight_descriptor(weight, config, size_k=size_k, size_columns=size_columns, halves=1, block_n=config.block_n),

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_triton_kernels.arithmetic import cdiv, next_power_of_2
 from moe_triton_kernels.launch import BLACKWELL, HOPPER, compiler_fences, target_of
 
 SPLIT_BLOCK = 1024
@@ -51,7 +52,7 @@ def split(values: Tensor, dtype: torch.dtype, order: tuple[int, ...], *, stacked
     )
     if values.numel() == 0:
         return parts
-    split_kernel[(triton.cdiv(values.numel(), SPLIT_BLOCK),)](
+    split_kernel[(cdiv(values.numel(), SPLIT_BLOCK),)](
         values.contiguous(), parts, values.numel(), step,
         columns if stacked else places * columns, rows * columns if stacked else columns,
         COLUMNS=columns, ORDER=order, PLACES=places, BLOCK=SPLIT_BLOCK,
@@ -96,7 +97,7 @@ def blocks(size_n: int, architecture: str) -> dict[str, int]:
     """BLOCK_M, BLOCK_N and BLOCK_K: short tiles, since the products read or write much and compute little."""
     if architecture == "interpreter":
         return {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32}
-    return {"BLOCK_M": 64, "BLOCK_N": min(128, max(16, triton.next_power_of_2(size_n))), "BLOCK_K": 64}
+    return {"BLOCK_M": 64, "BLOCK_N": min(128, max(16, next_power_of_2(size_n))), "BLOCK_K": 64}
 
 
 def stages(architecture: str) -> int:
@@ -115,7 +116,7 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype, addend: Tensor | None = No
     architecture = target_of(a.device).architecture
     tile = blocks(size_n, architecture)
     is_even = a.stride(1) == 1 and size_k % tile["BLOCK_K"] == 0  # a contraction over tokens compiles for any number
-    product_kernel[(triton.cdiv(size_m, tile["BLOCK_M"]), triton.cdiv(size_n, tile["BLOCK_N"]))](
+    product_kernel[(cdiv(size_m, tile["BLOCK_M"]), cdiv(size_n, tile["BLOCK_N"]))](
         a, b, None if addend is None else addend.contiguous(), out, size_m, size_k, *a.stride(), *b.stride(),
         SIZE_N=size_n, EVEN_K=is_even, **tile, num_warps=4, num_stages=stages(architecture),
     )  # fmt: skip

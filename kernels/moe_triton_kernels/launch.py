@@ -83,8 +83,13 @@ def target_of(device: torch.device) -> Target:
     return Target(architecture=name, num_sms=properties.multi_processor_count)
 
 
+@lru_cache
+def numbers_of(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
+
+
 def triton_version() -> tuple[int, ...]:
-    return tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:3] if part.isdigit())
+    return numbers_of(triton.__version__)
 
 
 def compiler_fences() -> bool:

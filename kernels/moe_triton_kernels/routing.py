@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_triton_kernels.arithmetic import cdiv, next_power_of_2
+
 SOFTMAX = tl.constexpr(0)
 SIGMOID = tl.constexpr(1)
 TOPK_SOFTMAX = tl.constexpr(2)
@@ -280,9 +282,9 @@ def tokens_per_tile(lanes: int, choices: int) -> int:
 def forward_constants(
     num_experts: int, top_k: int, score: str, normalize: bool, num_groups: int, top_groups: int, group_score: str
 ) -> dict[str, Any]:
-    groups = triton.next_power_of_2(num_groups)
-    members = triton.next_power_of_2(num_experts // num_groups)
-    block_k = triton.next_power_of_2(top_k)
+    groups = next_power_of_2(num_groups)
+    members = next_power_of_2(num_experts // num_groups)
+    block_k = next_power_of_2(top_k)
     return {
         "NUM_EXPERTS": num_experts, "TOP_K": top_k, "SCORE": SCORES[score], "NORMALIZE": normalize,
         "NUM_GROUPS": num_groups, "TOP_GROUPS": top_groups, "TOP2": num_groups > 1 and group_score == "top2_sum",
@@ -291,7 +293,7 @@ def forward_constants(
 
 
 def backward_constants(num_experts: int, top_k: int, score: str, normalize: bool) -> dict[str, Any]:
-    block_e, block_k = triton.next_power_of_2(num_experts), triton.next_power_of_2(top_k)
+    block_e, block_k = next_power_of_2(num_experts), next_power_of_2(top_k)
     return {
         "NUM_EXPERTS": num_experts, "TOP_K": top_k, "SCORE": SCORES[score], "NORMALIZE": normalize,
         "BLOCK_T": tokens_per_tile(block_e, block_k), "BLOCK_E": block_e, "BLOCK_K": block_k,
@@ -328,7 +330,7 @@ def topk_forward(
         return experts, weights, zeros.int(), zeros, torch.zeros((), dtype=torch.float32, device=device)
     constants = forward_constants(num_experts, top_k, score, normalize, num_groups, top_groups, group_score)
     by_logit = noise is None and choice_bias is None and not constants["TOP2"]
-    tiles = triton.cdiv(num_tokens, constants["BLOCK_T"])
+    tiles = cdiv(num_tokens, constants["BLOCK_T"])
     programs = 1 if tiles <= FEW_TILES else min(tiles, MAX_PROGRAMS)
     partial_counts = torch.empty((programs, num_experts), dtype=torch.int32, device=device)
     partial_scores = torch.empty((programs, num_experts), dtype=torch.float32, device=device)
@@ -346,7 +348,7 @@ def topk_forward(
     counts = torch.empty(num_experts, dtype=torch.int32, device=device)
     score_sums = torch.empty(num_experts, dtype=torch.float32, device=device)
     z_sum = torch.empty((), dtype=torch.float32, device=device)
-    sum_partials_kernel[(triton.cdiv(num_experts, SUM_EXPERTS),)](
+    sum_partials_kernel[(cdiv(num_experts, SUM_EXPERTS),)](
         partial_counts, partial_scores, partial_z, counts, score_sums, z_sum, programs,
         NUM_EXPERTS=num_experts, BLOCK_P=SUM_PROGRAMS, BLOCK_E=SUM_EXPERTS, num_warps=SUM_WARPS,
     )  # fmt: skip
@@ -370,7 +372,7 @@ def topk_backward(
     if num_tokens == 0:
         return grad_logits
     constants = backward_constants(num_experts, experts.shape[1], score, normalize)
-    topk_backward_kernel[(triton.cdiv(num_tokens, constants["BLOCK_T"]),)](
+    topk_backward_kernel[(cdiv(num_tokens, constants["BLOCK_T"]),)](
         grad_weights.contiguous(), grad_score_sums.contiguous(), grad_z_sum, logits.contiguous(), experts.contiguous(),
         grad_logits, num_tokens, float(scale), **constants, num_warps=NUM_WARPS,
     )  # fmt: skip

@@ -5,6 +5,7 @@ Definition: `moe_triton.reference.route`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -125,9 +126,10 @@ def route_by_spec(
     choice_bias: Tensor | None = None,
     noise: Tensor | Literal["gumbel"] | None = None,
     token_mask: Tensor | None = None,
+    hidden: Tensor | None = None,
     backend: str = "auto",
 ) -> Routing:
-    """Do what `route` does, for options that `router_spec` has checked already."""
+    """Do what `route` does, for options that `router_spec` has checked already; `hidden` goes into the Routing."""
     num_tokens, num_experts = check_tensor("logits", logits, shape=("T", "E"), dtypes=FLOATS).shape
     if choice_bias is not None:
         check_tensor("choice_bias", choice_bias, shape=(num_experts,), dtypes=FLOATS, device=logits.device)
@@ -143,7 +145,8 @@ def route_by_spec(
         token_mask = token_mask.bool()
     name = runtime.choose(backend, logits.device, logits.dtype).name
     if name == "reference":
-        return reference.route(logits, spec, choice_bias=choice_bias, noise=noise, token_mask=token_mask)
+        routing = reference.route(logits, spec, choice_bias=choice_bias, noise=noise, token_mask=token_mask)
+        return replace(routing, hidden=hidden)
 
     weights, score_sums, z_sum, experts, counts = run_route(logits, choice_bias, noise, token_mask, spec, name)
     num_valid = torch.full((), num_tokens, device=logits.device) if token_mask is None else token_mask.sum()
@@ -154,4 +157,5 @@ def route_by_spec(
         score_sums=score_sums,
         z_sum=z_sum,
         num_tokens=num_valid.to(weights.dtype),
+        hidden=hidden,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -146,10 +145,11 @@ class Router(CountsLoad):
             choice_bias=self.choice_bias,
             noise="gumbel" if self.gumbel and self.training else None,
             token_mask=token_mask,
+            hidden=hidden_states,
             backend=self.backend,
         )
         self.count_load(routing.counts)
-        return replace(routing, hidden=hidden_states)
+        return routing
 
     @torch.no_grad()
     def update_choice_bias(self, rate: float = 1e-3, group: torch.distributed.ProcessGroup | None = None) -> None:
