@@ -19,6 +19,8 @@ from torch import Tensor
 from moe_triton import reference
 from moe_triton.records import GateGradients, GateWanted
 
+CACHED_ELEMENTS = 1 << 17  # of an fp32 copy: half a megabyte
+
 
 class MatrixUnit(NamedTuple):
     """What multiplies 16-bit matrices.
@@ -103,13 +105,22 @@ def backward_by(
 def wide_backward(
     grad_logits: Tensor, grad_hidden: Tensor | None, hidden: Tensor, weight: Tensor, wanted: GateWanted
 ) -> GateGradients:
-    """`gate_backward` by fp32 products."""
-    grad_x = grad_w = None
-    if wanted.hidden:
-        grad_x = grad_logits @ weight.float()
-        grad_x = (grad_x if grad_hidden is None else grad_x.add_(grad_hidden)).to(hidden.dtype)
-    if wanted.weight:
-        grad_w = (grad_logits.mT @ hidden.float()).to(weight.dtype)
+    """`gate_backward` by fp32 products: on a CPU of blocks of tokens, whose fp32 copies stay in its cache."""
+    num_tokens, width = hidden.shape
+    size = max(16, CACHED_ELEMENTS // max(width, 1)) if hidden.device.type == "cpu" else num_tokens
+    wide_weight = weight.float()
+    grad_x = hidden.new_empty(hidden.shape) if wanted.hidden else None
+    grad_w = wide_weight.new_zeros(weight.shape) if wanted.weight else None
+    copy = wide_weight.new_empty(min(size, num_tokens), width)
+    for start in range(0, num_tokens, max(size, 1)):
+        here = slice(start, start + size)
+        grad, block = grad_logits[here], copy[: num_tokens - start]
+        if grad_w is not None:
+            grad_w.addmm_(grad.mT, block.copy_(hidden[here]))
+        if grad_x is not None:
+            torch.mm(grad, wide_weight, out=block)
+            grad_x[here] = block if grad_hidden is None else block.add_(grad_hidden[here])
+    grad_w = None if grad_w is None else grad_w.to(weight.dtype)
     return GateGradients(grad_x, grad_w, grad_logits.sum(0) if wanted.bias else None)
 
 
