@@ -155,6 +155,20 @@ def test_the_gradient_of_what_follows_is_an_addend(dtypes: tuple[torch.dtype, to
         assert_close(alone, wanted, tolerance=2.0**-8)
 
 
+def test_blocks_of_tokens_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, grad_logits = operands(DTYPES[1]), torch.randn(TOKENS, EXPERTS)
+    grad_out = torch.randn(TOKENS, WIDTH).bfloat16()
+
+    def gradients() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(run_gate(*inputs, "torch"), inputs, (grad_logits, grad_out))
+
+    whole = gradients()
+    monkeypatch.setattr(by_torch, "CACHED_ELEMENTS", 32 * WIDTH)  # blocks of 32, 32 and 6 tokens
+    for in_blocks, at_once in zip(gradients(), whole, strict=True):
+        assert in_blocks.dtype == at_once.dtype
+        assert_close(in_blocks, at_once.double())
+
+
 def test_only_the_gradients_that_are_needed(backend: str) -> None:
     inputs = operands((torch.bfloat16, torch.bfloat16))
     grad_logits = torch.randn(TOKENS, EXPERTS)

@@ -106,21 +106,38 @@ def wide_backward(
     grad_logits: Tensor, grad_hidden: Tensor | None, hidden: Tensor, weight: Tensor, wanted: GateWanted
 ) -> GateGradients:
     """`gate_backward` by fp32 products: on a CPU of blocks of tokens, whose fp32 copies stay in its cache."""
-    num_tokens, width = hidden.shape
-    size = max(16, CACHED_ELEMENTS // max(width, 1)) if hidden.device.type == "cpu" else num_tokens
-    wide_weight = weight.float()
-    grad_x = hidden.new_empty(hidden.shape) if wanted.hidden else None
-    grad_w = wide_weight.new_zeros(weight.shape) if wanted.weight else None
-    copy = wide_weight.new_empty(min(size, num_tokens), width)
-    for start in range(0, num_tokens, max(size, 1)):
-        here = slice(start, start + size)
-        grad, block = grad_logits[here], copy[: num_tokens - start]
-        if grad_w is not None:
-            grad_w.addmm_(grad.mT, block.copy_(hidden[here]))
-        if grad_x is not None:
-            torch.mm(grad, wide_weight, out=block)
-            grad_x[here] = block if grad_hidden is None else block.add_(grad_hidden[here])
-    grad_w = None if grad_w is None else grad_w.to(weight.dtype)
+    size = max(16, CACHED_ELEMENTS // max(hidden.shape[1], 1))
+    if hidden.device.type != "cpu" or hidden.shape[0] <= size:
+        return _products(grad_logits, grad_hidden, hidden, weight.float(), weight.dtype, wanted)
+    addends = [None] * -(-hidden.shape[0] // size) if grad_hidden is None else grad_hidden.split(size)
+    blocks = [
+        _products(*block, weight.float(), torch.float32, wanted._replace(bias=False))
+        for block in zip(grad_logits.split(size), addends, hidden.split(size), strict=True)
+    ]
+    grad_xs = [block.hidden for block in blocks if block.hidden is not None]
+    grad_ws = [block.weight for block in blocks if block.weight is not None]
+    return GateGradients(
+        torch.cat(grad_xs) if grad_xs else None,
+        torch.stack(grad_ws).sum(0).to(weight.dtype) if grad_ws else None,
+        grad_logits.sum(0) if wanted.bias else None,
+    )
+
+
+def _products(
+    grad_logits: Tensor,
+    grad_hidden: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    dtype: torch.dtype,
+    wanted: GateWanted,
+) -> GateGradients:
+    """`wide_backward` of one block and an fp32 weight, whose gradient is rounded to `dtype`."""
+    grad_x = grad_w = None
+    if wanted.hidden:
+        grad_x = grad_logits @ weight
+        grad_x = (grad_x if grad_hidden is None else grad_x.add_(grad_hidden)).to(hidden.dtype)
+    if wanted.weight:
+        grad_w = (grad_logits.mT @ hidden.float()).to(dtype)
     return GateGradients(grad_x, grad_w, grad_logits.sum(0) if wanted.bias else None)
 
 
