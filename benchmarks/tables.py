@@ -27,8 +27,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from gpu_benches.page import markdown, number, page  # noqa: E402
 
-from moe_triton.benchmarking.report import MODE_NAMES, factor, milliseconds, three_digits, write_text  # noqa: E402
+from moe_triton.benchmarking.report import MODE_NAMES, factor, milliseconds, spread_cell, three_digits, write_text  # noqa: E402
 from moe_triton.benchmarking.results import read_results  # noqa: E402
+from moe_triton.benchmarking.timing import Spread  # noqa: E402
 from moe_triton.simulate.published import validate  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -47,11 +48,6 @@ KINDS = {"moe": "mixture of experts", "dense": "dense"}
 
 def load(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
-
-
-def spread_cell(value: dict[str, float]) -> str:
-    """Seconds -> "p50 (p20-p80)" in ms."""
-    return f"{milliseconds(value['p50'])} ({milliseconds(value['p20'])}-{milliseconds(value['p80'])})"
 
 
 def learning_rates() -> str:
@@ -142,7 +138,9 @@ def deepspeed_groups(found: dict[str, Any] | None = None) -> str:
     for by, sizes in found["groups"].items():
         times = [found["step_seconds"].get(f"{by}: {way}") for way in ways]
         largest = f"{4 * sizes['largest_elements'] / 2**20:.1f}"
-        rows.append([by, str(sizes["groups"]), largest, *("-" if t is None else spread_cell(t) for t in times)])
+        rows.append(
+            [by, str(sizes["groups"]), largest, *("-" if t is None else spread_cell(Spread(**t)) for t in times)]
+        )
     return markdown(["by", "groups", "largest group, MiB", *(f"{way}, ms" for way in ways)], rows)
 
 

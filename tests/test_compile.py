@@ -150,13 +150,15 @@ def test_opcheck(backend):
     up, down = torch.randn(8, 12, 16), torch.randn(8, 16, 6)
     for stacked in (True, False):
         parameters = ExpertParameters(
-            *(w.clone().requires_grad_() if stacked else [x.clone().requires_grad_() for x in w] for w in (up, down))
+            *(w.clone().requires_grad_() if stacked else [x.clone().requires_grad_() for x in w] for w in (up, down)),
+            gate_up_lora_a=torch.randn(8, 3, 16, requires_grad=True) if backend == "torch" else None,
+            gate_up_lora_b=torch.randn(8, 12, 3, requires_grad=True) if backend == "torch" else None,
         )
         call = ExpertCall(
             hidden=torch.randn(6, 16, requires_grad=True), weights=routing.weights.clone().requires_grad_(),
             dispatched=plan, parameters=parameters, spec=ExpertSpec(),
         )  # fmt: skip
-        arguments = (tensors_of(call), form_of(parameters), "swiglu", False, True, backend, True)
+        arguments = (tensors_of(call), form_of(parameters), "swiglu", False, True, [0.5, 1.0], backend, True)
         torch.library.opcheck(_experts_op, arguments)
 
 

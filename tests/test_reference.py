@@ -187,6 +187,41 @@ def test_gelu_far_from_zero(name):
             assert float(mpmath.diff(exact, mpmath.mpf(point))) == pytest.approx(slope[index].item(), rel=1e-11)
 
 
+def adapted_problem(is_transposed=False, is_concatenated=True):
+    """Inputs of 3 experts with adapters of ranks 2 and 3, and a Dispatch with an empty expert and skipped ids."""
+    spec = ExpertSpec(
+        is_transposed=is_transposed, is_concatenated=is_concatenated, gate_up_scaling=0.5, down_scaling=3.0
+    )
+    shapes = [(3, 6, 5), (3, 5, 3)]
+    shapes = [(e, columns, rows) if is_transposed else (e, rows, columns) for e, rows, columns in shapes]
+    shapes = [(4, 5), (4, 2), *shapes, (3, 6), (3, 5), (3, 2, 5), (3, 6, 2), (3, 3, 3), (3, 5, 3)]
+    inputs = [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
+    plan = reference.dispatch(torch.tensor([[0, 2], [2, 0], [0, -1], [2, 3]]), 3, capacity=2)
+
+    def run(x, w, *parameters):
+        given = ExpertParameters(*parameters)
+        return reference.moe_experts(ExpertCall(hidden=x, weights=w, dispatched=plan, parameters=given, spec=spec))
+
+    return run, inputs
+
+
+def test_moe_experts_gradcheck_with_adapters():
+    assert torch.autograd.gradcheck(*adapted_problem())
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("is_concatenated", [False, True])
+def test_an_adapter_is_a_change_of_the_projection(is_transposed, is_concatenated):
+    run, inputs = adapted_problem(is_transposed, is_concatenated)
+    x, w, up, down, up_bias, down_bias, up_a, up_b, down_a, down_b = inputs
+    changes = 0.5 * up_b @ up_a, 3.0 * down_b @ down_a
+    merged = [p + (c.mT if is_transposed else c) for p, c in zip((up, down), changes, strict=True)]
+    out = run(*inputs)
+    assert_close(out, run(x, w, *merged, up_bias, down_bias))
+    assert relative_rms(out, run(*inputs[:6])) > 0.1
+    assert relative_rms(out, run(x, w, *merged, up_bias, down_bias, up_a, up_b)) > 0.1
+
+
 def test_moe_experts_is_the_formula():
     """One token, one expert, by hand; and each layout says the same."""
     x, w1, w2 = torch.randn(1, 4).double(), torch.randn(1, 6, 4).double(), torch.randn(1, 4, 3).double()

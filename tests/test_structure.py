@@ -15,7 +15,7 @@ SRC = ROOT / "src" / "moe_triton"
 
 # A module may import from its own level and from those above it in this list, which runs from the ground up.
 LEVELS = [
-    ["checks", "files", "records", "simulate", "torch_internals"],
+    ["checks", "files", "quantization", "records", "simulate", "torch_internals"],
     ["reference"],
     ["backends"],
     ["runtime"],
@@ -32,6 +32,7 @@ LEVELS = [
 ]
 KNOW_THE_KERNELS = (
     ("backends", "triton"),
+    ("benchmarking", "cases.py"),
     ("benchmarking", "stages.py"),
     ("benchmarking", "stages_triton.py"),
     ("benchmarking", "kernel_search.py"),
@@ -43,6 +44,8 @@ KNOW_THE_KERNELS = (
     ("explain.py",),
     ("kernel_stages.py",),
     ("runtime.py",),
+    ("simulate", "presets.py"),
+    ("simulate", "published.py"),
 )
 LEVEL = {name: depth for depth, names in enumerate(LEVELS) for name in names}
 NAMES = {path.stem if path.is_file() else path.name for path in SRC.iterdir()} - {"__pycache__", "py"}

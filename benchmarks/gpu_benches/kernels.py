@@ -16,21 +16,7 @@ from moe_triton.dispatch import dispatch
 from moe_triton.kernel_stages import KERNELS
 from moe_triton.records import RouterSpec
 from moe_triton_kernels.permutation import permute
-from moe_triton_kernels.tools.floors import FLOORS, Shape
-
-DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-
-
-def floor_shape(case: Case) -> Shape:
-    return Shape(
-        tokens=case.tokens,
-        hidden=case.hidden,
-        intermediate=case.intermediate,
-        experts=case.experts,
-        top_k=case.top_k,
-        dtype=DTYPES[case.dtype],
-        gated=case.expert_rows != case.intermediate,
-    )
+from moe_triton_kernels.tools.floors import FLOORS
 
 
 def kernel_calls(workload: Workload) -> dict[str, Call]:
@@ -64,7 +50,7 @@ def measure_kernels(
     calls = {**kernel_calls(workload), **limits}
     times = run_rounds(calls, timer, budget_s=budget_s, min_rounds=min_rounds)
     here = measured_device(str(device), times, size=size, copied=copied)
-    shape = floor_shape(case)
+    shape = case.shape
     found = {}
     for name in calls:
         time = spread(times[name])

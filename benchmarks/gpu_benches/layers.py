@@ -56,16 +56,11 @@ def grouped_mm(workload: Workload) -> Block:
         return (rows_TKd * weights[..., None]).sum(1).to(x.dtype)
 
     return Block(
-        forward=forward,
-        choose=lambda x: choose(x)[1],
-        parameters={"gate": gate, "gate_up": gate_up, "down": down},
+        forward=forward, choose=lambda x: choose(x)[1], parameters={"gate": gate, "gate_up": gate_up, "down": down}
     )
 
 
-BLOCKS = {
-    OURS: PROVIDERS[OURS],
-    PEER: Provider(label="gather + grouped_mm + compiled SwiGLU", build=grouped_mm),
-}
+BLOCKS = {OURS: PROVIDERS[OURS], PEER: Provider(label="gather + grouped_mm + compiled SwiGLU", build=grouped_mm)}
 
 
 def experts_alone(workload: Workload) -> Block:
@@ -73,13 +68,13 @@ def experts_alone(workload: Workload) -> Block:
     case = workload.case
     ours = PROVIDERS[OURS].build(workload)
     routing = moe_triton.route(workload.hidden.float() @ workload.gate.float().T, case.top_k, backend="triton")
-    plan = moe_triton.dispatch(routing.experts, case.experts, backend="triton")
+    dispatched = moe_triton.dispatch(routing.experts, case.experts, backend="triton")
     named = dict(ours.parameters)
     projections = {"gate_up_proj": named["gate_up"], "down_proj": named["down"]}
     biases = {name: named[name] for name in ("gate_up_bias", "down_bias") if name in named}
     experts = partial(moe_triton.moe_experts, activation=case.activation, backend="triton", **projections, **biases)
     weights = routing.weights.detach()
-    return Block(forward=lambda x: experts(x, weights, plan), choose=ours.choose, parameters=ours.parameters)
+    return Block(forward=lambda x: experts(x, weights, dispatched), choose=ours.choose, parameters=ours.parameters)
 
 
 def saved_limit(case: Case) -> int:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from gpu_benches.layers import OURS, PEER
@@ -131,7 +131,7 @@ def layer_table(items: Sequence[dict[str, Any]]) -> str:
     if len(items) > 1:
         rows.append(mean_row(items))
     limits = [(item["dense_flops"] / 1e12, item["copy_bytes_s"] / 1e12) for item in items]
-    dense, copy = geomean(d for d, _ in limits), geomean(c for _, c in limits)
+    dense, copy = geometric_mean(d for d, _ in limits), geometric_mean(c for _, c in limits)
     note = f"Dense product {dense:.0f} TFLOP/s, copy {copy:.2f} TB/s (geometric means over the rows)."
     return f"{markdown(headings, rows)}\n\n{note}"
 
@@ -142,8 +142,8 @@ def mean_row(items: Sequence[dict[str, Any]]) -> list[str]:
     for mode in ("forward", "backward"):
         shares = [row[mode]["of_dense"] for item in items if mode in (row := item["rows"][OURS])]
         factors = [factor for item in items if (factor := speedup(item, mode)) is not None]
-        cells += ["", "", number(geomean(shares)) if shares else ""]
-        cells.append(f"{geomean(factors):.2f}x" if factors else "")
+        cells += ["", "", number(geometric_mean(shares)) if shares else ""]
+        cells.append(f"{geometric_mean(factors):.2f}x" if factors else "")
     return [*cells, "", ""]
 
 
@@ -155,8 +155,3 @@ def kernel_table(items: Sequence[dict[str, Any]]) -> str:
         return "" if found is None else f"{found['of_floor']:.2f} ({found['time_s']['p50'] * 1e6:.0f} us)"
 
     return markdown(["shape", *names], ([item["title"], *(cell(item, name) for name in names)] for item in items))
-
-
-def geomean(values: Iterable[float]) -> float:
-    found = list(values)
-    return math.exp(sum(math.log(value) for value in found) / len(found))

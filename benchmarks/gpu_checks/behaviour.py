@@ -270,10 +270,10 @@ def reference_experts(
 ):
     """Output and gradients of hidden states, weights and both projections, in float64."""
     leaves = [x.double().requires_grad_() for x in (hidden, weights, gate_up, down)]
-    plan = reference.dispatch(choices, gate_up.shape[0])
+    dispatched = reference.dispatch(choices, gate_up.shape[0])
     out = reference.moe_experts(
         ExpertCall(
-            hidden=leaves[0], weights=leaves[1], dispatched=plan, parameters=ExpertParameters(*leaves[2:]),
+            hidden=leaves[0], weights=leaves[1], dispatched=dispatched, parameters=ExpertParameters(*leaves[2:]),
             spec=ExpertSpec(),
         )
     )  # fmt: skip

@@ -10,14 +10,14 @@ import json
 import re
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -25,7 +25,6 @@ SCRIPT = Path(__file__).parent.parent / "gpu_check.py"
 RESULTS = SCRIPT.parent / "results"
 SCHEMA = "moe-triton-gpu-check/1"
 GOOD = ("ok", "skipped")
-POLL_S = 0.05
 
 
 class Skipped(Exception):
@@ -107,36 +106,6 @@ def run_here(check: Check, setting: Setting) -> dict[str, Any]:
     return {"result": result, "detail": detail, "seconds": round(time.perf_counter() - begin, 1)}
 
 
-@dataclass(kw_only=True)
-class Worker:
-    """A check that runs in another process."""
-
-    name: str
-    process: subprocess.Popen[str]
-    output: IO[str]
-    begin: float
-
-    def result(self, timed_out: bool) -> dict[str, Any]:
-        """The line of its output that holds a result, or what there is to say when there is none."""
-        self.output.seek(0)
-        lines = self.output.read().strip().splitlines()
-        self.output.close()
-        seconds = round(time.perf_counter() - self.begin, 1)
-        if timed_out:
-            return {"result": "failed", "detail": "out of time: killed", "seconds": seconds}
-        line = next((line for line in reversed(lines) if line.startswith('{"result": ')), None)
-        if line is None:
-            words = " | ".join(lines[-3:])
-            return {"result": "failed", "detail": f"exit {self.process.returncode}: {words}", "seconds": seconds}
-        return {**json.loads(line), "seconds": seconds}
-
-
-def start(name: str, command: Sequence[str]) -> Worker:
-    output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed when the worker has ended
-    process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, text=True)
-    return Worker(name=name, process=process, output=output, begin=time.perf_counter())
-
-
 def run_apart(
     names: Sequence[str],
     command: Callable[[str], Sequence[str]],
@@ -147,32 +116,36 @@ def run_apart(
 ) -> None:
     """Every check in a process of its own, `jobs` at a time. At the end of the budget the rest is killed, or not run.
 
-    `on_result` is told of each as it ends. What is killed has failed; what never began is "not run".
+    `on_result` is called with each as it ends. What is killed has failed; what never began is "not run".
     """
-    begin = time.perf_counter()
-    waiting, running = list(names), []
-    try:
-        while waiting or running:
-            late = time.perf_counter() - begin > budget_s
-            while waiting and len(running) < jobs and not late:
-                name = waiting.pop(0)
-                running.append(start(name, command(name)))
-            if late:
-                for name in waiting:
-                    on_result(name, {"result": "not run", "detail": "out of time", "seconds": 0.0})
-                waiting.clear()
-            for worker in list(running):
-                ended = worker.process.poll() is not None
-                if ended or late:
-                    running.remove(worker)
-                    if not ended:
-                        worker.process.kill()
-                        worker.process.wait()
-                    on_result(worker.name, worker.result(timed_out=not ended))
-            time.sleep(POLL_S)
-    finally:
-        for worker in running:
-            worker.process.kill()
+    end = time.perf_counter() + budget_s
+
+    def run(name: str) -> dict[str, Any]:
+        begin = time.perf_counter()
+        if begin > end:
+            return {"result": "not run", "detail": "out of time", "seconds": 0.0}
+        try:
+            done = subprocess.run(
+                command(name), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=end - begin
+            )
+            found = result_in(done)
+        except subprocess.TimeoutExpired:
+            found = {"result": "failed", "detail": "out of time: killed"}
+        return {**found, "seconds": round(time.perf_counter() - begin, 1)}
+
+    with ThreadPoolExecutor(jobs) as pool:
+        results = {pool.submit(run, name): name for name in names}
+        for future in as_completed(results):
+            on_result(results[future], future.result())
+
+
+def result_in(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """The line of a check's output that holds its result, or what there is to say when there is none."""
+    lines = done.stdout.strip().splitlines()
+    line = next((line for line in reversed(lines) if line.startswith('{"result": ')), None)
+    if line is None:
+        return {"result": "failed", "detail": f"exit {done.returncode}: {' | '.join(lines[-3:])}"}
+    return json.loads(line)
 
 
 def worker_command(name: str, seed: int, device: str, seconds: float) -> list[str]:

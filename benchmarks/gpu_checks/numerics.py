@@ -13,8 +13,8 @@ import moe_triton
 from gpu_checks.harness import Setting, poisoned
 from moe_triton import MoE, reference
 from moe_triton.benchmarking.cases import SKEWS, Case, make_workload
-from moe_triton.benchmarking.correctness import check as check_block
 from moe_triton.benchmarking.providers import PROVIDERS
+from moe_triton.benchmarking.ways import Runnable
 from moe_triton.records import ACTIVATIONS, GATED, UNGATED, ExpertSpec, RouterSpec
 from moe_triton.routing import route_by_spec
 from tests.helpers.compare import TOLERANCE, assert_close
@@ -232,7 +232,7 @@ def layer(setting: Setting) -> str:
     for case in cases:
         workload = make_workload(case, setting.device, seed=torch.initial_seed() % 2**31)
         with poisoned():
-            found = check_block(PROVIDERS["triton"].build(workload), workload)
+            found = Runnable(PROVIDERS["triton"].build(workload), workload).check()
         assert found.problem is None, f"{case.title()}: {found.problem}"
         worst = max(worst, *found.errors.values())
     return f"{len(cases)} layers, largest error {worst:.1e}"

@@ -82,7 +82,7 @@ def decode_tile(op: str, contraction: int, architecture: str) -> Config:
 
     A GPU delivers its bandwidth to those who have about 4 MB on the way (4.3 TB/s times 0.9 us, both of an H200). One
     token touches K experts only; with 64 columns a tile, half as many as for more rows, their tiles still ask for that
-    much in every model of MODEL_SIZES that has K > 1. Splitting the contraction would cost partial sums and a launch.
+    much in every layer of tools.models that has K > 1. Splitting the contraction would cost partial sums and a launch.
     """
     block_k, num_stages = (128, 4) if contraction % 128 == 0 else (64, 6)  # long runs, but no masked steps
     return Config(
@@ -99,5 +99,7 @@ def d_weight_tile(itemsize: int, architecture: str) -> Config:
     if itemsize == 4:
         return Config(block_m=64, block_n=64, block_k=32, num_warps=8, num_stages=2)
     if architecture in HOPPER + BLACKWELL:  # the load of the row index takes one stage more than the products need
-        return Config(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4)
+        return Config(
+            block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4, descriptors=architecture in HOPPER
+        )
     return Config(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=4)

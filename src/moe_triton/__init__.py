@@ -7,7 +7,8 @@ from moe_triton.explain import Explanation, explain
 from moe_triton.layers import Experts, FeedForward, MoE, MoEOutput, Router, update_choice_biases
 from moe_triton.losses import load_balance_loss, z_loss
 from moe_triton.metrics import LoadMonitor, LoadStatistics, load_statistics, plot_load
-from moe_triton.records import Dispatch, Routing
+from moe_triton.quantization import QuantizedWeight
+from moe_triton.records import Dispatch, Lora, Routing
 from moe_triton.routing import route
 from moe_triton.swap import SwapReport, swap
 
@@ -20,8 +21,10 @@ __all__ = [
     "FeedForward",
     "LoadMonitor",
     "LoadStatistics",
+    "Lora",
     "MoE",
     "MoEOutput",
+    "QuantizedWeight",
     "Router",
     "Routing",
     "SwapReport",

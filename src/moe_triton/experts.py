@@ -7,27 +7,44 @@ weights and the dispatch; nothing else.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from types import NoneType
 
 import torch
 from torch import Tensor, nn
 
 from moe_triton import runtime
 from moe_triton.autograd.experts import run_experts
-from moe_triton.checks import FLOATS, INTEGERS, check_choice, check_tensor
+from moe_triton.checks import FLOATS, INTEGERS, check_choice, check_number, check_tensor
 from moe_triton.dispatch import dispatch
-from moe_triton.records import ACTIVATIONS, Dispatch, ExpertCall, ExpertParameters, ExpertSpec, ExpertWeight
+from moe_triton.quantization import QuantizedWeight
+from moe_triton.records import (
+    ACTIVATIONS,
+    Dispatch,
+    ExpertCall,
+    ExpertParameters,
+    ExpertSpec,
+    ExpertWeight,
+    Lora,
+    Projection,
+    matrix_shape,
+)
+
+Adapters = Lora | Sequence[Lora] | None  # of one projection; several are summed
 
 
 def moe_mlp(
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    gate_up_proj: ExpertWeight,
-    down_proj: ExpertWeight,
+    gate_up_proj: Projection,
+    down_proj: Projection,
     *,
     activation: str = "swiglu",
     gate_up_bias: ExpertWeight | None = None,
     down_bias: ExpertWeight | None = None,
+    gate_up_lora: Adapters = None,
+    down_lora: Adapters = None,
     is_transposed: bool = False,
     is_concatenated: bool = True,
     capacity: int | None = None,
@@ -43,11 +60,14 @@ def moe_mlp(
         top_k_index: [T, K] int32 or int64; an id that is negative or >= E skips its slot.
         top_k_weights: [T, K], fp32 or the hidden states' dtype.
         gate_up_proj: [E, 2n, d] ([E, n, d] for an ungated activation), or a sequence of E such matrices, of which
-            nothing is copied.
-        down_proj: [E, d, n], stacked or a sequence.
+            nothing is copied; or a `QuantizedWeight`, which is frozen.
+        down_proj: [E, d, n], stacked, a sequence, or a `QuantizedWeight`.
         activation: gated "swiglu", "geglu" (erf), "geglu_tanh", "reglu", "gpt_oss"; ungated "silu", "gelu" (erf),
             "gelu_tanh", "relu", "relu2".
         gate_up_bias, down_bias: [E, 2n] ([E, n] ungated) and [E, d], stacked or sequences, or None.
+        gate_up_lora, down_lora: `Lora` adapters of the projections, or sequences of several that are summed, or None.
+            Of any dtype: they are cast to the one that the products compute with. No delta of a projection's size is
+            made, and a projection that wants no gradient costs none.
         is_transposed: the projections are [E, d, 2n] and [E, n, d].
         is_concatenated: False when gate and up alternate (g0, u0, g1, u1, ...).
         capacity: assignments that one expert keeps, the earliest tokens first; None keeps all.
@@ -56,7 +76,7 @@ def moe_mlp(
 
     Returns:
         [T, d] in hidden_states' dtype; zeros for a token with no kept choice. Differentiable in hidden_states,
-        top_k_weights and every weight and bias. Under autocast the products run in the autocast dtype.
+        top_k_weights and every weight, bias and adapter. Under autocast the products run in the autocast dtype.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype or device, by name.
@@ -71,23 +91,26 @@ def moe_mlp(
     spec = ExpertSpec(activation=activation, is_transposed=is_transposed, is_concatenated=is_concatenated)
     _check_weights("top_k_weights", top_k_weights, hidden_states, top_k_index.shape[1], backend)
     _check_parameters(parameters, num_experts, spec, hidden_states)
+    check_adapters(parameters, spec, hidden_states.device, gate_up_lora=gate_up_lora, down_lora=down_lora)
     dispatched = dispatch(top_k_index, num_experts, capacity=capacity, backend=backend)
     call = ExpertCall(
         hidden=hidden_states, weights=top_k_weights, dispatched=dispatched, parameters=parameters, spec=spec
     )
-    return run_experts(call, recompute=recompute, backend=backend)
+    return run_experts(with_adapters(call, gate_up_lora, down_lora), recompute=recompute, backend=backend)
 
 
 def moe_experts(
     hidden_states: Tensor,
     weights: Tensor,
     dispatched: Dispatch,
-    gate_up_proj: ExpertWeight,
-    down_proj: ExpertWeight,
+    gate_up_proj: Projection,
+    down_proj: Projection,
     *,
     activation: str = "swiglu",
     gate_up_bias: ExpertWeight | None = None,
     down_bias: ExpertWeight | None = None,
+    gate_up_lora: Adapters = None,
+    down_lora: Adapters = None,
     is_transposed: bool = False,
     is_concatenated: bool = True,
     recompute: bool = False,
@@ -108,7 +131,8 @@ def moe_experts(
         raise TypeError(f"dispatched: got {type(dispatched).__name__}, wanted a Dispatch from moe_triton.dispatch")
     call = ExpertCall(hidden=hidden_states, weights=weights, dispatched=dispatched, parameters=parameters, spec=spec)
     check_call(call, backend, "weights")
-    return run_experts(call, recompute=recompute, backend=backend)
+    check_adapters(parameters, spec, hidden_states.device, gate_up_lora=gate_up_lora, down_lora=down_lora)
+    return run_experts(with_adapters(call, gate_up_lora, down_lora), recompute=recompute, backend=backend)
 
 
 def check_call(call: ExpertCall, backend: str, weights_name: str = "top_k_weights") -> None:
@@ -136,11 +160,8 @@ def _dtypes(hidden_states: Tensor) -> tuple[torch.dtype, ...]:
 def _check_parameters(parameters: ExpertParameters, num_experts: int, spec: ExpertSpec, hidden_states: Tensor) -> None:
     check_choice("activation", spec.activation, ACTIVATIONS)
     width, device, dtypes = hidden_states.shape[1], hidden_states.device, _dtypes(hidden_states)
-    gate_up_proj, down_proj, gate_up_bias, down_bias = parameters
-    first = gate_up_proj[0] if count_experts("gate_up_proj", gate_up_proj) else None
-    if not isinstance(first, Tensor) or first.dim() != 2:
-        raise ValueError("gate_up_proj: wanted [E, 2n, d], or a sequence of E matrices")
-    rows = first.shape[1 if spec.is_transposed else 0]
+    gate_up_proj, down_proj, gate_up_bias, down_bias = parameters[:4]
+    rows = _matrix_shape("gate_up_proj", gate_up_proj)[1 if spec.is_transposed else 0]
     if spec.is_gated and rows % 2:
         raise ValueError(f"gate_up_proj: got {rows} rows of gate and up, wanted an even number for {spec.activation!r}")
     inner = rows // 2 if spec.is_gated else rows
@@ -155,9 +176,70 @@ def _check_parameters(parameters: ExpertParameters, num_experts: int, spec: Expe
         check_expert_tensors("down_bias", down_bias, num_experts, (width,), dtypes, device)
 
 
+def _matrix_shape(name: str, projection: Projection) -> tuple[int, int]:
+    if count_experts(name, projection) > 0:
+        first = projection if isinstance(projection, QuantizedWeight) else projection[0]
+        if isinstance(first, QuantizedWeight) or (isinstance(first, Tensor) and first.dim() == 2):
+            return matrix_shape(projection)
+    raise ValueError(f"{name}: wanted [E, 2n, d], or a sequence of E matrices")
+
+
+def with_adapters(call: ExpertCall, gate_up: Adapters, down: Adapters) -> ExpertCall:
+    """Add adapters to a call, in the dtype that its products compute with.
+
+    Several of one projection become one, of the sum of their ranks; each has its own gradients.
+    """
+    dtype = runtime.autocast_dtype(call.hidden.device) or call.hidden.dtype
+    parameters, spec = call.parameters, call.spec
+    if (one := _joined(gate_up, dtype)) is not None:
+        parameters = parameters._replace(gate_up_lora_a=one.a, gate_up_lora_b=one.b)
+        spec = replace(spec, gate_up_scaling=one.scaling)
+    if (one := _joined(down, dtype)) is not None:
+        parameters = parameters._replace(down_lora_a=one.a, down_lora_b=one.b)
+        spec = replace(spec, down_scaling=one.scaling)
+    return replace(call, parameters=parameters, spec=spec)
+
+
+def _joined(adapters: Adapters, dtype: torch.dtype) -> Lora | None:
+    """The sum of the adapters as one."""
+    several = _as_list(adapters)
+    if len(several) == 1:  # nothing is copied: what is copied would be saved for backward
+        (only,) = several
+        return Lora(only.a.to(dtype), only.b.to(dtype), only.scaling)
+    if not several:
+        return None
+    a = torch.cat([lora.a.to(dtype) for lora in several], dim=1)
+    return Lora(a, torch.cat([(lora.scaling * lora.b).to(dtype) for lora in several], dim=2))
+
+
+def _as_list(adapters: Adapters) -> Sequence[Lora]:
+    return () if adapters is None else (adapters,) if isinstance(adapters, Lora) else adapters
+
+
+def check_adapters(
+    parameters: ExpertParameters, spec: ExpertSpec, device: torch.device, **adapters_of: Adapters
+) -> None:
+    """Raise for adapters, by the names `gate_up_lora` and `down_lora`, that do not fit checked parameters."""
+    for name, adapters in adapters_of.items():
+        if not isinstance(adapters, (Lora, Sequence, NoneType)):
+            raise TypeError(f"{name}: got {type(adapters).__name__}, wanted a Lora or a sequence of them")
+        projection = parameters.gate_up if name == "gate_up_lora" else parameters.down
+        size_out, size_in = matrix_shape(projection)[:: -1 if spec.is_transposed else 1]
+        for index, lora in enumerate(_as_list(adapters)):
+            label = name if isinstance(adapters, Lora) else f"{name}[{index}]"
+            if not isinstance(lora, Lora):
+                raise TypeError(f"{label}: got {type(lora).__name__}, wanted a Lora")
+            check_tensor(f"{label}.a", lora.a, shape=(len(projection), "r", size_in), dtypes=FLOATS, device=device)
+            rank = lora.a.shape[1]
+            if rank == 0:
+                raise ValueError(f"{label}.a: got rank 0, wanted at least 1")
+            check_tensor(f"{label}.b", lora.b, shape=(len(projection), size_out, rank), dtypes=FLOATS, device=device)
+            check_number(f"{label}.scaling", lora.scaling)
+
+
 def count_experts(name: str, value: object) -> int:
     """Return the number of experts in a stacked tensor, or in a sequence of one tensor per expert."""
-    if not isinstance(value, (Tensor, Sequence, nn.ParameterList)):
+    if not isinstance(value, (Tensor, Sequence, nn.ParameterList, QuantizedWeight)):
         raise TypeError(f"{name}: got {type(value).__name__}, wanted a Tensor or a sequence of tensors")
     if isinstance(value, Tensor) and value.dim() == 0:
         raise ValueError(f"{name}: got a scalar, wanted [E, ...]")
@@ -166,13 +248,19 @@ def count_experts(name: str, value: object) -> int:
 
 def check_expert_tensors(
     name: str,
-    value: ExpertWeight,
+    value: Projection,
     num_experts: int,
     shape: tuple[int, ...],
     dtypes: Sequence[torch.dtype],
     device: torch.device,
 ) -> None:
-    """One stacked tensor [E, *shape], or a sequence of E tensors of `shape`."""
+    """One stacked tensor [E, *shape], a sequence of E tensors of `shape`, or a quantised weight of that shape."""
+    if isinstance(value, QuantizedWeight):
+        if value.shape != (num_experts, *shape):
+            raise ValueError(f"{name}: got shape {list(value.shape)}, wanted {[num_experts, *shape]}")
+        if value.device != device:
+            raise ValueError(f"{name}: got device {value.device}, wanted {device}")
+        return
     if isinstance(value, Tensor):
         check_tensor(name, value, shape=(num_experts, *shape), dtypes=dtypes, device=device)
         return

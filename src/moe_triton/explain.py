@@ -9,18 +9,18 @@ import torch
 from torch import nn
 
 from moe_triton import runtime
+from moe_triton.backends.torch.cpu import choose_policy
+from moe_triton.backends.torch.processor import this_processor
 from moe_triton.checks import check_choice, check_int
 from moe_triton.layers import Experts, MoE
 from moe_triton.records import ACTIVATIONS, GATED
 
 DEFAULT_TOKENS = 4096
+DEVICE_EXPERTS = (
+    "F.grouped_mm for bf16 with sizes that are multiples of 8 on GPUs of compute capability 9.x and 10.x; otherwise "
+    "one product per expert, for which the host reads the offsets once a pass"
+)
 SHAPE = ("tokens", "hidden_size", "intermediate_size", "num_experts", "top_k")
-TORCH_WAYS = {
-    True: "CPU: blocks of rows that stay in cache, an expert's or those of neighbours in one batched product; the rows "
-    "of the very call decide",
-    False: "F.grouped_mm for bf16 with sizes that are multiples of 8 on GPUs of compute capability 9.x and 10.x; "
-    "otherwise every expert multiplies all rows, E times the work; no host sync",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,13 +147,21 @@ def describe(
     )
 
 
+def cpu_experts() -> str:
+    chosen = choose_policy(this_processor())
+    return (
+        "blocks of rows that stay in cache, an expert's or those of neighbours in one batched product; the rows of the "
+        f"very call decide. Products: {chosen.policy} ({chosen.reason})"
+    )
+
+
 def torch_parts(device: torch.device) -> list[Part]:
     is_cpu = device.type == "cpu"
     return [
         Part(step="gate", runs="torch linear in fp32 (fp64 for fp64 parameters)"),
         Part(step="route", runs="torch.topk over 64-bit keys (exact, ties to the lower index)"),
         Part(step="dispatch", runs="a stable radix sort of the choices" if is_cpu else "torch.sort of the choices"),
-        Part(step="experts, both passes", runs=TORCH_WAYS[is_cpu]),
+        Part(step="experts, both passes", runs=cpu_experts() if is_cpu else DEVICE_EXPERTS),
     ]
 
 

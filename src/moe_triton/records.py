@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from moe_triton.quantization import QuantizedWeight
+
 GATED = ("swiglu", "geglu", "geglu_tanh", "reglu", "gpt_oss")
 UNGATED = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 ACTIVATIONS = GATED + UNGATED
@@ -35,11 +37,14 @@ class ExpertSpec:
 
     Default layout: gate_up_proj [E, 2n, d] ([E, n, d] when ungated), down_proj [E, d, n]. `is_transposed` swaps the
     last two dimensions of both. `is_concatenated=False` means that gate and up alternate: g0, u0, g1, u1, ...
+    The scalings multiply the adapters' part of a product.
     """
 
     activation: str = "swiglu"
     is_transposed: bool = False
     is_concatenated: bool = True
+    gate_up_scaling: float = 1.0
+    down_scaling: float = 1.0
 
     @property
     def is_gated(self) -> bool:
@@ -105,21 +110,48 @@ class TiledDispatch(Dispatch):
 
 # All experts' tensors of one kind: stacked [E, ...], or one tensor per expert.
 ExpertWeight = Tensor | Sequence[Tensor]
+# A projection of all experts; a quantised one is frozen.
+Projection = ExpertWeight | QuantizedWeight
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A low-rank adapter of a projection of every expert: x (W + scaling * b a)^T (LoRA, arXiv 2106.09685).
+
+    a        [E, r, in], any r >= 1
+    b        [E, out, r]; out in the order of the projection's outputs, also where gate and up alternate
+    scaling  alpha / r; alpha / sqrt(r) for rsLoRA (arXiv 2312.03732)
+
+    `in` and `out` are those of the product: d and 2n for gate and up, n and d for down, also where the projections are
+    stored transposed. Any strides.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float = 1.0
 
 
 class ExpertParameters(NamedTuple):
-    """The experts' projections and biases; `ExpertSpec` says how the projections lie.
+    """The experts' projections, biases and adapters; `ExpertSpec` says how the projections lie, and has the scalings.
 
-    gate_up       [E, 2n, d]
-    down          [E, d, n]
-    gate_up_bias  [E, 2n] or None
-    down_bias     [E, d] or None
+    gate_up         [E, 2n, d]
+    down            [E, d, n]
+    gate_up_bias    [E, 2n] or None
+    down_bias       [E, d] or None
+    gate_up_lora_a  [E, r, d] or None
+    gate_up_lora_b  [E, 2n, r] or None
+    down_lora_a     [E, r, n] or None; this r may differ
+    down_lora_b     [E, d, r] or None
     """
 
-    gate_up: ExpertWeight
-    down: ExpertWeight
+    gate_up: Projection
+    down: Projection
     gate_up_bias: ExpertWeight | None = None
     down_bias: ExpertWeight | None = None
+    gate_up_lora_a: Tensor | None = None
+    gate_up_lora_b: Tensor | None = None
+    down_lora_a: Tensor | None = None
+    down_lora_b: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,11 +185,25 @@ class ExpertCall:
     @property
     def width(self) -> int:
         """Columns of the pre-activation: 2n, or n when ungated."""
-        return self.parameters.gate_up[0].shape[1 if self.spec.is_transposed else 0]
+        return matrix_shape(self.parameters.gate_up)[1 if self.spec.is_transposed else 0]
 
     @property
     def intermediate_size(self) -> int:
         return self.width // 2 if self.spec.is_gated else self.width
+
+    @property
+    def gate_up_lora(self) -> Lora | None:
+        given = self.parameters
+        if given.gate_up_lora_a is None or given.gate_up_lora_b is None:
+            return None
+        return Lora(given.gate_up_lora_a, given.gate_up_lora_b, self.spec.gate_up_scaling)
+
+    @property
+    def down_lora(self) -> Lora | None:
+        given = self.parameters
+        if given.down_lora_a is None or given.down_lora_b is None:
+            return None
+        return Lora(given.down_lora_a, given.down_lora_b, self.spec.down_scaling)
 
 
 class GateWanted(NamedTuple):
@@ -185,6 +231,15 @@ class Wanted(NamedTuple):
     down: bool = True
     gate_up_bias: bool = True
     down_bias: bool = True
+    gate_up_lora_a: bool = True
+    gate_up_lora_b: bool = True
+    down_lora_a: bool = True
+    down_lora_b: bool = True
+
+    def of(self, parameters: ExpertParameters) -> Wanted:
+        """Return what of it exists: an absent parameter and a quantised projection have no gradient."""
+        exist = [not (p is None or isinstance(p, QuantizedWeight)) for p in parameters]
+        return Wanted(*self[:2], *(want and here for want, here in zip(self[2:], exist, strict=True)))
 
 
 class RowGradients(NamedTuple):
@@ -209,6 +264,10 @@ class ParameterGradients(NamedTuple):
     down: ExpertWeight | None = None
     gate_up_bias: ExpertWeight | None = None
     down_bias: ExpertWeight | None = None
+    gate_up_lora_a: ExpertWeight | None = None
+    gate_up_lora_b: ExpertWeight | None = None
+    down_lora_a: ExpertWeight | None = None
+    down_lora_b: ExpertWeight | None = None
 
 
 class ExpertGradients(NamedTuple):
@@ -220,8 +279,18 @@ class ExpertGradients(NamedTuple):
     down: ExpertWeight | None
     gate_up_bias: ExpertWeight | None
     down_bias: ExpertWeight | None
+    gate_up_lora_a: ExpertWeight | None = None
+    gate_up_lora_b: ExpertWeight | None = None
+    down_lora_a: ExpertWeight | None = None
+    down_lora_b: ExpertWeight | None = None
 
 
-def as_given(parameter: ExpertWeight | None, gradient: Tensor | None) -> ExpertWeight | None:
+def matrix_shape(projection: Projection) -> tuple[int, int]:
+    """The shape of one expert's matrix."""
+    matrix = projection.shape[1:] if isinstance(projection, (Tensor, QuantizedWeight)) else projection[0].shape
+    return matrix[0], matrix[1]
+
+
+def as_given(parameter: Projection | None, gradient: Tensor | None) -> ExpertWeight | None:
     """A stacked gradient in the form of its parameter: stacked, or a list of one view per expert."""
     return gradient if gradient is None or isinstance(parameter, Tensor) else list(gradient.unbind(0))

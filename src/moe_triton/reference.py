@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from moe_triton.records import Dispatch, ExpertCall, RouterSpec, Routing
+from moe_triton.quantization import QuantizedWeight
+from moe_triton.records import Dispatch, ExpertCall, ExpertWeight, Lora, Projection, RouterSpec, Routing
 
 EPS = 1e-20  # keeps a normalisation finite when every chosen score underflowed
 GPT_OSS_ALPHA, GPT_OSS_LIMIT = 1.702, 7.0  # of its activation: the sigmoid's slope, and where gate and up are cut
@@ -206,10 +207,24 @@ def pointwise(x: Tensor, name: str) -> Tensor:
     return F.relu(x) if name == "relu" else F.relu(x).square()
 
 
+def adapted(product: Tensor, x: Tensor, lora: Lora | None, expert: int) -> Tensor:
+    """Return x W^T + scaling * (x A^T) B^T, given x W^T, [rows, out]: what LoRA makes of it (arXiv 2106.09685)."""
+    return product if lora is None else product + lora.scaling * (x @ lora.a[expert].T) @ lora.b[expert].T
+
+
+def dequantized(projection: Projection, dtype: torch.dtype) -> ExpertWeight:
+    """Return a projection as it is, or the numbers that a quantised one stands for."""
+    return projection.dequantize(dtype) if isinstance(projection, QuantizedWeight) else projection
+
+
 def moe_experts(call: ExpertCall) -> Tensor:
-    """Compute out[t] = sum over t's kept choices k of weights[t, k] * (W2 act(W1 x[t] + b1) + b2), [T, d]."""
+    """Compute out[t] = sum over t's kept choices k of weights[t, k] * (W2 act(W1 x[t] + b1) + b2), [T, d].
+
+    With adapters W1 and W2 are W + scaling * B A, which is never formed: see `adapted`.
+    """
     hidden_Td, spec, dispatched = call.hidden, call.spec, call.dispatched
-    gate_up, down, gate_up_bias, down_bias = call.parameters
+    gate_up, down = (dequantized(p, hidden_Td.dtype) for p in call.parameters[:2])
+    gate_up_bias, down_bias = call.parameters[2:4]
     out = torch.zeros_like(hidden_Td)
     offsets = dispatched.offsets.tolist()
     for e in range(dispatched.num_experts):
@@ -218,10 +233,12 @@ def moe_experts(call: ExpertCall) -> Tensor:
         up_of_e, down_of_e = gate_up[e], down[e]
         if spec.is_transposed:
             up_of_e, down_of_e = up_of_e.T, down_of_e.T
-        h = hidden_Td[tokens] @ up_of_e.T
+        x = hidden_Td[tokens]
+        h = adapted(x @ up_of_e.T, x, call.gate_up_lora, e)
         if gate_up_bias is not None:
             h = h + gate_up_bias[e]
-        rows = activate(h, spec.activation, spec.is_concatenated) @ down_of_e.T
+        a = activate(h, spec.activation, spec.is_concatenated)
+        rows = adapted(a @ down_of_e.T, a, call.down_lora, e)
         if down_bias is not None:
             rows = rows + down_bias[e]
         scaled = rows * call.weights.reshape(-1)[slots, None]

@@ -119,11 +119,6 @@ def onednn_linear() -> Callable[..., Tensor] | None:
     return cast(Callable[..., Tensor], torch.ops.mkldnn._linear_pointwise.default)
 
 
-def onednn_has_bf16() -> bool:
-    """Return whether oneDNN has bf16 kernels for this processor."""
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
 # torch.distributed ----------------------------------------------------------------------------------------------------
 
 

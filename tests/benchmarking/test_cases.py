@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from moe_triton.backends.torch.processor import Processor
 from moe_triton.benchmarking import limits
 from moe_triton.benchmarking.cases import CPU_CASES, MODES, PRESETS, SKEWS, Case, make_workload
 from moe_triton.benchmarking.runner import expert_counts
@@ -163,7 +164,7 @@ def test_the_floor_is_only_measured_for_few_tokens():
 
 
 def test_onednn_is_no_limit_for_bf16_where_the_cpu_has_none(monkeypatch):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr(limits, "this_processor", lambda: Processor("Intel", "Xeon", ("avx2", "avx512")))
     case = replace(SMALL, dtype="bfloat16")
     parts = [limits.dense_product(make_workload(case, CPU), "forward")]
     assert limits.fastest(parts)[1] == "torch.mm"

@@ -13,11 +13,12 @@ from torch import nn
 
 from moe_triton.benchmarking import correctness, runner, ways
 from moe_triton.benchmarking.cases import Case, make_workload
-from moe_triton.benchmarking.correctness import TOLERANCE, check
+from moe_triton.benchmarking.correctness import TOLERANCE
 from moe_triton.benchmarking.memory import peak_bytes, saved_bytes
 from moe_triton.benchmarking.providers import PROVIDERS, gpu_peers, huggingface
 from moe_triton.benchmarking.providers.block import Block, Provider, Unavailable
 from moe_triton.benchmarking.timing import ready
+from moe_triton.benchmarking.ways import Runnable
 
 CPU = torch.device("cpu")
 CASE = Case(tokens=70, hidden=32, intermediate=20, experts=12, top_k=3)
@@ -30,7 +31,7 @@ MEASURABLE = ["auto", "torch", "grouped_mm", "hf-eager", "hf-grouped_mm", "hf-ba
 def test_providers_are_right(name, change, dtype):
     # grouped_mm wants rows of a multiple of 16 bytes
     workload = make_workload(replace(CASE, intermediate=24, dtype=dtype, **change), CPU)
-    found = check(PROVIDERS[name].build(workload), workload)
+    found = Runnable(PROVIDERS[name].build(workload), workload).check()
     assert found.problem is None
     assert set(found.errors) == {"output", "hidden", "gate", "gate_up", "down"}
     assert 0 < max(found.errors.values()) <= TOLERANCE[workload.case.torch_dtype]
@@ -39,7 +40,7 @@ def test_providers_are_right(name, change, dtype):
 @pytest.mark.parametrize("change", [{"activation": "gpt_oss", "bias": True}, {"activation": "relu2"}], ids=str)
 def test_our_layer_with_other_experts(change):
     workload = make_workload(replace(CASE, **change), CPU)
-    found = check(PROVIDERS["torch"].build(workload), workload)
+    found = Runnable(PROVIDERS["torch"].build(workload), workload).check()
     assert found.problem is None
     assert ("down_bias" in found.errors) == ("bias" in change)
     for peer in ("hf-eager", "hf-grouped_mm"):
@@ -56,7 +57,7 @@ def test_grouped_mm_says_what_it_does_not_take():
         with pytest.raises(Unavailable, match=message):
             PROVIDERS["grouped_mm"].build(make_workload(replace(CASE, **{"intermediate": 24, **change}), CPU))
     workload = make_workload(replace(CASE, intermediate=24, activation="relu2"), CPU)
-    assert check(PROVIDERS["grouped_mm"].build(workload), workload).problem is None
+    assert Runnable(PROVIDERS["grouped_mm"].build(workload), workload).check().problem is None
 
 
 def test_every_provider_shares_the_workloads_memory():
@@ -93,7 +94,7 @@ def test_deepspeed_is_right():
     for top_k in (1, 2, 3):
         for dtype in ("float32", "bfloat16"):
             workload = make_workload(replace(CASE, top_k=top_k, dtype=dtype), CPU)
-            assert check(PROVIDERS["deepspeed"].build(workload), workload).problem is None
+            assert Runnable(PROVIDERS["deepspeed"].build(workload), workload).check().problem is None
 
 
 @pytest.mark.parametrize(
@@ -135,9 +136,9 @@ def test_batched_mm_only_takes_few_tokens():
 def test_the_reference_in_parts_is_the_whole_reference(monkeypatch):
     workload = make_workload(CASE, CPU)
     block = PROVIDERS["torch"].build(workload)
-    whole = check(block, workload)
+    whole = Runnable(block, workload).check()
     monkeypatch.setattr(correctness, "REFERENCE_BYTES", 5 * 2 * 8 * CASE.weight_elements)  # 5 + 5 + 2 experts
-    parts = check(block, workload)
+    parts = Runnable(block, workload).check()
     assert parts.errors == pytest.approx(whole.errors, rel=1e-6)
     assert parts.worst == pytest.approx(whole.worst, rel=1e-6)
 
@@ -231,8 +232,8 @@ def test_a_float32_block_that_computes_in_a_lower_precision_is_a_mismatch(comput
     """What goes in and comes out is float32; the experts' weights are rounded on the way."""
     workload = make_workload(CASE, CPU)
     lower = {name: getattr(workload, name).to(computed).float() for name in ("gate_up", "down")}
-    assert check(PROVIDERS["torch"].build(workload), workload).problem is None
-    found = check(PROVIDERS["torch"].build(replace(workload, **lower)), workload)
+    assert Runnable(PROVIDERS["torch"].build(workload), workload).check().problem is None
+    found = Runnable(PROVIDERS["torch"].build(replace(workload, **lower)), workload).check()
     assert found.problem is not None
     assert "output" in found.problem
 
@@ -315,8 +316,8 @@ def test_gradients_come_back_in_the_workloads_layout():
     parameters = {**good.parameters, "gate_up": swapped}
     unpack = lambda named: {**named, "gate_up": gpu_peers.swap_halves(named["gate_up"])}  # noqa: E731
     block = Block(forward=forward, choose=good.choose, parameters=parameters, unpack=unpack)
-    assert check(block, workload).problem is None
-    assert "gate_up" in check(replace(block, unpack=None), workload).problem
+    assert Runnable(block, workload).check().problem is None
+    assert "gate_up" in Runnable(replace(block, unpack=None), workload).check().problem
 
 
 def test_a_peer_without_a_backward_is_checked_and_timed_forward_only(monkeypatch):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import errno
-import importlib
 import json
 import os
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -17,11 +17,10 @@ from moe_triton.benchmarking.cases import Case
 from moe_triton.benchmarking.results import Row, Run, read_results
 from moe_triton.benchmarking.runner import relate
 from moe_triton.cli import app
-from moe_triton.cli.arguments import EXIT_FAULT, EXIT_INTERRUPTED, EXIT_SLOWER, EXIT_USAGE
-from moe_triton.cli.display import StepDisplay, in_words
+from moe_triton.cli.arguments import EXIT_FAULT, EXIT_INTERRUPTED, EXIT_SLOWER, EXIT_USAGE, SHAPE
+from moe_triton.cli.display import StepDisplay, duration
 from moe_triton.files import locked
 
-bench = importlib.import_module("moe_triton.cli.bench")
 CASE = Case(tokens=40, hidden=32, intermediate=24, experts=8, top_k=2)
 FACTS = {
     "created": "2026-01-01T00:00:00+00:00",
@@ -47,7 +46,7 @@ def run_of(
 
 
 def invoke(*arguments: str):
-    shape = [f"--{name.replace('_', '-')}={getattr(CASE, name)}" for name in bench.SHAPE]
+    shape = [f"--{name.replace('_', '-')}={getattr(CASE, name)}" for name in SHAPE]
     return CliRunner().invoke(app, ["bench", *shape, "--device", "cpu", "--budget", "0", *arguments])
 
 
@@ -168,7 +167,7 @@ def test_a_file_that_is_no_result_is_named_and_left_alone(tmp_path, measured, te
 
 
 def test_results_of_the_first_schema_are_readable():
-    root = importlib.import_module("pathlib").Path(__file__).parents[2]
+    root = Path(__file__).parents[2]
     found = read_results(root / "benchmarks" / "results" / "cpu" / "cpu-2-cores.json", "x")
     assert len(found.runs) == 12
     assert found.runs[0].row("auto").time_s.p50 > 0
@@ -319,7 +318,7 @@ def test_the_time_left_follows_the_pace():
     display.finish_cell()
     assert display.left_s(0.0) == pytest.approx(90.0)
     assert StepDisplay().left_s(0.0) is None
-    assert [in_words(s) for s in (0.2, 60, 600, 7200)] == ["1 s", "60 s", "10 min", "2.0 h"]
+    assert [duration(s) for s in (0.2, 60, 600, 7200)] == ["1 s", "60 s", "10 min", "2.0 h"]
 
 
 def test_the_progress_says_who_runs(capsys):

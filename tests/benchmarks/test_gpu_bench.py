@@ -18,7 +18,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import gpu_bench  # noqa: E402
 from gpu_bench import Item  # noqa: E402
 from gpu_benches import kernels, layers, page  # noqa: E402
-from gpu_benches.kernels import floor_shape, kernel_calls, measure_kernels  # noqa: E402
+from gpu_benches.kernels import kernel_calls, measure_kernels  # noqa: E402
 from gpu_benches.layers import OURS, PEER, measure_layers  # noqa: E402
 from gpu_benches.limits import measured_device  # noqa: E402
 
@@ -56,7 +56,7 @@ def test_every_kernel_is_measured_against_its_floor() -> None:
     assert found["dense_flops"] == pytest.approx(2 * 32**3 / 1e-3)
     assert found["copy_bytes_s"] == pytest.approx(2 * 1024 / 1e-3)
     up = found["kernels"]["up"]
-    work = FLOORS["up"](floor_shape(case))
+    work = FLOORS["up"](case.shape)
     assert (up["flops"], up["bytes"]) == (work.flops, work.bytes)
     floor = max(work.flops / found["dense_flops"], work.bytes / found["copy_bytes_s"])
     assert up["floor_s"] == pytest.approx(floor)
@@ -79,8 +79,8 @@ def test_the_kernels_run_on_a_real_problem() -> None:
 
 
 def test_ungated_shapes() -> None:
-    assert floor_shape(Case(**{**vars(TINY), "activation": "relu2"})).gated is False
-    assert floor_shape(TINY).gated is True
+    assert Case(**{**vars(TINY), "activation": "relu2"}).shape.gated is False
+    assert TINY.shape.gated is True
 
 
 def test_layers_beside_the_peer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,11 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+from moe_triton.benchmarking.cases import PRESETS
 from moe_triton.cli import app
 from moe_triton.simulate.cost_model import Workload, predict
 from moe_triton.simulate.presets import DEVICES, MODELS, NETWORKS
+from moe_triton_kernels.tools import floors
 
 
 def run(*arguments: str):
@@ -100,6 +102,19 @@ def test_validate():
     assert found["worst_error"]["DeepEP low-latency combine"] == pytest.approx(0.093, abs=0.002)
 
 
+def test_names_mean_the_same_in_every_command():
+    """Devices and layers are those of `inspect`, `profile` and `bench`; the beginning of a model's name is enough."""
+    assert set(DEVICES) == set(floors.DEVICES)
+    for case in PRESETS["models"].cases:
+        model = MODELS[case.name.lower()]
+        assert all(
+            getattr(model, size) == getattr(case, size) for size in ("hidden", "intermediate", "experts", "top_k")
+        )
+    short = run("--model", "Qwen3-235B", "--gpus", "8", "--device", "H200")
+    assert short.exit_code == 0
+    assert short.stdout == run("--preset", "qwen3-235b-a22b", "--gpus", "8", "--device", "h200").stdout
+
+
 def test_list():
     done = run("--list")
     assert done.exit_code == 0
@@ -110,6 +125,7 @@ def test_list():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--model", "gpt-oss"], "preset: got 'gpt-oss', wanted one of gpt-oss-20b, gpt-oss-120b"),
         (["--preset", "gpt-5"], "preset: got 'gpt-5', wanted one of deepseek-v3"),
         (["--device", "tpu"], "device: got 'tpu', wanted one of a100"),
         (["--network", "carrier-pigeon"], "network: got 'carrier-pigeon', wanted one of"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from torch import Tensor
 
 from moe_triton import reference, runtime
 from moe_triton.backends.protocols import ExpertsBackend
+from moe_triton.backends.torch import experts_cpu
+from moe_triton.backends.torch.cpu import CpuPolicy
 from moe_triton.records import Dispatch, ExpertCall, ExpertParameters, ExpertSpec, ExpertWeight, Wanted
 from tests.helpers.compare import assert_close
 
@@ -37,12 +41,18 @@ class Problem:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """What is differentiable; a missing bias is None."""
+        """What is differentiable, without the biases and adapters that are not there."""
         return inputs_of(self.call)
+
+    @property
+    def parameters(self) -> list[str]:
+        """The names of the parameters that are there."""
+        return list(self.inputs)[2:]
 
 
 def inputs_of(call: ExpertCall) -> dict[str, Any]:
-    return dict(zip(INPUTS, (call.hidden, call.weights, *call.parameters), strict=True))
+    given = zip(INPUTS, (call.hidden, call.weights, *call.parameters), strict=True)
+    return {name: x for name, x in given if x is not None}
 
 
 def replaced(call: ExpertCall, **inputs: ExpertWeight | None) -> ExpertCall:
@@ -58,7 +68,7 @@ def with_inputs(problem: Problem, **inputs: ExpertWeight | None) -> Problem:
 
 def expected_of(call: ExpertCall, grad_out: Tensor) -> dict[str, Tensor]:
     """Output and gradients of the reference on the CPU in float64, of the stacked call."""
-    leaves = {name: x.detach().cpu().double().requires_grad_() for name, x in inputs_of(call).items() if x is not None}
+    leaves = {name: x.detach().cpu().double().requires_grad_() for name, x in inputs_of(call).items()}
     found = {f.name: getattr(call.dispatched, f.name).cpu() for f in fields(Dispatch)}
     wide = replaced(replace(call, dispatched=Dispatch(**found)), **leaves)
     out = reference.moe_experts(wide)
@@ -81,6 +91,7 @@ def make_problem(
     *,
     spec: ExpertSpec | None = None,
     bias: bool = True,
+    ranks: tuple[int, int] | None = None,
     d: int = 24,
     n: int = 20,
     dtype: torch.dtype = torch.float32,
@@ -88,7 +99,7 @@ def make_problem(
     capacity: int | None = None,
     device: str = DEVICE,
 ) -> Problem:
-    """The inputs are rounded to `dtype` before the reference sees them in float64."""
+    """The inputs are rounded to `dtype` before the reference sees them in float64. `ranks`: of the adapters."""
     spec = spec or ExpertSpec()
     num_tokens, top_k = choices.shape
     width = 2 * n if spec.is_gated else n
@@ -97,12 +108,17 @@ def make_problem(
         shapes = {name: (experts, columns, rows) for name, (experts, rows, columns) in shapes.items()}
     if bias:
         shapes |= {"gate_up_bias": (num_experts, width), "down_bias": (num_experts, d)}
+    if ranks is not None:
+        up_rank, down_rank = ranks
+        shapes |= {"gate_up_lora_a": (num_experts, up_rank, d), "gate_up_lora_b": (num_experts, width, up_rank)}
+        shapes |= {"down_lora_a": (num_experts, down_rank, n), "down_lora_b": (num_experts, d, down_rank)}
+        spec = replace(spec, gate_up_scaling=0.75, down_scaling=1.5)
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(shape, dtype=torch.float64)).to(device, dtype)
 
     parameters = {
-        name: random(*shape, scale=1.0 if name.endswith("bias") else 2.0 / shape[1] ** 0.5)
+        name: random(*shape, scale=1.0 if name.endswith(("bias", "lora_b")) else 2.0 / shape[-1] ** 0.5)
         for name, shape in shapes.items()
     }
     dispatch = reference.dispatch(choices, num_experts, capacity=capacity)
@@ -118,9 +134,9 @@ def make_problem(
 
 
 def as_sequences(call: ExpertCall) -> ExpertCall:
-    """The same call with one tensor per expert."""
-    lists = (None if x is None else list(x.unbind(0)) for x in call.parameters)
-    return replace(call, parameters=ExpertParameters(*lists))
+    """The same call with one tensor per expert; adapters are always stacked."""
+    lists = (None if x is None else list(x.unbind(0)) for x in call.parameters[:4])
+    return replace(call, parameters=ExpertParameters(*lists, *call.parameters[4:]))
 
 
 def stacked(x: ExpertWeight | None) -> Tensor | None:
@@ -143,11 +159,11 @@ def run(
     """`out` and the gradients that are wanted (all that have an input), by the triton backend or another one."""
     backend = backend or triton_backend()
     call = as_sequences(problem.call) if sequence else problem.call
-    present = [x is not None for x in problem.inputs.values()]
+    present = [name in problem.inputs for name in INPUTS]
     out, h = backend.experts_forward(call, not recompute)
     gradients = backend.experts_backward(call, problem.grad_out, h, Wanted(*(wanted or present)))
     if sequence:
-        assert [isinstance(gradient, list) for gradient in gradients] == [False, False, *present[2:]]
+        assert [isinstance(gradient, list) for gradient in gradients] == [False, False, *present[2:6], *(False,) * 4]
     found = {name: stacked(gradient) for name, gradient in zip(INPUTS, gradients, strict=True)}
     return {"out": out, **{name: gradient for name, gradient in found.items() if gradient is not None}}
 
@@ -155,9 +171,14 @@ def run(
 def summed_for_weights(problem: Problem) -> Tensor:
     """The terms of the router weights' gradient <dO, W2 A + b2>, added up without their signs: [T, K]."""
     call, spec, dispatched = problem.call, problem.call.spec, problem.call.dispatched
-    gate_up, down, gate_up_bias, down_bias = (None if x is None else stacked(x).cpu().double() for x in call.parameters)
+    wide = {name: None if x is None else stacked(x).cpu().double() for name, x in call.parameters._asdict().items()}
+    gate_up, down, gate_up_bias, down_bias = list(wide.values())[:4]
     if spec.is_transposed:
         gate_up, down = gate_up.mT, down.mT
+    if call.gate_up_lora is not None:
+        gate_up = gate_up + spec.gate_up_scaling * wide["gate_up_lora_b"] @ wide["gate_up_lora_a"]
+    if call.down_lora is not None:
+        down = down + spec.down_scaling * wide["down_lora_b"] @ wide["down_lora_a"]
     terms = torch.zeros(dispatched.position.numel(), dtype=torch.float64)
     offsets = dispatched.offsets.tolist()
     for e, (start, end) in enumerate(pairwise(offsets)):
@@ -187,3 +208,18 @@ def check(actual: dict[str, Tensor], problem: Problem, tolerance: float | None =
             least = 0.01 * summed_for_weights(problem).square().mean().sqrt().item()
             scale = least if expected.square().mean().sqrt().item() < least else None
         assert_close(actual[name], expected, tolerance=tolerance, scale=scale)
+
+
+def ragged_choices(sizes: Sequence[int], top_k: int = 2) -> Tensor:
+    """Choices [T, K] in which expert e has sizes[e] slots, in random order, and -1 fills up the last token."""
+    ids = torch.cat([torch.full((size,), e) for e, size in enumerate(sizes)])
+    ids = torch.cat([ids, torch.full((-len(ids) % top_k,), -1)])
+    return ids[torch.randperm(len(ids))].view(-1, top_k)
+
+
+def with_policy(policy: CpuPolicy) -> Any:
+    """Return the CPU's experts as a backend, with a policy other than this processor's."""
+    return SimpleNamespace(
+        experts_forward=partial(experts_cpu.experts_forward, policy=policy),
+        experts_backward=partial(experts_cpu.experts_backward, policy=policy),
+    )

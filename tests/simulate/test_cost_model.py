@@ -32,7 +32,7 @@ V3, H100, NVLINK4 = MODELS["deepseek-v3"], DEVICES["h100"], NETWORKS["nvlink4-ib
 PUBLISHED_SIZES = {
     "deepseek-v3": (671, 37),
     "qwen3-30b-a3b": (30.5, 3.3),
-    "qwen3-235b": (235, 22),
+    "qwen3-235b-a22b": (235, 22),
     "mixtral-8x7b": (46.7, 12.9),
     "gpt-oss-20b": (20.9, 3.6),
     "gpt-oss-120b": (116.8, 5.1),

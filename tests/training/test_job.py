@@ -168,7 +168,7 @@ def test_killed_and_resumed_equals_uninterrupted(finished: Path, tmp_path: Path,
     ("moment", "after"),
     [
         ("moe_triton.distributed.checkpoint.storage.write", 10),  # a folder, without files
-        ("moe_triton.distributed.checkpoint.save_load.write_manifest", 10),  # all files, and the manifest before
+        ("moe_triton.distributed.checkpoint.manifest.replace_file", 10),  # all files, and the manifest before
         ("shutil.rmtree", 20),  # the new manifest, with the old files beside the new ones
     ],
 )
@@ -395,7 +395,7 @@ def test_two_runs_in_one_directory_are_refused(finished: Path, tmp_path: Path, e
         "def wait(*_):\n"
         "    print('training', flush=True)\n"
         "    time.sleep(600)\n"
-        "job.run = wait\n"
+        "job.train_and_report = wait\n"
         f"job.run_job(Path({str(out)!r}), {{}}, resume=True)\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

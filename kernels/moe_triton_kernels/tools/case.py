@@ -35,10 +35,22 @@ class Case:
 
     @property
     def constants(self) -> dict[str, Any]:
-        """Every compile-time constant by its name: "TOP_K", "weight.ALIGNMENT"; those of TILE by their own names."""
+        """Every compile-time constant by its name ("PACKED", "weight.ALIGNMENT"), without a "TILE." or the like."""
         kinds = [leaf for name, kind in self.signature.items() for leaf in leaves(name, kind, ())]
-        inner = {name.removeprefix("TILE."): kind for name, _, kind in kinds if not isinstance(kind, str)}
-        return {**self.constexprs, **inner}
+        inner = {name: kind for name, _, kind in kinds if not isinstance(kind, str)}
+        own = {name.split(".")[1] if name.partition(".")[0].isupper() else name: kind for name, kind in inner.items()}
+        return {**self.constexprs, **own}
+
+
+def integers_of(fn: Any, *known: Mapping[str, Any]) -> list[str]:
+    """The arguments of a kernel that nothing else knows: its integers."""
+    return [name for name in fn.arg_names if not any(name in names for names in known)]
+
+
+def pointers_of(signature: Mapping[str, Any]) -> list[str]:
+    """The aligned pointers, within tuples too: all but num_tiles, which is one of several counts, 4 bytes apart."""
+    kinds = [(name, kind) for arg, value in signature.items() for name, _, kind in leaves(arg, value, ())]
+    return [name for name, kind in kinds if str(kind).startswith("*") and name != "tiles.num_tiles"]
 
 
 def leaves(name: str, value: Any, path: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...], Any]]:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from moe_triton_kernels.tools import dispatch_cases, product_cases
 from moe_triton_kernels.tools.case import Case
 from moe_triton_kernels.tools.shipped import Shipped, shipped_configs
 
-PRODUCTS: dict[str, Callable[[str, Sequence[Shipped]], list[Case]]] = {
+PRODUCTS: dict[str, Callable[[str, Sequence[Shipped]], Iterable[Case]]] = {
     "up": product_cases.up_cases,
     "down": product_cases.down_cases,
     "d_hidden": product_cases.d_hidden_cases,
     "d_weight": product_cases.d_weight_cases,
 }
-OTHERS: dict[str, Callable[[], list[Case]]] = {
+OTHERS: dict[str, Callable[[], Iterable[Case]]] = {
     "address_tables": dispatch_cases.address_cases,
     "routing": dispatch_cases.routing_cases,
     "permutation": dispatch_cases.permutation_cases,
@@ -27,7 +27,7 @@ OTHERS: dict[str, Callable[[], list[Case]]] = {
 MODULES = (*PRODUCTS, "gate", *OTHERS, "gluon")
 
 
-def module_cases(module: str, arch: str) -> list[Case]:
+def module_cases(module: str, arch: str) -> Iterable[Case]:
     """The cases of one file of kernels; Gluon's are for Hopper only."""
     if module in PRODUCTS:
         return PRODUCTS[module](arch, shipped_configs(arch))
@@ -37,8 +37,8 @@ def module_cases(module: str, arch: str) -> list[Case]:
         return dispatch_cases.gate_cases(arch)
     if arch != "sm_90":
         return []
-    gluon: list[Case] = importlib.import_module("moe_triton_kernels.tools.gluon_cases").gluon_cases()
-    return gluon  # imported only here, because it imports Gluon, which is experimental
+    # imported only here, because it imports Gluon, which is experimental
+    return importlib.import_module("moe_triton_kernels.tools.gluon_cases").gluon_cases()
 
 
 def collect_cases(arch: str, modules: Sequence[str] | None = None, every: bool = False) -> list[Case]:

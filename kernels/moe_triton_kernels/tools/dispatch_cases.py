@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from moe_triton_kernels import address_tables, combine, gate, permutation, routing, row_pieces, small_dispatch, tiles
+from moe_triton_kernels import (
+    address_tables,
+    combine,
+    gate,
+    permutation,
+    routing,
+    routing_backward,
+    row_pieces,
+    small_dispatch,
+    tiles,
+)
 from moe_triton_kernels.tools.case import Case
 
 
@@ -63,50 +74,28 @@ def combine_cases() -> list[Case]:
     ]
 
 
-def permutation_cases() -> list[Case]:
+def permutation_cases() -> Iterator[Case]:
     types = {
         "experts": "*i32", "order": "*i64", "table": "*i32", "totals": "*i32", "kept": "*i32", "offsets": "*i32",
         "source": "*i32", "position": "*i32", "group_slots": "i32", "num_slots": "i32", "num_rows": "i32",
         "chunks": "i32", "blocks": "i32", "capacity": "i32",
     }  # fmt: skip
     scan = {"BLOCK_R": permutation.SCAN_ROWS, "BLOCK_C": permutation.SCAN_CHUNKS}
-    cases = [Case(name="permutation_scan", fn=permutation.scan_kernel, signature=types, constexprs=scan)]
+    yield Case(name="permutation_scan", fn=permutation.scan_kernel, signature=types, constexprs=scan)
     for num_experts, top_k in ((8, 2), (128, 8), (1024, 8)):
-        sample = num_experts == 128
-        constants = {
-            "NUM_EXPERTS": num_experts,
-            "BLOCK": permutation.BLOCK,
-            "BLOCK_E": permutation.block_experts(num_experts),
-        }
-        queue = constants | {"TOP_K": top_k, "BY_CHOICE": True, "order": None}
-        cases += [
-            Case(
-                name=f"permutation_count_E{num_experts}",
-                fn=permutation.count_kernel,
-                signature=types,
-                constexprs=queue,
-                sample=sample,
-            ),
-            Case(
-                name=f"permutation_keep_E{num_experts}",
-                fn=permutation.keep_kernel,
-                signature=types,
-                constexprs=queue,
-                sample=sample,
-            ),
-            Case(
-                name=f"permutation_place_E{num_experts}",
-                fn=permutation.place_kernel,
+        sizes = {"NUM_EXPERTS": num_experts, "BLOCK": permutation.BLOCK}
+        sizes["BLOCK_E"] = permutation.block_experts(num_experts)
+        queue = {**sizes, "TOP_K": top_k, "BY_CHOICE": True, "order": None}
+        for name, constants in (("count", queue), ("keep", queue), ("place", sizes)):
+            yield Case(
+                name=f"permutation_{name}_E{num_experts}",
+                fn=getattr(permutation, f"{name}_kernel"),
                 signature=types,
                 constexprs=constants,
-                sample=sample,
-            ),
-        ]
+                sample=num_experts == 128,
+            )
     by_key = {"NUM_EXPERTS": 128, "BLOCK": permutation.BLOCK, "BLOCK_E": 128, "TOP_K": 8, "BY_CHOICE": False}
-    return [
-        *cases,
-        Case(name="permutation_keep_by_key", fn=permutation.keep_kernel, signature=types, constexprs=by_key),
-    ]
+    yield Case(name="permutation_keep_by_key", fn=permutation.keep_kernel, signature=types, constexprs=by_key)
 
 
 def small_dispatch_cases() -> list[Case]:
@@ -125,23 +114,17 @@ def small_dispatch_cases() -> list[Case]:
     ]
 
 
-def routing_cases() -> list[Case]:
-    types = {
+def routing_cases() -> Iterator[Case]:
+    types: dict[str, Any] = {
         "bias": "*fp32", "noise": "*fp32", "token_mask": "*i1", "experts": "*i32", "weights": "*fp32",
-        "partial_counts": "*i32", "partial_scores": "*fp32", "partial_z": "*fp32", "num_tokens": "i32", "scale": "fp32",
+        "partials": routing.PartialSums("*i32", "*fp32", "*fp32"), "num_tokens": "i32", "scale": "fp32",
         "grad_weights": "*fp32", "grad_score_sums": "*fp32", "grad_z_sum": "*fp32", "counts": "*i32",
         "score_sums": "*fp32", "z_sum": "*fp32", "num_partials": "i32",
     }  # fmt: skip
     sums = {"NUM_EXPERTS": 128, "BLOCK_P": routing.SUM_PROGRAMS, "BLOCK_E": routing.SUM_EXPERTS}
-    cases = [
-        Case(
-            name="topk_sums",
-            fn=routing.sum_partials_kernel,
-            signature=types,
-            constexprs=sums,
-            num_warps=routing.SUM_WARPS,
-        ),
-    ]
+    yield Case(
+        name="topk_sums", fn=routing.sum_partials_kernel, signature=types, constexprs=sums, num_warps=routing.SUM_WARPS
+    )
     # name, experts, choices, dtype, score, groups, top groups; the one with groups has a bias, noise and a mask
     for name, num_experts, top_k, dtype, score, num_groups, top_groups in (
         ("mixtral", 8, 2, "fp32", "softmax", 1, 1),
@@ -151,22 +134,21 @@ def routing_cases() -> list[Case]:
         ("deepseek_v3", 256, 8, "fp32", "sigmoid", 8, 4),
         ("experts_1024", 1024, 16, "fp32", "softmax", 1, 1),
     ):
-        signature = types | {"logits": f"*{dtype}", "grad_logits": f"*{dtype}"}
-        forward = routing.forward_constants(num_experts, top_k, score, True, num_groups, top_groups, "top2_sum")
-        forward["PACKED"] = dtype != "fp32"
-        if num_groups == 1:
-            forward |= {"bias": None, "noise": None, "token_mask": None}
-        backward = routing.backward_constants(num_experts, top_k, score, True)
-        options: dict[str, Any] = {
-            "signature": signature,
-            "num_warps": routing.NUM_WARPS,
-            "sample": name in ("qwen3", "deepseek_v3"),
+        signature = types | {
+            "logits": f"*{dtype}",
+            "grad_logits": f"*{dtype}",
+            "RULE": routing.Rule(num_experts, top_k, routing.SCORES[score], NORMALIZE=True),
+            "LIMIT": routing.GroupLimit(num_groups, top_groups, TOP2=num_groups > 1),
+            "LANES": routing.lanes_of(num_experts, top_k, num_groups),
         }
-        cases += [
-            Case(name=f"topk_{name}", fn=routing.topk_kernel, constexprs=forward, **options),
-            Case(name=f"topk_backward_{name}", fn=routing.topk_backward_kernel, constexprs=backward, **options),
-        ]
-    return cases
+        if num_groups == 1:
+            signature |= {"bias": None, "noise": None, "token_mask": None}
+        backward = signature | {"LANES": routing.lanes_of(num_experts, top_k)}
+        options: dict[str, Any] = {"num_warps": routing.NUM_WARPS, "sample": name in ("qwen3", "deepseek_v3")}
+        packed = {"PACKED": dtype != "fp32"}
+        yield Case(name=f"topk_{name}", fn=routing.topk_kernel, signature=signature, constexprs=packed, **options)
+        kernel = routing_backward.topk_backward_kernel
+        yield Case(name=f"topk_backward_{name}", fn=kernel, signature=backward, **options)
 
 
 def row_pieces_cases() -> list[Case]:

@@ -25,6 +25,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from moe_triton_kernels.tools.gpus import GPUS, Gpu
+
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 INDEX = 4  # bytes of an int32 index, of a router weight and of a logit: the router computes in fp32
 TILE_SIZES = (16, 32, 64, 128)  # rows per tile of the tables
@@ -65,6 +67,26 @@ class Shape:
     def itemsize(self) -> int:
         return ITEMSIZE[self.dtype]
 
+    @property
+    def x(self) -> int:
+        """Elements of X [T, d]."""
+        return self.tokens * self.hidden
+
+    @property
+    def y(self) -> int:
+        """Elements of the rows [S, d]."""
+        return self.rows * self.hidden
+
+    @property
+    def a(self) -> int:
+        """Elements of the activation A [S, n]."""
+        return self.rows * self.intermediate
+
+    @property
+    def w2(self) -> int:
+        """Elements of W2 [E, d, n]."""
+        return self.experts * self.intermediate * self.hidden
+
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
@@ -80,26 +102,14 @@ class Device:
         return self.flops_32 if dtype == "fp32" else self.flops_16
 
 
-# fp32 means full precision: no tf32
-DEVICES = {
-    "h200": Device(
-        name="h200",
-        flops_16=790e12,
-        flops_32=67e12,
-        bandwidth=4.3e12,
-        source="measured: 8192^3 bf16 product, device copy; fp32: data-sheet peak",
-    ),
-    "h100": Device(
-        name="h100", flops_16=989e12, flops_32=67e12, bandwidth=3.35e12, source="data-sheet peak, H100 SXM 80 GB"
-    ),
-    "a100": Device(
-        name="a100", flops_16=312e12, flops_32=19.5e12, bandwidth=2.039e12, source="data-sheet peak, A100 SXM 80 GB"
-    ),
-    "b200": Device(name="b200", flops_16=2250e12, flops_32=75e12, bandwidth=8e12, source="data-sheet peak, B200 SXM"),
-    "mi300x": Device(
-        name="mi300x", flops_16=1307e12, flops_32=163e12, bandwidth=5.3e12, source="data-sheet peak, MI300X"
-    ),
-}
+def _device(name: str, gpu: Gpu) -> Device:
+    flops, bandwidth = gpu.measured or (gpu.fp16_flops, gpu.bandwidth)
+    measured = "measured: 8192^3 bf16 product, device copy; fp32: "
+    source = f"{measured if gpu.measured else ''}data-sheet peak, {gpu.product}"
+    return Device(name=name, flops_16=flops, flops_32=gpu.fp32_flops, bandwidth=bandwidth, source=source)
+
+
+DEVICES = {name: _device(name, gpu) for name, gpu in GPUS.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,141 +130,50 @@ def _product(shape: Shape, factor: int, elements: int) -> Work:
     return Work(flops=flops, bytes=shape.itemsize * elements)
 
 
-def _sizes(shape: Shape) -> tuple[int, int, int, int, int]:
-    """Elements of X [T, d], of the rows [S, d], of A [S, n], of W2 [E, d, n], and f."""
-    d, n = shape.hidden, shape.intermediate
-    return shape.tokens * d, shape.rows * d, shape.rows * n, shape.experts * n * d, shape.factor
+def _values(count: int) -> Work:
+    """Indices, router weights and logits: int32 and fp32, whatever the model's dtype is."""
+    return Work(flops=0, bytes=INDEX * count)
 
 
-def up(shape: Shape) -> Work:
-    x, _, a, w, f = _sizes(shape)
-    return _product(shape, f, x + f * w + f * a + a)
-
-
-def down(shape: Shape) -> Work:
-    _, rows, a, w, _ = _sizes(shape)
-    return _product(shape, 1, a + w + rows)
-
-
-def combine(shape: Shape) -> Work:
-    x, rows, *_ = _sizes(shape)
-    return Work(flops=0, bytes=shape.itemsize * (rows + x))
-
-
-def d_hidden(shape: Shape) -> Work:
-    x, _, a, w, f = _sizes(shape)
-    return _product(shape, 1, x + w + 2 * f * a + a)
-
-
-def d_weight_down(shape: Shape) -> Work:
-    x, _, a, w, _ = _sizes(shape)
-    return _product(shape, 1, x + a + w)
-
-
-def d_weight_up(shape: Shape) -> Work:
-    x, _, a, w, f = _sizes(shape)
-    return _product(shape, f, x + f * a + f * w)
-
-
-def d_rows(shape: Shape) -> Work:
-    _, rows, a, w, f = _sizes(shape)
-    return _product(shape, f, f * a + f * w + rows)
-
-
-def d_bias_rows(shape: Shape) -> Work:
-    """db1: dH -> [E, fn]."""
-    columns = shape.factor * shape.intermediate
-    return Work(flops=0, bytes=shape.itemsize * (shape.rows + shape.experts) * columns)
-
-
-def d_bias_gathered(shape: Shape) -> Work:
-    """db2: dO [T, d], each row's index and router weight -> [E, d]."""
-    elements = (shape.tokens + shape.experts) * shape.hidden
-    return Work(flops=0, bytes=shape.itemsize * elements + 2 * INDEX * shape.rows)
-
-
-def d_router_weights(shape: Shape) -> Work:
-    """One share and one index per row -> one gradient per row."""
-    return Work(flops=0, bytes=3 * INDEX * shape.rows)
-
-
-def topk(shape: Shape) -> Work:
-    """Logits [T, E] -> experts and weights [T, K], counts and score sums [E], z sum."""
-    logits = shape.tokens * shape.experts
-    return Work(flops=0, bytes=INDEX * (logits + 2 * shape.rows + 2 * shape.experts + 1))
-
-
-def topk_sums(shape: Shape) -> Work:
-    """Counts, score sums and z sum: at least one partial sum of each is read, and the total written."""
-    return Work(flops=0, bytes=INDEX * 2 * (2 * shape.experts + 1))
-
-
-def topk_backward(shape: Shape) -> Work:
-    """Logits, experts, gradients of weights and sums -> gradient of the logits."""
-    logits = shape.tokens * shape.experts
-    return Work(flops=0, bytes=INDEX * (2 * logits + 2 * shape.rows + shape.experts + 1))
-
-
-def permutation(shape: Shape) -> Work:
-    """The whole permutation: experts [T, K] -> source and position [S], counts [E], offsets [E+1]."""
-    return Work(flops=0, bytes=INDEX * (3 * shape.rows + 2 * shape.experts + 1))
-
-
-def permutation_count(shape: Shape) -> Work:
-    return Work(flops=0, bytes=INDEX * (shape.rows + shape.experts))
-
-
-def permutation_scan(shape: Shape) -> Work:
-    return Work(flops=0, bytes=INDEX * 2 * shape.experts)
-
-
-def permutation_keep(shape: Shape) -> Work:
-    return Work(flops=0, bytes=INDEX * (2 * shape.rows + shape.experts))
-
-
-def permutation_place(shape: Shape) -> Work:
-    return Work(flops=0, bytes=INDEX * (3 * shape.rows + 2 * shape.experts + 1))
-
-
-def tile_tables(shape: Shape) -> Work:
-    """Offsets -> (expert, first row) of every tile, for four tile sizes; the rows spread evenly over the experts."""
+def _tiles(shape: Shape) -> int:
+    """Entries of the tables of all tile sizes, where the rows spread evenly over the experts."""
     used = min(shape.rows, shape.experts)
-    tiles = sum(used * -(-shape.rows // (used * size)) for size in TILE_SIZES)
-    return Work(flops=0, bytes=INDEX * (shape.experts + 1 + len(TILE_SIZES) + 2 * tiles))
-
-
-def row_pieces(shape: Shape) -> Work:
-    """Offsets -> the pieces of every expert's rows: one each (expert, first row, end), where they spread evenly."""
-    return Work(flops=0, bytes=INDEX * (4 * shape.experts + 1))
-
-
-def sum_pieces(shape: Shape) -> Work:
-    """How many experts are split is read; where rows spread evenly none is, and there is nothing to add."""
-    return Work(flops=0, bytes=INDEX)
+    return sum(used * -(-shape.rows // (used * size)) for size in TILE_SIZES)
 
 
 FLOORS: dict[str, Callable[[Shape], Work]] = {
-    "topk": topk,
-    "topk_sums": topk_sums,
-    "topk_backward": topk_backward,
-    "permutation": permutation,
-    "permutation_count": permutation_count,
-    "permutation_scan": permutation_scan,
-    "permutation_keep": permutation_keep,
-    "permutation_place": permutation_place,
-    "tile_tables": tile_tables,
-    "row_pieces": row_pieces,
-    "sum_pieces": sum_pieces,
-    "up": up,
-    "down": down,
-    "combine": combine,
-    "d_hidden": d_hidden,
-    "d_router_weights": d_router_weights,
-    "d_weight_down": d_weight_down,
-    "d_weight_up": d_weight_up,
-    "d_rows": d_rows,
-    "d_bias_rows": d_bias_rows,
-    "d_bias_gathered": d_bias_gathered,
+    # logits [T, E] -> experts and weights [T, K], counts and score sums [E], z sum
+    "topk": lambda s: _values(s.tokens * s.experts + 2 * s.rows + 2 * s.experts + 1),
+    # at least one partial sum of each is read, and the total written
+    "topk_sums": lambda s: _values(2 * (2 * s.experts + 1)),
+    # logits, experts, gradients of weights and sums -> gradient of the logits
+    "topk_backward": lambda s: _values(2 * s.tokens * s.experts + 2 * s.rows + s.experts + 1),
+    # the whole permutation: experts [T, K] -> source and position [S], counts [E], offsets [E+1]
+    "permutation": lambda s: _values(3 * s.rows + 2 * s.experts + 1),
+    "permutation_count": lambda s: _values(s.rows + s.experts),
+    "permutation_scan": lambda s: _values(2 * s.experts),
+    "permutation_keep": lambda s: _values(2 * s.rows + s.experts),
+    "permutation_place": lambda s: _values(3 * s.rows + 2 * s.experts + 1),
+    # offsets -> (expert, first row) of every tile, for four tile sizes
+    "tile_tables": lambda s: _values(s.experts + 1 + len(TILE_SIZES) + 2 * _tiles(s)),
+    # offsets -> the pieces of every expert's rows: one each (expert, first row, end), where they spread evenly
+    "row_pieces": lambda s: _values(4 * s.experts + 1),
+    # how many experts are split is read: none, where rows spread evenly, and there is nothing to add
+    "sum_pieces": lambda s: _values(1),
+    "up": lambda s: _product(s, s.factor, s.x + s.factor * (s.w2 + s.a) + s.a),
+    "down": lambda s: _product(s, 1, s.a + s.w2 + s.y),
+    "combine": lambda s: _product(s, 0, s.y + s.x),
+    "d_hidden": lambda s: _product(s, 1, s.x + s.w2 + 2 * s.factor * s.a + s.a),
+    "d_router_weights": lambda s: _values(3 * s.rows),  # one share and one index per row -> one gradient per row
+    "d_weight_down": lambda s: _product(s, 1, s.x + s.a + s.w2),
+    "d_weight_up": lambda s: _product(s, s.factor, s.x + s.factor * (s.a + s.w2)),
+    "d_rows": lambda s: _product(s, s.factor, s.factor * (s.a + s.w2) + s.y),
+    # db1: dH -> [E, fn]
+    "d_bias_rows": lambda s: _product(s, 0, (s.rows + s.experts) * s.factor * s.intermediate),
+    # db2: dO [T, d], each row's index and router weight -> [E, d]
+    "d_bias_gathered": lambda s: Work(
+        flops=0, bytes=s.itemsize * (s.tokens + s.experts) * s.hidden + 2 * INDEX * s.rows
+    ),
 }
 EXPERTS_FORWARD = ("up", "down", "combine")
 EXPERTS_BACKWARD = ("d_hidden", "d_router_weights", "d_weight_down", "d_weight_up", "d_rows", "combine")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,8 @@ from moe_triton_kernels.activations import GATED, UNGATED
 from moe_triton_kernels.gluon import down, up
 from moe_triton_kernels.gluon.launch import LAYOUT, tile_of, weight_block
 from moe_triton_kernels.gluon.schedules import BLOCK_K, BLOCK_M, SCHEDULES, TYPES
-from moe_triton_kernels.tools.case import Case, leaves
-from moe_triton_kernels.tools.product_cases import TILES, bias_type
+from moe_triton_kernels.tools.case import Case, integers_of, pointers_of
+from moe_triton_kernels.tools.product_cases import TILES, bias_type, only_of_down
 
 
 def gluon_case(
@@ -35,9 +35,7 @@ def gluon_case(
         name: f"tensordesc<{stored}{list(block)},{LAYOUT!r}>" for name, block in descriptors.items()
     }
     types |= {**signature, "tiles": TILES, "TILE": tile_of(SCHEDULES[schedule], group=8, parts=parts)}
-    numbers = [name for name in kernel.arg_names if name not in types and name not in constants]
-    kinds = [(name, kind) for arg, value in types.items() for name, _, kind in leaves(arg, value, ())]
-    pointers = [name for name, kind in kinds if str(kind).startswith("*") and name != "tiles.num_tiles"]
+    numbers = integers_of(kernel, types, constants)
     is_gathered = "a" not in descriptors
     return Case(
         name=f"{op}_{stored}_{BLOCK_M}x{width}x{BLOCK_K}_{schedule}_{variant}",
@@ -45,7 +43,7 @@ def gluon_case(
         signature={**types, **dict.fromkeys(numbers, "i32")},
         constexprs=constants,
         num_warps=4,
-        aligned=[*pointers, *numbers, *(["bias.stride_e"] if signature["bias"] else [])],
+        aligned=[*pointers_of(types), *numbers, *(["bias.stride_e"] if signature["bias"] else [])],
         sample=sample,
         wants=["wgmma", "tma", "setmaxnreg", "proxy_fence", *(["cp_async"] if is_gathered else [])],
     )
@@ -55,16 +53,15 @@ def gluon_cases() -> list[Case]:
     return [*down_cases(), *up_cases()]
 
 
-def down_cases() -> list[Case]:
+def down_cases() -> Iterator[Case]:
     """down (bias, router weights) and d_rows in every schedule; the first also in the other layout and type."""
-    cases = []
     for op in ("down", "d_rows"):
         default = op == "down"  # its k is contiguous: [columns, k]; the other way round for d_rows
         variants = [(name, default, torch.bfloat16) for name in SCHEDULES]
         variants += [("cooperative", not default, torch.bfloat16), ("cooperative", default, torch.float16)]
         for schedule, by_k, dtype in variants:
-            width = SCHEDULES[schedule].block_n
-            case = gluon_case(
+            width, bias = SCHEDULES[schedule].block_n, bias_type(TYPES[dtype]) if op == "down" else None
+            yield gluon_case(
                 down.down_kernel,
                 op,
                 schedule,
@@ -73,22 +70,14 @@ def down_cases() -> list[Case]:
                 width=width,
                 parts=down.parts_of(SCHEDULES[schedule]),
                 descriptors={"a": [BLOCK_M, BLOCK_K], "weight": weight_block(width, by_k)},
-                signature={
-                    "out": f"*{TYPES[dtype]}",
-                    "bias": bias_type(TYPES[dtype]) if op == "down" else None,
-                    "router_weights": "*fp32" if op == "down" else None,
-                    "source": "*i32" if op == "down" else None,
-                },
+                signature={"out": f"*{TYPES[dtype]}", "bias": bias, **only_of_down(op)},
                 sample=op == "down" and by_k and dtype == torch.bfloat16,
                 K_CONTIGUOUS=by_k,
             )
-            cases.append(case)
-    return cases
 
 
-def up_cases() -> list[Case]:
+def up_cases() -> Iterator[Case]:
     """Both forms in every schedule; the first also with every activation, the other layout and the other type."""
-    cases = []
     for op, activations in (("up_gated", GATED), ("up", UNGATED)):
         gated = op == "up_gated"
         # (schedule, activation, k is contiguous, type)
@@ -97,8 +86,8 @@ def up_cases() -> list[Case]:
         variants += [("cooperative", activations[0], False, torch.bfloat16)]
         variants += [("cooperative", activations[0], True, torch.float16)]
         for number, (schedule, activation, by_k, dtype) in enumerate(variants):
-            width = SCHEDULES[schedule].block_n // (2 if gated else 1)
-            case = gluon_case(
+            width, stored = SCHEDULES[schedule].block_n // (2 if gated else 1), TYPES[dtype]
+            yield gluon_case(
                 up.up_kernel,
                 op,
                 schedule,
@@ -107,15 +96,9 @@ def up_cases() -> list[Case]:
                 width=width,
                 parts=up.parts_of(SCHEDULES[schedule], gated),
                 descriptors={"weight": weight_block(width, by_k)},
-                signature={
-                    **dict.fromkeys(("x", "a", "h"), f"*{TYPES[dtype]}"),
-                    "source": "*i32",
-                    "bias": bias_type(TYPES[dtype]),
-                },
+                signature=dict.fromkeys(("x", "a", "h"), f"*{stored}") | {"source": "*i32", "bias": bias_type(stored)},
                 sample=gated and number < len(SCHEDULES),
                 TOP_K=8,
                 ACTIVATION=activation,
                 K_CONTIGUOUS=by_k,
             )
-            cases.append(case)
-    return cases

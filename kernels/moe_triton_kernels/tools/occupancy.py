@@ -13,6 +13,8 @@ from dataclasses import dataclass
 class Multiprocessor:
     """One streaming multiprocessor or compute unit. Its registers lie in `parts` equal files, each with its own warps.
 
+    The defaults are NVIDIA's: four files of 16384 32-bit registers are 512 per lane of a 32-lane warp.
+
     warps             resident warps at most (waves on AMD)
     programs          resident programs at most
     registers         per part and lane, counted per warp: how many registers of one lane a part's file holds
@@ -22,43 +24,22 @@ class Multiprocessor:
     shared_step       granularity in which shared memory is allocated, in bytes
     """
 
-    warps: int
-    programs: int
-    registers: int
-    register_step: int
     shared_bytes: int
-    reserved_bytes: int
-    shared_step: int
+    warps: int = 64
+    programs: int = 32
+    registers: int = 512
+    register_step: int = 8
+    reserved_bytes: int = 1 << 10
+    shared_step: int = 128
     parts: int = 4
 
 
-def nvidia(shared_kib: int) -> Multiprocessor:
-    """64 warps, 32 programs, four files of 16384 32-bit registers: 512 per lane of a 32-lane warp."""
-    return Multiprocessor(
-        warps=64,
-        programs=32,
-        registers=512,
-        register_step=8,
-        shared_bytes=shared_kib << 10,
-        reserved_bytes=1 << 10,
-        shared_step=128,
-    )
-
-
 MULTIPROCESSORS = {
-    "sm_80": nvidia(164),
-    "sm_90": nvidia(228),
-    "sm_100": nvidia(228),
+    "sm_80": Multiprocessor(shared_bytes=164 << 10),
+    "sm_90": Multiprocessor(shared_bytes=228 << 10),
+    "sm_100": Multiprocessor(shared_bytes=228 << 10),
     # four SIMDs of 8 waves, each with 512 vector registers per lane, accumulation registers included
-    "gfx942": Multiprocessor(
-        warps=32,
-        programs=32,
-        registers=512,
-        register_step=8,
-        shared_bytes=64 << 10,
-        reserved_bytes=0,
-        shared_step=512,
-    ),
+    "gfx942": Multiprocessor(warps=32, shared_bytes=64 << 10, reserved_bytes=0, shared_step=512),
 }
 
 

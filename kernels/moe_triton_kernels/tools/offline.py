@@ -53,10 +53,10 @@ class Report:
     registers: int
     spills: int
     shared_bytes: int
-    wgmma: int
-    mma: int
-    cp_async: int
-    tma: int
+    wgmma: int = 0
+    mma: int = 0
+    cp_async: int = 0
+    tma: int = 0
     setmaxnreg: int = 0
     proxy_fence: int = 0
 
@@ -72,14 +72,7 @@ PATTERNS = {
         "setmaxnreg": r"\bsetmaxnreg",
         "proxy_fence": r"\bfence\.proxy\.async",
     },
-    "amdgcn": {
-        "wgmma": r"$^",
-        "mma": r"\bv_mfma",
-        "cp_async": r"\b(?:global_load_lds|buffer_load\w* .*\blds\b)",
-        "tma": r"$^",
-        "setmaxnreg": r"$^",
-        "proxy_fence": r"$^",
-    },
+    "amdgcn": {"mma": r"\bv_mfma", "cp_async": r"\b(?:global_load_lds|buffer_load\w* .*\blds\b)"},
 }
 
 

@@ -9,22 +9,24 @@ from moe_triton_kernels.activations import GATED, UNGATED
 from moe_triton_kernels.d_hidden import d_hidden_kernel, d_router_weights_kernel
 from moe_triton_kernels.d_weight import d_bias_kernel, d_weight_kernel
 from moe_triton_kernels.down import down_kernel
-from moe_triton_kernels.grouped_gemm import BiasArgument, WeightArgument, descriptor_block
 from moe_triton_kernels.launch import pipeline_stages, tile_of
+from moe_triton_kernels.operands import BiasArgument, SizesArgument, WeightArgument, descriptor_block
 from moe_triton_kernels.tiles import TilesArgument
-from moe_triton_kernels.tools.case import Case, leaves
+from moe_triton_kernels.tools.case import Case, integers_of, leaves, pointers_of
 from moe_triton_kernels.tools.shipped import Shipped
 from moe_triton_kernels.up import up_kernel
 
 TILES = TilesArgument(table="*i32", num_tiles="*i32", offsets="*i32")
 
 
-def main_loop_instructions(shipped: Shipped, arch: str) -> list[str]:
+def main_loop_instructions(shipped: Shipped, arch: str, num_descriptors: int) -> list[str]:
     """What the main loop has to compile to: matrix instructions for 16-bit types, asynchronous copies before Blackwell.
 
-    wgmma takes 64 rows at least. On Blackwell the copies depend on `pipeline_stages`.
+    wgmma takes 64 rows at least. On Blackwell the copies by pointers depend on `pipeline_stages`.
     """
-    wants = ["cp_async"] if arch in ("sm_80", "sm_90") else []
+    wants = ["tma"] if num_descriptors else []
+    if arch in ("sm_80", "sm_90") and num_descriptors < 2:
+        wants.append("cp_async")
     if shipped.dtype != "fp32":
         wants.append("wgmma" if arch == "sm_90" and shipped.config.block_m >= 64 else "mma")
     return wants
@@ -43,11 +45,10 @@ def product_case(
     """A grouped kernel at a shipped configuration: sizes, and the strides of weights, are multiples of 16."""
     config = shipped.config
     signature = {**signature, "TILE": tile_of(arch, config)}
-    numbers = [name for name in fn.arg_names if name not in signature and name not in constants]
+    numbers = integers_of(fn, signature, constants)
     kinds = [(name, kind) for arg, value in signature.items() for name, _, kind in leaves(arg, value, ())]
-    # num_tiles is one of several counts, 4 bytes apart
-    aligned = [name for name, kind in kinds if str(kind).startswith("*") and name != "tiles.num_tiles"]
-    aligned += [name for name, kind in kinds if name.startswith("weight.stride_") and kind == "i32"]
+    aligned = pointers_of(signature)
+    aligned += [name for name, kind in kinds if name.startswith(("weight.stride_", "sizes.")) and kind == "i32"]
     aligned += [name for name in numbers if name.startswith("size_")]
     return Case(
         name=f"{shipped.op}_{shipped.dtype}_{config.block_m}x{config.block_n}x{config.block_k}_{variant}",
@@ -58,7 +59,7 @@ def product_case(
         num_stages=pipeline_stages(arch, config),
         aligned=aligned,
         sample=sample,
-        wants=[*main_loop_instructions(shipped, arch), *(["tma"] if signature.get("descriptor") else [])],
+        wants=main_loop_instructions(shipped, arch, sum(str(kind).startswith("tensordesc") for _, kind in kinds)),
     )
 
 
@@ -72,6 +73,7 @@ def weight_types(
         stride_k=1 if by_k else "i32",
         stride_n="i32" if by_k else 1,
         ALIGNMENT=16,
+        UNIT=1,
         K_CONTIGUOUS=by_k,
     )
     if addresses or not shipped.config.descriptors or not (by_k or halves == 1):
@@ -80,8 +82,18 @@ def weight_types(
     return {"weight": weight, "descriptor": f"tensordesc<{shipped.dtype}{block}>"}
 
 
+def rows_type(shipped: Shipped, block: Sequence[int]) -> str | None:
+    """The type of the descriptor of aligned rows, of which a load brings this block."""
+    return f"tensordesc<{shipped.dtype}{list(block)}>" if shipped.config.descriptors else None
+
+
 def bias_type(dtype: str, addresses: bool = False) -> BiasArgument:
-    return BiasArgument(data="*i64" if addresses else f"*{dtype}", stride_e="i32", stride_n=1, ALIGNMENT=16)
+    data = "*i64" if addresses else f"*{dtype}"
+    return BiasArgument(data=data, stride_e="i32", stride_n=1, ALIGNMENT=16, UNIT=1)
+
+
+def sizes_type(*, is_even: bool) -> SizesArgument:
+    return SizesArgument(k="i32", columns="i32", UNIT=1, EVEN_K=is_even)
 
 
 def up_cases(arch: str, shipped: Sequence[Shipped]) -> list[Case]:
@@ -114,6 +126,7 @@ def up_cases(arch: str, shipped: Sequence[Shipped]) -> list[Case]:
                     **dict.fromkeys(("x", "a", "h"), f"*{entry.dtype}"),
                     "source": "*i32",
                     "tiles": TILES,
+                    "sizes": sizes_type(is_even=not transposed),
                     "bias": bias_type(entry.dtype, addresses) if bias else None,
                     **weight,
                 },
@@ -121,7 +134,6 @@ def up_cases(arch: str, shipped: Sequence[Shipped]) -> list[Case]:
                 TOP_K=8,
                 ACTIVATION=activation,
                 CONCATENATED=concatenated,
-                EVEN_K=not transposed,
             )
             cases.append(case)
     return cases
@@ -148,16 +160,21 @@ def down_cases(arch: str, shipped: Sequence[Shipped]) -> list[Case]:
                     "a": stored,
                     "out": stored,
                     "bias": bias_type(entry.dtype, addresses) if is_down else None,
-                    "router_weights": "*fp32" if is_down else None,
-                    "source": "*i32" if is_down else None,
+                    **only_of_down(op),
                     "tiles": TILES,
+                    "sizes": sizes_type(is_even=not addresses),
+                    "a_descriptor": rows_type(entry, [entry.config.block_m, entry.config.block_k]),
                     **weight,
                 },
                 sample=number == 0,
-                EVEN_K=not addresses,
             )
             cases.append(case)
     return cases
+
+
+def only_of_down(op: str) -> dict[str, str | None]:
+    """What the kernel of down and d_rows takes for down only."""
+    return {"router_weights": "*fp32", "source": "*i32"} if op == "down" else {"router_weights": None, "source": None}
 
 
 def d_hidden_cases(arch: str, shipped: Sequence[Shipped]) -> list[Case]:
@@ -180,13 +197,13 @@ def d_hidden_cases(arch: str, shipped: Sequence[Shipped]) -> list[Case]:
                     **dict.fromkeys(("router_weights", "shares"), "*fp32"),
                     "source": "*i32",
                     "tiles": TILES,
+                    "sizes": sizes_type(is_even=not addresses),
                     **weight_types(entry, addresses=addresses, by_k=transposed, block_n=entry.config.block_n),
                 },
                 sample=number == 0,
                 TOP_K=8,
                 ACTIVATION=activation,
                 CONCATENATED=concatenated,
-                EVEN_K=not addresses,
             )
             cases.append(case)
     shares = Case(
@@ -219,12 +236,19 @@ def d_weight_cases(arch: str, shipped: Sequence[Shipped]) -> list[Case]:
             arch,
             variant="gather_left" if gather_left else "gather_right",
             signature=dict.fromkeys(("left", "right", "out"), f"*{entry.dtype}")
-            | {"partials": "*fp32", "source": "*i32", "pieces": "*i32", "state": "*i32"},
+            | {"partials": "*fp32", "source": "*i32", "pieces": "*i32", "state": "*i32"}
+            | {
+                "ordered": rows_type(
+                    entry, [entry.config.block_k, entry.config.block_n if gather_left else entry.config.block_m]
+                )
+            },
             sample=number == 0 or gather_left,
             TOP_K=8,
             GATHER_LEFT=gather_left,
             EVEN_I=not gather_left,
             EVEN_J=not gather_left,
+            UNIT=1,
+            NARROW=True,
         )
         for number, (entry, gather_left) in enumerate(variants)
     ]

@@ -9,17 +9,10 @@ import torch
 from moe_triton_kernels.configs import OPS, choose_config
 from moe_triton_kernels.heuristics import BUCKETS
 from moe_triton_kernels.launch import Config
+from moe_triton_kernels.tools.models import LAYERS
 
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-# (d, n) of the benchmarks' shapes: sonic-12, the published models, and the granularity sweep at d = 4096
-MODEL_SIZES = (
-    *((768, n) for n in (256, 512, 1024)),
-    *((1536, n) for n in (256, 512, 1024)),
-    *((4096, n) for n in (256, 512, 1024, 1536, 2048, 4096, 8192, 14336)),
-    *((2048, n) for n in (768, 1024)),
-    (2880, 2880),
-    (7168, 2048),
-)
+SIZES = tuple(dict.fromkeys((layer.hidden, layer.intermediate) for layer in LAYERS))  # (d, n)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +33,7 @@ def shipped_configs(architecture: str) -> list[Shipped]:
     for op in OPS:
         for dtype in (torch.bfloat16, torch.float32):
             for bucket in reversed(BUCKETS):
-                for d, n in MODEL_SIZES:
+                for d, n in SIZES:
                     config = choose_config(
                         op, d=d, n=n, dtype=dtype, num_rows=bucket, num_experts=1, architecture=architecture
                     )

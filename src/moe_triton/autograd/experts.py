@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from moe_triton import reference, runtime
 from moe_triton.autograd.flat import ROWS, Form, call_of, flatten_gradients, form_of, split, tensors_of
 from moe_triton.autograd.transforms import TransformedGradient, call_per_sample, refuse_jvp
+from moe_triton.quantization import QuantizedWeight
 from moe_triton.records import ExpertCall, ExpertParameters, ExpertSpec, Wanted
 from moe_triton.torch_internals import has_no_data, is_transforming
 
@@ -63,18 +64,27 @@ def in_autocast_dtype(call: ExpertCall) -> ExpertCall:
 
 
 def _cast(x: Any, dtype: torch.dtype) -> Any:
-    if x is None or isinstance(x, Tensor):
-        return x if x is None else x.to(dtype)
+    if x is None or isinstance(x, QuantizedWeight):
+        return x
+    if isinstance(x, Tensor):
+        return x.to(dtype)
     return [tensor.to(dtype) for tensor in x]
 
 
-def _fields(spec: ExpertSpec) -> tuple[str, bool, bool]:
+def _fields(spec: ExpertSpec) -> tuple[str, bool, bool, list[float]]:
     """The spec as the arguments of an op."""
-    return spec.activation, spec.is_transposed, spec.is_concatenated
+    scalings = [spec.gate_up_scaling, spec.down_scaling]
+    return spec.activation, spec.is_transposed, spec.is_concatenated, scalings
 
 
-def _spec(activation: str, is_transposed: bool, is_concatenated: bool) -> ExpertSpec:
-    return ExpertSpec(activation=activation, is_transposed=is_transposed, is_concatenated=is_concatenated)
+def _spec(activation: str, is_transposed: bool, is_concatenated: bool, scalings: Sequence[float]) -> ExpertSpec:
+    return ExpertSpec(
+        activation=activation,
+        is_transposed=is_transposed,
+        is_concatenated=is_concatenated,
+        gate_up_scaling=scalings[0],
+        down_scaling=scalings[1],
+    )
 
 
 def _gradients(
@@ -183,10 +193,11 @@ def _experts_op(
     activation: str,
     is_transposed: bool,
     is_concatenated: bool,
+    scalings: Sequence[float],
     backend: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _run(tuple(form), _spec(activation, is_transposed, is_concatenated), backend, keep, *tensors)
+    return _run(tuple(form), _spec(activation, is_transposed, is_concatenated, scalings), backend, keep, *tensors)
 
 
 @_experts_op.register_fake
@@ -196,10 +207,11 @@ def _(
     activation: str,
     is_transposed: bool,
     is_concatenated: bool,
+    scalings: Sequence[float],
     backend: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    call = call_of(tensors, tuple(form), _spec(activation, is_transposed, is_concatenated))
+    call = call_of(tensors, tuple(form), _spec(activation, is_transposed, is_concatenated, scalings))
     kept_shape = (call.num_rows, call.width) if keep else (0,)
     return call.hidden.new_empty(call.hidden.shape), call.hidden.new_empty(kept_shape)
 
@@ -213,11 +225,12 @@ def _experts_backward_op(
     activation: str,
     is_transposed: bool,
     is_concatenated: bool,
+    scalings: Sequence[float],
     backend: str,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     """`_gradients`."""
-    spec = _spec(activation, is_transposed, is_concatenated)
+    spec = _spec(activation, is_transposed, is_concatenated, scalings)
     found = _gradients(grad_out, preactivation, tensors, tuple(form), spec, backend, Wanted(*wanted))
     # the outputs of a custom op must not share storage, as slices of one stacked gradient would
     return [gradient.clone() if gradient._base is not None else gradient for gradient in found]
@@ -232,6 +245,7 @@ def _(
     activation: str,
     is_transposed: bool,
     is_concatenated: bool,
+    scalings: Sequence[float],
     backend: str,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
@@ -250,7 +264,7 @@ def _op_backward(ctx: Any, grad_out: Tensor, _grad_preactivation: Tensor | None)
     preactivation, *tensors = ctx.saved_tensors
     wanted = list(_wanted(ctx.per_tensor, ctx.form))
     found = _experts_backward_op(grad_out, preactivation, tensors, ctx.form, *ctx.options, wanted)
-    return (_at_inputs(found, ctx.per_tensor), *(None,) * 6)
+    return (_at_inputs(found, ctx.per_tensor), *(None,) * 7)
 
 
 _experts_op.register_autograd(_op_backward, setup_context=_setup_context)

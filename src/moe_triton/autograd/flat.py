@@ -3,29 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from itertools import product
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from moe_triton.records import Dispatch, ExpertCall, ExpertParameters, ExpertSpec, ExpertWeight
+from moe_triton.quantization import QuantizedWeight
+from moe_triton.quantization.formats import FORMATS
+from moe_triton.records import Dispatch, ExpertCall, ExpertParameters, ExpertSpec, Projection
 
-# Per group of parameters: 0 for one that is absent, STACKED, or the number of tensors of a sequence.
+# Per group of parameters: 0 for one that is absent, STACKED, the number of tensors of a sequence, or for a quantised
+# projection QUANTIZED - i for KINDS[i].
 Form = tuple[int, ...]
-STACKED = -1
+STACKED, QUANTIZED = -1, -2
+KINDS = tuple(product(FORMATS, (False, True), (False, True)))  # format, whether it has zero points, is_transposed
 ROWS = 6  # the tensors of a call that come before its parameters: hidden, weights and the Dispatch's four
 
 Item = TypeVar("Item")
 
 
-def form_of(groups: Sequence[ExpertWeight | None]) -> Form:
-    return tuple(0 if x is None else STACKED if isinstance(x, Tensor) else len(x) for x in groups)
+def form_of(groups: Sequence[Projection | None]) -> Form:
+    return tuple(map(_code_of, groups))
 
 
-def flatten(groups: Sequence[ExpertWeight | None]) -> list[Tensor]:
+def _code_of(group: Projection | None) -> int:
+    if isinstance(group, QuantizedWeight):
+        return QUANTIZED - KINDS.index((group.format, group.zeros is not None, group.is_transposed))
+    return 0 if group is None else STACKED if isinstance(group, Tensor) else len(group)
+
+
+def size_of(code: int) -> int:
+    """The number of tensors of a group."""
+    return len(parts_of(*KINDS[QUANTIZED - code])) if code <= QUANTIZED else abs(code)
+
+
+def flatten(groups: Sequence[Projection | None]) -> list[Tensor]:
     """All tensors of the groups, in order."""
     flat: list[Tensor] = []
     for group in groups:
-        if group is not None:
+        if isinstance(group, QuantizedWeight):
+            flat += group.parts().values()
+        elif group is not None:
             flat += [group] if isinstance(group, Tensor) else group
     return flat
 
@@ -33,7 +51,7 @@ def flatten(groups: Sequence[ExpertWeight | None]) -> list[Tensor]:
 def split(flat: Sequence[Item], form: Form) -> list[list[Item]]:
     """The items that belong to each group."""
     parts, start = [], 0
-    for size in map(abs, form):
+    for size in map(size_of, form):
         parts.append(list(flat[start : start + size]))
         start += size
     return parts
@@ -41,20 +59,28 @@ def split(flat: Sequence[Item], form: Form) -> list[list[Item]]:
 
 def unflatten(flat: Sequence[Tensor], form: Form) -> ExpertParameters:
     """The parameters that `flatten` and `form_of` were given."""
-    groups: list[ExpertWeight | None] = [
-        part[0] if size == STACKED else part or None for part, size in zip(split(flat, form), form, strict=True)
-    ]
-    gate_up, down, gate_up_bias, down_bias = groups
-    assert gate_up is not None
-    assert down is not None
-    return ExpertParameters(gate_up, down, gate_up_bias, down_bias)
+    groups: list[Any] = list(map(_group, split(flat, form), form))
+    return ExpertParameters(*groups)
 
 
-def flatten_gradients(gradients: Sequence[ExpertWeight | None], form: Form) -> list[Tensor | None]:
+def _group(tensors: list[Tensor], code: int) -> Projection | None:
+    if code <= QUANTIZED:
+        format_, has_zeros, is_transposed = KINDS[QUANTIZED - code]
+        parts = dict(zip(parts_of(format_, has_zeros, is_transposed), tensors, strict=True))
+        return QuantizedWeight(format=format_, is_transposed=is_transposed, **parts)
+    return tensors[0] if code == STACKED else tensors or None
+
+
+def parts_of(format_: str, has_zeros: bool, _is_transposed: bool) -> tuple[str, ...]:
+    """The fields of a QuantizedWeight that are tensors, in the order of its `parts`."""
+    return ("codes", "scales", *["zeros"] * has_zeros, *["global_scale"] * (format_ == "nvfp4"))
+
+
+def flatten_gradients(gradients: Sequence[Projection | None], form: Form) -> list[Tensor | None]:
     """One gradient per tensor of `flatten`'s, None for all of a group that has none."""
     flat: list[Tensor | None] = []
-    for gradient, size in zip(gradients, form, strict=True):
-        flat += [None] * abs(size) if gradient is None else flatten([gradient])
+    for gradient, code in zip(gradients, form, strict=True):
+        flat += [None] * size_of(code) if gradient is None else flatten([gradient])
     return flat
 
 

@@ -21,7 +21,7 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tens
     weight [E, out, in] ([E, in, out] with `is_transposed`), bias [E, out] or None, offsets [E+1] int32.
     """
     rows = GroupedRows(offsets, x.shape[0])
-    out = grouped_product(x, weight if is_transposed else weight.mT, rows, may_sync=True)
+    out = grouped_product(x, weight if is_transposed else weight.mT, rows)
     return torch.where(rows.kept_S1, out if bias is None else out + bias[rows.expert_S], 0)
 
 
@@ -31,10 +31,10 @@ def grouped_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of x (0 past offsets[E]), weight and bias (empty [0] without one); 0 for idle experts."""
     rows, grad = GroupedRows(offsets, x.shape[0]), grad.contiguous()
-    grad_x = grouped_product(grad, weight.mT if is_transposed else weight, rows, may_sync=True)
+    grad_x = grouped_product(grad, weight.mT if is_transposed else weight, rows)
     left, right = (x, grad) if is_transposed else (grad, x)
-    grad_weight = grouped_outer(left, right, rows, may_sync=True)
-    grad_bias = sum_per_expert(grad, rows, may_sync=True) if has_bias else weight.new_empty(0)
+    grad_weight = grouped_outer(left, right, rows)
+    grad_bias = sum_per_expert(grad, rows) if has_bias else weight.new_empty(0)
     return torch.where(rows.kept_S1, grad_x, 0), grad_weight, grad_bias
 
 

@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_triton.checks import check_choice, check_int
 from moe_triton.records import ACTIVATIONS, GATED, Dispatch, ExpertCall, ExpertParameters, ExpertSpec
+from moe_triton_kernels.tools import models
+from moe_triton_kernels.tools.floors import Shape
+from moe_triton_kernels.tools.models import Layer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHORT_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+PASSES = {"forward": 1, "backward": 2, "full": 3}  # of the experts' products: a backward has two
+MODES = tuple(PASSES)
 SKEWS = ("uniform", "zipf", "hot", "quarter-empty")
-MODES = ("forward", "backward", "full")
 ZIPF_EXPONENT = 1.2
 
 
@@ -90,8 +96,15 @@ class Case:
 
     def flops(self, mode: str) -> int:
         """Operations of the experts' products, backward being twice the forward; the gate is left out."""
-        forward = 2 * self.tokens * self.top_k * self.weight_elements
-        return {"forward": 1, "backward": 2, "full": 3}[mode] * forward
+        return PASSES[mode] * 2 * self.tokens * self.top_k * self.weight_elements
+
+    @property
+    def shape(self) -> Shape:
+        """What floors are computed for."""
+        return Shape(
+            tokens=self.tokens, hidden=self.hidden, intermediate=self.intermediate, experts=self.experts,
+            top_k=self.top_k, dtype=SHORT_NAMES[self.dtype], gated=self.activation in GATED,
+        )  # fmt: skip
 
     def title(self) -> str:
         shape = f"T={self.tokens} d={self.hidden} n={self.intermediate} E={self.experts} K={self.top_k} {self.dtype}"
@@ -112,34 +125,22 @@ class Preset:
     needs_gpu: bool
 
 
-def _case(name: str, tokens: int, hidden: int, intermediate: int, experts: int, top_k: int, **more: object) -> Case:
-    fields: dict = {"dtype": "bfloat16", **more}
-    return Case(
-        name=name, tokens=tokens, hidden=hidden, intermediate=intermediate, experts=experts, top_k=top_k, **fields
-    )
+def _case(name: str, tokens: int, layer: Layer, **more: Any) -> Case:
+    return Case(name=name, tokens=tokens, **layer._asdict(), **{"dtype": "bfloat16", **more})
 
 
 CPU_CASES = {
-    "cpu-fine": _case("cpu-fine", 2048, 512, 384, 64, 8),
-    "cpu-coarse": _case("cpu-coarse", 4096, 512, 1024, 8, 2),
-    "cpu-decode": _case("cpu-decode", 64, 512, 384, 64, 8),
+    "cpu-fine": _case("cpu-fine", 2048, Layer(512, 384, 64, 8)),
+    "cpu-coarse": _case("cpu-coarse", 4096, Layer(512, 1024, 8, 2)),
+    "cpu-decode": _case("cpu-decode", 64, Layer(512, 384, 64, 8)),
 }
 MODELS = (
-    _case("OLMoE", 32768, 2048, 1024, 64, 8),
-    _case("Qwen3-30B-A3B", 8192, 2048, 768, 128, 8),
-    _case("Qwen3-30B-A3B", 32768, 2048, 768, 128, 8),
-    _case("Qwen3-235B-A22B", 32768, 4096, 1536, 128, 8),
-    _case("Mixtral-8x7B", 16384, 4096, 14336, 8, 2),
-    _case("DeepSeek-V3", 16384, 7168, 2048, 256, 8),
-    _case("gpt-oss-20b", 16384, 2880, 2880, 32, 4, activation="gpt_oss", bias=True),
+    _case("OLMoE", 32768, models.MODELS["OLMoE"]),
+    *(_case("Qwen3-30B-A3B", tokens, models.MODELS["Qwen3-30B-A3B"]) for tokens in (8192, 32768)),
+    _case("Qwen3-235B-A22B", 32768, models.MODELS["Qwen3-235B-A22B"]),
+    *(_case(name, 16384, models.MODELS[name]) for name in ("Mixtral-8x7B", "DeepSeek-V3")),
+    _case("gpt-oss-20b", 16384, models.MODELS["gpt-oss-20b"], activation="gpt_oss", bias=True),
 )
-# The twelve shapes of the SonicMoE paper (arXiv 2512.14080): model size -> (T, d), and its (n, E, K).
-SONIC = {
-    "1.4B": ((40960, 768), ((256, 128, 8), (512, 64, 4), (1024, 32, 2))),
-    "7B": ((24576, 1536), ((256, 128, 8), (512, 64, 4), (1024, 32, 2))),
-    "30B": ((32768, 4096), ((256, 256, 16), (512, 128, 8), (1024, 64, 4))),
-    "120B": ((32768, 4096), ((512, 256, 16), (1024, 128, 8), (2048, 64, 4))),
-}
 DECODE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -158,16 +159,16 @@ PRESETS = {
     "sonic-12": Preset(
         about="the twelve shapes of the SonicMoE paper",
         cases=tuple(
-            _case(f"{size} n={n}", tokens, d, n, num_experts, k)
-            for size, ((tokens, d), shapes) in SONIC.items()
-            for n, num_experts, k in shapes
+            _case(f"{size} n={layer.intermediate}", tokens, layer)
+            for size, (tokens, layers) in models.SONIC.items()
+            for layer in layers
         ),
         needs_gpu=True,
     ),
     "models": Preset(about="the MoE layers of published models", cases=MODELS, needs_gpu=True),
     "scatter": Preset(
         about="granularity at constant active parameters: n = 8192/k, E = 8k",
-        cases=tuple(_case(f"k={k}", 16384, 4096, 8192 // k, 8 * k, k) for k in (1, 2, 4, 8, 16)),
+        cases=tuple(_case(f"k={layer.top_k}", 16384, layer) for layer in models.GRANULARITY),
         needs_gpu=True,
     ),
     "decode": Preset(
@@ -217,13 +218,7 @@ class Workload:
     @property
     def experts(self) -> dict[str, Tensor]:
         """The experts' weights and biases by name; the ones that do not exist are left out."""
-        named = {
-            "gate_up": self.gate_up,
-            "down": self.down,
-            "gate_up_bias": self.gate_up_bias,
-            "down_bias": self.down_bias,
-        }
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+        return {name: tensor for name, tensor in self.parameters._asdict().items() if tensor is not None}
 
 
 def wanted_logits(case: Case, generator: torch.Generator) -> Tensor:
@@ -268,12 +263,9 @@ def make_workload(case: Case, device: torch.device, seed: int = 0) -> Workload:
     hidden += (wanted_logits(case, generator) - hidden @ gate_dE) @ gate_dE.T
     rows, inner = case.expert_rows, case.intermediate
     return Workload(
-        case=case,
-        hidden=hidden.to(dtype),
-        grad_out=normal(case.tokens, case.hidden).to(dtype),
-        gate=gate_dE.T.contiguous().to(dtype),
-        gate_up=parameter(case.hidden, case.experts, rows, case.hidden),
+        case=case, hidden=hidden.to(dtype), grad_out=normal(case.tokens, case.hidden).to(dtype),
+        gate=gate_dE.T.contiguous().to(dtype), gate_up=parameter(case.hidden, case.experts, rows, case.hidden),
         down=parameter(inner, case.experts, case.hidden, inner),
         gate_up_bias=parameter(case.hidden, case.experts, rows) if case.bias else None,
         down_bias=parameter(inner, case.experts, case.hidden) if case.bias else None,
-    )
+    )  # fmt: skip

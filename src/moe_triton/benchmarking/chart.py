@@ -23,9 +23,9 @@ def draw_panel(axes: Any, run: Run, unit: tuple[str, float]) -> None:
     """Bars in the table's order. At our bar stands its share of the limits, at the others how much faster ours is."""
     name, scale = unit
     rows = [row for row in run.rows if row.kind in COLOURS and row.tflops is not None]
-    speeds = [(row.tflops or 0.0) * scale for row in rows]
-    bounds = [row for row in run.rows if row.kind == "limit" and row.time_s is not None]
-    marks = {row.name: run.flops / row.time_s.p50 / 1e12 * scale for row in bounds if row.time_s is not None}
+    speeds = [run.speed(row) * scale for row in rows]
+    bounds = (row for row in run.rows if row.kind == "limit" and row.time_s is not None)
+    marks = {row.name: run.speed(row) * scale for row in bounds}
     reach = FAR * max([*speeds, marks.get("roof", 0.0)], default=1.0)
     marks = {bound: at for bound, at in marks.items() if at <= reach}  # a limit far away would squeeze the bars
     title = fill(f"{run.case.title()}, {MODE_NAMES[run.mode]}", 60)
@@ -36,16 +36,8 @@ def draw_panel(axes: Any, run: Run, unit: tuple[str, float]) -> None:
         side = "left" if place == len(marks) - 1 else "right" if place == 0 else "center"  # names must not touch
         colour, style = LIMITS[bound]
         axes.axvline(at, color=colour, linestyle=style, linewidth=1.4, zorder=0)
-        axes.annotate(
-            bound,
-            (at, 1),
-            (0, 2),
-            xycoords=axes.get_xaxis_transform(),
-            textcoords="offset points",
-            ha=side,
-            fontsize=7,
-            color=colour,
-        )
+        at_top = {"textcoords": "offset points", "ha": side, "fontsize": 7, "color": colour}
+        axes.annotate(bound, (at, 1), (0, 2), xycoords=axes.get_xaxis_transform(), **at_top)
     background = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # the limits' lines end there
     longest = 0
     for index, row in enumerate(rows):
@@ -55,15 +47,8 @@ def draw_panel(axes: Any, run: Run, unit: tuple[str, float]) -> None:
             text = ", ".join(f"{share.p50:.2f} of {bound}" for bound, share in row.of.items())
         label = f"{three_digits(speeds[index])}  ({text})" if text else three_digits(speeds[index])
         longest = max(longest, len(label))
-        axes.annotate(
-            label,
-            (speeds[index], index),
-            (5, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-            bbox=background,
-        )
+        beside = {"textcoords": "offset points", "va": "center", "fontsize": 8, "bbox": background}
+        axes.annotate(label, (speeds[index], index), (5, 0), **beside)
     axes.set_yticks(range(len(rows)), [row.label for row in rows], fontsize=8)
     axes.invert_yaxis()
     room = 1 - min(longest, 60) / PANEL_CHARACTERS  # for the label at the longest bar

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from moe_triton import reference
 from moe_triton.benchmarking.cases import Workload
 from moe_triton.benchmarking.providers.block import Block, Parameter
-from moe_triton.records import Dispatch, ExpertCall, ExpertParameters, RouterSpec
+from moe_triton.records import ExpertCall, ExpertParameters, RouterSpec
 
 # Relative RMS error of a whole tensor. bf16 and fp16 leave room for a router that computes its logits in that dtype.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -62,20 +63,6 @@ class Difference:
         whole = (errors.sum() / norms.sum()).sqrt().item()
         part = (errors.sqrt() / torch.maximum(norms.sqrt(), 0.05 * typical)).max().item()
         return whole, part
-
-
-def check(block: Block, workload: Workload) -> Check:
-    """Runs the block forward, and backward if it is trainable, and judges the outcome."""
-    hidden = workload.hidden.detach().clone().requires_grad_(block.is_trainable)
-    with torch.no_grad():
-        chosen = block.choose(hidden).long()
-    if not block.is_trainable:
-        with torch.no_grad():
-            inferred = block.forward(hidden)
-        return verify(chosen, inferred, None, block, workload)
-    out = block.forward(hidden)
-    grads = torch.autograd.grad(out, [hidden, *block.leaves()], workload.grad_out)
-    return verify(chosen, out.detach(), grads, block, workload)
 
 
 def verify(
@@ -137,7 +124,7 @@ def compare(
     gate = workload.gate.double().requires_grad_()
     noise = torch.zeros(case.tokens, case.experts, dtype=torch.float64, device=x.device)
     routing = reference.route(x @ gate.T, spec, noise=noise.scatter_(1, chosen_TK, FORCED))
-    plan = reference.dispatch(routing.experts, case.experts)
+    dispatched = reference.dispatch(routing.experts, case.experts)
 
     hidden = x.detach().requires_grad_()
     weights = routing.weights.detach().requires_grad_()
@@ -147,22 +134,17 @@ def compare(
     step = max(1, REFERENCE_BYTES // (2 * 8 * case.weight_elements))
     for first in range(0, case.experts, step):
         part = range(first, min(first + step, case.experts))
-        own = Dispatch(
-            counts=plan.counts[first : part.stop],
-            offsets=plan.offsets[first : part.stop + 1],
-            source=plan.source,
-            position=plan.position,
+        own = replace(
+            dispatched, counts=dispatched.counts[first : part.stop], offsets=dispatched.offsets[first : part.stop + 1]
         )
         # a leaf per expert: the gradient of an index into stacked weights would fill the whole stack every time
-        named = {name: [tensor[e].double().requires_grad_() for e in part] for name, tensor in workload.experts.items()}
+        named: dict[str, Any] = {
+            name: [tensor[e].double().requires_grad_() for e in part] for name, tensor in workload.experts.items()
+        }
         leaves = [tensor for tensors in named.values() for tensor in tensors]
         partial = reference.moe_experts(
             ExpertCall(
-                hidden=hidden,
-                weights=weights,
-                dispatched=own,
-                parameters=ExpertParameters(**named),
-                spec=workload.spec,
+                hidden=hidden, weights=weights, dispatched=own, parameters=ExpertParameters(**named), spec=workload.spec
             )
         )
         partial_hidden, partial_weights, *expected = torch.autograd.grad(partial, [hidden, weights, *leaves], grad_out)

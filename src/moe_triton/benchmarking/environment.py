@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import importlib.metadata
 import importlib.util
 import platform
 import subprocess
@@ -13,19 +12,13 @@ from typing import Any
 
 import torch
 
+from moe_triton.runtime import installed_version
+
 VERSIONS = (
     "moe-triton", "torch", "triton", "transformers", "deepspeed", "scattermoe", "liger-kernel", "triton_kernels",
     "sonicmoe", "megablocks",
 )  # fmt: skip
 SOURCES = ("moe_triton", "moe_triton_kernels")
-
-
-def version(package: str) -> str | None:
-    """The installed version of a distribution, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def cpu_name() -> str:
@@ -66,17 +59,11 @@ def devices() -> list[dict[str, Any]]:
             "capability": torch.backends.cpu.get_cpu_capability(),
         }
     ]
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(index)
-            found.append(
-                {
-                    "device": f"cuda:{index}",
-                    "name": properties.name,
-                    "memory_gib": round(properties.total_memory / 2**30, 1),
-                    "capability": f"{properties.major}.{properties.minor}",
-                }
-            )
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        memory = round(gpu.total_memory / 2**30, 1)
+        capability = f"{gpu.major}.{gpu.minor}"
+        found.append({"device": f"cuda:{index}", "name": gpu.name, "memory_gib": memory, "capability": capability})
     return found
 
 
@@ -93,7 +80,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in VERSIONS},
+            **{name: installed_version(name) for name in VERSIONS},
             "ptxas": None if device.type == "cpu" else ptxas_version(),
         },
         "commit": commit(),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_triton.benchmarking.correctness import Difference
 from moe_triton.benchmarking.stages_triton import ExpertKernels
-from moe_triton.reference import activate
+from moe_triton.reference import activate, dequantized
 
 
 def stage_error(kernels: ExpertKernels, stage: str, result: object) -> float:
@@ -35,9 +35,8 @@ def stage_error(kernels: ExpertKernels, stage: str, result: object) -> float:
 def expected_of(kernels: ExpertKernels, stage: str, expert: int, rows: slice) -> tuple[Tensor, ...]:
     """What the stage should make of one expert's rows, in float64, tensor by tensor."""
     call, spec = kernels.problem.call, kernels.problem.spec
-    gate_up, down, gate_up_bias, down_bias = (None if p is None else p[expert].double() for p in call.parameters)
-    assert gate_up is not None
-    assert down is not None
+    gate_up, down = (dequantized(p, torch.float32)[expert].double() for p in call.parameters[:2])
+    gate_up_bias, down_bias = (None if p is None else p[expert].double() for p in call.parameters[2:4])
     if spec.is_transposed:
         gate_up, down = gate_up.T, down.T
     slots = call.dispatched.source[rows].long()

@@ -10,8 +10,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from moe_triton.benchmarking.cases import Case, Workload
-from moe_triton.torch_internals import onednn_has_bf16, onednn_linear
+from moe_triton.backends.torch.processor import this_processor
+from moe_triton.benchmarking.cases import PASSES, Case, Workload
+from moe_triton.torch_internals import onednn_linear
 
 Product = tuple[Tensor, Tensor, Tensor]  # (a, b, out): a @ b
 SMALL_TOKENS = 256  # up to here reading the weights bounds the time, so the bandwidth floor is shown
@@ -51,8 +52,8 @@ def by_onednn(parts: Sequence[Product], linear: Callable[..., Tensor]) -> Callab
 
 
 def onednn_dtypes() -> tuple[torch.dtype, ...]:
-    """What oneDNN's product takes: bf16 only on processors that oneDNN has bf16 kernels for."""
-    return (torch.float32, torch.bfloat16) if onednn_has_bf16() else (torch.float32,)
+    """What oneDNN's product is fast for: bf16 only on processors that multiply bf16."""
+    return (torch.float32, torch.bfloat16) if this_processor().has_bf16_products else (torch.float32,)
 
 
 def fastest(parts: Sequence[Product], clock: Callable[[], float] = time.perf_counter) -> tuple[Callable[[], None], str]:
@@ -110,7 +111,7 @@ def roof(workload: Workload, counts: Sequence[int], mode: str) -> Limit:
 def dense_product(workload: Workload, mode: str) -> Product:
     """One product with the experts' FLOPs: [T, K 3n] @ [K 3n, d] (2n when ungated), 2 T for backward, 3 T for full."""
     case = workload.case
-    rows = case.tokens * {"forward": 1, "backward": 2, "full": 3}[mode]
+    rows = case.tokens * PASSES[mode]
     inner = case.top_k * (case.expert_rows + case.intermediate)
     like = workload.hidden
     a = torch.randn(rows, inner, device=like.device, dtype=like.dtype)

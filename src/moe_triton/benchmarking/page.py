@@ -5,22 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import groupby
+from statistics import geometric_mean
 from typing import Any
 
+from moe_triton.benchmarking import report
 from moe_triton.benchmarking.comparing import Comparison
 from moe_triton.benchmarking.environment import caption
-from moe_triton.benchmarking.report import (
-    MODE_NAMES,
-    cells,
-    columns,
-    comparison_lines,
-    factor,
-    geometric_mean,
-    headline,
-    self_check_line,
-    speed_unit,
-    three_digits,
-)
+from moe_triton.benchmarking.report import MODE_NAMES, factor, three_digits
 from moe_triton.benchmarking.results import Run
 from moe_triton.benchmarking.stage_report import STAGE_HEADER, stage_cells, stage_summary
 from moe_triton.benchmarking.stages import StageTable
@@ -84,10 +75,7 @@ def bars(run: Run, unit: tuple[str, float]) -> str:
     """Our providers, the peers and the limits by speed, in the table's order."""
     name, scale = unit
     shown = [row for row in run.rows if row.kind in ("ours", "peer") and row.tflops is not None]
-    speeds = {row.name: (row.tflops or 0.0) * scale for row in run.rows if row.time_s is not None}
-    for row in run.rows:
-        if row.kind == "limit" and row.time_s is not None:  # the floor too, as the speed that it allows
-            speeds[row.name] = run.flops / row.time_s.p50 / 1e12 * scale
+    speeds = {row.name: run.speed(row) * scale for row in run.rows if row.time_s is not None}
     fastest = max((speeds[row.name] for row in shown), default=0.0)
     near = [row for row in run.rows if row.kind == "limit" and 0 < speeds.get(row.name, 0.0) <= FAR * fastest]
     longest = max((speeds[row.name] for row in (*shown, *near)), default=1.0)
@@ -110,10 +98,10 @@ def bars(run: Run, unit: tuple[str, float]) -> str:
 def run_table(run: Run, unit: tuple[str, float]) -> str:
     speedups = {name: f"{factor(found.p50)}x" for name, found in run.speedups.items()}
     rows = [
-        ("fault" if row in run.faults else row.kind, cells(run, row, unit, speedups.get(row.name, "")))
+        ("fault" if row in run.faults else row.kind, report.cells(run, row, unit, speedups.get(row.name, "")))
         for row in run.rows
     ]
-    return table(columns(run, unit, "error"), rows, text_columns=1)
+    return table(report.columns(run, unit, "error"), rows, text_columns=1)
 
 
 def summary_table(runs: Sequence[Run]) -> str:
@@ -184,7 +172,13 @@ def environment_table(facts: Mapping[str, Any]) -> str:
 def case_section(runs: Sequence[Run], unit: tuple[str, float]) -> str:
     parts = [f"<h2>{escape(runs[0].case.title())}</h2>"]
     for run in runs:
-        rest = headline(run).removeprefix(run.case.title()).lstrip(", ").removeprefix(MODE_NAMES[run.mode]).strip(" ()")
+        rest = (
+            report.headline(run)
+            .removeprefix(run.case.title())
+            .lstrip(", ")
+            .removeprefix(MODE_NAMES[run.mode])
+            .strip(" ()")
+        )
         parts.append(f"<h3>{MODE_NAMES[run.mode]}</h3>{bars(run, unit)}")
         parts.append(f"<details><summary>all numbers ({escape(rest)})</summary>{run_table(run, unit)}</details>")
     return f"<section>{''.join(parts)}</section>"
@@ -208,20 +202,20 @@ def render(
     comparison: Comparison | None = None,
 ) -> str:
     """The page."""
-    unit = speed_unit(runs)
+    unit = report.speed_unit(runs)
     checked = any(run.self_check is not None for run in runs)
     steadiness = "note" if not checked else "good" if all(run.is_steady for run in runs) else "bad"
     faults = list(dict.fromkeys(f"{row.label}: {row.status}: {row.note}" for run in runs for row in run.faults))
     parts = [
         f'<h1>moe-triton bench</h1><p class="lead">{lead(runs, facts["device"]["name"])}</p>',
-        f'<p class="{steadiness}">{escape(self_check_line(runs))}</p>',
+        f'<p class="{steadiness}">{escape(report.self_check_line(runs))}</p>',
         *(f'<p class="bad">{escape(fault)}</p>' for fault in faults),
         f"<section><h2>Against each peer</h2>{summary_table(runs)}",
         '<p class="note">Geometric means over the cells; a cell is one shape in one pass.</p></section>',
     ]
     if comparison is not None:
         parts.append(
-            f"<section><h2>Compared</h2><pre>{escape(chr(10).join(comparison_lines(comparison)))}</pre></section>"
+            f"<section><h2>Compared</h2><pre>{escape(chr(10).join(report.comparison_lines(comparison)))}</pre></section>"
         )
     parts += [case_section(list(group), unit) for _, group in groupby(runs, key=lambda run: run.case)]
     parts.append(stage_section(stages))

@@ -18,14 +18,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, record_function
 
 from moe_triton.benchmarking.cases import Workload
-from moe_triton.benchmarking.stages import (
-    LAYER,
-    StageTable,
-    open_layer,
-    run_beside_speeds,
-    stage_table,
-    whole_passes,
-)
+from moe_triton.benchmarking.stages import LAYER, StageTable, open_layer, run_beside_speeds, stage_table, whole_passes
 from moe_triton.benchmarking.timing import Timer, Times, ready
 from moe_triton.layers import Experts, MoE, Router
 from moe_triton.training.config import TrainConfig
@@ -161,9 +154,6 @@ def read_trace(path: Path, device: torch.device) -> tuple[list[Allocated], list[
     return sorted(memory, key=lambda m: m.at_us), sorted(ranges, key=lambda r: r.start_us)
 
 
-# A layer --------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class LayerProfile:
     """The stages by the profiler's own times, the trace, and how many tokens chose each expert (none is dropped)."""
@@ -201,10 +191,7 @@ def profile_layer(
         name.removeprefix(PREFIX): list(found) for name, found in trace.seconds.items() if name.startswith(PREFIX)
     }
     table = stage_table(opened, workload.case, times, flops_per_s, bytes_per_s)
-    return LayerProfile(table=table, trace=trace, counts=opened.plan.counts.tolist())
-
-
-# A training step ------------------------------------------------------------------------------------------------------
+    return LayerProfile(table=table, trace=trace, counts=opened.dispatched.counts.tolist())
 
 
 @contextlib.contextmanager

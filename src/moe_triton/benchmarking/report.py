@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,15 +59,13 @@ def speedup_cell(value: Spread | None) -> str:
     return "" if value is None else f"{factor(value.p50)}x ({factor(value.p20)}-{factor(value.p80)})"
 
 
+def spread_cell(time_s: Spread) -> str:
+    """Milliseconds: p50 (p20-p80)."""
+    return f"{milliseconds(time_s.p50)} ({milliseconds(time_s.p20)}-{milliseconds(time_s.p80)})"
+
+
 def mebibytes(count: int | None) -> str:
     return "" if count is None else three_digits(count / 2**20)
-
-
-def time_cell(row: Row) -> str:
-    if row.time_s is None:
-        return row.status
-    low, middle, high = (milliseconds(t) for t in (row.time_s.p20, row.time_s.p50, row.time_s.p80))
-    return f"{middle} ({low}-{high})"
 
 
 def error_cell(row: Row, mode: str) -> str:
@@ -109,7 +106,7 @@ def cells(run: Run, row: Row, unit: tuple[str, float], speedup: str) -> list[str
     peak = [mebibytes(row.peak_bytes)] if any(row.peak_bytes is not None for row in run.rows) else []
     return [
         row.label,
-        time_cell(row),
+        row.status if row.time_s is None else spread_cell(row.time_s),
         "" if row.tflops is None else three_digits(row.tflops * unit[1]),
         *(f"{row.of[bound].p50:.2f}" if bound in row.of else "" for bound in bounds),
         speedup,
@@ -199,10 +196,6 @@ def self_check_line(runs: Sequence[Run]) -> str:
     if noisy:
         text += f"; NOT STEADY: {noisy} of {len(found)} cells are beyond the limit, this machine was doing other work"
     return text
-
-
-def geometric_mean(values: Sequence[float]) -> float:
-    return math.exp(sum(math.log(value) for value in values) / len(values))
 
 
 def comparison_lines(found: Comparison) -> list[str]:

@@ -88,6 +88,11 @@ class Run:
     def is_steady(self) -> bool:
         return self.self_difference is None or self.self_difference < SELF_CHECK_LIMIT
 
+    def speed(self, row: Row) -> float:
+        """TFLOP/s of a row with times; of the bandwidth floor, which computes nothing, the speed that it allows."""
+        assert row.time_s is not None
+        return self.flops / row.time_s.p50 / 1e12
+
     def row(self, name: str) -> Row | None:
         return next((row for row in self.rows if row.name == name), None)
 

@@ -54,13 +54,9 @@ def prepare(name: str, workload: Workload, provider: Provider | None = None, way
     """Builds a provider (None: that of the name) and checks its result. A wrong or broken one is not timed."""
     provider = PROVIDERS[name] if provider is None else provider
     found = Prepared(
-        name=name if way == "eager" else f"{name}+{way}",
-        provider=provider,
-        label=provider.label + LABELS[way],
-        way=way,
-        kind="ours" if provider.is_ours else "peer",
-        note=provider.notes,
-    )
+        name=name if way == "eager" else f"{name}+{way}", provider=provider, label=provider.label + LABELS[way],
+        way=way, kind="ours" if provider.is_ours else "peer", note=provider.notes,
+    )  # fmt: skip
     try:
         block = provider.build(workload)
         found.label = (block.label or provider.label) + LABELS[way]
@@ -88,13 +84,9 @@ def prepare(name: str, workload: Workload, provider: Provider | None = None, way
 def twin_of(own: Prepared, workload: Workload) -> Prepared:
     """The same provider, built once more under another name: what differs between the two is the measurement's."""
     return Prepared(
-        name=f"{own.name} again",
-        provider=own.provider,
-        label=f"self-check: {own.label} again",
-        way=own.way,
-        kind="check",
-        runnable=runnable(own.provider.build(workload), workload, own.way),
-    )
+        name=f"{own.name} again", provider=own.provider, label=f"self-check: {own.label} again", way=own.way,
+        kind="check", runnable=runnable(own.provider.build(workload), workload, own.way),
+    )  # fmt: skip
 
 
 def expert_counts(workload: Workload) -> list[int]:
@@ -192,16 +184,9 @@ def relate(case: Case, mode: str, counts: list[int], rows: list[Row]) -> Run:
             elif row.kind != "limit" and row is not own and factor is not None:
                 speedups[row.name] = factor
     return Run(
-        case=case,
-        mode=mode,
-        flops=flops,
-        counts=counts,
-        rows=rows,
-        ours=None if own is None else own.name,
-        speedups=speedups,
-        self_check=self_check,
-        measured=now(),
-    )
+        case=case, mode=mode, flops=flops, counts=counts, rows=rows, ours=None if own is None else own.name,
+        speedups=speedups, self_check=self_check, measured=now(),
+    )  # fmt: skip
 
 
 def measure_case(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from moe_triton.benchmarking.report import milliseconds, plain_console, print_table, three_digits
+from moe_triton.benchmarking.report import milliseconds, plain_console, print_table, spread_cell, three_digits
 from moe_triton.benchmarking.stages import PASSES, StageRow, StageTable, middle
 
 STAGE_HEADER = ("stage", "ms", "share", "GFLOP", "MB", "floor ms", "of floor", "kernel, configuration")
@@ -16,10 +16,9 @@ def stage_cells(row: StageRow) -> list[str]:
     """A stage's line in the table; without times it says why."""
     if row.time_s is None or row.floor_s is None or row.of_floor is None:
         return [row.full_name, "not measured", "", "", "", "", "", row.note]
-    times = f"{milliseconds(row.time_s.p50)} ({milliseconds(row.time_s.p20)}-{milliseconds(row.time_s.p80)})"
     return [
         row.full_name,
-        times,
+        spread_cell(row.time_s),
         "" if row.share is None else f"{row.share:.1%}",
         three_digits((row.flops or 0) / 1e9),
         three_digits((row.bytes or 0) / 1e6),

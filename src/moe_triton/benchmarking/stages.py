@@ -26,9 +26,8 @@ from moe_triton.benchmarking.stage import Stage
 from moe_triton.benchmarking.timing import Call, Fresh, Spread, Timer, Times, run_rounds, spread
 from moe_triton.benchmarking.ways import Runnable
 from moe_triton.records import Dispatch, ExpertCall, GateWanted, RouterSpec
-from moe_triton_kernels.tools.floors import FLOORS, Shape, Work
+from moe_triton_kernels.tools.floors import FLOORS, Work
 
-DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 DENSE, BANDWIDTH = "a dense product", "a sum over a large buffer"
 LAYER = ("layer forward", "layer backward")  # of a training step: besides its stages, autograd, checks, allocation
 PASSES = {False: LAYER[0], True: LAYER[1]}
@@ -102,7 +101,7 @@ class Opened:
 
     backend: str
     stages: list[Stage]
-    plan: Dispatch
+    dispatched: Dispatch
 
     @property
     def calls(self) -> dict[str, Call]:
@@ -137,8 +136,8 @@ def open_layer(workload: Workload, backend: str = "auto") -> Opened:
         logits = gate_forward()
         experts, weights, _, score_sums, z_sum = route_forward()
         counts, offsets, source, position = build_dispatch()
-        plan = Dispatch(counts=counts, offsets=offsets, source=source, position=position)
-        inner = expert_stages(name, workload.call(weights, plan), workload.grad_out)
+        dispatched = Dispatch(counts=counts, offsets=offsets, source=source, position=position)
+        inner = expert_stages(name, workload.call(weights, dispatched), workload.grad_out)
         grad_weights = torch.randn_like(weights)
         zeros = torch.zeros_like(score_sums), torch.zeros_like(z_sum)
         grad_logits = route_backward()
@@ -157,37 +156,17 @@ def open_layer(workload: Workload, backend: str = "auto") -> Opened:
 
     outer = [
         Stage(name="gate", kernel=f"{name}.gate.gate_forward" if is_narrow else "linear", call=gate_forward),
-        Stage(
-            name="route",
-            kernel=f"{name}.routing.route_forward",
-            floors=("topk",),
-            call=route_forward,
-        ),
-        Stage(
-            name="dispatch",
-            kernel=f"{name}.dispatch.build_dispatch",
-            floors=("permutation",),
-            call=build_dispatch,
-        ),
+        Stage(name="route", kernel=f"{name}.routing.route_forward", floors=("topk",), call=route_forward),
+        Stage(name="dispatch", kernel=f"{name}.dispatch.build_dispatch", floors=("permutation",), call=build_dispatch),
     ]
+    backward_gate = f"{name}.gate.gate_backward" if is_narrow else "two products"
     behind = [
-        Stage(
-            name="route",
-            is_backward=True,
-            kernel=f"{name}.routing.route_backward",
-            floors=("topk_backward",),
-            call=route_backward,
-        ),
-        Stage(
-            name="gate",
-            is_backward=True,
-            kernel=f"{name}.gate.gate_backward" if is_narrow else "two products",
-            call=gate_backward,
-        ),
+        Stage(name="route", kernel=f"{name}.routing.route_backward", floors=("topk_backward",), call=route_backward),
+        Stage(name="gate", kernel=backward_gate, call=gate_backward),
     ]
-    stages = [*outer, *inner, *behind]
+    stages = [*outer, *inner, *(replace(stage, is_backward=True) for stage in behind)]
     wrapped = [stage if stage.call is None else replace(stage, call=plain(stage.call)) for stage in stages]
-    return Opened(backend=name, stages=wrapped, plan=plan)
+    return Opened(backend=name, stages=wrapped, dispatched=dispatched)
 
 
 def expert_stages(backend: str, call: ExpertCall, grad_out: Tensor) -> list[Stage]:
@@ -212,11 +191,7 @@ def works(stage: Stage, case: Case) -> list[Work]:
 
 def work_of(name: str, case: Case) -> Work:
     """What a kernel of FLOORS computes and moves for a case."""
-    shape = Shape(
-        tokens=case.tokens, hidden=case.hidden, intermediate=case.intermediate, experts=case.experts, top_k=case.top_k,
-        dtype=DTYPE_NAMES[case.dtype], gated=case.expert_rows == 2 * case.intermediate,
-    )  # fmt: skip
-    return FLOORS[name](shape)
+    return FLOORS[name](case.shape)
 
 
 def whole_passes(opened: Opened, workload: Workload) -> dict[str, Call]:
@@ -266,14 +241,9 @@ def stage_table(
             row.fill(works(stage, case), times[row.full_name], flops_per_s, bytes_per_s)
     fill_shares(rows)
     return StageTable(
-        case=case,
-        backend=opened.backend,
-        stages=rows,
-        flops_per_s=flops_per_s,
-        bytes_per_s=bytes_per_s,
-        layer_s={name: found for name in LAYER if (found := spread(times.get(name, []))) is not None},
-        measured=now(),
-    )
+        case=case, backend=opened.backend, stages=rows, flops_per_s=flops_per_s, bytes_per_s=bytes_per_s,
+        layer_s={name: found for name in LAYER if (found := spread(times.get(name, []))) is not None}, measured=now(),
+    )  # fmt: skip
 
 
 def table_from(value: dict[str, Any]) -> StageTable:

@@ -22,12 +22,11 @@ from typing import Any
 
 import torch
 
-from moe_triton import kernel_stages
 from moe_triton.benchmarking.cases import Case
 from moe_triton.benchmarking.environment import now
 from moe_triton.benchmarking.kernel_search import FAILED, OK, Outcome
 from moe_triton.benchmarking.report import write_json, write_text
-from moe_triton.kernel_stages import full_name
+from moe_triton.kernel_stages import full_name, in_words
 from moe_triton_kernels.configs import bucket_of
 from moe_triton_kernels.configs import read_table as check_table
 from moe_triton_kernels.launch import Config
@@ -149,9 +148,6 @@ def write_table(path: Path, entries: list[Entry]) -> None:
     write_text(path, "[\n" + ",\n".join(lines) + "\n]\n" if lines else "[]\n")
 
 
-# Measuring ------------------------------------------------------------------------------------------------------------
-
-
 class Crashed(Exception):
     """The worker died, or did not answer in time."""
 
@@ -213,12 +209,8 @@ class Settings:
 
 def untried(problem: Problem, state: State) -> dict[str, Any] | None:
     """The next neighbour of the best configuration; None where all have been tried."""
-    best = Config(**state.best)
-    for candidate in neighbours(best, problem.name, problem.case.hidden, problem.case.intermediate):
-        config = asdict(candidate)
-        if json.dumps(config) not in state.tried:
-            return config
-    return None
+    found = neighbours(Config(**state.best), problem.name, problem.case.hidden, problem.case.intermediate)
+    return next((config for config in map(asdict, found) if json.dumps(config) not in state.tried), None)
 
 
 def search(
@@ -269,10 +261,6 @@ def search(
     return state
 
 
-def in_words(config: Mapping[str, Any]) -> str:
-    return kernel_stages.in_words(Config(**config))
-
-
 def confirmed_ratio(problem: Problem, state: State, settings: Settings) -> float:
     """The best one's time over the incumbent's, measured once more directly; 1 where there is nothing better."""
     if state.best == state.incumbent:
@@ -292,9 +280,6 @@ def entry_of(problem: Problem, state: State, ratio: float, facts: Mapping[str, A
         "commit": None if facts["commit"] is None else facts["commit"]["hash"], "created": now(),
     }  # fmt: skip
     return {**problem.key, "config": state.best, "measured": measured}
-
-
-# With no GPU ----------------------------------------------------------------------------------------------------------
 
 
 def offline_gates(

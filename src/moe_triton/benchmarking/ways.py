@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_triton.benchmarking.cases import Workload
-from moe_triton.benchmarking.correctness import Check, check, verify
+from moe_triton.benchmarking.correctness import Check, verify
 from moe_triton.benchmarking.providers.block import Block, Unavailable
 from moe_triton.benchmarking.timing import Call, Fresh
 
@@ -32,8 +32,17 @@ class Runnable:
     def gradients(self, out: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(out, [self.hidden, *self.block.leaves()], self.workload.grad_out)
 
+    def train(self) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Output, and gradients of the hidden states and parameters."""
+        out = self.block.forward(self.hidden)
+        return out.detach(), self.gradients(out)
+
     def check(self) -> Check:
-        return check(self.block, self.workload)
+        """Runs the block forward, and backward if it is trainable, and judges the outcome."""
+        with torch.no_grad():
+            chosen = self.block.choose(self.workload.hidden).long()
+        out, grads = self.train() if self.block.is_trainable else (self.infer(), None)
+        return verify(chosen, out, grads, self.block, self.workload)
 
     def call(self, mode: str) -> Call:
         """What is timed.
@@ -63,13 +72,13 @@ class Replayed(Runnable):
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             for _ in range(GRAPH_WARM_UP):
-                self.infer()
+                super().infer()
                 if block.is_trainable:
-                    self.gradients(block.forward(self.hidden))
+                    super().train()
         torch.cuda.current_stream(device).wait_stream(side)
         self.inference = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.inference):
-            self.inferred = self.infer()
+            self.inferred = super().infer()
         if block.is_trainable:
             self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.forward):
@@ -77,19 +86,18 @@ class Replayed(Runnable):
             with torch.cuda.graph(self.backward, pool=self.forward.pool()):
                 self.grads = self.gradients(self.out)
 
-    def train(self) -> None:
+    def infer(self) -> Tensor:
+        return self.inferred
+
+    def train(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         self.forward.replay()
         self.backward.replay()
+        return self.out.detach(), self.grads
 
     def check(self) -> Check:
-        """Of what a replay leaves in the captured tensors."""
-        with torch.no_grad():
-            chosen = self.block.choose(self.workload.hidden).long()
+        """Replays the inference of a trainable block too, whose outcome is judged by its training."""
         self.inference.replay()
-        if not self.block.is_trainable:
-            return verify(chosen, self.inferred, None, self.block, self.workload)
-        self.train()
-        return verify(chosen, self.out.detach(), self.grads, self.block, self.workload)
+        return super().check()
 
     def call(self, mode: str) -> Call:
         if mode == "forward":

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import torch
 import typer
 
 from moe_triton import runtime
+from moe_triton.benchmarking.cases import DTYPES, PRESETS, Case
 from moe_triton.checks import check_threads
 from moe_triton.files import Locked, locked
-
-if TYPE_CHECKING:
-    from moe_triton.benchmarking.cases import Case
 
 EXIT_FAULT = 1  # a provider gave a wrong result, or broke
 EXIT_USAGE = 2
@@ -25,6 +25,22 @@ EXIT_NO_GPU = 3
 EXIT_SLOWER = 4
 EXIT_INTERRUPTED = 130
 SHAPE = ("tokens", "hidden", "intermediate", "experts", "top_k")
+T = TypeVar("T")
+
+# Options that several commands have.
+Tokens = Annotated[int | None, typer.Option(help="T: tokens. With the next four: one shape instead.")]
+Hidden = Annotated[int | None, typer.Option(help="d: hidden size.")]
+Intermediate = Annotated[int | None, typer.Option(help="n: intermediate size of an expert.")]
+NumExperts = Annotated[int | None, typer.Option(help="E: experts.")]
+TopK = Annotated[int | None, typer.Option(help="K: experts per token.")]
+Skew = Annotated[
+    str | None, typer.Option(help="How tokens spread over the experts: uniform, zipf, hot or quarter-empty.")
+]
+Activation = Annotated[str | None, typer.Option(help="The experts' activation. Default: the layer's own, or swiglu.")]
+Bias = Annotated[bool, typer.Option("--bias", help="Give the experts biases.")]
+DeviceName = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: torch's.")]
+Seed = Annotated[int, typer.Option(help="Of the random tensors.")]
 
 
 class Unmeasurable(Exception):
@@ -35,6 +51,21 @@ def fail(command: str, message: str, code: int) -> NoReturn:
     """Ends a command with one line on stderr and an exit code."""
     typer.echo(f"moe-triton {command}: {message}", err=True)
     raise typer.Exit(code)
+
+
+@contextlib.contextmanager
+def checked(command: str, writes: Path | None = None) -> Iterator[None]:
+    """Ends the command where an argument is wrong, needs another machine, or the directory cannot be written to."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        fail(command, str(error), EXIT_USAGE)
+    except Unmeasurable as reason:
+        fail(command, f"not measured on this machine: {reason}", EXIT_NO_GPU)
+    except OSError as error:
+        if writes is None:
+            raise
+        fail(command, f"cannot write to {writes}: {error.strerror}", EXIT_FAULT)
 
 
 def check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -64,6 +95,21 @@ def pick_several(text: str, argument: str, table: Sequence[str]) -> list[str]:
     return found
 
 
+def pick_model(model: str, known: Mapping[str, T], argument: str = "model") -> T:
+    """The entry whose name is `model`, or the only one whose name begins so; neither case nor punctuation matters."""
+    names = {slug(name): name for name in known}
+    found = [name for name in names if name.startswith(slug(model))]
+    if slug(model) in names:
+        found = [slug(model)]
+    if len(found) != 1:
+        raise ValueError(f"{argument}: got {model!r}, wanted one of {', '.join(found or names)}")
+    return known[names[found[0]]]
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+
+
 def pick_share(text: str, argument: str) -> float:
     """ "5%" or "5" -> 0.05."""
     try:
@@ -80,9 +126,9 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device: got {name!r}, wanted auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
         raise ValueError(f"device: got {name!r}, wanted auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise Unmeasurable(f"needs a GPU: {name} is not there")
@@ -101,15 +147,9 @@ def whole_shape(shape: dict[str, int | None], other: str, value: str | None) -> 
 
 
 def pick_cases(
-    suite: str | None,
-    shape: dict[str, int | None],
-    dtype: str | None,
-    overrides: dict[str, Any],
-    device: torch.device,
+    suite: str | None, shape: dict[str, int | None], dtype: str | None, overrides: dict[str, Any], device: torch.device
 ) -> list[Case]:
     """The cases that the options ask for, in the suite's order, each once."""
-    from moe_triton.benchmarking.cases import DTYPES, PRESETS, Case
-
     dtypes = None if dtype is None else pick_several(dtype, "dtype", tuple(DTYPES))
     given = whole_shape(shape, "suite", suite)
     if given:
@@ -126,7 +166,7 @@ def pick_cases(
 
 def check_settings(budget: float, threads: int | None, seed: int, outputs: Sequence[tuple[str, Path | None]]) -> None:
     """Fails before anything is measured, not after."""
-    if not 0 <= budget < float("inf"):
+    if not 0 <= budget < math.inf:
         raise ValueError(f"budget: got {budget}, wanted seconds >= 0")
     if threads is not None:
         check_threads("threads", threads)
@@ -137,12 +177,13 @@ def check_settings(budget: float, threads: int | None, seed: int, outputs: Seque
 
 def check_outputs(outputs: Sequence[tuple[str, Path | None]]) -> None:
     for option, path in outputs:
-        if path is not None and path.is_dir():
+        if path is None:
+            continue
+        if path.is_dir():
             raise ValueError(f"{option}: {path} is a directory, wanted a file")
-        if path is not None and not path.parent.is_dir():
+        if not path.parent.is_dir():
             raise ValueError(f"{option}: no directory {path.parent}")
-        if path is not None:
-            check_writable(path.parent, option)
+        check_writable(path.parent, option)
 
 
 def lock(ctx: typer.Context, path: Path, option: str) -> None:

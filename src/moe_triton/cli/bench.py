@@ -7,33 +7,25 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import torch
 import typer
 
+from moe_triton.benchmarking import chart, comparing, limits, page, report, runner
+from moe_triton.benchmarking.cases import MODES, PRESETS, Case, make_workload
+from moe_triton.benchmarking.comparing import Comparison
 from moe_triton.benchmarking.environment import environment, source_digest
+from moe_triton.benchmarking.providers import PROVIDERS, default_names
+from moe_triton.benchmarking.results import read_results
+from moe_triton.benchmarking.session import STAGES, Session
+from moe_triton.benchmarking.stage_report import print_stages
+from moe_triton.benchmarking.stages import measure_stages
+from moe_triton.benchmarking.timing import CACHES, make_timer
+from moe_triton.benchmarking.ways import WAYS
 from moe_triton.cli import arguments
-from moe_triton.cli.arguments import (
-    EXIT_FAULT,
-    EXIT_INTERRUPTED,
-    EXIT_NO_GPU,
-    EXIT_SLOWER,
-    EXIT_USAGE,
-    SHAPE,
-    Unmeasurable,
-    fail,
-    pick,
-    pick_cases,
-    pick_device,
-    pick_several,
-)
+from moe_triton.cli.arguments import EXIT_FAULT, EXIT_INTERRUPTED, EXIT_SLOWER, EXIT_USAGE, fail, pick_several
 from moe_triton.cli.display import StepDisplay
-
-if TYPE_CHECKING:
-    from moe_triton.benchmarking.cases import Case
-    from moe_triton.benchmarking.comparing import Comparison
-    from moe_triton.benchmarking.session import Session
 
 CELL_S = 1.6  # about how long a cell takes, in budgets: checks, and slow peers that need more
 
@@ -46,19 +38,17 @@ def bench(
             "--suite", "--preset", help="A named set of shapes (see --list). Default: cpu; sonic-12 on a GPU."
         ),
     ] = None,
-    tokens: Annotated[int | None, typer.Option(help="T: tokens. With the next four: one shape instead.")] = None,
-    hidden: Annotated[int | None, typer.Option(help="d: hidden size.")] = None,
-    intermediate: Annotated[int | None, typer.Option(help="n: intermediate size of an expert.")] = None,
-    experts: Annotated[int | None, typer.Option(help="E: experts.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="K: experts per token.")] = None,
+    tokens: arguments.Tokens = None,
+    hidden: arguments.Hidden = None,
+    intermediate: arguments.Intermediate = None,
+    experts: arguments.NumExperts = None,
+    top_k: arguments.TopK = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16, or several with commas. Default: the suite's.")
     ] = None,
-    skew: Annotated[
-        str | None, typer.Option(help="How tokens spread over the experts: uniform, zipf, hot or quarter-empty.")
-    ] = None,
-    activation: Annotated[str | None, typer.Option(help="The experts' activation. Default: swiglu.")] = None,
-    bias: Annotated[bool, typer.Option("--bias", help="Give the experts biases.")] = False,
+    skew: arguments.Skew = None,
+    activation: arguments.Activation = None,
+    bias: arguments.Bias = False,
     mode: Annotated[
         str, typer.Option(help="forward (inference), backward, full (forward+backward); several with commas, or all.")
     ] = "all",
@@ -69,13 +59,13 @@ def bench(
     stages: Annotated[
         bool, typer.Option("--stages", help="Time every stage of our layer too, beside its floor.")
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: arguments.DeviceName = "auto",
     budget: Annotated[float, typer.Option(help="Seconds of timing per shape, dtype and mode.")] = 10.0,
     cache: Annotated[
         str | None, typer.Option(help="cold (flushed before each call) or warm. Default: cold on a GPU, warm on a CPU.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads. Default: torch's.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the random tensors.")] = 0,
+    threads: arguments.Threads = None,
+    seed: arguments.Seed = 0,
     report_dir: Annotated[
         Path | None, typer.Option("--report", help="A folder: report.html, results.json, results.csv, charts.")
     ] = None,
@@ -99,25 +89,17 @@ def bench(
     Exit code: 0; 1 when a result is wrong or a provider breaks; 2 for bad arguments; 3 when a GPU is needed; 4 when
     --compare finds something slower.
     """
-    from moe_triton.benchmarking import comparing, report
-    from moe_triton.benchmarking.cases import MODES
-    from moe_triton.benchmarking.providers import PROVIDERS
-    from moe_triton.benchmarking.results import read_results
-    from moe_triton.benchmarking.session import Session
-    from moe_triton.benchmarking.timing import CACHES
-    from moe_triton.benchmarking.ways import WAYS
-
     if show_list:
         print_list()
         return
-    shape = dict(zip(SHAPE, (tokens, hidden, intermediate, experts, top_k), strict=True))
+    shape = dict(zip(arguments.SHAPE, (tokens, hidden, intermediate, experts, top_k), strict=True))
     overrides = {"skew": skew, "activation": activation, "bias": bias or None}
     files = {"--json": json_file, "--csv": csv_file, "--chart": chart_file, "--markdown": markdown_file}
     if report_dir is not None and json_file is None:
         json_file = report_dir / "results.json"
-    try:
-        where = pick_device(device)
-        chosen = pick_cases(suite, shape, dtype, {k: v for k, v in overrides.items() if v is not None}, where)
+    with arguments.checked("bench"):
+        where = arguments.pick_device(device)
+        chosen = arguments.pick_cases(suite, shape, dtype, {k: v for k, v in overrides.items() if v is not None}, where)
         if dtype is None and not any(shape.values()):
             chosen = without_slow_dtypes(chosen, where)
         modes = {"all": list(MODES), "both": ["forward", "full"]}.get(mode) or pick_several(mode, "mode", MODES)
@@ -125,7 +107,7 @@ def bench(
         names = None if providers is None else pick_several(providers, "providers", tuple(PROVIDERS))
         share = arguments.pick_share(fail_over, "fail-over")
         if cache is not None:
-            pick(cache, "cache", CACHES, cache)
+            arguments.pick(cache, "cache", CACHES, cache)
         arguments.check_settings(budget, threads, seed, list(files.items()))
         if report_dir is not None:
             arguments.make_directory(report_dir, "--report")
@@ -140,10 +122,6 @@ def bench(
             arguments.lock(ctx, json_file, "--json")
         if not fresh:
             session.resume()
-    except (ValueError, TypeError) as error:
-        fail("bench", str(error), EXIT_USAGE)
-    except Unmeasurable as reason:
-        fail("bench", f"not measured on this machine: {reason}", EXIT_NO_GPU)
 
     try:
         measure_all(session, chosen, where, modes, ways, names, stages)
@@ -181,9 +159,8 @@ def bench(
 
 def without_slow_dtypes(cases: list[Case], device: torch.device) -> list[Case]:
     """A suite's cases, without bfloat16 on a CPU that has no product in it: they take an hour and tell nothing."""
-    from moe_triton.benchmarking.limits import onednn_dtypes
 
-    if device.type != "cpu" or torch.bfloat16 in onednn_dtypes():
+    if device.type != "cpu" or torch.bfloat16 in limits.onednn_dtypes():
         return cases
     kept = [case for case in cases if case.torch_dtype != torch.bfloat16]
     if len(kept) < len(cases):
@@ -193,16 +170,10 @@ def without_slow_dtypes(cases: list[Case], device: torch.device) -> list[Case]:
 
 
 def print_list() -> None:
-    from moe_triton.benchmarking.cases import PRESETS
-    from moe_triton.benchmarking.providers import PROVIDERS
-
     for name, entry in PRESETS.items():
         print(f"suite     {name:14} {entry.about}{' (needs a GPU)' if entry.needs_gpu else ''}")
     for name, provider in PROVIDERS.items():
         print(f"provider  {name:14} {provider.label}{f': {provider.notes}' if provider.notes else ''}")
-
-
-# Measuring ------------------------------------------------------------------------------------------------------------
 
 
 def measure_all(
@@ -215,12 +186,6 @@ def measure_all(
     with_stages: bool,
 ) -> None:
     """Measures every cell that the session does not hold yet, and adds it."""
-    from moe_triton.benchmarking.cases import make_workload
-    from moe_triton.benchmarking.providers import default_names
-    from moe_triton.benchmarking.runner import measure_case
-    from moe_triton.benchmarking.session import STAGES
-    from moe_triton.benchmarking.stages import measure_stages
-    from moe_triton.benchmarking.timing import make_timer
 
     kinds = [*modes, *([STAGES] if with_stages else [])]
     wanted = {case: default_names(case, device) if names is None else list(names) for case in cases}
@@ -238,7 +203,7 @@ def measure_all(
         for case in cases:
             missing = [kind for kind in kinds if keys[case, kind] not in session.found]
             if rest := [mode for mode in modes if mode in missing]:
-                runs = measure_case(
+                runs = runner.measure_case(
                     case, device=device, modes=rest, names=wanted[case], ways=ways, budget_s=budget, seed=seed,
                     timer=make_timer(device, cache), on_step=on_step,
                 )  # fmt: skip
@@ -253,14 +218,8 @@ def measure_all(
                 display.finish_cell()
 
 
-# The end --------------------------------------------------------------------------------------------------------------
-
-
 def show(session: Session) -> None:
     """The tables of the finished cells."""
-    from moe_triton.benchmarking import report
-    from moe_triton.benchmarking.stage_report import print_stages
-
     report.print_runs(session.runs)
     print_stages(session.stages)
     print(report.self_check_line(session.runs))
@@ -269,26 +228,21 @@ def show(session: Session) -> None:
 
 def write(session: Session, csv_file: Path | None, chart_file: Path | None, markdown_file: Path | None) -> None:
     """What the runs are written as beside the session's own JSON; None is not written."""
-    from moe_triton.benchmarking import report
-    from moe_triton.benchmarking.chart import draw
 
     if csv_file is not None:
         report.write_text(csv_file, report.csv_table(session.runs))
     if markdown_file is not None:
         report.write_text(markdown_file, report.markdown(session.runs, session.facts))
     if chart_file is not None:
-        draw(chart_file, session.runs, session.facts)
+        chart.draw(chart_file, session.runs, session.facts)
 
 
 def write_report(folder: Path, session: Session, comparison: Comparison | None) -> None:
     """report.html, results.csv and a chart per mode; results.json is there already."""
-    from moe_triton.benchmarking import page, report
-    from moe_triton.benchmarking.chart import draw
-
     runs, facts = session.runs, session.facts
     report.write_text(folder / "results.csv", report.csv_table(runs))
     for mode in dict.fromkeys(run.mode for run in runs):
-        draw(folder / f"chart-{mode}.png", [run for run in runs if run.mode == mode], facts)
+        chart.draw(folder / f"chart-{mode}.png", [run for run in runs if run.mode == mode], facts)
     command = session.settings["command"]
     html = page.render(runs, facts, command, stages=session.stages, comparison=comparison)
     report.write_text(folder / "report.html", html)

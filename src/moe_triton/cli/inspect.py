@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -14,20 +13,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
+from rich.table import Table
 
-from moe_triton.cli.arguments import EXIT_FAULT, EXIT_NO_GPU, EXIT_USAGE, SHAPE, fail, pick
+from moe_triton import runtime
+from moe_triton.benchmarking.cases import PRESETS
+from moe_triton.benchmarking.report import plain_console
+from moe_triton.cli.arguments import EXIT_FAULT, EXIT_NO_GPU, SHAPE, checked, fail, pick, pick_model
 from moe_triton.cli.display import StepDisplay
 from moe_triton.records import GATED
-from moe_triton.runtime import check_table
+from moe_triton_kernels.tools.case import Case, leaves
+from moe_triton_kernels.tools.floors import DEVICES, FLOORS, ITEMSIZE, Device, Shape
+from moe_triton_kernels.tools.occupancy import resident_programs
 
 if TYPE_CHECKING:
-    from moe_triton_kernels.tools.case import Case
-    from moe_triton_kernels.tools.floors import Device, Shape
     from moe_triton_kernels.tools.offline import Report
 
 ARCHITECTURES = {"sm_80": "a100", "sm_90": "h200", "sm_100": "b200", "gfx942": "mi300x"}  # and a device of each
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-NUMBERS = ("regs", "spills", "shared KiB", "wgmma", "mma", "cp.async", "TMA", "per SM", "GFLOP", "MB", "floor us")
+NUMBERS = (  # heading, entry of a row, its unit, digits
+    *(("regs", "registers", 1, 0), ("spills", "spills", 1, 0), ("shared KiB", "shared_bytes", 1024, 1)),
+    *(("wgmma", "wgmma", 1, 0), ("mma", "mma", 1, 0), ("cp.async", "cp_async", 1, 0), ("TMA", "tma", 1, 0)),
+    *(("per SM", "resident_blocks", 1, 0), ("GFLOP", "flops", 1e9, 0), ("MB", "bytes", 1e6, 0)),
+    ("floor us", "floor_us", 1, 1),
+)
 DEFAULT_MODEL = "qwen3-30b"
 
 
@@ -37,8 +45,7 @@ def inspect(
         str | None, typer.Option(help="Only kernels whose name begins like this, such as up_gated.")
     ] = None,
     device: Annotated[
-        str | None,
-        typer.Option(help="Floors are for this GPU: h200, h100, a100, b200, mi300x. Default: by architecture."),
+        str | None, typer.Option(help=f"Floors are for this GPU: {', '.join(DEVICES)}. Default: by architecture.")
     ] = None,
     shape: Annotated[str | None, typer.Option(help="Floors are for this layer: T,d,n,E,K.")] = None,
     model: Annotated[
@@ -55,22 +62,20 @@ def inspect(
     Gates: no spills, shared memory within the limit, matrix instructions and asynchronous copies in the main loops.
     Exit code: 0; 1 when a gate is broken; 2 for bad arguments; 3 when Triton is not installed.
     """
-    if importlib.util.find_spec("triton") is None:
+    if not runtime.TRITON_INSTALLED:
         fail("inspect", "Triton is not installed: pip install triton (Linux)", EXIT_NO_GPU)
-    try:
+    with checked("inspect"):
         wanted = pick_shape(shape, model, dtype)
         names = pick(arch, "arch", {**{name: [name] for name in ARCHITECTURES}, "all": list(ARCHITECTURES)})
         devices = {name: pick_device(name, device) for name in names}
         cases = {name: pick_cases(name, kernel, dtype) for name in devices}
         if jobs is not None and jobs < 1:
             raise ValueError(f"jobs: got {jobs}, wanted at least 1")
-        check_table()  # it says which configuration runs
-    except ValueError as error:
-        fail("inspect", str(error), EXIT_USAGE)
+        runtime.check_table()  # it says which configuration runs
     rows: list[dict[str, Any]] = []
     with StepDisplay() as on_step:
         for name in devices:
-            reports = compile_all(name, cases[name], jobs or min(8, available_cores()), on_step)
+            reports = compile_all(name, cases[name], jobs or min(8, len(os.sched_getaffinity(0))), on_step)
             rows += [describe(case, reports.get(case.name), name, wanted, devices[name]) for case in cases[name]]
     if as_json:
         json.dump(rows, sys.stdout, indent=2)
@@ -82,22 +87,12 @@ def inspect(
         fail("inspect", "broken gates:\n  " + "\n  ".join(broken), EXIT_FAULT)
 
 
-# The arguments --------------------------------------------------------------------------------------------------------
-
-
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def pick_device(arch: str, device: str | None) -> Device:
-    from moe_triton_kernels.tools.floors import DEVICES
-
     return pick(ARCHITECTURES[arch] if device is None else device.lower(), "device", DEVICES)
 
 
 def pick_shape(shape: str | None, model: str | None, dtype: str | None) -> Shape:
     """The layer that floors are computed for; dtype and activation follow each kernel's own."""
-    from moe_triton_kernels.tools.floors import Shape
 
     dtype_name = "bf16" if dtype is None else pick(dtype, "dtype", DTYPES, dtype)
     if shape is not None and model is not None:
@@ -113,26 +108,14 @@ def pick_shape(shape: str | None, model: str | None, dtype: str | None) -> Shape
 
 def model_shape(model: str, dtype: str) -> Shape:
     """The benchmark shape whose name begins with `model`; the one with the most tokens where it has several."""
-    from moe_triton.benchmarking.cases import PRESETS
-    from moe_triton_kernels.tools.floors import Shape
 
-    cases = {slug(case.name): case for name in ("sonic-12", "models") for case in PRESETS[name].cases}
-    found = [name for name in cases if name.startswith(slug(model))]
-    if slug(model) in found:
-        found = [slug(model)]
-    if len(found) != 1:
-        raise ValueError(f"model: got {model!r}, wanted one of {', '.join(found or cases)}")
-    case = cases[found[0]]  # of a name that stands twice, the larger one comes later
-    return Shape(**{name: getattr(case, name) for name in SHAPE}, dtype=dtype)
-
-
-def slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+    # of a name that stands twice, the larger layer comes later
+    known = {case.name: case for name in ("sonic-12", "models") for case in PRESETS[name].cases}
+    return replace(pick_model(model, known).shape, dtype=dtype)
 
 
 def pick_cases(arch: str, kernel: str | None, dtype: str | None) -> list[Case]:
     from moe_triton_kernels.tools.cases import collect_cases
-    from moe_triton_kernels.tools.floors import ITEMSIZE
 
     cases = collect_cases(arch, every=True)
     if dtype is not None:  # bf16 and fp16 share their configurations
@@ -145,12 +128,8 @@ def pick_cases(arch: str, kernel: str | None, dtype: str | None) -> list[Case]:
     return found
 
 
-# The kernels ----------------------------------------------------------------------------------------------------------
-
-
 def floor_name(kernel: str) -> str | None:
     """The entry of FLOORS that a case's name begins with: the longest. None for a kernel without one."""
-    from moe_triton_kernels.tools.floors import FLOORS
 
     if kernel.startswith("d_weight_"):  # in the default layout dW2 = dO^T (w A) gathers left, dW1 = dH^T X right
         return "d_weight_down" if kernel.endswith("_gather_left") else "d_weight_up"
@@ -166,7 +145,6 @@ def is_routing(case: Case) -> bool:
 
 def float_type(case: Case) -> str | None:
     """Triton's name of the first floating-point tensor among the arguments."""
-    from moe_triton_kernels.tools.case import leaves
 
     types = (kind for name in case.fn.arg_names for _, _, kind in leaves(name, case.signature.get(name), ()))
     return next((kind[1:] for kind in types if kind in ("*bf16", "*fp16", "*fp32")), None)
@@ -198,8 +176,6 @@ def describe(case: Case, report: Report | None, arch: str, shape: Shape, device:
     whether this shape runs with this configuration (null for a kernel that has only one). flops, bytes and floor_us are
     those of the whole launch at this shape, in the kernel's own dtype.
     """
-    from moe_triton_kernels.tools.floors import FLOORS
-    from moe_triton_kernels.tools.occupancy import resident_programs
     from moe_triton_kernels.tools.offline import broken_gates
 
     config = {name: value for name, value in case.constants.items() if isinstance(value, bool | int | str)}
@@ -250,20 +226,13 @@ def is_chosen(case: Case, arch: str, shape: Shape) -> bool | None:
     return (case.signature["TILE"], case.num_warps, case.num_stages) == wanted
 
 
-# The table ------------------------------------------------------------------------------------------------------------
-
-
 def print_tables(rows: Sequence[dict[str, Any]], shape: Shape, devices: dict[str, Device]) -> None:
-    from rich.table import Table
-
-    from moe_triton.benchmarking.report import plain_console
-
     console = plain_console()
     sizes = f"T={shape.tokens} d={shape.hidden} n={shape.intermediate} E={shape.experts} K={shape.top_k}"
     for arch, device in devices.items():
         table = Table(title=f"{arch}: floors at {sizes} on {device.name} ({device.source}); * what it runs with")
         table.add_column("kernel", no_wrap=True)
-        for heading in NUMBERS:
+        for heading, *_ in NUMBERS:
             table.add_column(heading, justify="right")
         table.add_column("gate")
         for row in rows:
@@ -276,17 +245,5 @@ def print_tables(rows: Sequence[dict[str, Any]], shape: Shape, devices: dict[str
 
 def cells(row: dict[str, Any]) -> list[str]:
     """A row of the table; a number that is not known is left empty."""
-
-    def number(name: str, scale: float = 1, digits: int = 0) -> str:
-        return "" if row[name] is None else f"{row[name] / scale:,.{digits}f}"
-
-    return [
-        row["kernel"] + " *" * bool(row["chosen"]),
-        *(number(name) for name in ("registers", "spills")),
-        number("shared_bytes", 1024, 1),
-        *(number(name) for name in ("wgmma", "mma", "cp_async", "tma", "resident_blocks")),
-        number("flops", 1e9),
-        number("bytes", 1e6),
-        number("floor_us", 1, 1),
-        ", ".join(row["gate"]) or "ok",
-    ]
+    numbers = ("" if row[key] is None else f"{row[key] / unit:,.{digits}f}" for _, key, unit, digits in NUMBERS)
+    return [row["kernel"] + " *" * bool(row["chosen"]), *numbers, ", ".join(row["gate"]) or "ok"]

@@ -7,21 +7,28 @@ import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import torch
 import typer
 
+from moe_triton import runtime
+from moe_triton.benchmarking import profiling
+from moe_triton.benchmarking.cases import PRESETS, Case, Workload, make_workload
+from moe_triton.benchmarking.environment import environment
+from moe_triton.benchmarking.memory_chart import draw_memory
+from moe_triton.benchmarking.providers import PROVIDERS
+from moe_triton.benchmarking.report import milliseconds, plain_console, print_table, three_digits, write_json
+from moe_triton.benchmarking.stage_report import print_stages
+from moe_triton.benchmarking.timing import make_timer, ready
+from moe_triton.benchmarking.ways import Runnable
 from moe_triton.cli import arguments
-from moe_triton.cli.arguments import EXIT_FAULT, EXIT_NO_GPU, EXIT_USAGE, SHAPE, Unmeasurable, fail, pick_device
+from moe_triton.cli.arguments import SHAPE, Unmeasurable, checked, pick_device
 from moe_triton.cli.display import StepDisplay
 from moe_triton.cli.profile_ranks import profile_over_ranks
+from moe_triton.metrics import load_statistics
 from moe_triton.training.config import TrainConfig
 from moe_triton.training.workers import check_exchange
-
-if TYPE_CHECKING:
-    from moe_triton.benchmarking.cases import Case
-    from moe_triton.benchmarking.profiling import Trace
 
 DEFAULT_MODELS = {"cpu": "cpu-fine", "cuda": "Qwen3-30B-A3B"}
 
@@ -33,16 +40,15 @@ def profile(
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="T: tokens; alone, instead of the model's own number.")] = None,
     hidden: Annotated[int | None, typer.Option(help="d: hidden size. With the others: a layer by its shape.")] = None,
-    intermediate: Annotated[int | None, typer.Option(help="n: intermediate size of an expert.")] = None,
-    experts: Annotated[int | None, typer.Option(help="E: experts.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="K: experts per token.")] = None,
+    intermediate: arguments.Intermediate = None,
+    experts: arguments.NumExperts = None,
+    top_k: arguments.TopK = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the model's.")] = None,
-    skew: Annotated[str | None, typer.Option(help="uniform, zipf, hot or quarter-empty.")] = None,
-    activation: Annotated[str | None, typer.Option(help="The experts' activation.")] = None,
-    bias: Annotated[bool, typer.Option("--bias", help="Give the experts biases.")] = False,
+    skew: arguments.Skew = None,
+    activation: arguments.Activation = None,
+    bias: arguments.Bias = False,
     training_step: Annotated[
-        bool,
-        typer.Option("--training-step", help="Profile a step of `moe-triton train` instead."),
+        bool, typer.Option("--training-step", help="Profile a step of `moe-triton train` instead.")
     ] = False,
     kernel: Annotated[
         str | None, typer.Option(help="One kernel over its shipped configurations: up, down, d_hidden, d_rows, ...")
@@ -52,11 +58,11 @@ def profile(
     ] = None,
     ep_chunks: Annotated[int | None, typer.Option(help="Under torchrun: chunks of the exchange. Default: 1.")] = None,
     backend: Annotated[str, typer.Option(help="auto, torch or triton.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: arguments.DeviceName = "auto",
     steps: Annotated[int, typer.Option(help="Steps that the profiler records.")] = 5,
     budget: Annotated[float, typer.Option(help="Seconds for the two speeds that floors need, or per --kernel.")] = 3.0,
-    threads: Annotated[int | None, typer.Option(help="CPU threads. Default: torch's.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the random tensors.")] = 0,
+    threads: arguments.Threads = None,
+    seed: arguments.Seed = 0,
 ) -> None:
     """Where the time goes: every stage with its share, FLOPs, bytes, floor, kernel and configuration.
 
@@ -67,7 +73,7 @@ def profile(
     """
     shape = dict(zip(SHAPE, (tokens, hidden, intermediate, experts, top_k), strict=True))
     overrides = {"dtype": dtype, "skew": skew, "activation": activation, "bias": bias or None}
-    try:
+    with checked("profile", out):
         where = pick_device(device)
         arguments.check_settings(budget, threads, seed, [])
         if steps < 1:
@@ -85,14 +91,10 @@ def profile(
             raise ValueError("training-step: got together with a layer's options, wanted sizes only")
         if training_step:
             sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_experts": experts, "top_k": top_k}
-            options: dict[str, Any] = {
-                "backend": backend,
-                "device": str(where),
-                "seed": seed,
-                "threads": torch.get_num_threads(),
-            }
-            options |= {name: size for name, size in sizes.items() if size is not None}
-            config = TrainConfig(**options)
+            given: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
+            config = TrainConfig(
+                backend=backend, device=str(where), seed=seed, threads=torch.get_num_threads(), **given
+            )
             arguments.check_backend(backend, where, torch.float32)
             arguments.make_directory(out, "--out")
             profile_training_step(out, where, config, steps)
@@ -108,40 +110,21 @@ def profile(
             profile_kernel(kernel, case, where, budget, seed)
         else:
             profile_one_layer(out, case, where, backend, steps, budget, seed)
-    except (ValueError, TypeError) as error:
-        fail("profile", str(error), EXIT_USAGE)
-    except Unmeasurable as reason:
-        fail("profile", f"not measured on this machine: {reason}", EXIT_NO_GPU)
-    except OSError as error:
-        fail("profile", f"cannot write to {out}: {error.strerror}", EXIT_FAULT)
 
 
 def pick_case(model: str | None, shape: dict[str, int | None], overrides: dict[str, Any], device: torch.device) -> Case:
     """The layer that is asked for: a model's, perhaps with another number of tokens, or one of this very shape."""
-    from moe_triton.benchmarking.cases import PRESETS, Case
 
     sizes: dict[str, Any] = {name: value for name, value in shape.items() if value is not None}
     if set(sizes) - {"tokens"}:
         return Case(**arguments.whole_shape(shape, "model", model), **overrides)
-    known = {case.name.lower(): case for name in ("cpu", "models") for case in reversed(PRESETS[name].cases)}
-    wanted = (model or DEFAULT_MODELS[device.type]).lower()
-    if wanted not in known:
-        raise ValueError(f"model: got {model!r}, wanted one of {', '.join(case.name for case in known.values())}")
-    return replace(known[wanted], **sizes, **overrides)
-
-
-# A layer --------------------------------------------------------------------------------------------------------------
+    known = {case.name: case for name in ("cpu", "models") for case in reversed(PRESETS[name].cases)}
+    return replace(arguments.pick_model(model or DEFAULT_MODELS[device.type], known), **sizes, **overrides)
 
 
 def profile_one_layer(
     out: Path, case: Case, device: torch.device, backend: str, steps: int, budget: float, seed: int
 ) -> None:
-    from moe_triton.benchmarking import profiling
-    from moe_triton.benchmarking.cases import make_workload
-    from moe_triton.benchmarking.stage_report import print_stages
-    from moe_triton.benchmarking.timing import make_timer
-    from moe_triton.metrics import load_statistics
-
     with StepDisplay() as on_step:
         on_step(f"{case.title()}: making tensors", 0.0)
         workload = make_workload(case, device, seed)
@@ -178,13 +161,9 @@ def print_inside(inside: dict[str, dict[str, float]], steps: int) -> None:
 
 
 def write_profile(
-    out: Path, device: torch.device, trace: Trace, content: dict[str, Any], first: str, title: str
+    out: Path, device: torch.device, trace: profiling.Trace, content: dict[str, Any], first: str, title: str
 ) -> str:
     """profile.json and memory.png, of the step that begins with the range `first`; what there is, in words."""
-    from moe_triton.benchmarking.environment import environment
-    from moe_triton.benchmarking.memory_chart import draw_memory
-    from moe_triton.benchmarking.report import write_json
-
     drawn = draw_memory(out / "memory.png", trace, first, title)
     peak = max((m.bytes for m in trace.memory), default=0)
     record = {"schema": "moe-triton-profile/1", **environment(device), **content, "peak_bytes": peak}
@@ -197,17 +176,13 @@ def write_profile(
     return "\n".join(lines)
 
 
-def proton_line(out: Path, workload: Any, backend: str, steps: int) -> str:
+def proton_line(out: Path, workload: Workload, backend: str, steps: int) -> str:
     """Runs the layer once more under Triton's own profiler, where there is one and a GPU for it."""
     if importlib.util.find_spec("triton") is None or importlib.util.find_spec("triton.profiler") is None:
         return "proton: not measured: there is no triton.profiler here"
     if workload.hidden.device.type != "cuda":
         return "proton: not measured on this machine: needs a GPU"
     import triton.profiler as proton
-
-    from moe_triton.benchmarking.providers import PROVIDERS
-    from moe_triton.benchmarking.timing import ready
-    from moe_triton.benchmarking.ways import Runnable
 
     call = Runnable(PROVIDERS[backend].build(workload), workload).call("full")
     proton.start(str(out / "proton"), hook="triton")
@@ -218,27 +193,17 @@ def proton_line(out: Path, workload: Any, backend: str, steps: int) -> str:
     return f"proton: {out / 'proton.hatchet'} (proton-viewer -m time/ms {out / 'proton.hatchet'})"
 
 
-# A training step ------------------------------------------------------------------------------------------------------
-
-
 def profile_training_step(out: Path, device: torch.device, config: TrainConfig, steps: int) -> None:
-    from moe_triton.benchmarking import profiling
-    from moe_triton.benchmarking.report import milliseconds, plain_console, print_table
-    from moe_triton.metrics import load_statistics
-
     with StepDisplay() as on_step:
         on_step(f"{steps} training steps under the profiler", 0.3)
         found = profiling.profile_step(config, steps=steps, path=out / "trace.json")
-    console = plain_console()
-    console.print(
+    print(
         f"a training step: {config.num_layers} layers, {config.batch_size * config.seq_len} tokens, "
         f"d={config.hidden_size} n={config.intermediate_size} E={config.num_experts} K={config.top_k}, "
-        f"{milliseconds(found.step_s)} ms under the profiler",
-        highlight=False,
-        soft_wrap=True,
+        f"{milliseconds(found.step_s)} ms under the profiler"
     )
     cells = [(part, milliseconds(seconds), f"{share:.1%}") for part, seconds, share in found.rows]
-    print_table(console, ("part", "ms", "share"), cells, text=("part",))
+    print_table(plain_console(), ("part", "ms", "share"), cells, text=("part",))
     for layer, counts in enumerate(found.load):
         print(f"experts of layer {layer}: {load_statistics(torch.tensor(counts), dropped=None)}")
     print(f"dropped: {found.dropped:.2%} of the assignments (capacity factor {config.capacity_factor:g})")
@@ -249,16 +214,9 @@ def profile_training_step(out: Path, device: torch.device, config: TrainConfig, 
     print(write_profile(out, device, found.trace, content, "step", title))
 
 
-# One kernel -----------------------------------------------------------------------------------------------------------
-
-
 def profile_kernel(name: str, case: Case, device: torch.device, budget: float, seed: int) -> None:
     """The kernel with every configuration that ships for this device and dtype, fastest first."""
-    from moe_triton import runtime
-    from moe_triton.benchmarking import kernel_search
-    from moe_triton.benchmarking.cases import make_workload
-    from moe_triton.benchmarking.report import milliseconds, plain_console, print_table, three_digits
-    from moe_triton.benchmarking.timing import make_timer
+    from moe_triton.benchmarking import kernel_search  # needs Triton
 
     try:
         runtime.choose("triton", device, case.torch_dtype)
@@ -274,15 +232,13 @@ def profile_kernel(name: str, case: Case, device: torch.device, budget: float, s
             budget,
             lambda what, share: on_step(f"{stage} {what}", share),
         )
-    console = plain_console()
-    title = f"{stage}: {case.title()}, shipped configurations (the one that runs is marked)"
-    console.print(title, highlight=False, soft_wrap=True)
+    print(f"{stage}: {case.title()}, shipped configurations (the one that runs is marked)")
     rows = []
     for row in found:
         speed = "" if row.time_s is None else three_digits(row.flops / row.time_s / 1e12)
         share = "" if row.time_s is None else f"{row.floor_s / row.time_s:.2f}"
         rows.append((row.config, "" if row.time_s is None else milliseconds(row.time_s), speed, share, row.note))
     columns = ("configuration", "ms", "TFLOP/s", "of floor", "note")
-    print_table(console, columns, rows, text=("configuration", "note"))
+    print_table(plain_console(), columns, rows, text=("configuration", "note"))
     if device.type == "cpu":
         print("these are times of Triton's interpreter: they say nothing about a GPU", file=sys.stderr)

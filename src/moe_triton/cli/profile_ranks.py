@@ -5,25 +5,20 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 
-if TYPE_CHECKING:
-    from moe_triton.benchmarking.cases import Case
-    from moe_triton.benchmarking.exchange import RankExchange
+from moe_triton.benchmarking.cases import Case
+from moe_triton.benchmarking.environment import environment
+from moe_triton.benchmarking.exchange import RankExchange, as_json, profile_exchange
+from moe_triton.benchmarking.report import milliseconds, plain_console, print_table, write_json
 
 
 def profile_over_ranks(
     out: Path, case: Case, device: torch.device, backend: str, mode: str, chunks: int, steps: int, seed: int
 ) -> None:
     """The case's layer, its experts over all processes; rank 0 prints and writes out/profile.json."""
-    import torch.distributed as dist
-
-    from moe_triton.benchmarking.environment import environment
-    from moe_triton.benchmarking.exchange import as_json, profile_exchange
-    from moe_triton.benchmarking.report import write_json
-
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
@@ -43,10 +38,8 @@ def profile_over_ranks(
 
 
 def print_ranks(ranks: list[RankExchange], title: str) -> None:
-    from moe_triton.benchmarking.report import milliseconds, plain_console, print_table
-
     console = plain_console()
-    console.print(f"forward and backward: {title}", highlight=False, soft_wrap=True)
+    print(f"forward and backward: {title}")
     rows = []
     for r in ranks:
         times = [milliseconds(seconds) for seconds in (r.step_s, r.exchange_s, r.exposed_s)]

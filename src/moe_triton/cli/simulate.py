@@ -8,18 +8,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from textwrap import fill
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
-from moe_triton.cli.arguments import EXIT_USAGE, check_outputs, fail, pick, split
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from moe_triton.simulate.cost_model import Prediction, Workload
-    from moe_triton.simulate.presets import Device, Network
-    from moe_triton.simulate.published import Point
+from moe_triton.benchmarking.chart import save
+from moe_triton.benchmarking.report import plain_console
+from moe_triton.cli.arguments import check_outputs, checked, pick, pick_model, split
+from moe_triton.simulate.cost_model import MAX_GPUS, Prediction, Workload, predict
+from moe_triton.simulate.presets import DEVICES, MODELS, NETWORKS, Device, Network
+from moe_triton.simulate.published import Point, validate
 
 SCHEMA = "moe-triton-simulate/1"
 NOTE = "Predictions of a cost model, not measurements."
@@ -27,19 +28,8 @@ PLAIN_WIDTH = 200  # wide enough that nothing wraps where there is no terminal
 TABLE_WIDTH = 108  # no column is cut off, not even in a narrower terminal
 BAR = 60  # characters of the longest bar of the text chart
 COLUMNS = (
-    "GPUs",
-    "EP",
-    "EDP",
-    "rows/expert",
-    "dispatch ms",
-    "experts ms",
-    "combine ms",
-    "exchange",
-    "overlap",
-    "step ms",
-    "tokens/s/GPU",
-    "efficiency",
-    "GB/GPU",
+    *("GPUs", "EP", "EDP", "rows/expert", "dispatch ms", "experts ms", "combine ms"),
+    *("exchange", "overlap", "step ms", "tokens/s/GPU", "efficiency", "GB/GPU"),
 )
 PARTS = {  # of a step: field -> (name, letter in the text chart, colour in the PNG)
     "dense_s": ("dense", "d", "#b8c4cc"),
@@ -50,7 +40,7 @@ PARTS = {  # of a step: field -> (name, letter in the text chart, colour in the 
 
 
 def simulate(
-    preset: Annotated[str, typer.Option(help="The model (see --list).")] = "deepseek-v3",
+    preset: Annotated[str, typer.Option("--preset", "--model", help="The model (see --list).")] = "deepseek-v3",
     device: Annotated[str, typer.Option(help="The GPU (see --list).")] = "h100",
     network: Annotated[str | None, typer.Option(help="The links (see --list). Default: the GPU's usual ones.")] = None,
     gpus: Annotated[
@@ -82,34 +72,24 @@ def simulate(
     optimizer's update, recomputation and pipeline or tensor parallelism are not in it.
     Exit code: 0; 2 for bad arguments.
     """
-    from moe_triton.simulate import presets
-    from moe_triton.simulate.cost_model import Workload, predict
 
     if show_list:
         print_presets()
         return
-    try:
+    with checked("simulate"):
         check_outputs([("--chart", chart_file)])
         if check:
             print_validation(as_json)
             return
-        where = pick(device, "device", presets.DEVICES)
-        links = pick(network or where.network, "network", presets.NETWORKS)
+        where = pick(device.lower(), "device", DEVICES)
+        links = pick(network or where.network, "network", NETWORKS)
         work = Workload(
-            model=pick(preset, "preset", presets.MODELS),
-            tokens=tokens,
-            sequence=sequence,
-            dtype=dtype,
-            dispatch_dtype=dispatch_dtype,
-            skew=skew,
-            chunks=chunks,
-            mode=mode,
-            exchange=exchange,
-        )
+            model=pick_model(preset, MODELS, "preset"),
+            tokens=tokens, sequence=sequence, dtype=dtype, dispatch_dtype=dispatch_dtype, skew=skew, chunks=chunks,
+            mode=mode, exchange=exchange,
+        )  # fmt: skip
         found = [predict(work, where, links, count, ep) for count in parse_gpus(gpus)]
         alone = predict(work, where, links, 1)
-    except (ValueError, TypeError) as error:
-        fail("simulate", str(error), EXIT_USAGE)
     efficiency = [one.tokens_per_s_per_gpu / alone.tokens_per_s_per_gpu for one in found]
     if as_json:
         print(json.dumps(document(work, where, links, found, efficiency), indent=1))
@@ -120,17 +100,12 @@ def simulate(
 
 
 def parse_gpus(text: str | None) -> list[int]:
-    from moe_triton.simulate.cost_model import MAX_GPUS
-
     if text is None:
         return [2**power for power in range(MAX_GPUS.bit_length())]
     parts = split(text)
     if not parts or not all(part.isascii() and part.isdigit() and 1 <= int(part) <= MAX_GPUS for part in parts):
         raise ValueError(f"gpus: got {text!r}, wanted numbers from 1 to {MAX_GPUS} with commas")
     return sorted({int(part) for part in parts})
-
-
-# What is shown --------------------------------------------------------------------------------------------------------
 
 
 def title(work: Workload, device: Device, network: Network) -> str:
@@ -154,8 +129,6 @@ def milliseconds(seconds: float) -> str:
 
 
 def predictions_table(found: Sequence[Prediction], efficiency: Sequence[float], plain: bool) -> Table:
-    from rich.table import Table
-
     shown = Table(box=None, pad_edge=False)
     for name in COLUMNS:
         # broken in a terminal, which is narrow; one line where a program may read it
@@ -196,8 +169,6 @@ def text_chart(found: Sequence[Prediction]) -> list[str]:
 def print_predictions(
     work: Workload, device: Device, network: Network, found: Sequence[Prediction], efficiency: Sequence[float]
 ) -> None:
-    from rich.console import Console
-
     plain = not sys.stdout.isatty()
     width = PLAIN_WIDTH if plain else max(shutil.get_terminal_size().columns, TABLE_WIDTH)
     console = Console(width=width, highlight=False, markup=False)
@@ -220,8 +191,6 @@ def print_predictions(
 
 
 def print_presets() -> None:
-    from moe_triton.simulate.presets import DEVICES, MODELS, NETWORKS
-
     for kind, table in (("preset", MODELS), ("device", DEVICES), ("network", NETWORKS)):
         for name, entry in table.items():
             print(f"{kind:8} {name:15} {entry.source}")
@@ -237,17 +206,12 @@ def worst(points: Sequence[Point]) -> dict[str, float]:
 
 
 def print_validation(as_json: bool) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from moe_triton.simulate.published import validate
-
     points = validate()
     if as_json:
         rows = [{**asdict(point), "error": point.error} for point in points]
         print(json.dumps({"schema": SCHEMA, "points": rows, "worst_error": worst(points)}, indent=1))
         return
-    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False, markup=False)
+    console = plain_console()
     shown = Table("measured", "case", box=None, pad_edge=False)
     for name in ("published", "predicted", "error"):
         shown.add_column(name, justify="right", no_wrap=True)
@@ -263,11 +227,7 @@ def print_validation(as_json: bool) -> None:
 
 def draw(path: Path, heading: str, found: Sequence[Prediction], efficiency: Sequence[float]) -> None:
     """Writes a PNG: the parts of a step over the number of GPUs, and the efficiency below."""
-    from textwrap import fill
-
     from matplotlib.figure import Figure
-
-    from moe_triton.benchmarking.chart import save
 
     figure = Figure(figsize=(8.6, 6.4), dpi=110, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))

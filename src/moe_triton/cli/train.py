@@ -51,12 +51,10 @@ def train(
     num_experts: Annotated[int | None, setting("num_experts", "Experts per block.")] = None,
     top_k: Annotated[int | None, setting("top_k", "Experts per token.")] = None,
     capacity_factor: Annotated[
-        float | None,
-        setting("capacity_factor", "An expert's limit, in even shares; 0: none."),
+        float | None, setting("capacity_factor", "An expert's limit, in even shares; 0: none.")
     ] = None,
     capacity_groups: Annotated[
-        int | None,
-        setting("capacity_groups", "Parts of a batch with a capacity each; a multiple of the processes."),
+        int | None, setting("capacity_groups", "Parts of a batch with a capacity each; a multiple of the processes.")
     ] = None,
     ep: Annotated[int, typer.Option(help="Under torchrun: over how many processes the experts are spread.")] = 1,
     ep_mode: Annotated[

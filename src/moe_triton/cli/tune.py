@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import time
 from dataclasses import asdict
@@ -13,24 +12,14 @@ import torch
 import typer
 
 from moe_triton import runtime
+from moe_triton.benchmarking.cases import Case
 from moe_triton.benchmarking.environment import environment, source_digest
+from moe_triton.benchmarking.report import plain_console, print_table
 from moe_triton.cli import arguments
-from moe_triton.cli.arguments import (
-    EXIT_FAULT,
-    EXIT_INTERRUPTED,
-    EXIT_NO_GPU,
-    EXIT_USAGE,
-    SHAPE,
-    Unmeasurable,
-    fail,
-    pick,
-    pick_device,
-    pick_several,
-)
+from moe_triton.cli.arguments import EXIT_FAULT, EXIT_INTERRUPTED, EXIT_NO_GPU, SHAPE, Unmeasurable, checked, fail
 from moe_triton.cli.display import StepDisplay
 
 if TYPE_CHECKING:
-    from moe_triton.benchmarking.cases import Case
     from moe_triton.benchmarking.tuning import Problem, Progress, Settings
 
 OFFLINE = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -39,11 +28,11 @@ OFFLINE = ("sm_80", "sm_90", "sm_100", "gfx942")
 def tune(
     ctx: typer.Context,
     suite: Annotated[str | None, typer.Option(help="Shapes by name: see `moe-triton bench --list`.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="T: tokens. With the next four: one shape instead.")] = None,
-    hidden: Annotated[int | None, typer.Option(help="d: hidden size.")] = None,
-    intermediate: Annotated[int | None, typer.Option(help="n: intermediate size of an expert.")] = None,
-    experts: Annotated[int | None, typer.Option(help="E: experts.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="K: experts per token.")] = None,
+    tokens: arguments.Tokens = None,
+    hidden: arguments.Hidden = None,
+    intermediate: arguments.Intermediate = None,
+    experts: arguments.NumExperts = None,
+    top_k: arguments.TopK = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, or several with commas.")] = None,
     ops: Annotated[
         str | None, typer.Option(help="up, down, d_hidden, d_weight, d_rows, or several. Default: all.")
@@ -58,8 +47,8 @@ def tune(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the first candidates and what they compile to; needs no GPU.")
     ] = False,
-    threads: Annotated[int | None, typer.Option(help="CPU threads. Default: torch's.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the random tensors.")] = 0,
+    threads: arguments.Threads = None,
+    seed: arguments.Seed = 0,
 ) -> None:
     """Search faster kernel configurations for given shapes, verify them, and keep the faster ones in a table.
 
@@ -67,23 +56,23 @@ def tune(
     place, or from the file that MOE_TRITON_TABLE names.
     Exit code: 0; 1 when a file cannot be written; 2 for bad arguments; 3 when a GPU is needed.
     """
-    if importlib.util.find_spec("triton") is None:
+    if not runtime.TRITON_INSTALLED:
         fail("tune", "Triton is not installed: there is nothing to tune", EXIT_NO_GPU)
     from moe_triton.benchmarking import tuning
     from moe_triton.kernel_stages import STAGES_OF
 
     shape = dict(zip(SHAPE, (tokens, hidden, intermediate, experts, top_k), strict=True))
-    try:
-        where = pick_device(device)
+    with checked("tune"):
+        where = arguments.pick_device(device)
         if suite is None and all(value is None for value in shape.values()):
             raise ValueError(f"suite: missing; name one (see moe-triton bench --list), or give {', '.join(shape)}")
         cases = arguments.pick_cases(suite, shape, dtype, {}, torch.device("cuda"))  # here or not: a dry run needs none
-        names = list(STAGES_OF) if ops is None else pick_several(ops, "ops", tuple(STAGES_OF))
+        names = list(STAGES_OF) if ops is None else arguments.pick_several(ops, "ops", tuple(STAGES_OF))
         arguments.check_settings(budget, threads, seed, [])
         if not 0 <= candidate_s < float("inf"):
             raise ValueError(f"candidate-seconds: got {candidate_s}, wanted seconds >= 0")
         if dry_run:
-            pick(arch, "arch", OFFLINE, arch)
+            arguments.pick(arch, "arch", OFFLINE, arch)
             dry(tuning.problems_of(cases, names, arch), budget)
             return
         architecture = measurable(where, cases)
@@ -95,10 +84,6 @@ def tune(
         circumstances |= {name: facts["versions"][name] for name in ("torch", "triton")}
         progress = tuning.Progress(path=path.with_suffix(".progress.json"), circumstances=circumstances)
         progress.load()
-    except (ValueError, TypeError) as error:
-        fail("tune", str(error), EXIT_USAGE)
-    except Unmeasurable as reason:
-        fail("tune", f"not measured on this machine: {reason}", EXIT_NO_GPU)
     problems = tuning.problems_of(cases, names, architecture)
     settings = tuning.Settings(device=where, seed=seed, threads=threads, candidate_s=candidate_s)
     try:
@@ -176,22 +161,21 @@ def run(
 
 
 def summary(problem: Problem, state: Any, ratio: float, is_better: bool) -> str:
-    from moe_triton.benchmarking import tuning
+    from moe_triton.kernel_stages import in_words
 
     statuses = [outcome["status"] for outcome in state.tried.values()]
     bad = {status: statuses.count(status) for status in ("wrong", "failed") if status in statuses}
     counts = f"{len(statuses) - 1} tried" + "".join(f", {count} {status}" for status, count in bad.items())
     end = "" if state.is_done else "; the time was over before all neighbours were tried"
     if not is_better:
-        return f"{problem.title()}: nothing faster than {tuning.in_words(state.incumbent)} ({counts}{end})"
-    better = f"{tuning.in_words(state.best)}, {1 / ratio:.2f}x as fast as {tuning.in_words(state.incumbent)}"
+        return f"{problem.title()}: nothing faster than {in_words(state.incumbent)} ({counts}{end})"
+    better = f"{in_words(state.best)}, {1 / ratio:.2f}x as fast as {in_words(state.incumbent)}"
     return f"{problem.title()}: {better} ({counts}{end})"
 
 
 def dry(problems: list[Problem], budget: float) -> None:
     """The configuration that runs today and its neighbours, compiled for an architecture that may not be here."""
     from moe_triton.benchmarking import tuning
-    from moe_triton.benchmarking.report import plain_console, print_table
     from moe_triton.kernel_stages import chosen_config, in_words
     from moe_triton_kernels.tools.search import neighbours
 
@@ -203,15 +187,14 @@ def dry(problems: list[Problem], budget: float) -> None:
             problem.name, case.hidden, case.intermediate, case.torch_dtype, problem.bucket, problem.architecture
         )
         configs = [running, *neighbours(running, problem.name, case.hidden, case.intermediate)]
-        title = f"{problem.title()}, {problem.architecture}: today's configuration and {len(configs) - 1} candidates"
-        console.print(title, highlight=False, soft_wrap=True)
+        print(f"{problem.title()}, {problem.architecture}: today's configuration and {len(configs) - 1} candidates")
         rows: list[list[str]] = []
 
         def on_report(config: dict[str, Any], found: dict[str, Any], rows: list[list[str]] = rows) -> None:
             report = found["report"] or {}
             verdict = found["error"] or ", ".join(found["broken"]) or "ok"
             cells = [str(report.get(name, "")) for name in ("registers", "spills", "shared_bytes")]
-            rows.append([tuning.in_words(config), *cells, verdict])
+            rows.append([in_words(config), *cells, verdict])
 
         print(f"compiling {problem.title()}", file=sys.stderr, flush=True)
         if time.monotonic() - begin < budget:
@@ -220,4 +203,4 @@ def dry(problems: list[Problem], budget: float) -> None:
             rows = [[in_words(config), "", "", "", "not compiled: the budget is spent"] for config in configs]
         columns = ("configuration", "registers", "spills", "shared bytes", "offline gates")
         print_table(console, columns, rows, text=(columns[0], columns[-1]))
-        console.print()
+        print()

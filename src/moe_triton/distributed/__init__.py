@@ -34,30 +34,11 @@ _LAZY = {
 }
 
 __all__ = [
-    "CheckpointError",
-    "ConfigurationMismatch",
-    "ExpertParallel",
-    "ExpertParallelError",
-    "GradScaler",
-    "Group",
-    "ParallelGroups",
-    "RankTables",
-    "Rebalanced",
-    "apply_fsdp2",
-    "broadcast_parameters",
-    "check_replicas",
-    "clip_grad_norm_",
-    "explain_termination",
-    "export_safetensors",
-    "load_checkpoint",
-    "load_experts_from",
-    "make_groups",
-    "plan",
-    "rebalance",
-    "reduce_gradients",
-    "save_checkpoint",
-    "wrap_ddp",
-]
+    "CheckpointError", "ConfigurationMismatch", "ExpertParallel", "ExpertParallelError", "GradScaler", "Group",
+    "ParallelGroups", "RankTables", "Rebalanced", "apply_fsdp2", "broadcast_parameters", "check_replicas",
+    "clip_grad_norm_", "explain_termination", "export_safetensors", "load_checkpoint", "load_experts_from",
+    "make_groups", "plan", "rebalance", "reduce_gradients", "save_checkpoint", "wrap_ddp",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> object:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,8 @@ def check_replicas(model: nn.Module, groups: ParallelGroups | None = None, *, ev
         ConfigurationMismatch: the names of the tensors, and the ranks that differ from the first one.
     """
     experts = expert_parameters(model)
-    dense = {name: t for name, t in _saved_tensors(model) if t not in experts}
+    saved = model.state_dict(keep_vars=True)
+    dense = {name: t for name, t in saved.items() if isinstance(t, Tensor) and t not in experts}
     if not everything:
         routers = tuple(f"{name}." if name else "" for name, module in model.named_modules() if hasattr(module, "gate"))
         dense = {name: t for name, t in dense.items() if name.startswith(routers)} if routers else {}
@@ -46,16 +47,6 @@ def check_replicas(model: nn.Module, groups: ParallelGroups | None = None, *, ev
         for copies in {parallel.edp: None for parallel in experts.values()}:
             mine = {n: p for n, p in model.named_parameters() if p in experts and experts[p].edp is copies}
             _compare(mine, copies)
-
-
-def _saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    parameters = dict(model.named_parameters())
-    buffers = dict(model.named_buffers())
-    for name in model.state_dict():
-        if name in parameters:
-            yield name, parameters[name]
-        elif name in buffers:
-            yield name, buffers[name]
 
 
 def _broadcast(tensor: Tensor, over: tuple[Group, ...]) -> None:

@@ -142,7 +142,7 @@ def make_groups(tables: RankTables | None = None, *, timeout: timedelta | None =
     world, rank = dist.get_world_size(), dist.get_rank()
     tables = plan(world, **sizes) if tables is None else tables
     if tables.world != world:
-        raise ValueError(f"tables: got a plan for {tables.world} ranks, wanted one for {world}")
+        raise ValueError(f"tables: got those of {tables.world} ranks, wanted those of {world}")
     mine = {kind: my_group(getattr(tables, kind), timeout) for kind in KINDS}
     return ParallelGroups(tables=tables, rank=rank, alone=group_of_one(), **mine)
 

@@ -87,17 +87,9 @@ def plan(
     if order == "tp-replicated":
         etp_groups = [[rank] for group in etp_groups for rank in group]
     return RankTables(
-        world=world,
-        order=order,
-        dp=_along(dense, 1),
-        tp=_along(dense, 2),
-        pp=_along(dense, 0),
-        ep=_along(moe, 2),
-        edp=_along(moe, 1),
-        etp=etp_groups,
-        dense=dense,
-        moe=moe,
-    )
+        world=world, order=order, dp=_along(dense, 1), tp=_along(dense, 2), pp=_along(dense, 0), ep=_along(moe, 2),
+        edp=_along(moe, 1), etp=etp_groups, dense=dense, moe=moe,
+    )  # fmt: skip
 
 
 def _along(view: np.ndarray, axis: int) -> list[list[int]]:

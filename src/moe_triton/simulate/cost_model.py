@@ -123,9 +123,6 @@ class Prediction:
     fits: bool
 
 
-# Where the rows go ----------------------------------------------------------------------------------------------------
-
-
 def miss(total: float, part: float, draws: int) -> float:
     """C(total - part, draws) / C(total, draws): the chance that distinct draws all miss a part. Real sizes are fine."""
     chance = 1.0
@@ -205,9 +202,6 @@ def counts_time(model: Model, chunks: int, ep: int, network: Network) -> float:
     return network.latency_s + 4 * chunks * model.experts / rate + HOST_SYNC_S
 
 
-# What is computed -----------------------------------------------------------------------------------------------------
-
-
 def padded_rows(rows: float) -> float:
     """Rows that a grouped GEMM computes for an expert with Poisson(rows) rows: whole tiles, half a tile too many."""
     tile = min(TILE, max(16, 2 ** math.ceil(math.log2(max(rows, 1.0)))))
@@ -260,9 +254,6 @@ def dense_time(model: Model, tokens: int, sequence: int, dtype: str, device: Dev
     layers = model.layers if model.full_attention_layers is None else model.full_attention_layers
     flops = tokens * (2 * parameters + layers * model.attention_width * sequence)
     return flops / device.flops(dtype) + parameters * ITEM_BYTES[dtype] / device.memory_bandwidth
-
-
-# The layer and the step -----------------------------------------------------------------------------------------------
 
 
 def pipelined(dispatch: float, experts: float, combine: float, chunks: int, overhead: float) -> float:
@@ -364,24 +355,12 @@ def predict(work: Workload, device: Device, network: Network, gpus: int, ep: int
     exchange = total(lambda t: t.exchange_s)
     used = memory(model, gpus, ep, train=train)
     return Prediction(
-        gpus=gpus,
-        ep=ep,
-        edp=gpus // ep,
+        gpus=gpus, ep=ep, edp=gpus // ep,
         rows_per_expert=min(work.skew, ep) * work.tokens * model.top_k * ep / model.experts,
-        counts_s=total(lambda t: t.counts_s),
-        dispatch_s=total(lambda t: t.dispatch_s),
-        experts_s=total(lambda t: t.experts_s),
-        combine_s=total(lambda t: t.combine_s),
-        layer_s=total(lambda t: t.total_s),
-        all_experts_s=experts,
-        all_exposed_exchange_s=exposed,
-        dense_s=dense,
-        reductions_s=reductions,
-        exposed_reductions_s=exposed_reductions,
-        step_s=step,
-        exchange_share=exposed / step,
-        overlap=total(lambda t: t.hidden_s) / exchange if exchange else 0.0,
-        tokens_per_s_per_gpu=work.tokens / step,
-        memory_bytes=used,
-        fits=used <= device.memory_bytes,
-    )
+        counts_s=total(lambda t: t.counts_s), dispatch_s=total(lambda t: t.dispatch_s),
+        experts_s=total(lambda t: t.experts_s), combine_s=total(lambda t: t.combine_s),
+        layer_s=total(lambda t: t.total_s), all_experts_s=experts, all_exposed_exchange_s=exposed, dense_s=dense,
+        reductions_s=reductions, exposed_reductions_s=exposed_reductions, step_s=step, exchange_share=exposed / step,
+        overlap=total(lambda t: t.hidden_s) / exchange if exchange else 0.0, tokens_per_s_per_gpu=work.tokens / step,
+        memory_bytes=used, fits=used <= device.memory_bytes,
+    )  # fmt: skip

@@ -6,8 +6,12 @@ Times in seconds, sizes in bytes, rates per second and per GPU, bandwidths in on
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-# Shares of the nominal rates and latencies, fitted to published measurements; tests/distributed/test_cost_model.py fits
+from moe_triton_kernels.tools import models
+from moe_triton_kernels.tools.gpus import GPUS, Gpu
+
+# Shares of the nominal rates and latencies, fitted to published measurements; tests/simulate/test_cost_model.py fits
 # them again. Only the hardware named with each was measured; for every other preset the value is an assumption.
 GEMM_EFFICIENCY = 0.74  # H100: SonicMoE's forward kernels (arXiv 2512.14080), twelve shapes
 NODE_EFFICIENCY = 0.67  # H800: DeepEP normal dispatch, EP8, 153 GB/s of which 7/8 cross NVLink (200 GB/s)
@@ -117,9 +121,6 @@ class Model:
         return self.dense_parameters + self.expert_parameters * self.top_k // self.experts
 
 
-# The presets ----------------------------------------------------------------------------------------------------------
-
-
 def grouped_query(hidden: int, heads: int, key_heads: int, head: int) -> int:
     """Parameters of the projections of one grouped-query attention layer: query, key, value, output."""
     return hidden * head * (2 * heads + 2 * key_heads)
@@ -132,213 +133,84 @@ def latent(hidden: int, heads: int, query_rank: int, key_rank: int, plain: int, 
     return query + key_value + heads * value * hidden
 
 
-DEVICES = {
-    device.name: device
-    for device in (
-        Device(
-            name="a100",
-            peak_flops={"bfloat16": 312e12, "float16": 312e12},
-            memory_bandwidth=2.039e12,
-            memory_bytes=80e9,
-            network="nvlink3-ib200",
-            source="NVIDIA A100 80GB SXM data sheet",
-        ),
-        Device(
-            name="h100",
-            peak_flops={"bfloat16": 989.4e12, "float16": 989.4e12, "float8": 1978.9e12},
-            memory_bandwidth=3.35e12,
-            memory_bytes=80e9,
-            network="nvlink4-ib400",
-            source="NVIDIA H100 SXM data sheet",
-        ),
-        Device(
-            name="h200",
-            peak_flops={"bfloat16": 989.4e12, "float16": 989.4e12, "float8": 1978.9e12},
-            memory_bandwidth=4.8e12,
-            memory_bytes=141e9,
-            network="nvlink4-ib400",
-            source="NVIDIA H200 SXM data sheet",
-        ),
-        Device(
-            name="b200",
-            peak_flops={"bfloat16": 2250e12, "float16": 2250e12, "float8": 4500e12},
-            memory_bandwidth=8e12,
-            memory_bytes=180e9,
-            network="nvlink5-ib400",
-            source="NVIDIA DGX B200 data sheet",
-        ),
-        Device(
-            name="mi300x",
-            peak_flops={"bfloat16": 1307.4e12, "float16": 1307.4e12, "float8": 2614.9e12},
-            memory_bandwidth=5.3e12,
-            memory_bytes=192e9,
-            network="xgmi-ib400",
-            source="AMD Instinct MI300X data sheet",
-        ),
+NETWORKS = {
+    name: Network(name=name, gpus_per_node=gpus, node_bandwidth=node, nic_bandwidth=nic, source=source)
+    for name, gpus, node, nic, source in (
+        ("nvlink3-ib200", 8, 300e9, 25e9, "DGX A100: NVLink 3 (600 GB/s both ways), a 200 Gb/s NIC per GPU"),
+        ("h800-ib400", 8, 200e9, 50e9,
+         "H800: NVLink at 400 GB/s both ways, a 400 Gb/s NIC per GPU (DeepSeek-V3, arXiv 2412.19437)"),
+        ("nvlink4-ib400", 8, 450e9, 50e9, "DGX H100 and H200: NVLink 4 (900 GB/s both ways), a 400 Gb/s NIC per GPU"),
+        ("nvlink5-ib400", 8, 900e9, 50e9, "DGX B200: NVLink 5 (1.8 TB/s both ways), a 400 Gb/s NIC per GPU"),
+        ("nvlink5-ib800", 8, 900e9, 100e9, "DGX B300: NVLink 5 (1.8 TB/s both ways), an 800 Gb/s NIC per GPU"),
+        ("nvl72-ib400", 72, 900e9, 50e9,
+         "GB200 NVL72: 72 GPUs on NVLink 5 (1.8 TB/s both ways), a 400 Gb/s NIC per GPU"),
+        ("xgmi-ib400", 8, 448e9, 50e9,
+         "MI300X platform: seven Infinity Fabric links (896 GB/s both ways), a 400 Gb/s NIC per GPU"),
+        ("pcie4-100g", 8, 31.5e9, 12.5e9 / 8, "eight GPUs on PCIe 4.0 x16, one 100 Gb/s NIC for all of them"),
     )
+}  # fmt: skip
+USUAL_NETWORKS = {
+    "a100": "nvlink3-ib200",
+    "h100": "nvlink4-ib400",
+    "h200": "nvlink4-ib400",
+    "b200": "nvlink5-ib400",
+    "mi300x": "xgmi-ib400",
 }
 
-NETWORKS = {
-    network.name: network
-    for network in (
-        Network(
-            name="nvlink3-ib200",
-            gpus_per_node=8,
-            node_bandwidth=300e9,
-            nic_bandwidth=25e9,
-            source="DGX A100: NVLink 3 (600 GB/s both ways), a 200 Gb/s NIC per GPU",
-        ),
-        Network(
-            name="h800-ib400",
-            gpus_per_node=8,
-            node_bandwidth=200e9,
-            nic_bandwidth=50e9,
-            source="H800: NVLink at 400 GB/s both ways, a 400 Gb/s NIC per GPU (DeepSeek-V3, arXiv 2412.19437)",
-        ),
-        Network(
-            name="nvlink4-ib400",
-            gpus_per_node=8,
-            node_bandwidth=450e9,
-            nic_bandwidth=50e9,
-            source="DGX H100 and H200: NVLink 4 (900 GB/s both ways), a 400 Gb/s NIC per GPU",
-        ),
-        Network(
-            name="nvlink5-ib400",
-            gpus_per_node=8,
-            node_bandwidth=900e9,
-            nic_bandwidth=50e9,
-            source="DGX B200: NVLink 5 (1.8 TB/s both ways), a 400 Gb/s NIC per GPU",
-        ),
-        Network(
-            name="nvlink5-ib800",
-            gpus_per_node=8,
-            node_bandwidth=900e9,
-            nic_bandwidth=100e9,
-            source="DGX B300: NVLink 5 (1.8 TB/s both ways), an 800 Gb/s NIC per GPU",
-        ),
-        Network(
-            name="nvl72-ib400",
-            gpus_per_node=72,
-            node_bandwidth=900e9,
-            nic_bandwidth=50e9,
-            source="GB200 NVL72: 72 GPUs on NVLink 5 (1.8 TB/s both ways), a 400 Gb/s NIC per GPU",
-        ),
-        Network(
-            name="xgmi-ib400",
-            gpus_per_node=8,
-            node_bandwidth=448e9,
-            nic_bandwidth=50e9,
-            source="MI300X platform: seven Infinity Fabric links (896 GB/s both ways), a 400 Gb/s NIC per GPU",
-        ),
-        Network(
-            name="pcie4-100g",
-            gpus_per_node=8,
-            node_bandwidth=31.5e9,
-            nic_bandwidth=12.5e9 / 8,
-            source="eight GPUs on PCIe 4.0 x16, one 100 Gb/s NIC for all of them",
-        ),
-    )
-}
+
+def _device(name: str, gpu: Gpu) -> Device:
+    flops = {"bfloat16": gpu.fp16_flops, "float16": gpu.fp16_flops}
+    if gpu.fp8_flops is not None:
+        flops["float8"] = gpu.fp8_flops
+    return Device(
+        name=name, peak_flops=flops, memory_bandwidth=gpu.bandwidth, memory_bytes=gpu.memory,
+        network=USUAL_NETWORKS[name], source=f"{gpu.product} data sheet",
+    )  # fmt: skip
+
+
+DEVICES = {name: _device(name, gpu) for name, gpu in GPUS.items()}
+
+
+def _model(name: str, *, layers: int, attention_parameters: int, **sizes: Any) -> Model:
+    """A model whose layers are all mixtures, unless `sizes` says otherwise."""
+    return Model(
+        name=name.lower(), **models.MODELS[name]._asdict(), layers=layers, attention_parameters=attention_parameters,
+        **{"moe_layers": layers, **sizes},
+    )  # fmt: skip
+
 
 MODELS = {
     model.name: model
     for model in (
-        Model(
-            name="deepseek-v3",
-            hidden=7168,
-            intermediate=2048,
-            experts=256,
-            top_k=8,
-            layers=61,
-            moe_layers=58,
-            vocabulary=129280,
-            attention_parameters=latent(7168, 128, 1536, 512, 128, 64, 128),
-            attention_width=128 * (192 + 128),
-            dense_intermediate=18432,
-            shared_intermediate=2048,
-            router_groups=8,
-            router_top_groups=4,
+        _model(
+            "DeepSeek-V3", layers=61, moe_layers=58, vocabulary=129280,
+            attention_parameters=latent(7168, 128, 1536, 512, 128, 64, 128), attention_width=128 * (192 + 128),
+            dense_intermediate=18432, shared_intermediate=2048, router_groups=8, router_top_groups=4,
             source="deepseek-ai/DeepSeek-V3 config.json (without multi-token prediction)",
         ),
-        Model(
-            name="qwen3-30b-a3b",
-            hidden=2048,
-            intermediate=768,
-            experts=128,
-            top_k=8,
-            layers=48,
-            moe_layers=48,
-            vocabulary=151936,
-            attention_parameters=grouped_query(2048, 32, 4, 128),
-            attention_width=32 * 256,
-            source="Qwen/Qwen3-30B-A3B config.json",
+        _model(
+            "Qwen3-30B-A3B", layers=48, vocabulary=151936, attention_parameters=grouped_query(2048, 32, 4, 128),
+            attention_width=32 * 256, source="Qwen/Qwen3-30B-A3B config.json",
         ),
-        Model(
-            name="qwen3-235b",
-            hidden=4096,
-            intermediate=1536,
-            experts=128,
-            top_k=8,
-            layers=94,
-            moe_layers=94,
-            vocabulary=151936,
-            attention_parameters=grouped_query(4096, 64, 4, 128),
-            attention_width=64 * 256,
-            source="Qwen/Qwen3-235B-A22B config.json",
+        _model(
+            "Qwen3-235B-A22B", layers=94, vocabulary=151936, attention_parameters=grouped_query(4096, 64, 4, 128),
+            attention_width=64 * 256, source="Qwen/Qwen3-235B-A22B config.json",
         ),
-        Model(
-            name="mixtral-8x7b",
-            hidden=4096,
-            intermediate=14336,
-            experts=8,
-            top_k=2,
-            layers=32,
-            moe_layers=32,
-            vocabulary=32000,
-            attention_parameters=grouped_query(4096, 32, 8, 128),
-            attention_width=32 * 256,
-            source="mistralai/Mixtral-8x7B-v0.1 config.json",
+        _model(
+            "Mixtral-8x7B", layers=32, vocabulary=32000, attention_parameters=grouped_query(4096, 32, 8, 128),
+            attention_width=32 * 256, source="mistralai/Mixtral-8x7B-v0.1 config.json",
         ),
-        Model(
-            name="gpt-oss-20b",
-            hidden=2880,
-            intermediate=2880,
-            experts=32,
-            top_k=4,
-            layers=24,
-            moe_layers=24,
-            vocabulary=201088,
-            attention_parameters=grouped_query(2880, 64, 8, 64),
-            attention_width=64 * 128,
-            full_attention_layers=12,
-            source="openai/gpt-oss-20b config.json",
+        _model(
+            "gpt-oss-20b", layers=24, vocabulary=201088, attention_parameters=grouped_query(2880, 64, 8, 64),
+            attention_width=64 * 128, full_attention_layers=12, source="openai/gpt-oss-20b config.json",
         ),
-        Model(
-            name="gpt-oss-120b",
-            hidden=2880,
-            intermediate=2880,
-            experts=128,
-            top_k=4,
-            layers=36,
-            moe_layers=36,
-            vocabulary=201088,
-            attention_parameters=grouped_query(2880, 64, 8, 64),
-            attention_width=64 * 128,
-            full_attention_layers=18,
-            source="openai/gpt-oss-120b config.json",
+        _model(
+            "gpt-oss-120b", layers=36, vocabulary=201088, attention_parameters=grouped_query(2880, 64, 8, 64),
+            attention_width=64 * 128, full_attention_layers=18, source="openai/gpt-oss-120b config.json",
         ),
-        Model(
-            name="olmoe",
-            hidden=2048,
-            intermediate=1024,
-            experts=64,
-            top_k=8,
-            layers=16,
-            moe_layers=16,
-            vocabulary=50304,
-            attention_parameters=grouped_query(2048, 16, 16, 128),
-            attention_width=16 * 256,
-            source="allenai/OLMoE-1B-7B-0924 config.json",
+        _model(
+            "OLMoE", layers=16, vocabulary=50304, attention_parameters=grouped_query(2048, 16, 16, 128),
+            attention_width=16 * 256, source="allenai/OLMoE-1B-7B-0924 config.json",
         ),
     )
-}
+}  # fmt: skip

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from moe_triton.simulate.cost_model import distinct_groups, exchange_bytes, exchange_time, experts_time, row_bytes
 from moe_triton.simulate.presets import DEVICES, MODELS, NETWORKS, Device, Model, Network
+from moe_triton_kernels.tools.models import SONIC, Layer
 
 DEEPEP = replace(MODELS["deepseek-v3"], router_groups=1, router_top_groups=1)  # its tests route uniformly
 LOW_LATENCY_TOKENS = 128
@@ -30,21 +31,14 @@ NORMAL_GBS = (
     ("nvlink5-ib400", 8, 726),
 )
 NCCL_US = {2: 50.7, 4: 51.1, 8: 83.0, 16: 101.8, 32: 99.7, 64: 154.5}  # MB per rank -> microseconds on 8 x B300, coarse
-# (T, d, n, E, K, forward, backward TFLOP/s)
+# forward and backward TFLOP/s of the shapes of SONIC, in their order
 SONIC_TFLOPS = (
-    (40960, 768, 256, 128, 8, 335, 363),
-    (40960, 768, 512, 64, 4, 397, 401),
-    (40960, 768, 1024, 32, 2, 404, 433),
-    (24576, 1536, 256, 128, 8, 363, 404),
-    (24576, 1536, 512, 64, 4, 431, 438),
-    (24576, 1536, 1024, 32, 2, 463, 465),
-    (32768, 4096, 256, 256, 16, 425, 457),
-    (32768, 4096, 512, 128, 8, 500, 508),
-    (32768, 4096, 1024, 64, 4, 549, 551),
-    (32768, 4096, 512, 256, 16, 515, 523),
-    (32768, 4096, 1024, 128, 8, 555, 564),
-    (32768, 4096, 2048, 64, 4, 591, 583),
+    *((335, 363), (397, 401), (404, 433)),
+    *((363, 404), (431, 438), (463, 465)),
+    *((425, 457), (500, 508), (549, 551)),
+    *((515, 523), (555, 564), (591, 583)),
 )
+SONIC_SHAPES = tuple((tokens, layer) for tokens, layers in SONIC.values() for layer in layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +56,6 @@ class Point:
     def error(self) -> float:
         """Relative: predicted / published - 1."""
         return self.predicted / self.published - 1
-
-
-# Network --------------------------------------------------------------------------------------------------------------
 
 
 def groups_of(nodes: float) -> Model:
@@ -123,15 +114,11 @@ def fit_nccl() -> tuple[float, float]:
     return NCCL_US[small] - small * 1e12 * 7 / 8 / rate, rate
 
 
-# Experts --------------------------------------------------------------------------------------------------------------
-
-
-def sonic_tflops(shape: tuple[int, ...], device: Device) -> tuple[float, float]:
-    """Forward and backward TFLOP/s of the experts of one of SONIC_TFLOPS' shapes on one GPU."""
-    tokens, hidden, intermediate, experts, top_k = shape[:5]
-    model = replace(DEEPEP, hidden=hidden, intermediate=intermediate, experts=experts, top_k=top_k)
-    forward, backward = experts_time(model, tokens * top_k, tokens, experts, "bfloat16", device)
-    flops = 6 * tokens * top_k * intermediate * hidden / 1e12
+def sonic_tflops(tokens: int, layer: Layer, device: Device) -> tuple[float, float]:
+    """Forward and backward TFLOP/s of a layer's experts on one GPU."""
+    model = replace(DEEPEP, **layer._asdict())
+    forward, backward = experts_time(model, tokens * layer.top_k, tokens, layer.experts, "bfloat16", device)
+    flops = 6 * tokens * layer.top_k * layer.intermediate * layer.hidden / 1e12
     return flops / forward, 2 * flops / backward
 
 
@@ -140,12 +127,10 @@ def fit_gemm() -> float:
 
     def worst(hundredths: int) -> float:
         device = replace(DEVICES["h100"], gemm_efficiency=hundredths / 100)
-        return max(abs(sonic_tflops(row, device)[0] / row[5] - 1) for row in SONIC_TFLOPS)
+        pairs = zip(SONIC_SHAPES, SONIC_TFLOPS, strict=True)
+        return max(abs(sonic_tflops(*shape, device)[0] / forward - 1) for shape, (forward, _) in pairs)
 
     return min(range(50, 100), key=worst) / 100
-
-
-# All of it ------------------------------------------------------------------------------------------------------------
 
 
 def validate() -> list[Point]:
@@ -171,9 +156,8 @@ def validate() -> list[Point]:
         add("NCCL all-to-all, 8 x B300", f"{size} MB", "us", latency, nccl_us(size, start, rate), fitted)
     device = replace(DEVICES["h100"], gemm_efficiency=fit_gemm())
     for index, way in enumerate(("forward", "backward")):
-        for shape in SONIC_TFLOPS:
-            tokens, hidden, intermediate, experts, top_k = shape[:5]
-            case = f"T={tokens} d={hidden} n={intermediate} E={experts} K={top_k}"
-            predicted = sonic_tflops(shape, device)[index]
-            add(f"SonicMoE {way}, H100", case, "TFLOP/s", shape[5 + index], predicted, index == 0)
+        for (tokens, layer), speeds in zip(SONIC_SHAPES, SONIC_TFLOPS, strict=True):
+            case = f"T={tokens} d={layer.hidden} n={layer.intermediate} E={layer.experts} K={layer.top_k}"
+            predicted = sonic_tflops(tokens, layer, device)[index]
+            add(f"SonicMoE {way}, H100", case, "TFLOP/s", speeds[index], predicted, index == 0)
     return points

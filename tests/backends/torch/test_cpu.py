@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from moe_triton.backends.torch.cpu import CpuPolicy, this_cpu
+from moe_triton.backends.torch import cpu
+from moe_triton.backends.torch.cpu import CpuPolicy
+from moe_triton.backends.torch.processor import Processor
+from tests.helpers.problems import check, make_problem, ragged_choices, run, with_policy
 
 
 @pytest.mark.parametrize(("recurring", "threads", "expected"), [(False, 1, 0), (False, 2, 320), (True, 1, 320)])
@@ -29,14 +35,101 @@ def test_padded_sizes_recur(recurring: bool) -> None:
         assert len({policy.padded(m) for m in range(200, 300)}) <= 8
 
 
-@pytest.mark.parametrize("avx512", [False, True])
+def processor(maker: str, *instruction_sets: str) -> Processor:
+    return Processor(maker, "some processor", instruction_sets)
+
+
+KINDS = {
+    "zen 4": (processor("AMD", "avx2", "avx512", "avx512_bf16"), "onednn", "measured"),
+    "zen 3": (processor("AMD", "avx2"), "mkl", "measured"),
+    "skylake": (processor("Intel", "avx2", "avx512"), "mkl", "measured"),
+    "sapphire rapids": (processor("Intel", "avx2", "avx512", "avx512_bf16", "amx_bf16"), "mkl", "measured"),
+    "haswell": (processor("Intel", "avx2"), "mkl", "guess"),
+    "unknown, AVX-512": (processor("unknown", "avx2", "avx512"), "mkl", "guess"),
+    "graviton": (processor("Arm", "neon", "bf16", "sve"), "mm", "guess"),
+    "unknown": (processor("unknown"), "mm", "guess"),
+}
+
+
+@pytest.fixture
+def no_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where a tuned policy would be read from; there is none yet."""
+    monkeypatch.delenv(cpu.VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    return tmp_path / "moe_triton" / "cpu.json"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_table(kind: str, no_files: Path) -> None:
+    where, policy, evidence = KINDS[kind]
+    chosen = cpu.choose_policy(where)
+    assert chosen.policy == policy
+    assert evidence in chosen.reason
+
+
 @pytest.mark.parametrize("onednn", [False, True])
-def test_the_policy_of_a_processor(avx512: bool, onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512" if avx512 else "AVX2")
+@pytest.mark.parametrize("mkl", [False, True])
+@pytest.mark.parametrize("name", cpu.POLICIES)
+def test_what_a_policy_is(name: str, mkl: bool, onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
-    policy = this_cpu.__wrapped__()
-    assert policy.shapes_recur == (avx512 and onednn)
-    assert set(policy.linear) == ({torch.float32} if avx512 and onednn else set())
-    with_batches = {torch.bfloat16} if onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported() else set()
-    with_batches |= {torch.float32} if torch.backends.mkl.is_available() and not avx512 else set()
-    assert set(policy.most_batched_rows) == with_batches
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    for where, has_bf16 in ((KINDS["zen 4"][0], True), (KINDS["skylake"][0], False), (KINDS["graviton"][0], True)):
+        policy = cpu.make_policy(name, where)
+        assert policy.shapes_recur == (name == "onednn" and onednn)
+        assert set(policy.linear) == ({torch.float32} if policy.shapes_recur else set())
+        batched = {torch.float32} if name == "mkl" and mkl else set()
+        assert set(policy.most_batched_rows) == batched | ({torch.bfloat16} if has_bf16 and onednn else set())
+
+
+def test_the_environment_overrides(no_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    where = KINDS["zen 3"][0]
+    monkeypatch.setenv(cpu.VARIABLE, "onednn")
+    assert cpu.choose_policy(where) == cpu.Chosen("onednn", "MOE_TRITON_CPU_POLICY asks for it")
+    monkeypatch.setenv(cpu.VARIABLE, "openblas")
+    with pytest.raises(ValueError, match="MOE_TRITON_CPU_POLICY: got 'openblas', wanted onednn, mkl, mm or the path"):
+        cpu.choose_policy(where)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_tuned_policy(named: bool, no_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    where, path = KINDS["zen 3"][0], tmp_path / "other.json" if named else no_files
+    if named:
+        monkeypatch.setenv(cpu.VARIABLE, str(path))
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({cpu.policy_key(where): {"policy": "mm"}}), encoding="utf-8")
+    chosen = cpu.choose_policy(where)
+    assert chosen.policy == "mm"
+    assert str(path) in chosen.reason
+    assert cpu.choose_policy(KINDS["skylake"][0]).policy == "mkl"  # measured on another processor
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
+    assert cpu.choose_policy(where).policy == "mkl"  # and with other threads
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"key": {}}', '{"key": {"policy": "fast"}}'])
+def test_a_broken_file_is_named(text: str, no_files: Path) -> None:
+    no_files.parent.mkdir()
+    no_files.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape(str(no_files))):
+        cpu.choose_policy(KINDS["zen 3"][0])
+
+
+def test_policies_agree(no_files: Path) -> None:
+    """One layer's results by every policy of every kind of processor."""
+    problem = make_problem(ragged_choices((3, 0, 40, 17)), 4, bias=True, device="cpu")
+    for where, _, _ in KINDS.values():
+        for name in cpu.POLICIES:
+            policy = cpu.make_policy(name, where)
+            for linear_from in {1, policy.linear_from}:
+                check(run(problem, with_policy(replace(policy, linear_from=linear_from))), problem)
+
+
+def test_small_products_are_made_by_torch() -> None:
+    used: list[int] = []
+    policy = CpuPolicy(
+        shapes_recur=True, linear={torch.float32: lambda x, *_: used.append(len(x)) or x}, linear_from=64
+    )
+    weight = torch.ones(4, 4)
+    for rows in (0, 1, 2, 3):
+        policy.product(torch.ones(rows, 4), weight)
+    assert used == [2, 3]

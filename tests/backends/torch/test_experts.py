@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from dataclasses import fields, replace
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +14,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_triton.backends.torch import experts_cpu, experts_device, grouped, memory
-from moe_triton.backends.torch.cpu import CpuPolicy, this_cpu
+from moe_triton.backends.torch.cpu import CpuPolicy, make_policy
+from moe_triton.backends.torch.processor import this_processor
 from moe_triton.records import ACTIVATIONS, Dispatch, ExpertSpec
 from tests.helpers import problems
 from tests.helpers.compare import TOLERANCE, assert_close
-from tests.helpers.problems import INPUTS, PARAMETERS, Problem, as_sequences, check, replaced, run, with_inputs
+from tests.helpers.problems import (
+    INPUTS,
+    Problem,
+    as_sequences,
+    check,
+    ragged_choices,
+    replaced,
+    run,
+    with_inputs,
+    with_policy,
+)
 
 LAYOUTS = ((False, True), (True, False), (True, True), (False, False))  # (is_transposed, is_concatenated)
 make_problem = partial(problems.make_problem, device="cpu")
@@ -28,21 +38,15 @@ make_problem = partial(problems.make_problem, device="cpu")
 def on_cpu(*, batched: bool, recurring: bool) -> Any:
     """The CPU's blocks, as cut on a processor of that kind, with batches wherever they are possible or nowhere."""
     policy = replace(
-        this_cpu(),
+        make_policy("onednn" if recurring else "mm", this_processor()),
         shapes_recur=recurring,
+        linear_from=1,
         most_batched_rows=dict.fromkeys(TOLERANCE, (1000, 1000) if batched else (0, 0)),
         batched_block_rows=(1, 100),  # two batches of SIZES
         alone_overhead=1000,
         num_threads=2,
     )
     return with_policy(policy)
-
-
-def with_policy(policy: CpuPolicy) -> Any:
-    return SimpleNamespace(
-        experts_forward=partial(experts_cpu.experts_forward, policy=policy),
-        experts_backward=partial(experts_cpu.experts_backward, policy=policy),
-    )
 
 
 WAYS = {
@@ -58,13 +62,6 @@ CPU_WAYS = [way for way in WAYS if way != "device"]
 def check_way(way: str, problem: Problem, keep: bool = True) -> None:
     # the router weights' gradient is fp32, of products in the hidden states' dtype
     check(run(problem, WAYS[way], recompute=not keep), problem, TOLERANCE[problem.call.hidden.dtype])
-
-
-def ragged_choices(sizes: list[int], top_k: int = 2) -> Tensor:
-    """Choices [T, K] in which expert e has sizes[e] slots, in random order, and -1 fills up the last token."""
-    ids = torch.cat([torch.full((size,), e) for e, size in enumerate(sizes)])
-    ids = torch.cat([ids, torch.full((-len(ids) % top_k,), -1)])
-    return ids[torch.randperm(len(ids))].view(-1, top_k)
 
 
 SIZES = [5, 0, 33, 1, 7, 20]  # an empty expert, experts that share a block, and two whose rows may be padded
@@ -155,9 +152,39 @@ def test_no_tokens(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("ranks", [(1, 1), (5, 16)])
+def test_adapters(way: str, ranks: tuple[int, int], keep: bool, is_transposed: bool) -> None:
+    spec = ExpertSpec(is_transposed=is_transposed, is_concatenated=keep)
+    problem = make_problem(ragged_choices(SIZES), len(SIZES), spec=spec, bias=is_transposed, ranks=ranks)
+    check_way(way, problem, keep)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_adapters_in_other_dtypes(way: str, dtype: torch.dtype) -> None:
+    check_way(way, make_problem(ragged_choices(SIZES), len(SIZES), dtype=dtype, ranks=(3, 8), d=48, n=40))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", ["gate_up", "down"])
+def test_an_adapter_of_one_projection(way: str, kind: str) -> None:
+    """It lies as PEFT's does: neither of b's two dimensions is contiguous, and the expert runs fastest."""
+    problem = make_problem(ragged_choices(SIZES), len(SIZES), ranks=(3, 2))
+    names = [f"{kind}_lora_a", f"{kind}_lora_b"]
+    given = {name: None for name in problem.parameters if "lora" in name and name not in names}
+    b = problem.inputs[names[1]]
+    call = replaced(problem.call, **given)
+    expected = problems.expected_of(call, problem.grad_out)
+    strided = replaced(call, **{names[1]: b.permute(1, 2, 0).contiguous().permute(2, 0, 1)})
+    check_way(way, Problem(strided, problem.grad_out, expected))
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_bits_every_time_and_whatever_is_kept(way: str, dtype: torch.dtype) -> None:
-    problem = make_problem(ragged_choices(SIZES), len(SIZES), dtype=dtype, bias=True, d=48, n=40)
+    problem = make_problem(ragged_choices(SIZES), len(SIZES), dtype=dtype, ranks=(3, 8), d=48, n=40)
     found, again = run(problem, WAYS[way]), run(problem, WAYS[way])
     with torch.no_grad():
         alone, preactivation = WAYS[way].experts_forward(problem.call, False)
@@ -186,16 +213,16 @@ def test_the_preactivation_is_in_dispatch_order(way: str, activation: str) -> No
 
 @pytest.mark.parametrize("way", ["alone", "alone, padded", "device"])
 def test_sequences_give_the_bits_of_stacked_weights(way: str) -> None:
-    problem = make_problem(ragged_choices(SIZES), len(SIZES), bias=True)
+    problem = make_problem(ragged_choices(SIZES), len(SIZES), ranks=(3, 2))
     found, listed = run(problem, WAYS[way]), run(problem, WAYS[way], sequence=True)
-    for name in ("out", *PARAMETERS):
+    for name in ("out", *problem.parameters):
         assert torch.equal(found[name], listed[name]), name
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", INPUTS)
 def test_only_the_wanted_gradients(way: str, name: str) -> None:
-    problem = make_problem(ragged_choices(SIZES), len(SIZES), bias=True)
+    problem = make_problem(ragged_choices(SIZES), len(SIZES), ranks=(3, 2))
     alone = run(problem, WAYS[way], wanted=[other == name for other in INPUTS])
     assert alone.keys() == {"out", name}
     assert torch.equal(alone[name], run(problem, WAYS[way])[name])
@@ -215,12 +242,12 @@ def test_expanded_and_strided_gradients(way: str) -> None:
 @pytest.mark.parametrize("broken_expert", range(3))
 def test_a_broken_token_stays_with_its_own_expert(way: str, broken_expert: int) -> None:
     choices = torch.tensor([0, 1, 2]).repeat_interleave(20)[:, None]
-    problem = make_problem(choices, 3, bias=True)
+    problem = make_problem(choices, 3, ranks=(3, 2))
     clean = run(problem, WAYS[way])
     problem.call.hidden[choices[:, 0] == broken_expert] = float("inf")
     broken = run(problem, WAYS[way])
     for e in {0, 1, 2} - {broken_expert}:
-        for name in PARAMETERS:
+        for name in problem.parameters:
             assert torch.equal(clean[name][e], broken[name][e])
     assert not torch.isfinite(broken["gate_up"][broken_expert]).any()
 
@@ -229,8 +256,14 @@ def test_a_broken_token_stays_with_its_own_expert(way: str, broken_expert: int) 
 @pytest.mark.parametrize("is_transposed", [False, True])
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("grouped_calls", ["all", "none over rows"])
+@pytest.mark.parametrize("ranks", [None, (3, 2)])
 def test_the_device_way_with_grouped_mm(
-    grouped_calls: str, keep: bool, is_transposed: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ranks: tuple[int, int] | None,
+    grouped_calls: str,
+    keep: bool,
+    is_transposed: bool,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     original, calls = torch.nn.functional.grouped_mm, []
 
@@ -245,9 +278,14 @@ def test_the_device_way_with_grouped_mm(
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", dirty)
     monkeypatch.setattr(grouped, "can_group", lambda left, right: right.dim() == 3 or grouped_calls == "all")
     spec = ExpertSpec(is_transposed=is_transposed)
-    problem = make_problem(ragged_choices(SIZES), len(SIZES), spec=spec, dtype=dtype, bias=True, capacity=18, d=16, n=8)
+    problem = make_problem(
+        ragged_choices(SIZES), len(SIZES), spec=spec, dtype=dtype, ranks=ranks, capacity=18, d=16, n=8
+    )
     check_way("device", problem, keep)
-    assert len(calls) == (4 if keep else 5) + (4 if grouped_calls == "all" else 0)
+    products, outer = (4 if keep else 5), 4
+    if ranks is not None:  # two narrow ones beside each product, and one for each gradient of an adapter
+        products, outer = 3 * products + 4, outer + 4
+    assert len(calls) == products + (outer if grouped_calls == "all" else 0)
 
 
 @pytest.mark.parametrize("recurring", [False, True])
@@ -271,7 +309,7 @@ def test_used_memory_holds_garbage(way: str, dtype: torch.dtype, monkeypatch: py
         return fresh
 
     monkeypatch.setattr(memory.np, "empty", poisoned)
-    problem = make_problem(ragged_choices(SIZES), len(SIZES), dtype=dtype, bias=True)
+    problem = make_problem(ragged_choices(SIZES), len(SIZES), dtype=dtype, ranks=(3, 2))
     check_way(way, problem)
     assert len(lent) >= 4
     check_way(way, problem)  # in the memory of the first
@@ -297,7 +335,7 @@ def test_only_stacked_weights_are_batched(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_device_way_never_looks_at_the_data() -> None:
     """Meta tensors have no data: whatever would make the host wait for a device raises on them."""
-    problem = make_problem(ragged_choices(SIZES), len(SIZES), bias=True)
+    problem = make_problem(ragged_choices(SIZES), len(SIZES), ranks=(3, 2))
     call = replaced(problem.call, **{name: x.to("meta") for name, x in problem.inputs.items()})
     dispatched = {f.name: getattr(call.dispatched, f.name).to("meta") for f in fields(Dispatch)}
     on_meta = Problem(replace(call, dispatched=Dispatch(**dispatched)), problem.grad_out.to("meta"))

@@ -108,7 +108,7 @@ def test_which_gpus_have_the_kernel(
     assert grouped._has_grouped_kernel.__wrapped__(torch.device("cuda:0")) is expected
 
 
-@pytest.mark.parametrize("way", ["grouped_mm", "may_sync", "masked"])
+@pytest.mark.parametrize("way", ["grouped_mm", "one by one", "masked"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_ways_agree(way: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grouped, "can_group", lambda left, right: way == "grouped_mm")
@@ -116,15 +116,15 @@ def test_the_ways_agree(way: str, dtype: torch.dtype, monkeypatch: pytest.Monkey
     x, y, weight = torch.randn(10, 16).to(dtype), torch.randn(10, 8).to(dtype), torch.randn(3, 16, 8).to(dtype)
     x[8:] = y[8:] = float("nan")
     rows = GroupedRows(torch.tensor(bounds, dtype=torch.int32), 10)
-    may_sync = way == "may_sync"
+    monkeypatch.setattr(GroupedRows, "are_readable", way == "one by one")
     parts = [slice(start, end) for start, end in pairwise(bounds)]
     wide = [t.double() for t in (x, y, weight)]
     tolerance = 1e-6 if dtype == torch.float32 else 1e-2
     product = torch.cat([wide[0][part] @ wide[2][e] for e, part in enumerate(parts)])
-    assert_close(grouped_product(x, weight, rows, may_sync=may_sync)[:8], product, tolerance=tolerance)
+    assert_close(grouped_product(x, weight, rows)[:8], product, tolerance=tolerance)
     outer = torch.stack([wide[0][part].T @ wide[1][part] for part in parts])
-    assert_close(grouped_outer(x, y, rows, may_sync=may_sync), outer, tolerance=tolerance)
+    assert_close(grouped_outer(x, y, rows), outer, tolerance=tolerance)
     sums = torch.stack([wide[1][part].sum(0) for part in parts])
-    found = sum_per_expert(y, rows, may_sync=may_sync)
+    found = sum_per_expert(y, rows)
     assert found.is_contiguous()
     assert_close(found, sums, tolerance=tolerance)

@@ -1,15 +1,24 @@
-"""The products that are fast for an expert's rows on a CPU, and how many rows they like."""
+"""The products that are fast for an expert's rows on a CPU, and how many rows they like.
+
+Which policy a processor gets is a table: nothing is timed when the library is imported, so that two runs on one machine
+give the same bits. `moe-triton tune --cpu` measures, for a processor that the table does not know.
+"""
 
 from __future__ import annotations
 
 import functools
+import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from moe_triton.torch_internals import onednn_has_bf16, onednn_linear
+from moe_triton.backends.torch.processor import Processor, this_processor
+from moe_triton.torch_internals import onednn_linear
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,6 +27,7 @@ class CpuPolicy:
 
     shapes_recur        whether a product of a new shape costs the compilation of a kernel
     linear              by dtype, oneDNN's product where it is faster than torch.mm
+    linear_from         the fewest FLOPs of a product that it is used for: a call costs 12 us more than one of torch.mm
     most_batched_rows   by dtype, up to how many rows (forward, backward) an expert may share one batched product with
                         its neighbours; not at all in other dtypes
     row_quantum         of what number the rows of a product are a multiple where shapes should recur
@@ -31,6 +41,7 @@ class CpuPolicy:
 
     shapes_recur: bool
     linear: Mapping[torch.dtype, Callable[..., Tensor]] = field(default_factory=dict)
+    linear_from: int = 1 << 22
     most_batched_rows: Mapping[torch.dtype, tuple[int, int]] = field(default_factory=dict)
     row_quantum: int = 16
     shared_block_rows: int = 256
@@ -61,7 +72,7 @@ class CpuPolicy:
     ) -> Tensor:
         """Compute left @ right.T + bias; with `out` it is there too, and what is returned may be a copy in cache."""
         linear = self.linear.get(left_mk.dtype)
-        if linear is not None and left_mk.numel() and right_nk.numel():
+        if linear is not None and 2 * left_mk.numel() * right_nk.shape[0] >= self.linear_from:
             y_mn = linear(left_mk, right_nk, bias_n, "none", [], "")
             if out is not None:
                 out.copy_(y_mn)
@@ -71,27 +82,125 @@ class CpuPolicy:
         return torch.mm(left_mk, right_nk.T, out=out)
 
 
+class Rule(NamedTuple):
+    """The policy of some processors, and how we know: what was measured, or "a guess"."""
+
+    policy: str
+    maker: str | None
+    instruction_set: str | None
+    evidence: str
+
+    def fits(self, processor: Processor) -> bool:
+        sets = self.instruction_set is None or processor.has(self.instruction_set)
+        return sets and self.maker in (None, processor.maker)
+
+
+# The first that fits counts. In GFLOP/s, fp32; torch.mm is MKL's product.
+RULES = (
+    Rule("onednn", "AMD", "avx512", "measured on AMD EPYC, torch 2.13: oneDNN 1.0 to 1.3 (Zen 4), 2 (Zen 5) times MKL"),
+    Rule(
+        "mkl", "Intel", "avx512",
+        "measured on an Intel Xeon without AMX, 2 cores, torch 2.13: 256x512x768 262 by MKL, 251 by oneDNN; 8x512x768 "
+        "111 and 56",
+    ),
+    Rule("mkl", None, "avx512", "a guess, from Intel's"),
+    Rule("mkl", "AMD", "avx2", "measured on AMD EPYC (Zen 3), torch 2.13: 256x512x768 81 by MKL, 72 by oneDNN"),
+    Rule("mkl", None, "avx2", "a guess, from AMD's without AVX-512"),
+    Rule("mm", None, None, "a guess: torch.mm"),
+)  # fmt: skip
+POLICIES = ("onednn", "mkl", "mm")
+VARIABLE = "MOE_TRITON_CPU_POLICY"
+
+
+class Chosen(NamedTuple):
+    """The policy's name, one of POLICIES, and why it was chosen, in words."""
+
+    policy: str
+    reason: str
+
+
+def make_policy(name: str, processor: Processor) -> CpuPolicy:
+    """Return one of POLICIES for a processor.
+
+    onednn  fp32 products by oneDNN, which torch itself uses only in compiled graphs; every new shape costs the
+            compilation of a kernel, so sizes are padded to recur
+    mkl     by torch.mm; up to 320 rows an expert forward and 48 backward, neighbours share one of MKL's batched
+            products, which gives every thread products of its own (backward, where more is done to the padding, the
+            gain ends sooner). Not where torch lacks MKL.
+    mm      by torch.mm, one by one
+
+    In bf16 a batched product pays up to 32 rows, where the weights' bytes rule the time, and only on processors that
+    multiply bf16; elsewhere it is a naive loop in torch.
+    """
+    has_onednn = torch.backends.mkldnn.is_available()
+    product = onednn_linear() if name == "onednn" else None
+    most_batched_rows: dict[torch.dtype, tuple[int, int]] = {}
+    if has_onednn and processor.has_bf16_products:
+        most_batched_rows[torch.bfloat16] = (32, 32)
+    if name == "mkl" and torch.backends.mkl.is_available():
+        most_batched_rows[torch.float32] = (320, 48)
+    return CpuPolicy(
+        shapes_recur=product is not None,
+        linear={} if product is None else {torch.float32: product},
+        most_batched_rows=most_batched_rows,
+    )
+
+
+def choose_policy(processor: Processor) -> Chosen:
+    """Return the policy for a processor: the environment's, else the tuned one, else the table's.
+
+    MOE_TRITON_CPU_POLICY is one of POLICIES, or the path of a file that `moe-triton tune --cpu` wrote; without it, the
+    file in its default place is read where there is one. A file counts only for the processor and the number of threads
+    that it was measured with.
+
+    Raises ValueError, naming the variable or the file, for an unknown name and a broken file.
+    """
+    given = os.environ.get(VARIABLE, "")
+    if given in POLICIES:
+        return Chosen(given, f"{VARIABLE} asks for it")
+    path = policy_path()
+    if given and not path.exists():
+        raise ValueError(f"{VARIABLE}: got {given!r}, wanted {', '.join(POLICIES)} or the path of an existing file")
+    if path.exists() and (tuned := read_policies(path).get(policy_key(processor))) is not None:
+        return Chosen(tuned, f"`moe-triton tune --cpu` measured it here ({path})")
+    rule = next(rule for rule in RULES if rule.fits(processor))
+    return Chosen(rule.policy, rule.evidence)
+
+
+def policy_path() -> Path:
+    """Return where `moe-triton tune --cpu` writes: MOE_TRITON_CPU_POLICY where it is a path, else in ~/.config."""
+    given = os.environ.get(VARIABLE, "")
+    if given and given not in POLICIES:
+        return Path(given)
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "moe_triton" / "cpu.json"
+
+
+def policy_key(processor: Processor) -> str:
+    """Return what a measurement is valid for: the processor, the threads and the version of torch."""
+    version = ".".join(torch.__version__.split(".")[:2])
+    return f"{processor}, {torch.get_num_threads()} threads, torch {version}"
+
+
+def read_policies(path: Path) -> dict[str, str]:
+    """Return the policy's name by `policy_key`, from a file that `moe-triton tune --cpu` wrote.
+
+    Raises ValueError, naming the file, where it is broken.
+    """
+    try:
+        found = {key: entry["policy"] for key, entry in json.loads(path.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"CPU policies {path}: {type(error).__name__}: {error}") from error
+    for key, name in found.items():
+        if name not in POLICIES:
+            raise ValueError(f"CPU policies {path}: {key!r}: got {name!r}, wanted {', '.join(POLICIES)}")
+    return found
+
+
 @functools.cache
 def this_cpu() -> CpuPolicy:
-    """Return the policy for the processor that this runs on.
-
-    oneDNN's fp32 product, which torch otherwise uses only in compiled graphs, runs at about twice the speed of torch.mm
-    (MKL) on CPUs with AVX-512 that are not Intel's; without AVX-512 it is the slower one. MKL's batched product gives
-    every thread products of its own, which is faster until they are long; backward, where more is done to the padding,
-    the gain ends sooner. oneDNN's pays where the weights' bytes rule the time; without oneDNN a batched product in bf16
-    is a naive loop in torch.
-    """
-    has_avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    has_onednn = torch.backends.mkldnn.is_available()
-    linear: dict[torch.dtype, Callable[..., Tensor]] = {}
-    most_batched_rows: dict[torch.dtype, tuple[int, int]] = {}
-    if has_avx512 and (product := onednn_linear()) is not None:
-        linear[torch.float32] = product
-    if onednn_has_bf16():
-        most_batched_rows[torch.bfloat16] = (32, 32)
-    if torch.backends.mkl.is_available() and not has_avx512:
-        most_batched_rows[torch.float32] = (320, 48)
-    return CpuPolicy(shapes_recur=has_onednn and has_avx512, linear=linear, most_batched_rows=most_batched_rows)
+    """Return the policy for the processor that this runs on, chosen at the first call."""
+    processor = this_processor()
+    return make_policy(choose_policy(processor).policy, processor)
 
 
 def batched_product(

@@ -11,20 +11,24 @@ from torch import Tensor
 from moe_triton.backends.torch.activations import activate, activate_backward, activate_for_backward
 from moe_triton.backends.torch.blocks import Block, Layout
 from moe_triton.backends.torch.cpu import CpuPolicy, batched_product, this_cpu
+from moe_triton.backends.torch.decoded import Decoded
 from moe_triton.backends.torch.memory import empty
 from moe_triton.backends.torch.rows import row_slots, scatter_to_slots, sum_rows
+from moe_triton.quantization import QuantizedWeight
 from moe_triton.records import (
     ExpertCall,
     ExpertGradients,
     ExpertSpec,
     ExpertWeight,
+    Lora,
     ParameterGradients,
+    Projection,
     RowGradients,
     Wanted,
     as_given,
 )
 
-Projection = Callable[[int | slice], Tensor]
+Matrices = Callable[[int | slice], Tensor]  # expert -> its projection as [out, in]; or several experts'
 
 
 def experts_forward(
@@ -35,7 +39,8 @@ def experts_forward(
     The definition is `moe_triton.reference.moe_experts`.
     """
     hidden, spec, layout, parameters = call.hidden, call.spec, _layout(call, policy, backward=False), call.parameters
-    up, down = _projection(parameters.gate_up, spec), _projection(parameters.down, spec)
+    up, down = (_matrices(p, spec, hidden.dtype) for p in parameters[:2])
+    up_lora, down_lora = _readable(call.gate_up_lora), _readable(call.down_lora)
     tokens, weights = row_slots(call, layout.row_of_place)
     y = empty((layout.num_places + 1, call.hidden_size), hidden.dtype)
     kept = empty((call.num_rows, call.width), hidden.dtype) if keep_preactivation else None
@@ -43,10 +48,11 @@ def experts_forward(
         here = block.places
         x = hidden.index_select(0, tokens[here])  # a padding row is some token's here, and nothing reads its results
         h_out = None if kept is None or block.is_padded else kept[block.rows]
-        h = _products(layout, block, x, up, parameters.gate_up_bias, h_out)
+        h = _affine(layout, block, x, up, parameters.gate_up_bias, up_lora, h_out)
         if kept is not None and h_out is None:
             layout.collect(index, h, kept)
-        torch.mul(_products(layout, block, activate(h, spec), down, parameters.down_bias), weights[here], out=y[here])
+        rows = _affine(layout, block, activate(h, spec), down, parameters.down_bias, down_lora)
+        torch.mul(rows, weights[here], out=y[here])
     out = sum_rows(y, layout.places(call.dispatched.position), zero_row=layout.num_places)
     return out, hidden.new_empty(0) if kept is None else kept
 
@@ -64,7 +70,7 @@ def experts_backward(
     rows = RowsPass(call, layout, preactivation, wanted)
     weights = WeightsPass(call, layout, wanted)
     for index in range(len(layout.blocks)):
-        rows.run(index, work, need_a=wanted.down)
+        rows.run(index, work, need_a=wanted.down or wanted.down_lora_a or wanted.down_lora_b)
         weights.run(index, work)
     return ExpertGradients(*rows.results(), *weights.results())
 
@@ -109,7 +115,12 @@ class BlockBuffers:
     """What is at one block's places: x, dy, the weighted activation and the pre-activation's gradient; padding is 0.
 
     weights    the router's, of all places [num_places, 1]
+    up_u       the pre-activation's gradient times the adapter's b, scaled; where the rows' gradients took it
+    down_u     dy times the adapter's b, scaled; where the rows' gradients took it
     """
+
+    up_u: Tensor | None = None
+    down_u: Tensor | None = None
 
     def __init__(self, layout: Layout, call: ExpertCall, grad_out: Tensor) -> None:
         self._layout, self._hidden, self._grad_out = layout, call.hidden, grad_out
@@ -121,6 +132,7 @@ class BlockBuffers:
     def load_tokens(self, index: int) -> None:
         """Gather the x and dy of block `index`."""
         block = self._layout.blocks[index]
+        self.up_u = self.down_u = None
         for values, buffer in ((self._hidden, self.x), (self._grad_out, self.dy)):
             here = buffer[: block.size]
             torch.index_select(values, 0, self._tokens[block.places], out=here)
@@ -132,8 +144,9 @@ class RowsPass:
 
     def __init__(self, call: ExpertCall, layout: Layout, preactivation: Tensor, wanted: Wanted) -> None:
         self.call, self.layout, self.preactivation = call, layout, preactivation
-        up, down = (_projection(p, call.spec) for p in (call.parameters.gate_up, call.parameters.down))
-        self.up, self.up_back, self.down_back = up, lambda e: up(e).mT, lambda e: down(e).mT
+        up, down = (_matrices(p, call.spec, call.hidden.dtype) for p in call.parameters[:2])
+        self.up, self.up_back, self.down_back = up, _transposed(up), _transposed(down)
+        self.up_lora, self.down_lora = _readable(call.gate_up_lora), _readable(call.down_lora)
         shape = (layout.num_places + 1, call.hidden_size)
         self.dx = empty(shape, call.hidden.dtype) if wanted.hidden else None
         self.dw = call.weights.new_empty(layout.num_places) if wanted.weights else None
@@ -148,9 +161,13 @@ class RowsPass:
         if self.preactivation.numel() > 0:
             h = self.layout.spread(index, self.preactivation)
         else:
-            h = self.layout.clear(index, _products(self.layout, block, x, self.up, parameters.gate_up_bias))
+            h = _affine(self.layout, block, x, self.up, parameters.gate_up_bias, self.up_lora)
+            h = self.layout.clear(index, h)
         a, activated_gate = activate_for_backward(h, spec)
         da = _products(self.layout, block, dy, self.down_back)
+        if self.down_lora is not None:
+            work.down_u = _narrow(self.layout, block, dy, self.down_lora.b.mT, self.down_lora.scaling)
+            _add_products(block, work.down_u, self.down_lora.a.mT, da)
         if self.dw is not None:
             self.dw[here] = torch.linalg.vecdot(da, a)
             if parameters.down_bias is not None:
@@ -160,7 +177,11 @@ class RowsPass:
             torch.mul(a, w, out=weighted_a)
         activate_backward(da.mul_(w), h, activated_gate, spec, dh)
         if self.dx is not None:
-            _products(self.layout, block, dh, self.up_back, out=self.dx[here])
+            dx = _products(self.layout, block, dh, self.up_back, out=self.dx[here])
+            if self.up_lora is not None:
+                work.up_u = _narrow(self.layout, block, dh, self.up_lora.b.mT, self.up_lora.scaling)
+                _add_products(block, work.up_u, self.up_lora.a.mT, dx)
+                _copy_to(self.dx[here], dx)
 
     def results(self) -> tuple[Tensor | None, Tensor | None]:
         layout, call = self.layout, self.call
@@ -177,27 +198,53 @@ class WeightsPass:
 
     def __init__(self, call: ExpertCall, layout: Layout, wanted: Wanted) -> None:
         self.spec, self.layout, self.parameters = call.spec, layout, call.parameters
-        wanted_here = (wanted.gate_up, wanted.down, wanted.gate_up_bias, wanted.down_bias)
+        self.up_lora, self.down_lora = _readable(call.gate_up_lora), _readable(call.down_lora)
         self.grads = [
-            _gradient(p, layout.blocks) if want else None for p, want in zip(self.parameters, wanted_here, strict=True)
+            _gradient(cast(ExpertWeight, p), layout.blocks) if want else None
+            for p, want in zip(self.parameters, wanted.of(self.parameters)[2:], strict=True)
         ]
 
     def run(self, index: int, work: BlockBuffers) -> None:
         """Adds what the rows in `work` give; all of an expert's rows are in one block."""
         block = self.layout.blocks[index]
-        grad_up, grad_down, grad_up_bias, grad_down_bias = self.grads
+        grad_up, grad_down, grad_up_bias, grad_down_bias, *grad_loras = self.grads
         x, dy, weighted_a, dh = (buffer[: block.size] for buffer in (work.x, work.dy, work.weighted_a, work.dh))
         if grad_down is not None:
-            _outer_products(self.layout, block, weighted_a, dy, grad_down, self.spec)
+            _outer_products(self.layout, block, *self._as_laid_out(weighted_a, dy), grad_down)
         if grad_down_bias is not None:
             weighted_dy = dy * work.weights[block.places]
             for e, part in block.parts:
                 grad_down_bias[e] = weighted_dy[part].sum(0)
         if grad_up is not None:
-            _outer_products(self.layout, block, x, dh, grad_up, self.spec)
+            _outer_products(self.layout, block, *self._as_laid_out(x, dh), grad_up)
         if grad_up_bias is not None:
             for e, part in block.parts:
                 grad_up_bias[e] = dh[part].sum(0)
+        self._adapter(block, self.up_lora, x, dh, work.up_u, *grad_loras[:2])
+        self._adapter(block, self.down_lora, weighted_a, dy, work.down_u, *grad_loras[2:])
+
+    def _adapter(
+        self,
+        block: Block,
+        lora: Lora | None,
+        x: Tensor,
+        dy: Tensor,
+        u: Tensor | None,
+        grad_a: Tensor | None,
+        grad_b: Tensor | None,
+    ) -> None:
+        """The gradients of one adapter, of whose product x is the input and dy the output's gradient."""
+        if lora is None:
+            return
+        if grad_a is not None:
+            u = _narrow(self.layout, block, dy, lora.b.mT, lora.scaling) if u is None else u
+            _outer_products(self.layout, block, u, x, grad_a)
+        if grad_b is not None:
+            _outer_products(self.layout, block, dy, _narrow(self.layout, block, x, lora.a, lora.scaling), grad_b)
+
+    def _as_laid_out(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors of a projection's gradient, first the one that gives its first dimension."""
+        return (x, dy) if self.spec.is_transposed else (dy, x)
 
     def results(self) -> ParameterGradients:
         return ParameterGradients(*(as_given(p, g) for p, g in zip(self.parameters, self.grads, strict=True)))
@@ -210,22 +257,28 @@ def _layout(call: ExpertCall, policy: CpuPolicy | None, *, backward: bool) -> La
     return Layout(call.dispatched.offsets.tolist(), policy, most)
 
 
-def _projection(weights: ExpertWeight, spec: ExpertSpec) -> Projection:
-    """Expert -> its projection as [out, in], a view; or several experts' of stacked weights."""
-    of = cast(Tensor, weights)  # what is not stacked is never sliced
+def _matrices(projection: Projection, spec: ExpertSpec, dtype: torch.dtype) -> Matrices | Decoded:
+    """The projections as [out, in], views; quantised ones are decoded to `dtype`."""
+    if isinstance(projection, QuantizedWeight):
+        return Decoded(projection.mT if spec.is_transposed else projection, dtype)
+    of = cast(Tensor, projection)  # what is not stacked is never sliced
     return (lambda e: of[e].mT) if spec.is_transposed else (lambda e: of[e])
+
+
+def _transposed(matrices: Matrices | Decoded) -> Matrices | Decoded:
+    return matrices.mT if isinstance(matrices, Decoded) else lambda e: matrices(e).mT
 
 
 def _products(
     layout: Layout,
     block: Block,
     x_mI: Tensor,
-    weight: Projection,
+    weight: Matrices | Decoded,
     biases: ExpertWeight | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """x @ weight(e).T + bias[e] for the rows of every expert e of the block, [m, O]; `out`: see `CpuPolicy.product`."""
-    if block.batch is not None:
+    if block.batch is not None and not isinstance(weight, Decoded):
         count = block.batch.stop - block.batch.start
         x_CmI = x_mI.view(count, -1, x_mI.shape[1])
         bias_CO = cast(Tensor, biases)[block.batch] if biases is not None else None
@@ -233,17 +286,81 @@ def _products(
         return batched_product(x_CmI, weight(block.batch), bias_CO, out_CmO).flatten(0, 1)
     if len(block.parts) == 1:
         e = block.parts[0][0]
-        return layout.policy.product(x_mI, weight(e), None if biases is None else biases[e], out)
+        return _product(layout.policy, x_mI, weight, e, biases, out)
     if out is None:
-        out = x_mI.new_empty(x_mI.shape[0], weight(block.parts[0][0]).shape[0])
+        size = weight.size_out if isinstance(weight, Decoded) else weight(block.parts[0][0]).shape[0]
+        out = x_mI.new_empty(x_mI.shape[0], size)
     for e, part in block.parts:
-        layout.policy.product(x_mI[part], weight(e), None if biases is None else biases[e], out[part])
+        _product(layout.policy, x_mI[part], weight, e, biases, out[part])
     return out
 
 
-def _outer_products(layout: Layout, block: Block, x_mI: Tensor, dy_mO: Tensor, grad: Tensor, spec: ExpertSpec) -> None:
-    """Writes the gradients of the block's projections, given their inputs and the gradients of their outputs."""
-    left, right = (x_mI, dy_mO) if spec.is_transposed else (dy_mO, x_mI)
+def _product(
+    policy: CpuPolicy,
+    x_mI: Tensor,
+    weight: Matrices | Decoded,
+    expert: int,
+    biases: ExpertWeight | None,
+    out: Tensor | None,
+) -> Tensor:
+    """x @ weight(expert).T + bias[expert] for the rows of one expert; `out`: see `CpuPolicy.product`."""
+    bias = None if biases is None else biases[expert]
+    if isinstance(weight, Decoded):
+        return weight.product(policy, x_mI, expert, bias, out)
+    return policy.product(x_mI, weight(expert), bias, out)
+
+
+def _affine(
+    layout: Layout,
+    block: Block,
+    x_mI: Tensor,
+    weight: Matrices | Decoded,
+    biases: ExpertWeight | None,
+    lora: Lora | None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`_products` with the adapter's part: + scaling * (x @ a(e).T) @ b(e).T."""
+    y_mO = _products(layout, block, x_mI, weight, biases, out)
+    if lora is not None:
+        _add_products(block, _narrow(layout, block, x_mI, lora.a, lora.scaling), lora.b, y_mO)
+        if out is not None:
+            _copy_to(out, y_mO)
+    return y_mO
+
+
+def _narrow(layout: Layout, block: Block, x_mI: Tensor, factor_ErI: Tensor, scaling: float) -> Tensor:
+    """scaling * x @ factor[e].T for the rows of every expert e of the block, [m, r]."""
+    t_mr = _products(layout, block, x_mI, lambda e: factor_ErI[e])
+    return t_mr if scaling == 1.0 else t_mr.mul_(scaling)
+
+
+def _add_products(block: Block, t_mr: Tensor, factor_EOr: Tensor, y_mO: Tensor) -> None:
+    """y += t @ factor[e].T for the rows of every expert e of the block."""
+    if block.batch is not None:
+        count = block.batch.stop - block.batch.start
+        t_Cmr, y_CmO = (rows.view(count, -1, rows.shape[1]) for rows in (t_mr, y_mO))
+        y_CmO.baddbmm_(t_Cmr, factor_EOr[block.batch].mT)
+        return
+    for e, part in block.parts:
+        y_mO[part].addmm_(t_mr[part], factor_EOr[e].mT)
+
+
+def _copy_to(out: Tensor, values: Tensor) -> None:
+    """Writes values to out, unless they are there."""
+    if values.data_ptr() != out.data_ptr():
+        out.copy_(values)
+
+
+def _readable(lora: Lora | None) -> Lora | None:
+    """The adapter with factors that a product reads as they lie; PEFT's b has neither dimension contiguous."""
+    if lora is None:
+        return None
+    a, b = (x if 1 in x.stride()[1:] else x.contiguous() for x in (lora.a, lora.b))
+    return Lora(a, b, lora.scaling)
+
+
+def _outer_products(layout: Layout, block: Block, left: Tensor, right: Tensor, grad: Tensor) -> None:
+    """Writes left.T @ right over the rows of every expert of the block."""
     if block.batch is not None and layout.policy.shapes_recur:
         count = block.batch.stop - block.batch.start
         left_Cmo, right_Cmi = (rows.view(count, -1, rows.shape[1]) for rows in (left, right))

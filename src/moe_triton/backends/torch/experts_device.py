@@ -5,7 +5,10 @@ Every tensor has all S rows. Those past offsets[E] are zeros wherever they could
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moe_triton.backends.torch.activations import activate, activate_backward, activate_for_backward
@@ -15,12 +18,14 @@ from moe_triton.records import (
     ExpertGradients,
     ExpertSpec,
     ExpertWeight,
+    Lora,
     ParameterGradients,
+    Projection,
     RowGradients,
     Wanted,
     as_given,
 )
-from moe_triton.reference import wide
+from moe_triton.reference import dequantized, wide
 
 
 def experts_forward(call: ExpertCall, keep_preactivation: bool) -> tuple[Tensor, Tensor]:
@@ -28,7 +33,10 @@ def experts_forward(call: ExpertCall, keep_preactivation: bool) -> tuple[Tensor,
     hidden, spec, down_bias = call.hidden, call.spec, call.parameters.down_bias
     rows = _Rows(call)
     h_SN = _up(call, rows)
-    y_Sd = grouped_product(activate(h_SN, spec), _in_out(call.parameters.down, spec), rows)
+    a_Sn = activate(h_SN, spec)
+    y_Sd = grouped_product(a_Sn, _in_out(call.parameters.down, call), rows)
+    if (lora := _padded(call.down_lora)) is not None:
+        y_Sd = y_Sd + grouped_product(_narrow(a_Sn, lora.a.mT, lora.scaling, rows), lora.b.mT, rows)
     if down_bias is not None:
         y_Sd = y_Sd + _stack(down_bias)[rows.expert_S]
     rows_Sd = (y_Sd * rows.weight_S1).to(hidden.dtype)
@@ -49,7 +57,9 @@ def experts_backward_rows(call: ExpertCall, grad_out: Tensor, preactivation: Ten
     h_SN = _up(call, rows) if preactivation.numel() == 0 else preactivation
     h_SN = torch.where(rows.kept_S1, h_SN, 0)
     a_Sn, activated_gate = activate_for_backward(h_SN, spec)
-    da_Sn = grouped_product(dy_Sd, _in_out(call.parameters.down, spec).mT, rows)
+    da_Sn = grouped_product(dy_Sd, _in_out(call.parameters.down, call).mT, rows)
+    if (lora := _padded(call.down_lora)) is not None:
+        da_Sn = da_Sn + grouped_product(_narrow(dy_Sd, lora.b, lora.scaling, rows), lora.a, rows)
     da_Sn = torch.where(rows.kept_S1, da_Sn, 0)
     dh_SN = torch.empty_like(h_SN)
     activate_backward((da_Sn * rows.weight_S1).to(dtype), h_SN, activated_gate, spec, dh_SN)
@@ -64,7 +74,10 @@ def experts_backward_rows(call: ExpertCall, grad_out: Tensor, preactivation: Ten
         dw_of_slot = torch.where(row >= 0, dw_S[row.clamp_min(0)], 0)
         grad_weights = dw_of_slot.view_as(call.weights).to(call.weights.dtype)
     if wanted.hidden:
-        grad_hidden = combine_rows(grouped_product(dh_SN, _in_out(call.parameters.gate_up, spec).mT, rows), position)
+        dx_Sd = grouped_product(dh_SN, _in_out(call.parameters.gate_up, call).mT, rows)
+        if (lora := _padded(call.gate_up_lora)) is not None:
+            dx_Sd = dx_Sd + grouped_product(_narrow(dh_SN, lora.b, lora.scaling, rows), lora.a, rows)
+        grad_hidden = combine_rows(dx_Sd, position)
     return RowGradients(grad_hidden, grad_weights, dh_SN, weighted_a_Sn)
 
 
@@ -72,7 +85,7 @@ def experts_backward_weights(
     call: ExpertCall, grad_out: Tensor, row_grads: RowGradients, wanted: Wanted
 ) -> ParameterGradients:
     """Compute `experts_cpu.experts_backward_weights` with no host sync."""
-    rows, spec, grad_h = _Rows(call), call.spec, row_grads.preactivation
+    rows, spec, grad_h, wanted = _Rows(call), call.spec, row_grads.preactivation, wanted.of(call.parameters)
     dy_Sd = rows.gather(grad_out)
     up = down = up_bias = down_bias = None
     if wanted.gate_up:
@@ -83,7 +96,9 @@ def experts_backward_weights(
         up_bias = sum_per_expert(grad_h, rows)
     if wanted.down_bias:
         down_bias = sum_per_expert((dy_Sd * rows.weight_S1).to(call.hidden.dtype), rows)
-    grads = (up, down, up_bias, down_bias)
+    up_lora = _adapter_gradients(call.gate_up_lora, rows.gather(call.hidden), grad_h, rows, wanted[6:8])
+    down_lora = _adapter_gradients(call.down_lora, row_grads.weighted_a, dy_Sd, rows, wanted[8:10])
+    grads = (up, down, up_bias, down_bias, *up_lora, *down_lora)
     return ParameterGradients(*(as_given(p, grad) for p, grad in zip(call.parameters, grads, strict=True)))
 
 
@@ -103,9 +118,41 @@ class _Rows(GroupedRows):
 
 def _up(call: ExpertCall, rows: _Rows) -> Tensor:
     """Pre-activations [S, 2n] or [S, n]."""
-    parameters = call.parameters
-    h_SN = grouped_product(rows.gather(call.hidden), _in_out(parameters.gate_up, call.spec), rows)
+    parameters, x_Sd = call.parameters, rows.gather(call.hidden)
+    h_SN = grouped_product(x_Sd, _in_out(parameters.gate_up, call), rows)
+    if (lora := _padded(call.gate_up_lora)) is not None:
+        h_SN = h_SN + grouped_product(_narrow(x_Sd, lora.a.mT, lora.scaling, rows), lora.b.mT, rows)
     return h_SN if parameters.gate_up_bias is None else h_SN + _stack(parameters.gate_up_bias)[rows.expert_S]
+
+
+def _narrow(x_SI: Tensor, factor_EIr: Tensor, scaling: float, rows: _Rows) -> Tensor:
+    """Compute scaling * x @ factor[e] for every row, [S, r]; zeros past offsets[E]."""
+    return torch.where(rows.kept_S1, scaling * grouped_product(x_SI, factor_EIr, rows), 0)
+
+
+def _adapter_gradients(
+    lora: Lora | None, x_SI: Tensor, dy_SO: Tensor, rows: _Rows, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of a [E, r, I] and b [E, O, r], given the input of the product and the gradient of its output."""
+    if lora is None:
+        return None, None
+    rank, lora = lora.a.shape[1], _padded(lora)
+    assert lora is not None
+    grad_a = grad_b = None
+    if wanted[0]:
+        grad_a = grouped_outer(_narrow(dy_SO, lora.b, lora.scaling, rows), x_SI, rows)[:, :rank]
+    if wanted[1]:
+        grad_b = grouped_outer(dy_SO, _narrow(x_SI, lora.a.mT, lora.scaling, rows), rows)[:, :, :rank]
+    return grad_a, grad_b
+
+
+def _padded(lora: Lora | None) -> Lora | None:
+    """The adapter with a rank of 16 bytes or a multiple, filled up with zeros: what `can_group` wants."""
+    if lora is None:
+        return None
+    more = -lora.a.shape[1] % (16 // lora.a.element_size())
+    a, b = (F.pad(x, pad).contiguous() for x, pad in ((lora.a, (0, 0, 0, more)), (lora.b, (0, more))))
+    return Lora(a, b, lora.scaling)
 
 
 def _as_laid_out(x_SI: Tensor, dy_SO: Tensor, spec: ExpertSpec) -> tuple[Tensor, Tensor]:
@@ -125,6 +172,7 @@ def _stack(weights: ExpertWeight) -> Tensor:
     return weights if isinstance(weights, Tensor) else torch.stack(list(weights))
 
 
-def _in_out(weights: ExpertWeight, spec: ExpertSpec) -> Tensor:
-    """The projections of all experts as [E, in, out]."""
-    return _stack(weights) if spec.is_transposed else _stack(weights).mT
+def _in_out(projection: Projection, call: ExpertCall) -> Tensor:
+    """The projections of all experts as [E, in, out]; quantised ones are decoded for this product alone."""
+    stacked = _stack(dequantized(projection, call.hidden.dtype))
+    return stacked if call.spec.is_transposed else stacked.mT

@@ -1,8 +1,8 @@
 """One product per expert over the rows of a dispatch, which lie in expert order.
 
-`F.grouped_mm` computes them in one call where it may (`can_group`). Elsewhere, with `may_sync`, each expert multiplies
-its own rows, whose bounds the host reads; without, every expert multiplies all S rows and keeps its own, which is E
-times the work.
+`F.grouped_mm` computes them in one call where it may (`can_group`). Elsewhere each expert multiplies its own rows, for
+which the host reads the offsets once. Where it cannot (on the meta device, and while a CUDA graph is captured) every
+expert multiplies all S rows and keeps its own, which is E times the work.
 """
 
 from __future__ import annotations
@@ -43,6 +43,12 @@ class GroupedRows:
     def of(self, expert: int) -> Tensor:
         """[S, 1] whether the row is this expert's."""
         return (self._found_S == expert)[:, None]
+
+    @property
+    def are_readable(self) -> bool:
+        """Whether the host can read the offsets."""
+        capturing = self.offsets.is_cuda and torch.cuda.is_current_stream_capturing()
+        return not (self.offsets.is_meta or capturing)
 
     @functools.cached_property
     def ranges(self) -> list[tuple[int, slice]]:
@@ -86,12 +92,12 @@ def _is_aligned(x: Tensor) -> bool:
     return x.numel() > 0 and dense == 1 and step >= length and all(n % quantum == 0 for n in sizes_and_strides)
 
 
-def grouped_product(x_SI: Tensor, weight_EIO: Tensor, rows: GroupedRows, *, may_sync: bool = False) -> Tensor:
+def grouped_product(x_SI: Tensor, weight_EIO: Tensor, rows: GroupedRows) -> Tensor:
     """Compute x[s] @ weight[expert of s] for every row, [S, O]; rows past offsets[E] are arbitrary."""
     if can_group(x_SI, weight_EIO):
         return F.grouped_mm(x_SI, weight_EIO, offs=rows.ends)
     out_SO = x_SI.new_zeros(rows.num_rows, weight_EIO.shape[2])
-    if may_sync:
+    if rows.are_readable:
         for e, part in rows.ranges:
             torch.mm(x_SI[part], weight_EIO[e], out=out_SO[part])
         return out_SO
@@ -100,11 +106,11 @@ def grouped_product(x_SI: Tensor, weight_EIO: Tensor, rows: GroupedRows, *, may_
     return out_SO
 
 
-def grouped_outer(left_SM: Tensor, right_SN: Tensor, rows: GroupedRows, *, may_sync: bool = False) -> Tensor:
+def grouped_outer(left_SM: Tensor, right_SN: Tensor, rows: GroupedRows) -> Tensor:
     """Sum left x right over each expert's rows, [E, M, N]; those past offsets[E] do not count."""
     if can_group(left_SM, right_SN):
         return F.grouped_mm(left_SM.T, right_SN, offs=rows.ends)
-    if may_sync:
+    if rows.are_readable:
         out_EMN = left_SM.new_zeros(rows.num_experts, left_SM.shape[1], right_SN.shape[1])
         for e, part in rows.ranges:
             torch.mm(left_SM[part].T, right_SN[part], out=out_EMN[e])
@@ -114,10 +120,10 @@ def grouped_outer(left_SM: Tensor, right_SN: Tensor, rows: GroupedRows, *, may_s
     return torch.stack([torch.where(m, left_SM, 0).T @ torch.where(m, right_SN, 0) for m in is_of_e])
 
 
-def sum_per_expert(values_SN: Tensor, rows: GroupedRows, *, may_sync: bool = False) -> Tensor:
+def sum_per_expert(values_SN: Tensor, rows: GroupedRows) -> Tensor:
     """Sum each expert's rows, [E, N]; those past offsets[E] do not count."""
     ones_S8 = values_SN.new_ones(rows.num_rows, 8)  # 8 is the fewest columns that grouped_mm takes in bf16
-    if not may_sync or can_group(ones_S8, values_SN):
+    if not rows.are_readable or can_group(ones_S8, values_SN):
         return grouped_outer(ones_S8, values_SN, rows)[:, 0].contiguous()
     out_EN = values_SN.new_zeros(rows.num_experts, values_SN.shape[1])
     for e, part in rows.ranges:

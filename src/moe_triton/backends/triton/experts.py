@@ -5,6 +5,8 @@ Forward: up, down, combine. Backward: d_hidden, then the gradients that are want
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -18,13 +20,14 @@ from moe_triton.records import (
     Wanted,
     as_given,
 )
+from moe_triton.reference import dequantized
 from moe_triton_kernels.combine import combine
 from moe_triton_kernels.configs import choose_config
 from moe_triton_kernels.d_hidden import d_hidden, d_router_weights
 from moe_triton_kernels.d_weight import d_bias, d_weight
 from moe_triton_kernels.down import down
-from moe_triton_kernels.grouped_gemm import per_expert
 from moe_triton_kernels.launch import Config, target_of
+from moe_triton_kernels.operands import per_expert
 from moe_triton_kernels.tiles import TileTables, tile_tables
 from moe_triton_kernels.up import up
 
@@ -41,11 +44,13 @@ class Problem:
         if call.hidden.dtype not in DTYPES:
             raise TypeError(f"hidden: the triton backend takes float32, float16 or bfloat16, got {call.hidden.dtype}")
         spec, parameters = call.spec, call.parameters
+        if call.gate_up_lora is not None or call.down_lora is not None:
+            raise NotImplementedError("gate_up_lora, down_lora: got adapters for backend 'triton', wanted 'torch'")
         self.call, self.spec, self.dispatched = call, spec, call.dispatched
         self.hidden, self.weights = call.hidden.contiguous(), call.weights.contiguous()
         self.top_k, self.num_rows = call.dispatched.top_k, call.num_rows
         self.size_d, self.size_n = call.hidden_size, call.intermediate_size
-        gate_up, down = per_expert(parameters.gate_up), per_expert(parameters.down)
+        gate_up, down = (per_expert(dequantized(p, call.hidden.dtype)) for p in parameters[:2])
         self.gate_up = gate_up if spec.is_transposed else gate_up.transposed()
         self.down = down if spec.is_transposed else down.transposed()
         self.gate_up_bias = None if parameters.gate_up_bias is None else per_expert(parameters.gate_up_bias)
@@ -200,7 +205,7 @@ def experts_backward_rows(call: ExpertCall, grad_out: Tensor, preactivation: Ten
             preactivation=hidden.new_zeros(0, call.width),
             weighted_a=hidden.new_zeros(0, call.intermediate_size),
         )
-    if wanted == Wanted(*(False,) * 5, wanted.down_bias):  # the down bias alone needs neither
+    if not any(wanted._replace(down_bias=False)):  # the down bias alone needs neither
         return RowGradients(None, None, hidden.new_empty(0), hidden.new_empty(0))
     grad_out, tiles = grad_out.contiguous(), problem.tiles()
     if preactivation.numel() == 0:
@@ -218,18 +223,18 @@ def experts_backward_weights(
     call: ExpertCall, grad_out: Tensor, row_grads: RowGradients, wanted: Wanted
 ) -> ParameterGradients:
     """Compute the second half of `experts_backward`."""
-    problem, given = Problem(call), call.parameters
+    problem, given, wanted = Problem(call), call.parameters, wanted.of(call.parameters)
     if problem.num_rows == 0:
         return ParameterGradients(
-            *(zeros_like(p) if want and p is not None else None for p, want in zip(given, wanted[2:], strict=True))
+            *(zeros_like(cast(ExpertWeight, p)) if want else None for p, want in zip(given, wanted[2:], strict=True))
         )
-    grad_out = grad_out.contiguous()
-    grad_h, has_biases = row_grads.preactivation, (given.gate_up_bias is not None, given.down_bias is not None)
+    grad_out, grad_h = grad_out.contiguous(), row_grads.preactivation
     grads = (
         problem.d_gate_up(grad_h) if wanted.gate_up else None,
         problem.d_down(grad_out, row_grads.weighted_a) if wanted.down else None,
-        problem.d_gate_up_bias(grad_h) if wanted.gate_up_bias and has_biases[0] else None,
-        problem.d_down_bias(grad_out) if wanted.down_bias and has_biases[1] else None,
+        problem.d_gate_up_bias(grad_h) if wanted.gate_up_bias else None,
+        problem.d_down_bias(grad_out) if wanted.down_bias else None,
+        *(None,) * 4,
     )
     return ParameterGradients(*(as_given(p, grad) for p, grad in zip(given, grads, strict=True)))
 

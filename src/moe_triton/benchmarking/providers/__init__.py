@@ -21,11 +21,7 @@ PROVIDERS = {
     "hf-eager": Provider(label="transformers eager", build=transformers("eager")),
     "hf-grouped_mm": Provider(label="transformers grouped_mm", build=transformers("grouped_mm")),
     "hf-batched_mm": Provider(label="transformers batched_mm", build=transformers("batched_mm")),
-    "deepspeed": Provider(
-        label="DeepSpeed MoE",
-        build=deepspeed_moe,
-        notes="pads every expert to the fullest one",
-    ),
+    "deepspeed": Provider(label="DeepSpeed MoE", build=deepspeed_moe, notes="pads every expert to the fullest one"),
     "scattermoe": Provider(label="ScatterMoE", build=gpu_peers.scattermoe, notes="router in plain torch"),
     "liger": Provider(label="Liger-Kernel", build=gpu_peers.liger, notes="router in plain torch"),
     "sonicmoe": Provider(label="SonicMoE", build=gpu_peers.sonicmoe),

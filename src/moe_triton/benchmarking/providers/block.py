@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -69,7 +69,7 @@ class Provider:
     label: str
     build: Callable[[Workload], Block]
     is_ours: bool = False
-    notes: str = field(default="")
+    notes: str = ""
 
 
 def share(tensor: Tensor) -> nn.Parameter:

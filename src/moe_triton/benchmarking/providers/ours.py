@@ -18,16 +18,9 @@ def ours(backend: str) -> Callable[[Workload], Block]:
         except RuntimeError as error:
             raise Unavailable("not measured", str(error)) from error
         layer = MoE(
-            case.hidden,
-            case.intermediate,
-            case.experts,
-            case.top_k,
-            activation=case.activation,
-            bias=case.bias,
-            backend=backend,
-            device="meta",
-            dtype=case.torch_dtype,
-        )
+            case.hidden, case.intermediate, case.experts, case.top_k, activation=case.activation, bias=case.bias,
+            backend=backend, device="meta", dtype=case.torch_dtype,
+        )  # fmt: skip
         layer.router.weight = share(workload.gate)
         experts = {name: share(tensor) for name, tensor in workload.experts.items()}
         for name, parameter in experts.items():

@@ -37,34 +37,29 @@ class Manifest:
     optimizer: dict[str, Any] | None
     extra: Any
 
+    def write(self, folder: Path) -> None:
+        """Replace the folder's manifest atomically. Raises OSError."""
+        body = json.dumps({"format": FORMAT, **asdict(self)})
+        replace_file(folder / NAME, [f'{{"crc32": {zlib.crc32(body.encode())}, "manifest": {body}}}\n'.encode()])
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Replace the folder's manifest atomically. Raises OSError."""
-    body = json.dumps({"format": FORMAT, **asdict(manifest)})
-    replace_file(folder / NAME, [f'{{"crc32": {zlib.crc32(body.encode())}, "manifest": {body}}}\n'.encode()])
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Raise CheckpointError naming the file: not there, unreadable, damaged or of another kind."""
-    path = folder / NAME
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} holds no checkpoint: there is no {path}") from error
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {reason(error)}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged or is not a manifest of moe_triton: {error}") from error
-    try:
-        found = json.loads(text)
-        body = found["manifest"]
-        if found["crc32"] != zlib.crc32(json.dumps(body).encode()):
-            raise ValueError("its contents do not match their checksum")
-        if body.pop("format") != FORMAT:
-            raise ValueError(f"its format is not {FORMAT}")
-        return Manifest(**body)
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged or is not a manifest of moe_triton: {error}") from error
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Raise CheckpointError naming the file: not there, unreadable, damaged or of another kind."""
+        path = folder / NAME
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            body = found["manifest"]
+            if found["crc32"] != zlib.crc32(json.dumps(body).encode()):
+                raise ValueError("its contents do not match their checksum")
+            if body.pop("format") != FORMAT:
+                raise ValueError(f"its format is not {FORMAT}")
+            return cls(**body)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{folder} holds no checkpoint: there is no {path}") from error
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {reason(error)}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} is damaged or is not a manifest of moe_triton: {error}") from error
 
 
 def encode(name: str, value: object) -> Any:

@@ -17,20 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from moe_triton.distributed.checkpoint.global_tensors import GlobalTensor, expert_modules, model_tensors
-from moe_triton.distributed.checkpoint.manifest import (
-    NAME,
-    Manifest,
-    decode,
-    dtype_name,
-    dtype_of,
-    encode,
-    read_manifest,
-    write_manifest,
-)
+from moe_triton.distributed.checkpoint.global_tensors import GlobalTensor, model_tensors, named_experts
+from moe_triton.distributed.checkpoint.manifest import NAME, Manifest, decode, dtype_name, dtype_of, encode
 from moe_triton.distributed.checkpoint.optimizer_state import Restoration, describe
 from moe_triton.distributed.checkpoint.team import Team
 from moe_triton.distributed.errors import CheckpointError
+from moe_triton.distributed.holders import StackedExperts
 from moe_triton.files import file_checksum, sync_directory
 
 Tensors = dict[str, GlobalTensor]
@@ -77,7 +69,7 @@ def save_checkpoint(
             tensors.update(state)
         return {
             "tensors": {key: _spec(tensor) for key, tensor in tensors.items()},
-            "experts": {name: _experts(name, module) for name, module in expert_modules(model).items()},
+            "experts": {name: _experts(name, module) for name, module in named_experts(model).items()},
             "optimizer": described,
             "extra": encode("extra", dict(extra or {})),
         }
@@ -114,7 +106,7 @@ def _write(path: Path, data: str, tensors: Tensors, contents: dict[str, Any], te
                 raise CheckpointError(f"{path} is not on a file system that all ranks share: {name} is not seen here")
         for folder in (path / data, path):
             sync_directory(folder)
-        write_manifest(path, Manifest(data=data, files=files, **contents))
+        Manifest(data=data, files=files, **contents).write(path)
         _remove_others(path, data)
 
     team.first("switching to the new checkpoint", switch)
@@ -151,7 +143,7 @@ def load_checkpoint(
     """
     path = Path(folder)
     team = Team.of(group, f"load_checkpoint from {path}")
-    manifest = team.first("reading the manifest", lambda: read_manifest(path))
+    manifest = team.first("reading the manifest", lambda: Manifest.read(path))
     tensors: Tensors = {}
     restorations: list[Restoration] = []
 
@@ -186,11 +178,10 @@ def _spec(tensor: GlobalTensor) -> dict[str, Any]:
     return {"shape": list(tensor.shape), "dtype": dtype_name(tensor.dtype)}
 
 
-def _experts(name: str, module: Any) -> dict[str, Any]:
-    placement = getattr(module, "placement", None)
-    found = {"num_experts": module.num_experts}
-    if placement is not None:
-        found["placement"] = encode(f"{name}.placement", placement.physical_to_logical)
+def _experts(name: str, module: StackedExperts) -> dict[str, Any]:
+    found: dict[str, Any] = {"num_experts": module.num_experts}
+    if module.placement is not None:
+        found["placement"] = encode(f"{name}.placement", module.placement.physical_to_logical)
     return found
 
 
@@ -282,7 +273,7 @@ def _data_folders(path: Path) -> list[Path]:
 
 def _current(path: Path) -> str | None:
     try:
-        return read_manifest(path).data
+        return Manifest.read(path).data
     except CheckpointError:
         return None
 

@@ -20,25 +20,10 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    LoadPlanner,
-    ReadItem,
-    SavePlan,
-    SavePlanner,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
@@ -80,6 +65,12 @@ def _chunk(offset: Offset, box: Tensor) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(offsets=torch.Size(offset), sizes=box.size())
 
 
+def _write_item(key: str, tensor: GlobalTensor, offset: Offset, box: Tensor) -> WriteItem:
+    properties, size = dcp.metadata.TensorProperties(dtype=tensor.dtype), torch.Size(tensor.shape)
+    data = dcp.planner.TensorWriteData(chunk=_chunk(offset, box), properties=properties, size=size)
+    return WriteItem(MetadataIndex(key, torch.Size(offset)), dcp.planner.WriteItemType.SHARD, tensor_data=data)
+
+
 class _SavePlanner(DefaultSavePlanner):
     """torch's planner, which gives boxes that several ranks have to one of them and checks that none is missing."""
 
@@ -91,15 +82,7 @@ class _SavePlanner(DefaultSavePlanner):
     def create_local_plan(self) -> SavePlan:
         self.plan = SavePlan(
             [
-                WriteItem(
-                    index=MetadataIndex(key, torch.Size(offset)),
-                    type=WriteItemType.SHARD,
-                    tensor_data=TensorWriteData(
-                        chunk=_chunk(offset, box),
-                        properties=TensorProperties(dtype=tensor.dtype),
-                        size=torch.Size(tensor.shape),
-                    ),
-                )
+                _write_item(key, tensor, offset, box)
                 for key, tensor in self.state_dict.items()
                 for offset, box in tensor.boxes.items()
             ]
@@ -111,17 +94,17 @@ class _SavePlanner(DefaultSavePlanner):
         return self.state_dict[index.fqn].boxes[tuple(index.offset)].contiguous()
 
 
-class _LoadPlanner(LoadPlanner):
-    """Reads straight into the boxes."""
+class _LoadPlanner(DefaultLoadPlanner):
+    """torch's planner, which reads straight into the boxes."""
 
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
-        assert metadata is not None
         self.tensors: Tensors = state_dict
         self.metadata = metadata
 
     def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
         items: list[ReadItem] = []
         for key, tensor in self.tensors.items():
             saved = self.metadata.state_dict_metadata[key]
@@ -129,24 +112,12 @@ class _LoadPlanner(LoadPlanner):
             items += create_read_items_for_chunk_list(key, saved, [_chunk(*box) for box in tensor.boxes.items()])
         return LoadPlan(items)
 
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        return global_plan
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        return central_plan
-
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         raise TypeError(f"{read_item.storage_index.fqn}: got bytes, wanted tensors only")
 
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        assert read_item.dest_index.offset is not None
-        box = self.tensors[read_item.dest_index.fqn].boxes[tuple(read_item.dest_index.offset)]
-        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            box = box.narrow(dim, start, length)
-        return box
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        pass  # what resolve_tensor gave is the memory itself
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        assert index.offset is not None
+        return self.tensors[index.fqn].boxes[tuple(index.offset)]
 
 
 class _Writer(HuggingFaceStorageWriter):

@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -56,15 +55,6 @@ def load_experts_from(source: Source, model: nn.Module, *, only_experts: bool = 
     return names
 
 
-Spot = tuple[slice, ...]
-
-
-class _Reader(Protocol):
-    def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def read(self, name: str, spot: Spot) -> Tensor: ...
-
-
 class _Memory:
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors
@@ -76,7 +66,7 @@ class _Memory:
             raise TypeError(f"source: got {type(tensor).__name__} at {name!r}, wanted a Tensor")
         return tuple(tensor.shape)
 
-    def read(self, name: str, spot: Spot) -> Tensor:
+    def read(self, name: str, spot: tuple[slice, ...]) -> Tensor:
         return self.tensors[name][spot]
 
 
@@ -108,12 +98,12 @@ class _Files:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"source: cannot read {name!r} in {self.files[name]}: {error}") from error
 
-    def read(self, name: str, spot: Spot) -> Tensor:
+    def read(self, name: str, spot: tuple[slice, ...]) -> Tensor:
         with safe_open(self.files[name], framework="pt") as file:
             return file.get_slice(name)[spot]
 
 
-def _reader(source: object) -> _Reader:
+def _reader(source: object) -> _Memory | _Files:
     if isinstance(source, Mapping):
         return _Memory(source)
     if isinstance(source, (str, PathLike)):

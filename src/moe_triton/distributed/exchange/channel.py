@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pickle
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -104,7 +106,7 @@ class Channel:
         everybody = torch.empty(self.group.size, dtype=torch.int64, device=device)
         self.all_gather(everybody, torch.tensor([fingerprint], device=device), phase)()
         if any(other != fingerprint for other in everybody.tolist()):
-            raise ConfigurationMismatch(f"{self._where(phase)}: {self._differences(what)}")
+            raise ConfigurationMismatch(f"{self.where(phase)}: {self._differences(what)}")
         if len(agreed) == MOST_AGREED and fingerprint not in agreed:
             agreed.clear()  # on all ranks of the group at once: they have agreed on the same things
         agreed.add(fingerprint)
@@ -162,35 +164,30 @@ class Channel:
         for rank, (space, pid, started) in zip(self.group.ranks, everybody.tolist(), strict=True):
             board.identities[rank] = (space, pid, started)
 
-    def _where(self, phase: str) -> str:
-        return f"rank {dist.get_rank()}, {self.layer}, {phase}"
+    def where(self, phase: str) -> str:
+        """Name this rank, the layer and the phase, for a message."""
+        return f"rank {self.group.ranks[self.group.rank]}, {self.layer}, {phase}"
 
-    def error_context(self, phase: str) -> _CollectiveErrorContext:
+    def error_context(self, phase: str) -> AbstractContextManager[None]:
         """`with channel.error_context(phase):` name the error of other code's collective."""
-        return self._error_context(phase, failure_board())
+        board = failure_board()
+        return self._error_context(phase, board, board.issued[self.group.name])
 
-    def _error_context(self, phase: str, board: FailureBoard, number: int | None = None) -> _CollectiveErrorContext:
-        return _CollectiveErrorContext(self, phase, board, board.issued[self.group.name] if number is None else number)
-
-
-class _CollectiveErrorContext:
-    """Turns a collective's RuntimeError into one that names rank, layer, phase and the ranks that are missing."""
-
-    def __init__(self, channel: Channel, phase: str, board: FailureBoard, number: int) -> None:
-        self.channel, self.phase, self.board, self.number = channel, phase, board, number
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, RuntimeError) and not isinstance(error, ExpertParallelError):
-            group, place = self.channel.group, f"{self.channel.layer}, {self.phase}"
-            self.board.report(place)
-            cause = self.board.find_cause(group, self.number)
-            self.board.report(place, cause)
-            reason = cause or self.board.describe_places(group, place)
-            self.board.mark_handled()
-            message = f"{self.channel._where(self.phase)}: {reason} ({_first_line(error) or type(error).__name__})"
+    @contextmanager
+    def _error_context(self, phase: str, board: FailureBoard, number: int) -> Iterator[None]:
+        """Turn a collective's RuntimeError into one that names rank, layer, phase and the ranks that are missing."""
+        try:
+            yield
+        except ExpertParallelError:
+            raise
+        except RuntimeError as error:
+            place = f"{self.layer}, {phase}"
+            board.report(place)
+            cause = board.find_cause(self.group, number)
+            board.report(place, cause)
+            reason = cause or board.describe_places(self.group, place)
+            board.mark_handled()
+            message = f"{self.where(phase)}: {reason} ({_first_line(error) or type(error).__name__})"
             logger.error(message)  # at once: a launcher may end this process before its traceback is printed
             failure = ExpertParallelError(message)
             failure.was_reported = True  # type: ignore[attr-defined]
@@ -247,10 +244,6 @@ def to_host(*tensors: Tensor) -> Callable[[], list[list[int]]]:
     return read
 
 
-_streams: dict[torch.device, torch.cuda.Stream] = {}
-
-
+@cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
-    return _streams[device]
+    return torch.cuda.Stream(device)

@@ -15,26 +15,21 @@ from moe_triton.autograd.experts import in_autocast_dtype
 from moe_triton.autograd.flat import flatten, form_of
 from moe_triton.checks import check_choice, check_int
 from moe_triton.distributed.errors import ExpertParallelError
+from moe_triton.distributed.exchange import transport as transports
 from moe_triton.distributed.exchange.channel import Channel, Listener, report_failure, to_host
 from moe_triton.distributed.exchange.function import Exchanged
 from moe_triton.distributed.exchange.layer_names import new_layer_name
 from moe_triton.distributed.exchange.local_experts import LocalExperts
 from moe_triton.distributed.exchange.overlap import Deferred
+from moe_triton.distributed.exchange.plain_ddp import refuse_plain_ddp
 from moe_triton.distributed.exchange.rows import Exchange, Planner
 from moe_triton.distributed.exchange.stages import ExchangedLayer, InnermostStage, Stage
-from moe_triton.distributed.exchange.tensor_parallel import gather_tokens, slice_tokens
-from moe_triton.distributed.exchange.transport import (
-    Shape,
-    Transport,
-    plan_allgather,
-    plan_bounded,
-    plan_capacity,
-    plan_dropless,
-)
+from moe_triton.distributed.exchange.tensor_parallel import gather_tokens, slice_tokens, sum_slices_gradients
+from moe_triton.distributed.exchange.transport import Shape, Transport
 from moe_triton.distributed.expert_groups import all_ep_groups, expert_groups, two_levels
 from moe_triton.distributed.groups import Group, ParallelGroups, number_of_ranks
-from moe_triton.records import Dispatch, ExpertCall
-from moe_triton.torch_internals import active_ddp, never_compiled
+from moe_triton.records import Dispatch, ExpertCall, matrix_shape
+from moe_triton.torch_internals import never_compiled
 
 MODES = ("dropless", "capacity", "bounded", "allgather")
 LOSS_REDUCTIONS = ("sum", "mean")
@@ -183,13 +178,16 @@ class ExpertParallel:
         call: of all ranks' experts, with the parameters of the local ones. overlap_with: computed while rows travel.
         """
         dtype, call = call.hidden.dtype, in_autocast_dtype(call)
+        if self.etp.size > 1:
+            slices = self._channel(self.etp, f"{layer.name}, expert slices")
+            call = replace(call, parameters=sum_slices_gradients(call.parameters, slices))
         with runtime.without_autocast(call.hidden.device):
             experts = LocalExperts(
                 num_experts=len(call.parameters.gate_up),
                 backend=runtime.choose(layer.backend, call.hidden.device, call.hidden.dtype).name,
                 form=form_of(call.parameters),
                 spec=call.spec,
-                width=tuple(call.parameters.gate_up[0].shape),
+                width=matrix_shape(call.parameters.gate_up),
                 recompute=recompute,
                 first_expert=self.first_expert(layer.num_experts),
                 adds_bias=self.etp.rank == 0,
@@ -216,7 +214,10 @@ class ExpertParallel:
         for. overlap_with: computed while rows travel.
         """
         with report_failure(layer.name):
-            self._check_call(experts)
+            if experts.backend == "reference":
+                raise ValueError("backend: got 'reference' with expert parallelism, wanted 'auto', 'triton' or 'torch'")
+            self.check()
+            refuse_plain_ddp(layer.name, layer.held(), self.has_copies_on)
             ids = layer.ids(dispatched)
             what = self._configuration(hidden, ids, experts, layer)
             fingerprint = self._agree(what, layer.name, "forward", hidden.device)
@@ -227,13 +228,9 @@ class ExpertParallel:
             if self.tp.size > 1:  # the tp ranks hold the same tokens: each sends a share of them
                 hidden, weights, ids = (slice_tokens(x, tp) for x in (hidden, weights, ids))
             shape = Shape(
-                num_experts=layer.num_experts,
-                per_rank=-(-layer.num_experts // self.ep.size),
-                chunks=self.chunks,
-                deduplicate=self.deduplicate,
-                backend=experts.backend,
-                fingerprint=fingerprint,
-            )
+                num_experts=layer.num_experts, per_rank=-(-layer.num_experts // self.ep.size), chunks=self.chunks,
+                deduplicate=self.deduplicate, backend=experts.backend, fingerprint=fingerprint,
+            )  # fmt: skip
             places = layer.capacity(limit) if self.mode == "capacity" else None
             stage = self._stages(experts, shape, layer.name, -(-limit // self.tp.size), places, overlap_with)
             is_training = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, weights, *parameters))
@@ -244,15 +241,6 @@ class ExpertParallel:
 
             out = Exchanged.apply(hidden, weights, ids, stage, experts, is_training, before_backward, *parameters)
             return gather_tokens(out, tp, num_tokens) if self.tp.size > 1 else out
-
-    def _check_call(self, experts: InnermostStage) -> None:
-        if experts.backend == "reference":
-            raise ValueError("backend: got 'reference' with expert parallelism, wanted 'auto', 'triton' or 'torch'")
-        self.check()
-        if (wrapper := active_ddp()) is not None:
-            from moe_triton.distributed.ddp import refuse_plain_ddp  # which imports this file
-
-            refuse_plain_ddp(wrapper)
 
     def check(self) -> None:
         """Raise for the rows that found no room in an earlier call; waits for the device."""
@@ -320,7 +308,7 @@ class ExpertParallel:
             sizes = torch.tensor([ids.shape[0], assignments], device=ids.device)
             channel.all_reduce(sizes, "exchange of the row counts", dist.ReduceOp.MAX)
             rows, most = sizes.tolist()
-            transport = plan_allgather(channel, ids, weights, whole, max_tokens=rows, assignments=most)
+            transport = transports.plan_allgather(channel, ids, weights, whole, max_tokens=rows, assignments=most)
             return lambda: transport
 
         return Exchange(planner=planner, inner=stage, channel=channel, backend=shape.backend)
@@ -328,17 +316,17 @@ class ExpertParallel:
     def _planner(self, channel: Channel, shape: Shape, limit: int, places: int | None) -> Planner:
         def planner(ids: Tensor, weights: Tensor, _assignments: int) -> Callable[[], Transport]:
             if self.mode == "dropless" or (self.mode == "capacity" and places is None):
-                return plan_dropless(channel, ids, weights, shape)
+                return transports.plan_dropless(channel, ids, weights, shape)
             if places is not None:
-                transport = plan_capacity(channel, ids, weights, shape, capacity=places)
+                transport = transports.plan_capacity(channel, ids, weights, shape, capacity=places)
             elif self.mode == "bounded":
-                transport, overflow = plan_bounded(
+                transport, overflow = transports.plan_bounded(
                     channel, ids, weights, shape, max_tokens=limit, max_rows=self.max_rows_per_pair
                 )
                 if self.max_rows_per_pair is not None:
                     self._watch(channel, overflow)
             else:
-                transport = plan_allgather(channel, ids, weights, shape, max_tokens=limit)
+                transport = transports.plan_allgather(channel, ids, weights, shape, max_tokens=limit)
             return lambda: transport
 
         return planner

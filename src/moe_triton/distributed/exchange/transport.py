@@ -1,4 +1,4 @@
-"""How rows travel to their experts' ranks and back: one plan per call, in four modes.
+"""How rows travel to their experts' ranks and back: one Transport per call, in four modes.
 
 Shapes: T tokens here, K choices, E experts over P ranks, L = ceil(E / P) experts per rank (the last rank may have
 fewer), R rows sent from here. Rows lie by chunk, then by destination; what arrives lies by chunk, then by source.
@@ -124,9 +124,9 @@ def plan_dropless(channel: Channel, ids: Tensor, weights: Tensor, shape: Shape) 
     """
     num_ranks, chunks, top_k = channel.group.size, shape.chunks, ids.shape[1]
     owner_TK = _owner(ids, shape)
-    chunk_T1 = _even_chunks(ids.shape[0], chunks, ids.device)[:, None]
-    plan = _by_bucket(owner_TK, chunk_T1, num_ranks, shape)
-    rows_CP = plan.offsets.diff().view(chunks, num_ranks)
+    chunk_T1 = (torch.arange(ids.shape[0], device=ids.device) * chunks // max(ids.shape[0], 1))[:, None]
+    dispatched = _by_bucket(owner_TK, chunk_T1, num_ranks, shape)
+    rows_CP = dispatched.offsets.diff().view(chunks, num_ranks)
     slot = torch.where(ids >= 0, chunk_T1 * num_ranks * shape.per_rank + ids, chunks * num_ranks * shape.per_rank)
     experts_CPL = torch.zeros(chunks * num_ranks * shape.per_rank + 1, dtype=torch.int32, device=ids.device)
     experts_CPL.scatter_add_(0, slot.reshape(-1).long(), torch.ones_like(slot, dtype=torch.int32).reshape(-1))
@@ -156,20 +156,14 @@ def plan_dropless(channel: Channel, ids: Tensor, weights: Tensor, shape: Shape) 
         _check_counts(channel, received, assigned, top_k if shape.deduplicate else 1)
         assignments = [sum(row) for row in assigned]
         num_rows = sum(sent)
-        source = plan.source[:num_rows].long()
+        source = dispatched.source[:num_rows].long()
         tokens = source // top_k
         row_ids, row_weights = _row_slots(ids, weights, owner_TK, tokens, source % top_k, shape)
         return Transport(
-            channel=channel,
-            tokens=tokens,
-            ids=row_ids,
-            weights=row_weights,
-            position=plan.position,
-            sent=[sent[c * num_ranks : (c + 1) * num_ranks] for c in range(chunks)],
-            received=received,
-            assignments=assignments,
-            by_choice=not shape.deduplicate,
-        )
+            channel=channel, tokens=tokens, ids=row_ids, weights=row_weights, position=dispatched.position,
+            sent=[sent[c * num_ranks : (c + 1) * num_ranks] for c in range(chunks)], received=received,
+            assignments=assignments, by_choice=not shape.deduplicate,
+        )  # fmt: skip
 
     return finish
 
@@ -189,12 +183,12 @@ def plan_bounded(
     room = room if max_rows is None else min(room, max_rows)
     owner_TK = _owner(ids, shape)
     chunk_T1 = (torch.arange(ids.shape[0], device=ids.device) // max(tokens_per_chunk, 1))[:, None]
-    plan = _by_bucket(owner_TK, chunk_T1, num_ranks, shape)
-    bucket_TK = torch.where(plan.position >= 0, chunk_T1 * num_ranks + owner_TK, 0)
-    within = plan.position - plan.offsets[bucket_TK.long()]
-    fits = (plan.position >= 0) & (within < room)
+    dispatched = _by_bucket(owner_TK, chunk_T1, num_ranks, shape)
+    bucket_TK = torch.where(dispatched.position >= 0, chunk_T1 * num_ranks + owner_TK, 0)
+    within = dispatched.position - dispatched.offsets[bucket_TK.long()]
+    fits = (dispatched.position >= 0) & (within < room)
     row_TK = torch.where(fits, bucket_TK * room + within, -1)
-    overflow = ((plan.position >= 0) & ~fits).any().int()
+    overflow = ((dispatched.position >= 0) & ~fits).any().int()
     transport = _fixed_rows(
         channel, ids, weights, row_TK, owner_TK, shape,
         room_per_pair=room, assignments=num_ranks * room * (most_ids if shape.deduplicate else 1),
@@ -210,12 +204,12 @@ def plan_capacity(channel: Channel, ids: Tensor, weights: Tensor, shape: Shape, 
     num_ranks = channel.group.size
     places = -(-capacity // shape.chunks)  # of an expert in each chunk
     experts = num_ranks * shape.per_rank
-    plan = dispatch(ids, experts, backend=shape.backend)
-    expert_TK = torch.where(plan.position >= 0, ids, 0)
-    place = plan.position - plan.offsets[expert_TK.long()]
+    dispatched = dispatch(ids, experts, backend=shape.backend)
+    expert_TK = torch.where(dispatched.position >= 0, ids, 0)
+    place = dispatched.position - dispatched.offsets[expert_TK.long()]
     chunk_TK = place // max(places, 1)
     row = (chunk_TK * experts + expert_TK) * places + place % max(places, 1)
-    row_TK = torch.where((plan.position >= 0) & (place < capacity), row, -1)
+    row_TK = torch.where((dispatched.position >= 0) & (place < capacity), row, -1)
     by_choice = replace(shape, deduplicate=False)
     rows = shape.per_rank * places
     return _fixed_rows(
@@ -253,10 +247,6 @@ def plan_allgather(
 def _owner(ids: Tensor, shape: Shape) -> Tensor:
     """The rank of every choice's expert, [T, K]; -1 where there is none."""
     return torch.where(ids >= 0, ids // shape.per_rank, -1)
-
-
-def _even_chunks(num_tokens: int, chunks: int, device: torch.device) -> Tensor:
-    return torch.arange(num_tokens, device=device) * chunks // max(num_tokens, 1)
 
 
 def _by_bucket(owner_TK: Tensor, chunk_T1: Tensor, num_ranks: int, shape: Shape) -> Dispatch:
@@ -313,16 +303,10 @@ def _fixed_rows(
         row_weights = torch.where((slot_R >= 0)[:, None], row_weights, 0)
     sizes = [[room_per_pair] * num_ranks for _ in range(chunks)]
     return Transport(
-        channel=channel,
-        tokens=slot_R.clamp_min(0) // max(top_k, 1),
-        ids=row_ids,
-        weights=row_weights,
-        position=row_TK.int(),
-        sent=sizes,
-        received=sizes,
-        assignments=[assignments] * chunks,
+        channel=channel, tokens=slot_R.clamp_min(0) // max(top_k, 1), ids=row_ids, weights=row_weights,
+        position=row_TK.int(), sent=sizes, received=sizes, assignments=[assignments] * chunks,
         by_choice=not shape.deduplicate,
-    )
+    )  # fmt: skip
 
 
 def _check_counts(
@@ -332,16 +316,14 @@ def _check_counts(
     for rows, wanted in zip(received, assigned, strict=True):
         for rank, num_rows, num_assigned in zip(channel.group.ranks, rows, wanted, strict=True):
             if not 0 <= num_rows <= num_assigned <= num_rows * most:
+                where = channel.where("exchange of counts")
                 raise ExpertParallelError(
-                    f"rank {channel.group.ranks[channel.group.rank]}, {channel.layer}, exchange of counts: "
-                    f"rank {rank} announced {num_rows} rows for {num_assigned} assignments"
+                    f"{where}: rank {rank} announced {num_rows} rows for {num_assigned} assignments"
                 )
 
 
 def _check_fingerprints(channel: Channel, mine: int, theirs: Sequence[int]) -> None:
     ranks = [rank for rank, value in zip(channel.group.ranks, theirs, strict=True) if value != mine]
     if ranks:
-        raise ConfigurationMismatch(
-            f"rank {channel.group.ranks[channel.group.rank]}, {channel.layer}, exchange of counts: "
-            f"rank {', '.join(map(str, ranks))} runs another layer or another configuration"
-        )
+        where, others = channel.where("exchange of counts"), ", ".join(map(str, ranks))
+        raise ConfigurationMismatch(f"{where}: rank {others} runs another layer or another configuration")

@@ -1,4 +1,4 @@
-"""Which expert lies in which slot of which rank when hot experts are replicated: a pure planner on the host.
+"""Which expert lies in which slot of which rank when hot experts are replicated: computed on the host.
 
 Logical experts are the model's E experts. Physical ones are the P slots that hold their weights: rank r holds slots
 r*P/ranks to (r+1)*P/ranks - 1, and a hot expert has several, its replicas. The idea is that of EPLB, DeepSeek's expert
@@ -116,9 +116,6 @@ def check_load(load_E: Tensor) -> list[float]:
         if not 0 <= value < float("inf"):
             raise ValueError(f"load_E: got {value} for expert {expert}, wanted finite loads >= 0")
     return load
-
-
-# The steps ------------------------------------------------------------------------------------------------------------
 
 
 def experts_of_nodes(load: Sequence[float], groups: int, nodes: int) -> list[list[int]]:
@@ -279,9 +276,6 @@ def keep_slots(experts: Sequence[int], before: Sequence[int]) -> list[int]:
         slots.append(e if keep else None)
     arriving = iter(sorted(left.elements()))
     return [next(arriving) if e is None else e for e in slots]
-
-
-# Placements and their use ---------------------------------------------------------------------------------------------
 
 
 def build_placement(physical_to_logical: Tensor, load_E: Tensor, num_ranks: int) -> Placement:

@@ -1,0 +1,5 @@
+"""Projections in few bits: the formats, and `QuantizedWeight`, which holds one."""
+
+from moe_triton.quantization.weight import QuantizedWeight
+
+__all__ = ["QuantizedWeight"]
