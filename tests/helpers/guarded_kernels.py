@@ -86,7 +86,8 @@ def run_experts(at_end: bool) -> None:
         (ExpertSpec(activation="relu2", is_transposed=True), torch.float16, 16, 24),
         (ExpertSpec(), torch.bfloat16, 24, 24),
     ):
-        problem = make_problem(random_choices(13, 2, 4), 4, spec=spec, dtype=dtype, d=d, n=n, capacity=6)
+        ranks = (3, 16) if spec.is_transposed else None
+        problem = make_problem(random_choices(13, 2, 4), 4, spec=spec, dtype=dtype, d=d, n=n, capacity=6, ranks=ranks)
         check(run(problem), problem, TOLERANCE[dtype])
     with descriptors():
         check(run(problem), problem, TOLERANCE[dtype])
