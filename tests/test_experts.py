@@ -252,9 +252,10 @@ def test_narrow_dtypes_on_the_torch_backend(dtype):
     compare_with_reference(case, "torch", tolerance=1.2e-2 if dtype == torch.bfloat16 else 2e-3)
 
 
-def test_fp16_on_the_triton_backend():
-    """Triton's interpreter multiplies fp16 rightly (its bf16 product is wrong)."""
-    compare_with_reference(make_case(width=16, inner=16, dtype=torch.float16, bias=True), "triton", tolerance=2e-3)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_dtypes_on_the_triton_backend(dtype):
+    case = make_case(width=16, inner=16, dtype=dtype, bias=True)
+    compare_with_reference(case, "triton", tolerance=1.2e-2 if dtype == torch.bfloat16 else 2e-3)
 
 
 def test_float64_and_gradcheck_on_the_torch_backend():

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,11 @@ TABLE = Path(__file__).with_name("configs.json")
 def bucket_of(rows_per_expert: float) -> int:
     """The smallest bucket that holds the average number of rows per expert; the last one is open-ended."""
     return next((bucket for bucket in BUCKETS if rows_per_expert <= bucket), BUCKETS[-1])
+
+
+@cache
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class Entry(NamedTuple):
@@ -107,7 +112,7 @@ def find_config(
     if op not in OPS:
         raise ValueError(f"op: got {op!r}, wanted one of {', '.join(OPS)}")
     bucket = bucket_of(num_rows / max(num_experts, 1))
-    key = (op, d, n, str(dtype).removeprefix("torch."), architecture, bucket)
+    key = (op, d, n, dtype_name(dtype), architecture, bucket)
     for table, origin in ((user_table(), "user table"), (shipped_table(), "shipped table")):
         if key in table:
             return Found(table[key].config, origin, table[key].versions)

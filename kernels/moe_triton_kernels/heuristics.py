@@ -6,9 +6,9 @@ The tiles follow from arithmetic on registers, shared memory and latencies; none
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
-import triton
-
+from moe_triton_kernels.arithmetic import next_power_of_2
 from moe_triton_kernels.launch import BLACKWELL, HOPPER, Config, shared_limit
 
 DECODED = ("up_gated", "up", "down")  # the kernels of a forward pass
@@ -18,9 +18,10 @@ BUCKETS = (16, 32, 64, 128)  # rows per expert: up to 16, up to 32, up to 64, mo
 
 def fit(block: int, size: int) -> int:
     """The block, no wider than the size needs (a power of two, 16 at least, as the matrix unit wants)."""
-    return min(block, max(16, triton.next_power_of_2(size)))
+    return min(block, max(16, next_power_of_2(size)))
 
 
+@lru_cache(maxsize=1024)
 def heuristic(op: str, d: int, n: int, itemsize: int, architecture: str, bucket: int) -> Config:
     """Tiles as large as the accumulator registers allow without a spill; shorter ones where experts have few rows."""
     if architecture == "interpreter":

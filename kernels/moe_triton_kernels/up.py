@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_triton_kernels.activations import check_activation, is_gated
+from moe_triton_kernels.arithmetic import cdiv
 from moe_triton_kernels.gluon.schedules import why_unsupported
 from moe_triton_kernels.grouped_gemm import rows_times_weight, tile_order
 from moe_triton_kernels.launch import Config, launch_options, persistent_grid
@@ -152,7 +153,7 @@ def up(
         halves=2 if gated and is_concatenated else 1,
         block_n=columns_per_half * config.block_n,
     )
-    up_kernel[persistent_grid(x.device, max_tiles * triton.cdiv(size_n, config.block_n), config)](
+    up_kernel[persistent_grid(x.device, max_tiles * cdiv(size_n, config.block_n), config)](
         x,
         source,
         weight.weight(),

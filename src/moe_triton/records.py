@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -73,6 +73,8 @@ class Routing:
     z_sum       []  sum over tokens of logsumexp(logits)**2, differentiable
     num_tokens  []  number of tokens that count, on the device
     sequences   counts, score_sums and num_tokens of each sequence; None where `route` was not asked for several
+    hidden      [T, d] what `Router` was given, for whoever takes it next: the gate then adds its gradient to theirs in
+                one pass; None where there was no gate
     """
 
     experts: Tensor
@@ -82,6 +84,7 @@ class Routing:
     z_sum: Tensor
     num_tokens: Tensor
     sequences: SequenceSums | None = None
+    hidden: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +109,16 @@ class Dispatch:
     @property
     def top_k(self) -> int:
         return self.position.shape[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiledDispatch(Dispatch):
+    """A Dispatch with what its backend made along with it for its kernels.
+
+    tiles  the `TileTables` of the triton backend
+    """
+
+    tiles: Any
 
 
 # All experts' tensors of one kind: stacked [E, ...], or one tensor per expert.
@@ -204,6 +217,22 @@ class ExpertCall:
         if given.down_lora_a is None or given.down_lora_b is None:
             return None
         return Lora(given.down_lora_a, given.down_lora_b, self.spec.down_scaling)
+
+
+class GateWanted(NamedTuple):
+    """Which gradients of the gate are wanted."""
+
+    hidden: bool = True
+    weight: bool = True
+    bias: bool = True
+
+
+class GateGradients(NamedTuple):
+    """The gradients of the gate; None where not wanted."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
 
 
 class Wanted(NamedTuple):

@@ -12,14 +12,13 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Iterator
 from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple, cast
 
 import torch
 
-from moe_triton.backends.protocols import DispatchBackend, ExpertsBackend, RoutingBackend
+from moe_triton.backends.protocols import DispatchBackend, ExpertsBackend, GateBackend, RoutingBackend
 from moe_triton.checks import check_choice
 from moe_triton.torch_internals import constant_while_compiling
 
@@ -112,19 +111,29 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Return `torch.autocast(enabled=False)`, also for the meta device, which torch's refuses."""
-    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    """Return `torch.autocast(enabled=False)`; where it is off already, or the device is meta, what does nothing."""
+    is_off = autocast_dtype(device) is None
+    return contextlib.nullcontext() if is_off else torch.autocast(device.type, enabled=False)
 
 
-@contextlib.contextmanager
-def plain_maths(tensor: torch.Tensor) -> Iterator[None]:
+class plain_maths:
     """Set what an implementation runs under: no autograd, no autocast, and the tensor's GPU as the current one."""
-    with (
-        torch.no_grad(),
-        without_autocast(tensor.device),
-        torch.cuda.device_of(tensor),
-    ):
-        yield
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.parts = (torch.no_grad(), without_autocast(tensor.device), torch.cuda.device_of(tensor))
+
+    def __enter__(self) -> None:
+        for part in self.parts:
+            part.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for part in reversed(self.parts):
+            part.__exit__(*error)
+
+
+def gate_backend(name: str) -> GateBackend:
+    """Return the implementation of the gate by backend "torch" or "triton"."""
+    return cast(GateBackend, _module(f"{name}.gate"))
 
 
 def routing_backend(name: str) -> RoutingBackend:

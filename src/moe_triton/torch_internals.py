@@ -61,6 +61,15 @@ def compiled_module(module: nn.Module) -> nn.Module | None:
     return module._modules.get("_orig_mod")
 
 
+# Modules --------------------------------------------------------------------------------------------------------------
+
+
+def runs_as_it_is(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Return whether a call of the module is `cls.forward` of the very arguments: no override, wrapper or pre-hook."""
+    is_own = type(module).forward is cls.forward and "forward" not in module.__dict__
+    return is_own and not module._forward_pre_hooks
+
+
 # Autograd, its transforms, and modes ----------------------------------------------------------------------------------
 
 
@@ -101,6 +110,14 @@ def has_no_data(tensor: Tensor) -> bool:
 def real_tensors() -> AbstractContextManager[Any]:
     """Leave all modes, so that new tensors have values also while torch.export traces with fake ones."""
     return _disable_current_modes()
+
+
+# CUDA -----------------------------------------------------------------------------------------------------------------
+
+
+def keep_gpu_busy(cycles: int) -> None:
+    """Let the current GPU wait for about this many cycles of its clock, while the host goes on."""
+    torch.cuda._sleep(cycles)
 
 
 # oneDNN ---------------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ LAUNCHED_IN_PARTS |= {"row_pieces", "sum_pieces"}
 class OneCall:
     """A timer that makes every call once, and says that it took a millisecond."""
 
-    warm_up = 0
+    warm_up = long_warm_up = 0
 
     def measure(self, call, calls: int) -> float:
         call()

@@ -42,8 +42,16 @@ def run_experts(call: ExpertCall, *, recompute: bool = False, backend: str = "au
         elif training:
             out, _ = _Experts.apply(form, call.spec, name, keep, *tensors)
         else:
-            out, _ = _run(form, call.spec, name, False, *tensors)
+            out = _without_gradient(call, name)
         return out.to(dtype)
+
+
+def _without_gradient(call: ExpertCall, backend: str) -> Tensor:
+    """The output where autograd keeps nothing: of the call itself, with all that its Dispatch brought along."""
+    if has_no_data(call.hidden):
+        return _experts_op(tensors_of(call), form_of(call.parameters), *_fields(call.spec), backend, False)[0]
+    with runtime.plain_maths(call.hidden):
+        return runtime.experts_backend(backend, call.hidden.device).experts_forward(call, False)[0]
 
 
 def in_autocast_dtype(call: ExpertCall) -> ExpertCall:

@@ -20,7 +20,7 @@ from moe_triton.layers.experts import Experts, FeedForward, Uncast, casts_inputs
 from moe_triton.layers.router import Router
 from moe_triton.records import PRIORITIES, Routing, SequenceSums
 from moe_triton.runtime import BACKENDS
-from moe_triton.torch_internals import never_compiled
+from moe_triton.torch_internals import never_compiled, runs_as_it_is
 
 
 class MoEOutput(NamedTuple):
@@ -246,6 +246,8 @@ class MoE(nn.Module):
         routing = self.router(x, token_mask, **more)
         if not isinstance(routing, Routing):
             raise TypeError(f"router: returned {type(routing).__name__}, wanted a Routing")
+        if routing.hidden is not None and runs_as_it_is(self.router, Router):
+            x = routing.hidden  # the gate adds its gradient to that of all that follows
         dispatched = dispatch(
             routing.experts,
             self.num_experts,

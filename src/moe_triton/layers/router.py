@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_triton.autograd.gate import run_gate
 from moe_triton.checks import FLOATS, MASKS, check_choice, check_int, check_number, check_tensor
 from moe_triton.layers.choices import ChoiceBatch, ChoiceRule, choice_rule
 from moe_triton.layers.load import CountsLoad
@@ -63,7 +63,9 @@ class Router(CountsLoad):
         backend: "auto", "triton", "torch" or "reference".
         device, dtype: of the parameters.
 
-    The gate computes in fp32 whatever the parameters' dtype (fp64 for fp64 parameters), also under autocast.
+    The gate computes in fp32 whatever the parameters' dtype (fp64 for fp64 parameters), also under autocast; on a GPU
+    from 16-bit hidden states on the matrix unit, whose sums are fp32, with nothing rounded before. It keeps the hidden
+    states for backward as they came; with jitter, an fp32 copy.
     """
 
     choice_bias: Tensor | None
@@ -189,12 +191,16 @@ class Router(CountsLoad):
 
     def gate(self, hidden_states: Tensor) -> Tensor:
         """[T, d] -> logits [T, E] in fp32 (fp64 for fp64 parameters)."""
-        dtype = wide(self.weight.dtype)
+        return self._gate(hidden_states)[0]
+
+    def _gate(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits, and the hidden states for whoever takes them next (see `autograd.gate`)."""
+        if not (self.training and self.jitter > 0):
+            return run_gate(hidden_states, self.weight, self.bias, self.backend)
         with without_autocast(hidden_states.device):
-            x = hidden_states.to(dtype)
-            if self.training and self.jitter > 0:
-                x = x * (1 + self.jitter * (2 * torch.rand_like(x) - 1))
-            return F.linear(x, self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+            x = hidden_states.to(wide(self.weight.dtype))
+            x = x * (1 + self.jitter * (2 * torch.rand_like(x) - 1))
+        return run_gate(x, self.weight, self.bias, self.backend)[0], hidden_states
 
     def forward(
         self,
@@ -216,7 +222,7 @@ class Router(CountsLoad):
             check_tensor("token_mask", token_mask, shape=shape, dtypes=MASKS, device=device)
             token_mask = token_mask.bool()
             hidden_states = hidden_states.masked_fill(token_mask.logical_not()[:, None], 0)  # 0 * NaN would be NaN
-        logits = self.gate(hidden_states)
+        logits, hidden_states = self._gate(hidden_states)
         noise = gumbel_noise(logits) if self.gumbel and self.training else None
         given = None
         if experts is None and self.rule is not None and (self.training or not self.rule.training_only):
@@ -230,6 +236,7 @@ class Router(CountsLoad):
             experts=experts,
             given=given,
             sequences=sequences,
+            hidden=hidden_states,
             backend=self.backend,
         )
         if self.bias_update == "quantile" and self.training:

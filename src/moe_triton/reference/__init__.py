@@ -35,6 +35,12 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def gate(hidden_Td: Tensor, weight_Ed: Tensor, bias_E: Tensor | None = None) -> Tensor:
+    """Score every expert for every token: logits [T, E] = hidden W^T + b in fp32 (fp64 for an fp64 weight)."""
+    dtype = wide(weight_Ed.dtype)
+    return F.linear(hidden_Td.to(dtype), weight_Ed.to(dtype), None if bias_E is None else bias_E.to(dtype))
+
+
 def sqrt_softplus(x: Tensor) -> Tensor:
     """Return sqrt(log(1 + exp(x))) (DeepSeek-V4); below -40 as exp(x/2), which it equals in float64."""
     return torch.where(x < -40, (x / 2).exp(), F.softplus(x.clamp_min(-40), threshold=50).sqrt())

@@ -19,6 +19,7 @@ from moe_triton.records import (
     Lora,
     ParameterGradients,
     RowGradients,
+    TiledDispatch,
     Wanted,
     as_given,
 )
@@ -62,6 +63,8 @@ class Problem:
         self.down_lora = None if call.down_lora is None else Factors(call.down_lora)
 
     def tiles(self) -> TileTables:
+        if isinstance(self.dispatched, TiledDispatch):
+            return self.dispatched.tiles
         return tile_tables(self.dispatched.offsets, self.num_rows)
 
     def config(self, op: str) -> Config:
