@@ -10,6 +10,7 @@ from moe_triton.metrics import LoadMonitor, LoadStatistics, load_statistics, plo
 from moe_triton.quantization import QuantizedWeight
 from moe_triton.records import Dispatch, Lora, Routing
 from moe_triton.routing import route
+from moe_triton.runtime import batch_invariant
 from moe_triton.swap import SwapReport, swap
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ __all__ = [
     "Router",
     "Routing",
     "SwapReport",
+    "batch_invariant",
     "compat",
     "dispatch",
     "expert_capacity",

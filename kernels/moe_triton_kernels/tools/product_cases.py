@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from moe_triton_kernels.activations import GATED, UNGATED
+from moe_triton_kernels.activations import GATED_CASES, UNGATED_CASES
 from moe_triton_kernels.d_hidden import d_hidden_kernel, d_router_weights_kernel
 from moe_triton_kernels.d_weight import d_bias_kernel, d_weight_kernel
 from moe_triton_kernels.down import down_kernel
@@ -77,7 +77,7 @@ def bias_type(dtype: str, addresses: bool = False) -> BiasArgument:
 
 def up_cases(arch: str, shipped: Sequence[Shipped]) -> Iterator[Case]:
     """Every configuration; the first of each op also with every activation and weight layout."""
-    for op, activations in (("up_gated", GATED), ("up", UNGATED)):
+    for op, activations in (("up_gated", GATED_CASES), ("up", UNGATED_CASES)):
         entries = [entry for entry in shipped if entry.op == op]
         # (configuration, activation, is_transposed, is_concatenated, bias, addresses instead of a stacked tensor)
         variants = [(entry, activations[0], False, True, False, False) for entry in entries]
@@ -103,7 +103,7 @@ def up_cases(arch: str, shipped: Sequence[Shipped]) -> Iterator[Case]:
                 **weight,
             }
             yield product_case(
-                up_kernel, entry, arch, variant=activation + flags, signature=signature, sample=number == 0,
+                up_kernel, entry, arch, variant=str(activation) + flags, signature=signature, sample=number == 0,
                 TOP_K=8, ACTIVATION=activation, CONCATENATED=concatenated, EVEN_K=not transposed,
             )  # fmt: skip
 
@@ -133,7 +133,7 @@ def only_of_down(op: str) -> dict[str, str | None]:
 
 def d_hidden_cases(arch: str, shipped: Sequence[Shipped]) -> Iterator[Case]:
     """Every configuration; the first of each op also with every activation and weight layout."""
-    for op, activations in (("d_hidden_gated", GATED), ("d_hidden", UNGATED)):
+    for op, activations in (("d_hidden_gated", GATED_CASES), ("d_hidden", UNGATED_CASES)):
         entries = [entry for entry in shipped if entry.op == op]
         # (configuration, activation, is_transposed, is_concatenated, addresses instead of a stacked tensor)
         variants = [(entry, activations[0], False, True, False) for entry in entries]
@@ -149,7 +149,7 @@ def d_hidden_cases(arch: str, shipped: Sequence[Shipped]) -> Iterator[Case]:
             }
             flags = "_T" * transposed + "_pairs" * (not concatenated) + "_addresses" * addresses
             yield product_case(
-                d_hidden_kernel, entry, arch, variant=activation + flags, signature=signature, sample=number == 0,
+                d_hidden_kernel, entry, arch, variant=str(activation) + flags, signature=signature, sample=number == 0,
                 TOP_K=8, ACTIVATION=activation, CONCATENATED=concatenated, EVEN_K=not addresses,
             )  # fmt: skip
     yield Case(

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_triton.autograd.linear import linear
 from moe_triton.checks import FLOATS, MASKS, check_int, check_number, check_tensor
 from moe_triton.layers.load import CountsLoad
 from moe_triton.records import Routing
@@ -123,7 +123,8 @@ class Router(CountsLoad):
             x = hidden_states.to(dtype)
             if self.training and self.jitter > 0:
                 x = x * (1 + self.jitter * (2 * torch.rand_like(x) - 1))
-            return F.linear(x, self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+            bias = None if self.bias is None else self.bias.to(dtype)
+            return linear(x, self.weight.to(dtype), bias, self.backend)
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> Routing:
         """hidden_states [T, d], token_mask [T] or None -> Routing."""

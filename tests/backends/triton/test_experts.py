@@ -24,6 +24,12 @@ SPECS = [
     for transposed, concatenated in LAYOUTS
     if concatenated or activation in GATED
 ]
+# Limits that about a third of the pre-activations exceed; 0.3 is no number of 16 bits.
+LIMITED = [
+    ExpertSpec(activation="swiglu", activation_limit=0.3),
+    ExpertSpec(activation="swiglu", activation_limit=0.5, activation_alpha=1.702, is_concatenated=False),
+    ExpertSpec(activation="gpt_oss", activation_limit=0.5, activation_alpha=0.7, is_transposed=True),
+]
 
 
 def name_of(spec: ExpertSpec) -> str:
@@ -48,6 +54,14 @@ def has_bias_here(spec: ExpertSpec) -> bool:
 def test_every_activation_and_layout(spec: ExpertSpec, bias: bool) -> None:
     problem = make_problem(random_choices(9, 2, 4), 4, spec=spec, bias=bias)
     check(run(problem), problem)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spec", LIMITED, ids=str)
+def test_limits(spec: ExpertSpec, dtype: torch.dtype) -> None:
+    problem = make_problem(random_choices(9, 2, 4), 4, spec=spec, bias=True, dtype=dtype)
+    tolerance = {torch.float16: 2e-3, torch.bfloat16: 2e-2}.get(dtype)
+    check(run(problem), problem, tolerance)
 
 
 @pytest.mark.parametrize("spec", [SPECS[0], SPECS[3]], ids=name_of)

@@ -10,7 +10,7 @@ import functools
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +37,7 @@ class CpuPolicy:
                         MKL's cost of m rows, in rows of a batched product: m + batched_overhead in one, and
                         alone_per_row * m + alone_overhead in a product alone
     num_threads         None for torch's at the time of the call
+    fixed_rows          the rows of every product where a row's bits must not depend on how many there are; 0: any
     """
 
     shapes_recur: bool
@@ -50,6 +51,7 @@ class CpuPolicy:
     alone_per_row: float = 1.1
     alone_overhead: int = 36
     num_threads: int | None = None
+    fixed_rows: int = 0
 
     @property
     def threads(self) -> int:
@@ -63,14 +65,27 @@ class CpuPolicy:
 
     def padded(self, num_rows: int, *, batched: bool = False) -> int:
         """Return the number of rows to compute for `num_rows`, which recurs where shapes should."""
+        if self.fixed_rows:
+            return -(-num_rows // self.fixed_rows) * self.fixed_rows
         if not self.shapes_recur or (num_rows <= self.row_quantum and not batched):
             return num_rows
         return -(-num_rows // self.row_quantum) * self.row_quantum
+
+    def pieces(self, part: slice) -> list[slice]:
+        """Return the rows of the products over the rows `part`: all of them, or so many each as are fixed."""
+        if not self.fixed_rows:
+            return [part]
+        return [slice(start, start + self.fixed_rows) for start in range(part.start, part.stop, self.fixed_rows)]
 
     def product(
         self, left_mk: Tensor, right_nk: Tensor, bias_n: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
         """Compute left @ right.T + bias; with `out` it is there too, and what is returned may be a copy in cache."""
+        if self.fixed_rows and left_mk.shape[0] > self.fixed_rows:
+            y_mn = left_mk.new_empty(left_mk.shape[0], right_nk.shape[0]) if out is None else out
+            for piece in self.pieces(slice(0, left_mk.shape[0])):
+                self.product(left_mk[piece], right_nk, bias_n, y_mn[piece])
+            return y_mn
         linear = self.linear.get(left_mk.dtype)
         if linear is not None and 2 * left_mk.numel() * right_nk.shape[0] >= self.linear_from:
             y_mn = linear(left_mk, right_nk, bias_n, "none", [], "")
@@ -201,6 +216,16 @@ def this_cpu() -> CpuPolicy:
     """Return the policy for the processor that this runs on, chosen at the first call."""
     processor = this_processor()
     return make_policy(choose_policy(processor).policy, processor)
+
+
+@functools.cache
+def invariant_policy() -> CpuPolicy:
+    """Return the policy with which a row's bits depend on this row alone: products of 32 rows each, padded.
+
+    Which of its kernels a library takes depends on a product's sizes, and so does the order of its sums. With all sizes
+    fixed, no library that we tried tells a row's place in the product (tests/test_batch_invariance.py).
+    """
+    return replace(this_cpu(), shapes_recur=True, most_batched_rows={}, fixed_rows=32)
 
 
 def batched_product(

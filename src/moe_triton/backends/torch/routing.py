@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moe_triton.backends.torch.rows import by_full_vectors
 from moe_triton.records import RouterSpec
 from moe_triton.reference import EPS, choice_keys, wide
 
@@ -21,6 +22,11 @@ def top_choices(keys_TE: Tensor, top_k: int) -> Tensor:
     return ((bits.long() << 32) | reversed_index).topk(top_k, dim=-1).indices
 
 
+def sigmoid(x_TE: Tensor) -> Tensor:
+    """torch.sigmoid, such that a score's bits depend on its logit alone."""
+    return by_full_vectors(torch.sigmoid, x_TE)
+
+
 def route_forward(
     logits: Tensor, spec: RouterSpec, choice_bias: Tensor | None, noise: Tensor | None, token_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -31,7 +37,7 @@ def route_forward(
     """
     num_experts = logits.shape[1]
     logits_TE = logits.to(wide(logits.dtype))
-    experts_TK = top_choices(choice_keys(logits_TE, spec, choice_bias, noise), spec.top_k)
+    experts_TK = top_choices(choice_keys(logits_TE, spec, choice_bias, noise, sigmoid), spec.top_k)
     probs_TE, weights_TK = _scores(logits_TE, experts_TK, spec)
     if spec.normalize:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + EPS)
@@ -69,7 +75,7 @@ def route_backward(
 
     grad_probs_TE = grad_score_sums.to(logits_TE.dtype).expand_as(logits_TE)
     if spec.score == "sigmoid":
-        scores_TE = logits_TE.sigmoid()
+        scores_TE = sigmoid(logits_TE)
         mean_T1 = (grad_probs_TE * probs_TE).sum(-1, keepdim=True)
         grad_scores_TE = (grad_probs_TE - mean_T1) / (scores_TE.sum(-1, keepdim=True) + EPS)
         grad_scores_TE = grad_scores_TE.scatter_add(1, experts_TK, grad_raw_TK)
@@ -88,7 +94,7 @@ def route_backward(
 def _scores(logits_TE: Tensor, experts_TK: Tensor, spec: RouterSpec) -> tuple[Tensor, Tensor]:
     """Normalised scores [T, E], and the chosen experts' weights [T, K] before `normalize` and `scale`."""
     if spec.score == "sigmoid":
-        scores_TE = logits_TE.sigmoid()
+        scores_TE = sigmoid(logits_TE)
         return scores_TE / (scores_TE.sum(-1, keepdim=True) + EPS), scores_TE.gather(1, experts_TK)
     probs_TE = logits_TE.softmax(-1)
     if spec.score == "topk_softmax":

@@ -49,7 +49,8 @@ class LocalExperts:
     calls: list[LocalCall] = field(default_factory=list)
 
     def description(self) -> Mapping[str, object]:
-        return {"activation": self.spec.activation, "width": self.width}
+        gate = {"activation_limit": self.spec.limit, "activation_alpha": self.spec.alpha}
+        return {"activation": self.spec.activation, **gate, "width": self.width}
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, assignments: int, saved: Saved) -> Tensor:
         local = ids - self.first_expert

@@ -26,6 +26,7 @@ class ExchangedLayer:
     backend      "auto", "triton" or "torch"
     capacity     tokens -> places of an expert, None for all, for mode "capacity"
     slots        ids [T, K] of experts -> of slots, where they have replicas
+    deduplicate  whether a token may travel once for several of its choices
     """
 
     name: str
@@ -33,6 +34,7 @@ class ExchangedLayer:
     backend: str = "auto"
     capacity: Callable[[int], int | None] = lambda num_tokens: None
     slots: Callable[[Tensor], Tensor] = lambda ids: ids
+    deduplicate: bool = True
 
     def ids(self, dispatched: Dispatch) -> Tensor:
         """Return the slot of every choice [T, K] int32, -1 where nothing is to be computed."""
