@@ -43,7 +43,7 @@ def dense(layer: MoeLayer, x: Tensor) -> Tensor:
     routed = layer.router(layer.logits(x))
     num_tokens, num_experts = x.shape[0], layer.num_experts
     places = layer.router.get_capacity((num_tokens, num_experts))
-    experts, weights, dispatched = routed.routing.experts.long(), routed.routing.weights, routed.plan
+    experts, weights, dispatched = routed.routing.experts.long(), routed.routing.weights, routed.dispatched
     place = dispatched.position - dispatched.offsets[experts]
     slot = torch.where(dispatched.position >= 0, experts * places + place, num_experts * places)
     combine = x.new_zeros(num_tokens, num_experts * places + 1).scatter(1, slot, weights)[:, :-1]

@@ -24,11 +24,12 @@ import typer
 from tables import deepspeed_groups
 from torch import nn
 
-from moe_triton.benchmarking.environment import cpu_name, version
+from moe_triton.benchmarking.environment import cpu_name
 from moe_triton.benchmarking.memory import peak_bytes
 from moe_triton.benchmarking.timing import Call, Fresh, make_timer, run_rounds, spread
 from moe_triton.compat.deepspeed.layer import MoE
 from moe_triton.compat.deepspeed.utils import BY, configure_moe_param_groups
+from moe_triton.runtime import installed_version
 
 RESULTS = Path(__file__).parent / "results" / "deepspeed"
 
@@ -131,7 +132,7 @@ def main(
     record = {
         "device": device_name,
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "deepspeed")}},
+        "versions": {"python": platform.python_version(), **{p: installed_version(p) for p in ("torch", "deepspeed")}},
         "shape": {"layers": layers, "experts": experts, "hidden": hidden, "intermediate": intermediate},
         "groups": largest,
         "step_seconds": {key: asdict(value) for key, value in found.items() if value is not None},

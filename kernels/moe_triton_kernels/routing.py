@@ -8,12 +8,14 @@ Shapes: T tokens, E experts, K choices, P programs. Maths in fp32.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from moe_triton_kernels.launch import constants
 
 SOFTMAX = tl.constexpr(0)
 SIGMOID = tl.constexpr(1)
@@ -28,6 +30,43 @@ MAX_PROGRAMS = 2048  # a constant, not the number of processors: sums have the s
 TILE_ELEMENTS = 512
 SUM_PROGRAMS, SUM_EXPERTS, SUM_WARPS = 512, 8, 8  # the part of the partial sums that a program holds at a time
 NUM_WARPS = 1  # a token's experts lie in one warp, so that an arg-max needs no shared memory
+
+
+class Rule(NamedTuple):
+    """How experts are chosen and weighted, as a kernel is compiled for it."""
+
+    NUM_EXPERTS: int
+    TOP_K: int
+    SCORE: int
+    NORMALIZE: bool
+
+
+class GroupLimit(NamedTuple):
+    """The groups of experts that a token may choose from, as a kernel is compiled for them.
+
+    TOP2  a group's score is the sum of its best two, not its best one
+    """
+
+    NUM_GROUPS: int
+    TOP_GROUPS: int
+    TOP2: bool
+
+
+class Lanes(NamedTuple):
+    """A tile of tokens: their experts lie as [GROUPS, MEMBERS], their choices as [BLOCK_K], all powers of two."""
+
+    BLOCK_T: int
+    GROUPS: int
+    MEMBERS: int
+    BLOCK_K: int
+
+
+class PartialSums(NamedTuple):
+    """The sums of every program's tokens: counts and scores [P, E], z [P]."""
+
+    counts: Any
+    scores: Any
+    z: Any
 
 
 @triton.jit
@@ -69,41 +108,67 @@ def scores_of(x, softmax, SCORE: tl.constexpr):
 
 
 @triton.jit
-def mask_groups(
-    scores, TOP2: tl.constexpr, TOP_GROUPS: tl.constexpr, N: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr
-):
-    """-inf for the experts outside of each token's best groups. Experts lie as [GROUPS, MEMBERS], padding is -inf."""
-    group = tl.arange(0, GROUPS)[None, :]
-    scores_NGM = tl.reshape(scores, (N, GROUPS, MEMBERS))
-    best = tl.max(scores_NGM, 2)
-    if TOP2 and MEMBERS > 1:
-        member = tl.arange(0, MEMBERS)[None, None, :]
-        winner = tl.min(tl.where(scores_NGM == best[:, :, None], member, MEMBERS), 2)
-        best += tl.max(tl.where(member == winner[:, :, None], float("-inf"), scores_NGM), 2)
+def scores_of_chosen(logit, lse, valid, SCORE: tl.constexpr):
+    """The chosen experts' scores [N, K], from their logits [N, K] and the log-sum-exp [N] of all."""
+    if SCORE == TOPK_SOFTMAX:
+        score, _ = softmax_rows(logit, valid)
+    elif SCORE == SIGMOID:
+        score = sigmoid(logit)
+    else:
+        score = tl.exp(logit - lse[:, None])
+    return score
+
+
+@triton.jit
+def mask_groups(scores, LIMIT, LANES):
+    """-inf for the experts outside of each token's best groups. Padding is -inf before."""
+    group = tl.arange(0, LANES.GROUPS)[None, :]
+    scores_TGM = tl.reshape(scores, (LANES.BLOCK_T, LANES.GROUPS, LANES.MEMBERS))
+    best = tl.max(scores_TGM, 2)
+    if LIMIT.TOP2 and LANES.MEMBERS > 1:
+        member = tl.arange(0, LANES.MEMBERS)[None, None, :]
+        winner = tl.min(tl.where(scores_TGM == best[:, :, None], member, LANES.MEMBERS), 2)
+        best += tl.max(tl.where(member == winner[:, :, None], float("-inf"), scores_TGM), 2)
     keys = tl.where(best != best, 0x7FFFFFFF, ordered_bits(best))  # inf - inf; NaN sorts first
-    kept = tl.zeros((N, GROUPS), tl.int32)
-    for _ in range(TOP_GROUPS):
-        choice = first_of(keys, tl.max(keys, 1), group, GROUPS)
+    kept = tl.zeros((LANES.BLOCK_T, LANES.GROUPS), tl.int32)
+    for _ in range(LIMIT.TOP_GROUPS):
+        choice = first_of(keys, tl.max(keys, 1), group, LANES.GROUPS)
         taken = group == choice[:, None]
         kept = tl.where(taken, 1, kept)
         keys = tl.where(taken, TAKEN, keys)
-    return tl.reshape(tl.where(kept[:, :, None] != 0, scores_NGM, float("-inf")), (N, GROUPS * MEMBERS))
+    return tl.reshape(
+        tl.where(kept[:, :, None] != 0, scores_TGM, float("-inf")), (LANES.BLOCK_T, LANES.GROUPS * LANES.MEMBERS)
+    )
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def topk_kernel(
-    logits, bias, noise, token_mask, experts, weights, partial_counts, partial_scores, partial_z, num_tokens, scale,
-    NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SCORE: tl.constexpr, NORMALIZE: tl.constexpr,
-    NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP2: tl.constexpr, PACKED: tl.constexpr,
-    BLOCK_T: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    logits,  # [T, E]
+    bias,  # [E], or None
+    noise,  # [T, E], or None
+    token_mask,  # [T], or None
+    experts,  # [T, K]
+    weights,  # [T, K]
+    partials,
+    num_tokens,
+    scale,
+    RULE,
+    LIMIT,
+    LANES,
+    PACKED: tl.constexpr,
+):
     """Experts and weights of every token; counts, score sums and z sum of this program's tokens.
 
-    Lanes lie as [GROUPS, MEMBERS], both powers of two; `expert` maps them to experts and `inside` marks the real ones.
+    `expert` maps lanes to experts and `inside` marks the real ones.
     PACKED: keys are 16-bit logits, so the index fits below the score and one maximum finds both.
     """
-    BLOCK_E: tl.constexpr = GROUPS * MEMBERS
+    NUM_EXPERTS: tl.constexpr = RULE.NUM_EXPERTS
+    NUM_GROUPS: tl.constexpr = LIMIT.NUM_GROUPS
+    MEMBERS: tl.constexpr = LANES.MEMBERS
     MEMBERS_USED: tl.constexpr = NUM_EXPERTS // NUM_GROUPS
+    BLOCK_T: tl.constexpr = LANES.BLOCK_T
+    BLOCK_E: tl.constexpr = LANES.GROUPS * MEMBERS
+    BLOCK_K: tl.constexpr = LANES.BLOCK_K
     lane = tl.arange(0, BLOCK_E)
     if NUM_GROUPS == 1 or MEMBERS == MEMBERS_USED:
         expert = lane  # written so that the compiler sees contiguous loads
@@ -117,7 +182,7 @@ def topk_kernel(
     score_sums = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     z_sums = tl.zeros((BLOCK_T,), tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(num_tokens, BLOCK_T), tl.num_programs(0)):
-        token = (tile * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+        token = (tl.arange(0, BLOCK_T) + tile * BLOCK_T).to(tl.int64)
         exists = token < num_tokens
         valid = exists
         if token_mask is not None:
@@ -132,15 +197,15 @@ def topk_kernel(
         noisy_softmax = softmax
         if noise is not None:
             keys += tl.load(noise + cells, mask=present, other=0.0).to(tl.float32)
-        if bias is not None or TOP2:
+        if bias is not None or LIMIT.TOP2:
             if noise is not None:
                 noisy_softmax, _ = softmax_rows(keys, valid)
-            keys = scores_of(keys, noisy_softmax, SCORE)
+            keys = scores_of(keys, noisy_softmax, RULE.SCORE)
             if bias is not None:
                 keys += tl.load(bias + expert, mask=inside, other=0.0).to(tl.float32)[None, :]
         keys = tl.where((keys == keys) & inside[None, :], keys, float("-inf"))
         if NUM_GROUPS > 1:
-            keys = mask_groups(keys, TOP2, TOP_GROUPS, BLOCK_T, GROUPS, MEMBERS)
+            keys = mask_groups(keys, LIMIT, LANES)
         bits = ordered_bits(keys)
         if PACKED:
             bits = (bits | INDEX_BITS) ^ expert[None, :]  # the low bits count down
@@ -148,7 +213,7 @@ def topk_kernel(
 
         # the choice: K times the best one, the lowest index first
         chosen = tl.zeros((BLOCK_T, BLOCK_K), tl.int32)
-        for k in range(TOP_K):
+        for k in range(RULE.TOP_K):
             best = tl.max(bits, 1)
             if PACKED:
                 choice = (best & INDEX_BITS) ^ INDEX_BITS
@@ -158,25 +223,20 @@ def topk_kernel(
             bits = tl.where(expert[None, :] == choice[:, None], TAKEN, bits)
 
         # the weights, from the chosen logits
-        slots = token[:, None] * TOP_K + choice_k
-        slot_exists = exists[:, None] & (choice_k < TOP_K)
-        slot_valid = valid[:, None] & (choice_k < TOP_K)
+        slots = token[:, None] * RULE.TOP_K + choice_k
+        slot_exists = exists[:, None] & (choice_k < RULE.TOP_K)
+        slot_valid = valid[:, None] & (choice_k < RULE.TOP_K)
         logit = tl.load(logits + token[:, None] * NUM_EXPERTS + chosen, mask=slot_valid, other=float("-inf"))
         logit = logit.to(tl.float32)
-        if SCORE == TOPK_SOFTMAX:
-            weight, _ = softmax_rows(logit, valid)
-        elif SCORE == SIGMOID:
-            weight = sigmoid(logit)
-        else:
-            weight = tl.exp(logit - lse[:, None])
-        if NORMALIZE:
+        weight = scores_of_chosen(logit, lse, valid, RULE.SCORE)
+        if RULE.NORMALIZE:
             weight /= tl.sum(weight, 1)[:, None] + EPS
         tl.store(experts + slots, tl.where(slot_valid, chosen, -1), mask=slot_exists)
         tl.store(weights + slots, weight * scale, mask=slot_exists)
 
         # the sums; a logit of -inf, as of a masked token, adds nothing
         counts += (present & (bits == TAKEN)).to(tl.int32)
-        if SCORE == SIGMOID:
+        if RULE.SCORE == SIGMOID:
             scores = sigmoid(x)
             score_sums += scores * (1.0 / (tl.sum(scores, 1) + EPS))[:, None]
         else:
@@ -184,14 +244,14 @@ def topk_kernel(
         z_sums += lse * lse
 
     row = tl.program_id(0) * NUM_EXPERTS + expert
-    tl.store(partial_counts + row, tl.sum(counts, 0), mask=inside)
-    tl.store(partial_scores + row, tl.sum(score_sums, 0), mask=inside)
-    tl.store(partial_z + tl.program_id(0), tl.sum(z_sums, 0))
+    tl.store(partials.counts + row, tl.sum(counts, 0), mask=inside)
+    tl.store(partials.scores + row, tl.sum(score_sums, 0), mask=inside)
+    tl.store(partials.z + tl.program_id(0), tl.sum(z_sums, 0))
 
 
 @triton.jit(do_not_specialize=["num_partials"])
 def sum_partials_kernel(
-    partial_counts, partial_scores, partial_z, counts, score_sums, z_sum, num_partials,
+    partials, counts, score_sums, z_sum, num_partials,
     NUM_EXPERTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """The programs' partial sums [P, E] and [P], added in the order of the programs."""
@@ -203,9 +263,9 @@ def sum_partials_kernel(
         p = start + tl.arange(0, BLOCK_P)
         cell = p[:, None] * NUM_EXPERTS + column
         mask = (p < num_partials)[:, None] & (column < NUM_EXPERTS)
-        count += tl.load(partial_counts + cell, mask=mask, other=0)
-        score += tl.load(partial_scores + cell, mask=mask, other=0.0)
-        z += tl.load(partial_z + p, mask=p < num_partials, other=0.0)
+        count += tl.load(partials.counts + cell, mask=mask, other=0)
+        score += tl.load(partials.scores + cell, mask=mask, other=0.0)
+        z += tl.load(partials.z + p, mask=p < num_partials, other=0.0)
     column = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     tl.store(counts + column, tl.sum(count, 0), mask=column < NUM_EXPERTS)
     tl.store(score_sums + column, tl.sum(score, 0), mask=column < NUM_EXPERTS)
@@ -213,88 +273,12 @@ def sum_partials_kernel(
         tl.store(z_sum, tl.sum(z, 0))
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
-def topk_backward_kernel(
-    grad_weights, grad_score_sums, grad_z_sum, logits, experts, grad_logits, num_tokens, scale,
-    NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SCORE: tl.constexpr, NORMALIZE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """The gradient of the logits, with the scores recomputed. u are the chosen scores, w = scale * u / sum(u)."""
-    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    exists = token < num_tokens
-    expert = tl.arange(0, BLOCK_E)[None, :]
-    choice_k = tl.arange(0, BLOCK_K)[None, :]
-    cells = token[:, None] * NUM_EXPERTS + expert
-    present = exists[:, None] & (expert < NUM_EXPERTS)
-    slots = token[:, None] * TOP_K + choice_k
-    chosen = tl.load(experts + slots, mask=exists[:, None] & (choice_k < TOP_K), other=-1)
-    is_chosen = chosen >= 0
-    valid = tl.max(chosen, 1) >= 0
-    x = tl.load(logits + cells, mask=present & valid[:, None], other=float("-inf")).to(tl.float32)
-    softmax, lse = softmax_rows(x, valid)
-
-    # gradients of u, [T, K]
-    logit = tl.load(logits + token[:, None] * NUM_EXPERTS + chosen, mask=is_chosen, other=float("-inf")).to(tl.float32)
-    grad_u = tl.load(grad_weights + slots, mask=is_chosen, other=0.0).to(tl.float32) * scale
-    if SCORE == TOPK_SOFTMAX:
-        u, _ = softmax_rows(logit, valid)
-    elif SCORE == SIGMOID:
-        u = sigmoid(logit)
-    else:
-        u = tl.exp(logit - lse[:, None])
-    if NORMALIZE:
-        total = tl.sum(u, 1)[:, None] + EPS
-        grad_u = (grad_u - tl.sum(grad_u * u, 1)[:, None] / total) / total
-    if SCORE == TOPK_SOFTMAX:
-        grad_chosen = u * (grad_u - tl.sum(grad_u * u, 1)[:, None])  # of the chosen logits
-    else:
-        grad_chosen = grad_u  # of the chosen scores
-    scattered = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
-    for k in range(TOP_K):
-        index = tl.sum(tl.where(choice_k == k, chosen, 0), 1)
-        value = tl.sum(tl.where(choice_k == k, grad_chosen, 0.0), 1)
-        scattered += tl.where(expert == index[:, None], value[:, None], 0.0)
-
-    # through the scores
-    grad_probs = tl.load(grad_score_sums + expert, mask=expert < NUM_EXPERTS, other=0.0).to(tl.float32)
-    if SCORE == SIGMOID:
-        s = sigmoid(x)
-        total = tl.sum(s, 1)[:, None] + EPS
-        scattered += (grad_probs - tl.sum(grad_probs * s, 1)[:, None] / total) / total
-        grad = s * (1.0 - s) * scattered
-    elif SCORE == SOFTMAX:
-        grad_probs += scattered
-        grad = softmax * (grad_probs - tl.sum(softmax * grad_probs, 1)[:, None])
-    else:
-        grad = scattered + softmax * (grad_probs - tl.sum(softmax * grad_probs, 1)[:, None])
-    grad += 2.0 * tl.load(grad_z_sum).to(tl.float32) * lse[:, None] * softmax
-    tl.store(grad_logits + cells, grad, mask=present)
-
-
-def tokens_per_tile(lanes: int, choices: int) -> int:
-    """Tokens that a program takes at a time, so that [tokens, lanes] and [tokens, choices] both fit in registers."""
-    return max(1, min(64, TILE_ELEMENTS // max(lanes, choices)))
-
-
-def forward_constants(
-    num_experts: int, top_k: int, score: str, normalize: bool, num_groups: int, top_groups: int, group_score: str
-) -> dict[str, Any]:
-    groups = triton.next_power_of_2(num_groups)
-    members = triton.next_power_of_2(num_experts // num_groups)
+def lanes_of(num_experts: int, top_k: int, num_groups: int = 1) -> Lanes:
+    """As many tokens at a time as let [tokens, experts] and [tokens, choices] fit in a program's registers."""
+    groups, members = triton.next_power_of_2(num_groups), triton.next_power_of_2(num_experts // num_groups)
     block_k = triton.next_power_of_2(top_k)
-    return {
-        "NUM_EXPERTS": num_experts, "TOP_K": top_k, "SCORE": SCORES[score], "NORMALIZE": normalize,
-        "NUM_GROUPS": num_groups, "TOP_GROUPS": top_groups, "TOP2": num_groups > 1 and group_score == "top2_sum",
-        "BLOCK_T": tokens_per_tile(groups * members, block_k), "GROUPS": groups, "MEMBERS": members, "BLOCK_K": block_k,
-    }  # fmt: skip
-
-
-def backward_constants(num_experts: int, top_k: int, score: str, normalize: bool) -> dict[str, Any]:
-    block_e, block_k = triton.next_power_of_2(num_experts), triton.next_power_of_2(top_k)
-    return {
-        "NUM_EXPERTS": num_experts, "TOP_K": top_k, "SCORE": SCORES[score], "NORMALIZE": normalize,
-        "BLOCK_T": tokens_per_tile(block_e, block_k), "BLOCK_E": block_e, "BLOCK_K": block_k,
-    }  # fmt: skip
+    tokens = max(1, min(64, TILE_ELEMENTS // max(groups * members, block_k)))
+    return Lanes(BLOCK_T=tokens, GROUPS=groups, MEMBERS=members, BLOCK_K=block_k)
 
 
 def topk_forward(
@@ -324,49 +308,36 @@ def topk_forward(
     if num_tokens == 0:
         zeros = torch.zeros(num_experts, dtype=torch.float32, device=device)
         return experts, weights, zeros.int(), zeros, torch.zeros((), dtype=torch.float32, device=device)
-    constants = forward_constants(num_experts, top_k, score, normalize, num_groups, top_groups, group_score)
-    by_logit = noise is None and choice_bias is None and not constants["TOP2"]
-    programs = min(triton.cdiv(num_tokens, constants["BLOCK_T"]), MAX_PROGRAMS)
-    partial_counts = torch.empty((programs, num_experts), dtype=torch.int32, device=device)
-    partial_scores = torch.empty((programs, num_experts), dtype=torch.float32, device=device)
-    partial_z = torch.empty(programs, dtype=torch.float32, device=device)
+    limit = GroupLimit(num_groups, top_groups, TOP2=num_groups > 1 and group_score == "top2_sum")
+    lanes = lanes_of(num_experts, top_k, num_groups)
+    by_logit = noise is None and choice_bias is None and not limit.TOP2
+    programs = min(triton.cdiv(num_tokens, lanes.BLOCK_T), MAX_PROGRAMS)
+    partials = PartialSums(
+        counts=torch.empty((programs, num_experts), dtype=torch.int32, device=device),
+        scores=torch.empty((programs, num_experts), dtype=torch.float32, device=device),
+        z=torch.empty(programs, dtype=torch.float32, device=device),
+    )
     topk_kernel[(programs,)](
         logits.contiguous(),
         None if choice_bias is None else choice_bias.contiguous(),
         None if noise is None else noise.contiguous(),
         None if token_mask is None else token_mask.contiguous(),
-        experts, weights, partial_counts, partial_scores, partial_z, num_tokens, float(scale),
-        PACKED=by_logit and logits.dtype != torch.float32, **constants, num_warps=NUM_WARPS,
-    )  # fmt: skip
+        experts,
+        weights,
+        partials,
+        num_tokens,
+        float(scale),
+        RULE=constants(Rule(num_experts, top_k, SCORES[score], normalize)),
+        LIMIT=constants(limit),
+        LANES=constants(lanes),
+        PACKED=by_logit and logits.dtype != torch.float32,
+        num_warps=NUM_WARPS,
+    )
     counts = torch.empty(num_experts, dtype=torch.int32, device=device)
     score_sums = torch.empty(num_experts, dtype=torch.float32, device=device)
     z_sum = torch.empty((), dtype=torch.float32, device=device)
     sum_partials_kernel[(triton.cdiv(num_experts, SUM_EXPERTS),)](
-        partial_counts, partial_scores, partial_z, counts, score_sums, z_sum, programs,
+        partials, counts, score_sums, z_sum, programs,
         NUM_EXPERTS=num_experts, BLOCK_P=SUM_PROGRAMS, BLOCK_E=SUM_EXPERTS, num_warps=SUM_WARPS,
     )  # fmt: skip
     return experts, weights, counts, score_sums, z_sum
-
-
-def topk_backward(
-    grad_weights: Tensor,
-    grad_score_sums: Tensor,
-    grad_z_sum: Tensor,
-    logits: Tensor,
-    experts: Tensor,
-    *,
-    score: str,
-    normalize: bool,
-    scale: float,
-) -> Tensor:
-    """Gradient of the logits [T, E], in their dtype; zeros for the tokens whose experts [T, K] are -1. One launch."""
-    num_tokens, num_experts = logits.shape
-    grad_logits = torch.empty((num_tokens, num_experts), dtype=logits.dtype, device=logits.device)
-    if num_tokens == 0:
-        return grad_logits
-    constants = backward_constants(num_experts, experts.shape[1], score, normalize)
-    topk_backward_kernel[(triton.cdiv(num_tokens, constants["BLOCK_T"]),)](
-        grad_weights.contiguous(), grad_score_sums.contiguous(), grad_z_sum, logits.contiguous(), experts.contiguous(),
-        grad_logits, num_tokens, float(scale), **constants, num_warps=NUM_WARPS,
-    )  # fmt: skip
-    return grad_logits

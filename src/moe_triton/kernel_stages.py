@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -37,8 +37,9 @@ KERNELS = {
 FORWARD = ("tile_tables", "up", "down", "combine")
 
 
-def in_words(config: Config) -> str:
-    """128x256x64 warps 8 stages 3, and what else is not 1, or switched on."""
+def in_words(config: Config | Mapping[str, Any]) -> str:
+    """Return "128x256x64 warps 8 stages 3", and what else is not 1, or switched on."""
+    config = Config(**config) if isinstance(config, Mapping) else config
     text = f"{config.block_m}x{config.block_n}x{config.block_k} warps {config.num_warps} stages {config.num_stages}"
     known = ("block_m", "block_n", "block_k", "num_warps", "num_stages")
     for name, value in ((f.name, getattr(config, f.name)) for f in fields(config) if f.name not in known):

@@ -103,7 +103,7 @@ class LoadMonitor:
         ]
 
     def _count(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        dispatched = kwargs["plan"] if "plan" in kwargs else args[2]
+        dispatched = kwargs["dispatched"] if "dispatched" in kwargs else args[2]
         if not recomputing():
             self._add(name, dispatched)
 

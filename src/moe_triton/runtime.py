@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -34,6 +35,14 @@ class Choice(NamedTuple):
     reason: str
 
 
+def installed_version(package: str) -> str | None:
+    """Return the installed version of a distribution, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def interpreting() -> bool:
     """Return whether Triton runs its kernels in its interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
@@ -41,7 +50,7 @@ def interpreting() -> bool:
 
 @constant_while_compiling
 def _unfit_gpu(device: torch.device) -> str | None:
-    """Why the kernels cannot run on this device; None when they can."""
+    """Return why the kernels cannot run on this device; None when they can."""
     if device.type != "cuda":
         return f"the Triton kernels need a CUDA or ROCm GPU; the tensors are on {device.type}"
     if not TRITON_INSTALLED:

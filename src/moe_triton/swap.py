@@ -51,10 +51,10 @@ class SwapReport:
 def swap(model: nn.Module, *, backend: str = "auto") -> SwapReport:
     """Let the MoE blocks of `model` run on moe_triton, in place. Weights and state-dict keys stay as they are.
 
-    Recognised are the experts modules of transformers (those with its experts interface), in a whole model, in a part
-    of one, or alone. A whole model is switched by its own `set_experts_implementation`; each experts module is checked
-    afterwards, and one that the switch does not reach, or that has no model above it, gets a config of its own that
-    says "moe_triton". `model.set_experts_implementation("eager")` undoes the former. Calling swap again changes
+    It recognises the experts modules of transformers (those with its experts interface), in a whole model, in a part of
+    one, or alone. A whole model is switched by its own `set_experts_implementation`. Then each experts module is
+    checked: one that the switch does not reach, or that has no model above it, gets its own config that says
+    "moe_triton". `model.set_experts_implementation("eager")` undoes the former. Calling swap again changes
     nothing but the backend.
 
     DeepSpeed's MoE layers (deepspeed.moe.layer.MoE) are replaced by `moe_triton.compat.deepspeed`'s, which take over
@@ -66,7 +66,7 @@ def swap(model: nn.Module, *, backend: str = "auto") -> SwapReport:
 
     Returns:
         SwapReport with `.swapped` and `.skipped`, lists of (name, kind, what was done or the reason). A module that
-        looks like a mixture of experts but is none that we know is listed in the latter.
+        looks like a mixture of experts but is unknown is listed in the latter.
 
     Raises:
         TypeError: model is no Module. ValueError: an unknown backend.
@@ -109,7 +109,7 @@ def transformers_experts(model: nn.Module, name: str, module: nn.Module, backend
     key = hf.register()
     if _implementation(module) != key:
         whole = _outermost_pretrained(model, name)
-        # its switch is for all of its experts: one that cannot run ours would raise at its next forward
+        # its switch affects all experts: one that cannot run ours would raise at its next forward
         if whole is not None and not any(_dispatches(m) and _obstacle(m) for m in whole.modules()):
             whole.set_experts_implementation(key)
     if _implementation(module) != key:
@@ -166,7 +166,12 @@ def unknown_experts(model: nn.Module, name: str, module: nn.Module, backend: str
     return Skipped(name, _kind(module), UNKNOWN) if stacked else None
 
 
-RECOGNIZERS = (own, transformers_experts, deepspeed_layer, unknown_experts)  # the first that knows a module has it
+RECOGNIZERS = (
+    own,
+    transformers_experts,
+    deepspeed_layer,
+    unknown_experts,
+)  # the first that recognises a module handles it
 
 EXPERTS = re.compile(r"[Ee]xperts?([A-Z]|$)")
 BLOCK = re.compile(r"(MoE|Moe|MOE|MixtureOfExperts)(Block|Layer)?$")
@@ -177,12 +182,12 @@ UNKNOWN = "looks like a mixture of experts, but its class has no interface that 
 
 
 def _dispatches(module: nn.Module) -> bool:
-    """Whether the class's forward looks its implementation up by name, as transformers' decorator makes it."""
+    """Return whether the class's forward looks its implementation up by name, as transformers' decorator makes it."""
     return _interface(module) is not None
 
 
 def _interface(module: nn.Module) -> Any:
-    """The registry that the module's forward looks in, or None: a free variable of the decorator's wrapper."""
+    """Return the registry that the module's forward looks in, a free variable of the decorator's wrapper; or None."""
     forward = type(module).forward
     code = getattr(forward, "__code__", None)
     if code is None or "experts_interface" not in code.co_freevars:
@@ -191,7 +196,7 @@ def _interface(module: nn.Module) -> Any:
 
 
 def _obstacle(module: nn.Module) -> str | None:
-    """Why this module, which dispatches, cannot run our experts."""
+    """Return why this module, which dispatches, cannot run our experts; None where it can."""
     hf.register()
     if hf.KEY not in _interface(module):
         return f"its class looks its implementation up in a registry of its own ({type(_interface(module)).__name__})"
@@ -203,13 +208,13 @@ def _implementation(module: nn.Module) -> str | None:
 
 
 def _outermost_pretrained(model: nn.Module, name: str) -> Any:
-    """The outermost transformers model that the module `name` lies in, or None."""
+    """Return the outermost transformers model that the module `name` lies in, or None."""
     base = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", ())
     return next((module for module in _path(model, name) if isinstance(module, base)), None)
 
 
 def _path(model: nn.Module, name: str) -> Iterator[nn.Module]:
-    """The modules from `model` down to the one called `name`."""
+    """Return the modules from `model` down to the one called `name`."""
     yield model
     for part in filter(None, name.split(".")):
         model = getattr(model, part)

@@ -18,7 +18,7 @@ from moe_triton.benchmarking.results import Row, Run, read_results
 from moe_triton.benchmarking.runner import relate
 from moe_triton.cli import app
 from moe_triton.cli.arguments import EXIT_FAULT, EXIT_INTERRUPTED, EXIT_SLOWER, EXIT_USAGE, SHAPE
-from moe_triton.cli.display import StepDisplay, in_words
+from moe_triton.cli.display import StepDisplay, duration
 from moe_triton.files import locked
 
 CASE = Case(tokens=40, hidden=32, intermediate=24, experts=8, top_k=2)
@@ -318,7 +318,7 @@ def test_the_time_left_follows_the_pace():
     display.finish_cell()
     assert display.left_s(0.0) == pytest.approx(90.0)
     assert StepDisplay().left_s(0.0) is None
-    assert [in_words(s) for s in (0.2, 60, 600, 7200)] == ["1 s", "60 s", "10 min", "2.0 h"]
+    assert [duration(s) for s in (0.2, 60, 600, 7200)] == ["1 s", "60 s", "10 min", "2.0 h"]
 
 
 def test_the_progress_says_who_runs(capsys):

@@ -395,7 +395,7 @@ def test_two_runs_in_one_directory_are_refused(finished: Path, tmp_path: Path, e
         "def wait(*_):\n"
         "    print('training', flush=True)\n"
         "    time.sleep(600)\n"
-        "job.run = wait\n"
+        "job.train_and_report = wait\n"
         f"job.run_job(Path({str(out)!r}), {{}}, resume=True)\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

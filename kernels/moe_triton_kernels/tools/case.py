@@ -35,10 +35,11 @@ class Case:
 
     @property
     def constants(self) -> dict[str, Any]:
-        """Every compile-time constant by its name: "TOP_K", "weight.ALIGNMENT"; those of TILE by their own names."""
+        """Every compile-time constant by its name ("PACKED", "weight.ALIGNMENT"), without a "TILE." or the like."""
         kinds = [leaf for name, kind in self.signature.items() for leaf in leaves(name, kind, ())]
-        inner = {name.removeprefix("TILE."): kind for name, _, kind in kinds if not isinstance(kind, str)}
-        return {**self.constexprs, **inner}
+        inner = {name: kind for name, _, kind in kinds if not isinstance(kind, str)}
+        own = {name.split(".")[1] if name.partition(".")[0].isupper() else name: kind for name, kind in inner.items()}
+        return {**self.constexprs, **own}
 
 
 def integers_of(fn: Any, *known: Mapping[str, Any]) -> list[str]:

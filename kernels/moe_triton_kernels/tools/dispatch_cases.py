@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from moe_triton_kernels import combine, permutation, routing, row_pieces, tiles
+from moe_triton_kernels import combine, permutation, routing, routing_backward, row_pieces, tiles
 from moe_triton_kernels.tools.case import Case
 
 
@@ -49,9 +49,9 @@ def permutation_cases() -> Iterator[Case]:
 
 
 def routing_cases() -> Iterator[Case]:
-    types = {
+    types: dict[str, Any] = {
         "bias": "*fp32", "noise": "*fp32", "token_mask": "*i1", "experts": "*i32", "weights": "*fp32",
-        "partial_counts": "*i32", "partial_scores": "*fp32", "partial_z": "*fp32", "num_tokens": "i32", "scale": "fp32",
+        "partials": routing.PartialSums("*i32", "*fp32", "*fp32"), "num_tokens": "i32", "scale": "fp32",
         "grad_weights": "*fp32", "grad_score_sums": "*fp32", "grad_z_sum": "*fp32", "counts": "*i32",
         "score_sums": "*fp32", "z_sum": "*fp32", "num_partials": "i32",
     }  # fmt: skip
@@ -68,16 +68,21 @@ def routing_cases() -> Iterator[Case]:
         ("deepseek_v3", 256, 8, "fp32", "sigmoid", 8, 4),
         ("experts_1024", 1024, 16, "fp32", "softmax", 1, 1),
     ):
-        signature = types | {"logits": f"*{dtype}", "grad_logits": f"*{dtype}"}
-        forward = routing.forward_constants(num_experts, top_k, score, True, num_groups, top_groups, "top2_sum")
-        forward["PACKED"] = dtype != "fp32"
+        signature = types | {
+            "logits": f"*{dtype}",
+            "grad_logits": f"*{dtype}",
+            "RULE": routing.Rule(num_experts, top_k, routing.SCORES[score], NORMALIZE=True),
+            "LIMIT": routing.GroupLimit(num_groups, top_groups, TOP2=num_groups > 1),
+            "LANES": routing.lanes_of(num_experts, top_k, num_groups),
+        }
         if num_groups == 1:
-            forward |= {"bias": None, "noise": None, "token_mask": None}
-        backward = routing.backward_constants(num_experts, top_k, score, True)
-        options: dict[str, Any] = {"signature": signature, "num_warps": routing.NUM_WARPS}
-        options["sample"] = name in ("qwen3", "deepseek_v3")
-        yield Case(name=f"topk_{name}", fn=routing.topk_kernel, constexprs=forward, **options)
-        yield Case(name=f"topk_backward_{name}", fn=routing.topk_backward_kernel, constexprs=backward, **options)
+            signature |= {"bias": None, "noise": None, "token_mask": None}
+        backward = signature | {"LANES": routing.lanes_of(num_experts, top_k)}
+        options: dict[str, Any] = {"num_warps": routing.NUM_WARPS, "sample": name in ("qwen3", "deepseek_v3")}
+        packed = {"PACKED": dtype != "fp32"}
+        yield Case(name=f"topk_{name}", fn=routing.topk_kernel, signature=signature, constexprs=packed, **options)
+        kernel = routing_backward.topk_backward_kernel
+        yield Case(name=f"topk_backward_{name}", fn=kernel, signature=backward, **options)
 
 
 def row_pieces_cases() -> list[Case]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import importlib.metadata
 import importlib.util
 import platform
 import subprocess
@@ -13,19 +12,13 @@ from typing import Any
 
 import torch
 
+from moe_triton.runtime import installed_version
+
 VERSIONS = (
     "moe-triton", "torch", "triton", "transformers", "deepspeed", "scattermoe", "liger-kernel", "triton_kernels",
     "sonicmoe", "megablocks",
 )  # fmt: skip
 SOURCES = ("moe_triton", "moe_triton_kernels")
-
-
-def version(package: str) -> str | None:
-    """The installed version of a distribution, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def cpu_name() -> str:
@@ -69,7 +62,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "created": now(),
         "device": next(found for found in devices() if found["device"] == name),
         "platform": f"{platform.system()} {platform.machine()}",
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}},
+        "versions": {"python": platform.python_version(), **{name: installed_version(name) for name in VERSIONS}},
         "commit": commit(),
     }
 

@@ -22,12 +22,11 @@ from typing import Any
 
 import torch
 
-from moe_triton import kernel_stages
 from moe_triton.benchmarking.cases import Case
 from moe_triton.benchmarking.environment import now
 from moe_triton.benchmarking.kernel_search import FAILED, OK, Outcome
 from moe_triton.benchmarking.report import write_json, write_text
-from moe_triton.kernel_stages import full_name
+from moe_triton.kernel_stages import full_name, in_words
 from moe_triton_kernels.configs import bucket_of
 from moe_triton_kernels.configs import read_table as check_table
 from moe_triton_kernels.launch import Config
@@ -260,10 +259,6 @@ def search(
             worker.close()
     progress.write()
     return state
-
-
-def in_words(config: Mapping[str, Any]) -> str:
-    return kernel_stages.in_words(Config(**config))
 
 
 def confirmed_ratio(problem: Problem, state: State, settings: Settings) -> float:

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from moe_triton.benchmarking.environment import version
 from moe_triton.cli.arguments import EXIT_FAULT
 from moe_triton.cli.bench import bench
 from moe_triton.cli.info import info
@@ -17,6 +16,7 @@ from moe_triton.cli.profile import profile
 from moe_triton.cli.simulate import simulate
 from moe_triton.cli.train import train
 from moe_triton.cli.tune import tune
+from moe_triton.runtime import installed_version
 
 app = typer.Typer(
     name="moe-triton", help="A mixture-of-experts runtime for PyTorch.", no_args_is_help=True, add_completion=False,
@@ -33,7 +33,7 @@ app.command()(simulate)
 
 def print_version(wanted: bool) -> None:
     if wanted:
-        print(f"moe-triton {version('moe-triton')}")
+        print(f"moe-triton {installed_version('moe-triton')}")
         raise typer.Exit
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def in_words(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """About how long, in the unit that suits."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
@@ -53,7 +53,7 @@ class StepDisplay:
 
     def left(self, share: float) -> str:
         seconds = self.left_s(share)
-        return "" if seconds is None else f"about {in_words(seconds)} left"
+        return "" if seconds is None else f"about {duration(seconds)} left"
 
     def step(self, what: str, share: float, who: str = "") -> None:
         if what != self.last:

@@ -11,8 +11,9 @@ import torch
 import typer
 
 from moe_triton import runtime
-from moe_triton.benchmarking.environment import devices, version
+from moe_triton.benchmarking.environment import devices
 from moe_triton.cli.arguments import EXIT_FAULT, fail
+from moe_triton.runtime import installed_version
 
 PACKAGES = ("moe-triton", "torch", "triton", "transformers", "deepspeed", "einops", "numpy", "safetensors")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -34,7 +35,7 @@ def collect() -> dict[str, Any]:
                 }
             )
     return {
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: installed_version(name) for name in PACKAGES}},
         "platform": f"{platform.system()} {platform.machine()}",
         "triton_interpreter": runtime.interpreting(),
         "devices": found,

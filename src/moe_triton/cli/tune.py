@@ -161,15 +161,15 @@ def run(
 
 
 def summary(problem: Problem, state: Any, ratio: float, is_better: bool) -> str:
-    from moe_triton.benchmarking import tuning
+    from moe_triton.kernel_stages import in_words
 
     statuses = [outcome["status"] for outcome in state.tried.values()]
     bad = {status: statuses.count(status) for status in ("wrong", "failed") if status in statuses}
     counts = f"{len(statuses) - 1} tried" + "".join(f", {count} {status}" for status, count in bad.items())
     end = "" if state.is_done else "; the time was over before all neighbours were tried"
     if not is_better:
-        return f"{problem.title()}: nothing faster than {tuning.in_words(state.incumbent)} ({counts}{end})"
-    better = f"{tuning.in_words(state.best)}, {1 / ratio:.2f}x as fast as {tuning.in_words(state.incumbent)}"
+        return f"{problem.title()}: nothing faster than {in_words(state.incumbent)} ({counts}{end})"
+    better = f"{in_words(state.best)}, {1 / ratio:.2f}x as fast as {in_words(state.incumbent)}"
     return f"{problem.title()}: {better} ({counts}{end})"
 
 
@@ -194,7 +194,7 @@ def dry(problems: list[Problem], budget: float) -> None:
             report = found["report"] or {}
             verdict = found["error"] or ", ".join(found["broken"]) or "ok"
             cells = [str(report.get(name, "")) for name in ("registers", "spills", "shared_bytes")]
-            rows.append([tuning.in_words(config), *cells, verdict])
+            rows.append([in_words(config), *cells, verdict])
 
         print(f"compiling {problem.title()}", file=sys.stderr, flush=True)
         if time.monotonic() - begin < budget:

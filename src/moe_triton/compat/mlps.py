@@ -1,7 +1,7 @@
-"""Which experts are MLPs that the fused path computes: known by the operations of their forward, not by their names.
+"""Recognise experts that are MLPs for the fused path, by the operations of their forward, not by their names.
 
 torch.fx traces the expert's forward. Recognised are down(act(up(x))), and down(act(gate(x)) * up(x)) with gate and up
-as two Linears or as the halves of one. Identity, dropout with p = 0 and a tuple around the output are looked through.
+as two Linears or as the halves of one. Identity, dropout with p = 0 and a tuple around the output are ignored.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class MLP:
 
 
 def recognise(expert: nn.Module) -> MLP | None:
-    """The MLP that the expert's forward computes, in training and in eval, or None."""
+    """Return the MLP that the expert's forward computes, in training and in eval, or None."""
     # the copy shares the tensors; side effects of the forward reach the copy only
     shared = {id(tensor): tensor for tensor in (*expert.parameters(), *expert.buffers())}
     trial = copy.deepcopy(expert, shared)
@@ -44,7 +44,7 @@ def recognise(expert: nn.Module) -> MLP | None:
 
 
 def is_tampered(module: nn.Module) -> bool:
-    """Whether calling the module would do more than its class's forward: hooks, or a forward of its own."""
+    """Return whether calling the module would do more than its class's forward: hooks, or a forward of its own."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -57,7 +57,7 @@ def is_tampered(module: nn.Module) -> bool:
 def _recognise_mode(expert: nn.Module) -> MLP | None:
     try:
         graph = _Tracer().trace(expert)
-    except Exception:  # a forward that cannot be traced, for whatever reason, is one that we do not know
+    except Exception:  # a forward that cannot be traced, for any reason, is unknown
         return None
     modules = dict(expert.named_modules())
     if any(is_tampered(module) for module in modules.values()):
@@ -68,7 +68,7 @@ def _recognise_mode(expert: nn.Module) -> MLP | None:
     linears = [modules[name] for name in mlp.linears]
     used = [tensor for linear in linears for tensor in (linear.weight, linear.bias) if tensor is not None]
     distinct = {id(tensor) for tensor in used}
-    # a tied parameter, or one beside the Linears, needs the expert's own forward
+    # a tied parameter, or one outside the Linears, needs the expert's own forward
     return mlp if len(distinct) == len(used) and distinct == {id(p) for p in expert.parameters()} else None
 
 
@@ -80,13 +80,13 @@ class _Tracer(fx.Tracer):
 
 
 class _Matcher:
-    """Walks a traced forward from its output to its input, and remembers what it passed."""
+    """Walk a traced forward from its output to its input, and remember the nodes on the way."""
 
     def __init__(self, graph: fx.Graph, modules: dict[str, Any]) -> None:
         self.modules = modules
         self.input, *unused = [node for node in graph.nodes if node.op == "placeholder"]
         self.output = next(node for node in graph.nodes if node.op == "output")
-        # one that is neither passed nor without effect (an operation in place, an assertion) spoils the match
+        # a node left over at the end (an operation in place, an assertion) prevents the match
         self.unseen = set(graph.nodes) - {self.output, *(node for node in unused if set(node.users) <= {self.output})}
 
     def match(self) -> MLP | None:
@@ -113,7 +113,7 @@ class _Matcher:
         return None
 
     def _pair(self, gate: Any, up: Any) -> tuple[str, ...] | None:
-        """Two Linears of the input, alike."""
+        """Return two Linears of the input that are alike, or None."""
         names, inputs = zip(self._linear(gate), self._linear(up), strict=True)
         if None in names or not all(self._is_input(x) for x in inputs):
             return None
@@ -122,7 +122,7 @@ class _Matcher:
         return names if alike else None
 
     def _halves(self, gate: Any, up: Any) -> tuple[str, ...] | None:
-        """One Linear of the input, cut by chunk(2, dim=-1): the gate first."""
+        """Return one Linear of the input, cut by chunk(2, dim=-1) with the gate first, or None."""
         gate, up = self._step(gate), self._step(up)
         if not all(node is not None and node.target is operator.getitem for node in (gate, up)):
             return None
@@ -136,14 +136,14 @@ class _Matcher:
         return (name,) if name is not None and self._is_input(x) else None
 
     def _linear(self, node: Any) -> tuple[str | None, Any]:
-        """(name of the Linear that makes the node, its input)."""
+        """Return (name of the Linear that makes the node, its input)."""
         node = self._step(node)
         if node is None or node.op != "call_module" or type(self.modules[str(node.target)]) is not nn.Linear:
             return None, None
         return str(node.target), node.args[0]
 
     def _pointwise(self, node: Any) -> tuple[str | None, Any]:
-        """(our name of the activation that makes the node, its input)."""
+        """Return (our name of the activation that makes the node, its input)."""
         node = self._step(node)
         if node is None or not node.args:
             return None, None
@@ -158,7 +158,7 @@ class _Matcher:
         return self._step(node) is self.input
 
     def _step(self, node: Any) -> fx.Node | None:
-        """The first node at or behind `node` that does something."""
+        """Return the first node at or behind `node` that does something."""
         while isinstance(node, fx.Node):
             self.unseen.discard(node)
             if not self._does_nothing(node):

@@ -1,10 +1,7 @@
-"""DistributedDataParallel for models with expert-parallel layers, and a word where it was put around one by itself."""
+"""DistributedDataParallel for models with expert-parallel layers."""
 
 from __future__ import annotations
 
-from weakref import WeakSet
-
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -64,25 +61,3 @@ def wrap_ddp(model: nn.Module, groups: ParallelGroups | None = None, **arguments
         parameter.register_post_accumulate_grad_hook(average)
         setattr(parameter, REDUCED, True)
     return wrapped
-
-
-_examined: WeakSet[DistributedDataParallel] = WeakSet()
-
-
-def refuse_plain_ddp(wrapper: DistributedDataParallel) -> None:
-    """Raise ValueError where a DistributedDataParallel takes different experts for copies; looks once at each.
-
-    Called in its forward pass: before that a layer cannot know.
-    """
-    if wrapper in _examined:
-        return
-    ranks = dist.get_process_group_ranks(wrapper.process_group)
-    experts = expert_parameters(wrapper.module)
-    for name, parameter in wrapper.module.named_parameters():
-        parallel = experts.get(parameter)
-        if parallel is not None and name not in wrapper.parameters_to_ignore and not parallel.has_copies_on(ranks):
-            raise ValueError(
-                f"model: got a DistributedDataParallel that takes the different experts at {name!r} for copies, and "
-                "has given all ranks the first one's; wanted moe_triton.distributed.wrap_ddp(model), of a fresh model"
-            )
-    _examined.add(wrapper)

@@ -10,7 +10,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from moe_triton.checks import check_choice
 from moe_triton.distributed.groups import ParallelGroups
-from moe_triton.distributed.parameters import check_rule, expert_modules
+from moe_triton.distributed.holders import StackedExperts, spread_experts
+from moe_triton.distributed.parameters import check_rule
 
 
 def apply_fsdp2(
@@ -38,12 +39,12 @@ def apply_fsdp2(
     check_rule(model, rule)
     # FSDP2 averages over edp. What it gets is scaled, which needs no divide factor: that one counts twice on one rank.
     scale = groups.edp.size / (groups.dp.size if rule == "mean" else 1)
-    for name, module, parallel in list(expert_modules(model)):
+    for name, module, parallel in list(spread_experts(model)):
         if parallel.redundant_experts:
             raise ValueError(f"model: got redundant_experts at {name!r}, whose replicas FSDP2 would not sum")
-        if not hasattr(module, "gradient_scale"):
+        if not isinstance(module, StackedExperts) or module.gradient_scale is None:
             raise TypeError(f"model: got {type(module).__name__} at {name!r}, wanted Experts with a gradient_scale")
-        setattr(module, "gradient_scale", scale)  # noqa: B010 (nn.Module has it, its type does not)
+        module.gradient_scale = scale
         fully_shard(module, mesh=groups.moe_mesh["edp"], **arguments)
     for block in (*blocks, model):
         fully_shard(block, mesh=groups.dp_mesh, **arguments)

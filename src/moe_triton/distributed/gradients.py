@@ -20,14 +20,8 @@ from torch.distributed.tensor import DTensor
 from moe_triton.checks import check_choice, check_number
 from moe_triton.distributed.exchange.channel import Channel
 from moe_triton.distributed.groups import Group, ParallelGroups, device_type, group_from_handle, number_of_ranks
-from moe_triton.distributed.parameters import (
-    check_rule,
-    data_groups,
-    expert_modules,
-    expert_parameters,
-    held_parameters,
-    is_sliced,
-)
+from moe_triton.distributed.holders import spread_experts
+from moe_triton.distributed.parameters import check_rule, data_groups, expert_parameters
 from moe_triton.distributed.replicas.replication import shares_of_slots, sum_replica_gradients
 
 RULES = ("mean", "sum", "colossalai")
@@ -97,10 +91,10 @@ def clip_grad_norm_(
     _check_shards(model)
     inside: dict[int, tuple[Group, ...]] = {}
     shares: dict[int, Tensor] = {}
-    for _, module, parallel in expert_modules(model):
+    for _, module, parallel in spread_experts(model):
         share = shares_of_slots(module)
-        for parameter in held_parameters(module):
-            sliced = is_sliced(module, parameter)
+        for parameter in module.held_parameters():
+            sliced = module.is_sliced(parameter)
             inside[id(parameter)] = (parallel.ep, parallel.etp) if sliced else (parallel.ep,)
             if share is not None:
                 shares[id(parameter)] = share
@@ -144,8 +138,8 @@ def clip_grad_norm_(
 
 def _check_shards(model: nn.Module) -> None:
     """Raise ValueError where FSDP2 shards experts over ranks that hold different ones, as if they were the same."""
-    for name, module, parallel in expert_modules(model):
-        for parameter in held_parameters(module):
+    for name, module, parallel in spread_experts(model):
+        for parameter in module.held_parameters():
             if isinstance(parameter, DTensor):
                 ranks = parameter.device_mesh.mesh.flatten().tolist()
                 if not parallel.has_copies_on(ranks):

@@ -103,7 +103,7 @@ def register() -> str:
 
 
 def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """What transformers calls as the forward of an experts module.
+    """Run an experts module; transformers calls it as the module's forward.
 
     hidden_states [T, d], top_k_index [T, K] (an id outside [0, E) skips its slot), top_k_weights [T, K] of any
     floating dtype. Computes in the dtype of the module's weights (under autocast in autocast's) and returns [T, d] in
@@ -172,7 +172,7 @@ def _normalised(
     weights: Tensor,
     num_experts: int,
 ) -> Tensor:
-    """The experts with `norm` before the router weights: each assignment runs as a token of its own, of weight 1."""
+    """Run the experts with `norm` before the router weights: each assignment runs as a separate token of weight 1."""
     index_S1 = index.reshape(-1, 1)
     ones_S1 = torch.ones_like(index_S1, dtype=weights.dtype)
     rows_Sd = experts(x.repeat_interleave(index.shape[1], dim=0), index_S1, ones_S1)
@@ -184,7 +184,7 @@ def _normalised(
 
 
 def obstacle(module: nn.Module) -> str | None:
-    """Why our experts cannot stand in for this module's, or None: a flag that we do not know, or odd weights."""
+    """Return why our experts cannot replace this module's (an unknown flag, unexpected weights), or None."""
     for name in unknown_flags(type(module)):
         if getattr(module, name, False) is True:
             return f"{name}: got True, a flag that moe_triton does not know; wanted one of {', '.join(FLAGS)}"
@@ -210,7 +210,7 @@ def obstacle(module: nn.Module) -> str | None:
 
 
 def fused_activation(module: nn.Module) -> Fused | None:
-    """The activation of `moe_triton.moe_mlp` that is this module's gate, or None: then its gate is to be called.
+    """Return the activation of `moe_triton.moe_mlp` that is this module's gate; None: its gate has to be called.
 
     transformers' default gate is act_fn(gate) * up, with gate and up as `is_concatenated` says they lie.
     """
@@ -246,7 +246,7 @@ def _is_positive(value: Any) -> bool:
 
 
 def pointwise_name(act_fn: Any) -> str | None:
-    """Our name for an act_fn that we know, or None."""
+    """Return our name for an act_fn that we know, or None."""
     if not isinstance(act_fn, nn.Module):
         return FUNCTIONS.get(act_fn)
     kind = type(act_fn)
@@ -261,7 +261,7 @@ def pointwise_name(act_fn: Any) -> str | None:
 
 @constant_while_compiling
 def unknown_flags(cls: Any) -> tuple[str, ...]:
-    """The attributes has_... and is_... of the class and its constructors, decorated or not, that are not in FLAGS."""
+    """Return the has_... and is_... attributes of the class and its constructors, also decorated, not in FLAGS."""
     return _unknown_flags(cls)
 
 
@@ -284,7 +284,7 @@ def dotted_name(thing: Any) -> str:
 
 @constant_while_compiling
 def computes(gate: Any, known: LimitedGate, limit: float, alpha: float | None) -> bool:
-    """Whether the gate still is what its name says: tried once on numbers on both sides of its limit."""
+    """Return whether the gate still is what its name says: it is tried once on numbers on both sides of its limit."""
     return _tried(gate, known, limit, alpha)
 
 

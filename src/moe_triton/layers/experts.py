@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -17,16 +17,26 @@ from moe_triton.distributed.checkpoint.global_tensors import as_global, expert_l
 from moe_triton.distributed.exchange.expert_parallel import ExpertParallel, unless_alone
 from moe_triton.distributed.exchange.overlap import Deferred
 from moe_triton.distributed.exchange.stages import ExchangedLayer
-from moe_triton.distributed.replicas.placement import Placement, build_placement, plan_placement, replica_of
-from moe_triton.experts import check_activation, check_call, moe_mlp
+from moe_triton.distributed.holders import StackedExperts
+from moe_triton.distributed.replicas.placement import build_placement, plan_placement, replica_of
+from moe_triton.experts import check_activation, check_adapters, check_call, moe_mlp, with_adapters
 from moe_triton.layers.load import CountsLoad
-from moe_triton.records import GATED, Dispatch, ExpertCall, ExpertParameters, ExpertSpec, ExpertWeight
+from moe_triton.layers.lora import TakesLora
+from moe_triton.records import (
+    GATED,
+    Dispatch,
+    ExpertCall,
+    ExpertParameters,
+    ExpertSpec,
+    ExpertWeight,
+    Lora,
+)
 from moe_triton.reference import activate
 from moe_triton.runtime import autocast_dtype, is_batch_invariant
 from moe_triton.torch_internals import inside_fsdp1, is_fsdp2_class
 
 
-class Experts(CountsLoad):
+class Experts(TakesLora, CountsLoad, StackedExperts):
     """E expert MLPs as plain stacked parameters in the transformers layout.
 
     gate_up_proj [E, 2n, d] ([E, n, d] for an ungated activation), down_proj [E, d, n], and with `bias`
@@ -34,10 +44,8 @@ class Experts(CountsLoad):
     values however the experts are spread. With `expert_parallel` E is the number of the local experts, and n that of
     their local slice: under expert tensor parallelism each rank has n / etp columns of gate, of up and of down. With
     `ExpertParallel(redundant_experts=R)` a rank holds (E + R) / ep slots; `placement` says which expert is in each.
+    `add_lora` adds adapters.
     """
-
-    placement: Placement | None
-    physical_to_logical: Tensor | None
 
     def __init__(
         self,
@@ -68,7 +76,7 @@ class Experts(CountsLoad):
         self.num_experts = num_experts
         self.intermediate_size = intermediate_size
         self.expert_parallel = expert_parallel
-        self.gradient_scale = 1.0  # of the parameters' gradients; apply_fsdp2 corrects FSDP2's average by it
+        self.gradient_scale: float = 1.0  # apply_fsdp2 corrects FSDP2's average by it
         if expert_parallel is not None:
             slices = expert_parallel.etp.size
             if intermediate_size % slices:
@@ -91,7 +99,7 @@ class Experts(CountsLoad):
         self.reset_parameters()
 
     def _place(self, device: torch.device | str | None) -> None:
-        """The first placement of replicas, before any load is known, and the counters for the next one."""
+        """Make the first placement of replicas, before any load is known, and the counters for the next one."""
         parallel, placed, slots = self.expert_parallel, None, 0
         if parallel is not None and parallel.redundant_experts:
             slots = self.num_experts + parallel.redundant_experts
@@ -114,30 +122,30 @@ class Experts(CountsLoad):
             loads = torch.ones(self.num_experts)
             self.placement = build_placement(self.physical_to_logical, loads, self.placement.num_ranks)
 
-    def set_placement(self, placement: Placement) -> None:
-        """Say which expert each slot holds now; `moe_triton.distributed.rebalance` moves the parameters along."""
-        assert self.physical_to_logical is not None
-        self.placement = placement
-        self.physical_to_logical.copy_(placement.physical_to_logical)
-
     def reset_parameters(self) -> None:
         """Draw every expert of the layer from torch's generator, in the order of their ids, and keep what is here.
 
         However the experts are spread over ranks and sharded by FSDP2, they get the values of one process.
         """
-        d, n = self.down_proj.shape[1], self.intermediate_size
-        rows = 2 * n if self.spec.is_gated else n
-        for name, shape in (("gate_up_proj", (rows, d)), ("down_proj", (d, n))):
+        for name in ("gate_up_proj", "down_proj"):
+            shape = self.whole_shape(name)
             bound = 1 / math.sqrt(shape[1])
-            self._draw(name, shape, bound)
+            self.draw(name, shape, bound)
             if getattr(self, f"{name}_bias") is not None:
-                self._draw(f"{name}_bias", shape[:1], bound)
+                self.draw(f"{name}_bias", shape[:1], bound)
+        self.reset_lora()
         if self.placement is not None and self.load is not None:
             self.set_placement(self.placement)
             self.load_on(self.gate_up_proj.device).zero_()
 
+    def whole_shape(self, name: str) -> tuple[int, int]:
+        """Return the shape of one expert's whole projection `name`."""
+        d, n = self.down_proj.shape[1], self.intermediate_size
+        return (d, n) if name == "down_proj" else (2 * n if self.spec.is_gated else n, d)
+
     @torch.no_grad()
-    def _draw(self, name: str, shape: tuple[int, ...], bound: float) -> None:
+    def draw(self, name: str, shape: tuple[int, ...], bound: float) -> None:
+        """Draw the parameter `name` uniformly from -bound to bound; `shape` is that of one whole expert's."""
         parameter = self.get_parameter(name)
         if parameter.is_meta:
             return
@@ -150,56 +158,52 @@ class Experts(CountsLoad):
                     box = tuple(slice(low, low + size) for low, size in zip(rest, view.shape[1:], strict=True))
                     view[expert - first] = whole[box]
 
-    @property
-    def local_experts(self) -> Sequence[int]:
-        """Return the global ids of the experts whose parameters are here, by slot."""
-        parallel = self.expert_parallel
-        if parallel is None:
-            return range(self.num_experts)
-        if self.placement is None:
-            return parallel.experts_of(self.num_experts)
-        size, rank = self.placement.slots_per_rank, parallel.ep.rank
-        return self.placement.physical_to_logical[rank * size : (rank + 1) * size].tolist()
+    def is_sliced(self, parameter: nn.Parameter) -> bool:
+        """Return whether expert tensor parallelism splits this parameter."""
+        return any(parameter is getattr(self, name) for name in self.sliced_dimensions)
 
     @property
     def sliced_dimensions(self) -> dict[str, tuple[int, int]]:
-        """What expert tensor parallelism slices: parameter -> (dimension, parts), gate and up being sliced apart."""
-        parts = 2 if self.spec.is_gated else 1
-        return {"gate_up_proj": (1, parts), "gate_up_proj_bias": (1, parts), "down_proj": (2, 1)}
+        """Return what expert tensor parallelism slices: parameter -> (dimension, parts), 2 for gate and up."""
+        gate_up, down = (1, 2 if self.spec.is_gated else 1), (2, 1)
+        return {
+            **dict.fromkeys(("gate_up_proj", "gate_up_proj_bias", "gate_up_lora_b"), gate_up),
+            **dict.fromkeys(("down_proj", "down_lora_a"), down),
+        }
 
     def local_slice(self, name: str, whole: Tensor) -> Tensor:
         """Return this rank's part of one expert's whole parameter `name`: all of it without expert tensor parallelism.
 
-
-        The down projection's bias is whole on every rank.
+        What `sliced_dimensions` has not is whole on every rank.
         """
         etp = None if self.expert_parallel is None else self.expert_parallel.etp
-        if etp is None or etp.size == 1 or name == "down_proj_bias":
+        if etp is None or etp.size == 1 or name not in self.sliced_dimensions:
             return whole
-        if name == "down_proj":
-            return whole.chunk(etp.size, dim=1)[etp.rank]
-        parts = whole.chunk(2 if self.spec.is_gated else 1, dim=0)
-        return torch.cat([part.chunk(etp.size, dim=0)[etp.rank] for part in parts])
+        dimension, parts = self.sliced_dimensions[name]
+        pieces = [part.chunk(etp.size, dimension - 1)[etp.rank] for part in whole.chunk(parts, dimension - 1)]
+        return torch.cat(pieces, dimension - 1)
+
+    def _scaled(self, parameter: Tensor) -> Tensor:
+        return parameter if self.gradient_scale == 1.0 else ScaleGradient.apply(parameter, self.gradient_scale)
 
     @property
     def _parameters_in_order(self) -> ExpertParameters:
-        scale = self.gradient_scale
-
-        def scaled(parameter: Tensor) -> Tensor:
-            return parameter if scale == 1.0 else ScaleGradient.apply(parameter, scale)
-
         return ExpertParameters(
-            scaled(self.gate_up_proj),
-            scaled(self.down_proj),
-            None if self.gate_up_proj_bias is None else scaled(self.gate_up_proj_bias),
-            None if self.down_proj_bias is None else scaled(self.down_proj_bias),
+            self._scaled(self.gate_up_proj),
+            self._scaled(self.down_proj),
+            None if self.gate_up_proj_bias is None else self._scaled(self.gate_up_proj_bias),
+            None if self.down_proj_bias is None else self._scaled(self.down_proj_bias),
         )
+
+    def _scaled_lora(self, projection: str) -> Lora | None:
+        lora = self.lora(projection)
+        return None if lora is None else Lora(self._scaled(lora.a), self._scaled(lora.b), lora.scaling)
 
     def forward(
         self,
         hidden_states: Tensor,
         top_k_weights: Tensor | Uncast,
-        plan: Dispatch,
+        dispatched: Dispatch,
         *,
         capacity: Callable[[int], int | None] = lambda num_tokens: None,
         overlap_with: Deferred | None = None,
@@ -212,19 +216,27 @@ class Experts(CountsLoad):
         call = ExpertCall(
             hidden=hidden_states,
             weights=uncast(top_k_weights),
-            dispatched=plan,
+            dispatched=dispatched,
             parameters=self._parameters_in_order,
             spec=self.spec,
         )
         dtype = cast(ExpertWeight, call.parameters.gate_up)[0].dtype
         if hidden_states.dtype != dtype and autocast_dtype(hidden_states.device) is None:
             raise TypeError(f"hidden_states: got dtype {hidden_states.dtype}, wanted {dtype}, the layer's own")
-        self.count_load(plan.counts)
+        gate_up_lora, down_lora = self._scaled_lora("gate_up"), self._scaled_lora("down")
+        device = hidden_states.device
+        check_adapters(call.parameters, self.spec, device, gate_up_lora=gate_up_lora, down_lora=down_lora)
+        call = with_adapters(call, gate_up_lora, down_lora)
+        self.count_load(dispatched.counts)
         if (parallel := unless_alone(self.expert_parallel)) is None:
             check_call(call, self.backend)
             return run_experts(call, recompute=self.recompute, backend=self.backend)
         layer = ExchangedLayer(
-            name=self.layer_name, num_experts=self.num_experts, backend=self.backend, capacity=capacity
+            name=self.layer_name,
+            num_experts=self.num_experts,
+            backend=self.backend,
+            capacity=capacity,
+            held=self.held_parameters,
         )
         if self.placement is not None:
             self.placement = self.placement.to(hidden_states.device)
@@ -235,10 +247,10 @@ class Experts(CountsLoad):
     def extra_repr(self) -> str:
         num_local, hidden_size, intermediate_size = self.down_proj.shape
         of = "" if num_local == self.num_experts else f" of {self.num_experts}"
-        spec = self.spec
+        spec, sizes = self.spec, f"{num_local}{of} x ({hidden_size}, {intermediate_size})"
         limit = "" if spec.limit is None else f", activation_limit={spec.limit}"
         alpha = "" if spec.alpha == 1 else f", activation_alpha={spec.alpha}"
-        return f"{num_local}{of} x ({hidden_size}, {intermediate_size}), activation={spec.activation}{limit}{alpha}"
+        return f"{sizes}, activation={spec.activation}{limit}{alpha}{self.lora_repr()}"
 
 
 class ScaleGradient(torch.autograd.Function):
@@ -255,9 +267,9 @@ class ScaleGradient(torch.autograd.Function):
 
 
 class Uncast:
-    """A tensor that FSDP's mixed precision hands on as it is: what it finds in a module's arguments, it casts.
+    """Keep a tensor from FSDP's mixed precision, which casts the tensors among a module's arguments.
 
-    The router weights are fp32 whatever the experts compute in.
+    The router weights stay fp32 in every dtype of the experts.
     """
 
     def __init__(self, tensor: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The count of what the experts were asked for, which the balancing of the load is computed from."""
+"""Count the assignments that the experts were asked for, to balance their load."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ class CountsLoad(nn.Module):
     """Counts in `load` [E] int64 the assignments that each expert was asked for in training; None: nothing is counted.
 
     `load` is not a buffer. It differs from rank to rank until it is summed, so DistributedDataParallel must not replace
-    it by rank 0's; and neither `to_empty` nor an average of models has to do with it. It is on the device of what was
-    counted last.
+    it by rank 0's, and `to_empty` and averages of models must not change it. It is on the device of the last counts.
     """
 
     load: Tensor | None

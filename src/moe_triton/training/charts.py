@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import base64
+import io
 import math
-import struct
-import zlib
 from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
@@ -30,7 +29,7 @@ class Curve(NamedTuple):
 
 
 def smooth(values: Sequence[float], span: float) -> list[float]:
-    """Exponential moving average over about `span` steps, corrected for its start."""
+    """Return the exponential moving average over about `span` steps, corrected for its start."""
     decay = math.exp(-1 / max(span, 1e-9))
     total = weight = 0.0
     result = []
@@ -42,7 +41,7 @@ def smooth(values: Sequence[float], span: float) -> list[float]:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers (1, 2 or 5 times a power of ten apart) from `low` to `high`."""
+    """Return about `count` round numbers (1, 2 or 5 times a power of ten apart) from `low` to `high`."""
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
@@ -52,7 +51,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 def line_chart(
     curves: Sequence[Curve], *, label: str, low: float, high: float, percent: bool = False, title: str = ""
 ) -> str:
-    """An SVG of curves over steps; what lies outside [low, high] is cut off."""
+    """Draw an SVG of curves over steps; what lies outside [low, high] is cut off."""
     steps = max(len(curve.values) for curve in curves)
     high = max(high, low + 1e-6)
     inner_width, inner_height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
@@ -94,10 +93,15 @@ def line_chart(
 
 
 def heat_map(load: NDArray[np.float64], high: float, title: str) -> str:
-    """An SVG of the load [steps, E] (1 = the mean) with one row per expert; colors go from 0 to `high`."""
+    """Draw an SVG of the load [steps, E] (1 = the mean) with one row per expert; colors go from 0 to `high`."""
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.image import imsave
+
     columns = min(COLUMNS, len(load))
     binned = np.stack([chunk.mean(0) for chunk in np.array_split(load, columns)], axis=1)  # [E, columns]
-    data = base64.b64encode(png(colors(binned / high))).decode()
+    image = io.BytesIO()
+    imsave(image, binned, vmin=0, vmax=high, cmap=LinearSegmentedColormap.from_list("load", RAMP), format="png")
+    data = base64.b64encode(image.getbuffer()).decode()
     rows = binned.shape[0]
     height = max(60, min(12 * rows, 240))
     inner_width = WIDTH - LEFT - RIGHT
@@ -113,26 +117,6 @@ def heat_map(load: NDArray[np.float64], high: float, title: str) -> str:
 
 
 def color_bar(high: float) -> str:
-    """The legend of the heat maps, as a CSS gradient."""
+    """Return the legend of the heat maps, as a CSS gradient."""
     gradient = f"linear-gradient(to right, {', '.join(RAMP)})"
     return f'<p class="bar">0 <span style="background: {gradient}"></span> {high:g} times the mean load</p>'
-
-
-def colors(values: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Values [...] in 0..1 (clipped) -> RGB [..., 3] along `RAMP`."""
-    stops = np.array([[int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in RAMP], dtype=np.float64)
-    place = np.linspace(0, 1, len(stops))
-    channels = [np.interp(values, place, stops[:, channel]) for channel in range(3)]
-    return np.stack(channels, axis=-1).round().astype(np.uint8)
-
-
-def png(pixels: NDArray[np.uint8]) -> bytes:
-    """RGB pixels [height, width, 3] as a PNG file (8 bits per channel, no filter)."""
-    height, width, _ = pixels.shape
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows, 9)) + chunk(b"IEND", b"")

@@ -28,7 +28,7 @@ class Checkpoint:
 
 
 def write_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Replaces what `checkpoint.path` held, in one rename. All processes of the run call it. Raises TrainingError."""
+    """Replace what `checkpoint.path` holds by one rename. All processes of the run call it. Raises TrainingError."""
     config = checkpoint.config
     generators = {"cpu": torch.get_rng_state()}
     if torch.device(config.device).type == "cuda":
@@ -45,7 +45,7 @@ def write_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.
 
 
 def read_checkpoint(path: Path) -> Checkpoint | None:
-    """The checkpoint in a folder; None where no save was completed. Raises TrainingError naming what is damaged."""
+    """Return the checkpoint in a folder; None where no save was completed. Raises TrainingError: damaged files."""
     if not (path / NAME).exists():
         return None
     with one_line():
@@ -63,7 +63,7 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
 
 
 def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Puts the weights, the optimizer's state and the generators' in place, whatever the number of processes.
+    """Restore the weights, the optimizer's state and the generators', for any number of processes.
 
     All processes of the run call it. Raises TrainingError, with the model untouched: files that are damaged or missing,
     or do not fit.
@@ -77,7 +77,7 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | Non
 
 @contextlib.contextmanager
 def one_line(hint: str = "") -> Iterator[None]:
-    """A CheckpointError inside becomes a TrainingError."""
+    """Turn a CheckpointError inside into a TrainingError."""
     try:
         yield
     except CheckpointError as error:

@@ -17,7 +17,7 @@ DTYPES = ("float32", "float64")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything that decides the loss curve; two runs with equal settings on one machine give the same bits.
+    """Everything that determines the loss curve; two runs with equal settings on one machine give the same bits.
 
     seed                 of the weights and of the batches
     steps                optimizer steps; the learning-rate schedule spans them
@@ -26,8 +26,8 @@ class TrainConfig:
     num_layers, hidden_size, num_heads, intermediate_size, num_experts, top_k
                          the model; `intermediate_size` is one expert's
     capacity_factor      each expert takes at most this multiple of its even share in training; 0: no limit.
-                         Nothing is dropped in evaluation and generation, whatever it is
-    capacity_groups      equal runs of a batch's sequences with a capacity each, whatever the number of processes: the
+                         Nothing is dropped in evaluation and generation
+    capacity_groups      equal parts of a batch's sequences with a capacity each, for any number of processes: the
                          curve is the same on 1, 2 or 4 of them. A multiple of their number, and divides batch_size;
                          None: 4, or less where that does not divide it
     aux_loss_weight, z_loss_weight   factors of the load-balance and z losses (`moe_triton.losses`)
@@ -36,7 +36,7 @@ class TrainConfig:
     dtype                of the model: "float32", or "float64" to compare runs whose sums have another order
     backend, device      see `moe_triton.MoE`; any torch device
     threads              of torch on the CPU. The default model is too small to gain much from a second one, and on a
-                         busy machine the threads would wait for each other; their number also changes the last bits
+                         busy machine threads wait for each other; their number also changes the last bits
     data                 path of the text; None: the source of the Python standard library
 
     Raises ValueError or TypeError that names the setting.
@@ -92,11 +92,11 @@ class TrainConfig:
 
     @property
     def num_groups(self) -> int:
-        """Capacity groups of a whole batch."""
+        """Return the number of capacity groups of a whole batch."""
         return math.gcd(4, self.batch_size) if self.capacity_groups is None else self.capacity_groups
 
     def peak_lr(self, kind: str) -> float:
-        """The peak learning rate of the "moe" or the "dense" model."""
+        """Return the peak learning rate of the "moe" or the "dense" model."""
         return self.lr if kind == "moe" else self.dense_lr
 
     def as_dict(self) -> dict[str, Any]:
@@ -104,7 +104,7 @@ class TrainConfig:
 
 
 def check_device(name: str) -> None:
-    """ValueError unless torch can make tensors on this device here."""
+    """Raise ValueError unless torch can make tensors on this device here."""
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -112,7 +112,7 @@ def check_device(name: str) -> None:
 
 
 def check_machine(config: TrainConfig) -> None:
-    """ValueError or TypeError naming the setting that cannot be used here: the threads, the device or the backend."""
+    """Raise ValueError or TypeError naming the setting that cannot be used here: threads, device or backend."""
     check_threads("threads", config.threads)
     check_device(config.device)
     try:

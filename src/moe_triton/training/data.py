@@ -43,7 +43,7 @@ class Corpus:
 
 
 def load_corpus(path: Path | None, seq_len: int) -> Corpus:
-    """Reads a file, a directory of text, or (None) the source of the Python standard library, and splits it.
+    """Read a file, a directory of text, or (None) the source of the Python standard library, and splits it.
 
     A twentieth of the files is held out and a twentieth is for validation: whole files, chosen by the SHA-256 of their
     relative path, so that neither the machine nor the order of reading matters. Where that leaves a part without a
@@ -98,7 +98,7 @@ def load_corpus(path: Path | None, seq_len: int) -> Corpus:
 
 
 def relative_files(root: Path, suffix: str, skipped: Collection[str]) -> Iterator[str]:
-    """POSIX paths, relative to `root`, of its files; directories that are hidden or `skipped` are left out."""
+    """Yield the POSIX paths of the files, relative to `root`, without hidden and `skipped` directories."""
     for directory, subdirectories, names in os.walk(root):
         subdirectories[:] = [name for name in subdirectories if name not in skipped and not name.startswith(".")]
         for name in names:
@@ -108,18 +108,18 @@ def relative_files(root: Path, suffix: str, skipped: Collection[str]) -> Iterato
 
 
 def part_of(name: str) -> str:
-    """The part that a file belongs to, by the SHA-256 of its relative path: of twenty files one, one and eighteen."""
+    """Return the part of a file, by the SHA-256 of its relative path: of twenty files one, one and eighteen."""
     bucket = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % 20
     return {0: "held_out", 1: "validation"}.get(bucket, "train")
 
 
 def split_by_file(texts: dict[str, bytes]) -> list[bytes]:
-    """(train, validation, held_out), whole files each, in order of their names."""
+    """Return (train, validation, held_out), whole files each, in order of their names."""
     return [b"\n".join(text for name, text in texts.items() if part_of(name) == part) for part in PARTS]
 
 
 def split_by_tail(texts: dict[str, bytes]) -> list[bytes]:
-    """(train, validation, held_out): the first nine tenths of every file, the next twentieth, the last twentieth."""
+    """Return (train, validation, held_out): the first 18 twentieths of every file, the next one, the last one."""
     cuts = [(0.0, 0.9), (0.9, 0.95), (0.95, 1.0)]
     return [
         b"\n".join(text[int(len(text) * low) : int(len(text) * high)] for text in texts.values()) for low, high in cuts
@@ -127,7 +127,7 @@ def split_by_tail(texts: dict[str, bytes]) -> list[bytes]:
 
 
 def batch(text: Tensor, seed: int, step: int, batch_size: int, seq_len: int) -> Tensor:
-    """The windows of step `step`: [batch_size, seq_len + 1] int64, drawn uniformly from `text` [N] uint8.
+    """Return the windows of step `step`: [batch_size, seq_len + 1] int64, drawn uniformly from `text` [N] uint8.
 
     It depends on the arguments alone, so a resumed run, and the dense model, see the same bytes in the same order.
     """
@@ -136,7 +136,7 @@ def batch(text: Tensor, seed: int, step: int, batch_size: int, seq_len: int) -> 
 
 
 def evaluation_windows(text: Tensor, seq_len: int, limit: int = 512) -> Tensor:
-    """At most `limit` windows spread evenly over `text`, which predict no byte twice: [W, seq_len + 1] int64."""
+    """Return at most `limit` windows, spread evenly, that predict no byte twice: [W, seq_len + 1] int64."""
     available = (text.numel() - 1) // seq_len
     count = min(limit, available)
     starts = [i * available // count * seq_len for i in range(count)]

@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a progress bar on a terminal, plain lines elsewhere."""
+"""The display of a training run: a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PLAIN_EVERY = 10  # steps between two plain lines
 
 
 def in_words(record: dict[str, Any]) -> str:
-    """A step's metrics, short enough for a bar of 80 columns: loss, speed and, with experts, dropped share and load.
+    """Return a step's metrics in a bar of 80 columns: loss, speed and, with experts, dropped share and load.
 
     "load 1.50x" is the largest load of any expert of any layer, as a multiple of the mean load.
     """
@@ -25,35 +25,28 @@ class Display:
     """Shows one model's steps; a context manager around its training."""
 
     def __init__(self, console: Console, kind: str, steps: int, done: int) -> None:
-        self.console = console
-        self.kind = kind
-        self.steps = steps
-        self.progress: Progress | None = None
-        if console.is_terminal:
-            self.progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[words]}"),
-                TimeRemainingColumn(),
-                console=console,
-            )
-            self.task = self.progress.add_task(kind, total=steps, completed=done, words="")
+        self.console, self.kind, self.steps = console, kind, steps
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[words]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.progress.add_task(kind, total=steps, completed=done, words="")
 
     def update(self, record: dict[str, Any]) -> None:
-        """Shows the metrics of one finished step."""
-        step = record["step"]
-        if self.progress is not None:
-            self.progress.update(self.task, completed=step, words=in_words(record))
-        elif step == 1 or step % PLAIN_EVERY == 0 or step == self.steps:
-            line = f"{self.kind} step {step}/{self.steps}  {in_words(record)}"
-            self.console.print(line, highlight=False, soft_wrap=True)
+        """Show the metrics of one finished step."""
+        step, words = record["step"], in_words(record)
+        self.progress.update(self.task, completed=step, words=words)
+        if self.progress.disable and (step == 1 or step % PLAIN_EVERY == 0 or step == self.steps):
+            self.console.print(f"{self.kind} step {step}/{self.steps}  {words}", highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Display:
-        if self.progress is not None:
-            self.progress.start()
+        self.progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.progress is not None:
-            self.progress.stop()
+        self.progress.stop()

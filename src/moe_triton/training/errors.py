@@ -1,7 +1,7 @@
-"""The one error of a training run that its user can mend."""
+"""The error of a training run that its user can fix."""
 
 from __future__ import annotations
 
 
 class TrainingError(ValueError):
-    """A run that cannot start or go on: a bad setting, unusable data, a damaged file, a full disk. One clear line."""
+    """A run that cannot start or continue: a bad setting, unusable data, a damaged file, a full disk. One line."""

@@ -14,19 +14,27 @@ from moe_triton.files import reason
 from moe_triton.training.errors import TrainingError
 
 LOCK = ".lock"  # of a run's directory
+INTACT = "; the last checkpoint is intact"
+
+
+@contextlib.contextmanager
+def writing(path: Path, hint: str = "") -> Iterator[None]:
+    """Turn an OSError inside into a TrainingError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(f"cannot write {path}: {reason(error)}{hint}") from error
 
 
 def replace_file(path: Path, chunks: Iterable[bytes]) -> None:
-    """`moe_triton.files.replace_file`, but raises TrainingError naming the file."""
-    try:
+    """Call `moe_triton.files.replace_file`; raise TrainingError naming the file."""
+    with writing(path, "; what was there before is intact"):
         files.replace_file(path, chunks)
-    except OSError as error:
-        raise TrainingError(f"cannot write {path}: {reason(error)}; what was there before is intact") from error
 
 
 @contextlib.contextmanager
 def locked_directory(out: Path) -> Iterator[None]:
-    """The directory of a run, for this process alone. Raises TrainingError where another one is using it."""
+    """Hold the directory of a run for this process alone. Raises TrainingError where another process uses it."""
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(files.locked(out / LOCK))
@@ -49,14 +57,12 @@ class MetricsFile:
         self, path: Path, steps: int, fault: Callable[[dict[str, Any]], str | None] = lambda record: None
     ) -> None:
         self.path, self.fault = path, fault
-        try:
+        with writing(path):
             self.file = open(path, "ab+")  # noqa: SIM115 (closed by __exit__)
             self.file.truncate(self.end_of(steps))
-        except OSError as error:
-            raise TrainingError(f"cannot write {path}: {reason(error)}") from error
 
     def end_of(self, steps: int) -> int:
-        """The position after the line of step `steps`."""
+        """Return the position after the line of step `steps`."""
         self.file.seek(0)
         end = 0
         for step in range(1, steps + 1):
@@ -72,31 +78,25 @@ class MetricsFile:
         return end
 
     def write(self, record: dict[str, Any]) -> None:
-        try:
+        with writing(self.path, INTACT):
             self.file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
             self.file.flush()
-        except OSError as error:
-            raise TrainingError(f"cannot write {self.path}: {reason(error)}; the last checkpoint is intact") from error
 
     def sync(self) -> None:
-        """Forces the lines to disk, so that a checkpoint is never ahead of them."""
-        try:
+        """Force the lines to disk, so that a checkpoint is never ahead of them."""
+        with writing(self.path, INTACT):
             os.fsync(self.file.fileno())
-        except OSError as error:
-            raise TrainingError(f"cannot write {self.path}: {reason(error)}; the last checkpoint is intact") from error
 
     def __enter__(self) -> MetricsFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        try:
+        with writing(self.path, INTACT):  # a full disk refuses the same bytes a second time
             self.file.close()
-        except OSError as error:  # bytes that a full disk refused a second time
-            raise TrainingError(f"cannot write {self.path}: {reason(error)}; the last checkpoint is intact") from error
 
 
 def record_of(line: bytes) -> dict[str, Any] | None:
-    """The record in a line of metrics; None for a line that is not whole."""
+    """Return the record in a line of metrics; None for a line that is not whole."""
     if not line.endswith(b"\n"):
         return None
     try:
@@ -107,6 +107,6 @@ def record_of(line: bytes) -> dict[str, Any] | None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records of a metrics file."""
+    """Return all records of a metrics file."""
     with open(path, "rb") as file:
         return [json.loads(line) for line in file]

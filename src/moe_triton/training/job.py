@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import platform
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from moe_triton.runtime import installed_version
 from moe_triton.training.checkpoint import Checkpoint, read_checkpoint, restore
 from moe_triton.training.config import KINDS, TrainConfig, check_machine
 from moe_triton.training.data import Corpus, evaluation_windows, load_corpus
@@ -29,6 +29,20 @@ PACKAGES = ("moe-triton", "torch", "triton", "safetensors")
 SAMPLE_BYTES = 400
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run, in one of its processes; `saved` are the checkpoints that it continues, by kind of model."""
+
+    out: Path
+    config: TrainConfig
+    corpus: Corpus
+    saved: Mapping[str, Checkpoint]
+    compare_dense: bool
+    checkpoint_every: int
+    console: Console
+    workers: Workers
+
+
 def run_job(
     out: Path,
     options: Mapping[str, Any],
@@ -41,10 +55,10 @@ def run_job(
     ep_chunks: int = 1,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """`moe-triton train`: everything that it writes lies under `out`; returns what summary.json holds.
+    """Do what `moe-triton train` does: write everything under `out`, and return what summary.json holds.
 
     options: the fields of `TrainConfig` that are given; the rest are the defaults or, on resume, the saved run's.
-    resume: go on from the checkpoints under `out`, whichever model was being trained; start afresh if there are none.
+    resume: continue from the checkpoints under `out`, whichever model was being trained; start anew if there are none.
     compare_dense: train the dense model with the same active parameters too, on the same bytes.
     ep, ep_mode, ep_chunks: under torchrun, over how many processes the experts are spread, and how rows travel (see
         `moe_triton.distributed.ExpertParallel`). They do not change the curve beyond rounding, and may be others on
@@ -56,23 +70,8 @@ def run_job(
     if checkpoint_every < 1:
         raise TrainingError(f"checkpoint_every: got {checkpoint_every}, wanted at least 1")
     device = str(options.get("device", TrainConfig.device))
-    with started_workers(ep, ep_mode, ep_chunks, device) as workers:
-        console = (Console() if console is None else console) if workers.is_first else Console(quiet=True)
-        return run_by(workers, out, options, resume, compare_dense, checkpoint_every, console)
-
-
-def run_by(
-    workers: Workers,
-    out: Path,
-    options: Mapping[str, Any],
-    resume: bool,
-    compare_dense: bool,
-    checkpoint_every: int,
-    console: Console,
-) -> dict[str, Any]:
-    """`run_job` in each of its processes; the first one holds the lock of the directory, before it looks into it."""
-    with contextlib.ExitStack() as lock:
-        with workers.together():
+    with started_workers(ep, ep_mode, ep_chunks, device) as workers, contextlib.ExitStack() as lock:
+        with workers.together():  # the first process holds the lock of the directory, before it looks into it
             is_new = not out.is_dir()
             if workers.is_first and not is_new:
                 lock.enter_context(locked_directory(out))
@@ -85,15 +84,24 @@ def run_by(
                 lock.enter_context(locked_directory(out))
                 if saved_checkpoints(out, resume):
                     raise TrainingError(f"--out: another process has just trained in {out}; name another directory")
-        compare_dense = compare_dense or "dense" in saved or any(c.compare_dense for c in saved.values())
+        run = Run(
+            out=out,
+            config=config,
+            corpus=corpus,
+            saved=saved,
+            compare_dense=compare_dense or "dense" in saved or any(c.compare_dense for c in saved.values()),
+            checkpoint_every=checkpoint_every,
+            console=(Console() if console is None else console) if workers.is_first else Console(quiet=True),
+            workers=workers,
+        )
         with cpu_threads(config.threads):
-            return run(config, corpus, out, saved, compare_dense, checkpoint_every, console, workers)
+            return train_and_report(run)
 
 
 def prepared(
     workers: Workers, out: Path, options: Mapping[str, Any], saved: Mapping[str, Checkpoint]
 ) -> tuple[TrainConfig, Corpus]:
-    """The settings and the text. TrainingError where they, the saved run and the workers do not fit together."""
+    """Return the settings and the text. Raises TrainingError where they, the saved run and the workers do not fit."""
     config = settings(options, saved, out)
     if config.capacity_factor and config.num_groups % workers.world:
         raise TrainingError(
@@ -119,41 +127,32 @@ def make_directory(out: Path) -> None:
         raise TrainingError(f"--out: cannot make {out}: {reason(error)}") from error
 
 
-def run(
-    config: TrainConfig,
-    corpus: Corpus,
-    out: Path,
-    saved: Mapping[str, Checkpoint],
-    compare_dense: bool,
-    checkpoint_every: int,
-    console: Console,
-    workers: Workers,
-) -> dict[str, Any]:
-    """Trains and measures, then writes the summary and the report."""
+def train_and_report(run: Run) -> dict[str, Any]:
+    """Train and measure every model, then write the summary and the report."""
+    config, corpus, workers = run.config, run.corpus, run.workers
     size = sum(part.numel() for part in (corpus.train, corpus.validation, corpus.held_out))
-    console.print(f"{corpus.source}: {corpus.num_files} files, {size:,} bytes", highlight=False, soft_wrap=True)
+    run.console.print(f"{corpus.source}: {corpus.num_files} files, {size:,} bytes", highlight=False, soft_wrap=True)
     results: dict[str, Any] = {}
     sample: dict[str, str] = {}
-    for kind in KINDS if compare_dense else KINDS[:1]:
-        before = saved.get(kind)
-        model = train_kind(kind, config, corpus, out, before, compare_dense, checkpoint_every, console, workers)
-        results[kind] = measure(model, config, corpus, out, workers)
+    for kind in KINDS if run.compare_dense else KINDS[:1]:
+        model = train_kind(run, kind)
+        results[kind] = measure(run, model)
         if kind == "moe":
-            whole = whole_model(model, config, out, workers)
+            whole = whole_model(run, model)
             sample = write_sample(whole, config, corpus) if workers.is_first else {}
     spread = {"processes": workers.world, "ep": 1 if workers.groups is None else workers.groups.ep.size}
     summary = {**results, "sample": sample, **circumstances(config, corpus), **spread}
-    if not workers.is_first:
-        return summary
-    history = {kind: read_metrics(run_files(out, kind).metrics) for kind in results}
-    replace_file(out / "summary.json", [json.dumps(summary, indent=2, allow_nan=False).encode() + b"\n"])
-    replace_file(out / "report.html", [render_report(summary, history).encode()])
+    if workers.is_first:
+        history = {kind: read_metrics(run_files(run.out, kind).metrics) for kind in results}
+        text = json.dumps(summary, indent=2, allow_nan=False)
+        replace_file(run.out / "summary.json", [text.encode() + b"\n"])
+        replace_file(run.out / "report.html", [render_report(summary, history).encode()])
     return summary
 
 
 @contextlib.contextmanager
 def cpu_threads(count: int) -> Iterator[None]:
-    """torch on `count` threads, and afterwards on as many as before."""
+    """Let torch use `count` threads inside, and as many as before afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -163,7 +162,7 @@ def cpu_threads(count: int) -> Iterator[None]:
 
 
 def saved_checkpoints(out: Path, resume: bool) -> dict[str, Checkpoint]:
-    """The checkpoints to go on from, by kind of model. A run that would be overwritten is an error.
+    """Return the checkpoints to continue from, by kind of model. A run that would be overwritten is an error.
 
     Without `resume` that is any run which did a step; with it, one whose metrics are there without their checkpoint.
     """
@@ -190,12 +189,12 @@ def saved_checkpoints(out: Path, resume: bool) -> dict[str, Checkpoint]:
 
 
 def has_contents(path: Path) -> bool:
-    """Whether there is anything in a file, or at its place, that writing it would lose."""
+    """Return whether writing the file would lose anything."""
     return path.exists() and (not path.is_file() or path.stat().st_size > 0)
 
 
 def settings(options: Mapping[str, Any], saved: Mapping[str, Checkpoint], out: Path) -> TrainConfig:
-    """The run's settings: the saved ones, which the given options must not contradict, or the options over defaults."""
+    """Return the run's settings: the saved ones, which the options must not contradict, or options over defaults."""
     configs = [checkpoint.config for checkpoint in saved.values()]
     if len({dataclasses.replace(config, data=None) for config in configs}) > 1:
         raise TrainingError(f"--resume: the checkpoints in {out} are of different runs")
@@ -207,48 +206,40 @@ def settings(options: Mapping[str, Any], saved: Mapping[str, Checkpoint], out: P
         raise TrainingError(str(error)) from error
     for name, value in before.items():
         given = getattr(config, name)
-        if given != value and name != "data":  # the text itself is compared, wherever it lies now
+        if given != value and name != "data":  # the text itself is compared, not its path
             option = name.replace("_", "-")
             raise TrainingError(f"--{option}: got {given}, but the run in {out} that --resume continues has {value}")
     return config
 
 
-def train_kind(
-    kind: str,
-    config: TrainConfig,
-    corpus: Corpus,
-    out: Path,
-    saved: Checkpoint | None,
-    compare_dense: bool,
-    checkpoint_every: int,
-    console: Console,
-    workers: Workers,
-) -> LanguageModel:
-    """Trains one model, or what is left to train of it, with a display."""
+def train_kind(run: Run, kind: str) -> LanguageModel:
+    """Train one model, or what is left to train of it, with a display."""
+    saved, steps = run.saved.get(kind), run.config.steps
     done = 0 if saved is None else saved.step
     if saved is not None:
-        console.print(f"{kind}: going on after step {done} of {config.steps}", highlight=False)
-    with Display(console, kind, config.steps, done) as display:
+        run.console.print(f"{kind}: going on after step {done} of {steps}", highlight=False)
+    with Display(run.console, kind, steps, done) as display:
         return train_model(
             kind,
-            config,
-            corpus,
-            out,
+            run.config,
+            run.corpus,
+            run.out,
             resume_from=saved,
-            compare_dense=compare_dense,
-            checkpoint_every=checkpoint_every,
+            compare_dense=run.compare_dense,
+            checkpoint_every=run.checkpoint_every,
             on_step=display.update,
-            workers=workers,
+            workers=run.workers,
         )
 
 
-def measure(model: LanguageModel, config: TrainConfig, corpus: Corpus, out: Path, workers: Workers) -> dict[str, Any]:
-    """A trained model's results: losses in nats per byte, sizes, and sums over its steps."""
+def measure(run: Run, model: LanguageModel) -> dict[str, Any]:
+    """Return a trained model's results: losses in nats per byte, sizes, and sums over its steps."""
+    config, corpus = run.config, run.corpus
     total, active = model.parameter_counts()
-    records = read_metrics(run_files(out, model.kind).metrics)
+    records = read_metrics(run_files(run.out, model.kind).metrics)
     result = {
-        "held_out_loss": evaluate(model, corpus.held_out, config, workers),
-        "validation_loss": evaluate(model, corpus.validation, config, workers),
+        "held_out_loss": evaluate(model, corpus.held_out, config, run.workers),
+        "validation_loss": evaluate(model, corpus.validation, config, run.workers),
         "train_loss": records[-1]["train_loss"],
         "parameters": total,
         "active_parameters": active,
@@ -262,20 +253,20 @@ def measure(model: LanguageModel, config: TrainConfig, corpus: Corpus, out: Path
     return result
 
 
-def whole_model(model: LanguageModel, config: TrainConfig, out: Path, workers: Workers) -> LanguageModel:
-    """The trained model with all experts in this process, from its last checkpoint; every worker has to call it.
+def whole_model(run: Run, model: LanguageModel) -> LanguageModel:
+    """Return the trained model with all experts in this process, from its last checkpoint; every worker must call it.
 
     A text is written byte by byte: exchanges of single tokens would take most of the time.
     """
-    if workers.groups is None:
+    if run.workers.groups is None:
         return model
-    alone = LanguageModel(config, model.kind).to(config.device)
-    restore(run_files(out, model.kind).checkpoint, alone)
+    alone = LanguageModel(run.config, model.kind).to(run.config.device)
+    restore(run_files(run.out, model.kind).checkpoint, alone)
     return alone
 
 
 def write_sample(model: LanguageModel, config: TrainConfig, corpus: Corpus) -> dict[str, str]:
-    """A prompt out of the held-out text, and how the model goes on; bytes that are not UTF-8 show as U+FFFD."""
+    """Return a prompt of the held-out text and the model's continuation; bytes that are not UTF-8 are U+FFFD."""
     middle = corpus.held_out.numel() // 2
     text = bytes(corpus.held_out[middle : middle + 4096].tolist())
     lines = text.splitlines(keepends=True)
@@ -285,7 +276,7 @@ def write_sample(model: LanguageModel, config: TrainConfig, corpus: Corpus) -> d
 
 
 def circumstances(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
-    """The settings, the text, the software and the machine."""
+    """Return the settings, the text, the software and the machine."""
     device = torch.device(config.device)
     windows = evaluation_windows(corpus.held_out, config.seq_len)
     return {
@@ -299,15 +290,7 @@ def circumstances(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
             "held_out_bytes_measured": windows[:, 1:].numel(),
             "sha256": corpus.digest,
         },
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: installed_version(name) for name in PACKAGES}},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "machine": f"{platform.system()} {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
     }
-
-
-def version(package: str) -> str | None:
-    """The installed version of a distribution, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -35,13 +35,13 @@ class RunFiles(NamedTuple):
 
 
 def run_files(out: Path, kind: str) -> RunFiles:
-    """The files of the "moe" or the "dense" model under `out`."""
+    """Return the files of the "moe" or the "dense" model under `out`."""
     prefix = "" if kind == "moe" else f"{kind}_"
     return RunFiles(out / f"{prefix}checkpoint", out / f"{prefix}metrics.jsonl")
 
 
 def learning_rate(config: TrainConfig, kind: str, step: int) -> float:
-    """Linear warm-up over the first tenth of the steps, then a half cosine down to a tenth of the peak."""
+    """Return the rate: linear warm-up over a tenth of the steps, then a half cosine down to a tenth of the peak."""
     warm_up = max(1, round(WARM_UP * config.steps))
     if step <= warm_up:
         return config.peak_lr(kind) * step / warm_up
@@ -50,7 +50,7 @@ def learning_rate(config: TrainConfig, kind: str, step: int) -> float:
 
 
 def make_optimizer(model: LanguageModel, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices, none on norms."""
+    """Make AdamW with weight decay on matrices and none on norms."""
     matrices = [weight for weight in model.parameters() if weight.dim() > 1]
     vectors = [weight for weight in model.parameters() if weight.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -69,7 +69,7 @@ def train_model(
     on_step: Callable[[dict[str, Any]], None] = lambda record: None,
     workers: Workers = ALONE,
 ) -> LanguageModel:
-    """Trains the "moe" or "dense" model to `config.steps` and returns it.
+    """Train the "moe" or "dense" model to `config.steps` and returns it.
 
     Writes one line of metrics per step and a checkpoint every `checkpoint_every` steps (and at the start and the end)
     under `out`; `resume_from` continues, with the same bits as a run that was never interrupted. `on_step` sees every
@@ -124,7 +124,7 @@ def train_step(
     grad_clip: float,
     workers: Workers = ALONE,
 ) -> dict[str, Any]:
-    """One step of AdamW on tokens [B, S + 1], of which every worker computes its share; metrics as plain numbers.
+    """Do one step on tokens [B, S + 1], of which every worker computes its share; return metrics as plain numbers.
 
     train_loss    mean cross-entropy in nats per byte, without the auxiliary loss
     aux_loss      the weighted load-balance and z losses, mean over layers
@@ -165,7 +165,7 @@ MOE_NUMBERS = ("dropped", "max_load")
 
 
 def record_fault(record: dict[str, Any], *, config: TrainConfig, kind: str) -> str | None:
-    """What a record of `train_step` lacks, for a model of this kind; None where it is whole."""
+    """Return what a record of `train_step` lacks, for a model of this kind; None where it is complete."""
     for name in NUMBERS if kind == "dense" else NUMBERS + MOE_NUMBERS:
         value = record.get(name)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -181,7 +181,7 @@ def record_fault(record: dict[str, Any], *, config: TrainConfig, kind: str) -> s
 
 
 def clip(model: LanguageModel, grad_clip: float, workers: Workers) -> Tensor:
-    """Gradients of the whole batch, clipped; returns their norm."""
+    """Clip the gradients of the whole batch; return their norm."""
     if workers.groups is None:
         return torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     from moe_triton.distributed import clip_grad_norm_, reduce_gradients  # DTensor takes seconds to import
@@ -192,7 +192,7 @@ def clip(model: LanguageModel, grad_clip: float, workers: Workers) -> Tensor:
 
 @contextlib.contextmanager
 def kept_assignments(model: nn.Module) -> Iterator[list[Tensor]]:
-    """The list fills with the assignments that survived the capacity, a scalar for every layer that runs."""
+    """Collect the number of assignments that survived the capacity, a scalar for every layer that runs."""
     found: list[Tensor] = []
 
     def note(_module: nn.Module, inputs: tuple[Any, ...], _out: Tensor) -> None:
@@ -208,7 +208,7 @@ def kept_assignments(model: nn.Module) -> Iterator[list[Tensor]]:
 
 @torch.no_grad()
 def evaluate(model: LanguageModel, text: Tensor, config: TrainConfig, workers: Workers = ALONE) -> float:
-    """Mean cross-entropy in nats per byte over fixed windows of `text` [N] uint8; nothing is dropped."""
+    """Return the mean cross-entropy in nats per byte over fixed windows of `text` [N] uint8; nothing is dropped."""
     model.eval()
     windows = evaluation_windows(text, config.seq_len)
     total = torch.zeros((), dtype=torch.float64, device=config.device)
@@ -221,7 +221,7 @@ def evaluate(model: LanguageModel, text: Tensor, config: TrainConfig, workers: W
 
 @torch.no_grad()
 def generate(model: LanguageModel, prompt: bytes, length: int, config: TrainConfig, temperature: float = 0.8) -> bytes:
-    """`length` bytes that the model writes after `prompt`, sampled at `temperature` with the run's seed."""
+    """Return `length` bytes that the model writes after `prompt`, sampled at `temperature` with the run's seed."""
     model.eval()
     generator = torch.Generator().manual_seed(config.seed)
     text = list(prompt)

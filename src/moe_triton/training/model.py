@@ -30,14 +30,14 @@ class LanguageModelOutput(NamedTuple):
 
 
 def rotary_table(seq_len: int, head_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin [S, h/2] of position * 10000^(-2i/h) (RoPE, arXiv 2104.09864)."""
+    """Return cos and sin [S, h/2] of position * 10000^(-2i/h) (RoPE, arXiv 2104.09864)."""
     frequency = 10000.0 ** (-torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size)
     angle = torch.arange(seq_len, device=device, dtype=torch.float32)[:, None] * frequency
     return angle.cos(), angle.sin()
 
 
 def rotate(x_Sh: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pair (x[i], x[i + h/2]) by its position's angle; x [..., S, h]."""
+    """Turn the pair (x[i], x[i + h/2]) by its position's angle; x [..., S, h]."""
     left, right = x_Sh.chunk(2, dim=-1)
     return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
 
@@ -69,7 +69,7 @@ class Block(nn.Module):
         self.feed_forward = feed_forward(config, kind, workers, parallel)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, MoEOutput | None]:
-        """[B, S, d] -> [B, S, d], and what the MoE layer said if it is one."""
+        """[B, S, d] -> [B, S, d], and the output of the MoE layer if it is one."""
         x = x + self.attention(self.attention_norm(x), cos, sin)
         out = self.feed_forward(self.feed_forward_norm(x))
         return (x + out.output, out) if isinstance(out, MoEOutput) else (x + out, None)
@@ -97,7 +97,7 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The layers' own initial weights, with the writes into the residual stream scaled by 1/sqrt(2L) (GPT-2)."""
+        """Scale the initial weights that write into the residual stream by 1/sqrt(2L) (GPT-2)."""
         nn.init.normal_(self.embedding.weight, std=0.5)
         scale = 1 / math.sqrt(2 * len(self.blocks))
         for name, weight in self.named_parameters():
@@ -120,7 +120,7 @@ class LanguageModel(nn.Module):
         return LanguageModelOutput(logits, aux_loss, torch.stack([layer.expert_counts for layer in layers]))
 
     def parameter_counts(self) -> tuple[int, int]:
-        """(all parameters, active ones): of the experts, top_k out of num_experts work on a token."""
+        """Return (all parameters, active ones): of the experts, top_k out of num_experts are active for a token."""
         layers = [module for module in self.modules() if isinstance(module, Experts)]
         here = sum(weight.numel() for layer in layers for weight in layer.parameters())
         experts = sum(weight[0].numel() * layer.num_experts for layer in layers for weight in layer.parameters())
@@ -131,7 +131,7 @@ class LanguageModel(nn.Module):
 def feed_forward(
     config: TrainConfig, kind: str, workers: Workers = ALONE, parallel: ExpertParallel | None = None
 ) -> MoE | FeedForward:
-    """One block's feed-forward layer; this process has its share of the run's capacity groups."""
+    """Make one block's feed-forward layer; this process has its share of the run's capacity groups."""
     if kind == "dense":
         expert_rows = config.top_k * config.intermediate_size
         return FeedForward(config.hidden_size, expert_rows + round(config.num_experts / 3))

@@ -34,7 +34,7 @@ pre .prompt { color: #9ca3af; }
 
 
 def render_report(summary: Mapping[str, Any], history: Mapping[str, list[dict[str, Any]]]) -> str:
-    """The page for a run's summary.json and its metrics by kind of model ("moe", and "dense" if it was compared)."""
+    """Return the page of a run's summary.json and its metrics by kind of model ("moe", and perhaps "dense")."""
     kinds = list(history)
     sections = [
         ("Held-out loss", results_table(summary, kinds)),

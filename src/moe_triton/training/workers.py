@@ -20,7 +20,7 @@ from moe_triton.training.errors import TrainingError
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
-    """This process among those of the run. A batch is cut into runs of sequences, one for each rank, in order."""
+    """This process among those of the run. A batch is divided into runs of sequences, one per rank, in order."""
 
     rank: int = 0
     world: int = 1
@@ -30,30 +30,30 @@ class Workers:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes the files and the display."""
+        """Return whether this process writes the files and the display."""
         return self.rank == 0
 
     def expert_parallel(self) -> ExpertParallel | None:
-        """For the layers of one model; None where everything is in one process."""
+        """Make an ExpertParallel for the layers of one model; None where everything is in one process."""
         if self.groups is None:
             return None
         return ExpertParallel(self.groups, mode=self.mode, chunks=self.chunks, loss_reduction="sum")
 
     def share(self, sequences: Tensor) -> Tensor:
-        """This rank's run of the sequences [B, ...]; the first ranks have one more where they do not divide."""
+        """Return this rank's part of the sequences [B, ...]; the first ranks have one more where they do not divide."""
         return sequences.tensor_split(self.world)[self.rank]
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all ranks."""
+        """Return the sum over all ranks."""
         if self.world > 1:
             dist.all_reduce(values)
         return values
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Around a part of the set-up in which one rank alone may fail: its TrainingError is raised on every rank.
+        """Raise on every rank the TrainingError of any one: for parts of the set-up in which one rank alone may fail.
 
-        No rank goes on before all have done this part.
+        No rank continues before all have done this part.
         """
         problem = None
         try:
@@ -74,14 +74,14 @@ ALONE = Workers()
 
 
 def check_exchange(mode: str, chunks: int) -> None:
-    """ValueError where no exchange can have this mode or number of chunks, whatever the number of processes."""
+    """Raise ValueError where no exchange can have this mode or number of chunks, for any number of processes."""
     check_choice("ep_mode", mode, MODES)
     check_int("ep_chunks", chunks, low=1)
 
 
 @contextlib.contextmanager
 def started_workers(ep: int, mode: str, chunks: int, device: str) -> Iterator[Workers]:
-    """The run's processes, by torchrun's environment variables. Raises TrainingError: arguments that cannot be used."""
+    """Start the run's processes, by torchrun's environment. Raises TrainingError: arguments that cannot be used."""
     try:
         check_exchange(mode, chunks)
         check_device(device)
@@ -97,7 +97,7 @@ def started_workers(ep: int, mode: str, chunks: int, device: str) -> Iterator[Wo
     if torch.device(device).type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
-    explain_termination()  # torchrun ends the others when one process dies: they say which one did
+    explain_termination()  # torchrun ends the others when one process dies: they log which one did
     try:
         groups = make_groups(ep=ep)
         yield Workers(rank=groups.rank, world=world, groups=groups, mode=mode, chunks=chunks)

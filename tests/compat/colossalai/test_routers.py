@@ -60,7 +60,7 @@ def test_top2_on_the_given_logits(make, places):
     assert aux_of(routed.routing, 2).item() == pytest.approx(1.0664282, abs=1e-6)
     assert routed.routing.weights[0].tolist() == pytest.approx([0.665241, 0.244728], abs=1e-6)
     assert routed.routing.counts.tolist() == [3, 3, 2]
-    assert int(routed.plan.offsets.diff().max()) <= places
+    assert int(routed.dispatched.offsets.diff().max()) <= places
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_decisions_are_the_formulas(generation, top_k, shape, factor):
     places = capacity(generation, *shape, top_k, factor, minimum)
     expected, aux = combine_weights(logits, top_k, places)
     routed = router(logits)
-    got = as_dense(routed.routing.experts, routed.routing.weights, routed.plan.position, shape[1])
+    got = as_dense(routed.routing.experts, routed.routing.weights, routed.dispatched.position, shape[1])
     assert_close(got, expected, tolerance=1e-6)
     assert torch.equal(got > 0, expected > 0)
     assert_close(aux_of(routed.routing, top_k), aux.float())
@@ -89,7 +89,7 @@ def test_decisions_are_the_formulas(generation, top_k, shape, factor):
 def test_the_comparison_of_decisions_can_fail():
     logits = torch.randn(40, 5)
     routed = Top2Router(1.0)(logits)
-    got = as_dense(routed.routing.experts, routed.routing.weights, routed.plan.position, 5)
+    got = as_dense(routed.routing.experts, routed.routing.weights, routed.dispatched.position, 5)
     fewer, _ = combine_weights(logits, 2, capacity("v0.0.2", 40, 5, 2, 1.0, 0) - 1)
     assert not torch.equal(got > 0, fewer > 0)
 
@@ -97,7 +97,7 @@ def test_the_comparison_of_decisions_can_fail():
 @pytest.mark.parametrize("router", [Top1Router(0.5, 1), Top1Router(0.5, 2.0, 1, "random")], ids=["v0.0.2", "v0.1.6"])
 def test_lots(router):
     logits = torch.tensor([[1.0, 0.0]]).repeat(16, 1)
-    survivors = [tuple((router(logits).plan.position >= 0).flatten().tolist()) for _ in range(4)]
+    survivors = [tuple((router(logits).dispatched.position >= 0).flatten().tolist()) for _ in range(4)]
     assert {sum(kept) for kept in survivors} == {4}
     assert len(set(survivors)) > 1
 
@@ -161,8 +161,8 @@ def test_noise_is_for_training_and_for_what_the_generation_says():
 def test_dropping_in_eval():
     logits = torch.tensor([[1.0, 0.0, -1.0]]).repeat(8, 1)
     router = Top2Router(0.5, 0.5, 1, drop_tks=False)
-    assert int((router(logits).plan.position >= 0).sum()) == 4
-    assert int((router.eval()(logits).plan.position >= 0).sum()) == 16
+    assert int((router(logits).dispatched.position >= 0).sum()) == 4
+    assert int((router.eval()(logits).dispatched.position >= 0).sum()) == 16
 
 
 @pytest.mark.parametrize("kind", [NormalNoiseGenerator(4), UniformNoiseGenerator(0.1)], ids=["normal", "uniform"])
@@ -178,7 +178,7 @@ def test_noise_generators(kind):
 
 def test_capacity_groups_are_ranks():
     logits = torch.randn(24, 4)
-    whole = Top2Router(0.5, capacity_groups=3)(logits).plan.position >= 0
-    parts = torch.cat([Top2Router(0.5)(part).plan.position >= 0 for part in logits.chunk(3)])
+    whole = Top2Router(0.5, capacity_groups=3)(logits).dispatched.position >= 0
+    parts = torch.cat([Top2Router(0.5)(part).dispatched.position >= 0 for part in logits.chunk(3)])
     assert torch.equal(whole, parts)
-    assert not torch.equal(whole, Top2Router(0.5)(logits).plan.position >= 0)
+    assert not torch.equal(whole, Top2Router(0.5)(logits).dispatched.position >= 0)

@@ -20,16 +20,18 @@ def gate(logits: Tensor, k: int, **options) -> Gating:
 
 def slots(gating: Gating) -> list[tuple[int, int, int]]:
     """(token, expert, slot within the expert) of every surviving choice, as DeepSpeed's masks have them."""
-    offsets = gating.plan.offsets.tolist()
+    offsets = gating.dispatched.offsets.tolist()
     found = []
-    for token, (experts, rows) in enumerate(zip(gating.experts.tolist(), gating.plan.position.tolist(), strict=True)):
+    for token, (experts, rows) in enumerate(
+        zip(gating.experts.tolist(), gating.dispatched.position.tolist(), strict=True)
+    ):
         found += [(token, e, row - offsets[e]) for e, row in zip(experts, rows, strict=True) if row >= 0]
     return sorted(found)
 
 
 def combine_weights(gating: Gating, num_experts: int) -> Tensor:
     """Weight of every surviving choice by token and expert, [S, E]."""
-    kept = torch.where(gating.plan.position >= 0, gating.weights, 0)
+    kept = torch.where(gating.dispatched.position >= 0, gating.weights, 0)
     return torch.zeros(kept.shape[0], num_experts).scatter_add(1, gating.experts.long().clamp_min(0), kept)
 
 
@@ -74,8 +76,8 @@ def test_top1():
     assert_close(gating.weights[:, 0], torch.tensor([0.665241, 0.665241, 0.909443, 0.665241]))
     assert slots(gating) == [(0, 0, 0), (1, 0, 1), (3, 1, 0)]  # the earliest survive
     rts = gate(L, 1, use_rts=True)
-    assert (rts.plan.position[:3] >= 0).sum() == 2
-    assert rts.plan.position[3] >= 0
+    assert (rts.dispatched.position[:3] >= 0).sum() == 2
+    assert rts.dispatched.position[3] >= 0
 
 
 def test_top1_without_drops():
@@ -100,7 +102,7 @@ def test_used_token_as_floats(dtype):
     gating = gate(L, 1, used_token=used)
     assert gating.exp_counts.tolist() == counts.tolist() == [2, 1, 0]
     assert gating.l_aux.item() == pytest.approx(l_aux.item(), rel=1e-6)
-    assert torch.equal(torch.where(gating.plan.position >= 0, gating.experts, -1)[:, 0], indices[0])
+    assert torch.equal(torch.where(gating.dispatched.position >= 0, gating.experts, -1)[:, 0], indices[0])
     assert_close(combine_weights(gating, 3).sum(1), weights[0].float())
 
 
@@ -324,8 +326,8 @@ def test_train_and_eval_capacity():
     layer = TopKGate(8, 4, 1, capacity_factor=0.5, eval_capacity_factor=1.0, min_capacity=0)
     torch.nn.init.zeros_(layer.wg.weight)
     x = torch.randn(16, 8)
-    assert (layer(x).plan.position >= 0).sum() == 2
-    assert (layer.eval()(x).plan.position >= 0).sum() == 4
+    assert (layer(x).dispatched.position >= 0).sum() == 2
+    assert (layer.eval()(x).dispatched.position >= 0).sum() == 4
 
 
 def test_the_gate_computes_in_fp32():
@@ -341,7 +343,13 @@ def test_the_gate_computes_in_fp32():
 def test_memory_does_not_grow_with_the_capacity():
     """Every tensor of a gating is far smaller than [S, E, C]."""
     gating = gate(torch.randn(512, 64), 2)
-    tensors = [*gating[:4], gating.plan.counts, gating.plan.offsets, gating.plan.source, gating.plan.position]
+    tensors = [
+        *gating[:4],
+        gating.dispatched.counts,
+        gating.dispatched.offsets,
+        gating.dispatched.source,
+        gating.dispatched.position,
+    ]
     assert max(tensor.numel() for tensor in tensors) <= 512 * 2
 
 

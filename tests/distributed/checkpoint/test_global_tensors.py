@@ -11,6 +11,7 @@ from torch import nn
 from moe_triton.distributed import load_checkpoint, load_experts_from, save_checkpoint
 from moe_triton.distributed.checkpoint.global_tensors import ExpertLayout, as_global
 from moe_triton.distributed.groups import ALONE, Group
+from moe_triton.distributed.holders import StackedExperts
 from moe_triton.distributed.replicas.placement import build_placement
 
 
@@ -48,16 +49,20 @@ def test_runs_of_experts_are_one_box():
     ]
 
 
-class Placed(nn.Module):
+class Placed(StackedExperts):
     """Experts in slots as a placement planner may fill them."""
 
     def __init__(self, slots: list[list[int]], rank: int) -> None:
         super().__init__()
-        self.num_experts, self.local_experts, self.slots = 4, slots[rank], slots
+        self.num_experts, self.mine, self.slots, self.physical_to_logical = 4, slots[rank], slots, None
         held = torch.tensor([expert for rank_slots in slots for expert in rank_slots])
         self.placement = build_placement(held, torch.ones(4), 1)
         self.expert_parallel = type("", (), {"etp": ALONE})()
         self.weight = nn.Parameter(torch.full((len(slots[rank]), 2), float("nan")))
+
+    @property
+    def local_experts(self) -> list[int]:
+        return self.mine
 
 
 def replicas(folder: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from moe_triton.records import RouterSpec
-from moe_triton_kernels.routing import topk_backward, topk_forward
+from moe_triton_kernels.routing import topk_forward
+from moe_triton_kernels.routing_backward import topk_backward
 
 
 def route_forward(

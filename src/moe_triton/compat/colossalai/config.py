@@ -10,7 +10,7 @@ from typing import Any
 
 from moe_triton.checks import check_int, check_number
 
-UNSUPPORTED = ("fp16", "zero", "amp")  # what changes training upstream and would silently not do so here
+UNSUPPORTED = ("fp16", "zero", "amp")  # they change training upstream, and would silently change nothing here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Settings:
 
 
 def read_config(config: str | Path | dict[str, Any]) -> dict[str, Any]:
-    """A config as a dict; a .py file's is what it assigns, without names that begin with an underscore.
+    """Return a config as a dict; a .py file's is what it assigns, without names that begin with an underscore.
 
     A Python file is run: it has to be trusted as a program is.
 
@@ -57,7 +57,7 @@ def read_config(config: str | Path | dict[str, Any]) -> dict[str, Any]:
 
 
 def settings_of(config: dict[str, Any]) -> Settings:
-    """The checked settings of a config; other names in it are the user's own."""
+    """Return the checked settings of a config; other names in it are the user's own."""
     for name in UNSUPPORTED:
         if config.get(name):
             raise ValueError(f"{name}: got {config[name]!r}, which this package does not do; wanted it left out")
@@ -96,7 +96,7 @@ def settings_of(config: dict[str, Any]) -> Settings:
 
 
 def _size(name: str, value: Any) -> tuple[int, dict[str, Any]]:
-    """(size, the other options) of one kind of parallelism."""
+    """Return (size, the other options) of one kind of parallelism."""
     options = dict(value) if isinstance(value, dict) else {"size": value}
     if "size" not in options:
         raise ValueError(f"parallel.{name}: got {value!r}, wanted a size")

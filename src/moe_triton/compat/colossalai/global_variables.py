@@ -16,17 +16,17 @@ class MoeEnv:
 
     @property
     def data_parallel_size(self) -> int | None:
-        """Ranks that hold the same experts; None before `setup`."""
+        """Return ranks that hold the same experts; None before `setup`."""
         return MOE_CONTEXT.min_dp_size if MOE_CONTEXT.is_initialized else None
 
     @property
     def model_parallel_size(self) -> int | None:
-        """Ranks that share one set of experts; None before `setup`."""
+        """Return ranks that share one set of experts; None before `setup`."""
         return MOE_CONTEXT.max_ep_size if MOE_CONTEXT.is_initialized else None
 
     @property
     def aux_loss(self) -> Tensor | float:
-        """The sum of the auxiliary losses since the last reset."""
+        """Return the sum of the auxiliary losses since the last reset."""
         return MOE_CONTEXT.get_loss()
 
     def setup(self, moe_model_size: int, **exchange: Any) -> None:
@@ -44,7 +44,7 @@ class MoeEnv:
         MOE_CONTEXT.setup(max_ep_size=moe_model_size, generation="v0.0.2", exchange=exchange)
 
     def is_initialized(self) -> bool:
-        """Whether `setup` was called."""
+        """Return whether `setup` was called."""
         return MOE_CONTEXT.is_initialized
 
     def reset_loss(self) -> None:

@@ -81,7 +81,7 @@ def launch_from_torch(
     seed: int = 1024,
     verbose: bool = True,
 ) -> None:
-    """`launch` for a process that torchrun started; started by itself, it is one process alone."""
+    """Call `launch` in a process that torchrun started; without torchrun it is one process alone."""
     environment = os.environ
     launch(
         config,
@@ -97,7 +97,7 @@ def launch_from_torch(
 
 
 def setup(config: dict[str, Any], seed: int = 1024) -> None:
-    """What `launch` does once torch.distributed runs, if it has to."""
+    """Do what `launch` does after torch.distributed has started."""
     settings = settings_of(config)
     processes = world_size()
     if processes % settings.tensor_size:
@@ -113,7 +113,7 @@ def setup(config: dict[str, Any], seed: int = 1024) -> None:
 
 
 def _reset_loss(*_: object) -> None:
-    """A forward pre-hook; a function of the module, so that the model can be pickled."""
+    """Reset the losses before a forward; a function of this file, so that a model with the hook can be pickled."""
     MOE_CONTEXT.reset_loss()
 
 
@@ -127,7 +127,7 @@ def initialize(
     ophooks: Any = None,
     verbose: bool = True,
 ) -> tuple[Engine, Any, Any, Any]:
-    """An engine of model, optimizer and criterion, which reduces the gradients of dense and expert parameters itself.
+    """Make an engine of model, optimizer and criterion, which reduces dense and expert gradients itself.
 
     The model is moved to the GPU where there is one, and its parameters become those of the first rank that holds
     them. A `MoeGradientHandler` is added when the layout of experts was set up or the model holds any. The auxiliary

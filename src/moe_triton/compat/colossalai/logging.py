@@ -32,5 +32,5 @@ class DistributedLogger:
 
 
 def get_dist_logger(name: str = "colossalai") -> DistributedLogger:
-    """The logger of a name."""
+    """Return the logger of a name."""
     return DistributedLogger(name)

@@ -25,7 +25,7 @@ def assert_close(a: Tensor, b: Tensor, rtol: float = 1e-5, atol: float = 1e-8) -
 
 
 def assert_close_loose(a: Tensor, b: Tensor, rtol: float = 1e-3, atol: float = 1e-3) -> None:
-    """`assert_close` with wide tolerances."""
+    """Call `assert_close` with wide tolerances."""
     assert_close(a, b, rtol, atol)
 
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's own layers into ours, which take over the parameters as they are."""
+"""Turn DeepSpeed's own layers into ours, with the same parameters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PARTS = {
     "deepspeed_moe.experts": "deepspeed.moe.experts.Experts",
 }
 
-# the options of a layer, by where DeepSpeed's keeps them
+# a layer's options, by the module of DeepSpeed's layer that holds them
 OF_LAYER = ("num_experts", "ep_size", "use_residual", "enable_expert_tensor_parallelism")
 OF_GATE = (
     "k", "capacity_factor", "eval_capacity_factor", "min_capacity", "noisy_gate_policy", "drop_tokens", "use_rts",
@@ -28,7 +28,7 @@ OF_GATE = (
 
 
 def obstacle(layer: nn.Module) -> str | None:
-    """Why a layer that derives from DeepSpeed's MoE cannot be replaced by ours, or None."""
+    """Return why a layer that derives from DeepSpeed's MoE cannot be replaced by ours, or None."""
     for name, wanted in PARTS.items():
         part = layer.get_submodule(name)
         module, _, kind = wanted.rpartition(".")
@@ -40,9 +40,9 @@ def obstacle(layer: nn.Module) -> str | None:
 
 
 def from_upstream(layer: Any, backend: str = "auto") -> MoE:
-    """Our layer with the options, experts, gate and training flags of DeepSpeed's; `obstacle` must name none."""
+    """Make our layer with the options, experts, gate and training flags of DeepSpeed's; `obstacle` must be None."""
     gate = layer.deepspeed_moe.gate
-    with torch.random.fork_rng(devices=()), torch.device("meta"):  # what is made here is replaced at once
+    with torch.random.fork_rng(devices=()), torch.device("meta"):  # all of it is replaced below
         ours = MoE(
             gate.wg.in_features,
             nn.Identity(),

@@ -10,10 +10,10 @@ from moe_triton.compat.deepspeed import groups, layer
 
 
 class MoE(layer.MoE):
-    """`moe_triton.compat.deepspeed.layer.MoE` with the documentation's argument order; the rest goes by keyword.
+    """`moe_triton.compat.deepspeed.layer.MoE` with the documentation's argument order; the others are keywords.
 
-    ep_size None takes what `groups.initialize` was asked for: a layer with fewer experts than that gets groups of its
-    own size, and without a call every rank holds all experts.
+    ep_size None takes the size given to `groups.initialize`; a layer with fewer experts gets groups of its own size.
+    Without a call every rank holds all experts.
     """
 
     def __init__(

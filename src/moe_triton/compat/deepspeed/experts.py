@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moe_triton.autograd.experts import run_experts
 from moe_triton.checks import check_int
 from moe_triton.compat.deepspeed import groups
 from moe_triton.compat.mlps import MLP, is_tampered, recognise
-from moe_triton.compat.opaque import OpaqueExperts, call_one_by_one
+from moe_triton.compat.opaque import OpaqueCall, call_one_by_one, compute_experts
 from moe_triton.distributed import ExpertParallel
 from moe_triton.distributed.exchange.stages import ExchangedLayer
-from moe_triton.experts import check_call
 from moe_triton.records import Dispatch, ExpertCall, ExpertParameters, ExpertSpec
-from moe_triton.runtime import without_autocast
 
 
 class Experts(nn.Module):
@@ -71,7 +69,7 @@ class Experts(nn.Module):
         self,
         hidden_states: Tensor,
         weights: Tensor,
-        plan: Dispatch,
+        dispatched: Dispatch,
         *,
         expert_parallel: ExpertParallel | None = None,
         capacity: Callable[[int], int | None] = lambda num_tokens: None,
@@ -80,27 +78,29 @@ class Experts(nn.Module):
 
         `capacity` (tokens -> places of an expert) is for an `expert_parallel`, over whose ranks the experts are spread.
         """
-        call = self._fused_call(hidden_states, weights, plan)
-        if expert_parallel is None:
-            if call is None:
-                return self._one_by_one(hidden_states, weights, plan)
-            check_call(call, self.backend)
-            return run_experts(call, backend=self.backend)
-        num_experts = self.num_local_experts * expert_parallel.ep.size
-        layer = ExchangedLayer(name=self.message_name, num_experts=num_experts, backend=self.backend, capacity=capacity)
-        if call is not None:
-            return expert_parallel.run(call, layer)
-        parameters, first = list(self.parameters()), expert_parallel.first_expert(num_experts)
-        name, device = type(self.deepspeed_experts[0]).__name__, hidden_states.device
-        experts = OpaqueExperts(name, self._one_by_one, parameters, self.num_local_experts, first, self.backend, device)
-        with without_autocast(device):
-            return expert_parallel.exchange(hidden_states, weights, plan, experts, parameters, layer)
+        num_experts = self.num_local_experts * (1 if expert_parallel is None else expert_parallel.ep.size)
+        layer = ExchangedLayer(
+            name=self.message_name,
+            num_experts=num_experts,
+            backend=self.backend,
+            capacity=capacity,
+            held=self.parameters,
+        )
+        return compute_experts(self._call(hidden_states, weights, dispatched), expert_parallel, layer)
 
-    def _fused_call(self, hidden_states: Tensor, weights: Tensor, plan: Dispatch) -> ExpertCall | None:
-        """The call of experts that are MLPs, with their parameters as they are; None for other experts."""
+    def _call(self, hidden_states: Tensor, weights: Tensor, dispatched: Dispatch) -> ExpertCall | OpaqueCall:
         linears = self._linears()
         if linears is None or self.mlp is None:
-            return None
+            experts = list(self.deepspeed_experts)
+            return OpaqueCall(
+                hidden=hidden_states,
+                weights=weights,
+                dispatched=dispatched,
+                name=type(experts[0]).__name__,
+                compute=partial(call_one_by_one, experts),
+                parameters=list(self.parameters()),
+                num_experts=self.num_local_experts,
+            )
         gate_up_biases = down_biases = None
         if linears[0][0].bias is not None:
             gate_up_biases = [_joined([up.bias for up in ups]) for *ups, _ in linears]
@@ -111,13 +111,13 @@ class Experts(nn.Module):
         return ExpertCall(
             hidden=hidden_states,
             weights=weights,
-            dispatched=plan,
+            dispatched=dispatched,
             parameters=ExpertParameters(gate_ups, downs, gate_up_biases, down_biases),
             spec=ExpertSpec(activation=self.mlp.activation),
         )
 
     def _linears(self) -> list[list[Any]] | None:
-        """Every expert's Linears; None when the experts are no MLPs, or not what they were any more."""
+        """Return every expert's Linears; None when the experts are no MLPs, or have been changed."""
         if self.mlp is None:
             return None
         found = []
@@ -130,15 +130,11 @@ class Experts(nn.Module):
             found.append(linears)
         return found
 
-    def _one_by_one(self, hidden_states: Tensor, weights: Tensor, plan: Dispatch) -> Tensor:
-        """Each expert on its own rows, [1, 1, rows, d] as DeepSpeed has four dimensions; one host sync."""
-        return call_one_by_one(list(self.deepspeed_experts), hidden_states, weights, plan)
-
     @torch.no_grad()
     def prepare(self) -> None:
         """Mark the parameters, and put gate beside up in memory, so that one product reads both without a copy.
 
-        Done again whenever torch may have made other parameters: `.to`, copying, unpickling, loading with assign=True.
+        Repeat it after what may make new parameters: `.to`, copying, unpickling, loading with assign=True.
         """
         for number, expert in enumerate(self.deepspeed_experts):
             for parameter in expert.parameters():
@@ -153,7 +149,7 @@ class Experts(nn.Module):
         for linears in self._linears() or []:
             ups = linears[:-1]
             for parameters in ([up.weight for up in ups], [up.bias for up in ups]):
-                # in a storage that they share with others (an optimizer's flat buffer) they stay where they are
+                # parameters in a shared storage (an optimizer's flat buffer) stay where they are
                 if parameters[0] is not None and _adjacent(parameters) is None and all(map(_owns_storage, parameters)):
                     whole = torch.cat([parameter.data for parameter in parameters])
                     for parameter, half in zip(parameters, whole.chunk(2), strict=True):
@@ -175,7 +171,7 @@ class Experts(nn.Module):
 
 
 def _take_own_experts(experts: Experts, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-    """Of a state dict with all of the group's experts, leave this rank's, by their local numbers.
+    """Keep only this rank's experts, by local numbers, of a state dict with all of the group's experts.
 
     DeepSpeed would give the first experts to every rank (DeepSpeed #6589).
     """
@@ -186,7 +182,7 @@ def _take_own_experts(experts: Experts, state_dict: dict[str, Any], prefix: str,
     if num_given <= num_local or experts.expert_group_name is None:
         return
     if num_given != num_local * groups.get_expert_parallel_world_size(experts.expert_group_name):
-        return  # torch names the keys that are too many
+        return  # torch's error names the unexpected keys
     first = num_local * groups.get_expert_parallel_rank(experts.expert_group_name)
     own = {}
     for key, (number, rest) in keys.items():
@@ -201,7 +197,7 @@ def _prepare_after_loading(experts: Experts, _incompatible_keys: object) -> None
 
 
 def _kinds(expert: nn.Module) -> tuple[type, ...]:
-    """The classes of an expert and of its parts."""
+    """Return the classes of an expert and of its parts."""
     return (type(expert), *map(type, expert._modules.values()))
 
 
@@ -212,7 +208,7 @@ def _submodule(module: nn.Module, name: str) -> Any:
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """One tensor of all rows of one or two tensors; a view, when `prepare` or an optimizer laid them side by side."""
+    """Return all rows of one or two tensors; a view, when `prepare` or an optimizer placed them side by side."""
     if len(parts) == 1:
         return parts[0]
     if torch.compiler.is_compiling() or _adjacent(parts) is None:
@@ -225,7 +221,7 @@ def _owns_storage(parameter: Tensor) -> bool:
 
 
 def _adjacent(parts: list[Tensor]) -> Tensor | None:
-    """The view of both tensors when the second begins where the first ends; a single tensor needs none."""
+    """Return the view of both tensors when the second begins where the first ends; a single tensor needs none."""
     first, *rest = (part.detach() for part in parts)
     if not rest:
         return first

@@ -1,6 +1,6 @@
 """DeepSpeed's gating (deepspeed/moe/sharded_moe.py, 0.19) on our operations.
 
-What DeepSpeed writes as [S, E, C] masks is here a Routing and a Dispatch: memory grows with S*E, never with the
+In place of DeepSpeed's [S, E, C] masks there are a Routing and a Dispatch: memory grows with S*E, never with the
 capacity. Noise is drawn in DeepSpeed's shapes and order from torch's generator, so that the same seed makes the same
 choices. Shapes: S tokens, E experts, K choices, d hidden size, C capacity.
 """
@@ -28,24 +28,24 @@ JITTER = 1e-2
 
 
 class Gating(NamedTuple):
-    """What the gate decides for S tokens.
+    """The gate's decisions for S tokens.
 
     l_aux       [] the load-balance loss, differentiable, unweighted
     exp_counts  [E] int64, assignments wanted per expert, before dropping
     experts     [S, K] int32; -1 for tokens that `used_token` leaves out
     weights     [S, K] fp32, differentiable; for K >= 2 renormalised over the choices that survive
-    plan        the Dispatch: which assignments survive the capacity, and where they go
+    dispatched  the Dispatch: which assignments survive the capacity, and where they go
     """
 
     l_aux: Tensor
     exp_counts: Tensor
     experts: Tensor
     weights: Tensor
-    plan: Dispatch
+    dispatched: Dispatch
 
 
 def capacity(num_tokens: int, num_experts: int, capacity_factor: float, min_capacity: int) -> int:
-    """C = max(min_capacity, ceil(S/E * factor)) in fp32 as DeepSpeed computes it; never clamped to S.
+    """Return C = max(min_capacity, ceil(S/E * factor)) in fp32 as DeepSpeed computes it; never clamped to S.
 
     `moe_triton.expert_capacity` computes on the decimal that the user wrote instead.
     """
@@ -67,7 +67,7 @@ def top_k_gating(
     drop_policy: str = "probs",
     backend: str = "auto",
 ) -> Gating:
-    """DeepSpeed's top1gating, top2gating and topkgating.
+    """Gate as DeepSpeed's top1gating, top2gating and topkgating do.
 
     - k = 1: weight = softmax(logits)[chosen]; l_aux = E * sum_e mean(gates)_e * mean(chosen)_e (Switch).
     - k = 2: l_aux counts first choices only; all first choices have precedence over second ones (GShard).
@@ -80,8 +80,8 @@ def top_k_gating(
         k: choices per token, 1 to E.
         capacity_factor: C = max(min_capacity, ceil(k * capacity_factor * S / E)).
         min_capacity: floor of C; for k = 1 at most S.
-        used_token: [S] 0/1 mask of any dtype; a token gets experts where it is above 0. (So an additive mask, 0 and
-            -inf, leaves every token without.)
+        used_token: [S] 0/1 mask of any dtype; a token gets experts where it is above 0. (An additive mask of 0
+            and -inf leaves every token without experts.)
         rsample: for k = 1, choose by logits + Gumbel noise; the weight stays noise-free.
         drop_tokens: False keeps every assignment: truly dropless, nothing is padded to the fullest expert.
         use_rts: for k = 1, sample the surviving tokens at random (Random Token Selection); else keep the earliest.
@@ -103,7 +103,7 @@ def top_k_gating(
     noise = _choice_noise(logits, k, rsample, top2_2nd_expert_sampling)
     routing = route(logits, k, normalize=False, noise=noise, backend=backend)
     experts, weights = routing.experts, routing.weights
-    if used_token is not None:  # not given to `route`: DeepSpeed's mean of the gates is over unused tokens too
+    if used_token is not None:  # not given to `route`, because DeepSpeed's mean of the gates includes unused tokens
         unused_S1 = ~(used_token > 0)[:, None]
         experts, weights = experts.masked_fill(unused_S1, -1), weights.masked_fill(unused_S1, 0.0)
     keys = _random_keys(experts, num_experts) if k == 1 and use_rts else None
@@ -112,7 +112,7 @@ def top_k_gating(
         priority = "probability" if keys is not None else "position"
     else:
         priority = "choice" if k == 2 else DROP_POLICIES[drop_policy]
-    plan = dispatch(
+    dispatched = dispatch(
         experts,
         num_experts,
         capacity=limit,
@@ -120,15 +120,15 @@ def top_k_gating(
         weights=weights if keys is None else keys,
         backend=backend,
     )
-    counts = _count(experts[:, 0], num_experts) if k == 2 else plan.counts
+    counts = _count(experts[:, 0], num_experts) if k == 2 else dispatched.counts
     l_aux = losses.load_balance_loss(counts, routing.score_sums, routing.num_tokens, 1 if k == 2 else k)
     if k > 1:
-        weights = renormalize(weights, plan)
-    return Gating(l_aux=l_aux, exp_counts=plan.counts.long(), experts=experts, weights=weights, plan=plan)
+        weights = renormalize(weights, dispatched)
+    return Gating(l_aux, dispatched.counts.long(), experts, weights, dispatched)
 
 
 def _choice_noise(logits: Tensor, k: int, rsample: bool, second_expert_sampling: bool) -> Tensor | None:
-    """What is added to the logits for the choice only, [S, E], or None."""
+    """Return what is added to the logits for the choice only, [S, E], or None."""
     if not (rsample if k == 1 else k == 2 and second_expert_sampling):
         return None
     zero = torch.zeros((), dtype=wide(logits.dtype), device=logits.device)
@@ -139,13 +139,13 @@ def _choice_noise(logits: Tensor, k: int, rsample: bool, second_expert_sampling:
 
 
 def _random_keys(experts: Tensor, num_experts: int) -> Tensor:
-    """A random number for every assignment [S, 1], out of the [S, E] that DeepSpeed draws."""
+    """Return a random number for every assignment [S, 1], out of the [S, E] that DeepSpeed draws."""
     keys_SE = torch.rand(experts.shape[0], num_experts, device=experts.device)
     return keys_SE.gather(1, experts.long().clamp_min(0))
 
 
 def _count(experts: Tensor, num_experts: int) -> Tensor:
-    """How often each expert occurs, [E] int32; -1 counts nowhere. Unlike bincount, without a host sync."""
+    """Return how often each expert occurs, [E] int32, without -1. Unlike bincount it needs no host sync."""
     counts = torch.zeros(num_experts + 1, dtype=torch.int32, device=experts.device)
     ids = experts.long().remainder(num_experts + 1)  # -1 becomes E
     return counts.scatter_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))[:num_experts]
@@ -211,7 +211,7 @@ class TopKGate(nn.Module):
             return F.linear(x, self.wg.weight.to(dtype))
 
     def capacity(self, num_tokens: int) -> int | None:
-        """Assignments that an expert keeps of one rank's tokens in the present mode; None for all."""
+        """Return how many of one rank's assignments an expert keeps in the present mode; None for all."""
         if not self.drop_tokens:
             return None
         factor = self.k * (self.capacity_factor if self.training else self.eval_capacity_factor)

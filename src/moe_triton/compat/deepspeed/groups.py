@@ -1,7 +1,7 @@
 """DeepSpeed's process groups: expert (E), data (D) and model (M) parallelism.
 
-`initialize` is the one of DeepSpeed's documentation; a layer that is given its `ep_size` makes its groups by itself
-when the engine calls its `set_deepspeed_parallelism`. Groups have the names "ep_size_N" and live in
+`initialize` is that of DeepSpeed's documentation; a layer with an `ep_size` makes its groups when the engine calls its
+`set_deepspeed_parallelism`. Groups have the names "ep_size_N" and live in
 `deepspeed.utils.groups` where deepspeed is installed. On one process without torch.distributed there are no groups,
 every size is 1 and every rank 0.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -20,32 +20,37 @@ from moe_triton.compat.deepspeed import upstream
 from moe_triton.distributed import ParallelGroups, RankTables, make_groups, plan
 
 
-def _store(name: str) -> dict[str, Any]:
-    """DeepSpeed's dictionary of groups where deepspeed is installed, else one of our own."""
-    return {} if upstream.groups is None else getattr(upstream.groups, name)
+class _Named(NamedTuple):
+    """Groups of one kind by name: torch's handles, and lists of ranks."""
+
+    handles: dict[str, Any]
+    ranks: dict[str, Any]
+
+
+def _stores(name: str) -> _Named:
+    """Return DeepSpeed's dictionaries of groups where deepspeed is installed, else new ones."""
+    if upstream.groups is None:
+        return _Named({}, {})
+    return _Named(getattr(upstream.groups, name), getattr(upstream.groups, f"{name}_RANKS"))
 
 
 @dataclass
 class _State:
-    """What `initialize` was asked for, and this rank's groups by name."""
+    """The arguments of `initialize`, and this rank's groups by name."""
 
     ep_size: int | None = None
     mpu: Any = None
     world: Any = None  # the default group that the others belong to
     parallel: dict[str, ParallelGroups] = field(default_factory=dict)
-    expert_parallel: dict[str, Any] = field(default_factory=partial(_store, "_EXPERT_PARALLEL_GROUP"))
-    expert_parallel_ranks: dict[str, Any] = field(default_factory=partial(_store, "_EXPERT_PARALLEL_GROUP_RANKS"))
-    expert_data_parallel: dict[str, Any] = field(default_factory=partial(_store, "_EXPERT_DATA_PARALLEL_GROUP"))
-    expert_data_parallel_ranks: dict[str, Any] = field(
-        default_factory=partial(_store, "_EXPERT_DATA_PARALLEL_GROUP_RANKS")
-    )
+    expert_parallel: _Named = field(default_factory=partial(_stores, "_EXPERT_PARALLEL_GROUP"))
+    expert_data_parallel: _Named = field(default_factory=partial(_stores, "_EXPERT_DATA_PARALLEL_GROUP"))
 
 
 _state = _State()
 
 
 def group_name(ep_size: int) -> str:
-    """The key of the groups of an expert-parallel size."""
+    """Return the key of the groups of an expert-parallel size."""
     return f"ep_size_{ep_size}"
 
 
@@ -93,7 +98,7 @@ def initialize(ep_size: int = 1, mpu: Any = None, num_ep_list: list[int] | None 
 
 
 def ensure_initialized(mpu: Any = None) -> None:
-    """`initialize` if nobody did: S1 without an mpu (ep_size 1), S3 with one (ep_size = data-parallel world size)."""
+    """Call `initialize` if nobody did: S1 without an mpu (ep_size 1), S3 with one (ep_size = data-parallel size)."""
     if is_initialized():
         return
     if mpu is None:
@@ -103,13 +108,13 @@ def ensure_initialized(mpu: Any = None) -> None:
 
 
 def is_initialized() -> bool:
-    """Whether `initialize` has been called."""
+    """Return whether `initialize` has been called."""
     _notice_world()
     return _state.ep_size is not None
 
 
 def ep_size_for(num_experts: int) -> int:
-    """The expert-parallel size of a layer that names none: as many ranks as it has experts for; 1 before `initialize`.
+    """Return the expert-parallel size of a layer that names none, at most its experts; 1 before `initialize`.
 
     `layer.MoE` raises ValueError where it does not divide the experts.
     """
@@ -123,7 +128,7 @@ def reset() -> None:
 
 
 def _notice_world() -> None:
-    """Forget groups of a torch.distributed that has been started anew since."""
+    """Forget the groups where torch.distributed has been restarted since."""
     if dist.is_initialized():
         if _state.world not in (None, dist.group.WORLD):
             _forget_groups()
@@ -132,12 +137,7 @@ def _notice_world() -> None:
 
 def _forget_groups() -> None:
     global _state
-    for groups in (
-        _state.expert_parallel,
-        _state.expert_parallel_ranks,
-        _state.expert_data_parallel,
-        _state.expert_data_parallel_ranks,
-    ):
+    for groups in (*_state.expert_parallel, *_state.expert_data_parallel):
         groups.clear()
     if upstream.groups is not None:
         upstream.groups.expert_tensor_parallel_world_size = 1
@@ -150,7 +150,7 @@ def create_expert_groups(ep_size: int, *, within_lanes: bool = False, data_befor
     Args:
         ep_size: ranks per expert-parallel group; divides the ranks of a pipeline stage (of a lane).
         within_lanes: only ranks with the same model-parallel rank form groups, and each lane runs all tokens (experts
-            that are tensor-parallel by themselves). Else all ranks of a stage do, and model-parallel ranks, which hold
+            that are tensor-parallel themselves). Else all ranks of a stage do, and model-parallel ranks, which hold
             the same tokens, send a share of them each.
         data_before_expert: expert-parallel groups are strided, expert-data-parallel ones consecutive.
 
@@ -167,12 +167,9 @@ def create_expert_groups(ep_size: int, *, within_lanes: bool = False, data_befor
     _check_mpu_ranks(tables)
     parallel = make_groups(tables)
     _state.parallel[name] = parallel
-    for group, groups, ranks in (
-        (parallel.ep, _state.expert_parallel, _state.expert_parallel_ranks),
-        (parallel.edp, _state.expert_data_parallel, _state.expert_data_parallel_ranks),
-    ):
-        if name not in groups:  # DeepSpeed's own layers may have made them
-            groups[name], ranks[name] = group.handle, list(group.ranks)
+    for group, named in ((parallel.ep, _state.expert_parallel), (parallel.edp, _state.expert_data_parallel)):
+        if name not in named.handles:  # DeepSpeed's own layers may have made them
+            named.handles[name], named.ranks[name] = group.handle, list(group.ranks)
     if within_lanes and upstream.groups is not None:
         upstream.groups.expert_tensor_parallel_world_size = sizes[0]
 
@@ -186,7 +183,7 @@ def rank_tables(
     within_lanes: bool = False,
     data_before_expert: bool = False,
 ) -> RankTables:
-    """DeepSpeed's expert-parallel (.ep) and expert-data-parallel (.edp) groups, as lists of ranks.
+    """Return DeepSpeed's expert-parallel (.ep) and expert-data-parallel (.edp) groups, as lists of ranks.
 
     W=8, ep=2: [0,1][2,3][4,5][6,7] and [0,2,4,6][1,3,5,7]. With tensor_parallel=2, within lanes: [0,2][4,6][1,3][5,7]
     and [0,4][2,6][1,5][3,7]. W=8, ep=2, data before expert: [0,4][1,5][2,6][3,7] and [0,1,2,3][4,5,6,7].
@@ -200,7 +197,7 @@ def rank_tables(
 
 
 def parallel_groups(ep_size: int) -> ParallelGroups | None:
-    """What the exchange runs over; None where `create_expert_groups` has made nothing."""
+    """Return what the exchange runs over; None where `create_expert_groups` has made nothing."""
     return _state.parallel.get(group_name(ep_size))
 
 
@@ -221,12 +218,12 @@ DATA = ("data_parallel",)
 
 
 def get_mpu() -> Any:
-    """The model parallel unit that `initialize` or DeepSpeed's engine was given, or None."""
+    """Return the model parallel unit that `initialize` or DeepSpeed's engine was given, or None."""
     return _state.mpu if upstream.groups is None else upstream.groups.mpu
 
 
 def tensor_parallel_world_size() -> int:
-    """Ranks that hold the same tokens."""
+    """Return ranks that hold the same tokens."""
     return _size_of(get_mpu(), TENSOR)
 
 
@@ -235,7 +232,7 @@ def tensor_parallel_rank() -> int:
 
 
 def tensor_parallel_group() -> Any:
-    """As `get_model_parallel_group`, by any of the names that an mpu may have for it."""
+    """Return what `get_model_parallel_group` does, by any of the names that an mpu may have for it."""
     return _model_group(TENSOR)
 
 
@@ -292,29 +289,29 @@ def _check_started() -> None:
 
 
 def get_expert_parallel_group(name: str) -> Any:
-    """The ProcessGroup of this rank; None on one process without torch.distributed."""
-    return _lookup(_state.expert_parallel, name)
+    """Return the ProcessGroup of this rank; None on one process without torch.distributed."""
+    return _lookup(_state.expert_parallel.handles, name)
 
 
 def get_expert_data_parallel_group(name: str) -> Any:
-    """The ProcessGroup of the ranks that hold the same experts; None on one process without torch.distributed."""
-    return _lookup(_state.expert_data_parallel, name)
+    """Return the ProcessGroup of the ranks with the same experts; None on one process without torch.distributed."""
+    return _lookup(_state.expert_data_parallel.handles, name)
 
 
 def get_expert_parallel_group_ranks(name: str) -> list[int]:
-    return list(_lookup(_state.expert_parallel_ranks, name) or [0])
+    return list(_lookup(_state.expert_parallel.ranks, name) or [0])
 
 
 def get_expert_data_parallel_group_ranks(name: str) -> list[int]:
-    return list(_lookup(_state.expert_data_parallel_ranks, name) or [0])
+    return list(_lookup(_state.expert_data_parallel.ranks, name) or [0])
 
 
 def get_expert_parallel_group_dict() -> dict[str, Any]:
-    return _state.expert_parallel
+    return _state.expert_parallel.handles
 
 
 def get_expert_data_parallel_group_dict() -> dict[str, Any]:
-    return _state.expert_data_parallel
+    return _state.expert_data_parallel.handles
 
 
 def get_expert_parallel_world_size(name: str) -> int:
@@ -334,13 +331,15 @@ def get_expert_data_parallel_rank(name: str) -> int:
 
 
 def get_expert_parallel_src_rank(name: str) -> int:
-    """The global rank of the group's rank 0."""
+    """Return the global rank of the group's rank 0."""
     return get_expert_parallel_group_ranks(name)[0]
 
 
 def get_max_expert_size() -> int:
-    """The largest expert-parallel size that there are groups for; 1 when there are none."""
-    sizes = [int(name.removeprefix("ep_size_")) for name in _state.expert_parallel if name.startswith("ep_size_")]
+    """Return the largest expert-parallel size that there are groups for; 1 when there are none."""
+    sizes = [
+        int(name.removeprefix("ep_size_")) for name in _state.expert_parallel.handles if name.startswith("ep_size_")
+    ]
     return max(sizes, default=_state.ep_size or 1)
 
 
@@ -353,7 +352,7 @@ def get_max_expert_parallel_group() -> Any:
 
 
 def get_data_parallel_group() -> Any:
-    """The mpu's data-parallel group, else the world; None on one process without torch.distributed."""
+    """Return the mpu's data-parallel group, else the world; None on one process without torch.distributed."""
     if get_mpu() is not None:
         return get_mpu().get_data_parallel_group()
     return dist.group.WORLD if dist.is_initialized() else None
@@ -368,7 +367,7 @@ def get_data_parallel_rank() -> int:
 
 
 def get_model_parallel_group() -> Any:
-    """The mpu's model-parallel group, or the group of this rank only; None without torch.distributed.
+    """Return the mpu's model-parallel group, or the group of this rank only; None without torch.distributed.
 
     Raises RuntimeError where neither an mpu nor `initialize` has made groups.
     """

@@ -14,18 +14,18 @@ from moe_triton.compat.deepspeed import groups, upstream
 from moe_triton.compat.deepspeed.experts import Experts
 from moe_triton.compat.deepspeed.gating import TopKGate
 from moe_triton.distributed import ExpertParallel
+from moe_triton.distributed.holders import ExpertHolder
 from moe_triton.runtime import BACKENDS
 
 _layer_numbers = itertools.count()
 
 
-class MOELayer(nn.Module):
+class MOELayer(ExpertHolder):
     """gate -> exchange -> experts -> exchange, with the loss and the counts of the last forward as attributes."""
 
     TRANSIENT = ("l_aux", "exp_counts", "expert_parallel")
     l_aux: Tensor | None = None
     exp_counts: Tensor | None = None
-    expert_parallel: ExpertParallel | None = None
 
     def __init__(self, gate: TopKGate, experts: Experts) -> None:
         super().__init__()
@@ -40,14 +40,14 @@ class MOELayer(nn.Module):
         output = self.experts(
             x,
             gating.weights,
-            gating.plan,
+            gating.dispatched,
             expert_parallel=self.expert_parallel,
             capacity=self.gate.capacity,
         )
         return output.reshape(hidden_states.shape), gating.l_aux, gating.exp_counts
 
     def held_parameters(self) -> Iterator[nn.Parameter]:
-        """Those that differ between the ranks of `expert_parallel`, for `moe_triton.distributed.reduce_gradients`."""
+        """Return the parameters of the container, which differ between the ranks of `expert_parallel`."""
         return self.experts.parameters()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -70,10 +70,10 @@ class MoE(upstream.MoE):
         use_residual: also run `expert` itself as a dense MLP and mix the two by a learned softmax (PR-MoE,
             arXiv 2201.05596).
         noisy_gate_policy: None, "None", "Jitter" or "RSample", in training.
-        drop_tokens: False drops nothing, whatever the capacity.
+        drop_tokens: False drops nothing.
         use_rts: for k = 1, sample the surviving tokens at random; else keep the earliest.
-        use_tutel: accepted and without effect: what Tutel would make faster are this package's kernels.
-        enable_expert_tensor_parallelism: the experts are split over the model-parallel ranks by themselves.
+        use_tutel: accepted, without effect: this package has its own kernels.
+        enable_expert_tensor_parallelism: the experts themselves are split over the model-parallel ranks.
         top2_2nd_expert_sampling: for k = 2, sample the second expert in training.
         expert_group_name: the layer's name among the optimizer's groups (issue #5064); default "moe_N", counted in the
             order of construction. The process group's key stays "ep_size_{ep_size}", in the attribute that DeepSpeed's
@@ -173,7 +173,7 @@ class MoE(upstream.MoE):
                 raise RuntimeError(f"ep_size: got {self.ep_size}, but torch.distributed is not initialised")
             return
         expert_parallel = ExpertParallel(parallel, **self.exchange)
-        # now, since layers are bound on all ranks at once, but may be made on one alone
+        # here, because all ranks bind a layer together, but one rank may construct it alone
         self.deepspeed_moe.experts.message_name = expert_parallel.new_layer()
         self.deepspeed_moe.expert_parallel = None if expert_parallel.is_alone else expert_parallel
 

@@ -17,7 +17,7 @@ MAX_GROUP_SIZE = 178956971  # DeepSpeed's default
 
 
 def has_moe_layers(m: nn.Module) -> tuple[bool, int]:
-    """(whether a DeepSpeed MoE layer, ours or upstream's, is in the model; the first one's number of experts)."""
+    """Return (whether the model has a DeepSpeed MoE layer, ours or upstream's; the first one's number of experts)."""
     kinds = MoE if upstream.groups is None else (MoE, upstream.MoE)
     for module in m.modules():
         if isinstance(module, kinds):
@@ -26,7 +26,7 @@ def has_moe_layers(m: nn.Module) -> tuple[bool, int]:
 
 
 def is_moe_param(param: Tensor) -> bool:
-    """Whether the parameter belongs to an expert: not to be reduced over all data-parallel ranks."""
+    """Return whether the parameter belongs to an expert: not to be reduced over all data-parallel ranks."""
     return getattr(param, "allreduce", True) is False
 
 
@@ -37,7 +37,7 @@ def is_moe_param_group(param_group: dict[str, Any]) -> bool:
 def split_params_into_shared_and_expert_params(
     params: Iterable[nn.Parameter],
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(parameters that all ranks share, parameters of experts), each in the given order."""
+    """Return (parameters that all ranks share, parameters of experts), each in the given order."""
     params = list(params)
     return [p for p in params if not is_moe_param(p)], [p for p in params if is_moe_param(p)]
 
@@ -45,7 +45,7 @@ def split_params_into_shared_and_expert_params(
 def split_params_grads_into_shared_and_expert_params(
     group: Iterable[nn.Parameter],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The gradients that exist, in the parameters' dtype: (of shared parameters, of experts' parameters)."""
+    """Return the gradients that exist, in the parameters' dtype: (of shared parameters, of experts' parameters)."""
     shared, expert = split_params_into_shared_and_expert_params(p for p in group if p.grad is not None)
     return [p.grad.to(p.dtype) for p in shared], [p.grad.to(p.dtype) for p in expert]  # type: ignore[union-attr]
 
@@ -55,7 +55,7 @@ def split_params_into_different_moe_groups_for_optimizer(
     max_group_size: float | None = MAX_GROUP_SIZE,
     by: str = "group",
 ) -> list[dict[str, Any]]:
-    """Optimizer groups in which expert parameters are apart from the others, and optionally from each other.
+    """Return optimizer groups that separate expert parameters from the others, and optionally from each other.
 
     First come the given groups without their expert parameters, then, for each given group in turn, its expert
     parameters' groups in the order of the parameters, which is the same on all ranks. No group is empty, and the input
@@ -98,7 +98,7 @@ def split_params_into_different_moe_groups_for_optimizer(
 def configure_moe_param_groups(
     model_parameters: list[nn.Parameter] | list[dict[str, Any]], by: str = "group"
 ) -> list[dict[str, Any]]:
-    """Parameters, or optimizer groups without any MoE group yet, as groups that DeepSpeed's engine takes.
+    """Turn parameters, or optimizer groups without any MoE group yet, into groups that DeepSpeed's engine takes.
 
     Plain parameters become one group named "dense-params" before the split. Groups of which one has a key "moe" already
     are returned as they are.
@@ -122,7 +122,7 @@ def configure_moe_param_groups(
 
 
 def _marks(param: nn.Parameter, by: str) -> dict[str, Any]:
-    """The keys of the group that an expert's parameter belongs to."""
+    """Return the keys of the group that an expert's parameter belongs to."""
     wanted = {"name": "group_name", "layer": "layer_name", "expert_number": "expert_number"}
     marks = {}
     for key in list(wanted)[: BY.index(by) + 1]:
@@ -136,7 +136,7 @@ def _marks(param: nn.Parameter, by: str) -> dict[str, Any]:
 
 
 def _parts(params: list[nn.Parameter], max_group_size: float | None) -> list[list[nn.Parameter]]:
-    """The parameters in order, cut before each one that would make a part too large."""
+    """Return the parameters in order, cut before each one that would make a part too large."""
     parts: list[list[nn.Parameter]] = []
     size = 0
     for param in params:

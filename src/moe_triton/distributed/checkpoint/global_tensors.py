@@ -9,11 +9,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from moe_triton.distributed.holders import StackedExperts, expert_modules
 from moe_triton.torch_internals import WRAPPERS, compiled_module, shards
 
 Offset = tuple[int, ...]
@@ -122,10 +123,9 @@ class ModelTensor(NamedTuple):
 def model_tensors(model: nn.Module) -> dict[str, ModelTensor]:
     """Return the model's parameters and persistent buffers by name; one that has several names by the first of them.
 
-    A module with `expert_parallel` and `num_experts` holds experts; where `expert_parallel` is not None its own
-    parameters are [local experts, ...], and `local_experts` are their ids; with a `placement` these come in any order,
-    and several slots, here or elsewhere, may hold the same expert. Wrappers (DistributedDataParallel, torch.compile,
-    activation checkpointing) leave no trace in the names.
+    `StackedExperts` hold experts; with a `placement` these come in any order, and several slots, here or elsewhere, may
+    hold the same expert. Wrappers (DistributedDataParallel, torch.compile, activation checkpointing) leave no trace in
+    the names.
 
     Raises:
         TypeError: the model is no Module, or its state dict has something else than tensors.
@@ -136,12 +136,16 @@ def model_tensors(model: nn.Module) -> dict[str, ModelTensor]:
     model = _unwrapped(model)
     layouts = {
         id(parameter): expert_layout(name, module, own)
-        for name, module in expert_modules(model).items()
+        for name, module in named_experts(model).items()
         for own, parameter in module.named_parameters(recurse=False)
     }
     found: dict[str, ModelTensor] = {}
     # where replicas lie is not the same on other ranks: experts are saved and loaded by their own ids
-    seen = {id(module.physical_to_logical) for module in model.modules() if hasattr(module, "physical_to_logical")}
+    seen = {
+        id(module.physical_to_logical)
+        for _, module in expert_modules(model, StackedExperts)
+        if module.placement is not None
+    }
     for key, value in model.state_dict(keep_vars=True).items():
         name = _plain(key)
         if not isinstance(value, Tensor):
@@ -154,13 +158,9 @@ def model_tensors(model: nn.Module) -> dict[str, ModelTensor]:
     return found
 
 
-def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules that hold experts, spread or not, by name."""
-    return {
-        _plain(name): module
-        for name, module in _unwrapped(model).named_modules()
-        if hasattr(module, "expert_parallel") and hasattr(module, "num_experts")
-    }
+def named_experts(model: nn.Module) -> dict[str, StackedExperts]:
+    """Return the modules that hold stacked experts by name, without the wrappers."""
+    return {_plain(name): module for name, module in expert_modules(_unwrapped(model), StackedExperts)}
 
 
 def _plain(name: str) -> str:
@@ -177,19 +177,20 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def expert_layout(name: str, module: Any, own: str) -> ExpertLayout | None:
-    parallel = module.expert_parallel
+def expert_layout(name: str, module: StackedExperts, own: str) -> ExpertLayout | None:
+    """Return how the parameter `own` of the module `name` lies in the global one; None where no rank has a part."""
+    parallel, sliced = module.expert_parallel, module.sliced_dimensions
     if parallel is None:
         return None
-    if parallel.etp.size > 1 and not hasattr(module, "sliced_dimensions"):
+    if parallel.etp.size > 1 and sliced is None:
         raise ValueError(
             f"model: {name} has {parallel.etp.size} expert slices, but no `sliced_dimensions` to say how {own!r} is cut"
         )
     return ExpertLayout(
         experts=tuple(module.local_experts),
         num_experts=module.num_experts,
-        sliced=module.sliced_dimensions.get(own) if parallel.etp.size > 1 else None,
+        sliced=sliced.get(own) if sliced is not None and parallel.etp.size > 1 else None,
         slices=parallel.etp.size,
         slot=parallel.etp.rank,
-        apart=getattr(module, "placement", None) is not None,
+        apart=module.placement is not None,
     )

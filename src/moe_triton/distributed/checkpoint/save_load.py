@@ -17,11 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from moe_triton.distributed.checkpoint.global_tensors import GlobalTensor, expert_modules, model_tensors
+from moe_triton.distributed.checkpoint.global_tensors import GlobalTensor, model_tensors, named_experts
 from moe_triton.distributed.checkpoint.manifest import NAME, Manifest, decode, dtype_name, dtype_of, encode
 from moe_triton.distributed.checkpoint.optimizer_state import Restoration, describe
 from moe_triton.distributed.checkpoint.team import Team
 from moe_triton.distributed.errors import CheckpointError
+from moe_triton.distributed.holders import StackedExperts
 from moe_triton.files import file_checksum, sync_directory
 
 Tensors = dict[str, GlobalTensor]
@@ -68,7 +69,7 @@ def save_checkpoint(
             tensors.update(state)
         return {
             "tensors": {key: _spec(tensor) for key, tensor in tensors.items()},
-            "experts": {name: _experts(name, module) for name, module in expert_modules(model).items()},
+            "experts": {name: _experts(name, module) for name, module in named_experts(model).items()},
             "optimizer": described,
             "extra": encode("extra", dict(extra or {})),
         }
@@ -177,11 +178,10 @@ def _spec(tensor: GlobalTensor) -> dict[str, Any]:
     return {"shape": list(tensor.shape), "dtype": dtype_name(tensor.dtype)}
 
 
-def _experts(name: str, module: Any) -> dict[str, Any]:
-    placement = getattr(module, "placement", None)
-    found = {"num_experts": module.num_experts}
-    if placement is not None:
-        found["placement"] = encode(f"{name}.placement", placement.physical_to_logical)
+def _experts(name: str, module: StackedExperts) -> dict[str, Any]:
+    found: dict[str, Any] = {"num_experts": module.num_experts}
+    if module.placement is not None:
+        found["placement"] = encode(f"{name}.placement", module.placement.physical_to_logical)
     return found
 
 

@@ -21,14 +21,15 @@ from moe_triton.distributed.exchange.function import Exchanged
 from moe_triton.distributed.exchange.layer_names import new_layer_name
 from moe_triton.distributed.exchange.local_experts import LocalExperts
 from moe_triton.distributed.exchange.overlap import Deferred
+from moe_triton.distributed.exchange.plain_ddp import refuse_plain_ddp
 from moe_triton.distributed.exchange.rows import Exchange, Planner
 from moe_triton.distributed.exchange.stages import ExchangedLayer, InnermostStage, Stage
-from moe_triton.distributed.exchange.tensor_parallel import gather_tokens, slice_tokens
+from moe_triton.distributed.exchange.tensor_parallel import gather_tokens, slice_tokens, sum_slices_gradients
 from moe_triton.distributed.exchange.transport import Shape, Transport
 from moe_triton.distributed.expert_groups import all_ep_groups, expert_groups, two_levels
 from moe_triton.distributed.groups import Group, ParallelGroups, number_of_ranks
 from moe_triton.records import Dispatch, ExpertCall, matrix_shape
-from moe_triton.torch_internals import active_ddp, never_compiled
+from moe_triton.torch_internals import never_compiled
 
 MODES = ("dropless", "capacity", "bounded", "allgather")
 LOSS_REDUCTIONS = ("sum", "mean")
@@ -178,6 +179,9 @@ class ExpertParallel:
         """
         dtype, call = call.hidden.dtype, in_context(call)
         layer = replace(layer, deduplicate=self.deduplicate and not call.spec.batch_invariant)
+        if self.etp.size > 1:
+            slices = self._channel(self.etp, f"{layer.name}, expert slices")
+            call = replace(call, parameters=sum_slices_gradients(call.parameters, slices))
         with runtime.without_autocast(call.hidden.device):
             experts = LocalExperts(
                 num_experts=len(call.parameters.gate_up),
@@ -211,7 +215,10 @@ class ExpertParallel:
         for. overlap_with: computed while rows travel.
         """
         with report_failure(layer.name):
-            self._check_call(experts)
+            if experts.backend == "reference":
+                raise ValueError("backend: got 'reference' with expert parallelism, wanted 'auto', 'triton' or 'torch'")
+            self.check()
+            refuse_plain_ddp(layer.name, layer.held(), self.has_copies_on)
             ids = layer.ids(dispatched)
             what = self._configuration(hidden, ids, experts, layer)
             fingerprint = self._agree(what, layer.name, "forward", hidden.device)
@@ -235,15 +242,6 @@ class ExpertParallel:
 
             out = Exchanged.apply(hidden, weights, ids, stage, experts, is_training, before_backward, *parameters)
             return gather_tokens(out, tp, num_tokens) if self.tp.size > 1 else out
-
-    def _check_call(self, experts: InnermostStage) -> None:
-        if experts.backend == "reference":
-            raise ValueError("backend: got 'reference' with expert parallelism, wanted 'auto', 'triton' or 'torch'")
-        self.check()
-        if (wrapper := active_ddp()) is not None:
-            from moe_triton.distributed.ddp import refuse_plain_ddp  # which imports this file
-
-            refuse_plain_ddp(wrapper)
 
     def check(self) -> None:
         """Raise for the rows that found no room in an earlier call; waits for the device."""

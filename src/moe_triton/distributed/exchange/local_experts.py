@@ -50,7 +50,8 @@ class LocalExperts:
 
     def description(self) -> Mapping[str, object]:
         gate = {"activation_limit": self.spec.limit, "activation_alpha": self.spec.alpha}
-        return {"activation": self.spec.activation, **gate, "width": self.width}
+        has_adapters = self.form[4:]  # a and b of both projections
+        return {"activation": self.spec.activation, **gate, "width": self.width, "has_adapters": has_adapters}
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, assignments: int, saved: Saved) -> Tensor:
         local = ids - self.first_expert

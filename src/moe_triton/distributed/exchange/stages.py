@@ -7,11 +7,11 @@ in two halves, as the backends' is: the rows' gradients, which others wait for, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_triton.dispatch import chosen_experts
 from moe_triton.records import Dispatch
@@ -26,6 +26,7 @@ class ExchangedLayer:
     backend      "auto", "triton" or "torch"
     capacity     tokens -> places of an expert, None for all, for mode "capacity"
     slots        ids [T, K] of experts -> of slots, where they have replicas
+    held         the parameters of the experts that are here, as the model has them
     deduplicate  whether a token may travel once for several of its choices
     """
 
@@ -34,6 +35,7 @@ class ExchangedLayer:
     backend: str = "auto"
     capacity: Callable[[int], int | None] = lambda num_tokens: None
     slots: Callable[[Tensor], Tensor] = lambda ids: ids
+    held: Callable[[], Iterable[nn.Parameter]] = lambda: ()
     deduplicate: bool = True
 
     def ids(self, dispatched: Dispatch) -> Tensor:

@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moe_triton.distributed.exchange.channel import Channel
 from moe_triton.distributed.exchange.expert_parallel import ExpertParallel
-from moe_triton.distributed.parameters import expert_modules
+from moe_triton.distributed.holders import ExpertHolder, StackedExperts, spread_experts
 from moe_triton.distributed.replicas.placement import Placement, build_placement, moves, plan_placement
-
-Experts = Any  # moe_triton.layers.Experts, which stands above this room
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +25,11 @@ class Rebalanced:
     moved: int
 
 
-def replicated(model: nn.Module) -> Iterator[tuple[str, Experts, ExpertParallel, Placement]]:
+def replicated(model: nn.Module) -> Iterator[tuple[str, StackedExperts, ExpertParallel, Placement]]:
     """Return the layers with redundant experts."""
-    for name, module, parallel in expert_modules(model):
-        placement = getattr(module, "placement", None)
-        if placement is not None:
-            yield name, module, parallel, placement
+    for name, module, parallel in spread_experts(model):
+        if isinstance(module, StackedExperts) and module.placement is not None:
+            yield name, module, parallel, module.placement
 
 
 @torch.no_grad()
@@ -62,13 +58,11 @@ def sum_replica_gradients(model: nn.Module) -> None:
                 parameter.grad[slot] = total[row]
 
 
-def shares_of_slots(module: nn.Module) -> Tensor | None:
+def shares_of_slots(module: ExpertHolder) -> Tensor | None:
     """Return 1 / replicas of each local slot's expert, [slots], to count an expert once; None without replicas."""
-    placement = getattr(module, "placement", None)
-    if placement is None:
+    if not isinstance(module, StackedExperts) or module.placement is None:
         return None
-    experts = torch.tensor(list(module.local_experts))  # type: ignore[arg-type]
-    return 1 / placement.replicas.cpu()[experts].double()
+    return 1 / module.placement.replicas.cpu()[list(module.local_experts)].double()
 
 
 @torch.no_grad()
@@ -99,28 +93,28 @@ def rebalance(
         )
         todo = moves(now, new)
         tensors = list(_slot_tensors(module, optimizer))
+        device = tensors[0].device
         if parallel.ep.size > 1:  # a rank without gradients or state would leave the others waiting
             what = {"moved": [(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors]}
-            device = tensors[0].device
             Channel(group=parallel.ep, layer=name).agree(what, "comparison of what moves with the experts", device)
         for tensor in tensors:
             _move(tensor, todo, new.slots_per_rank, parallel, name)
         module.set_placement(new)
-        module.load.zero_()
+        module.load_on(device).zero_()
         found.append(Rebalanced(layer=name, before=now.imbalance, after=new.imbalance, moved=len(todo)))
     return found
 
 
-def _global_load(module: Experts, parallel: ExpertParallel, name: str) -> Tensor:
+def _global_load(module: StackedExperts, parallel: ExpertParallel, name: str) -> Tensor:
     """The assignments that all ranks' tokens wanted of each expert since the last call, [E] fp64 on the host."""
-    total = module.load_on(module.down_proj.device).double()
+    total = module.load_on(next(module.held_parameters()).device).double()
     for group in parallel.data:
         if group.size > 1:
             Channel(group=group, layer=name).all_reduce(total, "sum of the expert loads")
     return total.cpu()
 
 
-def _slot_tensors(module: nn.Module, optimizer: torch.optim.Optimizer | None) -> Iterator[Tensor]:
+def _slot_tensors(module: StackedExperts, optimizer: torch.optim.Optimizer | None) -> Iterator[Tensor]:
     """The parameters of a layer, their gradients, and the optimizer's states of the same shape."""
     for parameter in module.parameters(recurse=False):
         yield parameter

@@ -20,7 +20,7 @@ from moe_triton.distributed import ExpertParallel
 
 @dataclass(frozen=True, kw_only=True)
 class MoeParallelInfo:
-    """Where the experts of a layer are; every expert parameter carries it as `moe_info`.
+    """The ranks that hold a layer's experts; every expert parameter carries it as `moe_info`.
 
     Groups are torch's handles, those of one rank included; None without torch.distributed. `parallel` is what computes
     there. Copies share the groups; a pickle holds the sizes, and is loaded as what the MoE context has for them.
@@ -49,12 +49,12 @@ class AuxiliaryLoss:
 
 
 class MoeContext:
-    """How the experts are spread, and the auxiliary losses since the last reset.
+    """The layout of the experts, and the auxiliary losses since the last reset.
 
     max_ep_size         the most ranks that share one set of experts (v0.0.2: model_parallel_size)
     exchange            further options of `moe_triton.distributed.ExpertParallel`: mode, chunks, ...
     parallel_info_dict  by the ranks that share a set of experts, as far as layers were made: where the experts are
-    use_kernel_optim    kept as it was given, and without effect: upstream's kernels are not used
+    use_kernel_optim    kept as given, without effect: upstream's kernels are not used
     """
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class MoeContext:
 
     @property
     def generation(self) -> str:
-        """Whose conventions hold where the two generations differ and a call does not say: "v0.0.2" or "v0.1.6"."""
+        """Return the generation, "v0.0.2" or "v0.1.6", whose conventions hold where a call does not say."""
         return global_context.generation
 
     @property
@@ -81,7 +81,7 @@ class MoeContext:
 
     @property
     def min_dp_size(self) -> int:
-        """Ranks that hold the same experts when max_ep_size ranks share a set of them."""
+        """Return ranks that hold the same experts when max_ep_size ranks share a set of them."""
         return self.world_size // self.max_ep_size
 
     def setup(
@@ -97,7 +97,7 @@ class MoeContext:
 
         Args:
             seed: for `context.random.moe_set_seed`; None seeds nothing.
-            use_kernel_optim: without effect: what upstream would make faster are this package's kernels.
+            use_kernel_optim: without effect: this package has its own kernels.
             max_ep_size: None takes the config's `max_ep_size`, and without one the number of processes.
             generation: "v0.0.2" or "v0.1.6".
             exchange: options of `ExpertParallel`.
@@ -120,12 +120,12 @@ class MoeContext:
 
     @property
     def is_initialized(self) -> bool:
-        """Whether the layout was set up; without that, all experts are on every process."""
+        """Return whether the layout was set up; without that, all experts are on every process."""
         return self._is_set_up
 
     @property
     def has_setup(self) -> bool:
-        """The same as `is_initialized`."""
+        """Return the same as `is_initialized`."""
         return self._is_set_up
 
     def set_kernel_not_use(self) -> None:
@@ -133,12 +133,12 @@ class MoeContext:
         self.use_kernel_optim = False
 
     def reset(self) -> None:
-        """Back to one process and no layout."""
+        """Go back to one process and no layout."""
         self._forget()
         global_context.moe_parallel, global_context.generation = 1, GENERATIONS[0]
 
     def get_info(self, num_experts: int) -> tuple[int, MoeParallelInfo]:
-        """(experts per rank, where they are) for a layer of E experts.
+        """Return (experts per rank, where they are) for a layer of E experts.
 
         E >= max_ep_size: max_ep_size ranks share them; E < max_ep_size: E ranks do, with one expert each.
 
@@ -193,21 +193,21 @@ class MoeContext:
         self._is_reset = True
 
     def add_loss(self, loss: Tensor, layer: object = None) -> None:
-        """Count an auxiliary loss [] in.
+        """Add an auxiliary loss [].
 
-        What was added since `reset_loss` counts. Where nobody resets, a layer's newer loss takes the place of its older
-        one, so that forwards without a loss in between do not pile up.
+        The sum is over what was added since `reset_loss`. Without a reset a layer's newer loss replaces its older one,
+        so that forwards without `MoeLoss` do not add up.
         """
         if not self._is_reset and layer is not None:
             self._losses = [other for other in self._losses if other.layer is not layer]
         self._losses.append(AuxiliaryLoss(loss, layer, torch.is_grad_enabled()))
 
     def get_loss(self) -> Tensor | float:
-        """The sum of the auxiliary losses, 0.0 when there is none."""
+        """Return the sum of the auxiliary losses, 0.0 when there is none."""
         return sum((loss.value for loss in self._losses), 0.0)
 
     def take_losses(self) -> list[AuxiliaryLoss]:
-        """All auxiliary losses, which then are forgotten."""
+        """Return all auxiliary losses, and forget them."""
         losses, self._losses, self._is_reset = self._losses, [], False
         return losses
 
@@ -220,5 +220,5 @@ MOE_CONTEXT = MoeContext()
 
 
 def _info_of_context(ep_size: int, is_sliced: bool) -> MoeParallelInfo:
-    """What an unpickled MoeParallelInfo is."""
+    """Return what an unpickled MoeParallelInfo becomes."""
     return MOE_CONTEXT.get_slices() if is_sliced else MOE_CONTEXT.info_of(ep_size)

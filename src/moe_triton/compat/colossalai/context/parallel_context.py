@@ -23,12 +23,12 @@ GENERATIONS = ("v0.0.2", "v0.1.6")
 
 
 def is_running() -> bool:
-    """Whether torch.distributed is initialised."""
+    """Return whether torch.distributed is initialised."""
     return dist.is_available() and dist.is_initialized()
 
 
 def world_size() -> int:
-    """Processes of the default group; 1 without torch.distributed."""
+    """Return processes of the default group; 1 without torch.distributed."""
     return dist.get_world_size() if is_running() else 1
 
 
@@ -48,7 +48,7 @@ class ParallelContext:
     generation: str = GENERATIONS[0]
 
     def groups(self, *, ep: int = 1, etp: int = 1) -> ParallelGroups | None:
-        """This rank's groups with so many ranks to share or to slice the experts; None without torch.distributed.
+        """Return this rank's groups, `ep` ranks sharing and `etp` slicing the experts; None without torch.distributed.
 
         Made by every rank at the same time, the first time they are asked for.
         """
@@ -57,34 +57,34 @@ class ParallelContext:
         return make_groups(tp=self.tensor_parallel, ep=ep, etp=etp)
 
     def group(self, mode: ParallelMode) -> Group:
-        """This rank's group of a kind."""
+        """Return this rank's group of a kind."""
         if mode is ParallelMode.GLOBAL:
             return group_from_handle(dist.group.WORLD) if is_running() else ALONE
         groups = self.groups(ep=self.moe_parallel)
         return ALONE if groups is None else getattr(groups, KINDS[mode])
 
     def get_global_rank(self) -> int:
-        """This process among all of them."""
+        """Return this process's rank among all of them."""
         return dist.get_rank() if is_running() else 0
 
     def get_local_rank(self, mode: ParallelMode) -> int:
-        """This process's place in its group of a kind."""
+        """Return this process's place in its group of a kind."""
         return self.group(mode).rank
 
     def get_world_size(self, mode: ParallelMode) -> int:
-        """Ranks in this process's group of a kind."""
+        """Return ranks in this process's group of a kind."""
         return self.group(mode).size
 
     def get_ranks_in_group(self, mode: ParallelMode) -> list[int]:
-        """The global ranks of this process's group of a kind."""
+        """Return the global ranks of this process's group of a kind."""
         return list(self.group(mode).ranks)
 
     def get_group(self, mode: ParallelMode) -> dist.ProcessGroup | None:
-        """torch's handle of this process's group of a kind, a group of one included; None without torch.distributed."""
+        """Return torch's handle of this process's group of a kind, also of one rank; None without torch.distributed."""
         return self.group(mode).handle
 
     def is_initialized(self, mode: ParallelMode) -> bool:
-        """Whether there are several processes, and so a group of the kind."""
+        """Return whether there are several processes, and so a group of the kind."""
         return world_size() > 1
 
     def destroy(self) -> None:

@@ -1,6 +1,6 @@
 """Streams of random numbers, one per ParallelMode, that differ between ranks or are shared by them as the mode says.
 
-A stream keeps no state of its own: entering it draws a number from torch's default generator, mixes it with the
+A stream has no state: entering it draws a number from torch's default generator, mixes it with the
 stream's seed, and gives the default generator back one draw further. So `torch.manual_seed` seeds every stream, ranks
 in step with each other stay in step, and activation checkpointing, which restores the default generator, repeats them.
 """
@@ -26,7 +26,7 @@ from moe_triton.compat.colossalai.context.parallel_mode import ParallelMode
 class SeedManager:
     """The streams' seeds, and what the next container of experts starts from.
 
-    DATA is the default generator itself and has no seed of its own here.
+    DATA is the default generator itself, so it has no seed here.
     """
 
     seeds: dict[ParallelMode, int] = field(default_factory=dict)
@@ -57,12 +57,12 @@ def add_seed(mode: ParallelMode, seed: int, overwrite: bool = False) -> None:
 
 
 def get_seeds() -> dict[ParallelMode, int]:
-    """The seeds of all streams that have one."""
+    """Return the seeds of all streams that have one."""
     return dict(_manager.seeds)
 
 
 def get_current_mode() -> ParallelMode:
-    """The stream that torch's generators draw from now."""
+    """Return the stream that torch's generators draw from now."""
     return _manager.mode
 
 
@@ -105,12 +105,12 @@ def seed(mode: ParallelMode) -> Iterator[None]:
 
 
 def with_seed(function: Callable[..., Any], mode: ParallelMode) -> Callable[..., Any]:
-    """`function`, called inside `seed(mode)`."""
+    """Return `function` as called inside `seed(mode)`."""
     return seed(mode)(function)
 
 
 def expert_seeds() -> Callable[[int], int]:
-    """For a new container of experts: global expert id -> the seed to draw that expert with, the same on every rank."""
+    """Return, for a new container, global expert id -> the seed to draw that expert with, the same on every rank."""
     if _manager.expert_seed is None:
         base = _draw()
     else:
@@ -121,7 +121,7 @@ def expert_seeds() -> Callable[[int], int]:
 
 @contextmanager
 def generators_seeded(value: int) -> Iterator[None]:
-    """torch's default generators start from `value` inside, and go on where they were afterwards."""
+    """Start torch's default generators from `value` inside, and restore their states afterwards."""
     cuda = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     with torch.random.fork_rng(cuda):
         torch.manual_seed(value)
@@ -133,6 +133,6 @@ def _draw() -> int:
 
 
 def _mixed(*numbers: int) -> int:
-    """One 63-bit seed out of several numbers."""
+    """Return one 63-bit seed made of several numbers."""
     digest = blake2b(repr(numbers).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -56,17 +56,17 @@ class Engine:
         self.training = model.training
 
     def train(self) -> None:
-        """Training mode, of model and engine."""
+        """Set training mode, of model and engine."""
         self.training = True
         self.model.train()
 
     def eval(self) -> None:
-        """Evaluation mode, of model and engine."""
+        """Set evaluation mode, of model and engine."""
         self.training = False
         self.model.eval()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward."""
+        """Run the model's forward."""
         return self.model(*args, **kwargs)
 
     def zero_grad(self) -> None:
@@ -118,7 +118,7 @@ class Engine:
 
 
 def to_device(batch: Any) -> Any:
-    """Tensors, and those in lists, tuples and dicts, on the GPU where there is one."""
+    """Move tensors, also in lists, tuples and dicts, to the GPU where there is one."""
     if isinstance(batch, Tensor):
         return batch.cuda(non_blocking=True) if torch.cuda.is_available() else batch
     if isinstance(batch, (list, tuple)):

@@ -12,7 +12,7 @@ from moe_triton.distributed.parameters import expert_parameters
 
 
 def holds_experts(model: nn.Module) -> bool:
-    """Whether any of the model's parameters belong to experts that may be spread over ranks."""
+    """Return whether any of the model's parameters belong to experts that may be spread over ranks."""
     return bool(expert_parameters(model))
 
 

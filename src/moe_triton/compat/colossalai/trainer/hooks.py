@@ -21,7 +21,7 @@ from moe_triton.compat.colossalai.logging import DistributedLogger, get_dist_log
 
 
 class Training(Protocol):
-    """What hooks use of a `Trainer`: how far it is, the metrics to fill, and its checkpoint."""
+    """The part of a `Trainer` that hooks use: its progress, the metrics to fill, and its checkpoint."""
 
     cur_epoch: int
     cur_step: int
@@ -39,7 +39,7 @@ class BaseHook:
         self.priority = priority
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint of the trainer keeps of the hook."""
+        """Return what a checkpoint of the trainer keeps of the hook."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -67,7 +67,7 @@ class _MeanHook(BaseHook):
 
     def __init__(self, priority: int = 0) -> None:
         super().__init__(priority)
-        self.total = torch.zeros(2, dtype=torch.float64)  # the sum, and how many it is of
+        self.total = torch.zeros(2, dtype=torch.float64)  # the sum, and the number of its terms
 
     def _add(self, value: float, count: int) -> None:
         self.total += torch.tensor([value, count], dtype=torch.float64)

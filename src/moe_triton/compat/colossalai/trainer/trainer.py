@@ -63,7 +63,7 @@ class Trainer:
         Args:
             train_dataloader: gives (data, label) batches of this rank; `set_epoch` of its sampler is called.
             epochs: in all.
-            max_steps: stop after so many batches in all.
+            max_steps: stop after this number of batches in all.
             test_dataloader: evaluated after every `test_interval`-th epoch.
             hooks: see `trainer.hooks`.
             display_progress: a progress bar per epoch, on rank 0 and a terminal.
@@ -91,7 +91,7 @@ class Trainer:
         self._test_epoch(test_dataloader, display_progress, return_output_label)
 
     def predict(self, data: Any) -> Any:
-        """The model's output in eval mode."""
+        """Return the model's output in eval mode."""
         self.engine.eval()
         with torch.no_grad():
             return self.engine(to_device(data))
@@ -175,7 +175,7 @@ class Trainer:
 
     @contextmanager
     def _bar(self, title: str, total: int, wanted: bool) -> Iterator[Any]:
-        """Advances a progress bar by a batch and shows its loss; does nothing off rank 0 and off a terminal."""
+        """Advance a progress bar by a batch and show its loss; do nothing off rank 0 and off a terminal."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -196,7 +196,7 @@ class Trainer:
 
 
 def _check_whole(what: str) -> None:
-    """One rank's slice of a dense parameter would be taken for the whole."""
+    """Refuse tensor parallelism: one rank's slice of a dense parameter would be saved as the whole."""
     size = global_context.tensor_parallel
     if size > 1:
         raise NotImplementedError(f"Trainer.{what}: got {size} tensor-parallel ranks, wanted 1")

@@ -25,19 +25,19 @@ __all__ = [
 
 
 def get_current_device() -> torch.device:
-    """This process's GPU, or the CPU."""
+    """Return this process's GPU, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def checkpoint(function: Callable[..., Any], *args: Any) -> Any:
-    """Activation checkpointing that keeps the router's gradient and repeats every random stream."""
+    """Checkpoint activations so that the router keeps its gradient and every random stream is repeated."""
     return torch_checkpoint(function, *args, use_reentrant=False)
 
 
 def get_dataloader(
     dataset: Dataset[Any], shuffle: bool = False, seed: int = 1024, add_sampler: bool = True, **arguments: Any
 ) -> DataLoader[Any]:
-    """A DataLoader of this rank's share of a dataset: ranks with the same tokens get the same samples.
+    """Make a DataLoader of this rank's share of a dataset: ranks with the same tokens get the same samples.
 
     arguments: DataLoader's own; batch_size is a rank's.
     """

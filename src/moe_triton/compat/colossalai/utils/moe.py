@@ -15,7 +15,7 @@ def sync_moe_model_param(model: nn.Module) -> None:
 
 
 def get_moe_epsize_param_dict(model: nn.Module) -> dict[int, list[nn.Parameter]]:
-    """Parameters by how many ranks share their set of experts; the dense ones under 1."""
+    """Return the parameters by how many ranks share their set of experts; the dense ones under 1."""
     experts = expert_parameters(model)
     found: dict[int, list[nn.Parameter]] = {}
     for parameter in model.parameters():

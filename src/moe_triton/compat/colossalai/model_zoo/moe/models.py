@@ -195,7 +195,7 @@ class Widenet(nn.Module):
 
 
 def moe_mlp_args(d_model: int, d_ff: int, drop_rate: float, bias: bool = True) -> dict[str, Any]:
-    """The arguments of a `VanillaFFN` that is an expert: dropouts whose ranks draw differently."""
+    """Return the arguments of a `VanillaFFN` that is an expert: dropouts whose ranks draw differently."""
     return {
         "d_model": d_model,
         "d_ff": d_ff,
@@ -208,7 +208,7 @@ def moe_mlp_args(d_model: int, d_ff: int, drop_rate: float, bias: bool = True) -
 def moe_sa_args(
     d_model: int, n_heads: int, d_kv: int, attention_drop: float = 0, drop_rate: float = 0, bias: bool = True
 ) -> dict[str, Any]:
-    """The arguments of a `VanillaSelfAttention`: dropouts that follow what the ranks share."""
+    """Return the arguments of a `VanillaSelfAttention`: dropouts that follow what the ranks share."""
     return {
         "d_model": d_model,
         "n_heads": n_heads,

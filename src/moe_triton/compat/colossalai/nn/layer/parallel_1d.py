@@ -45,7 +45,7 @@ class _Linear1D(nn.Linear):
 class Linear1D_Col(_Linear1D):
     """[..., in] -> [..., out / ranks]: this rank's outputs.
 
-    parts: the outputs are so many matrices beside each other (3 for query, key and value), each split by itself.
+    parts: the number of matrices side by side in the outputs (3 for query, key and value); each is split separately.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, parts: int = 1) -> None:

@@ -15,7 +15,7 @@ from moe_triton.compat.colossalai.context.moe_context import MOE_CONTEXT
 class MoeLoss(nn.Module):
     """loss_fn(*args, **kwargs)(output, label) + aux_weight * the auxiliary losses of the forward that came before.
 
-    The losses are taken out of the MoE context, so that no later step counts them again. Activation checkpointing has
+    The losses are removed from the MoE context, so that no later step counts them again. Activation checkpointing has
     to be the kind that runs the first forward under autograd (`use_reentrant=False`): the other kind would lose the
     router's gradient, and raises.
 
@@ -36,7 +36,7 @@ class MoeLoss(nn.Module):
         self.aux_weight = float(aux_weight)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """What `loss_fn` takes -> a scalar."""
+        """Map what `loss_fn` takes to a scalar."""
         main = self.loss_fn(*args, **kwargs)
         found = MOE_CONTEXT.take_losses()
         if main.requires_grad and torch.is_grad_enabled() and not all(loss.has_gradient for loss in found):

@@ -10,38 +10,34 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from moe_triton.autograd.experts import run_experts
 from moe_triton.compat.colossalai.context.moe_context import MoeParallelInfo
-from moe_triton.compat.opaque import OpaqueExperts
+from moe_triton.compat.opaque import Compute, OpaqueCall, compute_experts
 from moe_triton.distributed import ExpertParallel
+from moe_triton.distributed.exchange.expert_parallel import unless_alone
 from moe_triton.distributed.exchange.stages import ExchangedLayer
-from moe_triton.experts import check_call
+from moe_triton.distributed.holders import StackedExperts
 from moe_triton.records import Dispatch, ExpertCall
-from moe_triton.runtime import without_autocast
 
-Run = Callable[[Tensor, Tensor, Dispatch], Tensor]
 Capacity = Callable[[int], int | None]
 
 
-class MoeExperts(nn.Module):
-    """What `MoeLayer` needs of experts; the base of Colossal-AI's containers.
+class MoeExperts(StackedExperts):
+    """The base of Colossal-AI's containers: what `MoeLayer` needs of experts.
 
     num_experts, num_local_experts  of all ranks that share them, and here
     dist_info                       where the others are
     comm_name                       how tokens reach the experts, in v0.1.6's words
 
     Every parameter carries the marks that Colossal-AI's users look for: `moe_param` (v0.0.2) and `moe_info` (v0.1.6),
-    whatever makes other parameters of them: `.to`, copying, unpickling, loading with assign=True. A copy shares the
+    also after what makes new parameters: `.to`, copying, unpickling, loading with assign=True. A copy shares the
     process groups; an unpickled layer takes those of the MoE context, which has to be set up as it was.
     """
 
     comm_name = "all_to_all"
-    num_experts: int
     num_local_experts: int
     dist_info: MoeParallelInfo
-    expert_parallel: ExpertParallel | None
     backend: str
     layer_name: str
 
@@ -56,7 +52,7 @@ class MoeExperts(nn.Module):
             parameter.moe_info = self.dist_info  # type: ignore[attr-defined]
 
     def bind(self, info: MoeParallelInfo) -> None:
-        """Compute where `info` says, and mark the parameters, now and whenever they are made anew."""
+        """Spread the experts as `info` says, and mark the parameters, now and after loading."""
         self.dist_info = info
         self.expert_parallel = info.parallel
         self.mark()
@@ -75,33 +71,27 @@ class MoeExperts(nn.Module):
         self.expert_parallel = self.parallel
         self.mark()
 
-    def run_opaque(self, run: Run, hidden: Tensor, weights: Tensor, dispatched: Dispatch, capacity: Capacity) -> Tensor:
-        """The experts' outputs [T, d] where `run` computes the local ones, under autograd."""
-        if self.parallel.is_alone:
-            return run(hidden, weights, dispatched)
-        parameters = list(self.parameters(recurse=False))
-        experts = OpaqueExperts(
-            "called",
-            run,
-            parameters,
-            self.num_local_experts,
-            self.parallel.first_expert(self.num_experts),
-            self.backend,
-            hidden.device,
+    def compute(self, call: ExpertCall | OpaqueCall, capacity: Capacity) -> Tensor:
+        """Return the experts' outputs [T, d] where the context puts them."""
+        layer = ExchangedLayer(
+            name=self.layer_name,
+            num_experts=self.num_experts,
+            backend=self.backend,
+            capacity=capacity,
+            held=self.held_parameters,
         )
-        with without_autocast(hidden.device):
-            return self.parallel.exchange(hidden, weights, dispatched, experts, parameters, self._layer(capacity))
+        return compute_experts(call, unless_alone(self.parallel), layer)
 
-    def run_fused(self, call: ExpertCall, capacity: Capacity) -> Tensor:
-        """The experts' outputs [T, d] where they are MLPs of the call's stacked parameters."""
-        if self.parallel.is_alone:
-            check_call(call, self.backend)
-            return run_experts(call, backend=self.backend)
-        return self.parallel.run(call, self._layer(capacity))
-
-    def _layer(self, capacity: Capacity) -> ExchangedLayer:
-        return ExchangedLayer(
-            name=self.layer_name, num_experts=self.num_experts, backend=self.backend, capacity=capacity
+    def opaque_call(self, run: Compute, hidden: Tensor, weights: Tensor, dispatched: Dispatch) -> OpaqueCall:
+        """Return the call of experts whose local ones `run` computes, under autograd."""
+        return OpaqueCall(
+            hidden=hidden,
+            weights=weights,
+            dispatched=dispatched,
+            name="called",
+            compute=run,
+            parameters=list(self.held_parameters()),
+            num_experts=self.num_local_experts,
         )
 
 

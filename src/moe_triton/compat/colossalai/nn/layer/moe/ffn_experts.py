@@ -38,6 +38,9 @@ class FFNExperts(layers.Experts, MoeExperts):
         backend, device, dtype: as of `moe_triton.Experts`.
     """
 
+    gate_up_proj_bias: nn.Parameter
+    down_proj_bias: nn.Parameter
+
     def __init__(
         self,
         num_experts: int,
@@ -53,7 +56,7 @@ class FFNExperts(layers.Experts, MoeExperts):
         check_number("drop_rate", drop_rate, low=0)
         num_local, info = self.place(num_experts)
         known = "gelu" if activation is None else pointwise_name(activation)
-        # a name that is as good as any for the shapes, where the activation itself is called
+        # where the activation itself is called, any ungated name gives the right shapes
         super().__init__(
             d_model, d_ff, num_experts, activation=known or "relu", bias=True, expert_parallel=info.parallel,
             backend=backend, device=device, dtype=dtype,
@@ -66,37 +69,45 @@ class FFNExperts(layers.Experts, MoeExperts):
 
     @staticmethod
     def place(num_experts: int) -> tuple[int, MoeParallelInfo]:
-        """(experts here, where they are)."""
+        """Return (number of experts here, where they are)."""
         return MOE_CONTEXT.get_info(num_experts)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the local experts, each by its global id."""
         d, f = self.down_proj.shape[1], self.intermediate_size
-        etp = self.parallel_slices
+        slices, rank = self.parallel_slices
         seeds = expert_seeds()
         std_1, std_2 = math.sqrt(0.1 / d), math.sqrt(0.1 / f)
-        biases = self.gate_up_proj_bias, self.down_proj_bias
-        assert biases[0] is not None
-        assert biases[1] is not None
-        wanted = (  # what is drawn, and the dimension that slices split
+        wanted = (  # parameter, shape, std, and the dimension that slices split
             (self.gate_up_proj, (f, d), std_1, 0),
-            (biases[0], (f,), std_1, 0),
+            (self.gate_up_proj_bias, (f,), std_1, 0),
             (self.down_proj, (d, f), std_2, 1),
-            (biases[1], (d,), std_2, None),
+            (self.down_proj_bias, (d,), std_2, None),
         )
         for place, number in enumerate(self.local_experts):
             with generators_seeded(seeds(number)):
                 for parameter, shape, std, dim in wanted:
                     whole = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
                     nn.init.trunc_normal_(whole, std=std)
-                    parameter[place] = whole if dim is None else whole.chunk(etp[0], dim=dim)[etp[1]]
+                    parameter[place] = whole if dim is None else whole.chunk(slices, dim=dim)[rank]
+        self.reset_lora()
+
+    def add_lora(self, *args: Any, **options: Any) -> None:
+        """Add adapters as `Experts.add_lora` does. Raises ValueError for experts that run one by one."""
+        if self.drop_rate > 0 or not self.is_known:
+            raise ValueError(
+                f"add_lora: got drop_rate={self.drop_rate} and activation {type(self.act).__name__}, wanted experts "
+                "that run fused: no dropout, and an activation that moe_mlp knows"
+            )
+        super().add_lora(*args, **options)
+        self.mark()
 
     @property
     def parallel_slices(self) -> tuple[int, int]:
-        """(slices of each expert, which of them is here)."""
-        etp = self.expert_parallel.etp if self.expert_parallel is not None else None
-        return (1, 0) if etp is None else (etp.size, etp.rank)
+        """Return (slices of each expert, which of them is here)."""
+        parallel = self.expert_parallel
+        return (1, 0) if parallel is None else (parallel.etp.size, parallel.etp.rank)
 
     @property
     def w1(self) -> Tensor:
@@ -104,7 +115,7 @@ class FFNExperts(layers.Experts, MoeExperts):
 
     @property
     def b1(self) -> Tensor:
-        return self.gate_up_proj_bias[:, None]  # type: ignore[index]
+        return self.gate_up_proj_bias[:, None]
 
     @property
     def w2(self) -> Tensor:
@@ -112,32 +123,35 @@ class FFNExperts(layers.Experts, MoeExperts):
 
     @property
     def b2(self) -> Tensor:
-        return self.down_proj_bias[:, None]  # type: ignore[index]
+        return self.down_proj_bias[:, None]
 
     @property
     def is_fused(self) -> bool:
-        """Whether the experts, in the present mode, run fused."""
+        """Return whether the experts, in the present mode, run fused."""
         return self.is_known and not (self.training and self.drop_rate > 0)
 
     def forward(
         self,
         hidden_states: Tensor,
         top_k_weights: Tensor | Uncast,
-        plan: Dispatch,
+        dispatched: Dispatch,
         *,
         capacity: Capacity = lambda num_tokens: None,
         overlap_with: Deferred | None = None,
     ) -> Tensor:
-        """As `Experts.forward`."""
+        """Do as `Experts.forward`."""
         if self.is_fused:
-            return super().forward(hidden_states, top_k_weights, plan, capacity=capacity, overlap_with=overlap_with)
-        return self.run_opaque(self._call, hidden_states, uncast(top_k_weights), plan, capacity)
+            return super().forward(
+                hidden_states, top_k_weights, dispatched, capacity=capacity, overlap_with=overlap_with
+            )
+        call = self.opaque_call(self._call, hidden_states, uncast(top_k_weights), dispatched)
+        return self.compute(call, capacity)
 
-    def _call(self, hidden: Tensor, weights: Tensor, plan: Dispatch) -> Tensor:
+    def _call(self, hidden: Tensor, weights: Tensor, dispatched: Dispatch) -> Tensor:
         size, rank = self.parallel_slices
         parameters = self.gate_up_proj, self.gate_up_proj_bias, self.down_proj, self.down_proj_bias
-        slices = [parameter.unbind(0) for parameter in parameters if parameter is not None]
-        # the slices of an expert's output are summed, so that they have to drop the same elements
+        slices = [parameter.unbind(0) for parameter in parameters]
+        # the slices of an expert's output are summed, so they have to drop the same elements
         last = ParallelMode.TENSOR if size == 1 else ParallelMode.GLOBAL
 
         def call(number: int, rows: Tensor) -> Tensor:
@@ -145,12 +159,12 @@ class FFNExperts(layers.Experts, MoeExperts):
             hidden = self.act(F.linear(rows, w1, b1))
             with seed(ParallelMode.TENSOR):
                 hidden = F.dropout(hidden, self.drop_rate, self.training)
-            # of several slices one adds the bias, whose gradient all of them have
+            # only one of several slices adds the bias, but all of them have its gradient
             out = F.linear(hidden, w2) + (b2 if rank == 0 else b2 - b2.detach())
             with seed(last):
                 return F.dropout(out, self.drop_rate, self.training)
 
-        return call_one_by_one([partial(call, i) for i in range(len(slices[0]))], hidden, weights, plan)
+        return call_one_by_one([partial(call, i) for i in range(len(slices[0]))], hidden, weights, dispatched)
 
 
 class TPExperts(FFNExperts):
@@ -166,6 +180,6 @@ class TPExperts(FFNExperts):
 
     @staticmethod
     def place(num_experts: int) -> tuple[int, MoeParallelInfo]:
-        """(experts here: all, who has the other slices)."""
+        """Return (number of experts here, which is all, and who has the other slices)."""
         check_int("num_experts", num_experts, low=1)
         return num_experts, MOE_CONTEXT.get_slices()

@@ -113,17 +113,17 @@ class MoeLayer(nn.Module):
 
     @property
     def num_local_experts(self) -> int:
-        """Experts of this rank."""
+        """Return the number of experts of this rank."""
         return self.experts.num_local_experts
 
     @property
     def ep_size(self) -> int:
-        """Ranks that share the experts."""
+        """Return ranks that share the experts."""
         return self.experts.dist_info.ep_size
 
     @property
     def ep_group(self) -> dist.ProcessGroup | None:
-        """The process group of these ranks; None without torch.distributed."""
+        """Return the process group of these ranks; None without torch.distributed."""
         return self.experts.dist_info.ep_group
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -139,13 +139,13 @@ class MoeLayer(nn.Module):
         out = self.experts(
             x,
             routed.routing.weights,
-            routed.plan,
+            routed.dispatched,
             capacity=lambda num_tokens: self.router.get_capacity((num_tokens, self.num_experts)),
         )
         return out.reshape(inputs.shape)
 
     def aux_loss(self, routing: Routing) -> Tensor:
-        """This rank's share of the load-balance loss [], not weighted; the shares average to the global loss."""
+        """Return this rank's share of the load-balance loss [], not weighted; the shares average to the global loss."""
         parallel = self.experts.parallel
         counts, num_tokens = parallel.global_counts(routing.counts, routing.num_tokens, "MoeLayer")
         loss = losses.load_balance_loss(counts, routing.score_sums, num_tokens, self.router.top_k)
@@ -211,12 +211,12 @@ class MoeModule(nn.Module):
 
     @property
     def moe_router(self) -> MoeRouter:
-        """The router of `moe_layer`."""
+        """Return the router of `moe_layer`."""
         return self.moe_layer.router
 
     @property
     def experts(self) -> MoeExperts:
-        """The experts of `moe_layer`."""
+        """Return the experts of `moe_layer`."""
         return self.moe_layer.experts
 
     def forward(self, inputs: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ class Experts(MoeExperts):
             raise TypeError(f"expert: got {type(kind).__name__}, wanted a class of Modules")
         self.num_experts = num_experts
         self.num_local_experts, self.dist_info = MOE_CONTEXT.get_info(num_experts)
+        self.expert_parallel = self.parallel
         self.layer_name = self.parallel.new_layer()
         self.backend = "auto"
         seeds = expert_seeds()
@@ -56,13 +57,8 @@ class Experts(MoeExperts):
         self.bind(self.dist_info)
 
     @property
-    def local_experts(self) -> range:
-        """The global ids of the experts whose parameters are here."""
-        return self.parallel.experts_of(self.num_experts)
-
-    @property
     def experts(self) -> tuple[nn.Module, ...]:
-        """This rank's experts as modules, made anew from slices of our parameters at every access.
+        """Return this rank's experts as modules, made from slices of our parameters at every access.
 
         `experts[0].weight` has upstream's names, shapes, values, gradients and marks. Values and gradients are views:
         what is written into them in place is written into ours, and a call's gradients reach ours. Hooks belong on
@@ -87,7 +83,7 @@ class Experts(MoeExperts):
         return view
 
     def _stack(self, made: list[Any]) -> None:
-        """The experts' tensors as ours, stacked; the first expert stays, without any, as what computes."""
+        """Register the experts' tensors, stacked, as ours; keep the first expert, without tensors, as what computes."""
         self.paths: dict[str, list[str]] = {}  # of each of our tensors, where it belongs in the expert
         for kind in ("parameters", "buffers"):
             named = [dict(getattr(one, f"named_{kind}")(remove_duplicate=False)) for one in made]
@@ -116,7 +112,7 @@ class Experts(MoeExperts):
         self,
         hidden_states: Tensor,
         top_k_weights: Tensor,
-        plan: Dispatch,
+        dispatched: Dispatch,
         *,
         capacity: Capacity = lambda num_tokens: None,
     ) -> Tensor:
@@ -128,16 +124,16 @@ class Experts(MoeExperts):
             call = ExpertCall(
                 hidden=hidden_states,
                 weights=top_k_weights,
-                dispatched=plan,
+                dispatched=dispatched,
                 parameters=self._mlp_parameters(),
                 spec=ExpertSpec(activation=self.mlp.activation),
             )
-            return self.run_fused(call, capacity)
-        return self.run_opaque(self._call, hidden_states, top_k_weights, plan, capacity)
+            return self.compute(call, capacity)
+        return self.compute(self.opaque_call(self._call, hidden_states, top_k_weights, dispatched), capacity)
 
     @property
     def is_fused(self) -> bool:
-        """Whether the experts, in the present mode, are MLPs that run fused."""
+        """Return whether the experts, in the present mode, are MLPs that run fused."""
         modules = list(self.expert.modules())
         drops = self.training and any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules)
         return self.mlp is not None and not drops and not any(map(is_tampered, modules))
@@ -157,7 +153,7 @@ class Experts(MoeExperts):
         assert down is not None
         return ExpertParameters(up, down, joined(self.mlp.up, "bias"), joined((self.mlp.down,), "bias"))
 
-    def _call(self, hidden: Tensor, weights: Tensor, plan: Dispatch) -> Tensor:
+    def _call(self, hidden: Tensor, weights: Tensor, dispatched: Dispatch) -> Tensor:
         slices = {name: getattr(self, name).unbind(0) for name in self.paths}
 
         def call(number: int, rows: Tensor) -> Any:
@@ -165,7 +161,7 @@ class Experts(MoeExperts):
             return torch.func.functional_call(self.expert, own, (rows,))
 
         calls = [partial(call, number) for number in range(self.num_local_experts)]
-        return call_one_by_one(calls, hidden, weights, plan)
+        return call_one_by_one(calls, hidden, weights, dispatched)
 
     def extra_repr(self) -> str:
         how = "called one by one" if self.mlp is None else f"fused, activation={self.mlp.activation}"
@@ -173,7 +169,7 @@ class Experts(MoeExperts):
 
 
 def _without_dropout(expert: nn.Module) -> nn.Module:
-    """A copy whose dropouts do nothing, to see what the expert computes without them."""
+    """Return a copy without dropouts, to see what the expert computes without them."""
     trial = copy.deepcopy(expert)
     for module in list(trial.modules()):
         for name, child in module.named_children():

@@ -27,14 +27,14 @@ NoisyFunction = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Routed:
-    """What a router decides.
+    """A router's decisions.
 
-    routing  the choices before dropping: experts [S, K] int32, weights [S, K], and the sums for the auxiliary loss
-    plan     which of them survive, and the row of each
+    routing     the choices before dropping: experts [S, K] int32, weights [S, K], and the sums for the auxiliary loss
+    dispatched  which of them survive, and the row of each
     """
 
     routing: Routing
-    plan: Dispatch
+    dispatched: Dispatch
 
 
 class MoeRouter(nn.Module):
@@ -124,7 +124,7 @@ class MoeRouter(nn.Module):
                 f"capacity_groups: got {self.capacity_groups}, wanted a divisor of the {num_tokens} tokens"
             )
         with seed(ParallelMode.TOKENS):  # ranks with the same tokens draw the same keys
-            plan = dispatch(
+            dispatched = dispatch(
                 routing.experts,
                 num_experts,
                 capacity=self.get_capacity((num_tokens // self.capacity_groups, num_experts)),
@@ -132,7 +132,7 @@ class MoeRouter(nn.Module):
                 priority=self.priority,
                 backend=self.backend,
             )
-        return Routed(routing=routing, plan=plan)
+        return Routed(routing=routing, dispatched=dispatched)
 
     def extra_repr(self) -> str:
         factors = f"{self.capacity_factor_train}, eval {self.capacity_factor_eval}"
@@ -160,7 +160,7 @@ class Top1Router(MoeRouter):
 
     @property
     def select_policy(self) -> str:
-        """Who survives the capacity: "first", the earliest tokens, or "random"."""
+        """Return which tokens survive the capacity: "first", the earliest, or "random"."""
         return "random" if self.priority == "random" else "first"
 
 
@@ -183,12 +183,16 @@ class Top2Router(MoeRouter):
         super().__init__(top_k=2, **_arguments(_top2_v002, _top2_v016, args, options))
 
 
+# The signatures of both generations: their arguments -> those of `MoeRouter`.
+
+
 def _top1_v002(capacity_factor: Any, min_capacity: Any, noisy_func: Any = None) -> dict[str, Any]:
-    return _options(capacity_factor, capacity_factor, min_capacity, noisy_func, True, "random", "choice")
+    options = _top2_v002(capacity_factor, noisy_func)
+    return {**options, "min_capacity": min_capacity, "priority": "random", "noise_on": "choice"}
 
 
 def _top2_v002(capacity_factor: Any, noisy_func: Any = None) -> dict[str, Any]:
-    return _options(capacity_factor, capacity_factor, 0, noisy_func, True, "choice", "logits")
+    return _top2_v016(capacity_factor, capacity_factor, 0, noisy_func)
 
 
 def _top1_v016(
@@ -200,8 +204,8 @@ def _top1_v016(
     drop_tks: Any = True,
 ) -> dict[str, Any]:
     check_choice("select_policy", select_policy, ("first", "random"))
-    priority = "position" if select_policy == "first" else "random"
-    return _options(capacity_factor_train, capacity_factor_eval, min_capacity, noisy_func, drop_tks, priority, "logits")
+    options = _top2_v016(capacity_factor_train, capacity_factor_eval, min_capacity, noisy_func, drop_tks)
+    return {**options, "priority": "position" if select_policy == "first" else "random"}
 
 
 def _top2_v016(
@@ -211,27 +215,21 @@ def _top2_v016(
     noisy_func: Any = None,
     drop_tks: Any = True,
 ) -> dict[str, Any]:
-    return _options(capacity_factor_train, capacity_factor_eval, min_capacity, noisy_func, drop_tks, "choice", "logits")
-
-
-def _options(
-    train: Any, evaluation: Any, min_capacity: Any, noisy_func: Any, drop_tks: Any, priority: str, noise_on: str
-) -> dict[str, Any]:
     return {
-        "capacity_factor_train": train,
-        "capacity_factor_eval": evaluation,
+        "capacity_factor_train": capacity_factor_train,
+        "capacity_factor_eval": capacity_factor_eval,
         "min_capacity": min_capacity,
         "noisy_func": noisy_func,
         "drop_tks": bool(drop_tks),
-        "priority": priority,
-        "noise_on": noise_on,
+        "priority": "choice",
+        "noise_on": "logits",
     }
 
 
 def _is_first_generation(
     first: Callable[..., dict[str, Any]], args: tuple[Any, ...], options: dict[str, Any], asked: str | None
 ) -> bool:
-    """Whether these are the arguments of v0.0.2, whose signature is `first`."""
+    """Return whether these are the arguments of v0.0.2, whose signature is `first`."""
     if asked is not None:
         check_choice("generation", asked, GENERATIONS)
         return asked == GENERATIONS[0]
@@ -241,7 +239,7 @@ def _is_first_generation(
         given = inspect.signature(first).bind(*args, **options).arguments
     except TypeError:
         return False
-    # by position v0.1.6's second argument is a float, which neither of these may be
+    # v0.1.6's second positional argument is a float, which neither of these may be
     noise_fits = given.get("noisy_func") is None or callable(given["noisy_func"])
     return noise_fits and isinstance(given.get("min_capacity", 0), int)
 
@@ -252,7 +250,7 @@ def _arguments(
     args: tuple[Any, ...],
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    """What `MoeRouter` takes, of the arguments of either generation, whose signatures are `first` and `second`."""
+    """Return `MoeRouter`'s arguments from those of either generation, whose signatures are `first` and `second`."""
     defaults = {"generation": None, "noise_in_eval": False, "capacity_groups": 1, "backend": "auto"}
     common = {name: options.pop(name, value) for name, value in defaults.items()}
     is_first = _is_first_generation(first, args, options, common["generation"])

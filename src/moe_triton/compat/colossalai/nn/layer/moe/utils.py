@@ -46,7 +46,7 @@ class UniformNoiseGenerator:
 def build_ffn_experts(
     num_experts: int, d_model: int, d_ff: int, activation: Any = None, drop_rate: float = 0
 ) -> FFNExperts:
-    """`FFNExperts` where the ranks can share E experts, else `TPExperts` where they can split d_ff.
+    """Make `FFNExperts` where the ranks can share E experts, else `TPExperts` where they can split d_ff.
 
     Raises NotImplementedError where they can do neither.
     """
