@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -110,10 +111,25 @@ def explain_layer(name: str, layer: MoE, tokens: int, device: torch.device | str
     shape = (tokens, hidden, intermediate, layer.num_experts, layer.top_k)
     weight = experts.gate_up_proj
     where = weight.device if device is None else torch.device(device)
-    return describe(
+    found = describe(
         name, shape, weight.dtype, where, experts.backend, experts.spec.activation,
         has_bias=experts.down_proj_bias is not None, recompute=experts.recompute,
+        batch_invariant=layer.batch_invariant,
     )  # fmt: skip
+    return replace(found, parts=(*found.parts, *_more_parts(layer, hidden)))
+
+
+def _more_parts(layer: MoE, latent_size: int) -> Iterator[Part]:
+    """What a layer has beside the router and its experts."""
+    if layer.latent_down_proj is not None:
+        sizes = f"{layer.hidden_size} -> {latent_size}, and back after the sum over experts"
+        yield Part(step="latent projections", runs=f"torch linear, {sizes}")
+    if layer.shared_expert is not None:
+        gate = "" if layer.shared_expert_gate is None else ", times the sigmoid of its own gate"
+        yield Part(step="shared expert", runs=f"torch linear on every token{gate}")
+    if layer.batch_invariant:
+        how = "products of 32 rows each on a CPU, 128 on other devices; one configuration per kernel in Triton"
+        yield Part(step="batch invariance", runs=how)
 
 
 def describe(
@@ -126,10 +142,11 @@ def describe(
     *,
     has_bias: bool = False,
     recompute: bool = False,
+    batch_invariant: bool = False,
 ) -> Explanation:
     choice = runtime.choose(backend, device, dtype)
     if choice.name == "triton":
-        parts = triton_parts(shape, dtype, device, activation in GATED, has_bias)
+        parts = triton_parts(shape, dtype, device, activation in GATED, has_bias, batch_invariant)
     elif choice.name == "torch":
         parts = torch_parts(device)
     else:
@@ -166,17 +183,29 @@ def torch_parts(device: torch.device) -> list[Part]:
 
 
 def triton_parts(
-    shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device, is_gated: bool, has_bias: bool
+    shape: tuple[int, int, int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    is_gated: bool,
+    has_bias: bool,
+    batch_invariant: bool = False,
 ) -> list[Part]:
     tokens, d, n, num_experts, top_k = shape
     from moe_triton.kernel_stages import FORWARD, KERNELS, chosen_configs  # need Triton
+    from moe_triton_kernels.heuristics import BUCKETS
     from moe_triton_kernels.launch import target_of
 
-    chosen = chosen_configs(
-        d=d, n=n, dtype=dtype, num_rows=tokens * top_k, num_experts=num_experts, is_gated=is_gated,
-        architecture=target_of(device).architecture,
-    )  # fmt: skip
-    config = {stage: found for found in chosen for stage in found["stages"]}
+    def by_stage(num_rows: int) -> dict[str, dict[str, Any]]:
+        chosen = chosen_configs(
+            d=d, n=n, dtype=dtype, num_rows=num_rows, num_experts=num_experts, is_gated=is_gated,
+            architecture=target_of(device).architecture,
+        )  # fmt: skip
+        return {stage: found for found in chosen for stage in found["stages"]}
+
+    config = by_stage(tokens * top_k)
+    if batch_invariant:  # one configuration of up and down, whatever the rows
+        fixed = by_stage(BUCKETS[-1] * num_experts + 1)
+        config |= {stage: fixed[stage] for stage in ("up", "down")}
     parts = [
         Part(step="gate", runs="torch linear in fp32"),
         Part(step="route", runs="top-k kernels"),

@@ -245,6 +245,13 @@ def _is_positive(value: Any) -> bool:
     return isinstance(value, int | float) and 0 < value < math.inf
 
 
+def latent_sizes(module: nn.Module) -> tuple[int, int]:
+    """Return the size of the vectors that the experts work on, and the model's hidden size: NemotronH projects."""
+    size = module.down_proj.shape[2 if _flag(module, "is_transposed") else 1]
+    hidden_size = getattr(getattr(module, "config", None), "hidden_size", None)
+    return size, hidden_size if isinstance(hidden_size, int) else size
+
+
 def pointwise_name(act_fn: Any) -> str | None:
     """Return our name for an act_fn that we know, or None."""
     if not isinstance(act_fn, nn.Module):
@@ -283,7 +290,7 @@ def dotted_name(thing: Any) -> str:
 
 
 @constant_while_compiling
-def computes(gate: Any, known: LimitedGate, limit: float, alpha: float | None) -> bool:
+def computes(gate: Any, known: LimitedGate, limit: Any, alpha: Any) -> bool:
     """Return whether the gate still is what its name says: it is tried once on numbers on both sides of its limit."""
     return _tried(gate, known, limit, alpha)
 

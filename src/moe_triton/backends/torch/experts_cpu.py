@@ -358,8 +358,10 @@ def _add_products(layout: Layout, block: Block, t_mr: Tensor, factor_EOr: Tensor
         y_CmO.baddbmm_(t_Cmr, factor_EOr[block.batch].mT)
         return
     for e, part in block.parts:
-        for piece in layout.policy.pieces(part):
-            y_mO[piece].addmm_(t_mr[piece], factor_EOr[e].mT)
+        if layout.policy.fixed_rows:
+            y_mO[part] += layout.policy.product(t_mr[part], factor_EOr[e])
+        else:
+            y_mO[part].addmm_(t_mr[part], factor_EOr[e].mT)
 
 
 def _copy_to(out: Tensor, values: Tensor) -> None:
