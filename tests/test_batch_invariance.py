@@ -48,7 +48,7 @@ def assert_invariant(layer: MoE, x: torch.Tensor, sizes: tuple[int, ...] = SIZES
     with torch.no_grad():
         expected = layer(x).output
         for size in sizes:
-            for start in {0, (len(x) - size) // 2, len(x) - size}:
+            for start in {(len(x) - size) // 3, len(x) - size}:
                 here = slice(start, start + size)
                 assert torch.equal(layer(x[here]).output, expected[here]), (size, start)
         order = torch.randperm(len(x))
@@ -78,7 +78,7 @@ def test_wide_rows_that_threads_share(threads):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_triton_backend(dtype):
     layer = make_layer("ragged", dtype, backend="triton")
-    assert_invariant(layer, torch.randn(70, 50, dtype=dtype), (1, 5, 16, 33, 69))
+    assert_invariant(layer, torch.randn(40, 50, dtype=dtype), (1, 33))
 
 
 def test_the_triton_backend_has_one_configuration(monkeypatch):
@@ -146,8 +146,8 @@ def test_the_functions_inside_the_context():
     x, index, weights = torch.randn(65, 20), random_choices(65, 2, 4), torch.rand(65, 2)
     up, down = torch.randn(4, 26, 20), torch.randn(4, 20, 13)
     lora = moe_triton.Lora(torch.randn(4, 3, 20), torch.randn(4, 26, 3), 0.5)
-    quantised = moe_triton.QuantizedWeight.quantize(torch.randn(4, 20, 32), "int8")
-    wide_up = torch.randn(4, 64, 20)
+    quantised = moe_triton.QuantizedWeight.quantize(torch.randn(4, 20, 128), "int8")
+    wide_up = torch.randn(4, 256, 20)
     for up_proj, down_proj, options in ((up, down, {"gate_up_lora": lora}), (wide_up, quantised, {})):
         run = partial(moe_triton.moe_mlp, gate_up_proj=up_proj, down_proj=down_proj, **options)
         with moe_triton.batch_invariant():
@@ -179,11 +179,17 @@ def test_under_autocast():
 def test_compiled_gives_the_same_bits():
     layer, x = make_layer("ragged"), torch.randn(20, 50, requires_grad=True)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x).output, layer(x).output)
+    found = []
+    for function in (compiled, layer):
+        x.grad = None
+        out = function(x).output
+        out.square().sum().backward()
+        found.append((out, x.grad))
+    assert all(map(torch.equal, *found))
     assert not runtime.is_batch_invariant()
 
 
-def over_ranks(ranks, dtype: torch.dtype, options: dict) -> None:
+def over_ranks(dtype: torch.dtype, options: dict) -> None:
     layer = make_layer("ragged", dtype, expert_parallel=ExpertParallel(**options))
     alone = make_layer("ragged", dtype)
     # the same parameters: those of the experts are a run of the whole

@@ -1,4 +1,4 @@
-"""Linear maps that are batch invariant where `moe_triton.batch_invariant` asks for it."""
+"""Linear maps and functions of rows that are batch invariant where `moe_triton.batch_invariant` asks for it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,12 @@ def apply_linear(module: nn.Module, x: Tensor, backend: str = "auto") -> Tensor:
 
 def sigmoid(x: Tensor) -> Tensor:
     """Compute `torch.sigmoid` of [T, n]; inside `batch_invariant` such that a result's bits depend on one element."""
-    return by_full_vectors(torch.sigmoid, x) if runtime.is_batch_invariant() else torch.sigmoid(x)
+    return _row_function_op(x, "sigmoid") if runtime.is_batch_invariant() else torch.sigmoid(x)
+
+
+def softmax(x: Tensor) -> Tensor:
+    """Compute the softmax of each row of [T, n]; inside `batch_invariant` also where a compiler would fuse it."""
+    return _row_function_op(x, "softmax") if runtime.is_batch_invariant() else torch.softmax(x, dim=-1)
 
 
 @torch.library.custom_op("moe_triton::linear", mutates_args=())
@@ -64,3 +69,29 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _linear_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("moe_triton::row_function", mutates_args=())
+def _row_function_op(x: Tensor, name: str) -> Tensor:
+    with runtime.plain_maths(x):
+        return torch.softmax(x, dim=-1) if name == "softmax" else by_full_vectors(torch.sigmoid, x)
+
+
+@_row_function_op.register_fake
+def _(x: Tensor, name: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _setup_row_function(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.name = inputs[1]
+    ctx.save_for_backward(output)
+
+
+def _row_function_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    (y,) = ctx.saved_tensors
+    if ctx.name == "softmax":
+        return y * (grad - (grad * y).sum(-1, keepdim=True)), None
+    return grad * y * (1 - y), None
+
+
+_row_function_op.register_autograd(_row_function_backward, setup_context=_setup_row_function)

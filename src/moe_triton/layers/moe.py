@@ -7,11 +7,10 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_triton import losses
-from moe_triton.autograd.linear import apply_linear, sigmoid
+from moe_triton.autograd.linear import apply_linear, sigmoid, softmax
 from moe_triton.checks import FLOATS, MASKS, check_choice, check_int, check_number, check_tensor
 from moe_triton.dispatch import dispatch, expert_capacity, renormalize
 from moe_triton.distributed.exchange.channel import report_failure
@@ -280,7 +279,7 @@ class MoE(nn.Module):
         if self.shared_expert is not None:
             out = out + (self._shared(x) if shared is None else shared.result())
         if self.residual_mlp is not None and self.residual_coefficient is not None:
-            mix = F.softmax(apply_linear(self.residual_coefficient, x, self.backend), dim=-1)
+            mix = softmax(apply_linear(self.residual_coefficient, x, self.backend))
             out = out * mix[:, 0:1] + self.residual_mlp(x) * mix[:, 1:]
         if token_mask is not None:
             out = out.masked_fill(masked, 0)

@@ -24,7 +24,7 @@ def by_full_vectors(function: Callable[[Tensor], Tensor], x_mn: Tensor) -> Tenso
         return function(x_mn)
     padded = F.pad(x_mn, (0, -x_mn.shape[1] % LANES)).contiguous()
     step = max(SERIAL // max(padded.shape[1], 1), 1)
-    return torch.cat([function(rows) for rows in padded.split(step)])[:, : x_mn.shape[1]]
+    return torch.cat([function(rows) for rows in padded.split(step)])[:, : x_mn.shape[1]].contiguous()
 
 
 def row_slots(call: ExpertCall, rows: Tensor) -> tuple[Tensor, Tensor]:
