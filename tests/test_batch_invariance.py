@@ -12,9 +12,9 @@ from moe_triton import MoE, Router, runtime
 from moe_triton.autograd.linear import linear
 from moe_triton.backends.torch import experts_cpu, experts_device
 from moe_triton.backends.torch.cpu import WHOLE, CpuPolicy, invariant_policy
-from moe_triton.backends.torch.rows import by_full_vectors
 from moe_triton.distributed import ExpertParallel
 from moe_triton.records import ExpertSpec
+from moe_triton.torch_internals import by_full_vectors
 from tests.helpers.compare import assert_close
 from tests.helpers.problems import make_problem, random_choices
 

@@ -47,10 +47,33 @@ optimizer = torch.optim.AdamW(model.parameters())
 images = torch.rand(4, 3, 224, 224)
 train_data = test_data = [(images, torch.tensor([0, 1, 2, 3]))]
 """,
+    "docs/finetuning.md": """
+from transformers import LlamaConfig, LlamaForCausalLM
+from tests.helpers.families import tiny_model
+name, dense_name = "tiny", "dense"
+tiny_model("qwen3_moe").save_pretrained(name)
+sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).save_pretrained(dense_name)
+tokens = torch.randint(0, 64, (8, 16))
+rows = [{"input_ids": row, "labels": row} for row in tokens]
+""",
     "docs/profiling.md": """
 model = moe_triton.MoE(16, 8, num_experts=4, top_k=2)
 steps, history = 2, []
 log = dict
+""",
+    "docs/router_replay.md": """
+from tests.helpers.families import tiny_model
+rollout_model, model = tiny_model("mixtral").eval(), tiny_model("mixtral").train()
+prompts = torch.randint(2, 64, (2, 4))
+""",
+    "docs/routing_statistics.md": """
+from tests.helpers.families import tiny_model
+model = tiny_model("mixtral").train()
+tokens, mask = torch.randint(2, 64, (2, 6)), torch.ones(2, 6, dtype=torch.long)
+dataset = [{"input_ids": row, "labels": row} for row in torch.randint(2, 64, (20, 6))]
+class run:
+    log = staticmethod(lambda numbers, step: None)
 """,
     "docs/simulate.md": """
 counts_E, new_counts_E = torch.arange(256), torch.arange(256).flip(0)
@@ -69,6 +92,7 @@ SMALLER = {  # what one process on a CPU cannot do, or not quickly
         "capacity_factor=1.2": "capacity_factor=1.2, depth=1",
         "epochs=10": "epochs=1",
     },
+    "docs/finetuning.md": {'output_dir="run", ': 'output_dir="run", report_to=[], use_cpu=True, '},
 }
 NOT_RUN = {
     "engine, *_ = deepspeed.initialize(": "needs the engine on two ranks: tests/compat/deepspeed/",

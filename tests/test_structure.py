@@ -25,9 +25,9 @@ LEVELS = [
     ["distributed"],
     ["layers"],
     ["kernel_stages"],
-    ["explain", "integrations", "metrics", "training"],
+    ["explain", "integrations", "metrics", "replay", "training"],
     ["benchmarking", "compat"],
-    ["swap"],
+    ["quantize", "swap"],
     ["cli"],
 ]
 KNOW_THE_KERNELS = (

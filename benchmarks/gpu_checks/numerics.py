@@ -39,6 +39,8 @@ ROUTERS = (  # experts, options
     (96, RouterSpec(top_k=6, num_groups=6, top_groups=2, group_score="top2_sum")),
     (1000, RouterSpec(top_k=16, normalize=True)),
     (5, RouterSpec(top_k=5, score="sigmoid")),
+    (256, RouterSpec(top_k=6, score="sqrt_softplus", normalize=True, scale=1.5)),
+    (48, RouterSpec(top_k=12, normalize=True, weightless=16)),
 )
 
 
@@ -130,8 +132,11 @@ def specs(activations: tuple[str, ...]) -> Iterator[tuple[ExpertSpec, bool]]:
 
 
 def experts(setting: Setting, dtype: torch.dtype, activations: tuple[str, ...]) -> str:
-    """Forward and all gradients for every activation and layout, rows per expert in turn of every bucket."""
-    rows = cycle((100, 24, 8, 48))
+    """Forward and all gradients for every activation and layout, rows per expert in turn of every bucket.
+
+    Three of five have adapters, of ranks below, at and above those of a step.
+    """
+    rows, ranks = cycle((100, 24, 8, 48)), cycle((None, (16, 8), None, (64, 3), (80, 32)))
     count = 0
     for spec, bias in specs(activations):
         if setting.tiny and count == 2:
@@ -140,7 +145,7 @@ def experts(setting: Setting, dtype: torch.dtype, activations: tuple[str, ...]) 
         tokens = 9 if setting.tiny else next(rows) * (num_experts - 1) // top_k
         d, n = (24, 20) if setting.tiny else (192, 160)
         choices = random_choices(tokens, top_k, num_experts)
-        problem = make_problem(choices, num_experts, spec=spec, bias=bias, d=d, n=n, dtype=dtype)
+        problem = make_problem(choices, num_experts, spec=spec, bias=bias, ranks=next(ranks), d=d, n=n, dtype=dtype)
         with poisoned():
             found = run(problem, recompute=count % 3 == 1, sequence=count % 3 == 2)
         check(found, problem, TOLERANCE[dtype])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_triton import runtime
-from moe_triton.backends.torch.rows import by_full_vectors
+from moe_triton.torch_internals import by_full_vectors
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str = "auto") -> Tensor:

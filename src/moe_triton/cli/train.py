@@ -14,6 +14,7 @@ from moe_triton.cli.arguments import EXIT_FAULT, EXIT_INTERRUPTED, EXIT_USAGE, f
 from moe_triton.distributed import ExpertParallelError
 from moe_triton.training import TrainConfig, TrainingError, run_job
 from moe_triton.training.config import KINDS
+from moe_triton.training.routers import ROUTERS
 
 DEFAULTS = TrainConfig()
 
@@ -37,6 +38,10 @@ def train(
     compare_dense: Annotated[
         bool, typer.Option("--compare-dense", help="Train the dense model with the same active parameters too.")
     ] = False,
+    from_dense: Annotated[
+        Path | None,
+        typer.Option(help="Start as copies of the dense model of this run, one with --compare-dense, and its sizes."),
+    ] = None,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between two checkpoints.")] = 10,
     steps: Annotated[int | None, setting("steps", "Optimizer steps.")] = None,
     seed: Annotated[int | None, setting("seed", "Of the weights and the batches.")] = None,
@@ -50,6 +55,7 @@ def train(
     intermediate_size: Annotated[int | None, setting("intermediate_size", "Width of one expert.")] = None,
     num_experts: Annotated[int | None, setting("num_experts", "Experts per block.")] = None,
     top_k: Annotated[int | None, setting("top_k", "Experts per token.")] = None,
+    router: Annotated[str | None, setting("router", f"{', '.join(ROUTERS)}.")] = None,
     capacity_factor: Annotated[
         float | None, setting("capacity_factor", "An expert's limit, in even shares; 0: none.")
     ] = None,
@@ -79,6 +85,7 @@ def train(
             {name: value for name, value in options.items() if value is not None},
             resume=resume,
             compare_dense=compare_dense,
+            from_dense=from_dense,
             checkpoint_every=checkpoint_every,
             ep=ep,
             ep_mode=ep_mode,

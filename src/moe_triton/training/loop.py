@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_triton.layers import Experts
+from moe_triton.layers import Experts, update_choice_biases
 from moe_triton.training.checkpoint import Checkpoint, restore, write_checkpoint
 from moe_triton.training.config import TrainConfig
 from moe_triton.training.data import Corpus, batch, evaluation_windows
@@ -63,6 +63,7 @@ def train_model(
     corpus: Corpus,
     out: Path,
     *,
+    start: Callable[[LanguageModel], None] = lambda model: None,
     resume_from: Checkpoint | None = None,
     compare_dense: bool = False,
     checkpoint_every: int = 10,
@@ -72,9 +73,10 @@ def train_model(
     """Train the "moe" or "dense" model to `config.steps` and returns it.
 
     Writes one line of metrics per step and a checkpoint every `checkpoint_every` steps (and at the start and the end)
-    under `out`; `resume_from` continues, with the same bits as a run that was never interrupted. `on_step` sees every
-    record. Of several `workers` each computes its share of every batch, and the first one writes. Raises TrainingError:
-    files that cannot be written or do not fit, a loss that is not finite.
+    under `out`; `start` gives a new model its first weights, and `resume_from` continues, with the same bits as a run
+    that was never interrupted. `on_step` sees every record. Of several `workers` each computes its share of every
+    batch, and the first one writes. Raises TrainingError: files that cannot be written or do not fit, a loss that is
+    not finite.
     """
     device = torch.device(config.device)
     torch.manual_seed(config.seed)
@@ -82,7 +84,9 @@ def train_model(
     optimizer = make_optimizer(model, config)
     files = run_files(out, kind)
     done = 0
-    if resume_from is not None:
+    if resume_from is None:
+        start(model)
+    else:
         restore(resume_from.path, model, optimizer)
         done = resume_from.step
 
@@ -146,14 +150,15 @@ def train_step(
     (loss + out.aux_loss).backward()
     grad_norm = clip(model, grad_clip, workers)
     optimizer.step()
+    update_choice_biases(model)
     sums = workers.sum(torch.stack([loss.detach(), out.aux_loss.detach()]).double())
     train_loss, aux_loss = sums.tolist()
     record: dict[str, Any] = {"train_loss": train_loss, "lr": lr, "grad_norm": grad_norm.item(), "aux_loss": aux_loss}
     if model.kind == "moe":
         load_LE = workers.sum(out.expert_counts.double())
         num_kept = workers.sum(torch.stack(kept).double().sum())
-        record["dropped"] = 1 - (num_kept / load_LE.sum()).item()
-        record["max_load"] = (load_LE.amax(1) / load_LE.mean(1)).max().item()
+        record["dropped"] = ((load_LE.sum() - num_kept) / load_LE.sum().clamp_min(1)).item()
+        record["max_load"] = (load_LE.amax(1) / load_LE.mean(1).clamp_min(1e-9)).max().item()
         record["expert_load"] = load_LE.long().tolist()
     record["seconds"] = time.perf_counter() - start
     record["tokens_per_s"] = num_tokens / record["seconds"]

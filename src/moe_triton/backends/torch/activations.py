@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_triton.backends.torch.rows import LANES, SERIAL, by_full_vectors
 from moe_triton.records import ExpertSpec
+from moe_triton.torch_internals import LANES, SERIAL, by_full_vectors
 
 aten = torch.ops.aten
 GATE = {"swiglu": "silu", "gpt_oss": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}

@@ -2,29 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moe_triton.records import ExpertCall
-
-LANES = 64  # elements that torch's vectorised kernels take at a time, in 16 bits; half as many in fp32
-SERIAL = (1 << 15) - 1  # the most elements that torch does not spread over threads
-
-
-def by_full_vectors(function: Callable[[Tensor], Tensor], x_mn: Tensor) -> Tensor:
-    """Apply a function of single elements such that a result's bits depend on its element alone, [m, n].
-
-    On a CPU torch computes the last elements of a range, and of each thread's share, with other instructions than the
-    others: exp then has another last bit. Here every element is one of a full vector.
-    """
-    if x_mn.device.type != "cpu":
-        return function(x_mn)
-    padded = F.pad(x_mn, (0, -x_mn.shape[1] % LANES)).contiguous()
-    step = max(SERIAL // max(padded.shape[1], 1), 1)
-    return torch.cat([function(rows) for rows in padded.split(step)])[:, : x_mn.shape[1]].contiguous()
 
 
 def row_slots(call: ExpertCall, rows: Tensor) -> tuple[Tensor, Tensor]:
