@@ -271,7 +271,8 @@ def _is_positive(value: Any) -> bool:
 
 def latent_sizes(module: nn.Module) -> tuple[int, int]:
     """Return the size of the vectors that the experts work on, and the model's hidden size: NemotronH projects."""
-    size = module.down_proj.shape[2 if _flag(module, "is_transposed") else 1]
+    down: Any = projection_of(module, "down_proj")
+    size = int(down.shape[2 if _flag(module, "is_transposed") else 1])
     hidden_size = getattr(getattr(module, "config", None), "hidden_size", None)
     return size, hidden_size if isinstance(hidden_size, int) else size
 
