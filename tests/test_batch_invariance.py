@@ -206,10 +206,20 @@ def over_ranks(dtype: torch.dtype, options: dict) -> None:
     assert torch.equal(out, expected[:50] if torch.distributed.get_rank() == 0 else expected[50:])
 
 
-@pytest.mark.parametrize("options", [{}, {"mode": "allgather"}, {"chunks": 2}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"mode": "bounded"}, {"chunks": 2}], ids=str)
 def test_the_number_of_ranks_changes_no_bit(two_ranks, options):
     for dtype in (torch.float32, torch.bfloat16):
         two_ranks.run(over_ranks, dtype, options)
+
+
+def refused() -> None:
+    layer = make_layer("default", expert_parallel=ExpertParallel(mode="allgather"))
+    with pytest.raises(ValueError, match="mode: got 'allgather' with batch_invariant, wanted 'dropless'"):
+        layer(torch.randn(3, 50))
+
+
+def test_ranks_that_add_up_their_own_experts_are_refused(two_ranks):
+    two_ranks.run(refused)
 
 
 def test_without_it_a_library_may_choose_by_the_rows():

@@ -62,7 +62,9 @@ def test_masks_capacity_and_recomputation():
 @pytest.mark.parametrize("exchange", [{}, {"mode": "allgather", "deduplicate": False}], ids=str)
 def test_over_ranks(two_ranks, exchange):
     """The latent rows travel: the ranks compare their sizes as hidden_size."""
-    two_ranks.run(parity.check, Case([5, 8], exchange=exchange, layer={"aux_loss_weight": 0.1, **LATENT}, experts=4))
+    two_ranks.run(
+        parity.check, Case([5, 8], {"ep": 2}, exchange=exchange, layer={"aux_loss_weight": 0.1, **LATENT}, experts=4)
+    )
 
 
 def test_explained():

@@ -179,6 +179,8 @@ class ExpertParallel:
         """
         dtype, call = call.hidden.dtype, in_context(call)
         layer = replace(layer, deduplicate=self.deduplicate and not call.spec.batch_invariant)
+        if call.spec.batch_invariant and self.mode == "allgather":  # each rank adds up what its own experts make
+            raise ValueError("mode: got 'allgather' with batch_invariant, wanted 'dropless' or 'bounded'")
         if self.etp.size > 1:
             slices = self._channel(self.etp, f"{layer.name}, expert slices")
             call = replace(call, parameters=sum_slices_gradients(call.parameters, slices))
