@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_triton_kernels.activations import check_activation, is_gated
+from moe_triton_kernels.activations import Activation, is_gated
 from moe_triton_kernels.grouped_gemm import rows_times_weight, split_columns, tile_order
 from moe_triton_kernels.launch import Config, launch_options, persistent_grid
 from moe_triton_kernels.lora import Added
@@ -128,7 +128,7 @@ def d_hidden(
     router_weights: Tensor,
     *,
     size_n: int,
-    activation: str,
+    activation: Activation,
     is_concatenated: bool,
     config: Config,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,7 +137,6 @@ def d_hidden(
     grad_out [T, d] contiguous; weight: the down projection per expert as [d, n], any strides; h [S, 2n] or [S, n] as
     `up` made it; router_weights [T, K] contiguous. Rows past offsets[E] are neither read nor written.
     """
-    check_activation(activation)
     num_slots, size_d = source.shape[0], grad_out.shape[1]
     weighted_a = grad_out.new_empty((num_slots, size_n))
     grad_h = torch.empty_like(h)

@@ -136,6 +136,39 @@ def gate_backend(name: str) -> GateBackend:
     return cast(GateBackend, _module(f"{name}.gate"))
 
 
+class batch_invariant(contextlib.ContextDecorator):
+    """Make the bits of each token's output depend on this token alone, in every MoE forward inside the context.
+
+    Not on the number of tokens, on the other tokens, on their order, or on the number of ranks that hold the experts
+    (the term is Thinking Machines', "Defeating Nondeterminism in LLM Inference"). It holds in training and in inference
+    on the backends "torch" and "triton", for one kind of processor or GPU, one version of torch and one number of
+    threads. Gradients are outside it, and so is what mixes tokens by definition: a capacity, noise. For the whole
+    process, as `torch.use_deterministic_algorithms`; contexts nest. `MoE(batch_invariant=True)` does it for one layer.
+    """
+
+    def __enter__(self) -> None:
+        global _invariant_contexts
+        _invariant_contexts += 1
+
+    def __exit__(self, *error: object) -> None:
+        global _invariant_contexts
+        _invariant_contexts -= 1
+
+
+_invariant_contexts = 0
+
+
+def is_batch_invariant() -> bool:
+    """Return whether the call is inside `batch_invariant`."""
+    return _invariant_contexts > 0
+
+
+def refuse_reference(name: str) -> None:
+    """Raise ValueError for the backend "reference" inside `batch_invariant`: it computes an expert's rows at once."""
+    if name == "reference":
+        raise ValueError("batch_invariant: got True with backend 'reference', wanted 'auto', 'triton' or 'torch'")
+
+
 def routing_backend(name: str) -> RoutingBackend:
     """Return the implementation of routing by backend "torch" or "triton"."""
     return cast(RoutingBackend, _module(f"{name}.routing"))

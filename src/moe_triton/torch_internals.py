@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
@@ -183,3 +184,20 @@ def inside_fsdp1(module: nn.Module) -> nn.Module:
 def is_fsdp2_class(cls: type) -> bool:
     """Return whether FSDP2 has made this class, which it gives to the modules that it shards."""
     return hasattr(cls, "_get_fsdp_state")
+
+
+LANES = 64  # elements that torch's vectorised kernels take at a time, in 16 bits; half as many in fp32
+SERIAL = (1 << 15) - 1  # the most elements that torch does not spread over threads
+
+
+def by_full_vectors(function: Callable[[Tensor], Tensor], x_mn: Tensor) -> Tensor:
+    """Apply a function of single elements such that a result's bits depend on its element alone, [m, n].
+
+    On a CPU torch computes the last elements of a range, and of each thread's share, with other instructions than the
+    others: exp then has another last bit. Here every element is one of a full vector.
+    """
+    if x_mn.device.type != "cpu":
+        return function(x_mn)
+    padded = F.pad(x_mn, (0, -x_mn.shape[1] % LANES)).contiguous()
+    step = max(SERIAL // max(padded.shape[1], 1), 1)
+    return torch.cat([function(rows) for rows in padded.split(step)])[:, : x_mn.shape[1]].contiguous()

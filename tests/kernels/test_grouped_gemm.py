@@ -20,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from moe_triton import reference
 from moe_triton_kernels import d_weight as d_weight_module
 from moe_triton_kernels import operands
+from moe_triton_kernels.activations import Activation
 from moe_triton_kernels.d_hidden import d_hidden, d_router_weights
 from moe_triton_kernels.d_weight import d_bias, d_weight
 from moe_triton_kernels.down import down
@@ -93,7 +94,7 @@ class Setting:
             None,
             size_n=self.gate_up.shape[2] // (2 if activation == "swiglu" else 1),
             top_k=2,
-            activation=activation,
+            activation=Activation(activation),
             is_concatenated=is_concatenated,
             config=config,
             **{"keep_activation": True, "keep_preactivation": True, **keep},
@@ -189,7 +190,7 @@ def test_d_hidden_and_the_router_weights_gradient(
         h,
         setting.weights,
         size_n=24,
-        activation=form[0],
+        activation=Activation(form[0]),
         is_concatenated=form[1],
         config=config,
     )
@@ -354,7 +355,7 @@ def test_offsets_beyond_32_bits() -> None:
     gate_up[1] = torch.randn(d, n) / d**0.5
     source = torch.arange(tokens - 5, tokens, dtype=torch.int32)
     offsets = torch.tensor([0, 0, 5], dtype=torch.int32)
-    sizes = {"size_n": n, "top_k": 1, "activation": "silu", "is_concatenated": True, "config": SMALL}
+    sizes = {"size_n": n, "top_k": 1, "activation": Activation("silu"), "is_concatenated": True, "config": SMALL}
     tiles = tile_tables(offsets, 5)
     a, h = up(x, source, tiles, per_expert(gate_up), None, keep_activation=True, keep_preactivation=True, **sizes)
     expected = x[-5:].double() @ gate_up[1].double()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from moe_triton_kernels.activations import GATED, UNGATED
+from moe_triton_kernels.activations import GATED_CASES, UNGATED_CASES
 from moe_triton_kernels.gluon import down, up
 from moe_triton_kernels.gluon.launch import LAYOUT, tile_of, weight_block
 from moe_triton_kernels.gluon.schedules import BLOCK_K, BLOCK_M, SCHEDULES, TYPES
@@ -78,7 +78,7 @@ def down_cases() -> Iterator[Case]:
 
 def up_cases() -> Iterator[Case]:
     """Both forms in every schedule; the first also with every activation, the other layout and the other type."""
-    for op, activations in (("up_gated", GATED), ("up", UNGATED)):
+    for op, activations in (("up_gated", GATED_CASES), ("up", UNGATED_CASES)):
         gated = op == "up_gated"
         # (schedule, activation, k is contiguous, type)
         variants = [(name, activations[0], True, torch.bfloat16) for name in SCHEDULES]
@@ -92,7 +92,7 @@ def up_cases() -> Iterator[Case]:
                 op,
                 schedule,
                 dtype=dtype,
-                variant=activation + "_T" * (not by_k),
+                variant=str(activation) + "_T" * (not by_k),
                 width=width,
                 parts=up.parts_of(SCHEDULES[schedule], gated),
                 descriptors={"weight": weight_block(width, by_k)},

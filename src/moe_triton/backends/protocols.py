@@ -102,6 +102,9 @@ class ExpertsBackend(Protocol):
     ) -> ParameterGradients:
         """Compute the second half of `experts_backward`."""
 
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute x [m, in] @ weight [out, in]^T + bias [out]: a row's bits depend on this row alone."""
+
     def combine_rows(self, rows: Tensor, position: Tensor) -> Tensor:
         """Sum each token's rows [R, d] in the order of position [T, J], where -1 adds nothing: [T, d]."""
 

@@ -20,7 +20,6 @@ from moe_triton.benchmarking.cases import PRESETS
 from moe_triton.benchmarking.report import plain_console
 from moe_triton.cli.arguments import EXIT_FAULT, EXIT_NO_GPU, SHAPE, checked, fail, pick, pick_model
 from moe_triton.cli.display import StepDisplay
-from moe_triton.records import GATED
 from moe_triton_kernels.tools.case import Case, leaves
 from moe_triton_kernels.tools.floors import DEVICES, FLOORS, ITEMSIZE, Device, Shape
 from moe_triton_kernels.tools.occupancy import resident_programs
@@ -186,7 +185,9 @@ def describe(case: Case, report: Report | None, arch: str, shape: Shape, device:
     from moe_triton_kernels.tools.offline import broken_gates
 
     config = {name: value for name, value in case.constants.items() if isinstance(value, bool | int | str)}
-    gated = config["ACTIVATION"] in GATED if "ACTIVATION" in config else shape.gated
+    gated = shape.gated
+    if (activation := case.constants.get("ACTIVATION")) is not None:
+        config["ACTIVATION"], gated = str(activation), activation.is_gated
     own = replace(shape, dtype=float_type(case) or shape.dtype, gated=gated)
     name = floor_name(case.name)
     work = None if name is None else FLOORS[name](own)

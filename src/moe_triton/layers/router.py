@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_triton.autograd.gate import run_gate
+from moe_triton.autograd.linear import linear
 from moe_triton.checks import FLOATS, MASKS, check_choice, check_int, check_number, check_tensor
 from moe_triton.layers.choices import ChoiceBatch, ChoiceRule, choice_rule
 from moe_triton.layers.load import CountsLoad
@@ -18,7 +19,7 @@ from moe_triton.layers.quantiles import QUANTILE_BINS, bias_of_histogram, check_
 from moe_triton.records import RouterSpec, Routing
 from moe_triton.reference import router_scores, wide
 from moe_triton.routing import gumbel_noise, route_by_spec, router_spec
-from moe_triton.runtime import without_autocast
+from moe_triton.runtime import is_batch_invariant, without_autocast
 
 NULL_OUTPUTS = ("identity", "zero")
 BIAS_UPDATES = ("sign", "quantile")
@@ -195,11 +196,17 @@ class Router(CountsLoad):
 
     def _gate(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """The logits, and the hidden states for whoever takes them next (see `autograd.gate`)."""
-        if not (self.training and self.jitter > 0):
+        jitters = self.training and self.jitter > 0
+        if not (jitters or is_batch_invariant()):
             return run_gate(hidden_states, self.weight, self.bias, self.backend)
+        dtype = wide(self.weight.dtype)
         with without_autocast(hidden_states.device):
-            x = hidden_states.to(wide(self.weight.dtype))
-            x = x * (1 + self.jitter * (2 * torch.rand_like(x) - 1))
+            x = hidden_states.to(dtype)
+            if jitters:
+                x = x * (1 + self.jitter * (2 * torch.rand_like(x) - 1))
+            if is_batch_invariant():
+                bias = None if self.bias is None else self.bias.to(dtype)
+                return linear(x, self.weight.to(dtype), bias, self.backend), hidden_states
         return run_gate(x, self.weight, self.bias, self.backend)[0], hidden_states
 
     def forward(

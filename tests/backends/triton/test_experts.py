@@ -38,6 +38,12 @@ SPECS = [
     if concatenated or activation in GATED
 ]
 RELU2 = ExpertSpec(activation="relu2")
+# Limits that about a third of the pre-activations exceed; 0.3 is no number of 16 bits.
+LIMITED = [
+    ExpertSpec(activation="swiglu", activation_limit=0.3),
+    ExpertSpec(activation="swiglu", activation_limit=0.5, activation_alpha=1.702, is_concatenated=False),
+    ExpertSpec(activation="gpt_oss", activation_limit=0.5, activation_alpha=0.7, is_transposed=True),
+]
 
 
 def name_of(spec: ExpertSpec) -> str:
@@ -68,6 +74,14 @@ CASES = [
 def test_every_activation_and_layout(spec: ExpertSpec, bias: bool, dtype: torch.dtype) -> None:
     problem = make_problem(random_choices(9, 2, 4), 4, spec=spec, bias=bias, dtype=dtype)
     check(run(problem), problem, tolerance=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spec", LIMITED, ids=str)
+def test_limits(spec: ExpertSpec, dtype: torch.dtype) -> None:
+    problem = make_problem(random_choices(9, 2, 4), 4, spec=spec, bias=True, dtype=dtype)
+    tolerance = {torch.float16: 2e-3, torch.bfloat16: 2e-2}.get(dtype)
+    check(run(problem), problem, tolerance)
 
 
 @pytest.mark.parametrize(("spec", "dtype"), [(SPECS[0], torch.bfloat16), (SPECS[3], torch.float32)], ids=str)

@@ -26,7 +26,7 @@ from moe_triton.benchmarking.providers.block import (
     routed_block,
     share,
 )
-from moe_triton.reference import GPT_OSS_ALPHA, GPT_OSS_LIMIT
+from moe_triton.records import LIMITED
 
 
 def tensor(parameter: Parameter) -> Tensor:
@@ -215,7 +215,8 @@ def triton_kernels(workload: Workload) -> Block:
         up_bias = (interleave(up_bias[:, :, None])[:, :, 0] if is_fused else up_bias).float()
         down_bias = down_bias.float()
     specs = FnSpecs("swiglu", swiglu_fn, ("alpha", "limit"), reduction_n=2)
-    fused = FusedActivation(specs, (GPT_OSS_ALPHA, GPT_OSS_LIMIT)) if is_fused else None
+    limit, alpha = LIMITED["gpt_oss"]
+    fused = FusedActivation(specs, (alpha, limit)) if is_fused else None
     activation = compiled_activation(case.activation, "cuda")
 
     def forward(x: Tensor) -> Tensor:
