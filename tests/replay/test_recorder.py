@@ -214,6 +214,15 @@ def test_a_recorded_pass_is_repeated_with_what_was_recorded(use_reentrant):
     with RoutingRecorder(plain).replay(recorder.data):
         plain(x)["out"].square().sum().backward()
     assert same(found, gradients(plain))
+    # so are the rows without data of a replayed pass
+    seen = []
+    for layer in model.layers[1:]:
+        layer.experts.register_forward_pre_hook(lambda _, args: seen.append(args[2].position))
+    with recorder.replay(distinct_ids(40), torch.zeros(40).bool()):
+        out = model(x)["out"]
+    out.square().sum().backward()
+    assert torch.equal(seen[0], seen[3])
+    assert torch.equal(seen[1], seen[2])
 
 
 def test_a_checkpoint_around_the_whole_model():

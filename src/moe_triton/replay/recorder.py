@@ -154,7 +154,8 @@ class RoutingRecorder:
         if mask is not None:
             check_tensor("mask", mask, shape=(data.shape[0],), dtypes=MASKS)
         self._install()
-        device = next(self._layers[0].chooser.parameters()).device  # one copy, not one of each layer's part
+        # one copy here, not one of each layer's part
+        device = next((parameter.device for parameter in self._layers[0].chooser.parameters()), data.device)
         self._replay = _Replay(data.to(device), None if mask is None else mask.to(device))
         try:
             yield self
@@ -239,10 +240,12 @@ class RoutingRecorder:
     @torch.inference_mode(False)  # a rollout's choices are used in training
     @torch.no_grad()
     def _leave(self, layer: ChoosingLayer, call: Call | None, chosen: Tensor) -> None:
-        if self._recorded is not None and call is not None:
-            ids = chosen.detach().to(torch.int32, copy=True)
-            self._recorded[layer.name].append(ids)
-            call.given = ids
+        """Keep what was chosen in a recorded or replayed pass, for its repetition too: also in rows without data."""
+        if call is None or (call.given is None and self._recorded is None):
+            return
+        call.given = chosen.detach().to(torch.int32, copy=True)
+        if self._recorded is not None:
+            self._recorded[layer.name].append(call.given)
 
     @torch.inference_mode(False)
     @torch.no_grad()
