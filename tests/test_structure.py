@@ -33,6 +33,7 @@ LEVELS = [
 KNOW_THE_KERNELS = (
     ("backends", "triton"),
     ("benchmarking", "cases.py"),
+    ("benchmarking", "environment.py"),
     ("benchmarking", "stages.py"),
     ("benchmarking", "stages_triton.py"),
     ("benchmarking", "kernel_search.py"),
