@@ -85,16 +85,17 @@ def test_the_triton_backend(kind, dtype):
 
 def test_the_triton_backend_has_one_configuration(monkeypatch):
     """On GPUs configurations go by the rows per expert; in the interpreter they are all the same."""
-    from moe_triton.backends.triton import experts
+    from moe_triton.backends.triton import experts, problem
 
     asked = []
-    original = experts.choose_config
+    original = problem.choose_config
 
     def choose(op, **key):
         asked.append((op, key["num_rows"] / key["num_experts"] > experts.BUCKETS[-1]))
         return original(op, **key)
 
-    monkeypatch.setattr(experts, "choose_config", choose)
+    for module in (experts, problem):
+        monkeypatch.setattr(module, "choose_config", choose)
     layer = make_layer("ragged", backend="triton")
     with torch.no_grad():
         layer(torch.randn(3, 50))

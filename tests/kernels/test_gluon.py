@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from moe_triton import reference
-from moe_triton.backends.triton import experts
+from moe_triton.backends.triton import problem as calls
 from moe_triton_kernels import configs
 from moe_triton_kernels.activations import GATED_CASES, UNGATED_CASES, Activation
 from moe_triton_kernels.down import down
@@ -202,7 +202,7 @@ def test_experts_forward_and_backward(hopper: dict[str, EmulatedKernel], monkeyp
     def choose(op: str, **sizes: Any) -> Config:
         return replace(configs.choose_config(op, **sizes), gluon="ping_pong")
 
-    monkeypatch.setattr(experts, "choose_config", choose)
+    monkeypatch.setattr(calls, "choose_config", choose)
     problem = make_problem(random_choices(9, 2, 4), 4, d=64, n=64, dtype=torch.float16)
     check(run(problem), problem, tolerance=2e-3)
     if hopper:

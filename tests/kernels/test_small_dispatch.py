@@ -60,13 +60,13 @@ def test_the_public_dispatch_takes_it_where_it_may() -> None:
 
 
 def test_a_layer_without_gradients_makes_no_tile_tables_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    from moe_triton.backends.triton import experts
+    from moe_triton.backends.triton import problem
 
     layer = MoE(16, 8, 4, 2, backend="triton", device=device)
     x = torch.randn(6, 16, device=device)
     expected = layer(x).output.detach()
     made = []
-    monkeypatch.setattr(experts, "tile_tables", lambda *arguments: made.append(arguments) or tile_tables(*arguments))
+    monkeypatch.setattr(problem, "tile_tables", lambda *arguments: made.append(arguments) or tile_tables(*arguments))
     with torch.no_grad():
         assert torch.equal(layer(x).output, expected)
     assert not made

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from moe_triton.backends.triton.experts import Problem
+from moe_triton.backends.triton.problem import Problem
 from moe_triton.benchmarking.stage import Stage
 from moe_triton.kernel_stages import FORWARD, KERNELS, OP_OF, full_name, in_words
 from moe_triton.records import ExpertCall

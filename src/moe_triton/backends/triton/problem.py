@@ -1,0 +1,286 @@
+"""One call of the experts as the kernels take it. Records and their shapes: `moe_triton.records`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from moe_triton.records import (
+    ExpertCall,
+    ExpertSpec,
+    Lora,
+    TiledDispatch,
+    Wanted,
+)
+from moe_triton.reference import dequantized
+from moe_triton_kernels.activations import Activation
+from moe_triton_kernels.combine import combine
+from moe_triton_kernels.configs import choose_config
+from moe_triton_kernels.d_hidden import d_hidden, d_router_weights
+from moe_triton_kernels.d_weight import d_bias, d_weight
+from moe_triton_kernels.down import down
+from moe_triton_kernels.heuristics import BUCKETS, adapter_tile
+from moe_triton_kernels.launch import Config, target_of
+from moe_triton_kernels.lora import Adapter
+from moe_triton_kernels.narrow import narrow
+from moe_triton_kernels.operands import PerExpert, per_expert
+from moe_triton_kernels.tiles import TileTables, tile_tables
+from moe_triton_kernels.up import up
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Problem:
+    """One call as the kernels take it: contiguous tensors, the sizes, and the configuration of each kernel.
+
+    gate_up and down are as the forward product reads them: [d, n or 2n] and [n, d].
+    """
+
+    def __init__(self, call: ExpertCall) -> None:
+        check_dtype(call.hidden.dtype)
+        spec, parameters = call.spec, call.parameters
+        self.call, self.spec, self.dispatched = call, spec, call.dispatched
+        self.hidden, self.weights = call.hidden.contiguous(), call.weights.contiguous()
+        self.activation = activation_of(spec, call.hidden.dtype)
+        self.top_k, self.num_rows = call.dispatched.top_k, call.num_rows
+        self.size_d, self.size_n = call.hidden_size, call.intermediate_size
+        gate_up, down = (per_expert(dequantized(p, call.hidden.dtype)) for p in parameters[:2])
+        self.gate_up = gate_up if spec.is_transposed else gate_up.transposed()
+        self.down = down if spec.is_transposed else down.transposed()
+        self.gate_up_bias = None if parameters.gate_up_bias is None else per_expert(parameters.gate_up_bias)
+        self.down_bias = None if parameters.down_bias is None else per_expert(parameters.down_bias)
+        self.gate_up_lora = None if call.gate_up_lora is None else Factors(call.gate_up_lora)
+        self.down_lora = None if call.down_lora is None else Factors(call.down_lora)
+
+    def tiles(self) -> TileTables:
+        if isinstance(self.dispatched, TiledDispatch):
+            return self.dispatched.tiles
+        return tile_tables(self.dispatched.offsets, self.num_rows)
+
+    def config(self, op: str) -> Config:
+        gated = "_gated" if self.spec.is_gated and op in ("up", "d_hidden") else ""
+        return choose_config(
+            op + gated,
+            d=self.size_d,
+            n=self.size_n,
+            dtype=self.hidden.dtype,
+            num_rows=rows_of_config(self.call) if op in ("up", "down") else self.num_rows,
+            num_experts=self.call.num_experts,
+            architecture=target_of(self.hidden.device).architecture,
+        )
+
+    def up(self, tiles: TileTables, *, keep_a: bool, keep_h: bool) -> tuple[Tensor, Tensor]:
+        """Activation [S, n] and pre-activation [S, 2n or n]; empty [0] where not kept."""
+        return up(
+            self.hidden,
+            self.dispatched.source,
+            tiles,
+            self.gate_up if (lora := self.gate_up_lora) is None else lora.forward(self.gate_up, self.t_gate_up(tiles)),
+            self.gate_up_bias,
+            size_n=self.size_n,
+            top_k=self.top_k,
+            activation=self.activation,
+            is_concatenated=self.spec.is_concatenated,
+            keep_activation=keep_a,
+            keep_preactivation=keep_h,
+            config=self.config("up"),
+        )
+
+    def down_rows(self, a: Tensor, tiles: TileTables) -> Tensor:
+        """Every row's output times its router weight [S, d]."""
+        return down(
+            a,
+            tiles,
+            self.down if (lora := self.down_lora) is None else lora.forward(self.down, self.t_down(a, tiles)),
+            size_columns=self.size_d,
+            config=self.config("down"),
+            bias=self.down_bias,
+            router_weights=self.weights,
+            source=self.dispatched.source,
+        )
+
+    def d_hidden(
+        self, grad_out: Tensor, h: Tensor, tiles: TileTables, u: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Weighted activation [S, n], pre-activation's gradient, and shares of the router weights' gradient."""
+        return d_hidden(
+            grad_out,
+            self.dispatched.source,
+            tiles,
+            self._backward(self.down, self.down_lora, u),
+            h,
+            self.weights,
+            size_n=self.size_n,
+            activation=self.activation,
+            is_concatenated=self.spec.is_concatenated,
+            config=self.config("d_hidden"),
+        )
+
+    @staticmethod
+    def _backward(projection: PerExpert, lora: Factors | None, u: Tensor | None) -> PerExpert:
+        weight = projection.transposed()
+        return weight if lora is None or u is None else lora.backward(weight, u)
+
+    def d_router_weights(self, shares: Tensor, grad_out: Tensor, tiles: TileTables) -> Tensor:
+        return d_router_weights(shares, grad_out, self.dispatched.source, tiles, self.down_bias, self.weights)
+
+    def d_rows(self, grad_h: Tensor, tiles: TileTables, u: Tensor | None = None) -> Tensor:
+        """Every row's gradient of its token [S, d]."""
+        return down(
+            grad_h,
+            tiles,
+            self._backward(self.gate_up, self.gate_up_lora, u),
+            size_columns=self.size_d,
+            config=self.config("d_rows"),
+        )
+
+    def combine(self, rows: Tensor) -> Tensor:
+        return combine(rows, self.dispatched.position, self.hidden.dtype)
+
+    def d_gate_up(self, grad_h: Tensor) -> Tensor:
+        """[E, 2n, d], or [E, d, 2n] where transposed."""
+        return self._d_weight(self.hidden, grad_h, tokens_first=self.spec.is_transposed)
+
+    def d_down(self, grad_out: Tensor, weighted_a: Tensor) -> Tensor:
+        """[E, d, n], or [E, n, d] where transposed."""
+        return self._d_weight(grad_out, weighted_a, tokens_first=not self.spec.is_transposed)
+
+    def _d_weight(self, tokens: Tensor, rows: Tensor, *, tokens_first: bool) -> Tensor:
+        """tokens^T rows, contracted over each expert's rows, or its transpose where not `tokens_first`.
+
+        `tokens` [T, ...] is gathered by row -> token; `rows` [S, ...] lies in expert order.
+        """
+        left, right = (tokens, rows) if tokens_first else (rows, tokens)
+        return d_weight(
+            left,
+            right,
+            self.dispatched.source,
+            self.dispatched.offsets,
+            top_k=self.top_k,
+            gather_left=tokens_first,
+            config=self.config("d_weight"),
+        )
+
+    def t_gate_up(self, tiles: TileTables) -> Tensor:
+        """scaling * X A^T [S, width], width being the padded rank."""
+        assert self.gate_up_lora is not None
+        return self._narrow(self.hidden, self.gate_up_lora, self.gate_up_lora.a.transposed(), tiles, gathered=True)
+
+    def t_down(self, a: Tensor, tiles: TileTables) -> Tensor:
+        assert self.down_lora is not None
+        return self._narrow(a, self.down_lora, self.down_lora.a.transposed(), tiles)
+
+    def u_gate_up(self, grad_h: Tensor, tiles: TileTables) -> Tensor | None:
+        """scaling * dH B [S, width]; None without an adapter."""
+        lora = self.gate_up_lora
+        return None if lora is None else self._narrow(grad_h, lora, lora.b, tiles)
+
+    def u_down(self, grad_out: Tensor, tiles: TileTables) -> Tensor | None:
+        lora = self.down_lora
+        return None if lora is None else self._narrow(grad_out, lora, lora.b, tiles, gathered=True)
+
+    def _narrow(
+        self, x: Tensor, lora: Factors, weight: PerExpert, tiles: TileTables, *, gathered: bool = False
+    ) -> Tensor:
+        source = self.dispatched.source if gathered else None
+        return narrow(
+            x,
+            tiles,
+            weight,
+            rank=lora.rank,
+            scaling=lora.scaling,
+            num_rows=self.num_rows,
+            source=source,
+            top_k=self.top_k,
+        )
+
+    def d_gate_up_lora(
+        self, grad_h: Tensor, u: Tensor | None, tiles: TileTables, wanted: Wanted
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Of a [E, r, d] and of b [E, 2n, r]; None where not wanted."""
+        grad_a = grad_b = None
+        if (lora := self.gate_up_lora) is not None:
+            if wanted.gate_up_lora_a:
+                u = self.u_gate_up(grad_h, tiles) if u is None else u
+                assert u is not None
+                grad_a = self._d_factor(u, self.hidden)[:, : lora.rank]
+            if wanted.gate_up_lora_b:
+                grad_b = self._d_factor(grad_h, self.t_gate_up(tiles), gathers=False)[:, :, : lora.rank]
+        return grad_a, grad_b
+
+    def d_down_lora(
+        self, grad_out: Tensor, weighted_a: Tensor, u: Tensor | None, tiles: TileTables, wanted: Wanted
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Of a [E, r, n] and of b [E, d, r]; None where not wanted."""
+        grad_a = grad_b = None
+        if (lora := self.down_lora) is not None:
+            if wanted.down_lora_a:
+                u = self.u_down(grad_out, tiles) if u is None else u
+                assert u is not None
+                grad_a = self._d_factor(u, weighted_a, gathers=False)[:, : lora.rank]
+            if wanted.down_lora_b:
+                grad_b = self._d_factor(grad_out, self.t_down(weighted_a, tiles), gather_left=True)[:, :, : lora.rank]
+        return grad_a, grad_b
+
+    def _d_factor(self, left: Tensor, right: Tensor, *, gather_left: bool = False, gathers: bool = True) -> Tensor:
+        architecture = target_of(left.device).architecture
+        return d_weight(
+            left,
+            right,
+            self.dispatched.source,
+            self.dispatched.offsets,
+            top_k=self.top_k,
+            gather_left=gather_left,
+            gathers=gathers,
+            config=adapter_tile(left.shape[1], right.shape[1], left.element_size(), architecture),
+        )
+
+    def d_gate_up_bias(self, grad_h: Tensor) -> Tensor:
+        return self._d_bias(grad_h)
+
+    def d_down_bias(self, grad_out: Tensor) -> Tensor:
+        return self._d_bias(grad_out, self.weights)
+
+    def _d_bias(self, values: Tensor, router_weights: Tensor | None = None) -> Tensor:
+        """The sum of each expert's rows, [E, ...]."""
+        if values.shape[1] == 0:  # d or n is 0: there is nothing to launch a grid for
+            return values.new_zeros(self.call.num_experts, 0)
+        source, offsets = self.dispatched.source, self.dispatched.offsets
+        return d_bias(values, source, offsets, top_k=self.top_k, router_weights=router_weights)
+
+
+@lru_cache
+def activation_of(spec: ExpertSpec, dtype: torch.dtype) -> Activation:
+    """The spec's activation, its limit rounded to `dtype` as torch compares it with a tensor of this dtype."""
+    limit = None if spec.limit is None else torch.tensor(spec.limit, dtype=dtype, device="cpu").item()
+    return Activation(spec.activation, limit, spec.alpha)
+
+
+class Factors:
+    """An adapter as the kernels take it: a as [r, in] and b as [out, r] per expert."""
+
+    def __init__(self, lora: Lora) -> None:
+        # PEFT's b has neither dimension contiguous: a kernel would load a whole sector for each element
+        a, b = (x if 1 in x.stride()[1:] else x.contiguous() for x in (lora.a, lora.b))
+        self.a, self.b, self.rank, self.scaling = per_expert(a), per_expert(b), a.shape[1], lora.scaling
+
+    def forward(self, weight: PerExpert, t: Tensor) -> PerExpert:
+        """The projection with what is added to its product, given t = scaling * x A^T."""
+        return replace(weight, adapter=Adapter(t=t, factor=self.b.transposed(), rank=self.rank))
+
+    def backward(self, weight: PerExpert, u: Tensor) -> PerExpert:
+        """The same for the gradient of the product's input, given u = scaling * dy B."""
+        return replace(weight, adapter=Adapter(t=u, factor=self.a, rank=self.rank))
+
+
+def rows_of_config(call: ExpertCall) -> int:
+    """The rows that the configurations of up and down are for: one number where bits must not depend on the rows."""
+    return BUCKETS[-1] * call.num_experts + 1 if call.spec.batch_invariant else call.num_rows
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in DTYPES:
+        raise TypeError(f"hidden: the triton backend takes float32, float16 or bfloat16, got {dtype}")
