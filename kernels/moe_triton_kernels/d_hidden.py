@@ -86,7 +86,7 @@ def d_hidden_kernel(
         acc = rows_times_weight(
             Rows(grad_out + (slots // TOP_K).to(tl.int64) * size_d, None, None),
             Columns(weight, descriptor, expert, n0, size_n, 1, TILE.BLOCK_N),
-            Added(adapter, rows, row_mask),
+            Added(adapter, rows, row_mask, adapter is not None),
             size_d,
             DTYPE,
             sizes.EVEN_K,

@@ -59,7 +59,7 @@ def down_kernel(
         acc = rows_times_weight(
             Rows(a + tl.minimum(rows, end_row - 1).to(tl.int64) * size_k, a_descriptor, first_row),
             Columns(weight, descriptor, expert, n0, size_columns, 1, TILE.BLOCK_N),
-            Added(adapter, rows, row_mask),
+            Added(adapter, rows, row_mask, adapter is not None),
             size_k,
             DTYPE,
             sizes.EVEN_K,

@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moe_triton_kernels.lora import add_steps, load_step
+from moe_triton_kernels.lora import add_product, add_steps, load_step
 from moe_triton_kernels.operands import load_columns, load_rows, number_columns, start_columns, start_rows
 
 
@@ -62,7 +62,7 @@ def rows_times_weight(rows, columns, added, size_k, DTYPE: tl.constexpr, EVEN_K:
     b_at, b_step = start_columns(columns, numbers, DTYPE, BLOCK_K)
     k = tl.arange(0, BLOCK_K)
     acc = tl.zeros((TILE.BLOCK_M, columns.HALVES * columns.WIDTH), dtype=tl.float32)
-    if added.adapter is not None:
+    if added.PRESENT:
         # a short step is loaded before the loop, during which it arrives; a long one would need too many registers
         AHEAD: tl.constexpr = 1 if added.adapter.BLOCK <= 32 else 0
         if AHEAD:
@@ -75,9 +75,9 @@ def rows_times_weight(rows, columns, added, size_k, DTYPE: tl.constexpr, EVEN_K:
         acc = tl.dot(a, b, acc, input_precision="ieee")
         a_at += BLOCK_K
         b_at += b_step
-    if added.adapter is not None:
+    if added.PRESENT:
         if AHEAD:
-            acc = tl.dot(t, factor, acc, input_precision="ieee")
+            acc = add_product(acc, t, factor)
         acc = add_steps(acc, added, AHEAD, columns, numbers, column_mask, DTYPE)
     return acc
 

@@ -67,12 +67,14 @@ class Adapter:
 class Added(NamedTuple):
     """What an adapter adds to a product in a kernel: an AdapterArgument or None, and the rows of t that it is read at.
 
-    Rows outside `row_mask` add 0.
+    Rows outside `row_mask` add 0. PRESENT is whether there is an adapter. Within and after a loop, Triton 3.6 keeps the
+    constants of a record that is inside another one only if that one has a constant of its own behind it.
     """
 
     adapter: Any
     rows: Any
     row_mask: Any
+    PRESENT: Any
 
 
 @triton.jit
@@ -93,9 +95,17 @@ def load_step(added, step, columns, numbers, column_mask, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def add_product(acc, t, factor):
+    """acc + t factor, of one step, and a barrier: one warpgroup may still read what another one writes next."""
+    acc = tl.dot(t, factor, acc, input_precision="ieee")
+    tl.debug_barrier()
+    return acc
+
+
+@triton.jit
 def add_steps(acc, added, FIRST: tl.constexpr, columns, numbers, column_mask, DTYPE: tl.constexpr):
     """acc + t factor, by the steps from FIRST on."""
     for step in tl.range(FIRST, added.adapter.STEPS, num_stages=1):
         t, factor = load_step(added, step, columns, numbers, column_mask, DTYPE)
-        acc = tl.dot(t, factor, acc, input_precision="ieee")
+        acc = add_product(acc, t, factor)
     return acc

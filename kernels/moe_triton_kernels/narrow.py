@@ -44,7 +44,7 @@ def narrow_kernel(
         acc = rows_times_weight(
             Rows(x + index.to(tl.int64) * size_k, None, None),
             Columns(weight, None, expert, n0, rank, 1, TILE.BLOCK_N),
-            Added(None, rows, row_mask),
+            Added(None, rows, row_mask, False),
             size_k,
             DTYPE,
             sizes.EVEN_K,

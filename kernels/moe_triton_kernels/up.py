@@ -75,7 +75,7 @@ def up_kernel(
                 HALVES,
                 TILE.BLOCK_N * COLUMNS_PER_HALF,
             ),
-            Added(adapter, rows, row_mask),
+            Added(adapter, rows, row_mask, adapter is not None),
             size_d,
             DTYPE,
             sizes.EVEN_K,

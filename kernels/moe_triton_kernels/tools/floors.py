@@ -167,6 +167,10 @@ FLOORS: dict[str, Callable[[Shape], Work]] = {
     "permutation_place": lambda s: _values(3 * s.rows + 2 * s.experts + 1),
     # offsets -> (expert, first row) of every tile, for four tile sizes
     "tile_tables": lambda s: _values(s.experts + 1 + len(TILE_SIZES) + 2 * _tiles(s)),
+    # the whole permutation and the tile tables, without reading the offsets again
+    "small_dispatch": lambda s: _values(3 * s.rows + 2 * s.experts + 1 + len(TILE_SIZES) + 2 * _tiles(s)),
+    # a whole table: one address of 8 bytes for every expert
+    "address_table": lambda s: _values(2 * s.experts),
     # offsets -> the pieces of every expert's rows: one each (expert, first row, end), where they spread evenly
     "row_pieces": lambda s: _values(4 * s.experts + 1),
     # how many experts are split is read: none, where rows spread evenly, and there is nothing to add
