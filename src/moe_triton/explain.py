@@ -169,7 +169,7 @@ def triton_parts(
     shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device, is_gated: bool, has_bias: bool
 ) -> list[Part]:
     tokens, d, n, num_experts, top_k = shape
-    from moe_triton.kernel_stages import FORWARD, KERNELS, chosen_configs  # need Triton
+    from moe_triton.kernel_stages import FORWARD, KERNELS, chosen_configs, kernel_in_words  # need Triton
     from moe_triton_kernels.launch import target_of
 
     chosen = chosen_configs(
@@ -185,7 +185,8 @@ def triton_parts(
     for stage, kernel in KERNELS.items():
         if stage.startswith("d_bias") and not has_bias:
             continue
-        known = config.get(stage, {"config": "", "from": ""})
+        known = config.get(stage, {"config": "", "from": "", "fields": None})
         step = f"{stage.removesuffix('_backward')} (backward)" if stage not in FORWARD else stage
-        parts.append(Part(step=step, runs=kernel, config=known["config"], origin=known["from"]))
+        runs = kernel_in_words(kernel, known["fields"])
+        parts.append(Part(step=step, runs=runs, config=known["config"], origin=known["from"]))
     return parts

@@ -14,6 +14,7 @@ from moe_triton_kernels.grouped_gemm import PerExpert
 from moe_triton_kernels.launch import HOPPER, target_of
 
 BLOCK_M, BLOCK_K = 128, 64
+OPS = ("up_gated", "up", "down", "d_rows")  # by their names in tables: those that have a warp-specialized kernel
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 

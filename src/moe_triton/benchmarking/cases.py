@@ -218,7 +218,7 @@ class Workload:
     @property
     def experts(self) -> dict[str, Tensor]:
         """The experts' weights and biases by name; the ones that do not exist are left out."""
-        named = {name: getattr(self, name) for name in ExpertParameters._fields}
+        named = {name: getattr(self, name, None) for name in ExpertParameters._fields}  # a workload has no adapters
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
