@@ -16,17 +16,29 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_triton_kernels.activations import check_activation, is_gated
-from moe_triton_kernels.grouped_gemm import (
+from moe_triton_kernels.grouped_gemm import rows_times_weight, split_columns, tile_order
+from moe_triton_kernels.launch import Config, launch_options, persistent_grid
+from moe_triton_kernels.operands import (
+    Columns,
     PerExpert,
+    Rows,
     expert_base,
-    rows_times_weight,
-    split_columns,
-    tile_order,
+    in_units,
+    sizes_argument,
     weight_descriptor,
 )
-from moe_triton_kernels.launch import Config, launch_options, persistent_grid
 from moe_triton_kernels.preactivation import d_activate, join_pair, load_parts, split_pair
 from moe_triton_kernels.tiles import TileTables, load_tile
+
+
+@triton.jit
+def h_cells(
+    rows, row_mask, n0, size_n, NUMBER: tl.constexpr, PART: tl.constexpr, HALVES: tl.constexpr, PAIRS: tl.constexpr
+):
+    """Where part NUMBER of a tile lies in H, and a mask; PAIRS: columns of H, side by side, for one of A."""
+    columns = PAIRS * (n0 + NUMBER * PART) + tl.arange(0, PAIRS * PART)
+    offsets = rows.to(tl.int64) * (HALVES * PAIRS * size_n)
+    return offsets[:, None] + columns[None, :], row_mask[:, None] & (columns < PAIRS * size_n)[None, :]
 
 
 @triton.jit(do_not_specialize=["num_slots"])
@@ -41,13 +53,11 @@ def d_hidden_kernel(
     grad_h,  # like h
     shares,  # [num_n, S] fp32
     tiles,
-    size_d,
-    size_n,
+    sizes,  # d by n
     num_slots,
     TOP_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
     CONCATENATED: tl.constexpr,
-    EVEN_K: tl.constexpr,
     TILE,
 ):
     DTYPE: tl.constexpr = grad_out.dtype.element_ty
@@ -56,6 +66,9 @@ def d_hidden_kernel(
     COLUMNS_PER_HALF: tl.constexpr = 2 if GATED and not CONCATENATED else 1  # of H, side by side, for one column of A
     PARTS: tl.constexpr = TILE.PARTS
     PART: tl.constexpr = TILE.BLOCK_N // PARTS
+    # H comes a part ahead, the first one during the product, in tiles that have a processor to themselves
+    AHEAD: tl.constexpr = TILE.BLOCK_M >= 128
+    size_d, size_n = in_units(sizes.k, sizes.UNIT), in_units(sizes.columns, sizes.UNIT)
     num_m = tl.load(tiles.num_tiles)
     num_n = tl.cdiv(size_n, TILE.BLOCK_N)
     for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
@@ -65,31 +78,32 @@ def d_hidden_kernel(
         row_mask = rows < end_row
         slots = tl.load(source + rows, mask=row_mask, other=0)  # rows past the end compute token 0 and store nothing
         n0 = tile_n * TILE.BLOCK_N
+        if AHEAD:
+            h_at, h_mask = h_cells(rows, row_mask, n0, size_n, 0, PART, HALVES, COLUMNS_PER_HALF)
+            next_parts = load_parts(h + h_at, size_n, h_mask, HALVES)
         acc = rows_times_weight(
-            grad_out + (slots // TOP_K).to(tl.int64) * size_d,
-            weight,
-            descriptor,
-            expert,
-            n0,
+            Rows(grad_out + (slots // TOP_K).to(tl.int64) * size_d, None, None),
+            Columns(weight, descriptor, expert, n0, size_n, 1, TILE.BLOCK_N),
             size_d,
-            size_n,
-            1,
-            TILE.BLOCK_N,
-            EVEN_K,
+            DTYPE,
+            sizes.EVEN_K,
             TILE,
         )
         scale = tl.load(router_weights + slots, mask=row_mask, other=0.0).to(tl.float32)[:, None]
         a_rows = weighted_a + rows.to(tl.int64) * size_n
-        h_offsets = rows.to(tl.int64) * (HALVES * COLUMNS_PER_HALF * size_n)
         share = tl.zeros((TILE.BLOCK_M,), dtype=tl.float32)
         blocks = split_columns(acc, PARTS)
         for i in tl.static_range(PARTS):
+            h_at, h_mask = h_cells(rows, row_mask, n0, size_n, i, PART, HALVES, COLUMNS_PER_HALF)
+            if AHEAD:
+                parts = next_parts
+            else:
+                parts = load_parts(h + h_at, size_n, h_mask, HALVES)
+            if AHEAD and i + 1 < PARTS:
+                next_at, next_mask = h_cells(rows, row_mask, n0, size_n, i + 1, PART, HALVES, COLUMNS_PER_HALF)
+                next_parts = load_parts(h + next_at, size_n, next_mask, HALVES)
             inner = n0 + i * PART + tl.arange(0, PART)
             mask = row_mask[:, None] & (inner < size_n)[None, :]
-            columns = COLUMNS_PER_HALF * (n0 + i * PART) + tl.arange(0, COLUMNS_PER_HALF * PART)
-            h_at = h_offsets[:, None] + columns[None, :]
-            h_mask = row_mask[:, None] & (columns < COLUMNS_PER_HALF * size_n)[None, :]
-            parts = load_parts(h + h_at, size_n, h_mask, HALVES)
             grad_at = grad_h + h_at
             value, grad_pair = d_activate(blocks[i], scale, split_pair(parts, ACTIVATION, HALVES), ACTIVATION)
             grad_parts = join_pair(grad_pair, ACTIVATION, HALVES, DTYPE)
@@ -138,13 +152,11 @@ def d_hidden(
         grad_h,
         shares,
         table,
-        size_d,
-        size_n,
+        sizes_argument(grad_out, size_d, size_n, config),
         num_slots,
         TOP_K=router_weights.shape[1],
         ACTIVATION=activation,
         CONCATENATED=is_concatenated,
-        EVEN_K=size_d % config.block_k == 0,
         **launch_options(grad_out.device, config),
     )
     return weighted_a, grad_h, shares

@@ -9,13 +9,17 @@ are summed in order, by one program or, where they are very many, by several who
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_triton_kernels.grouped_gemm import proxy_fence, split_columns, tile_order
-from moe_triton_kernels.launch import Config, launch_options, persistent_grid, target_of
+from moe_triton_kernels.launch import BLACKWELL, Config, launch_options, persistent_grid, target_of
+from moe_triton_kernels.operands import in_units, rows_descriptor, unit_of
 from moe_triton_kernels.row_pieces import (
     NEXT_UNIT,
     NUM_PIECES,
@@ -31,19 +35,106 @@ WEIGHT_UNITS = 384
 BIAS_UNITS = 4096  # its programs wait for memory: more of them run at once
 
 
+class Contracted(NamedTuple):
+    """An operand of a product over rows, in a kernel: BLOCK columns of a matrix whose rows are contiguous.
+
+    data        pointer to the matrix
+    descriptor  of the matrix, which brings as many columns, or None
+    size        elements of a row
+    first       the first column; EVEN: all of them are less than `size`
+    GATHERED    read at the rows' tokens, not at the rows
+    """
+
+    data: Any
+    descriptor: Any
+    size: Any
+    first: Any
+    BLOCK: Any
+    EVEN: Any
+    GATHERED: Any
+
+
 @triton.jit
-def row_index(rows, row_mask, source, TOP_K: tl.constexpr, GATHER: tl.constexpr):
-    """Where the rows of an operand lie: at the row itself, or at the row's token. int64."""
-    if GATHER:
-        return (tl.load(source + rows, mask=row_mask, other=0) // TOP_K).to(tl.int64)
+def token_of(rows, row_mask, source, TOP_K: tl.constexpr):
+    """The rows' tokens; 0 for a row that is not there."""
+    return tl.load(source + rows, mask=row_mask, other=0) // TOP_K
+
+
+@triton.jit
+def load_contracted(operand, rows, tokens, row_mask, MASKED: tl.constexpr, NARROW: tl.constexpr):
+    """[rows, columns] of an operand; 0 for a column that is not there and, where MASKED, for a row that is not."""
+    columns = operand.first + tl.arange(0, operand.BLOCK)
+    if not operand.GATHERED:
+        offsets = rows.to(tl.int64) * operand.size
+    elif NARROW:
+        offsets = (tokens * (operand.size // 8)).to(tl.uint32, bitcast=True).to(tl.int64) * 8
     else:
-        return rows.to(tl.int64)
+        offsets = tokens.to(tl.int64) * operand.size
+    cells = operand.data + offsets[:, None] + columns[None, :]
+    if MASKED and operand.EVEN:
+        return tl.load(cells, mask=row_mask[:, None], other=0.0)
+    elif MASKED:
+        return tl.load(cells, mask=row_mask[:, None] & (columns < operand.size)[None, :], other=0.0)
+    elif operand.EVEN:
+        return tl.load(cells)
+    else:
+        return tl.load(cells, mask=(columns < operand.size)[None, :], other=0.0)
+
+
+@triton.jit
+def add_rows(acc, left, right, first, end_row, tokens, MASKED: tl.constexpr, NARROW: tl.constexpr, TILE):
+    """acc + left^T right over BLOCK_K rows from `first` on. MASKED: some of them may lie past the end.
+
+    Then both operands are masked: what lies there may be NaN, which a zero on the other side does not remove.
+    """
+    rows = first + tl.arange(0, TILE.BLOCK_K)
+    row_mask = rows < end_row
+    if left.descriptor is not None and not MASKED:
+        x = left.descriptor.load([first, left.first])
+    else:
+        x = load_contracted(left, rows, tokens, row_mask, MASKED, NARROW)
+    if right.descriptor is not None and not MASKED:
+        y = right.descriptor.load([first, right.first])
+    else:
+        y = load_contracted(right, rows, tokens, row_mask, MASKED, NARROW)
+    proxy_fence(TILE.FENCE and x.dtype.primitive_bitwidth == 16)
+    return tl.dot(tl.trans(x), y, acc, input_precision="ieee")
+
+
+@triton.jit
+def sum_over_rows(left, right, source, first_row, end_row, TOP_K: tl.constexpr, NARROW: tl.constexpr, TILE):
+    """fp32 [BLOCK_M, BLOCK_N]: left^T right over the rows, in their order, of two operands `Contracted`.
+
+    A row's token is loaded one block ahead: loaded where it is used, it would take stages of the pipeline from the
+    operands.
+    """
+    BLOCK_K: tl.constexpr = TILE.BLOCK_K
+    block = tl.arange(0, BLOCK_K)
+    tokens = token_of(first_row + block, first_row + block < end_row, source, TOP_K)
+    acc = tl.zeros((TILE.BLOCK_M, TILE.BLOCK_N), dtype=tl.float32)
+    if left.descriptor is None and right.descriptor is None:
+        for first in tl.range(first_row, end_row, BLOCK_K):
+            here = tokens
+            ahead = first + BLOCK_K + block
+            tokens = token_of(ahead, ahead < end_row, source, TOP_K)
+            acc = add_rows(acc, left, right, first, end_row, here, True, NARROW, TILE)
+    else:
+        tail = end_row - (end_row - first_row) % BLOCK_K
+        for first in tl.range(first_row, tail, BLOCK_K):
+            here = tokens
+            ahead = first + BLOCK_K + block
+            tokens = token_of(ahead, ahead < end_row, source, TOP_K)
+            acc = add_rows(acc, left, right, first, end_row, here, False, NARROW, TILE)
+        if tail < end_row:
+            acc = add_rows(acc, left, right, tail, end_row, tokens, True, NARROW, TILE)
+    return acc
 
 
 @triton.jit
 def d_weight_kernel(
     left,  # [S, size_i], or [T, size_i] gathered
     right,  # [S, size_j], or [T, size_j] gathered
+    ordered,  # descriptor of the one that is not gathered, or None
     source,  # [S]
     out,  # [E, size_i, size_j]
     partials,  # [slots, size_i, size_j] fp32
@@ -55,14 +146,16 @@ def d_weight_kernel(
     GATHER_LEFT: tl.constexpr,  # or else right is gathered
     EVEN_I: tl.constexpr,
     EVEN_J: tl.constexpr,
+    UNIT: tl.constexpr,  # divides both sizes (see `unit_of`)
+    NARROW: tl.constexpr,  # 8 divides both sizes, and the gathered matrix has less than 2^31 times 8 elements
     TILE,
 ):
     DTYPE: tl.constexpr = out.dtype.element_ty
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
-    BLOCK_K: tl.constexpr = TILE.BLOCK_K
     PARTS: tl.constexpr = TILE.PARTS
     PART: tl.constexpr = BLOCK_N // PARTS
+    size_i, size_j = in_units(size_i, UNIT), in_units(size_j, UNIT)
     num_i = tl.cdiv(size_i, BLOCK_M)
     num_j = tl.cdiv(size_j, BLOCK_N)
     per_piece = num_i * num_j
@@ -77,31 +170,21 @@ def d_weight_kernel(
         piece = unit // per_piece
         tile_i, tile_j = tile_order(unit % per_piece, num_i, num_j, TILE.GROUP)
         expert, first_row, end_row = load_piece(pieces, piece)
-        i = tile_i * BLOCK_M + tl.arange(0, BLOCK_M)
-        j = tile_j * BLOCK_N + tl.arange(0, BLOCK_N)
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        rows = first_row + tl.arange(0, BLOCK_K)
-        next_left = row_index(rows, rows < end_row, source, TOP_K, GATHER_LEFT)
-        next_right = row_index(rows, rows < end_row, source, TOP_K, not GATHER_LEFT)
-        for start in tl.range(first_row, end_row, BLOCK_K):
-            rows = start + tl.arange(0, BLOCK_K)
-            row_mask = rows < end_row
-            left_rows = left + next_left * size_i
-            right_rows = right + next_right * size_j
-            # one block ahead: an index loaded where it is used would take stages of the pipeline from the operands
-            ahead = rows + BLOCK_K
-            next_left = row_index(ahead, ahead < end_row, source, TOP_K, GATHER_LEFT)
-            next_right = row_index(ahead, ahead < end_row, source, TOP_K, not GATHER_LEFT)
-            # both masked: what lies past the end may be NaN, which a zero on the other side does not remove
-            x_mask = row_mask[:, None] if EVEN_I else row_mask[:, None] & (i < size_i)[None, :]
-            y_mask = row_mask[:, None] if EVEN_J else row_mask[:, None] & (j < size_j)[None, :]
-            x = tl.load(left_rows[:, None] + i[None, :], mask=x_mask, other=0.0)
-            y = tl.load(right_rows[:, None] + j[None, :], mask=y_mask, other=0.0)
-            proxy_fence(TILE.FENCE)
-            acc = tl.dot(tl.trans(x), y, acc, input_precision="ieee")
+        i0, j0 = tile_i * BLOCK_M, tile_j * BLOCK_N
+        acc = sum_over_rows(
+            Contracted(left, None if GATHER_LEFT else ordered, size_i, i0, BLOCK_M, EVEN_I, GATHER_LEFT),
+            Contracted(right, ordered if GATHER_LEFT else None, size_j, j0, BLOCK_N, EVEN_J, not GATHER_LEFT),
+            source,
+            first_row,
+            end_row,
+            TOP_K,
+            NARROW,
+            TILE,
+        )
+        i = i0 + tl.arange(0, BLOCK_M)
         blocks = split_columns(acc, PARTS)
         for part in tl.static_range(PARTS):
-            columns = tile_j * BLOCK_N + part * PART + tl.arange(0, PART)
+            columns = j0 + part * PART + tl.arange(0, PART)
             mask = (i < size_i)[:, None] & (columns < size_j)[None, :]
             cells = i.to(tl.int64)[:, None] * size_j + columns[None, :]
             if piece < num_split:
@@ -109,6 +192,16 @@ def d_weight_kernel(
             else:
                 tl.store(out + expert.to(tl.int64) * size_i * size_j + cells, blocks[part].to(DTYPE), mask=mask)
         unit = next_unit
+
+
+def ordered_descriptor(rows: Tensor, config: Config, width: int) -> TensorDescriptor | None:
+    """Rows in expert order as a descriptor, where whole blocks of them come by TMA.
+
+    Not on Blackwell: the masked rest would be a second product into one accumulator (triton-lang/triton issue 10821).
+    """
+    if target_of(rows.device).architecture in BLACKWELL:
+        return None
+    return rows_descriptor(rows, config, block=[config.block_k, width])
 
 
 def d_weight(
@@ -134,9 +227,11 @@ def d_weight(
     num_rows = source.shape[0]
     pieces = row_pieces(offsets, num_rows, piece_rows or piece_rows_for(num_rows, tiles, WEIGHT_UNITS))
     partials = left.new_empty((pieces.num_slots, size_i, size_j), dtype=torch.float32)
+    gathered, rows = (left, right) if gather_left else (right, left)
     d_weight_kernel[persistent_grid(left.device, pieces.pieces.shape[0] * tiles, config)](
         left,
         right,
+        ordered_descriptor(rows, config, config.block_n if gather_left else config.block_m),
         source,
         out,
         partials,
@@ -148,6 +243,8 @@ def d_weight(
         GATHER_LEFT=gather_left,
         EVEN_I=size_i % config.block_m == 0,
         EVEN_J=size_j % config.block_n == 0,
+        UNIT=unit_of(left.element_size(), size_i, size_j),
+        NARROW=size_i % 8 == 0 and size_j % 8 == 0 and gathered.numel() < 2**34,
         **launch_options(left.device, config),
     )
     sum_pieces(partials, out, pieces, target_of(left.device).num_sms * 4)
@@ -178,7 +275,8 @@ def d_bias_kernel(
     for start in tl.range(first_row, end_row, BLOCK_R):
         rows = start + tl.arange(0, BLOCK_R)
         row_mask = rows < end_row
-        at = values + row_index(rows, row_mask, source, TOP_K, router_weights is not None) * size
+        index = rows if router_weights is None else token_of(rows, row_mask, source, TOP_K)
+        at = values + index.to(tl.int64) * size
         value = tl.load(at[:, None] + columns[None, :], mask=row_mask[:, None] & (columns < size)[None, :], other=0.0)
         value = value.to(tl.float32)
         if router_weights is not None:

@@ -11,22 +11,26 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_triton_kernels.gluon.schedules import why_unsupported
-from moe_triton_kernels.grouped_gemm import (
+from moe_triton_kernels.grouped_gemm import rows_times_weight, split_columns, tile_order
+from moe_triton_kernels.launch import Config, launch_options, persistent_grid
+from moe_triton_kernels.operands import (
+    Columns,
     PerExpert,
+    Rows,
     add_bias,
     expert_base,
-    rows_times_weight,
-    split_columns,
-    tile_order,
+    in_units,
+    rows_descriptor,
+    sizes_argument,
     weight_descriptor,
 )
-from moe_triton_kernels.launch import Config, launch_options, persistent_grid
 from moe_triton_kernels.tiles import TileTables, load_tile
 
 
 @triton.jit
 def down_kernel(
     a,  # [S, k]
+    a_descriptor,  # of a, or None
     weight,  # per expert [k, columns]
     descriptor,  # of weight, or None
     bias,  # per expert [columns], or None
@@ -34,14 +38,13 @@ def down_kernel(
     source,  # [S], or None
     out,  # [S, columns]
     tiles,
-    size_k,
-    size_columns,
-    EVEN_K: tl.constexpr,
+    sizes,  # k by columns
     TILE,
 ):
     DTYPE: tl.constexpr = a.dtype.element_ty
     PARTS: tl.constexpr = TILE.PARTS
     PART: tl.constexpr = TILE.BLOCK_N // PARTS
+    size_k, size_columns = in_units(sizes.k, sizes.UNIT), in_units(sizes.columns, sizes.UNIT)
     num_m = tl.load(tiles.num_tiles)
     num_n = tl.cdiv(size_columns, TILE.BLOCK_N)
     for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
@@ -51,16 +54,11 @@ def down_kernel(
         row_mask = rows < end_row
         n0 = tile_n * TILE.BLOCK_N
         acc = rows_times_weight(
-            a + tl.minimum(rows, end_row - 1).to(tl.int64) * size_k,
-            weight,
-            descriptor,
-            expert,
-            n0,
+            Rows(a + tl.minimum(rows, end_row - 1).to(tl.int64) * size_k, a_descriptor, first_row),
+            Columns(weight, descriptor, expert, n0, size_columns, 1, TILE.BLOCK_N),
             size_k,
-            size_columns,
-            1,
-            TILE.BLOCK_N,
-            EVEN_K,
+            DTYPE,
+            sizes.EVEN_K,
             TILE,
         )
         out_rows = out + rows.to(tl.int64) * size_columns
@@ -92,8 +90,8 @@ def down(
     """out[row] = (a[row] weight[e] + bias[e]) * w[source[row]] for the rows of every expert e: [S, columns], a's dtype.
 
     a [S, k] contiguous, rows in expert order; weight: per expert [k, columns], any strides; router_weights [T, K]
-    contiguous, read at source[row] (None: no factor; `source` is then not needed). Rows past offsets[E] are neither
-    read nor written.
+    contiguous, read at source[row] (None: no factor; `source` is then not needed). Rows past offsets[E]
+    are not written, and change nothing.
     """
     if why_unsupported(config.gluon, a, weight, bias, size_columns=size_columns) is None:
         from moe_triton_kernels.gluon import down as warp_specialized  # imports Gluon, which is experimental
@@ -113,6 +111,7 @@ def down(
     table, max_tiles = tiles.select(config.block_m)
     down_kernel[persistent_grid(a.device, max_tiles * triton.cdiv(size_columns, config.block_n), config)](
         a,
+        rows_descriptor(a, config, block=[config.block_m, config.block_k], size_k=size_k),
         weight.weight(),
         weight_descriptor(weight, config, size_k=size_k, size_columns=size_columns, halves=1, block_n=config.block_n),
         None if bias is None else bias.bias(),
@@ -120,9 +119,7 @@ def down(
         source,
         out,
         table,
-        size_k,
-        size_columns,
-        EVEN_K=size_k % config.block_k == 0,
+        sizes_argument(a, size_k, size_columns, config),
         **launch_options(a.device, config),
     )
     return out

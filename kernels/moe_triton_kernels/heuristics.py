@@ -98,5 +98,7 @@ def d_weight_tile(itemsize: int, architecture: str) -> Config:
     if itemsize == 4:
         return Config(block_m=64, block_n=64, block_k=32, num_warps=8, num_stages=2)
     if architecture in HOPPER + BLACKWELL:  # the load of the row index takes one stage more than the products need
-        return Config(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4)
+        return Config(
+            block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4, descriptors=architecture in HOPPER
+        )
     return Config(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=4)

@@ -49,7 +49,7 @@ class Tile(NamedTuple):
     A kernel's argument is a tuple of constants, made by `constants`: as a tl.constexpr argument, its fields would be
     plain numbers, which Triton does not take everywhere.
 
-    FENCE  the kernel has to put the proxy fence itself (see `grouped_gemm`)
+    FENCE  a kernel with 16-bit operands has to put the proxy fence itself (see `grouped_gemm`)
     """
 
     BLOCK_M: int
@@ -100,7 +100,7 @@ def tile_of(architecture: str, config: Config) -> Tile:
         BLOCK_K=config.block_k,
         GROUP=config.group,
         PARTS=config.parts,
-        FENCE=architecture in HOPPER and not compiler_fences(),
+        FENCE=architecture in HOPPER and config.block_m >= 64 and not compiler_fences(),
     )
 
 

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 
 from moe_triton_kernels.activations import factor, factor_slope, is_gated, up_factor, up_slope
-from moe_triton_kernels.grouped_gemm import add_bias, halves, split_columns
+from moe_triton_kernels.grouped_gemm import halves, split_columns
+from moe_triton_kernels.operands import add_bias
 
 
 @triton.jit

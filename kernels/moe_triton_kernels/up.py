@@ -14,14 +14,17 @@ from torch import Tensor
 
 from moe_triton_kernels.activations import check_activation, is_gated
 from moe_triton_kernels.gluon.schedules import why_unsupported
-from moe_triton_kernels.grouped_gemm import (
+from moe_triton_kernels.grouped_gemm import rows_times_weight, tile_order
+from moe_triton_kernels.launch import Config, launch_options, persistent_grid
+from moe_triton_kernels.operands import (
+    Columns,
     PerExpert,
+    Rows,
     expert_base,
-    rows_times_weight,
-    tile_order,
+    in_units,
+    sizes_argument,
     weight_descriptor,
 )
-from moe_triton_kernels.launch import Config, launch_options, persistent_grid
 from moe_triton_kernels.preactivation import activate, part_blocks, round_parts, split_pair
 from moe_triton_kernels.tiles import TileTables, load_tile
 
@@ -36,12 +39,10 @@ def up_kernel(
     a,  # [S, n], or None
     h,  # [S, n] or [S, 2n], or None
     tiles,
-    size_d,
-    size_n,
+    sizes,  # d by n
     TOP_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
     CONCATENATED: tl.constexpr,
-    EVEN_K: tl.constexpr,
     TILE,
 ):
     DTYPE: tl.constexpr = x.dtype.element_ty
@@ -50,6 +51,7 @@ def up_kernel(
     COLUMNS_PER_HALF: tl.constexpr = 2 if GATED and not CONCATENATED else 1  # of H, side by side, for one column of A
     PARTS: tl.constexpr = TILE.PARTS
     PART: tl.constexpr = TILE.BLOCK_N // PARTS
+    size_d, size_n = in_units(sizes.k, sizes.UNIT), in_units(sizes.columns, sizes.UNIT)
     num_m = tl.load(tiles.num_tiles)
     num_n = tl.cdiv(size_n, TILE.BLOCK_N)
     for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
@@ -60,16 +62,19 @@ def up_kernel(
         slots = tl.load(source + rows, mask=row_mask, other=0)  # rows past the end compute token 0 and store nothing
         n0 = tile_n * TILE.BLOCK_N
         acc = rows_times_weight(
-            x + (slots // TOP_K).to(tl.int64) * size_d,
-            weight,
-            descriptor,
-            expert,
-            n0 * COLUMNS_PER_HALF,
+            Rows(x + (slots // TOP_K).to(tl.int64) * size_d, None, None),
+            Columns(
+                weight,
+                descriptor,
+                expert,
+                n0 * COLUMNS_PER_HALF,
+                size_n * COLUMNS_PER_HALF,
+                HALVES,
+                TILE.BLOCK_N * COLUMNS_PER_HALF,
+            ),
             size_d,
-            size_n * COLUMNS_PER_HALF,
-            HALVES,
-            TILE.BLOCK_N * COLUMNS_PER_HALF,
-            EVEN_K,
+            DTYPE,
+            sizes.EVEN_K,
             TILE,
         )
         b = None if bias is None else expert_base(bias, expert, DTYPE)
@@ -153,12 +158,10 @@ def up(
         a if keep_activation else None,
         h if keep_preactivation else None,
         table,
-        size_d,
-        size_n,
+        sizes_argument(x, size_d, size_n, config),
         TOP_K=top_k,
         ACTIVATION=activation,
         CONCATENATED=is_concatenated,
-        EVEN_K=size_d % config.block_k == 0,
         **launch_options(x.device, config),
     )
     return a, h

@@ -27,7 +27,7 @@ from tests.helpers.ranks import products
 
 def reduced(sizes: dict, rule: str) -> None:
     groups = make_groups(**sizes)
-    case = Case(TOKENS[: groups.dp.size], layer=LAYER)
+    case = Case(TOKENS[: groups.dp.size], layer=LAYER, lora=True)
     model = backward_here(case, groups, rule)
     reduce_gradients(model, rule=rule)
     expected = expected_gradients(case, 1.0)
@@ -38,7 +38,7 @@ def reduced(sizes: dict, rule: str) -> None:
 
 def clipped(sizes: dict, norm_type: float) -> None:
     groups = make_groups(**sizes)
-    case = Case(TOKENS[: groups.dp.size], layer=LAYER)
+    case = Case(TOKENS[: groups.dp.size], layer=LAYER, lora=True)
     whole = Model(case, None)
     x, grad = parity.global_batch(case)
     losses(case, whole, x, grad, 1.0).backward()

@@ -28,7 +28,7 @@ ACCUMULATION = {
 
 def ddp(sizes: dict, passes: list[tuple[bool, bool]]) -> None:
     groups = make_groups(**sizes)
-    case = Case(TOKENS[: groups.dp.size], layer=LAYER)
+    case = Case(TOKENS[: groups.dp.size], layer=LAYER, lora=True)
     model = Model(case, ExpertParallel(groups))
     wrapped = wrap_ddp(model, find_unused_parameters=True)
     x, grad = parity.global_batch(case)

@@ -22,7 +22,7 @@ from tests.helpers.ranks import products
 
 def fsdp(sizes: dict, rule: str) -> None:
     groups = make_groups(**sizes)
-    case = Case(TOKENS[: groups.dp.size], layer=LAYER)
+    case = Case(TOKENS[: groups.dp.size], layer=LAYER, lora=True)
     model = Model(case, ExpertParallel(groups, loss_reduction=rule))
     del model.unused
     expected = expected_gradients(case, 1.0)
@@ -97,7 +97,7 @@ def in_bf16(how: str) -> None:
 def drawn_after_meta(sizes: dict | None, experts: int, dim: int) -> None:
     """meta -> shards -> to_empty -> reset_parameters: the values of one process."""
     groups = make_groups(**(sizes or {"ep": 1}))
-    case = Case(TOKENS, layer=LAYER, experts=experts)
+    case = Case(TOKENS, layer=LAYER, experts=experts, lora=True)
     with torch.device("meta"):
         model = Model(case, None if sizes is None else ExpertParallel(groups))
     del model.unused

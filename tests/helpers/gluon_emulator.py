@@ -34,7 +34,16 @@ from tests.helpers.gluon_memory import Barrier, Barriers, Descriptor, Pointer, R
 
 EMULATED = [
     f"moe_triton_kernels.{name}"
-    for name in ("grouped_gemm", "tiles", "activations", "preactivation", "gluon.pipeline", "gluon.down", "gluon.up")
+    for name in (
+        "operands",
+        "grouped_gemm",
+        "tiles",
+        "activations",
+        "preactivation",
+        "gluon.pipeline",
+        "gluon.down",
+        "gluon.up",
+    )
 ]
 WARP = 32
 

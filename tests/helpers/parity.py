@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moe_triton import MoE
+from moe_triton import Experts, MoE
 from moe_triton.distributed import ExpertParallel, make_groups
 from tests.helpers.compare import assert_close
 
@@ -26,6 +26,7 @@ class Case:
     dtype: torch.dtype = torch.float64
     experts: int = EXPERTS
     one_expert: bool = False  # all tokens go to one
+    lora: bool = False  # adapters, over projections that are trained too
     tolerance: float | None = None
 
 
@@ -42,7 +43,25 @@ def make_layer(case: Case, parallel: ExpertParallel | None, **more: Any) -> MoE:
     if case.one_expert:
         with torch.no_grad():
             layer.router.weight.zero_()  # ties go to the lowest ids
+    if case.lora:
+        layer.experts.add_lora(4, 6.0)
+        layer.experts.requires_grad_()
+        set_b(layer.experts)
     return layer
+
+
+@torch.no_grad()
+def set_b(experts: Experts) -> None:
+    """Give B values of its own for each expert and entry, however the experts are spread."""
+    for name in ("gate_up", "down"):
+        size_out, _ = experts.whole_shape(f"{name}_proj")
+        b = experts.get_parameter(f"{name}_lora_b")
+        if b.is_meta:
+            continue
+        for slot, expert in enumerate(experts.local_experts):
+            draw = torch.Generator().manual_seed(100 + expert)
+            whole = torch.randn(size_out, b.shape[2], generator=draw, dtype=torch.float64, device="cpu")
+            b[slot] = experts.local_slice(f"{name}_lora_b", whole)
 
 
 def check(case: Case) -> dict[str, torch.Tensor]:

@@ -17,8 +17,8 @@ from moe_triton_kernels.combine import combine
 from moe_triton_kernels.d_hidden import d_hidden
 from moe_triton_kernels.d_weight import d_bias, d_weight
 from moe_triton_kernels.down import down
-from moe_triton_kernels.grouped_gemm import per_expert
 from moe_triton_kernels.launch import Config
+from moe_triton_kernels.operands import per_expert
 from moe_triton_kernels.row_pieces import row_pieces
 from moe_triton_kernels.tiles import tile_tables
 from moe_triton_kernels.up import up

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,7 @@ def test_the_proxy_fence_follows_the_version(monkeypatch: pytest.MonkeyPatch, ve
     config = choose_config("down", **LARGE)
     for architecture in ("sm_80", "sm_90", "sm_100", "gfx942"):
         assert (architecture == "sm_90" and not fenced) == launch.tile_of(architecture, config).FENCE
+        assert not launch.tile_of(architecture, replace(config, block_m=32)).FENCE  # mma.sync needs none
         stages = launch.pipeline_stages(architecture, config)
         assert stages == (1 if architecture == "sm_100" and not fenced else config.num_stages)
 

@@ -24,8 +24,8 @@ from moe_triton_kernels.gluon import down as gluon_down
 from moe_triton_kernels.gluon import launch, schedules
 from moe_triton_kernels.gluon import up as gluon_up
 from moe_triton_kernels.gluon.schedules import SCHEDULES, why_unsupported
-from moe_triton_kernels.grouped_gemm import per_expert
 from moe_triton_kernels.launch import Config, Target
+from moe_triton_kernels.operands import per_expert
 from moe_triton_kernels.tiles import tile_tables
 from moe_triton_kernels.tools import offline
 from moe_triton_kernels.tools.offline import SHARED_LIMIT, compile_apart

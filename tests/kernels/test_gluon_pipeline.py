@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from moe_triton import reference
 from moe_triton_kernels.gluon.schedules import RingTile
-from moe_triton_kernels.grouped_gemm import BiasArgument
+from moe_triton_kernels.operands import BiasArgument
 from moe_triton_kernels.tiles import TilesArgument
 from tests.helpers.compare import assert_close
 from tests.helpers.gluon_emulator import Deadlock, Emulator
@@ -76,7 +76,7 @@ class Case:
             weight=Descriptor(
                 stack(weight, self.k_contiguous), [block_n, BLOCK_K] if self.k_contiguous else [BLOCK_K, block_n]
             ),
-            bias=BiasArgument(Pointer(bias.reshape(-1)), columns, 1, 4),
+            bias=BiasArgument(Pointer(bias.reshape(-1)), columns, 1, 4, 1),
             router_weights=Pointer(router_weights),
             source=Pointer(source),
             out=Pointer(out),
@@ -113,7 +113,7 @@ class Case:
             weight=Descriptor(
                 stack(weight, self.k_contiguous), [width, BLOCK_K] if self.k_contiguous else [BLOCK_K, width]
             ),
-            bias=BiasArgument(Pointer(bias.reshape(-1)), projections * size_n, 1, 4),
+            bias=BiasArgument(Pointer(bias.reshape(-1)), projections * size_n, 1, 4, 1),
             a=Pointer(a),
             h=Pointer(h) if keep_h else None,
             tiles=tiles(),

@@ -15,11 +15,21 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_triton import reference
+from moe_triton_kernels import d_weight as d_weight_module
+from moe_triton_kernels import operands
 from moe_triton_kernels.d_hidden import d_hidden, d_router_weights
 from moe_triton_kernels.d_weight import d_bias, d_weight
 from moe_triton_kernels.down import down
-from moe_triton_kernels.grouped_gemm import PerExpert, address_table, per_expert, tile_order, weight_descriptor
-from moe_triton_kernels.launch import Config
+from moe_triton_kernels.grouped_gemm import tile_order
+from moe_triton_kernels.launch import Config, Target
+from moe_triton_kernels.operands import (
+    PerExpert,
+    address_table,
+    per_expert,
+    rows_descriptor,
+    unit_of,
+    weight_descriptor,
+)
 from moe_triton_kernels.tiles import tile_tables
 from moe_triton_kernels.up import up
 from tests.helpers.compare import assert_close
@@ -193,7 +203,7 @@ def test_d_hidden_and_the_router_weights_gradient(form: tuple[str, bool], config
 
 
 @pytest.mark.parametrize("gather_left", [False, True])
-@pytest.mark.parametrize("config", CONFIGS[:3], ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("sizes", [(24, 40), (32, 64)])  # multiples of the blocks, and not
 def test_d_weight(config: Config, gather_left: bool, sizes: tuple[int, int]) -> None:
     setting = Setting(d=sizes[1])
@@ -286,12 +296,42 @@ def test_a_descriptor_where_the_layout_allows_it() -> None:
     assert form(matrices, False, 2) is None  # halves that are no blocks of whole rows
     assert form(list(matrices), True) is None
     assert form(matrices[:1].expand(3, 8, 12), True) is None
+    spread = torch.randn(3, 9, 12, device=device)[:, :8]  # from one expert to the next, not a whole number of matrices
+    assert form(spread, True) is None
+    assert form(spread, False) is None
     assert form(matrices[:, :, 1:9], True) is None  # not at a multiple of 16 bytes
     assert form(torch.randn(3, 8, 10, device=device), True) is None  # nor are its rows
     assert form(matrices[:, :, ::2], True) is None
     plain = per_expert(matrices)
     assert weight_descriptor(plain, SMALL, size_k=8, size_columns=12, halves=1, block_n=32) is None
-    assert plain.weight() == (matrices, 96, 12, 1, 4, False)
+    assert plain.weight() == (matrices, 96, 12, 1, 4, 4, False)
+
+
+def test_rows_by_descriptor_where_the_layout_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(SMALL, descriptors=True)
+    rows = torch.randn(5, 24, device=device)
+    made = rows_descriptor(rows, config, block=[16, 16], size_k=24)
+    assert made is not None
+    assert (made.shape, made.strides, made.block_shape) == ([5, 24], [24, 1], [16, 16])
+    assert rows_descriptor(rows, SMALL, block=[16, 16]) is None
+    assert rows_descriptor(rows[:0], config, block=[16, 16]) is None
+    assert rows_descriptor(torch.randn(5, 22, device=device), config, block=[16, 16]) is None
+    assert rows_descriptor(torch.randn(121, device=device)[1:].view(5, 24), config, block=[16, 16]) is None
+    monkeypatch.setattr(operands, "target_of", lambda _: Target(architecture="sm_103", num_sms=1))
+    assert rows_descriptor(rows, config, block=[16, 16], size_k=24) is None  # the last block of k is not full
+    assert rows_descriptor(rows, replace(config, block_k=8), block=[16, 8], size_k=24) is not None
+    weight = per_expert(torch.randn(3, 24, 16, device=device))
+    sizes = {"size_k": 24, "size_columns": 16, "halves": 1, "block_n": 16}
+    assert weight_descriptor(weight, config, **sizes) is None
+    assert weight_descriptor(weight, replace(config, block_k=8), **sizes) is not None
+    monkeypatch.setattr(d_weight_module, "target_of", operands.target_of)
+    assert d_weight_module.ordered_descriptor(rows, config, 16) is None  # its rest would be a second product
+
+
+def test_sizes_in_units_of_16_bytes() -> None:
+    """Triton finds out by itself that 16 divides an argument, but not that 8 does."""
+    assert [unit_of(2, 72, 40), unit_of(2, 64, 40), unit_of(2, 64, 48), unit_of(2, 72, 36)] == [8, 8, 1, 1]
+    assert [unit_of(4, 36, 40), unit_of(4, 34), unit_of(4, 16, 0)] == [4, 1, 1]
 
 
 @pytest.mark.skipif(device == "cuda", reason="takes address space, not memory, which only works on a CPU")

@@ -18,8 +18,9 @@ from moe_triton_kernels.gluon.pipeline import (
     store_layout,
 )
 from moe_triton_kernels.gluon.schedules import BLOCK_M, Schedule, is_k_contiguous, schedule_of
-from moe_triton_kernels.grouped_gemm import PerExpert, add_bias, expert_base, split_columns
+from moe_triton_kernels.grouped_gemm import split_columns
 from moe_triton_kernels.launch import Config, constants
+from moe_triton_kernels.operands import PerExpert, add_bias, expert_base
 from moe_triton_kernels.tiles import TileTables
 
 

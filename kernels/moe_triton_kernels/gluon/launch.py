@@ -8,8 +8,8 @@ from torch import Tensor
 
 from moe_triton_kernels.gluon.names import TensorDescriptor, gl
 from moe_triton_kernels.gluon.schedules import BLOCK_K, BLOCK_M, RingTile, Schedule, is_k_contiguous
-from moe_triton_kernels.grouped_gemm import PerExpert
 from moe_triton_kernels.launch import target_of
+from moe_triton_kernels.operands import PerExpert
 
 LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 

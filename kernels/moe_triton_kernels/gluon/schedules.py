@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_triton_kernels.grouped_gemm import PerExpert
 from moe_triton_kernels.launch import HOPPER, target_of
+from moe_triton_kernels.operands import PerExpert
 
 BLOCK_M, BLOCK_K = 128, 64
 OPS = ("up_gated", "up", "down", "d_rows")  # by their names in tables: those that have a warp-specialized kernel

@@ -19,8 +19,8 @@ from moe_triton_kernels.gluon.pipeline import (
     store_layout,
 )
 from moe_triton_kernels.gluon.schedules import BLOCK_M, Schedule, is_k_contiguous, schedule_of
-from moe_triton_kernels.grouped_gemm import PerExpert, expert_base
 from moe_triton_kernels.launch import Config, constants
+from moe_triton_kernels.operands import PerExpert, expert_base
 from moe_triton_kernels.preactivation import activate, part_blocks, round_parts, split_pair
 from moe_triton_kernels.tiles import TileTables
 

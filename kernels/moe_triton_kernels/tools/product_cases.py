@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from moe_triton_kernels.activations import GATED, UNGATED
 from moe_triton_kernels.d_hidden import d_hidden_kernel, d_router_weights_kernel
 from moe_triton_kernels.d_weight import d_bias_kernel, d_weight_kernel
 from moe_triton_kernels.down import down_kernel
-from moe_triton_kernels.grouped_gemm import BiasArgument, WeightArgument, descriptor_block
 from moe_triton_kernels.launch import pipeline_stages, tile_of
+from moe_triton_kernels.operands import BiasArgument, SizesArgument, WeightArgument, descriptor_block
 from moe_triton_kernels.tiles import TilesArgument
 from moe_triton_kernels.tools.case import Case, integers_of, leaves, pointers_of
 from moe_triton_kernels.tools.shipped import Shipped
@@ -19,26 +19,36 @@ from moe_triton_kernels.up import up_kernel
 TILES = TilesArgument(table="*i32", num_tiles="*i32", offsets="*i32")
 
 
-def main_loop_instructions(shipped: Shipped, arch: str) -> list[str]:
+def main_loop_instructions(shipped: Shipped, arch: str, num_descriptors: int) -> list[str]:
     """What the main loop has to compile to: matrix instructions for 16-bit types, asynchronous copies before Blackwell.
 
-    wgmma takes 64 rows at least. On Blackwell the copies depend on `pipeline_stages`.
+    wgmma takes 64 rows at least. On Blackwell the copies by pointers depend on `pipeline_stages`.
     """
-    wants = ["cp_async"] if arch in ("sm_80", "sm_90") else []
+    wants = ["tma"] if num_descriptors else []
+    if arch in ("sm_80", "sm_90") and num_descriptors < 2:
+        wants.append("cp_async")
     if shipped.dtype != "fp32":
         wants.append("wgmma" if arch == "sm_90" and shipped.config.block_m >= 64 else "mma")
     return wants
 
 
 def product_case(
-    fn: Any, shipped: Shipped, arch: str, *, variant: str, signature: dict[str, Any], sample: bool, **constants: Any
+    fn: Any,
+    shipped: Shipped,
+    arch: str,
+    *,
+    variant: str,
+    signature: dict[str, Any],
+    sample: bool = False,
+    **constants: Any,
 ) -> Case:
     """A grouped kernel at a shipped configuration: sizes, and the strides of weights, are multiples of 16."""
     config = shipped.config
     signature = {**signature, "TILE": tile_of(arch, config)}
     numbers = integers_of(fn, signature, constants)
-    strides = leaves("weight", signature.get("weight"), ())
-    aligned = pointers_of(signature) + [name for name, _, kind in strides if "stride_" in name and kind == "i32"]
+    kinds = [(name, kind) for arg, value in signature.items() for name, _, kind in leaves(arg, value, ())]
+    aligned = pointers_of(signature)
+    aligned += [name for name, kind in kinds if name.startswith(("weight.stride_", "sizes.")) and kind == "i32"]
     aligned += [name for name in numbers if name.startswith("size_")]
     return Case(
         name=f"{shipped.op}_{shipped.dtype}_{config.block_m}x{config.block_n}x{config.block_k}_{variant}",
@@ -49,7 +59,7 @@ def product_case(
         num_stages=pipeline_stages(arch, config),
         aligned=aligned,
         sample=sample,
-        wants=[*main_loop_instructions(shipped, arch), *(["tma"] if signature.get("descriptor") else [])],
+        wants=main_loop_instructions(shipped, arch, sum(str(kind).startswith("tensordesc") for _, kind in kinds)),
     )
 
 
@@ -63,6 +73,7 @@ def weight_types(
         stride_k=1 if by_k else "i32",
         stride_n="i32" if by_k else 1,
         ALIGNMENT=16,
+        UNIT=1,
         K_CONTIGUOUS=by_k,
     )
     if addresses or not shipped.config.descriptors or not (by_k or halves == 1):
@@ -71,12 +82,23 @@ def weight_types(
     return {"weight": weight, "descriptor": f"tensordesc<{shipped.dtype}{block}>"}
 
 
+def rows_type(shipped: Shipped, block: Sequence[int]) -> str | None:
+    """The type of the descriptor of aligned rows, of which a load brings this block."""
+    return f"tensordesc<{shipped.dtype}{list(block)}>" if shipped.config.descriptors else None
+
+
 def bias_type(dtype: str, addresses: bool = False) -> BiasArgument:
-    return BiasArgument(data="*i64" if addresses else f"*{dtype}", stride_e="i32", stride_n=1, ALIGNMENT=16)
+    data = "*i64" if addresses else f"*{dtype}"
+    return BiasArgument(data=data, stride_e="i32", stride_n=1, ALIGNMENT=16, UNIT=1)
 
 
-def up_cases(arch: str, shipped: Sequence[Shipped]) -> Iterator[Case]:
+def sizes_type(*, is_even: bool) -> SizesArgument:
+    return SizesArgument(k="i32", columns="i32", UNIT=1, EVEN_K=is_even)
+
+
+def up_cases(arch: str, shipped: Sequence[Shipped]) -> list[Case]:
     """Every configuration; the first of each op also with every activation and weight layout."""
+    cases = []
     for op, activations in (("up_gated", GATED), ("up", UNGATED)):
         entries = [entry for entry in shipped if entry.op == op]
         # (configuration, activation, is_transposed, is_concatenated, bias, addresses instead of a stacked tensor)
@@ -95,21 +117,31 @@ def up_cases(arch: str, shipped: Sequence[Shipped]) -> Iterator[Case]:
                 halves=2 if op == "up_gated" and concatenated else 1,
                 block_n=entry.config.block_n * (1 if op == "up" or concatenated else 2),
             )
-            signature: dict[str, Any] = {
-                **dict.fromkeys(("x", "a", "h"), f"*{entry.dtype}"),
-                "source": "*i32",
-                "tiles": TILES,
-                "bias": bias_type(entry.dtype, addresses) if bias else None,
-                **weight,
-            }
-            yield product_case(
-                up_kernel, entry, arch, variant=activation + flags, signature=signature, sample=number == 0,
-                TOP_K=8, ACTIVATION=activation, CONCATENATED=concatenated, EVEN_K=not transposed,
-            )  # fmt: skip
+            case = product_case(
+                up_kernel,
+                entry,
+                arch,
+                variant=activation + flags,
+                signature={
+                    **dict.fromkeys(("x", "a", "h"), f"*{entry.dtype}"),
+                    "source": "*i32",
+                    "tiles": TILES,
+                    "sizes": sizes_type(is_even=not transposed),
+                    "bias": bias_type(entry.dtype, addresses) if bias else None,
+                    **weight,
+                },
+                sample=number == 0,
+                TOP_K=8,
+                ACTIVATION=activation,
+                CONCATENATED=concatenated,
+            )
+            cases.append(case)
+    return cases
 
 
-def down_cases(arch: str, shipped: Sequence[Shipped]) -> Iterator[Case]:
+def down_cases(arch: str, shipped: Sequence[Shipped]) -> list[Case]:
     """Every configuration of down (bias, router weights) and of d_rows; the first also in the other layout."""
+    cases = []
     for op in ("down", "d_rows"):
         entries = [entry for entry in shipped if entry.op == op]
         columns_contiguous = op == "d_rows"  # the default layout is [columns, k] for down, [k, columns] for d_rows
@@ -117,13 +149,27 @@ def down_cases(arch: str, shipped: Sequence[Shipped]) -> Iterator[Case]:
         variants = [(entry, columns_contiguous, False) for entry in entries]
         variants += [(entries[0], not columns_contiguous, True)]
         for number, (entry, contiguous, addresses) in enumerate(variants):
+            stored, is_down = f"*{entry.dtype}", op == "down"
             weight = weight_types(entry, addresses=addresses, by_k=not contiguous, block_n=entry.config.block_n)
-            bias = bias_type(entry.dtype, addresses) if op == "down" else None
-            signature = {"a": f"*{entry.dtype}", "out": f"*{entry.dtype}", "bias": bias, "tiles": TILES, **weight}
-            yield product_case(
-                down_kernel, entry, arch, variant=("columns" if contiguous else "k") + "_addresses" * addresses,
-                signature=signature | only_of_down(op), sample=number == 0, EVEN_K=not addresses,
-            )  # fmt: skip
+            case = product_case(
+                down_kernel,
+                entry,
+                arch,
+                variant=("columns" if contiguous else "k") + "_addresses" * addresses,
+                signature={
+                    "a": stored,
+                    "out": stored,
+                    "bias": bias_type(entry.dtype, addresses) if is_down else None,
+                    **only_of_down(op),
+                    "tiles": TILES,
+                    "sizes": sizes_type(is_even=not addresses),
+                    "a_descriptor": rows_type(entry, [entry.config.block_m, entry.config.block_k]),
+                    **weight,
+                },
+                sample=number == 0,
+            )
+            cases.append(case)
+    return cases
 
 
 def only_of_down(op: str) -> dict[str, str | None]:
@@ -131,8 +177,9 @@ def only_of_down(op: str) -> dict[str, str | None]:
     return {"router_weights": "*fp32", "source": "*i32"} if op == "down" else {"router_weights": None, "source": None}
 
 
-def d_hidden_cases(arch: str, shipped: Sequence[Shipped]) -> Iterator[Case]:
+def d_hidden_cases(arch: str, shipped: Sequence[Shipped]) -> list[Case]:
     """Every configuration; the first of each op also with every activation and weight layout."""
+    cases = []
     for op, activations in (("d_hidden_gated", GATED), ("d_hidden", UNGATED)):
         entries = [entry for entry in shipped if entry.op == op]
         # (configuration, activation, is_transposed, is_concatenated, addresses instead of a stacked tensor)
@@ -140,45 +187,87 @@ def d_hidden_cases(arch: str, shipped: Sequence[Shipped]) -> Iterator[Case]:
         variants += [(entries[0], activation, False, True, False) for activation in activations[1:]]
         variants += [(entries[0], activations[-1], True, op == "d_hidden", True)]
         for number, (entry, activation, transposed, concatenated, addresses) in enumerate(variants):
-            signature = {
-                **dict.fromkeys(("grad_out", "h", "weighted_a", "grad_h"), f"*{entry.dtype}"),
-                **dict.fromkeys(("router_weights", "shares"), "*fp32"),
-                "source": "*i32",
-                "tiles": TILES,
-                **weight_types(entry, addresses=addresses, by_k=transposed, block_n=entry.config.block_n),
-            }
-            flags = "_T" * transposed + "_pairs" * (not concatenated) + "_addresses" * addresses
-            yield product_case(
-                d_hidden_kernel, entry, arch, variant=activation + flags, signature=signature, sample=number == 0,
-                TOP_K=8, ACTIVATION=activation, CONCATENATED=concatenated, EVEN_K=not addresses,
-            )  # fmt: skip
-    yield Case(
+            case = product_case(
+                d_hidden_kernel,
+                entry,
+                arch,
+                variant=activation + "_T" * transposed + "_pairs" * (not concatenated) + "_addresses" * addresses,
+                signature={
+                    **dict.fromkeys(("grad_out", "h", "weighted_a", "grad_h"), f"*{entry.dtype}"),
+                    **dict.fromkeys(("router_weights", "shares"), "*fp32"),
+                    "source": "*i32",
+                    "tiles": TILES,
+                    "sizes": sizes_type(is_even=not addresses),
+                    **weight_types(entry, addresses=addresses, by_k=transposed, block_n=entry.config.block_n),
+                },
+                sample=number == 0,
+                TOP_K=8,
+                ACTIVATION=activation,
+                CONCATENATED=concatenated,
+            )
+            cases.append(case)
+    shares = Case(
         name="d_router_weights",
         fn=d_router_weights_kernel,
         signature={
-            "shares": "*fp32", "grad_out": "*bf16", "source": "*i32", "bias": bias_type("bf16"),
-            "grad_weights": "*fp32", "tiles": TILES, "num_shares": "i32", "size_d": "i32", "num_slots": "i32",
+            "shares": "*fp32",
+            "grad_out": "*bf16",
+            "source": "*i32",
+            "bias": bias_type("bf16"),
+            "grad_weights": "*fp32",
+            "tiles": TILES,
+            "num_shares": "i32",
+            "size_d": "i32",
+            "num_slots": "i32",
         },
         constexprs={"TOP_K": 8, "BLOCK_M": 16, "BLOCK_D": 128},
-    )  # fmt: skip
+    )
+    return [*cases, shares]
 
 
-def d_weight_cases(arch: str, shipped: Sequence[Shipped]) -> Iterator[Case]:
+def d_weight_cases(arch: str, shipped: Sequence[Shipped]) -> list[Case]:
     """Every configuration with the right operand gathered; the first also with the left one; bias gradients."""
     entries = [entry for entry in shipped if entry.op == "d_weight"]
-    pieces = {"partials": "*fp32", "source": "*i32", "pieces": "*i32", "state": "*i32"}
-    for number, (entry, gather_left) in enumerate([*((entry, False) for entry in entries), (entries[0], True)]):
-        yield product_case(
-            d_weight_kernel, entry, arch, variant="gather_left" if gather_left else "gather_right",
-            signature=dict.fromkeys(("left", "right", "out"), f"*{entry.dtype}") | pieces,
+    variants = [(entry, False) for entry in entries] + [(entries[0], True)]
+    cases = [
+        product_case(
+            d_weight_kernel,
+            entry,
+            arch,
+            variant="gather_left" if gather_left else "gather_right",
+            signature=dict.fromkeys(("left", "right", "out"), f"*{entry.dtype}")
+            | {"partials": "*fp32", "source": "*i32", "pieces": "*i32", "state": "*i32"}
+            | {
+                "ordered": rows_type(
+                    entry, [entry.config.block_k, entry.config.block_n if gather_left else entry.config.block_m]
+                )
+            },
             sample=number == 0 or gather_left,
-            TOP_K=8, GATHER_LEFT=gather_left, EVEN_I=not gather_left, EVEN_J=not gather_left,
-        )  # fmt: skip
-    for gathered in (False, True):
-        weights = "*fp32" if gathered else None
-        yield Case(
+            TOP_K=8,
+            GATHER_LEFT=gather_left,
+            EVEN_I=not gather_left,
+            EVEN_J=not gather_left,
+            UNIT=1,
+            NARROW=True,
+        )
+        for number, (entry, gather_left) in enumerate(variants)
+    ]
+    biases = [
+        Case(
             name=f"d_bias_{'gathered' if gathered else 'rows'}",
             fn=d_bias_kernel,
-            signature={"values": "*bf16", "router_weights": weights, "out": "*bf16", "size": "i32", **pieces},
+            signature={
+                "values": "*bf16",
+                "router_weights": "*fp32" if gathered else None,
+                "out": "*bf16",
+                "partials": "*fp32",
+                "source": "*i32",
+                "pieces": "*i32",
+                "state": "*i32",
+                "size": "i32",
+            },
             constexprs={"TOP_K": 8, "BLOCK_R": 32, "BLOCK_C": 128},
         )
+        for gathered in (False, True)
+    ]
+    return cases + biases

@@ -19,15 +19,25 @@ from moe_triton.distributed.exchange.overlap import Deferred
 from moe_triton.distributed.exchange.stages import ExchangedLayer
 from moe_triton.distributed.holders import StackedExperts
 from moe_triton.distributed.replicas.placement import build_placement, plan_placement, replica_of
-from moe_triton.experts import check_call
+from moe_triton.experts import check_adapters, check_call, with_adapters
 from moe_triton.layers.load import CountsLoad
-from moe_triton.records import ACTIVATIONS, GATED, Dispatch, ExpertCall, ExpertParameters, ExpertSpec, ExpertWeight
+from moe_triton.layers.lora import TakesLora
+from moe_triton.records import (
+    ACTIVATIONS,
+    GATED,
+    Dispatch,
+    ExpertCall,
+    ExpertParameters,
+    ExpertSpec,
+    ExpertWeight,
+    Lora,
+)
 from moe_triton.reference import activate
 from moe_triton.runtime import autocast_dtype
 from moe_triton.torch_internals import inside_fsdp1, is_fsdp2_class
 
 
-class Experts(CountsLoad, StackedExperts):
+class Experts(TakesLora, CountsLoad, StackedExperts):
     """E expert MLPs as plain stacked parameters in the transformers layout.
 
     gate_up_proj [E, 2n, d] ([E, n, d] for an ungated activation), down_proj [E, d, n], and with `bias`
@@ -35,6 +45,7 @@ class Experts(CountsLoad, StackedExperts):
     values however the experts are spread. With `expert_parallel` E is the number of the local experts, and n that of
     their local slice: under expert tensor parallelism each rank has n / etp columns of gate, of up and of down. With
     `ExpertParallel(redundant_experts=R)` a rank holds (E + R) / ep slots; `placement` says which expert is in each.
+    `add_lora` adds adapters.
     """
 
     def __init__(
@@ -113,19 +124,25 @@ class Experts(CountsLoad, StackedExperts):
 
         However the experts are spread over ranks and sharded by FSDP2, they get the values of one process.
         """
-        d, n = self.down_proj.shape[1], self.intermediate_size
-        rows = 2 * n if self.spec.is_gated else n
-        for name, shape in (("gate_up_proj", (rows, d)), ("down_proj", (d, n))):
+        for name in ("gate_up_proj", "down_proj"):
+            shape = self.whole_shape(name)
             bound = 1 / math.sqrt(shape[1])
-            self._draw(name, shape, bound)
+            self.draw(name, shape, bound)
             if getattr(self, f"{name}_bias") is not None:
-                self._draw(f"{name}_bias", shape[:1], bound)
+                self.draw(f"{name}_bias", shape[:1], bound)
+        self.reset_lora()
         if self.placement is not None and self.load is not None:
             self.set_placement(self.placement)
             self.load_on(self.gate_up_proj.device).zero_()
 
+    def whole_shape(self, name: str) -> tuple[int, int]:
+        """Return the shape of one expert's whole projection `name`."""
+        d, n = self.down_proj.shape[1], self.intermediate_size
+        return (d, n) if name == "down_proj" else (2 * n if self.spec.is_gated else n, d)
+
     @torch.no_grad()
-    def _draw(self, name: str, shape: tuple[int, ...], bound: float) -> None:
+    def draw(self, name: str, shape: tuple[int, ...], bound: float) -> None:
+        """Draw the parameter `name` uniformly from -bound to bound; `shape` is that of one whole expert's."""
         parameter = self.get_parameter(name)
         if parameter.is_meta:
             return
@@ -139,41 +156,45 @@ class Experts(CountsLoad, StackedExperts):
                     view[expert - first] = whole[box]
 
     def is_sliced(self, parameter: nn.Parameter) -> bool:
-        """Return whether expert tensor parallelism splits this parameter; the down projection's bias stays whole."""
-        return parameter is not self.down_proj_bias
+        """Return whether expert tensor parallelism splits this parameter."""
+        return any(parameter is getattr(self, name) for name in self.sliced_dimensions)
 
     @property
     def sliced_dimensions(self) -> dict[str, tuple[int, int]]:
         """Return what expert tensor parallelism slices: parameter -> (dimension, parts), 2 for gate and up."""
-        parts = 2 if self.spec.is_gated else 1
-        return {"gate_up_proj": (1, parts), "gate_up_proj_bias": (1, parts), "down_proj": (2, 1)}
+        gate_up, down = (1, 2 if self.spec.is_gated else 1), (2, 1)
+        return {
+            **dict.fromkeys(("gate_up_proj", "gate_up_proj_bias", "gate_up_lora_b"), gate_up),
+            **dict.fromkeys(("down_proj", "down_lora_a"), down),
+        }
 
     def local_slice(self, name: str, whole: Tensor) -> Tensor:
         """Return this rank's part of one expert's whole parameter `name`: all of it without expert tensor parallelism.
 
-        The down projection's bias is whole on every rank.
+        What `sliced_dimensions` has not is whole on every rank.
         """
         etp = None if self.expert_parallel is None else self.expert_parallel.etp
-        if etp is None or etp.size == 1 or name == "down_proj_bias":
+        if etp is None or etp.size == 1 or name not in self.sliced_dimensions:
             return whole
-        if name == "down_proj":
-            return whole.chunk(etp.size, dim=1)[etp.rank]
-        parts = whole.chunk(2 if self.spec.is_gated else 1, dim=0)
-        return torch.cat([part.chunk(etp.size, dim=0)[etp.rank] for part in parts])
+        dimension, parts = self.sliced_dimensions[name]
+        pieces = [part.chunk(etp.size, dimension - 1)[etp.rank] for part in whole.chunk(parts, dimension - 1)]
+        return torch.cat(pieces, dimension - 1)
+
+    def _scaled(self, parameter: Tensor) -> Tensor:
+        return parameter if self.gradient_scale == 1.0 else ScaleGradient.apply(parameter, self.gradient_scale)
 
     @property
     def _parameters_in_order(self) -> ExpertParameters:
-        scale = self.gradient_scale
-
-        def scaled(parameter: Tensor) -> Tensor:
-            return parameter if scale == 1.0 else ScaleGradient.apply(parameter, scale)
-
         return ExpertParameters(
-            scaled(self.gate_up_proj),
-            scaled(self.down_proj),
-            None if self.gate_up_proj_bias is None else scaled(self.gate_up_proj_bias),
-            None if self.down_proj_bias is None else scaled(self.down_proj_bias),
+            self._scaled(self.gate_up_proj),
+            self._scaled(self.down_proj),
+            None if self.gate_up_proj_bias is None else self._scaled(self.gate_up_proj_bias),
+            None if self.down_proj_bias is None else self._scaled(self.down_proj_bias),
         )
+
+    def _scaled_lora(self, projection: str) -> Lora | None:
+        lora = self.lora(projection)
+        return None if lora is None else Lora(self._scaled(lora.a), self._scaled(lora.b), lora.scaling)
 
     def forward(
         self,
@@ -199,6 +220,10 @@ class Experts(CountsLoad, StackedExperts):
         dtype = cast(ExpertWeight, call.parameters.gate_up)[0].dtype
         if hidden_states.dtype != dtype and autocast_dtype(hidden_states.device) is None:
             raise TypeError(f"hidden_states: got dtype {hidden_states.dtype}, wanted {dtype}, the layer's own")
+        gate_up_lora, down_lora = self._scaled_lora("gate_up"), self._scaled_lora("down")
+        device = hidden_states.device
+        check_adapters(call.parameters, self.spec, device, gate_up_lora=gate_up_lora, down_lora=down_lora)
+        call = with_adapters(call, gate_up_lora, down_lora)
         self.count_load(dispatched.counts)
         if (parallel := unless_alone(self.expert_parallel)) is None:
             check_call(call, self.backend)
@@ -219,7 +244,8 @@ class Experts(CountsLoad, StackedExperts):
     def extra_repr(self) -> str:
         num_local, hidden_size, intermediate_size = self.down_proj.shape
         of = "" if num_local == self.num_experts else f" of {self.num_experts}"
-        return f"{num_local}{of} x ({hidden_size}, {intermediate_size}), activation={self.spec.activation}"
+        sizes = f"{num_local}{of} x ({hidden_size}, {intermediate_size})"
+        return f"{sizes}, activation={self.spec.activation}{self.lora_repr()}"
 
 
 class ScaleGradient(torch.autograd.Function):

@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_triton.backends.triton.experts import experts_forward
 from moe_triton.records import ACTIVATIONS, GATED, ExpertSpec
-from moe_triton_kernels import configs, grouped_gemm
+from moe_triton_kernels import configs, operands
 from tests.helpers.problems import DEVICE, INPUTS, check, make_problem, random_choices, run, with_inputs
 
 # the sigmoid of a far negative number is 1 / (1 + inf) = 0, as it should be
@@ -63,7 +63,7 @@ def test_sequences_and_recomputation_give_the_same_bits(spec: ExpertSpec) -> Non
 
 @pytest.mark.parametrize("spec", [*SPECS[:4], ExpertSpec(activation="relu2")], ids=name_of)
 def test_tensor_descriptors_give_the_same_bits(spec: ExpertSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = make_problem(random_choices(9, 2, 4), 4, spec=spec)
+    problem = make_problem(random_choices(29, 2, 4), 4, spec=spec)
     expected = run(problem)
     heuristic, made = configs.heuristic, []
     monkeypatch.setattr(configs, "heuristic", lambda *key: replace(heuristic(*key), descriptors=True))
@@ -73,9 +73,10 @@ def test_tensor_descriptors_give_the_same_bits(spec: ExpertSpec, monkeypatch: py
             made.append(self.block_shape)
             super().__post_init__()
 
-    monkeypatch.setattr(grouped_gemm, "TensorDescriptor", Descriptor)
+    monkeypatch.setattr(operands, "TensorDescriptor", Descriptor)
     actual = run(problem)
-    assert len(made) == (3 if spec.is_transposed and spec.is_concatenated else 4)  # up, down, d_hidden, d_rows
+    # the weights of up, down, d_hidden and d_rows; the rows of down, d_rows and twice d_weight
+    assert len(made) == (7 if spec.is_transposed and spec.is_concatenated else 8)
     check(actual, problem)
     for name in expected:
         assert torch.equal(actual[name], expected[name]), name

@@ -194,6 +194,7 @@ def test_noisy_policies(policy):
         (lambda: MoeModule(D, E, 3, expert_cls=VanillaFFN), ValueError, "top_k"),
         (lambda: MoeModule(D, E, noisy_policy="RSample", expert_cls=VanillaFFN), ValueError, "noisy_policy"),
         (lambda: FFNExperts(E, D, F_, drop_rate=-1), ValueError, "drop_rate"),
+        (lambda: FFNExperts(E, D, F_, drop_rate=0.1).add_lora(2, 1.0), ValueError, "add_lora: got drop_rate=0.1"),
         (lambda: Widenet(E, 1.0, img_size=9, patch_size=2), ValueError, "img_size"),
         (lambda: MoeLoss(-1.0, nn.CrossEntropyLoss), ValueError, "aux_weight"),
         (lambda: MoeLoss(1.0, 3), TypeError, "loss_fn"),

@@ -51,6 +51,13 @@ def test_any_layout_to_any_other(four_ranks, tmp_path, before, after, optimizer,
     resume(Spread(**more), tmp_path, 2)
 
 
+@pytest.mark.parametrize("after", [{"ep": 4}, {"ep": 1, "etp": 4}], ids=str)
+def test_adapters(four_ranks, tmp_path, after):
+    four_ranks.run(train_and_save, Spread({"ep": 2, "etp": 2}, lora=True), tmp_path)
+    four_ranks.run(resume, Spread(after, lora=True), tmp_path, 2)
+    resume(Spread(lora=True), tmp_path, 2)
+
+
 def test_fsdp2(four_ranks, tmp_path):
     expected = four_ranks.run(checkpointing.fully_sharded, tmp_path)[0]
     net = Net(Spread(experts=6), seed=3)

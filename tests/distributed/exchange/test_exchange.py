@@ -75,6 +75,22 @@ def test_expert_tensor_parallelism(four_ranks, sizes, activation):
     four_ranks.run(parity.check, Case(tokens, sizes=sizes, layer=layer))
 
 
+@pytest.mark.parametrize(
+    ("sizes", "exchange"),
+    [
+        ({"ep": 4}, {"chunks": 2}),
+        ({"ep": 2}, {"mode": "allgather"}),
+        ({"ep": 2, "etp": 2}, {}),
+        ({"ep": 1, "etp": 4}, {}),
+        ({"ep": 2, "etp": 2, "tp": 2}, {}),
+    ],
+    ids=str,
+)
+def test_adapters(four_ranks, sizes, exchange):
+    tokens = UNEVEN if "tp" not in sizes else [5, 8]
+    four_ranks.run(parity.check, Case(tokens, sizes=sizes, exchange=exchange, layer={"bias": True}, lora=True))
+
+
 @pytest.mark.parametrize("sizes", [{"ep": 4, "tp": 2}, {"ep": 2, "tp": 2}, {"ep": 1, "tp": 4}], ids=str)
 @pytest.mark.parametrize("mode", ["dropless", "capacity"])
 def test_tensor_parallel_token_slicing(four_ranks, sizes, mode):
@@ -93,7 +109,7 @@ def test_the_shared_expert_beside_slices(four_ranks, sizes):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("tokens", [[40, 40, 40, 40], [90, 3, 0, 50]], ids=str)
 def test_the_same_bits(four_ranks, tokens, dtype):
-    four_ranks.run(parity.check_bits, Case(tokens, dtype=dtype, layer={"bias": True}), "torch")
+    four_ranks.run(parity.check_bits, Case(tokens, dtype=dtype, layer={"bias": True}, lora=True), "torch")
 
 
 def test_the_same_bits_by_kernels(two_ranks):

@@ -48,7 +48,7 @@ def whole_parameters(layer, groups) -> dict[str, torch.Tensor]:
 def trained(sizes: dict, redundant: int, steps: int) -> None:
     """AdamW with clipping on both; the replicated one is rebalanced after every step but the last."""
     groups = make_groups(**sizes)
-    case = Case([5] * groups.dp.size, layer=LAYER)
+    case = Case([5] * groups.dp.size, layer=LAYER, lora=True)
     layer = parity.make_layer(case, ExpertParallel(groups, redundant_experts=redundant, loss_reduction="sum"))
     whole = parity.make_layer(case, None)
     optimizers = [torch.optim.AdamW(x.parameters(), lr=0.05) for x in (layer, whole)]

@@ -25,8 +25,8 @@ from moe_triton_kernels.configs import choose_config
 from moe_triton_kernels.d_hidden import d_hidden, d_router_weights
 from moe_triton_kernels.d_weight import d_bias, d_weight
 from moe_triton_kernels.down import down
-from moe_triton_kernels.grouped_gemm import per_expert
 from moe_triton_kernels.launch import Config, target_of
+from moe_triton_kernels.operands import per_expert
 from moe_triton_kernels.tiles import TileTables, tile_tables
 from moe_triton_kernels.up import up
 

@@ -24,7 +24,7 @@ from moe_triton.distributed.exchange.overlap import Deferred
 from moe_triton.distributed.exchange.plain_ddp import refuse_plain_ddp
 from moe_triton.distributed.exchange.rows import Exchange, Planner
 from moe_triton.distributed.exchange.stages import ExchangedLayer, InnermostStage, Stage
-from moe_triton.distributed.exchange.tensor_parallel import gather_tokens, slice_tokens
+from moe_triton.distributed.exchange.tensor_parallel import gather_tokens, slice_tokens, sum_slices_gradients
 from moe_triton.distributed.exchange.transport import Shape, Transport
 from moe_triton.distributed.expert_groups import all_ep_groups, expert_groups, two_levels
 from moe_triton.distributed.groups import Group, ParallelGroups, number_of_ranks
@@ -178,6 +178,9 @@ class ExpertParallel:
         call: of all ranks' experts, with the parameters of the local ones. overlap_with: computed while rows travel.
         """
         dtype, call = call.hidden.dtype, in_autocast_dtype(call)
+        if self.etp.size > 1:
+            slices = self._channel(self.etp, f"{layer.name}, expert slices")
+            call = replace(call, parameters=sum_slices_gradients(call.parameters, slices))
         with runtime.without_autocast(call.hidden.device):
             experts = LocalExperts(
                 num_experts=len(call.parameters.gate_up),

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from moe_triton.distributed.exchange.channel import Channel
 from moe_triton.distributed.groups import Group
+from moe_triton.records import ExpertParameters
+from moe_triton.torch_internals import never_compiled
 
 
 def share(num_tokens: int, group: Group, rank: int | None = None) -> tuple[int, int]:
@@ -35,6 +37,17 @@ def gather_tokens(x: Tensor, channel: Channel, num_tokens: int) -> Tensor:
     return _Gather.apply(x, channel, num_tokens)
 
 
+@never_compiled
+def sum_slices_gradients(parameters: ExpertParameters, channel: Channel) -> ExpertParameters:
+    """Return the parameters of a slice of the experts such that backward sums what it adds to gradients of whole ones.
+
+    The adapters' factors that touch no sliced dimension are whole on every rank, and each slice uses them.
+    """
+    whole = {"gate_up_lora_a": parameters.gate_up_lora_a, "down_lora_b": parameters.down_lora_b}
+    summed = {name: _SumGradient.apply(x, channel) for name, x in whole.items() if x is not None}
+    return parameters._replace(**summed)
+
+
 def _all_shares(x: Tensor, channel: Channel, num_tokens: int) -> Tensor:
     room = -(-num_tokens // channel.group.size)
     padded = x.new_zeros(room, *x.shape[1:])
@@ -54,6 +67,19 @@ class _Slice(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return _all_shares(grads[0], ctx.channel, ctx.num_tokens), None
+
+
+class _SumGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, channel: Channel) -> Tensor:
+        ctx.channel = channel
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        total = grads[0].clone(memory_format=torch.contiguous_format)
+        ctx.channel.all_reduce(total, "sum of the slices' gradients")
+        return total, None
 
 
 class _Gather(torch.autograd.Function):

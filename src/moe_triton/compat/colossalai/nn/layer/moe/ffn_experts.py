@@ -91,6 +91,17 @@ class FFNExperts(layers.Experts, MoeExperts):
                     whole = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
                     nn.init.trunc_normal_(whole, std=std)
                     parameter[place] = whole if dim is None else whole.chunk(slices, dim=dim)[rank]
+        self.reset_lora()
+
+    def add_lora(self, *args: Any, **options: Any) -> None:
+        """Add adapters as `Experts.add_lora` does. Raises ValueError for experts that run one by one."""
+        if self.drop_rate > 0 or not self.is_known:
+            raise ValueError(
+                f"add_lora: got drop_rate={self.drop_rate} and activation {type(self.act).__name__}, wanted experts "
+                "that run fused: no dropout, and an activation that moe_mlp knows"
+            )
+        super().add_lora(*args, **options)
+        self.mark()
 
     @property
     def parallel_slices(self) -> tuple[int, int]:

@@ -1,0 +1,338 @@
+"""The operands of the grouped products: how a kernel is given matrices, and how its main loop reads them.
+
+A kernel's arguments, made on the host: `PerExpert` is a parameter of every expert, one stacked tensor or a table of
+addresses; `weight_descriptor` and `rows_descriptor` make tensor descriptors (TMA) where the layout allows them. They
+are arguments of their own: the launcher makes descriptors of arguments only, not of what is within a tuple.
+
+In a kernel an operand is a record: `Rows` is the left side of a product, in order or gathered, `Columns` the right one.
+Their `start_*` gives a cursor, a block of pointers or a coordinate, to which a step of the main loop adds; their
+`load_*` loads the block at a cursor. By pointers, sizes and strides that are multiples of 16 bytes are copied to shared
+memory asynchronously, 16 bytes at a time; others work, but slowly: their copies go through registers one element at a
+time. By TMA one thread asks for a whole block, so that the loop computes no addresses and keeps none in registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moe_triton_kernels.launch import BLACKWELL, Config, target_of
+
+ExpertParameter = Tensor | Sequence[Tensor]
+
+
+def unit_of(itemsize: int, *sizes: int) -> int:
+    """Elements in 16 bytes, where they divide every size; 1 where they do not, or where Triton sees that 16 does."""
+    unit = 16 // itemsize
+    return unit if any(size % 16 for size in sizes) and not any(size % unit for size in sizes) else 1
+
+
+class WeightArgument(NamedTuple):
+    """The experts' matrices [k, columns] among a kernel's arguments.
+
+    data          pointer to the stacked tensor, or to the int64 addresses of the experts' own
+    stride_e      elements from one expert to the next (0 for addresses)
+    ALIGNMENT     bytes that divide every address
+    UNIT          elements that divide every stride but 1 (see `unit_of`)
+    K_CONTIGUOUS  stride_k is 1
+    """
+
+    data: Any
+    stride_e: Any
+    stride_k: Any
+    stride_n: Any
+    ALIGNMENT: Any
+    UNIT: Any
+    K_CONTIGUOUS: Any
+
+
+class BiasArgument(NamedTuple):
+    """The experts' biases [columns] among a kernel's arguments; the fields are those of `WeightArgument`."""
+
+    data: Any
+    stride_e: Any
+    stride_n: Any
+    ALIGNMENT: Any
+    UNIT: Any
+
+
+class SizesArgument(NamedTuple):
+    """The sizes of a product [rows, k] by [k, columns] among a kernel's arguments.
+
+    UNIT    elements that divide both (see `unit_of`)
+    EVEN_K  BLOCK_K divides k
+    """
+
+    k: Any
+    columns: Any
+    UNIT: Any
+    EVEN_K: Any
+
+
+def sizes_argument(rows: Tensor, size_k: int, size_columns: int, config: Config) -> SizesArgument:
+    """The sizes of a product of these rows, or of rows like these."""
+    unit = unit_of(rows.element_size(), size_k, size_columns)
+    return SizesArgument(size_k, size_columns, tl.constexpr(unit), tl.constexpr(size_k % config.block_k == 0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerExpert:
+    """A parameter of every expert as a kernel reads it: one stacked tensor, or a table of addresses.
+
+    data       the stacked tensor [E, ...], or an int64 [E] tensor of addresses on the device
+    stride_e   elements from one expert to the next (0 for a table)
+    strides    the strides of one expert's tensor, in elements
+    alignment  bytes that divide every address of a table
+    held       the tensors that the addresses point to, kept alive with this record
+    """
+
+    data: Tensor
+    stride_e: int
+    strides: tuple[int, ...]
+    alignment: int
+    held: tuple[Tensor, ...]
+
+    @property
+    def is_table(self) -> bool:
+        return self.data.dtype == torch.int64
+
+    def transposed(self) -> PerExpert:
+        """The same matrices with their two dimensions swapped; nothing moves."""
+        return replace(self, strides=self.strides[::-1])
+
+    def weight(self) -> WeightArgument:
+        stride_k, stride_n = self.strides
+        constants = (*self.constants(), tl.constexpr(stride_k == 1))
+        return WeightArgument(self.data, self.stride_e, stride_k, stride_n, *constants)
+
+    def bias(self) -> BiasArgument:
+        (stride_n,) = self.strides
+        return BiasArgument(self.data, self.stride_e, stride_n, *self.constants())
+
+    def constants(self) -> tuple[tl.constexpr, tl.constexpr]:
+        """ALIGNMENT and UNIT."""
+        unit = unit_of(self.held[0].element_size(), self.stride_e, *(s for s in self.strides if s != 1))
+        return tl.constexpr(self.alignment), tl.constexpr(unit)
+
+
+@lru_cache(maxsize=1024)
+def address_table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
+    """The addresses as int64 [E] on the device. Kept, because a training step asks for the same ones every time."""
+    return torch.tensor(addresses, dtype=torch.int64).to(device, non_blocking=True)
+
+
+def per_expert(parameter: ExpertParameter) -> PerExpert:
+    """Make a stacked parameter [E, ...] or a sequence of E equal-shaped tensors readable by a kernel.
+
+    Nothing is copied, except the members of a sequence whose strides differ, which are made contiguous.
+    """
+    if isinstance(parameter, Tensor):
+        return PerExpert(
+            data=parameter,
+            stride_e=parameter.stride(0),
+            strides=parameter.stride()[1:],
+            alignment=parameter.element_size(),
+            held=(parameter,),
+        )
+    held = tuple(parameter)
+    if any(tensor.stride() != held[0].stride() for tensor in held):
+        held = tuple(tensor.contiguous() for tensor in held)
+    addresses = tuple(tensor.data_ptr() for tensor in held)
+    aligned = all(address % 16 == 0 for address in addresses)
+    return PerExpert(
+        data=address_table(addresses, held[0].device),
+        stride_e=0,
+        strides=held[0].stride(),
+        alignment=16 if aligned else held[0].element_size(),
+        held=held,
+    )
+
+
+def weight_descriptor(
+    weight: PerExpert, config: Config, *, size_k: int, size_columns: int, halves: int, block_n: int
+) -> TensorDescriptor | None:
+    """A weight, per expert [size_k, halves * size_columns], as a descriptor; None where it is read by pointers.
+
+    A descriptor where the configuration asks for it and the layout allows it: a stacked tensor in which k or the
+    columns are contiguous, all else in steps of 16 bytes, an expert's in steps of whole matrices. It is [E, halves,
+    columns, k] or [E, 1, k, columns], so that what lies past an expert's columns is read as 0 and never as the next
+    expert's.
+    """
+    stride_k, stride_n = weight.strides
+    by_k = stride_k == 1
+    row_stride = stride_n if by_k else stride_k
+    rows, width = (size_columns, size_k) if by_k else (size_k, size_columns)
+    matrix = rows * row_stride  # a driver may want every stride to be a multiple of the next one
+    if (
+        not config.descriptors
+        or weight.is_table
+        or not (by_k or (stride_n == 1 and halves == 1))
+        or not is_describable(weight.data, config, size_k, weight.stride_e, row_stride)
+        or matrix == 0
+        or row_stride < width
+        or weight.stride_e % matrix != 0
+        or weight.stride_e < halves * matrix
+    ):
+        return None
+    shape = [weight.data.shape[0], halves, rows, width]
+    strides = [weight.stride_e, matrix, row_stride, 1]
+    return TensorDescriptor(weight.data, shape, strides, descriptor_block(config, by_k, halves, block_n))
+
+
+def rows_descriptor(
+    rows: Tensor, config: Config, *, block: list[int], size_k: int | None = None
+) -> TensorDescriptor | None:
+    """Contiguous rows [., size] as a descriptor that brings `block` of them; None where they are read by pointers.
+
+    size_k is the contraction, where it is along a row. A block may reach past the rows that are meant: what it brings
+    of rows that exist is theirs, and the rest is 0.
+    """
+    if not config.descriptors or not is_describable(rows, config, size_k, rows.shape[1]) or rows.numel() == 0:
+        return None
+    return TensorDescriptor(rows, list(rows.shape), [rows.shape[1], 1], block)
+
+
+def is_describable(tensor: Tensor, config: Config, size_k: int | None, *steps: int) -> bool:
+    """Whether a tensor begins and steps at multiples of 16 bytes, and its last block is right on this device.
+
+    On Blackwell, products of a descriptor's block that reaches past the contraction are wrong (triton-lang/triton issue
+    10927).
+    """
+    is_aligned = tensor.data_ptr() % 16 == 0 and not any(step * tensor.element_size() % 16 for step in steps)
+    is_ragged = size_k is not None and size_k % config.block_k != 0
+    return is_aligned and not (is_ragged and target_of(tensor.device).architecture in BLACKWELL)
+
+
+def descriptor_block(config: Config, by_k: bool, halves: int, block_n: int) -> list[int]:
+    """What one load of a weight's descriptor brings."""
+    return [1, halves, block_n, config.block_k] if by_k else [1, 1, config.block_k, block_n]
+
+
+@triton.jit
+def in_units(size, UNIT: tl.constexpr):
+    """`size`, a multiple of UNIT, in a form that shows it to the compiler."""
+    if UNIT == 1:
+        return size
+    else:
+        return size // UNIT * UNIT
+
+
+@triton.jit
+def expert_base(parameter, expert, DTYPE: tl.constexpr):
+    """Pointer to one expert's tensor; `parameter` is a WeightArgument or a BiasArgument."""
+    if parameter.data.dtype.element_ty == tl.int64:
+        base = tl.load(parameter.data + expert).to(tl.pointer_type(DTYPE))
+        return tl.multiple_of(base, parameter.ALIGNMENT)
+    else:
+        return parameter.data + expert.to(tl.int64) * in_units(parameter.stride_e, parameter.UNIT)
+
+
+@triton.jit
+def add_bias(value, bias, base, columns, column_mask):
+    """value [rows, columns] + one expert's bias [columns], at `base`; value itself where there is no bias."""
+    if bias is None:
+        return value
+    else:
+        return value + tl.load(base + columns * bias.stride_n, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+
+
+class Rows(NamedTuple):
+    """The left operand [BLOCK_M, k] of a product, contiguous in k, in a kernel.
+
+    pointers    [BLOCK_M] to the rows, in any order; each must be readable: a row that does not count points at some
+                row that exists
+    descriptor  of the matrix, or None; the rows are then those from `first` on, and the pointers are not used
+    """
+
+    pointers: Any
+    descriptor: Any
+    first: Any
+
+
+class Columns(NamedTuple):
+    """The right operand [k, HALVES * WIDTH] of a product in a kernel: columns of one expert's matrix.
+
+    With HALVES 1 the matrix is [k, size], and its columns are WIDTH from `first` on. With HALVES 2 it is [k, 2 * size],
+    and they are taken of both halves, side by side. Columns past `size` are 0.
+
+    weight      the WeightArgument
+    descriptor  that of `weight_descriptor`, or None
+    """
+
+    weight: Any
+    descriptor: Any
+    expert: Any
+    first: Any
+    size: Any
+    HALVES: Any
+    WIDTH: Any
+
+
+@triton.jit
+def start_rows(rows, BLOCK_K: tl.constexpr):
+    """The cursor of `load_rows` at k = 0; a step of the contraction adds 1 to it."""
+    if rows.descriptor is not None:
+        return tl.full([], 0, tl.int32)
+    else:
+        return rows.pointers[:, None] + tl.arange(0, BLOCK_K)[None, :]
+
+
+@triton.jit
+def load_rows(rows, cursor, inside, EVEN_K: tl.constexpr):
+    """[BLOCK_M, BLOCK_K] at the cursor; 0 where k is not `inside` [BLOCK_K]. EVEN_K: all of it is."""
+    if rows.descriptor is not None:
+        return rows.descriptor.load([rows.first, cursor])
+    elif EVEN_K:
+        return tl.load(cursor)
+    else:
+        return tl.load(cursor, mask=inside[None, :], other=0.0)
+
+
+@triton.jit
+def number_columns(columns):
+    """The columns' numbers in the expert's matrix, and which of them count."""
+    wide = tl.arange(0, columns.HALVES * columns.WIDTH)
+    if columns.HALVES == 1:
+        numbers = columns.first + wide
+        return numbers, numbers < columns.size
+    else:
+        inner = columns.first + wide % columns.WIDTH
+        return wide // columns.WIDTH * columns.size + inner, inner < columns.size
+
+
+@triton.jit
+def start_columns(columns, numbers, DTYPE: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The cursor of `load_columns` at k = 0, and what BLOCK_K steps of the contraction add to it."""
+    if columns.descriptor is not None:
+        return tl.full([], 0, tl.int32), BLOCK_K
+    else:  # no name for columns.weight: Triton makes numbers of the constants in a tuple that is assigned
+        if columns.weight.K_CONTIGUOUS:
+            stride_k, stride_n = columns.weight.stride_k, in_units(columns.weight.stride_n, columns.weight.UNIT)
+        else:
+            stride_k, stride_n = in_units(columns.weight.stride_k, columns.weight.UNIT), columns.weight.stride_n
+        first = expert_base(columns.weight, columns.expert, DTYPE) + numbers.to(tl.int64) * stride_n
+        k = tl.arange(0, BLOCK_K).to(tl.int64)
+        return first[None, :] + k[:, None] * stride_k, tl.full([], BLOCK_K, tl.int64) * stride_k
+
+
+@triton.jit
+def load_columns(columns, cursor, inside, column_mask, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[BLOCK_K, HALVES * WIDTH] at the cursor; 0 where k is not `inside` [BLOCK_K]. EVEN_K: all of it is."""
+    if columns.descriptor is not None:
+        if columns.weight.K_CONTIGUOUS:
+            block = columns.descriptor.load([columns.expert, 0, columns.first, cursor])
+            return tl.trans(block.reshape(columns.HALVES * columns.WIDTH, BLOCK_K))
+        else:
+            return columns.descriptor.load([columns.expert, 0, cursor, columns.first]).reshape(BLOCK_K, columns.WIDTH)
+    elif EVEN_K:
+        return tl.load(cursor, mask=column_mask[None, :], other=0.0)
+    else:
+        return tl.load(cursor, mask=inside[:, None] & column_mask[None, :], other=0.0)
