@@ -88,7 +88,7 @@ def compilations() -> Iterator[list[str]]:
 @contextmanager
 def warp_specialized(schedule: str | None) -> Iterator[list[str]]:
     """Every kernel that has this schedule runs with it; the operations that did are listed as they are launched."""
-    from moe_triton_kernels.gluon import down, up  # imports Gluon, which is experimental
+    from moe_triton_kernels.gluon import d_hidden, down, up  # imports Gluon, which is experimental
 
     def choose(op: str, **sizes: Any) -> Config:
         return replace(choose_config(op, **sizes), gluon=schedule)
@@ -106,5 +106,6 @@ def warp_specialized(schedule: str | None) -> Iterator[list[str]]:
         mock.patch.object(experts, "choose_config", choose),
         mock.patch.object(up, "up", noted("up", up.up)),
         mock.patch.object(down, "down", noted("down", down.down)),
+        mock.patch.object(d_hidden, "d_hidden", noted("d_hidden", d_hidden.d_hidden)),
     ):
         yield launched

@@ -35,7 +35,7 @@ def sanitizer(setting: Setting) -> str:
     if program is None:
         raise Skipped("compute-sanitizer is not installed")
     command = [program, "--tool", "memcheck", "--error-exitcode", "9"]
-    command += worker("smoke", [f"smoke: experts, {name}" for name in numerics.SMALL], setting.seed)
+    command += worker("sanitized", [f"sanitized: {name}" for name in numerics.SMALL], setting.seed)
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     text = done.stdout + done.stderr

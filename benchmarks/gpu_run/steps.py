@@ -24,7 +24,7 @@ from moe_triton.benchmarking.timing import make_timer
 from moe_triton.kernel_stages import STAGES_OF
 from moe_triton_kernels.gluon.schedules import SCHEDULES
 
-BUILDERS = 14
+BUILDERS = 12  # beside the three processes of smoke_steps
 ITEM_S = 2.0  # of timing per shape
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # the one that matters most first
 SONIC = {case.name: case for case in PRESETS["sonic-12"].cases}
@@ -35,8 +35,9 @@ KERNEL_CASES = (
     SONIC["7B n=256"], SONIC["30B n=512"], NAMED["Qwen3-30B-A3B T=32768"], NAMED["Mixtral-8x7B T=16384"],
     SONIC["120B n=2048"], SONIC["1.4B n=256"], NAMED["gpt-oss-20b T=16384"], NAMED["DeepSeek-V3 T=16384"],
 )  # fmt: skip
+FENCE_CASES = (SONIC["7B n=256"], SONIC["30B n=512"])
 GOALS = (replace(NAMED["Mixtral-8x7B T=16384"], tokens=8192),)  # what the goals name besides
-LAYER_CASES = (*GOALS, *MODELS, *SONIC.values())
+LAYER_CASES = tuple(dict.fromkeys((*GOALS, *MODELS[1:3], *KERNEL_CASES, *MODELS, *SONIC.values())))
 DECODE_CASES = tuple(
     replace(case, tokens=tokens) for tokens in (1, 8, 64) for case in (MODELS[1], *MODELS[:1], *MODELS[3:])
 )
@@ -80,6 +81,7 @@ def build_steps() -> list[Listed]:
     """The compilations of whatever is measured, dealt out to the builders in turn."""
     cases = prepare.targets([*SMALL_K, *LARGE_K, *KERNEL_CASES, *LAYER_CASES, *DECODE_CASES])
     items: dict[str, Item] = {f"build: {case.title()}": partial(build, case) for case in cases}
+    items |= {f"build: without fences, {case.title()}": partial(build_fences, case) for case in FENCE_CASES}
     items["build: the peer"] = partial(build, LAYER_CASES[1], provider=BLOCKS[PEER])
     for case in (*SMALL_K, *LARGE_K):
         for op in STAGES_OF:
@@ -97,17 +99,28 @@ def build(case: Case, setting: Setting, provider: Provider | None = None) -> str
     return prepare.prepare(case, setting.device, provider)
 
 
+def build_fences(case: Case, setting: Setting) -> str:
+    setting.need_gpu()
+    return fences.prepare_fences(prepare.few(case), setting.device)
+
+
 def build_candidates(case: Case, op: str, setting: Setting) -> str:
     setting.need_gpu()
     return candidates.prepare_candidates(prepare.few(case), op, setting.device, make_timer(setting.device))
 
 
-def smoke_step() -> Listed:
+def smoke_steps() -> list[Listed]:
     """Every operation once, the first time that bf16, TMA, wgmma and Gluon run."""
-    items: dict[str, Item] = {f"smoke: experts, {name}": numerics.small(name) for name in reversed(numerics.SMALL)}
-    for schedule in SCHEDULES:
-        items[f"smoke: gluon, {schedule}"] = numerics.gluon(schedule, (0, len(numerics.GLUON_SHAPES)))
-    return listed("smoke", "build", items)
+    small = {f"smoke: experts, {name}": numerics.small(name) for name in numerics.SMALL}
+    names = list(small)
+    gluon = {
+        f"smoke: gluon, {schedule}": numerics.gluon(schedule, (0, len(numerics.GLUON_SHAPES))) for schedule in SCHEDULES
+    }
+    return [
+        listed("smoke bf16", "build", {name: small[name] for name in names if "bf16" in name}),
+        listed("smoke gluon", "build", gluon),
+        listed("smoke others", "build", {name: small[name] for name in names if "bf16" not in name}),
+    ]
 
 
 def profiled(case: Case, setting: Setting) -> str:
@@ -127,16 +140,17 @@ def profiled(case: Case, setting: Setting) -> str:
 
 
 def look_steps() -> list[Listed]:
-    case = SONIC["30B n=512"]
     return [
-        listed("fences", "look", measured("fences", (SONIC["7B n=256"], case), fences.measure_fences), seconds=15),
+        listed("fences", "look", measured("fences", FENCE_CASES, fences.measure_fences), seconds=15),
         listed("counters", "look", {"counters": partial(tools.counters, "profiled", "profiled")}, seconds=25),
     ]
 
 
 def hidden_steps() -> list[Listed]:
-    """What only other items start."""
-    return [listed("profiled", "look", {"profiled": partial(profiled, SONIC["30B n=512"])})]
+    """What only other items start, under a tool."""
+    small = {f"sanitized: {name}": numerics.small(name) for name in numerics.SMALL}
+    counted = {"profiled": partial(profiled, SONIC["30B n=512"])}
+    return [listed("sanitized", "prove", small), listed("profiled", "look", counted)]
 
 
 def prove_steps() -> list[Listed]:
@@ -181,7 +195,7 @@ def shared(name: str, make: Callable[[numerics.Part], Item], count: int) -> list
 
 
 def measure_steps() -> list[Listed]:
-    gluon = {"keep": candidates.is_warp_specialized, "ops": ("up", "down", "d_rows")}
+    gluon = {"keep": candidates.is_warp_specialized, "ops": ("d_hidden", "down", "up", "d_rows")}
     return [
         listed("kernels", "measure", measured("kernels", KERNEL_CASES, kernels.measure_kernels), seconds=60),
         listed("candidates", "measure", measured("candidates", SMALL_K, candidates.measure_candidates), seconds=40),
@@ -195,7 +209,7 @@ def measure_steps() -> list[Listed]:
 def all_steps() -> list[Listed]:
     """Every step that a run starts."""
     device = listed("facts", "facts", {"facts": facts}, is_needed=True)
-    return [device, smoke_step(), *build_steps(), *look_steps(), *prove_steps(), *measure_steps()]
+    return [device, *smoke_steps(), *build_steps(), *look_steps(), *prove_steps(), *measure_steps()]
 
 
 def find(name: str) -> Listed:

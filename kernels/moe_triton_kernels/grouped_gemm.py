@@ -77,14 +77,17 @@ def halves(x):
 
 @triton.jit
 def split_columns(x, PARTS: tl.constexpr):
-    """A tuple of 1, 2 or 4 column blocks, left to right: an epilogue that takes one at a time needs fewer registers."""
+    """A tuple of 1, 2, 4 or 8 column blocks, left to right: an epilogue that takes one at a time needs fewer registers."""
     if PARTS == 1:
         return (x,)
     elif PARTS == 2:
         left, right = halves(x)
         return (left, right)
-    else:
+    elif PARTS == 4:
         left, right = halves(x)
         first, second = halves(left)
         third, fourth = halves(right)
         return (first, second, third, fourth)
+    else:
+        left, right = halves(x)
+        return split_columns(left, 4) + split_columns(right, 4)

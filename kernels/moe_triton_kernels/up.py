@@ -119,8 +119,16 @@ def up(
     Rows past offsets[E] are not written.
     """
     gated = check_activation(activation)
-    sizes = {"size_columns": size_n, "projections": 2 if gated else 1}
-    if why_unsupported(config.gluon, x, weight, bias, is_concatenated=is_concatenated, **sizes) is None:
+    reason = why_unsupported(
+        config.gluon,
+        x,
+        weight,
+        bias,
+        size_columns=size_n,
+        projections=2 if gated else 1,
+        is_concatenated=is_concatenated or not gated,
+    )
+    if reason is None:
         from moe_triton_kernels.gluon import up as warp_specialized  # imports Gluon, which is experimental
 
         return warp_specialized.up(

@@ -200,6 +200,7 @@ def test_fences_are_left_out_for_the_one_call(monkeypatch: pytest.MonkeyPatch) -
     call()
     assert seen == [False]
     assert launch.tile_of("sm_90", LARGE).FENCE
+    assert fences.prepare_fences(TINY, CPU) == TINY.title()
     found = fences.measure_fences(TINY, CPU, OneCall(), budget_s=0.0)
     assert set(found["stages"]) == set(fences.STAGES)
     assert all(stage["same_bits"] for stage in found["stages"].values())

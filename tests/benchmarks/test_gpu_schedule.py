@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.fake_device import DIES, FOREVER, START_S, FakeDevice
+from tests.benchmarks.fake_device import DIES, FOREVER, FakeDevice
 
 # isort: split
 
@@ -69,9 +69,8 @@ def test_the_phases_end_when_they_should() -> None:
 
 def test_every_operation_runs_within_the_first_hundred_seconds() -> None:
     device, _ = run(lambda item: FOREVER)
-    (begin,) = (begin for _, step, begin, _ in device.spans() if step == "smoke")
-    assert begin + START_S < 100
-    assert begin == pytest.approx(20)
+    begins = [begin for _, step, begin, _ in device.spans() if step.startswith("smoke")]
+    assert begins == pytest.approx([20, 20, 20])
 
 
 def test_measurements_have_the_gpu_to_themselves() -> None:

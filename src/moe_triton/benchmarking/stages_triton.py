@@ -12,8 +12,8 @@ from moe_triton.benchmarking.stage import Stage
 from moe_triton.kernel_stages import FORWARD, KERNELS, OP_OF, full_name, in_words
 from moe_triton.records import ExpertCall
 from moe_triton_kernels.gluon.schedules import why_unsupported
-from moe_triton_kernels.grouped_gemm import PerExpert
 from moe_triton_kernels.launch import Config, target_of
+from moe_triton_kernels.operands import PerExpert
 from moe_triton_kernels.tools.shipped import TYPES, shipped_configs
 
 
@@ -30,11 +30,13 @@ class Chosen(Problem):
         if config.gluon is None:
             return None
         n, d, spec = self.size_n, self.size_d, self.spec
+        is_apart = spec.is_concatenated or not spec.is_gated
         operands: dict[str, tuple[int, PerExpert, PerExpert | None, dict[str, Any]]] = {
             "up": (d, self.gate_up, self.gate_up_bias, {
-                "size_columns": n, "projections": 2 if spec.is_gated else 1, "is_concatenated": spec.is_concatenated,
+                "size_columns": n, "projections": 2 if spec.is_gated else 1, "is_concatenated": is_apart,
             }),
             "down": (n, self.down, self.down_bias, {"size_columns": d}),
+            "d_hidden": (d, self.down.transposed(), None, {"size_columns": n, "is_concatenated": is_apart}),
             "d_rows": (self.call.width, self.gate_up.transposed(), None, {"size_columns": d}),
         }  # fmt: skip
         if stage not in operands:
