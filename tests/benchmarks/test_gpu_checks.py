@@ -63,11 +63,10 @@ def test_shares_are_the_whole() -> None:
     assert sorted(number for part in parts for number in part) == list(range(11))
 
 
-def test_every_form_is_put_under_stress(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Transposed, interleaved, in tensors of their own: each is right in the interpreter, too."""
-    for form in behaviour.FORMS:
-        monkeypatch.setattr(behaviour, "FORMS", (form,))
-        assert "1 shapes against float64" in behaviour.stress(TINY)
+def test_the_form_furthest_from_the_first_is_right_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transposed, interleaved, in tensors of their own."""
+    monkeypatch.setattr(behaviour, "FORMS", behaviour.FORMS[-1:])
+    assert "1 shapes against float64" in behaviour.stress(TINY)
 
 
 # Each check can fail --------------------------------------------------------------------------------------------------

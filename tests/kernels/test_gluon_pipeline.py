@@ -216,7 +216,7 @@ def test_up_in_any_order(
     case.up(Emulator(seed, pace), activation, programs, keep_h)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=10)
 @given(
     case=cases,
     seed=st.integers(0, 10**6),

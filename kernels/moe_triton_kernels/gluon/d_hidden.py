@@ -73,7 +73,8 @@ def consume(
             value, grads = d_activate(grad_a, scale, parts, ACTIVATION)
             value = value.to(DTYPE).to(gl.float32)  # forward multiplied the rounded A by W2
             share += gl.sum(grad_a * value, 1)
-            gl.store(a_tile + ((tile_rows * size_n)[:, None] + columns[None, :]), (value * scale).to(DTYPE), mask=mask)
+            a_cells = (tile_rows * size_n)[:, None] + columns[None, :]
+            gl.store(a_tile + a_cells, (value * scale).to(DTYPE), mask=mask)
             for half in gl.static_range(HALVES):
                 gl.store(grad_tile + (cells + half * size_n), grads[half].to(DTYPE), mask=mask)
         gl.store(shares + gl.to_tensor(tile_n).to(gl.int64) * num_slots + rows, share, mask=row_mask)
