@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_triton.benchmarking.environment import cpu_name
+from moe_triton.backends.torch.processor import this_processor
 from moe_triton.compat.colossalai.context.random import moe_set_seed
 from moe_triton.compat.colossalai.nn.layer.moe import FFNExperts, MoeLayer, Top2Router
 from moe_triton.compat.colossalai.utils import get_current_device
@@ -187,7 +187,7 @@ def main() -> None:
         )
     if arguments.out is not None:
         device = get_current_device()
-        where = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else this_processor().name
         versions = {"python": sys.version.split()[0], "torch": torch.__version__}
         record = {"device": where, "threads": torch.get_num_threads(), "versions": versions, "size": size}
         arguments.out.write_text(json.dumps({**record, "summary": found, "rows": rows}, indent=1) + "\n")

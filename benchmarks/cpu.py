@@ -13,7 +13,7 @@ from typing import Annotated
 import torch
 import typer
 
-from moe_triton.benchmarking.environment import cpu_name
+from moe_triton.backends.torch.processor import this_processor
 from moe_triton.cli import app
 
 RESULTS = Path(__file__).parent / "results" / "cpu"
@@ -27,7 +27,9 @@ def main(
 ) -> None:
     """Measure the CPU suite and write JSON, chart and Markdown table."""
     if name is None:
-        name = re.sub(r"[^a-z0-9]+", "-", f"{cpu_name()} {torch.get_num_threads()} threads".lower()).strip("-")
+        name = re.sub(r"[^a-z0-9]+", "-", f"{this_processor().name} {torch.get_num_threads()} threads".lower()).strip(
+            "-"
+        )
     out.mkdir(parents=True, exist_ok=True)
     files = {f"--{kind}": out / f"{name}.{ending}" for kind, ending in (("json", "json"), ("chart", "png"))}
     files["--markdown"] = out / f"{name}.md"

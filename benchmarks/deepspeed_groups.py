@@ -24,7 +24,7 @@ import typer
 from tables import deepspeed_groups
 from torch import nn
 
-from moe_triton.benchmarking.environment import cpu_name
+from moe_triton.backends.torch.processor import this_processor
 from moe_triton.benchmarking.memory import peak_bytes
 from moe_triton.benchmarking.timing import Call, Fresh, make_timer, run_rounds, spread
 from moe_triton.compat.deepspeed.layer import MoE
@@ -128,7 +128,7 @@ def main(
     peaks = {key: peak_bytes(call, device) for key, call in calls.items() if not isinstance(call, Fresh)}
     found = {key: spread(values) for key, values in times.items()}
 
-    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else this_processor().name
     record = {
         "device": device_name,
         "threads": torch.get_num_threads(),

@@ -183,6 +183,19 @@ def gpu() -> str:
     return gpu_table(RESULTS)
 
 
+def quantization_error() -> str:
+    rows = [
+        [
+            row["format"],
+            f"{row['bits']:.4g}",
+            *(f"{row[key]:.1f}" for key in ("weights_db", "output_db", "grad_hidden_db")),
+        ]
+        for row in load("quantization/error.json")["rows"]
+    ]
+    headings = ["format", "bits a weight", "weights, dB", "output, dB", "gradient of x, dB"]
+    return markdown(headings, rows)
+
+
 def cost_model() -> str:
     """What `moe-triton simulate --validate` finds where nothing was fitted."""
     errors: dict[str, list[float]] = {}
@@ -202,6 +215,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "DeepSpeed groups": deepspeed_groups,
     "Colossal-AI drawbacks": colossalai_drawbacks,
     "Colossal-AI digits": colossalai_digits,
+    "quantisation error": quantization_error,
     "cost model": cost_model,
     "GPU": gpu,
 }

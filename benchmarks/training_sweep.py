@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from moe_triton.benchmarking.environment import cpu_name
+from moe_triton.backends.torch.processor import this_processor
 from moe_triton.training.config import KINDS, TrainConfig
 from moe_triton.training.data import load_corpus
 from moe_triton.training.files import replace_file
@@ -62,7 +62,7 @@ def run(kind: str, settings: dict[str, Any], part: str) -> dict[str, Any]:
 def run_all(path: Path, jobs: list[tuple[str, dict[str, Any]]], part: str) -> dict[str, Any]:
     """Runs what `path` does not hold yet, two at a time, and writes it after each run."""
     config = TrainConfig()
-    facts = {"processor": cpu_name(), **circumstances(config, load_corpus(None, config.seq_len))}
+    facts = {"processor": this_processor().name, **circumstances(config, load_corpus(None, config.seq_len))}
     for name in ("seed", "lr", "dense_lr"):  # each run has its own
         del facts["config"][name]
     results: dict[str, Any] = {**facts, "runs": []}

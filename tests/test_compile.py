@@ -37,6 +37,9 @@ def run(layer, function, x):
 )
 def test_fullgraph_gives_the_same_bits(options):
     layer = MoE(16, 12, 8, 2, aux_loss_weight=0.01, z_loss_weight=0.001, backend="torch", **options)
+    if layer.experts.recompute:
+        layer.experts.add_lora(3, 1.0)
+        layer.experts.requires_grad_()
     x = torch.randn(2, 10, 16, requires_grad=True)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     eager = [t.clone() for t in run(layer, layer, x)]
@@ -151,8 +154,8 @@ def test_opcheck(backend):
     for stacked in (True, False):
         parameters = ExpertParameters(
             *(w.clone().requires_grad_() if stacked else [x.clone().requires_grad_() for x in w] for w in (up, down)),
-            gate_up_lora_a=torch.randn(8, 3, 16, requires_grad=True) if backend == "torch" else None,
-            gate_up_lora_b=torch.randn(8, 12, 3, requires_grad=True) if backend == "torch" else None,
+            gate_up_lora_a=torch.randn(8, 3, 16, requires_grad=True),
+            gate_up_lora_b=torch.randn(8, 12, 3, requires_grad=True),
         )
         call = ExpertCall(
             hidden=torch.randn(6, 16, requires_grad=True), weights=routing.weights.clone().requires_grad_(),

@@ -47,6 +47,16 @@ optimizer = torch.optim.AdamW(model.parameters())
 images = torch.rand(4, 3, 224, 224)
 train_data = test_data = [(images, torch.tensor([0, 1, 2, 3]))]
 """,
+    "docs/finetuning.md": """
+from transformers import LlamaConfig, LlamaForCausalLM
+from tests.helpers.families import tiny_model
+name, dense_name = "tiny", "dense"
+tiny_model("qwen3_moe").save_pretrained(name)
+sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).save_pretrained(dense_name)
+tokens = torch.randint(0, 64, (8, 16))
+rows = [{"input_ids": row, "labels": row} for row in tokens]
+""",
     "docs/profiling.md": """
 model = moe_triton.MoE(16, 8, num_experts=4, top_k=2)
 steps, history = 2, []
@@ -69,6 +79,7 @@ SMALLER = {  # what one process on a CPU cannot do, or not quickly
         "capacity_factor=1.2": "capacity_factor=1.2, depth=1",
         "epochs=10": "epochs=1",
     },
+    "docs/finetuning.md": {'output_dir="run", ': 'output_dir="run", report_to=[], use_cpu=True, '},
 }
 NOT_RUN = {
     "engine, *_ = deepspeed.initialize(": "needs the engine on two ranks: tests/compat/deepspeed/",

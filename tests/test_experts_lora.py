@@ -15,7 +15,7 @@ from moe_triton.records import ExpertSpec
 from tests.helpers.compare import assert_close
 from tests.helpers.problems import make_problem, random_choices
 
-BACKENDS = ["reference", "torch"]
+BACKENDS = ["reference", "torch", "triton"]
 TOKENS, EXPERTS = 13, 4
 
 

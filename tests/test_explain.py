@@ -47,6 +47,20 @@ def test_a_module_names_its_layers():
     assert reference.backend == "reference"
 
 
+def test_adapters_over_a_frozen_base():
+    layer = moe_triton.MoE(32, 16, 4, 2, bias=True, backend="triton")
+    (plain,) = explain(layer)
+    layer.experts.add_lora(3, 1.0, projections=["down"])
+    (found,) = explain(layer)
+    assert found.parts[-1].step == "adapters"
+    assert "narrow_kernel" in found.parts[-1].runs
+    assert found.parts[-1].runs.endswith("(down r=3)")
+    gone = {part.step for part in plain.parts} - {part.step for part in found.parts}
+    assert gone == {f"{name} (backward)" for name in ("d_weight_up", "d_weight_down", "d_bias_rows", "d_bias_gathered")}
+    layer.experts.merge_lora()
+    assert explain(layer)[0].parts == found.parts[:-1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [

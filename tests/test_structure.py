@@ -27,7 +27,7 @@ LEVELS = [
     ["kernel_stages"],
     ["explain", "integrations", "metrics", "training"],
     ["benchmarking", "compat"],
-    ["swap"],
+    ["quantize", "swap"],
     ["cli"],
 ]
 KNOW_THE_KERNELS = (

@@ -138,7 +138,10 @@ def specs(activations: tuple[str, ...]) -> Iterator[tuple[ExpertSpec, bool]]:
 
 
 def experts(setting: Setting, dtype: torch.dtype, activations: tuple[str, ...], part: Part) -> str:
-    """Forward and all gradients for every activation and layout, rows per expert in turn of every bucket."""
+    """Forward and all gradients for every activation and layout, rows per expert in turn of every bucket.
+
+    Three of five have adapters, of ranks below, at and above those of a step.
+    """
     count = 0
     for number, (spec, bias) in share(enumerate(specs(activations)), part):
         if setting.tiny and count == 2:
@@ -147,7 +150,8 @@ def experts(setting: Setting, dtype: torch.dtype, activations: tuple[str, ...], 
         tokens = 9 if setting.tiny else (100, 24, 8, 48)[number % 4] * (num_experts - 1) // top_k
         d, n = (24, 20) if setting.tiny else (192, 160)
         choices = random_choices(tokens, top_k, num_experts)
-        problem = make_problem(choices, num_experts, spec=spec, bias=bias, d=d, n=n, dtype=dtype)
+        ranks = (None, (16, 8), None, (64, 3), (80, 32))[number % 5]
+        problem = make_problem(choices, num_experts, spec=spec, bias=bias, ranks=ranks, d=d, n=n, dtype=dtype)
         with poisoned():
             found = run(problem, recompute=number % 3 == 1, sequence=number % 3 == 2)
         check(found, problem, TOLERANCE[dtype])

@@ -19,6 +19,7 @@ from moe_triton_kernels.activations import check_activation, is_gated
 from moe_triton_kernels.gluon.schedules import why_unsupported
 from moe_triton_kernels.grouped_gemm import rows_times_weight, split_columns, tile_order
 from moe_triton_kernels.launch import Config, launch_options, persistent_grid
+from moe_triton_kernels.lora import Added
 from moe_triton_kernels.operands import (
     Columns,
     PerExpert,
@@ -48,6 +49,7 @@ def d_hidden_kernel(
     source,  # [S]
     weight,  # per expert [d, n]
     descriptor,  # of weight, or None
+    adapter,  # of weight, or None
     h,  # [S, n] or [S, 2n]
     router_weights,  # [T * K]
     weighted_a,  # [S, n]
@@ -67,8 +69,8 @@ def d_hidden_kernel(
     COLUMNS_PER_HALF: tl.constexpr = 2 if GATED and not CONCATENATED else 1  # of H, side by side, for one column of A
     PARTS: tl.constexpr = TILE.PARTS
     PART: tl.constexpr = TILE.BLOCK_N // PARTS
-    # H comes a part ahead, the first one during the product, in tiles that have a processor to themselves
-    AHEAD: tl.constexpr = TILE.BLOCK_M >= 128
+    # H comes a part ahead, the first one during the product, in large tiles that hold no addresses of weights
+    AHEAD: tl.constexpr = TILE.BLOCK_M >= 128 and descriptor is not None
     size_d, size_n = in_units(sizes.k, sizes.UNIT), in_units(sizes.columns, sizes.UNIT)
     num_m = tl.load(tiles.num_tiles)
     num_n = tl.cdiv(size_n, TILE.BLOCK_N)
@@ -85,6 +87,7 @@ def d_hidden_kernel(
         acc = rows_times_weight(
             Rows(grad_out + (slots // TOP_K).to(tl.int64) * size_d, None, None),
             Columns(weight, descriptor, expert, n0, size_n, 1, TILE.BLOCK_N),
+            Added(adapter, rows, row_mask),
             size_d,
             DTYPE,
             sizes.EVEN_K,
@@ -161,6 +164,7 @@ def d_hidden(
         source,
         weight.weight(),
         weight_descriptor(weight, config, size_k=size_d, size_columns=size_n, halves=1, block_n=config.block_n),
+        None if weight.adapter is None else weight.adapter.argument(),
         h,
         router_weights,
         weighted_a,

@@ -56,8 +56,11 @@ class Contracted(NamedTuple):
 
 @triton.jit
 def token_of(rows, row_mask, source, TOP_K: tl.constexpr):
-    """The rows' tokens; 0 for a row that is not there."""
-    return tl.load(source + rows, mask=row_mask, other=0) // TOP_K
+    """The rows' tokens; 0 for a row that is not there. The rows themselves where nothing is gathered."""
+    if source is None:
+        return rows
+    else:
+        return tl.load(source + rows, mask=row_mask, other=0) // TOP_K
 
 
 @triton.jit
@@ -135,7 +138,7 @@ def d_weight_kernel(
     left,  # [S, size_i], or [T, size_i] gathered
     right,  # [S, size_j], or [T, size_j] gathered
     ordered,  # descriptor of the one that is not gathered, or None
-    source,  # [S]
+    source,  # [S], or None where neither is gathered
     out,  # [E, size_i, size_j]
     partials,  # [slots, size_i, size_j] fp32
     pieces,
@@ -173,7 +176,15 @@ def d_weight_kernel(
         i0, j0 = tile_i * BLOCK_M, tile_j * BLOCK_N
         acc = sum_over_rows(
             Contracted(left, None if GATHER_LEFT else ordered, size_i, i0, BLOCK_M, EVEN_I, GATHER_LEFT),
-            Contracted(right, ordered if GATHER_LEFT else None, size_j, j0, BLOCK_N, EVEN_J, not GATHER_LEFT),
+            Contracted(
+                right,
+                ordered if GATHER_LEFT else None,
+                size_j,
+                j0,
+                BLOCK_N,
+                EVEN_J,
+                not GATHER_LEFT and source is not None,
+            ),
             source,
             first_row,
             end_row,
@@ -213,13 +224,14 @@ def d_weight(
     top_k: int,
     gather_left: bool,
     config: Config,
+    gathers: bool = True,
     piece_rows: int | None = None,
 ) -> Tensor:
     """[E, size_i, size_j] = left^T right over each expert's rows, in left's dtype.
 
     left [S, size_i] and right [S, size_j], contiguous, rows in expert order, except that one of them is a token matrix
-    [T, ...] read at source[row] // top_k: `left` if `gather_left`, else `right`. An expert with twice `piece_rows` rows
-    is split (None: chosen from the sizes).
+    [T, ...] read at source[row] // top_k: `left` if `gather_left`, else `right`, unless `gathers` is False (with
+    `gather_left` False). An expert with twice `piece_rows` rows is split (None: chosen from the sizes).
     """
     size_i, size_j, num_experts = left.shape[1], right.shape[1], offsets.shape[0] - 1
     out = left.new_empty((num_experts, size_i, size_j))
@@ -232,7 +244,7 @@ def d_weight(
         left,
         right,
         ordered_descriptor(rows, config, config.block_n if gather_left else config.block_m),
-        source,
+        source if gathers else None,
         out,
         partials,
         pieces.pieces,

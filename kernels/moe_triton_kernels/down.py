@@ -13,6 +13,7 @@ from torch import Tensor
 from moe_triton_kernels.gluon.schedules import why_unsupported
 from moe_triton_kernels.grouped_gemm import rows_times_weight, split_columns, tile_order
 from moe_triton_kernels.launch import Config, launch_options, persistent_grid
+from moe_triton_kernels.lora import Added
 from moe_triton_kernels.operands import (
     Columns,
     PerExpert,
@@ -34,6 +35,7 @@ def down_kernel(
     weight,  # per expert [k, columns]
     descriptor,  # of weight, or None
     bias,  # per expert [columns], or None
+    adapter,  # of weight, or None
     router_weights,  # [T * K], or None
     source,  # [S], or None
     out,  # [S, columns]
@@ -56,6 +58,7 @@ def down_kernel(
         acc = rows_times_weight(
             Rows(a + tl.minimum(rows, end_row - 1).to(tl.int64) * size_k, a_descriptor, first_row),
             Columns(weight, descriptor, expert, n0, size_columns, 1, TILE.BLOCK_N),
+            Added(adapter, rows, row_mask),
             size_k,
             DTYPE,
             sizes.EVEN_K,
@@ -115,6 +118,7 @@ def down(
         weight.weight(),
         weight_descriptor(weight, config, size_k=size_k, size_columns=size_columns, halves=1, block_n=config.block_n),
         None if bias is None else bias.bias(),
+        None if weight.adapter is None else weight.adapter.argument(),
         router_weights,
         source,
         out,

@@ -18,6 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moe_triton_kernels.lora import add_steps, load_step
 from moe_triton_kernels.operands import load_columns, load_rows, number_columns, start_columns, start_rows
 
 
@@ -49,8 +50,11 @@ def proxy_fence(FENCE: tl.constexpr):
 
 
 @triton.jit
-def rows_times_weight(rows, columns, size_k, DTYPE: tl.constexpr, EVEN_K: tl.constexpr, TILE):
-    """fp32 [BLOCK_M, HALVES * WIDTH]: the product of `Rows` and `Columns` of DTYPE, size_k the contraction."""
+def rows_times_weight(rows, columns, added, size_k, DTYPE: tl.constexpr, EVEN_K: tl.constexpr, TILE):
+    """fp32 [BLOCK_M, HALVES * WIDTH]: the product of `Rows` and `Columns` of DTYPE, size_k the contraction.
+
+    added: what is `Added` to it by an adapter.
+    """
     BLOCK_K: tl.constexpr = TILE.BLOCK_K
     BY_TMA: tl.constexpr = rows.descriptor is not None and columns.descriptor is not None
     numbers, column_mask = number_columns(columns)
@@ -58,6 +62,11 @@ def rows_times_weight(rows, columns, size_k, DTYPE: tl.constexpr, EVEN_K: tl.con
     b_at, b_step = start_columns(columns, numbers, DTYPE, BLOCK_K)
     k = tl.arange(0, BLOCK_K)
     acc = tl.zeros((TILE.BLOCK_M, columns.HALVES * columns.WIDTH), dtype=tl.float32)
+    if added.adapter is not None:
+        # a short step is loaded before the loop, during which it arrives; a long one would need too many registers
+        AHEAD: tl.constexpr = 1 if added.adapter.BLOCK <= 32 else 0
+        if AHEAD:
+            t, factor = load_step(added, 0, columns, numbers, column_mask, DTYPE)
     for block in tl.range(0, tl.cdiv(size_k, BLOCK_K)):
         inside = k < size_k - block * BLOCK_K
         a = load_rows(rows, a_at, inside, EVEN_K)
@@ -66,6 +75,10 @@ def rows_times_weight(rows, columns, size_k, DTYPE: tl.constexpr, EVEN_K: tl.con
         acc = tl.dot(a, b, acc, input_precision="ieee")
         a_at += BLOCK_K
         b_at += b_step
+    if added.adapter is not None:
+        if AHEAD:
+            acc = tl.dot(t, factor, acc, input_precision="ieee")
+        acc = add_steps(acc, added, AHEAD, columns, numbers, column_mask, DTYPE)
     return acc
 
 
@@ -77,7 +90,7 @@ def halves(x):
 
 @triton.jit
 def split_columns(x, PARTS: tl.constexpr):
-    """A tuple of 1, 2, 4 or 8 column blocks, left to right: an epilogue that takes one at a time needs fewer registers."""
+    """1, 2, 4 or 8 column blocks, left to right: an epilogue that takes one at a time needs few registers."""
     if PARTS == 1:
         return (x,)
     elif PARTS == 2:

@@ -94,6 +94,29 @@ def decode_tile(op: str, contraction: int, architecture: str) -> Config:
     )
 
 
+def narrow_tile(size_k: int, rank: int, itemsize: int, architecture: str, bucket: int) -> Config:
+    """Of `narrow`, whose time is that of reading the rows: all columns in one tile, and 100 KB of rows on the way."""
+    if architecture == "interpreter":
+        return Config(block_m=16, block_n=rank, block_k=16, num_warps=4, num_stages=1, group=2)
+    if itemsize == 4:
+        return Config(block_m=min(bucket, 64), block_n=rank, block_k=fit(32, size_k), num_warps=4, num_stages=2)
+    stages = 2 if architecture.startswith("gfx") else 4
+    return Config(
+        block_m=bucket, block_n=rank, block_k=fit(64, size_k), num_warps=4, num_stages=stages, programs_per_sm=2
+    )
+
+
+def adapter_tile(size_i: int, size_j: int, itemsize: int, architecture: str) -> Config:
+    """Of `d_weight` where one of the sizes is a rank: small tiles, of which a multiprocessor holds several."""
+    if architecture == "interpreter":
+        return Config(block_m=16, block_n=16, block_k=16, num_warps=4, num_stages=1, group=2)
+    wide, rows, stages = (64, 32, 2) if itemsize == 4 else (128, 64, 4)
+    if architecture.startswith("gfx"):
+        rows, stages = 32, 2
+    blocks = [fit(64 if size == min(size_i, size_j) else wide, size) for size in (size_i, size_j)]
+    return Config(block_m=blocks[0], block_n=blocks[1], block_k=rows, num_warps=4, num_stages=stages, programs_per_sm=2)
+
+
 def d_weight_tile(itemsize: int, architecture: str) -> Config:
     if itemsize == 4:
         return Config(block_m=64, block_n=64, block_k=32, num_warps=8, num_stages=2)

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -25,6 +25,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_triton_kernels.launch import BLACKWELL, Config, target_of
+
+if TYPE_CHECKING:
+    from moe_triton_kernels.lora import Adapter
 
 ExpertParameter = Tensor | Sequence[Tensor]
 
@@ -41,7 +44,7 @@ class WeightArgument(NamedTuple):
     data          pointer to the stacked tensor, or to the int64 addresses of the experts' own
     stride_e      elements from one expert to the next (0 for addresses)
     ALIGNMENT     bytes that divide every address
-    UNIT          elements that divide every stride but 1 (see `unit_of`)
+    UNIT          elements that divide stride_e and the stride between rows or columns (see `unit_of`)
     K_CONTIGUOUS  stride_k is 1
     """
 
@@ -92,6 +95,7 @@ class PerExpert:
     strides    the strides of one expert's tensor, in elements
     alignment  bytes that divide every address of a table
     held       the tensors that the addresses point to, kept alive with this record
+    adapter    what is added to a product by these matrices, or None
     """
 
     data: Tensor
@@ -99,6 +103,7 @@ class PerExpert:
     strides: tuple[int, ...]
     alignment: int
     held: tuple[Tensor, ...]
+    adapter: Adapter | None = None
 
     @property
     def is_table(self) -> bool:
@@ -110,16 +115,17 @@ class PerExpert:
 
     def weight(self) -> WeightArgument:
         stride_k, stride_n = self.strides
-        constants = (*self.constants(), tl.constexpr(stride_k == 1))
+        step = stride_n if stride_k == 1 else stride_k  # it may be 1 too, of a matrix with a single row or column
+        constants = (*self.constants(step), tl.constexpr(stride_k == 1))
         return WeightArgument(self.data, self.stride_e, stride_k, stride_n, *constants)
 
     def bias(self) -> BiasArgument:
         (stride_n,) = self.strides
         return BiasArgument(self.data, self.stride_e, stride_n, *self.constants())
 
-    def constants(self) -> tuple[tl.constexpr, tl.constexpr]:
-        """ALIGNMENT and UNIT."""
-        unit = unit_of(self.held[0].element_size(), self.stride_e, *(s for s in self.strides if s != 1))
+    def constants(self, *steps: int) -> tuple[tl.constexpr, tl.constexpr]:
+        """ALIGNMENT and UNIT, which divides these strides and that from one expert to the next."""
+        unit = unit_of(self.held[0].element_size(), self.stride_e, *steps)
         return tl.constexpr(self.alignment), tl.constexpr(unit)
 
 

@@ -16,6 +16,7 @@ from moe_triton_kernels.activations import check_activation, is_gated
 from moe_triton_kernels.gluon.schedules import why_unsupported
 from moe_triton_kernels.grouped_gemm import rows_times_weight, tile_order
 from moe_triton_kernels.launch import Config, launch_options, persistent_grid
+from moe_triton_kernels.lora import Added
 from moe_triton_kernels.operands import (
     Columns,
     PerExpert,
@@ -36,6 +37,7 @@ def up_kernel(
     weight,  # per expert [d, n] or [d, 2n]
     descriptor,  # of weight, or None
     bias,  # per expert [n] or [2n], or None
+    adapter,  # of weight, or None
     a,  # [S, n], or None
     h,  # [S, n] or [S, 2n], or None
     tiles,
@@ -72,6 +74,7 @@ def up_kernel(
                 HALVES,
                 TILE.BLOCK_N * COLUMNS_PER_HALF,
             ),
+            Added(adapter, rows, row_mask),
             size_d,
             DTYPE,
             sizes.EVEN_K,
@@ -163,6 +166,7 @@ def up(
         weight.weight(),
         descriptor,
         None if bias is None else bias.bias(),
+        None if weight.adapter is None else weight.adapter.argument(),
         a if keep_activation else None,
         h if keep_preactivation else None,
         table,

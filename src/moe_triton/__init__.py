@@ -2,12 +2,15 @@
 
 from moe_triton import compat
 from moe_triton.dispatch import dispatch, expert_capacity, renormalize
+from moe_triton.distributed import export_safetensors
 from moe_triton.experts import moe_experts, moe_mlp
 from moe_triton.explain import Explanation, explain
+from moe_triton.integrations.upcycling import upcycle
 from moe_triton.layers import Experts, FeedForward, MoE, MoEOutput, Router, update_choice_biases
 from moe_triton.losses import load_balance_loss, z_loss
 from moe_triton.metrics import LoadMonitor, LoadStatistics, load_statistics, plot_load
 from moe_triton.quantization import QuantizedWeight
+from moe_triton.quantize import QuantizeReport, quantize
 from moe_triton.records import Dispatch, Lora, Routing
 from moe_triton.routing import route
 from moe_triton.swap import SwapReport, swap
@@ -24,6 +27,7 @@ __all__ = [
     "Lora",
     "MoE",
     "MoEOutput",
+    "QuantizeReport",
     "QuantizedWeight",
     "Router",
     "Routing",
@@ -32,14 +36,17 @@ __all__ = [
     "dispatch",
     "expert_capacity",
     "explain",
+    "export_safetensors",
     "load_balance_loss",
     "load_statistics",
     "moe_experts",
     "moe_mlp",
     "plot_load",
+    "quantize",
     "renormalize",
     "route",
     "swap",
+    "upcycle",
     "update_choice_biases",
     "z_loss",
 ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from moe_triton.backends.torch.cpu import choose_policy
 from moe_triton.backends.torch.processor import this_processor
 from moe_triton.checks import check_choice, check_int
 from moe_triton.layers import Experts, MoE
+from moe_triton.layers.lora import PROJECTIONS
 from moe_triton.records import ACTIVATIONS, GATED
 
 DEFAULT_TOKENS = 4096
@@ -21,6 +23,11 @@ DEVICE_EXPERTS = (
     "one product per expert, for which the host reads the offsets once a pass"
 )
 SHAPE = ("tokens", "hidden_size", "intermediate_size", "num_experts", "top_k")
+ADAPTERS = {
+    "triton": "narrow_kernel before up, down, d_hidden and d_rows, which take more steps; d_weight_kernel backward",
+    "torch": "two narrow products beside each of the experts'",
+    "reference": "two narrow products beside each of the experts'",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +119,20 @@ def explain_layer(name: str, layer: MoE, tokens: int, device: torch.device | str
     where = weight.device if device is None else torch.device(device)
     return describe(
         name, shape, weight.dtype, where, experts.backend, experts.spec.activation,
-        has_bias=experts.down_proj_bias is not None, recompute=experts.recompute,
+        has_bias=experts.down_proj_bias is not None, recompute=experts.recompute, frozen=frozen_stages(experts),
+        ranks={name: lora.a.shape[1] for name in PROJECTIONS if (lora := experts.lora(name)) is not None},
     )  # fmt: skip
+
+
+def frozen_stages(experts: Experts) -> tuple[str, ...]:
+    """The stages that have nothing to do since their parameter wants no gradient."""
+    stages = {
+        "d_weight_up": experts.gate_up_proj,
+        "d_weight_down": experts.down_proj,
+        "d_bias_rows": experts.gate_up_proj_bias,
+        "d_bias_gathered": experts.down_proj_bias,
+    }
+    return tuple(stage for stage, parameter in stages.items() if parameter is not None and not parameter.requires_grad)
 
 
 def describe(
@@ -126,14 +145,23 @@ def describe(
     *,
     has_bias: bool = False,
     recompute: bool = False,
+    frozen: Sequence[str] = (),
+    ranks: Mapping[str, int] = MappingProxyType({}),
 ) -> Explanation:
     choice = runtime.choose(backend, device, dtype)
     if choice.name == "triton":
-        parts = triton_parts(shape, dtype, device, activation in GATED, has_bias)
+        parts = [
+            part
+            for part in triton_parts(shape, dtype, device, activation in GATED, has_bias)
+            if part.step.removesuffix(" (backward)") not in frozen
+        ]
     elif choice.name == "torch":
         parts = torch_parts(device)
     else:
         parts = [Part(step="everything", runs="moe_triton.reference, under plain autograd")]
+    if ranks:
+        which = ", ".join(f"{name} r={rank}" for name, rank in ranks.items())
+        parts.append(Part(step="adapters", runs=f"{ADAPTERS[choice.name]} ({which})"))
     if recompute:
         parts.append(Part(step="backward, first", runs="the up projection again (recompute=True)"))
     return Explanation(

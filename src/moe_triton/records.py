@@ -220,12 +220,17 @@ class RowGradients(NamedTuple):
     weights        [T, K], None where not wanted
     preactivation  [S, 2n] or [S, n]; rows past offsets[E] are not defined
     weighted_a     [S, n], the activation times the router weight, which the gradient of `down` needs; as above
+    gate_up_u, down_u
+                   what the adapters' b makes of the products' gradients, in the backend's own form; None where the
+                   second half is to compute it
     """
 
     hidden: Tensor | None
     weights: Tensor | None
     preactivation: Tensor
     weighted_a: Tensor
+    gate_up_u: Tensor | None = None
+    down_u: Tensor | None = None
 
 
 class ParameterGradients(NamedTuple):

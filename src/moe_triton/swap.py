@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from moe_triton.checks import check_choice
+from moe_triton.integrations import peft
 from moe_triton.integrations import transformers as hf
+from moe_triton.integrations.experts_interface import implementation, registry
 from moe_triton.layers import Experts, MoE
 from moe_triton.runtime import BACKENDS
 
@@ -74,6 +76,7 @@ def swap(model: nn.Module, *, backend: str = "auto") -> SwapReport:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
     check_choice("backend", backend, BACKENDS)
+    peft.install()
     report = SwapReport([], [])
     handled: list[str] = []  # names of the modules that are dealt with, together with all below them
     for name, module in list(model.named_modules()):  # a recogniser may replace modules
@@ -101,18 +104,18 @@ def swap(model: nn.Module, *, backend: str = "auto") -> SwapReport:
 
 def transformers_experts(model: nn.Module, name: str, module: nn.Module, backend: str) -> Swapped | Skipped | None:
     """Switch an experts module whose class has transformers' `use_experts_implementation`."""
-    if not _dispatches(module):
+    if registry(module) is None:
         return None
     reason = _obstacle(module)
     if reason is not None:
         return Skipped(name, _kind(module), reason)
     key = hf.register()
-    if _implementation(module) != key:
+    if implementation(module) != key:
         whole = _outermost_pretrained(model, name)
         # its switch affects all experts: one that cannot run ours would raise at its next forward
-        if whole is not None and not any(_dispatches(m) and _obstacle(m) for m in whole.modules()):
+        if whole is not None and not any(registry(m) is not None and _obstacle(m) for m in whole.modules()):
             whole.set_experts_implementation(key)
-    if _implementation(module) != key:
+    if implementation(module) != key:
         module.config = copy.copy(module.config)
         # PreTrainedConfig's public setter also writes to the sub-configs, which the copy shares with the original
         internal = hasattr(module.config, "_experts_implementation_internal")
@@ -181,30 +184,12 @@ UNKNOWN = "looks like a mixture of experts, but its class has no interface that 
 # What we know of transformers' modules --------------------------------------------------------------------------------
 
 
-def _dispatches(module: nn.Module) -> bool:
-    """Return whether the class's forward looks its implementation up by name, as transformers' decorator makes it."""
-    return _interface(module) is not None
-
-
-def _interface(module: nn.Module) -> Any:
-    """Return the registry that the module's forward looks in, a free variable of the decorator's wrapper; or None."""
-    forward = type(module).forward
-    code = getattr(forward, "__code__", None)
-    if code is None or "experts_interface" not in code.co_freevars:
-        return None
-    return forward.__closure__[code.co_freevars.index("experts_interface")].cell_contents  # type: ignore[index]
-
-
 def _obstacle(module: nn.Module) -> str | None:
     """Return why this module, which dispatches, cannot run our experts; None where it can."""
     hf.register()
-    if hf.KEY not in _interface(module):
-        return f"its class looks its implementation up in a registry of its own ({type(_interface(module)).__name__})"
+    if hf.KEY not in registry(module):
+        return f"its class looks its implementation up in a registry of its own ({type(registry(module)).__name__})"
     return hf.obstacle(module)
-
-
-def _implementation(module: nn.Module) -> str | None:
-    return getattr(module.config, "_experts_implementation", None)
 
 
 def _outermost_pretrained(model: nn.Module, name: str) -> Any:

@@ -20,6 +20,8 @@ BY_HAND = {  # kernel: (FLOPs, bytes) in bf16, gated
     "d_weight_down": (768, 2 * (48 + 48 + 160)),
     "d_weight_up": (1536, 2 * (48 + 96 + 320)),
     "d_rows": (1536, 2 * (96 + 320 + 96)),
+    **dict.fromkeys(("narrow_gathered", "d_adapter_gathered"), (2 * 12 * 8 * 16, 2 * (48 + 5 * 8 * 16 + 12 * 16))),
+    **dict.fromkeys(("narrow_ordered", "d_adapter_ordered"), (2 * 12 * 4 * 16, 2 * (48 + 5 * 4 * 16 + 12 * 16))),
     "d_bias_rows": (0, 2 * (12 * 8 + 5 * 8)),
     "d_bias_gathered": (0, 2 * (48 + 40) + 12 * 8),
     "d_router_weights": (0, 12 * 12),

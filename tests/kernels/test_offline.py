@@ -123,6 +123,22 @@ def test_the_sample_compiles_without_spills(arch: str) -> None:
             assert report.cp_async > 0, report
 
 
+def test_adapters_compile_without_spills() -> None:
+    reports = compile_apart("sm_90", ["narrow", "lora"])
+    names = [report.kernel for report in reports]
+    assert [name.split("_bf16")[0] for name in names] == [
+        "narrow_gathered", "d_adapter_gathered", "up_gated", "d_hidden_gated",
+    ]  # fmt: skip
+    assert [(report.kernel, report.spills) for report in reports if report.spills] == []
+    assert [report.kernel for report in reports if report.wgmma == 0] == [names[1]]  # 16 rows: mma.sync
+    assert reports[1].mma > 0
+    plain = {report.kernel: report for report in compile_apart("sm_90", ["up", "d_hidden"])}
+    for report in reports[2:]:
+        without = plain[report.kernel.removesuffix("_rank16")]
+        assert report.wgmma == without.wgmma + 1  # one more step of 16
+        assert report.tma == without.tma
+
+
 ORDER = """
 import json, re, sys
 from moe_triton_kernels.tools.cases import collect_cases

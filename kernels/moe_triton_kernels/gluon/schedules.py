@@ -105,6 +105,8 @@ def why_unsupported(
         return f"{rows.dtype} rows and {weight.data.dtype} weights, wanted both in one of {', '.join(map(str, TYPES))}"
     if not is_one_stack(weight, size_k, projections * size_columns):
         return "the experts' matrices are not one contiguous tensor"
+    if weight.adapter is not None:
+        return "an adapter beside the experts' matrices"
     if bias is not None and (bias.is_table or bias.strides != (1,)):
         return "the experts' biases are not one tensor with contiguous rows"
     if not is_concatenated:

@@ -16,7 +16,11 @@ for a gated activation, 1 for an ungated one:
     d_weight_down     2Snd     sTd + sSn + sEnd              dO, w*A -> dW2
     d_weight_up       2fSnd    sTd + sfSn + sfEnd            X, dH -> dW1
     d_rows            2fSnd    sfSn + sfEnd + sSd            dH, W1 -> dX rows
+    narrow_gathered   2Sdr     sTd + sEdr + sSr              X or dO, factor of rank r -> t or u
+    narrow_ordered    2Snr     sSn + sEnr + sSr              A, factor -> t (f times the rows where they are dH)
+    d_adapter_...     as narrow: its operands and its result are the same three
 
+An adapter's part of up, down, d_hidden and d_rows, r in d or n of their work, is left out.
 Row indices and router weights (a few bytes per row) are left out where whole rows move, and make up the rest.
 """
 
@@ -43,9 +47,10 @@ class Shape:
     top_k: int
     dtype: str = "bf16"
     gated: bool = True
+    rank: int = 16  # of adapters
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "hidden", "intermediate", "experts", "top_k"):
+        for name in ("tokens", "hidden", "intermediate", "experts", "top_k", "rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, wanted at least 1")
         if self.top_k > self.experts:
@@ -135,6 +140,12 @@ def _values(count: int) -> Work:
     return Work(flops=0, bytes=INDEX * count)
 
 
+def _narrow(shape: Shape, rows: int, width: int) -> Work:
+    """Between rows of this width, rows of the rank, and a factor of every expert."""
+    elements = rows * width + (shape.experts * width + shape.rows) * shape.rank
+    return Work(flops=2 * shape.rows * width * shape.rank, bytes=shape.itemsize * elements)
+
+
 def _tiles(shape: Shape) -> int:
     """Entries of the tables of all tile sizes, where the rows spread evenly over the experts."""
     used = min(shape.rows, shape.experts)
@@ -168,6 +179,12 @@ FLOORS: dict[str, Callable[[Shape], Work]] = {
     "d_weight_down": lambda s: _product(s, 1, s.x + s.a + s.w2),
     "d_weight_up": lambda s: _product(s, s.factor, s.x + s.factor * (s.a + s.w2)),
     "d_rows": lambda s: _product(s, s.factor, s.factor * (s.a + s.w2) + s.y),
+    # X or dO, factor -> t or u; X or dO, u or t -> the factor's gradient
+    "narrow_gathered": lambda s: _narrow(s, s.tokens, s.hidden),
+    "d_adapter_gathered": lambda s: _narrow(s, s.tokens, s.hidden),
+    # A, factor -> t; w*A, u -> the factor's gradient
+    "narrow_ordered": lambda s: _narrow(s, s.rows, s.intermediate),
+    "d_adapter_ordered": lambda s: _narrow(s, s.rows, s.intermediate),
     # db1: dH -> [E, fn]
     "d_bias_rows": lambda s: _product(s, 0, (s.rows + s.experts) * s.factor * s.intermediate),
     # db2: dO [T, d], each row's index and router weight -> [E, d]

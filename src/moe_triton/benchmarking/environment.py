@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from moe_triton.backends.torch.processor import this_processor
 from moe_triton.runtime import installed_version
 
 VERSIONS = (
@@ -22,26 +23,15 @@ VERSIONS = (
 SOURCES = ("moe_triton", "moe_triton_kernels")
 
 
-def cpu_name() -> str:
-    """The processor's model name where the system tells it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:  # not Linux
-        pass
-    return platform.processor() or platform.machine()
-
-
 def devices() -> list[dict[str, Any]]:
     """Every device that tensors can lie on here, the CPU first."""
     found: list[dict[str, Any]] = [
         {
             "device": "cpu",
-            "name": cpu_name(),
+            "name": this_processor().name,
             "threads": torch.get_num_threads(),
             "capability": torch.backends.cpu.get_cpu_capability(),
+            "instruction_sets": list(this_processor().instruction_sets),
         }
     ]
     for index in range(torch.cuda.device_count()):

@@ -11,6 +11,8 @@ import torch
 import typer
 
 from moe_triton import runtime
+from moe_triton.backends.torch.cpu import choose_policy
+from moe_triton.backends.torch.processor import this_processor
 from moe_triton.benchmarking.environment import devices
 from moe_triton.cli.arguments import EXIT_FAULT, fail
 from moe_triton.runtime import installed_version
@@ -41,7 +43,16 @@ def collect() -> dict[str, Any]:
         "devices": found,
         "backends": paths,
         "tables": tables(found),
+        "cpu_policy": cpu_policy(),
     }
+
+
+def cpu_policy() -> dict[str, str]:
+    """Which products the torch backend makes on this CPU, and why; where a file of policies is broken: "error"."""
+    try:
+        return choose_policy(this_processor())._asdict()
+    except ValueError as error:
+        return {"error": str(error)}
 
 
 def tables(found: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -81,7 +92,7 @@ def tables_line(facts: dict[str, Any]) -> str:
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
     """Versions, devices, and which backend would run for each dtype, and why.
 
-    Exit code: 0; 1 when the user's table of kernel configurations is broken.
+    Exit code: 0; 1 when the user's table of kernel configurations, or of policies of CPUs, is broken.
     """
     facts = collect()
     if as_json:
@@ -89,6 +100,8 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON ob
         print()
     else:
         print_facts(facts)
+    if "error" in facts["cpu_policy"]:
+        fail("info", facts["cpu_policy"]["error"], EXIT_FAULT)
     if facts["tables"] is not None and "error" in facts["tables"]:
         fail("info", f"kernel configurations: {facts['tables']['error']}", EXIT_FAULT)
 
@@ -104,12 +117,17 @@ def print_facts(facts: dict[str, Any]) -> None:
     console.print(versions)
     hardware = Table("device", "name", "capability", title=f"Devices ({facts['platform']})")
     for device in facts["devices"]:
-        hardware.add_row(device["device"], device["name"], device["capability"])
+        capability = ", ".join(device.get("instruction_sets", [])) or device["capability"]
+        hardware.add_row(device["device"], device["name"], capability)
     console.print(hardware)
     paths = Table("device", "dtype", "backend", "why", title="What backend='auto' runs")
     for path in facts["backends"]:
         paths.add_row(path["device"], path["dtype"], path["backend"], path["reason"])
     console.print(paths)
+    if "error" not in facts["cpu_policy"]:
+        policy = facts["cpu_policy"]
+        line = f"Products on the CPU: {policy['policy']} ({policy['reason']})."
+        console.print(line, highlight=False, soft_wrap=True)
     if facts["tables"] is not None and "error" not in facts["tables"]:
         console.print(tables_line(facts["tables"]), highlight=False, soft_wrap=True)
     if facts["triton_interpreter"]:

@@ -37,6 +37,10 @@ def train(
     compare_dense: Annotated[
         bool, typer.Option("--compare-dense", help="Train the dense model with the same active parameters too.")
     ] = False,
+    from_dense: Annotated[
+        Path | None,
+        typer.Option(help="Start as copies of the dense model of this run, one with --compare-dense, and its sizes."),
+    ] = None,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between two checkpoints.")] = 10,
     steps: Annotated[int | None, setting("steps", "Optimizer steps.")] = None,
     seed: Annotated[int | None, setting("seed", "Of the weights and the batches.")] = None,
@@ -79,6 +83,7 @@ def train(
             {name: value for name, value in options.items() if value is not None},
             resume=resume,
             compare_dense=compare_dense,
+            from_dense=from_dense,
             checkpoint_every=checkpoint_every,
             ep=ep,
             ep_mode=ep_mode,

@@ -47,15 +47,25 @@ def tune(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the first candidates and what they compile to; needs no GPU.")
     ] = False,
+    cpu: Annotated[
+        bool,
+        typer.Option("--cpu", help="Time this CPU's products instead, and keep the fastest policy; needs no GPU."),
+    ] = False,
     threads: arguments.Threads = None,
     seed: arguments.Seed = 0,
 ) -> None:
     """Search faster kernel configurations for given shapes, verify them, and keep the faster ones in a table.
 
     The search goes on where it was when the same command is given again. The library reads the table from its default
-    place, or from the file that MOE_TRITON_TABLE names.
+    place, or from the file that MOE_TRITON_TABLE names. With --cpu the products of this CPU are timed instead; the
+    file is --table, $MOE_TRITON_CPU_POLICY or ~/.config/moe_triton/cpu.json.
     Exit code: 0; 1 when a file cannot be written; 2 for bad arguments; 3 when a GPU is needed.
     """
+    if cpu:
+        from moe_triton.cli.tune_cpu import run_tune_cpu
+
+        run_tune_cpu(ctx, table, budget, threads)
+        return
     if not runtime.TRITON_INSTALLED:
         fail("tune", "Triton is not installed: there is nothing to tune", EXIT_NO_GPU)
     from moe_triton.benchmarking import tuning

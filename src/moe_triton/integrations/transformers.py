@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from moe_triton.checks import FLOATS
 from moe_triton.experts import moe_mlp
+from moe_triton.integrations import peft
 from moe_triton.integrations.called_gate import called_gate_mlp
+from moe_triton.integrations.experts_interface import KEY
+from moe_triton.layers.quantized import QuantizedProjection, projection_of
 from moe_triton.reference import GPT_OSS_ALPHA, GPT_OSS_LIMIT, activate, wide
 from moe_triton.torch_internals import constant_while_compiling, real_tensors
-
-KEY = "moe_triton"
 
 # The flags of an experts module, with the values that a module has which does not mention them.
 FLAGS = {
@@ -75,6 +76,7 @@ def register() -> str:
             "moe_triton.integrations.transformers needs transformers >= 5 (pip install moe-triton[hf])"
         ) from error
     ALL_EXPERTS_FUNCTIONS.register(KEY, experts_forward)
+    peft.install()
     return KEY
 
 
@@ -84,7 +86,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     hidden_states [T, d], top_k_index [T, K] (an id outside [0, E) skips its slot), top_k_weights [T, K] of any
     floating dtype. Computes in the dtype of the module's weights (under autocast in autocast's) and returns [T, d] in
     hidden_states' dtype. A gate that we know is fused; any other is called. So is the module's `post_expert_norm`, on
-    each expert's rows before the router weights multiply them.
+    each expert's rows before the router weights multiply them. LoRA adapters of PEFT are operands of the products.
 
     Raises ValueError where `obstacle` names one.
     """
@@ -92,14 +94,18 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     if reason is not None:
         raise ValueError(f"{type(module).__name__}: {reason}")
     has_bias = _flag(module, "has_bias")
-    up_name = "gate_up_proj" if _flag(module, "has_gate") else "up_proj"
-    up_proj, down_proj = getattr(module, up_name), module.down_proj
-    compute = up_proj.dtype
+    up_name, down_name = projection_names(module)
+    up_proj, down_proj = projection_of(module, up_name), projection_of(module, down_name)
+    compute = up_proj.dtype if isinstance(up_proj, Tensor) else hidden_states.dtype
     up_bias = getattr(module, f"{up_name}_bias").to(compute) if has_bias else None
     down_bias = module.down_proj_bias.to(compute) if has_bias else None
-    down_proj = down_proj.to(compute)
+    down_proj = down_proj.to(compute) if isinstance(down_proj, Tensor) else down_proj
     if compute == torch.float64 or top_k_weights.dtype not in (compute, torch.float32):
         top_k_weights = top_k_weights.to(wide(compute))
+    if "parametrizations" in module._modules:  # PEFT was imported after `register`: the next forward gets factors
+        peft.install()
+    adapters = peft.lent_lora(module)
+    up_lora, down_lora = adapters.get(up_name), adapters.get("down_proj")
     is_transposed = _flag(module, "is_transposed")
     backend = getattr(module, "moe_triton_backend", "auto")  # what `moe_triton.swap` was asked for
     x = hidden_states.to(compute)
@@ -116,6 +122,8 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
                 activation=activation,
                 gate_up_bias=up_bias,
                 down_bias=down_bias,
+                gate_up_lora=up_lora,
+                down_lora=down_lora,
                 is_transposed=is_transposed,
                 is_concatenated=_flag(module, "is_concatenated"),
                 backend=backend,
@@ -129,15 +137,20 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
             module._apply_gate if _flag(module, "has_gate") else module.act_fn,
             up_bias=up_bias,
             down_bias=down_bias,
+            up_lora=up_lora,
+            down_lora=down_lora,
             is_transposed=is_transposed,
             backend=backend,
         )
 
     if _flag(module, "has_post_expert_norm"):
-        out = _normalised(experts, module.post_expert_norm, x, top_k_index, top_k_weights, up_proj.shape[0])
+        out = _normalised(experts, module.post_expert_norm, x, top_k_index, top_k_weights, len(up_proj))
     else:
         out = experts(x, top_k_index, top_k_weights)
     return out.to(hidden_states.dtype)
+
+
+experts_forward.takes_lora = True  # type: ignore[attr-defined]
 
 
 def _normalised(
@@ -164,17 +177,18 @@ def obstacle(module: nn.Module) -> str | None:
     for name in unknown_flags(type(module)):
         if getattr(module, name, False) is True:
             return f"{name}: got True, a flag that moe_triton does not know; wanted one of {', '.join(FLAGS)}"
-    has_gate = _flag(module, "has_gate")
-    if has_gate and not hasattr(module, "_apply_gate"):
+    if _flag(module, "has_gate") and not hasattr(module, "_apply_gate"):
         return "_apply_gate: missing, wanted the method that transformers' decorator adds"
     norm = getattr(module, "post_expert_norm", None)
     if _flag(module, "has_post_expert_norm") and not callable(norm):
         return f"post_expert_norm: got {type(norm).__name__}, wanted a function of rows"
-    names = ["gate_up_proj" if has_gate else "up_proj", "down_proj"]
+    names = list(projection_names(module))
     if _flag(module, "has_bias"):
         names += [f"{name}_bias" for name in names]
     for name in names:
         tensor = getattr(module, name, None)
+        if isinstance(tensor, QuantizedProjection):
+            continue
         if not isinstance(tensor, Tensor):
             return f"{name}: got {type(tensor).__name__}, wanted a Tensor"
         if tensor.dtype not in FLOATS:
@@ -183,6 +197,16 @@ def obstacle(module: nn.Module) -> str | None:
             each = "vector" if name.endswith("_bias") else "matrix"
             return f"{name}: got shape {list(tensor.shape)}, wanted one {each} per expert"
     return None
+
+
+def projection_names(module: nn.Module) -> tuple[str, str]:
+    """Return the names of a module's up and down projections."""
+    return ("gate_up_proj" if _flag(module, "has_gate") else "up_proj", "down_proj")
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Return whether a module's projections are [E, in, out]."""
+    return _flag(module, "is_transposed")
 
 
 def fused_activation(module: nn.Module) -> str | None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from moe_triton.distributed.replicas.placement import build_placement, plan_plac
 from moe_triton.experts import check_adapters, check_call, with_adapters
 from moe_triton.layers.load import CountsLoad
 from moe_triton.layers.lora import TakesLora
+from moe_triton.layers.quantized import QuantizedProjection, projection_of
 from moe_triton.records import (
     ACTIVATIONS,
     GATED,
@@ -29,8 +30,8 @@ from moe_triton.records import (
     ExpertCall,
     ExpertParameters,
     ExpertSpec,
-    ExpertWeight,
     Lora,
+    Projection,
 )
 from moe_triton.reference import activate
 from moe_triton.runtime import autocast_dtype
@@ -180,21 +181,39 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
         pieces = [part.chunk(etp.size, dimension - 1)[etp.rank] for part in whole.chunk(parts, dimension - 1)]
         return torch.cat(pieces, dimension - 1)
 
+    def check_quantizable(self) -> None:
+        """Raise ValueError for projections that `moe_triton.quantize` cannot replace."""
+        self.refuse_shards("quantize")
+        if self.is_quantized or self.lora_is_merged:
+            what = "quantised projections" if self.is_quantized else "merged adapters"
+            raise ValueError(f"quantize: got experts with {what}, wanted projections as they were made")
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the projections are quantised."""
+        return isinstance(self.gate_up_proj, QuantizedProjection)
+
     def _scaled(self, parameter: Tensor) -> Tensor:
         return parameter if self.gradient_scale == 1.0 else ScaleGradient.apply(parameter, self.gradient_scale)
+
+    def _projection(self, name: str) -> Projection:
+        found = projection_of(self, name)
+        return self._scaled(found) if isinstance(found, Tensor) else found
 
     @property
     def _parameters_in_order(self) -> ExpertParameters:
         return ExpertParameters(
-            self._scaled(self.gate_up_proj),
-            self._scaled(self.down_proj),
+            self._projection("gate_up_proj"),
+            self._projection("down_proj"),
             None if self.gate_up_proj_bias is None else self._scaled(self.gate_up_proj_bias),
             None if self.down_proj_bias is None else self._scaled(self.down_proj_bias),
         )
 
-    def _scaled_lora(self, projection: str) -> Lora | None:
-        lora = self.lora(projection)
-        return None if lora is None else Lora(self._scaled(lora.a), self._scaled(lora.b), lora.scaling)
+    def _scaled_lora(self, projection: str) -> list[Lora]:
+        """Its own adapter, and those that are lent for this call."""
+        own = self.lora(projection)
+        adapters = [*([] if own is None else [own]), *self.lent_lora.get(f"{projection}_proj", ())]
+        return [Lora(self._scaled(lora.a), self._scaled(lora.b), lora.scaling) for lora in adapters]
 
     def forward(
         self,
@@ -217,7 +236,8 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
             parameters=self._parameters_in_order,
             spec=self.spec,
         )
-        dtype = cast(ExpertWeight, call.parameters.gate_up)[0].dtype
+        gate_up = call.parameters.gate_up
+        dtype = gate_up.dtype if isinstance(gate_up, Tensor) else hidden_states.dtype
         if hidden_states.dtype != dtype and autocast_dtype(hidden_states.device) is None:
             raise TypeError(f"hidden_states: got dtype {hidden_states.dtype}, wanted {dtype}, the layer's own")
         gate_up_lora, down_lora = self._scaled_lora("gate_up"), self._scaled_lora("down")

@@ -23,6 +23,8 @@ class TakesLora(nn.Module):
     Its parameters are `gate_up_lora_a` [E, r, d], `gate_up_lora_b` [E, 2n, r], `down_lora_a` [E, r, n] and
     `down_lora_b` [E, d, r], None without one: spread over ranks, saved and loaded as the projections are. While an
     adapter is merged, it is no part of the module, whose state dict is then that of one without adapters.
+
+    `lent_lora` has further adapters, by the projection's parameter, that whoever calls the module sets for this call.
     """
 
     gate_up_proj: nn.Parameter
@@ -31,6 +33,7 @@ class TakesLora(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.lora_scaling = 1.0
+        self.lent_lora: dict[str, Sequence[Lora]] = {}
         self._merged: dict[str, nn.Parameter] = {}
         for name in PROJECTIONS:
             self.register_parameter(f"{name}_lora_a", None)
@@ -56,8 +59,8 @@ class TakesLora(nn.Module):
             alpha: the scaling is alpha / r.
             rslora: the scaling is alpha / sqrt(r) (arXiv 2312.03732).
             projections: "gate_up", "down" or both.
-            dtype: of the adapters, None for the projections'. torch.float32 over narrower ones keeps small updates; the
-                products cast the adapters in each forward.
+            dtype: of the adapters, None for the projections' (torch's default where these are quantised). torch.float32
+                over narrower ones keeps small updates; the products cast the adapters in each forward.
 
         Raises:
             ValueError, TypeError: an argument out of range; experts that have adapters; experts that FSDP2 has sharded.
@@ -70,15 +73,16 @@ class TakesLora(nn.Module):
             check_choice("projections", name, PROJECTIONS)
         if self._merged or any(self.lora(name) is not None for name in PROJECTIONS):
             raise ValueError("add_lora: got experts that have adapters, wanted experts without")
-        self._refuse_shards("add_lora")
+        self.refuse_shards("add_lora")
         for parameter in self.parameters(recurse=False):
             parameter.requires_grad_(False)
         self.lora_scaling = alpha / (math.sqrt(r) if rslora else r)
         for name in projections:
-            like = self.get_parameter(f"{name}_proj")
+            like = getattr(self, f"{name}_proj")
             num_experts, size_out, size_in = like.shape
+            own = like.dtype if isinstance(like, nn.Parameter) else torch.get_default_dtype()
             for key, shape in (("a", (r, size_in)), ("b", (size_out, r))):
-                empty = torch.empty(num_experts, *shape, dtype=dtype or like.dtype, device=like.device)
+                empty = torch.empty(num_experts, *shape, dtype=dtype or own, device=like.device)
                 setattr(self, f"{name}_lora_{key}", nn.Parameter(empty))
         self.reset_lora()
 
@@ -104,7 +108,9 @@ class TakesLora(nn.Module):
         Raises:
             ValueError: experts without adapters, or sharded by FSDP2.
         """
-        self._refuse_shards("merge_lora")
+        self.refuse_shards("merge_lora")
+        if any(not isinstance(getattr(self, f"{name}_proj"), nn.Parameter) for name in PROJECTIONS):
+            raise ValueError("merge_lora: got quantised projections, wanted projections in a float dtype")
         if all(self.lora(name) is None for name in PROJECTIONS):
             what = "merged adapters" if self._merged else "experts without adapters"
             raise ValueError(f"merge_lora: got {what}, wanted adapters from add_lora")
@@ -150,7 +156,12 @@ class TakesLora(nn.Module):
                 for matrix, a, b in zip(projection, lora.a.to(dtype), lora.b.to(dtype), strict=True):
                     matrix.copy_(matrix.to(dtype) + sign * lora.scaling * (b @ a))
 
-    def _refuse_shards(self, what: str) -> None:
+    @property
+    def lora_is_merged(self) -> bool:
+        return bool(self._merged)
+
+    def refuse_shards(self, what: str) -> None:
+        """Raise ValueError for experts that FSDP2 has sharded; `what` is the method that was called."""
         if is_fsdp2_class(type(self)):
             raise ValueError(f"{what}: got experts that FSDP2 has sharded, wanted them before apply_fsdp2")
 

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import platform
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from moe_triton.training.data import Corpus, evaluation_windows, load_corpus
 from moe_triton.training.display import Display
 from moe_triton.training.errors import TrainingError
 from moe_triton.training.files import locked_directory, read_metrics, reason, replace_file
+from moe_triton.training.from_dense import check_upcycling, read_dense, sizes_from_dense, upcycle_into
 from moe_triton.training.loop import evaluate, generate, run_files, train_model
 from moe_triton.training.model import LanguageModel
 from moe_triton.training.report import render_report
@@ -31,12 +33,17 @@ SAMPLE_BYTES = 400
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run, in one of its processes; `saved` are the checkpoints that it continues, by kind of model."""
+    """One run, in one of its processes.
+
+    saved  the checkpoints that it continues, by kind of model
+    dense  that of the dense model which the mixture of experts starts from, or None
+    """
 
     out: Path
     config: TrainConfig
     corpus: Corpus
     saved: Mapping[str, Checkpoint]
+    dense: Checkpoint | None
     compare_dense: bool
     checkpoint_every: int
     console: Console
@@ -49,6 +56,7 @@ def run_job(
     *,
     resume: bool = False,
     compare_dense: bool = False,
+    from_dense: Path | None = None,
     checkpoint_every: int = 10,
     ep: int = 1,
     ep_mode: str = "dropless",
@@ -60,6 +68,8 @@ def run_job(
     options: the fields of `TrainConfig` that are given; the rest are the defaults or, on resume, the saved run's.
     resume: continue from the checkpoints under `out`, whichever model was being trained; start anew if there are none.
     compare_dense: train the dense model with the same active parameters too, on the same bytes.
+    from_dense: a run with `compare_dense`, whose dense model is made a mixture of experts to start from
+        (`moe_triton.upcycle`). A run that is resumed has started already.
     ep, ep_mode, ep_chunks: under torchrun, over how many processes the experts are spread, and how rows travel (see
         `moe_triton.distributed.ExpertParallel`). They do not change the curve beyond rounding, and may be others on
         resume, as may the number of processes.
@@ -77,7 +87,12 @@ def run_job(
                 lock.enter_context(locked_directory(out))
         with workers.together():
             saved = saved_checkpoints(out, resume)
+            dense = None if from_dense is None or saved else read_dense(from_dense)
+            if dense is not None:
+                options = sizes_from_dense(options, dense)
             config, corpus = prepared(workers, out, options, saved)
+            if dense is not None:
+                check_upcycling(config, dense)
         with workers.together():
             if workers.is_first and is_new:
                 make_directory(out)
@@ -89,6 +104,7 @@ def run_job(
             config=config,
             corpus=corpus,
             saved=saved,
+            dense=dense,
             compare_dense=compare_dense or "dense" in saved or any(c.compare_dense for c in saved.values()),
             checkpoint_every=checkpoint_every,
             console=(Console() if console is None else console) if workers.is_first else Console(quiet=True),
@@ -218,12 +234,21 @@ def train_kind(run: Run, kind: str) -> LanguageModel:
     done = 0 if saved is None else saved.step
     if saved is not None:
         run.console.print(f"{kind}: going on after step {done} of {steps}", highlight=False)
+    options: dict[str, Any] = {}
+    if kind == "moe" and run.dense is not None:
+        options["start"] = partial(upcycle_into, dense=run.dense)
+        run.console.print(
+            f"moe: starts from the dense model of {run.dense.path.parent} after step {run.dense.step}",
+            highlight=False,
+            soft_wrap=True,
+        )
     with Display(run.console, kind, steps, done) as display:
         return train_model(
             kind,
             run.config,
             run.corpus,
             run.out,
+            **options,
             resume_from=saved,
             compare_dense=run.compare_dense,
             checkpoint_every=run.checkpoint_every,

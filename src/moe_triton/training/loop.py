@@ -63,6 +63,7 @@ def train_model(
     corpus: Corpus,
     out: Path,
     *,
+    start: Callable[[LanguageModel], None] = lambda model: None,
     resume_from: Checkpoint | None = None,
     compare_dense: bool = False,
     checkpoint_every: int = 10,
@@ -72,9 +73,10 @@ def train_model(
     """Train the "moe" or "dense" model to `config.steps` and returns it.
 
     Writes one line of metrics per step and a checkpoint every `checkpoint_every` steps (and at the start and the end)
-    under `out`; `resume_from` continues, with the same bits as a run that was never interrupted. `on_step` sees every
-    record. Of several `workers` each computes its share of every batch, and the first one writes. Raises TrainingError:
-    files that cannot be written or do not fit, a loss that is not finite.
+    under `out`; `start` gives a new model its first weights, and `resume_from` continues, with the same bits as a run
+    that was never interrupted. `on_step` sees every record. Of several `workers` each computes its share of every
+    batch, and the first one writes. Raises TrainingError: files that cannot be written or do not fit, a loss that is
+    not finite.
     """
     device = torch.device(config.device)
     torch.manual_seed(config.seed)
@@ -82,7 +84,9 @@ def train_model(
     optimizer = make_optimizer(model, config)
     files = run_files(out, kind)
     done = 0
-    if resume_from is not None:
+    if resume_from is None:
+        start(model)
+    else:
         restore(resume_from.path, model, optimizer)
         done = resume_from.step
 

@@ -128,13 +128,17 @@ class LanguageModel(nn.Module):
         return total, total - experts + experts * self.config.top_k // self.config.num_experts
 
 
+def dense_width(config: TrainConfig) -> int:
+    """Return the inner size of the dense model's blocks."""
+    return config.top_k * config.intermediate_size + round(config.num_experts / 3)
+
+
 def feed_forward(
     config: TrainConfig, kind: str, workers: Workers = ALONE, parallel: ExpertParallel | None = None
 ) -> MoE | FeedForward:
     """Make one block's feed-forward layer; this process has its share of the run's capacity groups."""
     if kind == "dense":
-        expert_rows = config.top_k * config.intermediate_size
-        return FeedForward(config.hidden_size, expert_rows + round(config.num_experts / 3))
+        return FeedForward(config.hidden_size, dense_width(config))
     return MoE(
         config.hidden_size,
         config.intermediate_size,

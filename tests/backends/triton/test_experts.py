@@ -13,7 +13,18 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from moe_triton.backends.triton.experts import experts_forward
 from moe_triton.records import ACTIVATIONS, GATED, ExpertSpec
 from moe_triton_kernels import configs, operands
-from tests.helpers.problems import DEVICE, INPUTS, check, make_problem, random_choices, run, with_inputs
+from tests.helpers.problems import (
+    DEVICE,
+    INPUTS,
+    Problem,
+    check,
+    expected_of,
+    make_problem,
+    random_choices,
+    replaced,
+    run,
+    with_inputs,
+)
 
 # the sigmoid of a far negative number is 1 / (1 + inf) = 0, as it should be
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
@@ -85,7 +96,9 @@ def test_tensor_descriptors_give_the_same_bits(spec: ExpertSpec, monkeypatch: py
 @pytest.mark.parametrize("weights_dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("spec", [ExpertSpec(), ExpertSpec(activation="gelu", is_transposed=True)], ids=name_of)
 def test_fp16(spec: ExpertSpec, weights_dtype: torch.dtype) -> None:
-    problem = make_problem(random_choices(17, 2, 4), 4, spec=spec, dtype=torch.float16, weights_dtype=weights_dtype)
+    problem = make_problem(
+        random_choices(17, 2, 4), 4, spec=spec, dtype=torch.float16, weights_dtype=weights_dtype, ranks=(8, 20)
+    )
     check(run(problem), problem, tolerance=2e-3)
 
 
@@ -107,13 +120,51 @@ def test_ragged_routing(data: st.DataObject) -> None:
     check(run(problem, recompute=data.draw(st.booleans(), label="recompute")), problem)
 
 
+@pytest.mark.parametrize("spec", [*SPECS[:4], ExpertSpec(activation="relu2", is_transposed=True)], ids=name_of)
+@pytest.mark.parametrize("ranks", [(3, 16), (17, 70)])
+def test_adapters(ranks: tuple[int, int], spec: ExpertSpec) -> None:
+    """Ragged rows with an empty expert; ranks below, at and above a step of the contraction."""
+    problem = make_problem(random_choices(19, 2, 4), 4, spec=spec, bias=spec.is_transposed, ranks=ranks)
+    actual = run(problem)
+    check(actual, problem)
+    again = run(problem, recompute=True, sequence=True)
+    for name in actual:
+        assert torch.equal(actual[name], again[name]), name
+
+
+@pytest.mark.parametrize("kind", ["gate_up", "down"])
+def test_an_adapter_of_one_projection(kind: str) -> None:
+    """It lies as PEFT's does: neither of b's two dimensions is contiguous, and the expert runs fastest."""
+    problem = make_problem(random_choices(9, 2, 3), 3, ranks=(3, 2))
+    names = [f"{kind}_lora_a", f"{kind}_lora_b"]
+    given = {name: None for name in problem.parameters if "lora" in name and name not in names}
+    b = problem.inputs[names[1]]
+    call = replaced(problem.call, **given)
+    expected = expected_of(call, problem.grad_out)
+    strided = replaced(call, **{names[1]: b.permute(1, 2, 0).contiguous().permute(2, 0, 1)})
+    check(run(Problem(strided, problem.grad_out, expected)), Problem(call, problem.grad_out, expected))
+
+
+@settings(max_examples=10, deadline=None)
+@given(data=st.data())
+def test_ragged_adapters(data: st.DataObject) -> None:
+    torch.manual_seed(data.draw(st.integers(0, 2**20), label="seed"))
+    num_experts = data.draw(st.integers(1, 5), label="experts")
+    choices = torch.randint(-1, num_experts, (data.draw(st.sampled_from([0, 1, 16, 33]), label="tokens"), 2))
+    d, n = data.draw(st.tuples(st.sampled_from([1, 8, 24]), st.sampled_from([1, 16, 20])), label="sizes")
+    ranks = data.draw(st.tuples(st.integers(1, 20), st.integers(1, 20)), label="ranks")
+    capacity = data.draw(st.sampled_from([None, 0, 5]), label="capacity")
+    problem = make_problem(choices, num_experts, d=d, n=n, ranks=ranks, capacity=capacity)
+    check(run(problem, recompute=data.draw(st.booleans(), label="recompute")), problem)
+
+
 def test_top_k_of_every_expert() -> None:
     problem = make_problem(random_choices(5, 4, 4), 4)
     check(run(problem), problem)
 
 
 def test_only_the_gradients_that_are_needed() -> None:
-    problem = make_problem(random_choices(7, 2, 3), 3)
+    problem = make_problem(random_choices(7, 2, 3), 3, ranks=(3, 2))
     everything = run(problem)
     for name in problem.inputs:
         alone = run(problem, wanted=[other == name for other in INPUTS])
@@ -135,7 +186,7 @@ def test_inputs_that_are_not_contiguous() -> None:
 
 def test_expanded_inputs() -> None:
     """One expert's parameters, one token and one gradient row stand for all."""
-    problem = make_problem(random_choices(6, 2, 3), 3)
+    problem = make_problem(random_choices(6, 2, 3), 3, ranks=(3, 2))
     shared = {
         name: problem.inputs[name][:1].expand_as(problem.inputs[name]) for name in ("hidden", *problem.parameters)
     }
@@ -178,7 +229,7 @@ def test_float64_is_refused() -> None:
 
 def test_the_comparison_fails_on_mutations() -> None:
     """Zeros, swapped experts and one dropped token are each far outside the tolerance, for every result."""
-    problem = make_problem(random_choices(11, 2, 4), 4)
+    problem = make_problem(random_choices(11, 2, 4), 4, ranks=(3, 2))
     actual = run(problem)
     check(actual, problem)
 

@@ -121,5 +121,5 @@ def test_the_same_bits_by_kernels(two_ranks):
 def test_kernels(two_ranks, mode):
     layer = {**LOSSES, "backend": "triton", "capacity_factor": 1.0, "top_k": 2}
     exchange = {"mode": mode, "chunks": 2}
-    case = Case([6, 6], sizes={"ep": 2}, exchange=exchange, layer=layer, dtype=torch.float32, experts=4)
+    case = Case([6, 6], sizes={"ep": 2}, exchange=exchange, layer=layer, dtype=torch.float32, experts=4, lora=True)
     two_ranks.run(parity.check, case)

@@ -5,6 +5,8 @@ Forward: up, down, combine. Backward: d_hidden, then the gradients that are want
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -14,6 +16,7 @@ from moe_triton.records import (
     ExpertCall,
     ExpertGradients,
     ExpertWeight,
+    Lora,
     ParameterGradients,
     RowGradients,
     Wanted,
@@ -25,8 +28,11 @@ from moe_triton_kernels.configs import choose_config
 from moe_triton_kernels.d_hidden import d_hidden, d_router_weights
 from moe_triton_kernels.d_weight import d_bias, d_weight
 from moe_triton_kernels.down import down
+from moe_triton_kernels.heuristics import adapter_tile
 from moe_triton_kernels.launch import Config, target_of
-from moe_triton_kernels.operands import per_expert
+from moe_triton_kernels.lora import Adapter
+from moe_triton_kernels.narrow import narrow
+from moe_triton_kernels.operands import PerExpert, per_expert
 from moe_triton_kernels.tiles import TileTables, tile_tables
 from moe_triton_kernels.up import up
 
@@ -43,8 +49,6 @@ class Problem:
         if call.hidden.dtype not in DTYPES:
             raise TypeError(f"hidden: the triton backend takes float32, float16 or bfloat16, got {call.hidden.dtype}")
         spec, parameters = call.spec, call.parameters
-        if call.gate_up_lora is not None or call.down_lora is not None:
-            raise NotImplementedError("gate_up_lora, down_lora: got adapters for backend 'triton', wanted 'torch'")
         self.call, self.spec, self.dispatched = call, spec, call.dispatched
         self.hidden, self.weights = call.hidden.contiguous(), call.weights.contiguous()
         self.top_k, self.num_rows = call.dispatched.top_k, call.num_rows
@@ -54,6 +58,8 @@ class Problem:
         self.down = down if spec.is_transposed else down.transposed()
         self.gate_up_bias = None if parameters.gate_up_bias is None else per_expert(parameters.gate_up_bias)
         self.down_bias = None if parameters.down_bias is None else per_expert(parameters.down_bias)
+        self.gate_up_lora = None if call.gate_up_lora is None else Factors(call.gate_up_lora)
+        self.down_lora = None if call.down_lora is None else Factors(call.down_lora)
 
     def tiles(self) -> TileTables:
         return tile_tables(self.dispatched.offsets, self.num_rows)
@@ -76,7 +82,7 @@ class Problem:
             self.hidden,
             self.dispatched.source,
             tiles,
-            self.gate_up,
+            self.gate_up if (lora := self.gate_up_lora) is None else lora.forward(self.gate_up, self.t_gate_up(tiles)),
             self.gate_up_bias,
             size_n=self.size_n,
             top_k=self.top_k,
@@ -92,7 +98,7 @@ class Problem:
         return down(
             a,
             tiles,
-            self.down,
+            self.down if (lora := self.down_lora) is None else lora.forward(self.down, self.t_down(a, tiles)),
             size_columns=self.size_d,
             config=self.config("down"),
             bias=self.down_bias,
@@ -100,13 +106,15 @@ class Problem:
             source=self.dispatched.source,
         )
 
-    def d_hidden(self, grad_out: Tensor, h: Tensor, tiles: TileTables) -> tuple[Tensor, Tensor, Tensor]:
+    def d_hidden(
+        self, grad_out: Tensor, h: Tensor, tiles: TileTables, u: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Weighted activation [S, n], pre-activation's gradient, and shares of the router weights' gradient."""
         return d_hidden(
             grad_out,
             self.dispatched.source,
             tiles,
-            self.down.transposed(),
+            self._backward(self.down, self.down_lora, u),
             h,
             self.weights,
             size_n=self.size_n,
@@ -115,15 +123,20 @@ class Problem:
             config=self.config("d_hidden"),
         )
 
+    @staticmethod
+    def _backward(projection: PerExpert, lora: Factors | None, u: Tensor | None) -> PerExpert:
+        weight = projection.transposed()
+        return weight if lora is None or u is None else lora.backward(weight, u)
+
     def d_router_weights(self, shares: Tensor, grad_out: Tensor, tiles: TileTables) -> Tensor:
         return d_router_weights(shares, grad_out, self.dispatched.source, tiles, self.down_bias, self.weights)
 
-    def d_rows(self, grad_h: Tensor, tiles: TileTables) -> Tensor:
+    def d_rows(self, grad_h: Tensor, tiles: TileTables, u: Tensor | None = None) -> Tensor:
         """Every row's gradient of its token [S, d]."""
         return down(
             grad_h,
             tiles,
-            self.gate_up.transposed(),
+            self._backward(self.gate_up, self.gate_up_lora, u),
             size_columns=self.size_d,
             config=self.config("d_rows"),
         )
@@ -155,6 +168,80 @@ class Problem:
             config=self.config("d_weight"),
         )
 
+    def t_gate_up(self, tiles: TileTables) -> Tensor:
+        """scaling * X A^T [S, width], width being the padded rank."""
+        assert self.gate_up_lora is not None
+        return self._narrow(self.hidden, self.gate_up_lora, self.gate_up_lora.a.transposed(), tiles, gathered=True)
+
+    def t_down(self, a: Tensor, tiles: TileTables) -> Tensor:
+        assert self.down_lora is not None
+        return self._narrow(a, self.down_lora, self.down_lora.a.transposed(), tiles)
+
+    def u_gate_up(self, grad_h: Tensor, tiles: TileTables) -> Tensor | None:
+        """scaling * dH B [S, width]; None without an adapter."""
+        lora = self.gate_up_lora
+        return None if lora is None else self._narrow(grad_h, lora, lora.b, tiles)
+
+    def u_down(self, grad_out: Tensor, tiles: TileTables) -> Tensor | None:
+        lora = self.down_lora
+        return None if lora is None else self._narrow(grad_out, lora, lora.b, tiles, gathered=True)
+
+    def _narrow(
+        self, x: Tensor, lora: Factors, weight: PerExpert, tiles: TileTables, *, gathered: bool = False
+    ) -> Tensor:
+        source = self.dispatched.source if gathered else None
+        return narrow(
+            x,
+            tiles,
+            weight,
+            rank=lora.rank,
+            scaling=lora.scaling,
+            num_rows=self.num_rows,
+            source=source,
+            top_k=self.top_k,
+        )
+
+    def d_gate_up_lora(
+        self, grad_h: Tensor, u: Tensor | None, tiles: TileTables, wanted: Wanted
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Of a [E, r, d] and of b [E, 2n, r]; None where not wanted."""
+        grad_a = grad_b = None
+        if (lora := self.gate_up_lora) is not None:
+            if wanted.gate_up_lora_a:
+                u = self.u_gate_up(grad_h, tiles) if u is None else u
+                assert u is not None
+                grad_a = self._d_factor(u, self.hidden)[:, : lora.rank]
+            if wanted.gate_up_lora_b:
+                grad_b = self._d_factor(grad_h, self.t_gate_up(tiles), gathers=False)[:, :, : lora.rank]
+        return grad_a, grad_b
+
+    def d_down_lora(
+        self, grad_out: Tensor, weighted_a: Tensor, u: Tensor | None, tiles: TileTables, wanted: Wanted
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Of a [E, r, n] and of b [E, d, r]; None where not wanted."""
+        grad_a = grad_b = None
+        if (lora := self.down_lora) is not None:
+            if wanted.down_lora_a:
+                u = self.u_down(grad_out, tiles) if u is None else u
+                assert u is not None
+                grad_a = self._d_factor(u, weighted_a, gathers=False)[:, : lora.rank]
+            if wanted.down_lora_b:
+                grad_b = self._d_factor(grad_out, self.t_down(weighted_a, tiles), gather_left=True)[:, :, : lora.rank]
+        return grad_a, grad_b
+
+    def _d_factor(self, left: Tensor, right: Tensor, *, gather_left: bool = False, gathers: bool = True) -> Tensor:
+        architecture = target_of(left.device).architecture
+        return d_weight(
+            left,
+            right,
+            self.dispatched.source,
+            self.dispatched.offsets,
+            top_k=self.top_k,
+            gather_left=gather_left,
+            gathers=gathers,
+            config=adapter_tile(left.shape[1], right.shape[1], left.element_size(), architecture),
+        )
+
     def d_gate_up_bias(self, grad_h: Tensor) -> Tensor:
         return self._d_bias(grad_h)
 
@@ -167,6 +254,23 @@ class Problem:
             return values.new_zeros(self.call.num_experts, 0)
         source, offsets = self.dispatched.source, self.dispatched.offsets
         return d_bias(values, source, offsets, top_k=self.top_k, router_weights=router_weights)
+
+
+class Factors:
+    """An adapter as the kernels take it: a as [r, in] and b as [out, r] per expert."""
+
+    def __init__(self, lora: Lora) -> None:
+        # PEFT's b has neither dimension contiguous: a kernel would load a whole sector for each element
+        a, b = (x if 1 in x.stride()[1:] else x.contiguous() for x in (lora.a, lora.b))
+        self.a, self.b, self.rank, self.scaling = per_expert(a), per_expert(b), a.shape[1], lora.scaling
+
+    def forward(self, weight: PerExpert, t: Tensor) -> PerExpert:
+        """The projection with what is added to its product, given t = scaling * x A^T."""
+        return replace(weight, adapter=Adapter(t=t, factor=self.b.transposed(), rank=self.rank))
+
+    def backward(self, weight: PerExpert, u: Tensor) -> PerExpert:
+        """The same for the gradient of the product's input, given u = scaling * dy B."""
+        return replace(weight, adapter=Adapter(t=u, factor=self.a, rank=self.rank))
 
 
 def experts_forward(call: ExpertCall, keep_preactivation: bool) -> tuple[Tensor, Tensor]:
@@ -207,12 +311,16 @@ def experts_backward_rows(call: ExpertCall, grad_out: Tensor, preactivation: Ten
     grad_out, tiles = grad_out.contiguous(), problem.tiles()
     if preactivation.numel() == 0:
         _, preactivation = problem.up(tiles, keep_a=False, keep_h=True)
-    weighted_a, grad_h, shares = problem.d_hidden(grad_out, preactivation, tiles)
+    down_u = problem.u_down(grad_out, tiles)
+    weighted_a, grad_h, shares = problem.d_hidden(grad_out, preactivation, tiles, down_u)
+    gate_up_u = problem.u_gate_up(grad_h, tiles) if wanted.hidden else None
     return RowGradients(
-        hidden=problem.combine(problem.d_rows(grad_h, tiles)) if wanted.hidden else None,
+        hidden=problem.combine(problem.d_rows(grad_h, tiles, gate_up_u)) if wanted.hidden else None,
         weights=problem.d_router_weights(shares, grad_out, tiles) if wanted.weights else None,
         preactivation=grad_h,
         weighted_a=weighted_a,
+        gate_up_u=gate_up_u,
+        down_u=down_u,
     )
 
 
@@ -225,13 +333,20 @@ def experts_backward_weights(
         return ParameterGradients(
             *(zeros_like(cast(ExpertWeight, p)) if want else None for p, want in zip(given, wanted[2:], strict=True))
         )
-    grad_out, grad_h = grad_out.contiguous(), row_grads.preactivation
+    grad_out, grad_h, weighted_a = grad_out.contiguous(), row_grads.preactivation, row_grads.weighted_a
+    adapters: Sequence[Tensor | None] = (None,) * 4
+    if problem.gate_up_lora is not None or problem.down_lora is not None:
+        tiles = problem.tiles()
+        adapters = (
+            *problem.d_gate_up_lora(grad_h, row_grads.gate_up_u, tiles, wanted),
+            *problem.d_down_lora(grad_out, weighted_a, row_grads.down_u, tiles, wanted),
+        )
     grads = (
         problem.d_gate_up(grad_h) if wanted.gate_up else None,
-        problem.d_down(grad_out, row_grads.weighted_a) if wanted.down else None,
+        problem.d_down(grad_out, weighted_a) if wanted.down else None,
         problem.d_gate_up_bias(grad_h) if wanted.gate_up_bias else None,
         problem.d_down_bias(grad_out) if wanted.down_bias else None,
-        *(None,) * 4,
+        *(None if x is None else x.contiguous() for x in adapters),
     )
     return ParameterGradients(*(as_given(p, grad) for p, grad in zip(given, grads, strict=True)))
 

@@ -1,4 +1,4 @@
-"""One set of safetensors files of a spread model, in the layout of transformers."""
+"""One set of safetensors files of a model, spread or not, under its own names or those of the hub."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe_triton.distributed.checkpoint.global_tensors import GlobalTensor, Offset, as_global, model_tensors
+from moe_triton.checks import check_choice
+from moe_triton.distributed.checkpoint.global_tensors import GlobalTensor, Offset, as_global, model_tensors, unwrapped
+from moe_triton.distributed.checkpoint.hub_names import Part, config_files, hub_parts, pretrained
 from moe_triton.distributed.checkpoint.team import Team
 from moe_triton.distributed.errors import CheckpointError
 from moe_triton.distributed.groups import device_type
@@ -33,20 +35,25 @@ def export_safetensors(
     path: str | PathLike[str],
     model: nn.Module,
     *,
+    names: str = "auto",
     max_file_bytes: int = 50 * 10**9,
     group: dist.ProcessGroup | None = None,
 ) -> list[Path]:
-    """Write the model's parameters and persistent buffers to safetensors, with global expert tensors [E, ...].
+    """Write the model's parameters and persistent buffers to safetensors, as one process would hold them.
 
-    The names are the model's own and the layout of `Experts` is that of transformers. The first rank writes, and
-    gathers expert by expert: it holds its own part and one expert (or one tensor that is no expert's), the others only
-    their own. An interrupted export leaves what was there before, and files named "*.tmp".
+    A model of transformers is written as `AutoModelForCausalLM.from_pretrained` of its folder loads it: under the
+    hub's names (a matrix per expert in most families), with config.json beside it. Any other model is written under its
+    own names, with experts as [E, ...]; the layout of `Experts` is that of transformers.
+
+    The first rank writes, and gathers expert by expert: it holds its own part and one expert (or one tensor that is no
+    expert's), the others only their own. An interrupted export leaves what was there before, and files named "*.tmp".
 
     Args:
         path: the file, "model.safetensors" by custom. A model of more than `max_file_bytes` goes into
             "model-00001-of-0000N.safetensors" and so on, with "model.safetensors.index.json" beside them.
-        model: its experts may be spread by `ExpertParallel`, its parameters by FSDP2.
-        max_file_bytes: of tensors in one file; a larger tensor gets a file of its own.
+        model: its experts may be spread by `ExpertParallel`, its parameters by FSDP2. Adapters are to be merged first.
+        names: "hub" (of a model of transformers), "model" (its own), or "auto": "hub" where there are any.
+        max_file_bytes: of tensors in one file; a larger tensor gets a file of its own, with all of its experts.
         group: the processes that hold the model; None: all, or this one where torch.distributed is not in use. Every
             rank of it calls the function.
 
@@ -54,18 +61,28 @@ def export_safetensors(
         The files that hold tensors.
 
     Raises:
-        ValueError, TypeError: an argument of the wrong kind, by name. CheckpointError: the file cannot be written; on
-        every rank. ExpertParallelError: a rank died or does not answer.
+        ValueError, TypeError: an argument of the wrong kind, by name; a model whose names on the hub are not to be had,
+        or that has adapters of PEFT. CheckpointError: the file cannot be written; on every rank. ExpertParallelError: a
+        rank died or does not answer.
     """
     target = Path(path)
     team = Team.of(group, f"export_safetensors to {target}")
     tensors: dict[str, GlobalTensor] = {}
+    config: dict[str, str] = {}
 
     def collect() -> dict[str, _Described]:
         if target.suffix != ".safetensors":
             raise ValueError(f"path: got {str(target)!r}, wanted a name that ends in .safetensors")
         if max_file_bytes < 1:
             raise ValueError(f"max_file_bytes: got {max_file_bytes}, wanted at least 1")
+        check_choice("names", names, ("auto", "hub", "model"))
+        of_transformers = pretrained(inner := unwrapped(model))
+        if names == "hub" and of_transformers is None:
+            raise TypeError(f"model: got {type(inner).__name__}, wanted a model of transformers for names='hub'")
+        if any(hasattr(module, "unload_and_optionally_merge_module") for module in inner.modules()):
+            raise ValueError(
+                "model: has adapters of PEFT, wanted model.merge_and_unload() first, or its save_pretrained"
+            )
         found = {}
         for name, tensor in model_tensors(model).items():
             if tensor.live.dtype not in DTYPES:
@@ -76,25 +93,33 @@ def export_safetensors(
                 dtype=part.dtype,
                 rows=1 if tensor.is_expert else max(1, part.shape[0]),
                 boxes={offset: tuple(box.shape) for offset, box in part.boxes.items()},
+                parts=[Part(name)],
             )
             tensors[name] = part
+        if of_transformers is not None and names != "model":
+            hub = hub_parts(of_transformers, {name: tensor.shape for name, tensor in found.items()})
+            for name, parts in hub.items():
+                rows = found[name].rows if parts[0].expert is None else 1
+                found[name] = replace(found[name], parts=parts, rows=rows)
+            floats = [value.dtype for value in found.values() if value.dtype.is_floating_point]
+            config.update(config_files(of_transformers, floats[0]))
         return found
 
     described = team.each("collecting the tensors", collect)
     parts = _parts({name: value for mine in described for name, value in mine.items()}, max_file_bytes)
-    names = _file_names(target, len(parts))
+    files = _file_names(target, len(parts))
     failure: OSError | None = None
-    for name, part in zip(names, parts, strict=True):
+    for file, part in zip(files, parts, strict=True):
         pieces = _pieces(part, described, tensors, team)
         if not team.is_first:
             for _ in pieces:
                 pass
             continue
-        chunks = _file(part, pieces)
+        chunks = _file_bytes(part, pieces)
         try:
             if failure is None:
                 target.parent.mkdir(parents=True, exist_ok=True)
-                replace_file(_aside(name, target), chunks)
+                replace_file(_aside(file, target), chunks)
         except OSError as error:
             failure = error
         for _ in chunks:  # the others go on sending
@@ -103,27 +128,38 @@ def export_safetensors(
     def finish() -> None:
         if failure is not None:
             raise CheckpointError(f"cannot write {target}: {reason(failure)}; what was there before is intact")
-        for name in names:
-            if (aside := _aside(name, target)) != name:
-                os.replace(aside, name)
+        for file in files:
+            if (aside := _aside(file, target)) != file:
+                os.replace(aside, file)
         if len(parts) > 1:
             total = sum(value.bytes for part in parts for value in part.values())
-            where = {key: name.name for name, part in zip(names, parts, strict=True) for key in part}
+            where = {
+                written.name: file.name
+                for file, part in zip(files, parts, strict=True)
+                for tensor in part.values()
+                for written in tensor.parts
+            }
             index = {"metadata": {"total_size": total}, "weight_map": where}
             replace_file(target.with_name(f"{target.name}.index.json"), [json.dumps(index, indent=2).encode()])
+        for name, text in config.items():
+            replace_file(target.with_name(name), [text.encode()])
 
     team.first("writing", finish)
-    return names
+    return files
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Described:
-    """A tensor as the other ranks need to know it. It is written `rows` at a time: 1 expert, or all that there are."""
+    """A tensor as the other ranks need to know it.
+
+    It is written `rows` at a time, 1 expert or all that there are, and under the names of its `parts`.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     rows: int
     boxes: dict[Offset, tuple[int, ...]]
+    parts: list[Part]
 
     @property
     def bytes(self) -> int:
@@ -155,14 +191,20 @@ def _aside(name: Path, target: Path) -> Path:
     return name if name == target else name.with_name(f"{name.name}.part.tmp")
 
 
-def _file(part: dict[str, _Described], pieces: Iterator[Tensor]) -> Iterator[bytes | memoryview]:
+def _file_bytes(part: dict[str, _Described], pieces: Iterator[Tensor]) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
-    for name, tensor in part.items():
-        end = start + tensor.bytes
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-        start = end
+    for tensor in part.values():
+        for written in tensor.parts:
+            shape = written.shape(tensor.shape)
+            end = start + math.prod(shape) * tensor.dtype.itemsize
+            header[written.name] = {
+                "dtype": DTYPES[tensor.dtype],
+                "shape": list(shape),
+                "data_offsets": [start, end],
+            }
+            start = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
@@ -183,7 +225,13 @@ def _pieces(
             for offset, shape in (mine[name].boxes if name in mine else {}).items():
                 owners.setdefault(offset, (rank, shape))
         for start in range(0, tensor.shape[0] if tensor.shape else 1, tensor.rows):
-            yield _rows(name, tensor, start, owners, tensors, team)
+            whole = _rows(name, tensor, start, owners, tensors, team)
+            if tensor.parts[0].expert is None or not team.is_first:
+                yield whole
+                continue
+            for written in tensor.parts:
+                if written.expert == start:
+                    yield whole[0, written.low : written.high]
 
 
 def _rows(

@@ -18,6 +18,7 @@ from moe_triton.distributed.holders import StackedExperts, expert_modules
 from moe_triton.torch_internals import WRAPPERS, compiled_module, shards
 
 Offset = tuple[int, ...]
+PROJECTIONS = ("gate_up_proj", "down_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,11 +134,11 @@ def model_tensors(model: nn.Module) -> dict[str, ModelTensor]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
-    model = _unwrapped(model)
+    model = unwrapped(model)
     layouts = {
-        id(parameter): expert_layout(name, module, own)
+        id(tensor): expert_layout(name, module, own.partition(".")[0])
         for name, module in named_experts(model).items()
-        for own, parameter in module.named_parameters(recurse=False)
+        for own, tensor in (*module.named_parameters(recurse=False), *_quantized_parts(module))
     }
     found: dict[str, ModelTensor] = {}
     # where replicas lie is not the same on other ranks: experts are saved and loaded by their own ids
@@ -158,16 +159,22 @@ def model_tensors(model: nn.Module) -> dict[str, ModelTensor]:
     return found
 
 
+def _quantized_parts(module: StackedExperts) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, buffer) of quantised projections: their dimensions lie as those of the projection do."""
+    return ((name, buffer) for name, buffer in module.named_buffers() if name.partition(".")[0] in PROJECTIONS)
+
+
 def named_experts(model: nn.Module) -> dict[str, StackedExperts]:
     """Return the modules that hold stacked experts by name, without the wrappers."""
-    return {_plain(name): module for name, module in expert_modules(_unwrapped(model), StackedExperts)}
+    return {_plain(name): module for name, module in expert_modules(unwrapped(model), StackedExperts)}
 
 
 def _plain(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside DistributedDataParallel and torch.compile."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module

@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from moe_triton.distributed.checkpoint.global_tensors import model_tensors
+from moe_triton.distributed.checkpoint.global_tensors import model_tensors, unwrapped
+from moe_triton.distributed.checkpoint.hub_names import Part, hub_parts, pretrained
 from moe_triton.distributed.errors import CheckpointError
 
 Source = Mapping[str, Tensor] | str | PathLike[str]
@@ -20,7 +21,8 @@ Source = Mapping[str, Tensor] | str | PathLike[str]
 def load_experts_from(source: Source, model: nn.Module, *, only_experts: bool = True) -> list[str]:
     """Fill the model from whole tensors [E, ...]: every rank takes its own experts, and of those its own slices.
 
-    No rank talks to another, and of a file only the rank's own part is read.
+    No rank talks to another, and of a file only the rank's own part is read. For a model of transformers, what the
+    source has not under the model's own name is looked for under the hub's: a matrix per expert in most families.
 
     Args:
         source: a mapping of whole tensors by the model's names; or a safetensors file, its ".index.json", or the folder
@@ -37,11 +39,15 @@ def load_experts_from(source: Source, model: nn.Module, *, only_experts: bool = 
         changed where the fault is in a name or a shape.
     """
     found = model_tensors(model)
-    reader = _reader(source)
+    given = _reader(source)
+    reader: _Memory | _Files | _Hub = given
     names = [name for name, tensor in found.items() if not only_experts or tensor.is_expert]
     if not names:
         raise ValueError("model: got one without experts, wanted one with experts, or only_experts=False")
     wanted = {name: found[name].as_global() for name in names}
+    if (of_transformers := pretrained(unwrapped(model))) is not None:
+        shapes = {name: tensor.shape for name, tensor in wanted.items() if not given.has(name)}
+        reader = _Hub(given, shapes, hub_parts(of_transformers, shapes))
     for name, tensor in wanted.items():
         shape = reader.shape(name)
         if shape != tensor.shape:
@@ -58,6 +64,9 @@ def load_experts_from(source: Source, model: nn.Module, *, only_experts: bool = 
 class _Memory:
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors
+
+    def has(self, name: str) -> bool:
+        return name in self.tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
         if name not in self.tensors:
@@ -89,6 +98,9 @@ class _Files:
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"source: cannot read {path}: {error}") from error
 
+    def has(self, name: str) -> bool:
+        return name in self.files
+
     def shape(self, name: str) -> tuple[int, ...]:
         if name not in self.files:
             raise CheckpointError(f"source: {self.path} has no {name!r}")
@@ -101,6 +113,41 @@ class _Files:
     def read(self, name: str, spot: tuple[slice, ...]) -> Tensor:
         with safe_open(self.files[name], framework="pt") as file:
             return file.get_slice(name)[spot]
+
+
+class _Hub:
+    """The model's tensors, put together from a reader's tensors under the hub's names."""
+
+    def __init__(
+        self, reader: _Memory | _Files, shapes: dict[str, tuple[int, ...]], parts: dict[str, list[Part]]
+    ) -> None:
+        self.reader = reader
+        self.shapes = shapes
+        self.parts = parts
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name not in self.parts:
+            return self.reader.shape(name)
+        whole = self.shapes[name]
+        for part in self.parts[name]:
+            if part.expert is None:
+                return self.reader.shape(part.name)
+            if (shape := self.reader.shape(part.name)) != (wanted := part.shape(whole)):
+                raise ValueError(f"source: {part.name!r} has shape {list(shape)}, wanted {list(wanted)}")
+        return whole
+
+    def read(self, name: str, spot: tuple[slice, ...]) -> Tensor:
+        if name not in self.parts:
+            return self.reader.read(name, spot)
+        if (first := self.parts[name][0]).expert is None:
+            return self.reader.read(first.name, spot)
+        experts, rows, *rest = spot
+        read: dict[int, list[Tensor]] = {expert: [] for expert in range(experts.start, experts.stop)}
+        for part in self.parts[name]:
+            low, high = max(part.low, rows.start), min(part.high, rows.stop)
+            if part.expert in read and low < high:
+                read[part.expert].append(self.reader.read(part.name, (slice(low - part.low, high - part.low), *rest)))
+        return torch.stack([torch.cat(pieces) for pieces in read.values()])
 
 
 def _reader(source: object) -> _Memory | _Files:

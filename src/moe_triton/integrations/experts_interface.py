@@ -1,0 +1,26 @@
+"""transformers' experts interface: under which name a module's forward looks its implementation up, and where."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+KEY = "moe_triton"
+
+
+def registry(module: nn.Module) -> Any:
+    """Return the registry that the module's forward looks its implementation up in, or None where it does not.
+
+    It is a free variable of the wrapper that transformers' decorator puts around the class's forward.
+    """
+    forward = type(module).forward
+    code = getattr(forward, "__code__", None)
+    if code is None or "experts_interface" not in code.co_freevars:
+        return None
+    return forward.__closure__[code.co_freevars.index("experts_interface")].cell_contents  # type: ignore[index]
+
+
+def implementation(module: nn.Module) -> str | None:
+    """Return the name of the implementation that the module's config asks for."""
+    return getattr(getattr(module, "config", None), "_experts_implementation", None)
