@@ -196,7 +196,8 @@ def dry(problems: list[Problem], budget: float) -> None:
         running = chosen_config(
             problem.name, case.hidden, case.intermediate, case.torch_dtype, problem.bucket, problem.architecture
         )
-        configs = [running, *neighbours(running, problem.name, case.hidden, case.intermediate)]
+        near = neighbours(running, problem.name, case.hidden, case.intermediate)
+        configs = list(dict.fromkeys([running, *tuning.first_candidates(problem, running), *near]))
         print(f"{problem.title()}, {problem.architecture}: today's configuration and {len(configs) - 1} candidates")
         rows: list[list[str]] = []
 
