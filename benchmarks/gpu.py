@@ -25,8 +25,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
 
 import torch  # noqa: E402
+from gpu_benches.page import check_line, layer_lines  # noqa: E402
 from gpu_checks.setting import Setting  # noqa: E402
 from gpu_run import steps, worker  # noqa: E402
+from gpu_run.device import own_assembler  # noqa: E402
 from gpu_run.processes import Command, Processes  # noqa: E402
 from gpu_run.record import Record  # noqa: E402
 from gpu_run.schedule import Found, Run, Step, bad_items  # noqa: E402
@@ -80,7 +82,7 @@ def run_all(options: argparse.Namespace, chosen: Sequence[Step]) -> int:
         said = found["note"].partition("\n")[0][:150]
         print(f"{at:6.1f}  {found['status']:13}  {item}  {said}", flush=True)
 
-    launcher = Processes(command(options.seed), log, {"OMP_NUM_THREADS": "1"})
+    launcher = Processes(command(options.seed), log, {"OMP_NUM_THREADS": "1", **own_assembler()})
     run = Run(steps=chosen, known=record.items, launcher=launcher, note=note, clock=time.monotonic)
     print(f"{facts['device']['name']}, seed {options.seed}, {options.budget:.0f} s, {record.path}", flush=True)
     run.mark()
@@ -88,7 +90,10 @@ def run_all(options: argparse.Namespace, chosen: Sequence[Step]) -> int:
     run.run(options.budget - (time.monotonic() - options.begin))
     bad = bad_items(chosen, record.items)
     total = sum(len(step.items) for step in chosen)
-    print(f"\n{total - len(bad)} of {total} items are good. {record.path}")
+    print(f"\n{check_line(record.items)}")
+    for line in layer_lines(record.items):
+        print(line)
+    print(f"{total - len(bad)} of {total} items are good. {record.path}")
     for item in bad:
         print(f"  {record.items[item]['status']}: {item}: {record.items[item]['note'][:300]}")
     return 1 if bad else 0

@@ -93,6 +93,16 @@ def check_line(items: dict[str, Found]) -> str:
     return f"{good} of {len(proofs)} checks hold{rest}."
 
 
+def layer_lines(items: dict[str, Found]) -> list[str]:
+    """A line for each layer that was measured: for the end of a run."""
+    lines = []
+    for name, item in items.items():
+        if name.startswith(("layers: ", "skew: ")) and item["status"] == "ok":
+            cells = [f"{mode} {mode_cells(item['rows'][OURS], mode)[2]} of dense" for mode in ("forward", "backward")]
+            lines.append(f"{name}: {', '.join(cells)}")
+    return lines
+
+
 def gpu_table(folder: Path) -> str:
     """For README.md: per device the geometric means of the layer over the shapes, and the checks."""
     rows = []

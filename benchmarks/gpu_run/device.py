@@ -50,12 +50,28 @@ def tool(name: str) -> str | None:
     return shutil.which(name) or shutil.which(f"/usr/local/cuda/bin/{name}")
 
 
+def nvidia_smi() -> str:
+    """The figures of QUERY, or "" where there is no nvidia-smi."""
+    program = tool("nvidia-smi")
+    if program is None:
+        return ""
+    command = [program, f"--query-gpu={QUERY}", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.strip()
+
+
+def own_assembler() -> dict[str, str]:
+    """What makes every process use Triton's assembler: torch.compile leaves an environment alone that names one.
+
+    Otherwise what is compiled after it comes from torch's, and nothing that was compiled before is found in the cache.
+    """
+    from triton import knobs
+
+    return {"TRITON_PTXAS_PATH": knobs.nvidia.ptxas.path}
+
+
 def facts(setting: Setting) -> dict[str, Any]:
     """The device's own words, the speed of a dense product and of a copy, assemblers and tools."""
     setting.need_gpu()
-    said = subprocess.run(
-        ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"], capture_output=True, text=True
-    )
     gpu = torch.cuda.get_device_properties(setting.device)
     calls = limit_calls(setting.device, torch.bfloat16, size=DENSE_SIZE, copied=COPY_BYTES)
     times = run_rounds(calls, make_timer(setting.device), budget_s=2.0)
@@ -66,7 +82,7 @@ def facts(setting: Setting) -> dict[str, Any]:
         "dense_flops": here.flops_16,
         "copy_bytes_s": here.bandwidth,
         "rounds": {name: len(times[name]) for name in (DENSE, COPY)},
-        "nvidia_smi": said.stdout.strip(),
+        "nvidia_smi": nvidia_smi(),
         "multiprocessors": gpu.multi_processor_count,
         "memory_bytes": gpu.total_memory,
         "l2_bytes": gpu.L2_cache_size,

@@ -149,7 +149,7 @@ def look_steps() -> list[Listed]:
 def hidden_steps() -> list[Listed]:
     """What only other items start, under a tool."""
     small = {f"sanitized: {name}": numerics.small(name) for name in numerics.SMALL}
-    counted = {"profiled": partial(profiled, SONIC["30B n=512"])}
+    counted = {"profiled": partial(profiled, SONIC["7B n=256"])}
     return [listed("sanitized", "prove", small), listed("profiled", "look", counted)]
 
 

@@ -313,6 +313,8 @@ def test_the_page_of_a_run(tmp_path: Path) -> None:
     assert "| failed: no shared memory |" in text
     assert "| shape a | up | 300 | 0.900 | others |" in text
     assert "| 2 | 0.60 | 4.00x | 0.60 | 4.00x |" in page.gpu_table(tmp_path)
+    first, _ = page.layer_lines(items)
+    assert first == "layers: shape a: forward 0.40 of dense, backward 0.40 of dense"
 
 
 def test_a_page_of_the_first_seconds(tmp_path: Path) -> None:

@@ -253,7 +253,8 @@ def test_the_assemblers_version(tmp_path: Path) -> None:
     ptxas.chmod(0o755)
     assert device.version_of(str(ptxas)) == "12.8.93"
     assert device.version_of(str(tmp_path / "none")) is None
-    assert device.assembler() is not None  # Triton brings one
+    own = device.own_assembler()["TRITON_PTXAS_PATH"]
+    assert device.assembler() == device.version_of(own) is not None  # Triton brings one
 
 
 def test_the_commit_where_there_is_no_repository(monkeypatch: pytest.MonkeyPatch) -> None:
