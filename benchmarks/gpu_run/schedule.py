@@ -39,14 +39,18 @@ class Step:
     """Items that run one after another in one process. The list of steps is in order of importance, and so are these.
 
     seconds    its share of the time of a phase in which one step runs at a time
-    is_needed  it runs in every call that has anything else to do: facts of the device, compilations
+    needed_by  phases before which it runs in every call, whatever is known of it: facts of the device, compilations
     """
 
     name: str
     phase: str
     items: Sequence[str]
     seconds: float = 1.0
-    is_needed: bool = False
+    needed_by: tuple[str, ...] = ()
+
+    @property
+    def is_needed(self) -> bool:
+        return bool(self.needed_by)
 
 
 class Process(Protocol):
@@ -102,10 +106,9 @@ class Run:
     def run(self, budget_s: float) -> None:
         """Phase after phase. One that ends early leaves its time to the later ones; at its end the rest is killed."""
         self.end = self.clock() + budget_s - RESERVE_S
-        wanted = {step.name for step in self.steps if not step.is_needed and self.missing(step)}
-        if not wanted:
-            return
-        todo = [step for step in self.steps if step.is_needed or step.name in wanted]
+        wanted = [step for step in self.steps if not step.is_needed and self.missing(step)]
+        phases = {step.phase for step in wanted}
+        todo = [step for step in self.steps if step in wanted or not phases.isdisjoint(step.needed_by)]
         by_phase = {phase.name: [step for step in todo if step.phase == phase.name] for phase in PHASES}
         for index, phase in enumerate(PHASES):
             later = sum(other.seconds for other in PHASES[index:] if by_phase[other.name])

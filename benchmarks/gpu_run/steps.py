@@ -14,7 +14,7 @@ from gpu_checks import behaviour, numerics, tools
 from gpu_checks.setting import Setting
 
 from gpu_run.device import facts
-from gpu_run.schedule import Step
+from gpu_run.schedule import PHASES, Step
 from gpu_run.worker import Item
 from moe_triton.benchmarking.cases import MODELS, PRESETS, Case, make_workload
 from moe_triton.benchmarking.kernel_search import open_kernels
@@ -89,7 +89,7 @@ def build_steps() -> list[Listed]:
     names = list(items)
     shares = [names[first::BUILDERS] for first in range(BUILDERS)]
     return [
-        listed(f"build {number}", "build", {name: items[name] for name in share}, is_needed=True)
+        listed(f"build {number}", "build", {name: items[name] for name in share}, needed_by=("look", "measure"))
         for number, share in enumerate(shares, 1)
     ]
 
@@ -208,7 +208,7 @@ def measure_steps() -> list[Listed]:
 
 def all_steps() -> list[Listed]:
     """Every step that a run starts."""
-    device = listed("facts", "facts", {"facts": facts}, is_needed=True)
+    device = listed("facts", "facts", {"facts": facts}, needed_by=tuple(phase.name for phase in PHASES))
     return [device, *smoke_steps(), *build_steps(), *look_steps(), *prove_steps(), *measure_steps()]
 
 
