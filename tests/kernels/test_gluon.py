@@ -341,7 +341,7 @@ def test_what_the_kernels_compile_to() -> None:
         # two main loops of BLOCK_K / 16 instructions for each 64 rows; a step's 128 rows of A in 8 copies a thread
         assert report.wgmma == (16 if ping_pong else 8)
         assert report.cp_async == (8 if gathered else 0)
-        assert report.tma >= 2
+        assert report.tma >= (1 if report.kernel.startswith("d_hidden") else 2)  # gathered rows need none
         assert report.proxy_fence == (3 if gathered else 1)  # after the barriers are made, and in each gathered loop
 
 
