@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from moe_triton import load_statistics
 from moe_triton.backends.torch.processor import this_processor
 from moe_triton.training.config import KINDS, TrainConfig
 from moe_triton.training.data import load_corpus
@@ -30,6 +31,7 @@ from moe_triton.training.loop import evaluate, train_model
 RESULTS = Path(__file__).parent / "results" / "training"
 RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 SEEDS = (0, 1, 2)
+OF_A_RUN = ("model", "seed", "lr", "router")  # what tells the runs of a file apart
 
 
 def run(kind: str, settings: dict[str, Any], part: str) -> dict[str, Any]:
@@ -37,7 +39,7 @@ def run(kind: str, settings: dict[str, Any], part: str) -> dict[str, Any]:
     config = TrainConfig(**settings)
     torch.set_num_threads(config.threads)
     corpus = load_corpus(None, config.seq_len)
-    losses: list[float] = []
+    records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as out:
         model = train_model(
             kind,
@@ -45,25 +47,48 @@ def run(kind: str, settings: dict[str, Any], part: str) -> dict[str, Any]:
             corpus,
             Path(out),
             checkpoint_every=config.steps,
-            on_step=lambda record: losses.append(record["train_loss"]),
+            on_step=records.append,
         )
     total, active = model.parameter_counts()
-    return {
+    last = records[-max(1, len(records) // 10) :]
+    found = {
         "model": kind,
         "seed": config.seed,
         "lr": config.peak_lr(kind),
+        "router": config.router,
         f"{part}_loss": evaluate(model, getattr(corpus, part), config),
-        "train_loss_of_last_tenth": mean(losses[-max(1, len(losses) // 10) :]),
+        "train_loss_of_last_tenth": mean(record["train_loss"] for record in last),
         "parameters": total,
         "active_parameters": active,
     }
+    return found if kind == "dense" else {**found, **load_of(last, config)}
 
 
-def run_all(path: Path, jobs: list[tuple[str, dict[str, Any]]], part: str) -> dict[str, Any]:
-    """Runs what `path` does not hold yet, two at a time, and writes it after each run."""
-    config = TrainConfig()
+def load_of(records: list[dict[str, Any]], config: TrainConfig) -> dict[str, float]:
+    """Means over steps and layers: the load's entropy (1 when even), the share that the capacity dropped, and the
+    experts that worked on a token."""
+    layers = [torch.tensor(load) for record in records for load in record["expert_load"]]
+    kept = [(1 - record["dropped"]) * sum(map(sum, record["expert_load"])) for record in records]
+    return {
+        "load_entropy": mean(load_statistics(load).entropy for load in layers),
+        "dropped": mean(record["dropped"] for record in records),
+        "experts_per_token": mean(kept) / (config.num_layers * config.batch_size * config.seq_len),
+    }
+
+
+def identity(found: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells a run apart; results that are older than `--router` are of the default one."""
+    return tuple({"router": TrainConfig.router, **found}[name] for name in OF_A_RUN)
+
+
+def run_all(
+    path: Path, jobs: list[tuple[str, dict[str, Any]]], part: str, *, workers: int = 2, **common: Any
+) -> dict[str, Any]:
+    """Runs what `path` does not hold yet, some at a time, and writes it after each run; all runs have `common`."""
+    config = TrainConfig(**common)
+    jobs = [(kind, {**common, **settings}) for kind, settings in jobs]
     facts = {"processor": this_processor().name, **circumstances(config, load_corpus(None, config.seq_len))}
-    for name in ("seed", "lr", "dense_lr"):  # each run has its own
+    for name in ("seed", "lr", "dense_lr", "router"):  # each run has its own
         del facts["config"][name]
     results: dict[str, Any] = {**facts, "runs": []}
     if path.exists():
@@ -71,20 +96,20 @@ def run_all(path: Path, jobs: list[tuple[str, dict[str, Any]]], part: str) -> di
         settings = {**facts["config"], **results["config"]}  # one that is newer than the file was at its default
         if settings != facts["config"] or results["data"] != facts["data"]:
             raise SystemExit(f"{path} holds results of other settings or another text: move it away first")
-    done = {(found["model"], found["seed"], found["lr"]) for found in results["runs"]}
+    done = {identity(found) for found in results["runs"]}
     left = [
         (kind, settings)
         for kind, settings in jobs
-        if (kind, (made := TrainConfig(**settings)).seed, made.peak_lr(kind)) not in done
+        if (kind, (made := TrainConfig(**settings)).seed, made.peak_lr(kind), made.router) not in done
     ]
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
         futures = [pool.submit(run, kind, settings, part) for kind, settings in left]
         for future in concurrent.futures.as_completed(futures):
             found = future.result()
             print(json.dumps(found), flush=True)
             results["runs"].append(found)
-            results["runs"].sort(key=lambda r: (KINDS.index(r["model"]), r["seed"], r["lr"]))
+            results["runs"].sort(key=lambda r: (KINDS.index(r["model"]), *identity(r)[1:]))
             replace_file(path, [json.dumps(results, indent=2).encode() + b"\n"])
     return results
 

@@ -14,6 +14,8 @@ from moe_triton.autograd.routing import _route_op
 from moe_triton.dispatch import _dispatch_op
 from moe_triton.records import ExpertCall, ExpertParameters, ExpertSpec
 from tests.helpers.compare import assert_close
+from tests.layers.test_choices import RULES
+from tests.layers.test_choices import make as make_layer_with
 
 
 def run(layer, function, x):
@@ -47,6 +49,40 @@ def test_fullgraph_gives_the_same_bits(options):
         assert torch.equal(a, b)
     if layer.router.load is not None:
         assert torch.equal(layer.router.load, 2 * eager[2])
+
+
+def test_every_rule_of_choice_compiles_to_the_same_bits():
+    """One graph with a layer of each: the noise of one would move if another drew more."""
+    layers = [make_layer_with(rule) for rule in RULES]
+
+    def run_all(x):
+        outputs = [layer(x, **more) for layer, more in layers]
+        return torch.stack([out.output for out in outputs]), torch.stack([out.aux_loss for out in outputs])
+
+    x = torch.randn(3, 10, 8, requires_grad=True)
+    found = []
+    for call in (run_all, torch.compile(run_all, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(3)
+        x.grad = None
+        outputs, aux_losses = call(x)
+        (outputs.square().sum() + aux_losses.sum()).backward()
+        found.append([outputs, aux_losses, x.grad])
+        for layer, _ in layers:
+            found[-1] += [p.grad.clone() for p in layer.parameters()]
+            found[-1] += [] if layer.router.load is None else [layer.router.load.clone()]
+            layer.zero_grad()
+            layer.router.load = None if layer.router.load is None else torch.zeros_like(layer.router.load)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_balance_accumulator_breaks_the_graph_and_says_the_same():
+    layer = MoE(16, 12, 8, 2, aux_loss_weight=1.0, backend="torch")
+    balance = moe_triton.BalanceAccumulator(layer)
+    batches, found = torch.randn(2, 10, 16), []
+    for call in (layer, torch.compile(layer, backend="aot_eager")):
+        found.append(torch.stack([call(x).aux_loss for x in batches]))
+        balance.step()
+    assert torch.equal(*found)
 
 
 def test_no_recompilation_when_only_the_token_count_changes():
@@ -140,13 +176,13 @@ def test_a_varying_scale():
     assert len(seen) == 2
 
 
-OPTIONS = ["softmax", True, 1.0, 1, 1, "max"]
+OPTIONS = ["softmax", True, 1.0, 1, 1, "max", 0, 1]
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_opcheck(backend):
-    logits = torch.randn(6, 8, requires_grad=True)
-    torch.library.opcheck(_route_op, (logits, None, None, None, 2, *OPTIONS, backend))
+    logits, given = torch.randn(6, 8, requires_grad=True), torch.tensor([[1, 0], [-1, -1]] * 3, dtype=torch.int32)
+    torch.library.opcheck(_route_op, (logits, None, None, None, given, 2, *OPTIONS, backend))
     torch.library.opcheck(_dispatch_op, (torch.randint(0, 8, (6, 2)), 8, 3, 1, False, None, backend))
     routing = moe_triton.route(logits.detach(), 2)
     plan = moe_triton.dispatch(routing.experts, 8)

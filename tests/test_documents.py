@@ -62,6 +62,19 @@ model = moe_triton.MoE(16, 8, num_experts=4, top_k=2)
 steps, history = 2, []
 log = dict
 """,
+    "docs/router_replay.md": """
+from tests.helpers.families import tiny_model
+rollout_model, model = tiny_model("mixtral").eval(), tiny_model("mixtral").train()
+prompts = torch.randint(2, 64, (2, 4))
+""",
+    "docs/routing_statistics.md": """
+from tests.helpers.families import tiny_model
+model = tiny_model("mixtral").train()
+tokens, mask = torch.randint(2, 64, (2, 6)), torch.ones(2, 6, dtype=torch.long)
+dataset = [{"input_ids": row, "labels": row} for row in torch.randint(2, 64, (20, 6))]
+class run:
+    log = staticmethod(lambda numbers, step: None)
+""",
     "docs/simulate.md": """
 counts_E, new_counts_E = torch.arange(256), torch.arange(256).flip(0)
 experts_TK = torch.randint(256, (8, 2))

@@ -127,6 +127,21 @@ def test_choice_bias_moves_choices_and_no_weight():
     assert torch.equal(routing.weights[:, 0], logits[:, 2].sigmoid())
 
 
+def test_given_choices_take_the_place_of_the_choice():
+    logits = torch.randn(5, 4, dtype=torch.float64)
+    given = torch.tensor([[3, 0], [2, 2], [4, 1], [-1, 7], [0, 1]])
+    spec, mask = RouterSpec(top_k=2, normalize=True, scale=2.0), torch.tensor([1, 1, 1, 1, 0])
+    routing = reference.route(logits, spec, given=given, token_mask=mask)
+    live = reference.route(logits, spec).experts[3].tolist()
+    assert routing.experts.tolist() == [[3, 0], [2, -1], [-1, 1], live, [-1, -1]]
+    pair = logits[0, [3, 0]].softmax(-1)
+    assert_close(routing.weights[:3], torch.stack([2 * pair, *torch.tensor([[2.0, 0.0], [0.0, 2.0]]).double()]))
+    assert routing.weights[4].tolist() == [0.0, 0.0]
+    assert routing.counts.sum() == 6
+    assert_close(routing.score_sums, logits[:4].softmax(-1).sum(0))
+    assert routing.num_tokens == 4
+
+
 SPECS = [
     RouterSpec(top_k=2),
     RouterSpec(top_k=3, normalize=True, scale=2.5),
@@ -139,12 +154,14 @@ SPECS = [
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_route_gradcheck(spec):
     logits = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    given = torch.tensor([[5, 1, 0, 4], [1, 2, 3, 4], [2, -1, 2, 7]])[:, : spec.top_k]
 
-    def differentiable(x):
-        routing = reference.route(x, spec, token_mask=torch.tensor([1, 0, 1]))
+    def differentiable(x, given=None):
+        routing = reference.route(x, spec, token_mask=torch.tensor([1, 0, 1]), given=given)
         return routing.weights, routing.score_sums, routing.z_sum
 
     assert torch.autograd.gradcheck(differentiable, logits)
+    assert torch.autograd.gradcheck(lambda x: differentiable(x, given), logits)
 
 
 def experts(x, w, dispatched, gate_up, down, gate_up_bias=None, down_bias=None, spec=None):

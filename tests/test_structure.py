@@ -25,7 +25,7 @@ LEVELS = [
     ["distributed"],
     ["layers"],
     ["kernel_stages"],
-    ["explain", "integrations", "metrics", "training"],
+    ["explain", "integrations", "metrics", "replay", "training"],
     ["benchmarking", "compat"],
     ["quantize", "swap"],
     ["cli"],

@@ -157,3 +157,28 @@ def test_fully_sharded_modules(world):
     assert torch_internals.inside_fsdp1(nn.ModuleDict({FSDP_WRAPPED_MODULE: module})) is module
     assert not torch_internals.is_fsdp2_class(type(module))
     assert torch_internals.is_fsdp2_class(type(fully_shard(module, mesh=init_device_mesh("cpu", (1,)))))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_the_node_that_repeats_a_forward_was_made_before_or_after_it(use_reentrant):
+    """Beside it, forwards that are not repeated: nodes of custom functions are numbered without gradients, too."""
+    seen = []
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        if torch_internals.recomputing():
+            seen.append(("again", *torch_internals.running_node()))
+        else:
+            seen.append(("first", torch_internals.nodes_made(), False))
+        return x.exp().sin()
+
+    x = torch.randn(3, requires_grad=True)
+    outs = [checkpoint(step, x * k, use_reentrant=use_reentrant) for k in (1, 2)]
+    outs[0].sum().backward()
+    outs[1].sum().backward()
+    (_, first, _), (_, second, _), *again = seen
+    assert [is_reentrant for _, _, is_reentrant in again] == [use_reentrant] * 2
+    numbers = [number for _, number, _ in again]
+    if use_reentrant:
+        assert numbers[0] < first <= numbers[1] < second
+    else:
+        assert first <= numbers[0] < second <= numbers[1]

@@ -49,6 +49,8 @@ ROUTERS = (  # experts, options
     (96, RouterSpec(top_k=6, num_groups=6, top_groups=2, group_score="top2_sum")),
     (1000, RouterSpec(top_k=16, normalize=True)),
     (5, RouterSpec(top_k=5, score="sigmoid")),
+    (256, RouterSpec(top_k=6, score="sqrt_softplus", normalize=True, scale=1.5)),
+    (48, RouterSpec(top_k=12, normalize=True, weightless=16)),
 )
 
 

@@ -3,7 +3,7 @@
 A program takes BLOCK_T tokens at a time, with all of their experts in registers, and repeats an arg-max K times.
 Scores are compared as int32 whose order is that of the floats, so NaN, infinities and ties have a defined order and
 chosen experts are always distinct. Every program writes its partial sums; a second kernel adds them in a fixed order.
-Shapes: T tokens, E experts, K choices, P programs. Maths in fp32.
+Shapes: T tokens, E experts, K choices, B sequences with sums of their own, P programs for each. Maths in fp32.
 """
 
 from __future__ import annotations
@@ -16,14 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_triton_kernels.launch import constants
-
-SOFTMAX = tl.constexpr(0)
-SIGMOID = tl.constexpr(1)
-TOPK_SOFTMAX = tl.constexpr(2)
-SCORES = {"softmax": 0, "sigmoid": 1, "topk_softmax": 2}
+from moe_triton_kernels.scores import EPS, SCORES, SIGMOID, own_score, scores_of, scores_of_chosen, softmax_rows
 
 TAKEN = tl.constexpr(-(2**31))  # below every score, -inf included
-EPS = tl.constexpr(1e-20)  # keeps a normalisation finite when every chosen score underflowed
 INDEX_BITS = tl.constexpr(2**13 - 1)  # a 16-bit float has at least 13 zeros at the end of its fp32 pattern
 
 MAX_PROGRAMS = 2048  # a constant, not the number of processors: sums have the same order on every GPU
@@ -33,9 +28,10 @@ NUM_WARPS = 1  # a token's experts lie in one warp, so that an arg-max needs no 
 
 
 class Rule(NamedTuple):
-    """How experts are chosen and weighted, as a kernel is compiled for it."""
+    """How experts are chosen and weighted, as a kernel is compiled for it; the last WEIGHTLESS have weight 0."""
 
     NUM_EXPERTS: int
+    WEIGHTLESS: int
     TOP_K: int
     SCORE: int
     NORMALIZE: bool
@@ -62,7 +58,7 @@ class Lanes(NamedTuple):
 
 
 class PartialSums(NamedTuple):
-    """The sums of every program's tokens: counts and scores [P, E], z [P]."""
+    """The sums of every program's tokens: counts and scores [B, P, E], z [B, P]."""
 
     counts: Any
     scores: Any
@@ -80,43 +76,6 @@ def ordered_bits(x):
 def first_of(keys, best, index, SIZE: tl.constexpr):
     """The lowest index at which keys [N, SIZE] have their row's maximum `best` [N]."""
     return tl.min(tl.where(keys == best[:, None], index, SIZE), 1)
-
-
-@triton.jit
-def softmax_rows(x, valid):
-    """Softmax of x [N, M] over its rows, and log(sum(exp(x))) [N]; zeros for the rows, all -inf, that are not valid."""
-    most = tl.where(valid, tl.max(x, 1), 0.0)
-    e = tl.exp(x - most[:, None])
-    total = tl.sum(e, 1)
-    return e * tl.where(valid, 1.0 / total, 0.0)[:, None], tl.where(valid, most + tl.log(total), 0.0)
-
-
-@triton.jit
-def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def scores_of(x, softmax, SCORE: tl.constexpr):
-    """The scores that a choice bias is added to."""
-    if SCORE == SIGMOID:
-        return sigmoid(x)
-    elif SCORE == SOFTMAX:
-        return softmax
-    else:
-        return x
-
-
-@triton.jit
-def scores_of_chosen(logit, lse, valid, SCORE: tl.constexpr):
-    """The chosen experts' scores [N, K], from their logits [N, K] and the log-sum-exp [N] of all."""
-    if SCORE == TOPK_SOFTMAX:
-        score, _ = softmax_rows(logit, valid)
-    elif SCORE == SIGMOID:
-        score = sigmoid(logit)
-    else:
-        score = tl.exp(logit - lse[:, None])
-    return score
 
 
 @triton.jit
@@ -147,10 +106,11 @@ def topk_kernel(
     bias,  # [E], or None
     noise,  # [T, E], or None
     token_mask,  # [T], or None
+    given,  # [T, K], or None
     experts,  # [T, K]
     weights,  # [T, K]
     partials,
-    num_tokens,
+    num_tokens,  # of a sequence, on which a row of the grid [B, P] works
     scale,
     RULE,
     LIMIT,
@@ -181,9 +141,10 @@ def topk_kernel(
     counts = tl.zeros((BLOCK_T, BLOCK_E), tl.int32)
     score_sums = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     z_sums = tl.zeros((BLOCK_T,), tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(num_tokens, BLOCK_T), tl.num_programs(0)):
-        token = (tl.arange(0, BLOCK_T) + tile * BLOCK_T).to(tl.int64)
+    for tile in range(tl.program_id(1), tl.cdiv(num_tokens, BLOCK_T), tl.num_programs(1)):
+        token = tl.arange(0, BLOCK_T) + tile * BLOCK_T
         exists = token < num_tokens
+        token += tl.program_id(0).to(tl.int64) * num_tokens
         valid = exists
         if token_mask is not None:
             valid = exists & (tl.load(token_mask + token, mask=exists, other=0) != 0)
@@ -222,13 +183,23 @@ def topk_kernel(
             chosen = tl.where(choice_k == k, choice[:, None], chosen)
             bits = tl.where(expert[None, :] == choice[:, None], TAKEN, bits)
 
-        # the weights, from the chosen logits
         slots = token[:, None] * RULE.TOP_K + choice_k
         slot_exists = exists[:, None] & (choice_k < RULE.TOP_K)
         slot_valid = valid[:, None] & (choice_k < RULE.TOP_K)
-        logit = tl.load(logits + token[:, None] * NUM_EXPERTS + chosen, mask=slot_valid, other=float("-inf"))
+        if given is not None:
+            given_ids = tl.load(given + slots, mask=slot_valid, other=-1)
+            is_given = (tl.max((given_ids != -1).to(tl.int32), 1) != 0)[:, None]
+            chosen = tl.where(is_given, given_ids, chosen)
+            bits = tl.where(is_given, 0, bits)
+            for k in range(RULE.TOP_K):
+                choice = tl.sum(tl.where(choice_k == k, chosen, 0), 1)
+                bits = tl.where(expert[None, :] == choice[:, None], TAKEN, bits)
+
+        # the weights, from the chosen logits
+        has_weight = slot_valid & (chosen >= 0) & (chosen < NUM_EXPERTS - RULE.WEIGHTLESS)
+        logit = tl.load(logits + token[:, None] * NUM_EXPERTS + chosen, mask=has_weight, other=float("-inf"))
         logit = logit.to(tl.float32)
-        weight = scores_of_chosen(logit, lse, valid, RULE.SCORE)
+        weight = scores_of_chosen(logit, lse, has_weight, RULE.SCORE)
         if RULE.NORMALIZE:
             weight /= tl.sum(weight, 1)[:, None] + EPS
         tl.store(experts + slots, tl.where(slot_valid, chosen, -1), mask=slot_exists)
@@ -236,41 +207,44 @@ def topk_kernel(
 
         # the sums; a logit of -inf, as of a masked token, adds nothing
         counts += (present & (bits == TAKEN)).to(tl.int32)
-        if RULE.SCORE == SIGMOID:
-            scores = sigmoid(x)
+        if RULE.SCORE >= SIGMOID:
+            scores = own_score(x, RULE.SCORE)
             score_sums += scores * (1.0 / (tl.sum(scores, 1) + EPS))[:, None]
         else:
             score_sums += softmax
         z_sums += lse * lse
 
-    row = tl.program_id(0) * NUM_EXPERTS + expert
+    program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    row = program.to(tl.int64) * NUM_EXPERTS + expert
     tl.store(partials.counts + row, tl.sum(counts, 0), mask=inside)
     tl.store(partials.scores + row, tl.sum(score_sums, 0), mask=inside)
-    tl.store(partials.z + tl.program_id(0), tl.sum(z_sums, 0))
+    tl.store(partials.z + program, tl.sum(z_sums, 0))
 
 
 @triton.jit(do_not_specialize=["num_partials"])
 def sum_partials_kernel(
-    partials, counts, score_sums, z_sum, num_partials,
+    partials, counts, score_sums, z_sums, num_partials,
     NUM_EXPERTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """The programs' partial sums [P, E] and [P], added in the order of the programs."""
-    column = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
+    """The programs' partial sums [B, P, E] and [B, P], added in the order of the programs."""
+    sequence = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
     count = tl.zeros((BLOCK_P, BLOCK_E), tl.int32)
     score = tl.zeros((BLOCK_P, BLOCK_E), tl.float32)
     z = tl.zeros((BLOCK_P,), tl.float32)
     for start in range(0, num_partials, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
-        cell = p[:, None] * NUM_EXPERTS + column
+        cell = (sequence * num_partials + p[:, None]) * NUM_EXPERTS + column
         mask = (p < num_partials)[:, None] & (column < NUM_EXPERTS)
         count += tl.load(partials.counts + cell, mask=mask, other=0)
         score += tl.load(partials.scores + cell, mask=mask, other=0.0)
-        z += tl.load(partials.z + p, mask=p < num_partials, other=0.0)
-    column = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    tl.store(counts + column, tl.sum(count, 0), mask=column < NUM_EXPERTS)
-    tl.store(score_sums + column, tl.sum(score, 0), mask=column < NUM_EXPERTS)
-    if tl.program_id(0) == 0:
-        tl.store(z_sum, tl.sum(z, 0))
+        z += tl.load(partials.z + sequence * num_partials + p, mask=p < num_partials, other=0.0)
+    column = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    cell = sequence * NUM_EXPERTS + column
+    tl.store(counts + cell, tl.sum(count, 0), mask=column < NUM_EXPERTS)
+    tl.store(score_sums + cell, tl.sum(score, 0), mask=column < NUM_EXPERTS)
+    if tl.program_id(1) == 0:
+        tl.store(z_sums + sequence, tl.sum(z, 0))
 
 
 def lanes_of(num_experts: int, top_k: int, num_groups: int = 1) -> Lanes:
@@ -281,63 +255,89 @@ def lanes_of(num_experts: int, top_k: int, num_groups: int = 1) -> Lanes:
     return Lanes(BLOCK_T=tokens, GROUPS=groups, MEMBERS=members, BLOCK_K=block_k)
 
 
+class TopK(NamedTuple):
+    """How logits become choices and weights; the fields are those of `moe_triton.records.RouterSpec`.
+
+    `score` is a key of `SCORES`, `group_score` "max" or "top2_sum". Each of B = `sequences` equal runs of tokens has
+    sums of its own.
+    """
+
+    top_k: int
+    score: str = "softmax"
+    normalize: bool = False
+    scale: float = 1.0
+    num_groups: int = 1
+    top_groups: int = 1
+    group_score: str = "max"
+    weightless: int = 0
+    sequences: int = 1
+
+
+def rule_of(num_experts: int, options: TopK) -> Rule:
+    return Rule(num_experts, options.weightless, options.top_k, SCORES[options.score], options.normalize)
+
+
+def limit_of(options: TopK) -> GroupLimit:
+    top2 = options.num_groups > 1 and options.group_score == "top2_sum"
+    return GroupLimit(options.num_groups, options.top_groups, TOP2=top2)
+
+
 def topk_forward(
     logits: Tensor,
-    top_k: int,
+    options: TopK,
     *,
-    score: str,
-    normalize: bool,
-    scale: float,
-    num_groups: int = 1,
-    top_groups: int = 1,
-    group_score: str = "max",
     choice_bias: Tensor | None = None,
     noise: Tensor | None = None,
     token_mask: Tensor | None = None,
+    given: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Logits [T, E] (fp32, bf16, fp16) -> experts [T, K], weights [T, K], counts [E], score_sums [E], z_sum [].
 
-    Experts and counts are int32, the others fp32. Experts are in order of preference; they are -1, with weight 0, where
-    `token_mask` [T] is false. `choice_bias` [E] and `noise` [T, E] change the choice only. `score` is "softmax",
-    "sigmoid" or "topk_softmax", `group_score` "max" or "top2_sum". Two launches, no host sync, bitwise deterministic.
+    Experts and counts are int32, the others fp32; with several sequences, counts and score sums are [B, E]. Experts are
+    in order of preference; they are -1, with weight 0, where `token_mask` [T] is false. `choice_bias` [E] and `noise`
+    [T, E] change the choice only. `given` [T, K] int32, ids distinct in a row, -1 for none or -2 for an empty place,
+    takes its place in the rows that are not all -1. Two launches, no host sync, bitwise deterministic.
     """
     num_tokens, num_experts = logits.shape
-    device = logits.device
-    experts = torch.empty((num_tokens, top_k), dtype=torch.int32, device=device)
-    weights = torch.empty((num_tokens, top_k), dtype=torch.float32, device=device)
+    sequences, device = options.sequences, logits.device
+    experts = torch.empty((num_tokens, options.top_k), dtype=torch.int32, device=device)
+    weights = torch.empty((num_tokens, options.top_k), dtype=torch.float32, device=device)
+    of_experts = (num_experts,) if sequences == 1 else (sequences, num_experts)
     if num_tokens == 0:
-        zeros = torch.zeros(num_experts, dtype=torch.float32, device=device)
+        zeros = torch.zeros(of_experts, dtype=torch.float32, device=device)
         return experts, weights, zeros.int(), zeros, torch.zeros((), dtype=torch.float32, device=device)
-    limit = GroupLimit(num_groups, top_groups, TOP2=num_groups > 1 and group_score == "top2_sum")
-    lanes = lanes_of(num_experts, top_k, num_groups)
+    limit = limit_of(options)
+    lanes = lanes_of(num_experts, options.top_k, options.num_groups)
     by_logit = noise is None and choice_bias is None and not limit.TOP2
-    programs = min(triton.cdiv(num_tokens, lanes.BLOCK_T), MAX_PROGRAMS)
+    length = num_tokens // sequences
+    programs = min(triton.cdiv(length, lanes.BLOCK_T), max(1, MAX_PROGRAMS // sequences))
     partials = PartialSums(
-        counts=torch.empty((programs, num_experts), dtype=torch.int32, device=device),
-        scores=torch.empty((programs, num_experts), dtype=torch.float32, device=device),
-        z=torch.empty(programs, dtype=torch.float32, device=device),
+        counts=torch.empty((sequences, programs, num_experts), dtype=torch.int32, device=device),
+        scores=torch.empty((sequences, programs, num_experts), dtype=torch.float32, device=device),
+        z=torch.empty((sequences, programs), dtype=torch.float32, device=device),
     )
-    topk_kernel[(programs,)](
+    topk_kernel[(sequences, programs)](
         logits.contiguous(),
         None if choice_bias is None else choice_bias.contiguous(),
         None if noise is None else noise.contiguous(),
         None if token_mask is None else token_mask.contiguous(),
+        None if given is None else given.contiguous(),
         experts,
         weights,
         partials,
-        num_tokens,
-        float(scale),
-        RULE=constants(Rule(num_experts, top_k, SCORES[score], normalize)),
+        length,
+        float(options.scale),
+        RULE=constants(rule_of(num_experts, options)),
         LIMIT=constants(limit),
         LANES=constants(lanes),
         PACKED=by_logit and logits.dtype != torch.float32,
         num_warps=NUM_WARPS,
     )
-    counts = torch.empty(num_experts, dtype=torch.int32, device=device)
-    score_sums = torch.empty(num_experts, dtype=torch.float32, device=device)
-    z_sum = torch.empty((), dtype=torch.float32, device=device)
-    sum_partials_kernel[(triton.cdiv(num_experts, SUM_EXPERTS),)](
-        partials, counts, score_sums, z_sum, programs,
+    counts = torch.empty(of_experts, dtype=torch.int32, device=device)
+    score_sums = torch.empty(of_experts, dtype=torch.float32, device=device)
+    z_sums = torch.empty(sequences, dtype=torch.float32, device=device)
+    sum_partials_kernel[(sequences, triton.cdiv(num_experts, SUM_EXPERTS))](
+        partials, counts, score_sums, z_sums, programs,
         NUM_EXPERTS=num_experts, BLOCK_P=SUM_PROGRAMS, BLOCK_E=SUM_EXPERTS, num_warps=SUM_WARPS,
     )  # fmt: skip
-    return experts, weights, counts, score_sums, z_sum
+    return experts, weights, counts, score_sums, z_sums[0] if sequences == 1 else z_sums.sum()

@@ -8,30 +8,29 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_triton_kernels.launch import constants
-from moe_triton_kernels.routing import (
+from moe_triton_kernels.routing import NUM_WARPS, TopK, lanes_of, rule_of
+from moe_triton_kernels.scores import (
     EPS,
-    NUM_WARPS,
-    SCORES,
     SIGMOID,
     SOFTMAX,
     TOPK_SOFTMAX,
-    Rule,
-    lanes_of,
+    own_score,
     scores_of_chosen,
     sigmoid,
     softmax_rows,
 )
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "sequence_length"])
 def topk_backward_kernel(
     grad_weights,  # [T, K]
-    grad_score_sums,  # [E]
+    grad_score_sums,  # [B, E]
     grad_z_sum,  # []
     logits,  # [T, E]
     experts,  # [T, K]
     grad_logits,  # [T, E]
     num_tokens,
+    sequence_length,  # T / B
     scale,
     RULE,
     LANES,
@@ -49,15 +48,16 @@ def topk_backward_kernel(
     present = exists[:, None] & (expert < NUM_EXPERTS)
     slots = token[:, None] * RULE.TOP_K + choice_k
     chosen = tl.load(experts + slots, mask=exists[:, None] & (choice_k < RULE.TOP_K), other=-1)
-    is_chosen = chosen >= 0
-    valid = tl.max(chosen, 1) >= 0
+    has_weight = (chosen >= 0) & (chosen < NUM_EXPERTS - RULE.WEIGHTLESS)
+    valid = tl.max((chosen != -1).to(tl.int32), 1) != 0
     x = tl.load(logits + cells, mask=present & valid[:, None], other=float("-inf")).to(tl.float32)
     softmax, lse = softmax_rows(x, valid)
 
     # gradients of u, [T, K]
-    logit = tl.load(logits + token[:, None] * NUM_EXPERTS + chosen, mask=is_chosen, other=float("-inf")).to(tl.float32)
-    grad_u = tl.load(grad_weights + slots, mask=is_chosen, other=0.0).to(tl.float32) * scale
-    u = scores_of_chosen(logit, lse, valid, RULE.SCORE)
+    logit = tl.load(logits + token[:, None] * NUM_EXPERTS + chosen, mask=has_weight, other=float("-inf"))
+    logit = logit.to(tl.float32)
+    grad_u = tl.load(grad_weights + slots, mask=has_weight, other=0.0).to(tl.float32) * scale
+    u = scores_of_chosen(logit, lse, has_weight, RULE.SCORE)
     if RULE.NORMALIZE:
         total = tl.sum(u, 1)[:, None] + EPS
         grad_u = (grad_u - tl.sum(grad_u * u, 1)[:, None] / total) / total
@@ -68,16 +68,21 @@ def topk_backward_kernel(
     scattered = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     for k in range(RULE.TOP_K):
         index = tl.sum(tl.where(choice_k == k, chosen, 0), 1)
-        value = tl.sum(tl.where(choice_k == k, grad_chosen, 0.0), 1)
+        value = tl.sum(tl.where((choice_k == k) & has_weight, grad_chosen, 0.0), 1)
         scattered += tl.where(expert == index[:, None], value[:, None], 0.0)
 
     # through the scores
-    grad_probs = tl.load(grad_score_sums + expert, mask=expert < NUM_EXPERTS, other=0.0).to(tl.float32)
-    if RULE.SCORE == SIGMOID:
-        s = sigmoid(x)
+    sums = (token // sequence_length)[:, None] * NUM_EXPERTS + expert
+    grad_probs = tl.load(grad_score_sums + sums, mask=present, other=0.0).to(tl.float32)
+    if RULE.SCORE >= SIGMOID:
+        s = own_score(x, RULE.SCORE)
         total = tl.sum(s, 1)[:, None] + EPS
         scattered += (grad_probs - tl.sum(grad_probs * s, 1)[:, None] / total) / total
-        grad = s * (1.0 - s) * scattered
+        if RULE.SCORE == SIGMOID:
+            slope = s * (1.0 - s)
+        else:  # sigmoid(x) / (2 s), which far below is s / 2
+            slope = tl.where(x < -40.0, 0.5 * s, sigmoid(x) / (2.0 * s))
+        grad = slope * scattered
     elif RULE.SCORE == SOFTMAX:
         grad_probs += scattered
         grad = softmax * (grad_probs - tl.sum(softmax * grad_probs, 1)[:, None])
@@ -88,23 +93,17 @@ def topk_backward_kernel(
 
 
 def topk_backward(
-    grad_weights: Tensor,
-    grad_score_sums: Tensor,
-    grad_z_sum: Tensor,
-    logits: Tensor,
-    experts: Tensor,
-    *,
-    score: str,
-    normalize: bool,
-    scale: float,
+    grad_weights: Tensor, grad_score_sums: Tensor, grad_z_sum: Tensor, logits: Tensor, experts: Tensor, options: TopK
 ) -> Tensor:
-    """Gradient of the logits [T, E], in their dtype; zeros for the tokens whose experts [T, K] are -1. One launch."""
+    """Gradient of the logits [T, E], in their dtype; zeros for the tokens whose experts [T, K] are -1. One launch.
+
+    grad_score_sums: [E], or [B, E] with several sequences.
+    """
     num_tokens, num_experts = logits.shape
     grad_logits = torch.empty((num_tokens, num_experts), dtype=logits.dtype, device=logits.device)
     if num_tokens == 0:
         return grad_logits
-    top_k = experts.shape[1]
-    lanes = lanes_of(num_experts, top_k)
+    lanes = lanes_of(num_experts, options.top_k)
     topk_backward_kernel[(triton.cdiv(num_tokens, lanes.BLOCK_T),)](
         grad_weights.contiguous(),
         grad_score_sums.contiguous(),
@@ -113,8 +112,9 @@ def topk_backward(
         experts.contiguous(),
         grad_logits,
         num_tokens,
-        float(scale),
-        RULE=constants(Rule(num_experts, top_k, SCORES[score], normalize)),
+        num_tokens // options.sequences,
+        float(options.scale),
+        RULE=constants(rule_of(num_experts, options)),
         LANES=constants(lanes),
         num_warps=NUM_WARPS,
     )

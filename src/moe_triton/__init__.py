@@ -6,18 +6,28 @@ from moe_triton.distributed import export_safetensors
 from moe_triton.experts import moe_experts, moe_mlp
 from moe_triton.explain import Explanation, explain
 from moe_triton.integrations.upcycling import upcycle
-from moe_triton.layers import Experts, FeedForward, MoE, MoEOutput, Router, update_choice_biases
+from moe_triton.layers import (
+    BalanceAccumulator,
+    Experts,
+    FeedForward,
+    MoE,
+    MoEOutput,
+    Router,
+    update_choice_biases,
+)
 from moe_triton.losses import load_balance_loss, z_loss
-from moe_triton.metrics import LoadMonitor, LoadStatistics, load_statistics, plot_load
+from moe_triton.metrics import LoadMonitor, LoadStatistics, load_statistics, plot_load, plot_load_map
 from moe_triton.quantization import QuantizedWeight
 from moe_triton.quantize import QuantizeReport, quantize
 from moe_triton.records import Dispatch, Lora, Routing
+from moe_triton.replay import RoutingRecorder
 from moe_triton.routing import route
 from moe_triton.swap import SwapReport, swap
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BalanceAccumulator",
     "Dispatch",
     "Experts",
     "Explanation",
@@ -31,6 +41,7 @@ __all__ = [
     "QuantizedWeight",
     "Router",
     "Routing",
+    "RoutingRecorder",
     "SwapReport",
     "compat",
     "dispatch",
@@ -42,6 +53,7 @@ __all__ = [
     "moe_experts",
     "moe_mlp",
     "plot_load",
+    "plot_load_map",
     "quantize",
     "renormalize",
     "route",

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moe_triton import runtime
 from moe_triton.backends.torch.cpu import choose_policy
 from moe_triton.backends.torch.processor import this_processor
 from moe_triton.checks import check_choice, check_int
+from moe_triton.integrations import transformers as hf
+from moe_triton.integrations.transformers_routers import RoutedLayer, num_local_experts, routed_layers
 from moe_triton.layers import Experts, MoE
 from moe_triton.layers.lora import PROJECTIONS
 from moe_triton.records import ACTIVATIONS, GATED
@@ -46,7 +49,7 @@ class Explanation:
 
     name      of the module; "" for a shape
     shape     T, d, n, E, K
-    backend   "triton", "torch" or "reference"; reason: why
+    backend   "triton", "torch" or "reference", or "transformers" for experts that are not swapped; reason: why
     parts     step by step
     """
 
@@ -81,7 +84,8 @@ def explain(
     """What will run for every MoE layer of a module, or for one shape (T, d, n, E, K).
 
     Args:
-        module_or_shape: a module with `moe_triton.MoE` layers (or one itself), or five sizes.
+        module_or_shape: a module with `moe_triton.MoE` layers (or one itself), a transformers model whose experts have
+            its interface, swapped or not, or five sizes.
         tokens: T, for a module; configurations depend on the rows per expert, T K / E.
         activation, dtype, backend: for a shape; a module has its own.
         device: where it would run. None: the module's own; for a shape a GPU if there is one.
@@ -95,10 +99,15 @@ def explain(
     """
     if isinstance(module_or_shape, nn.Module):
         check_int("tokens", tokens, low=1)
-        found = [(name, layer) for name, layer in module_or_shape.named_modules() if isinstance(layer, MoE)]
+        layers = [(name, layer) for name, layer in module_or_shape.named_modules() if isinstance(layer, MoE)]
+        found = [explain_layer(name, layer, tokens, device) for name, layer in layers]
+        found += [explain_routed(layer, tokens, device) for layer in routed_layers(module_or_shape)]
         if not found:
-            raise ValueError("module_or_shape: got a module without a moe_triton.MoE layer, wanted at least one")
-        return [explain_layer(name, layer, tokens, device) for name, layer in found]
+            raise ValueError(
+                "module_or_shape: got a module without a moe_triton.MoE layer and without experts of transformers' "
+                "interface, wanted at least one"
+            )
+        return found
     sizes = tuple(module_or_shape)
     if len(sizes) != len(SHAPE):
         raise ValueError(f"module_or_shape: got {len(sizes)} sizes, wanted {len(SHAPE)}: {', '.join(SHAPE)}")
@@ -115,13 +124,29 @@ def explain_layer(name: str, layer: MoE, tokens: int, device: torch.device | str
     experts: Experts = layer.experts
     _, hidden, intermediate = experts.down_proj.shape
     shape = (tokens, hidden, intermediate, layer.num_experts, layer.top_k)
-    weight = experts.gate_up_proj
+    weight: Any = experts.gate_up_proj
     where = weight.device if device is None else torch.device(device)
-    return describe(
-        name, shape, weight.dtype, where, experts.backend, experts.spec.activation,
+    found = describe(
+        name, shape, dtype_of(weight, layer.router), where, experts.backend, experts.spec.activation,
         has_bias=experts.down_proj_bias is not None, recompute=experts.recompute, frozen=frozen_stages(experts),
         ranks={name: lora.a.shape[1] for name in PROJECTIONS if (lora := experts.lora(name)) is not None},
     )  # fmt: skip
+    return with_format(found, weight)
+
+
+def dtype_of(projection: Any, router: nn.Module) -> torch.dtype:
+    """The dtype of a layer's products: its projections', or where these are quantised that of its router."""
+    dtype: torch.dtype = (projection if isinstance(projection, Tensor) else next(router.parameters())).dtype
+    return dtype
+
+
+def with_format(found: Explanation, projection: Any) -> Explanation:
+    """Add what becomes of a quantised projection."""
+    if isinstance(projection, Tensor):
+        return found
+    in_cache = found.device.type == "cpu" and found.backend == "torch"
+    how = "decoded in parts that stay in cache" if in_cache else "decoded whole, for each product"
+    return replace(found, parts=(*found.parts, Part(step=f"projections in {projection.format}", runs=how)))
 
 
 def frozen_stages(experts: Experts) -> tuple[str, ...]:
@@ -132,7 +157,43 @@ def frozen_stages(experts: Experts) -> tuple[str, ...]:
         "d_bias_rows": experts.gate_up_proj_bias,
         "d_bias_gathered": experts.down_proj_bias,
     }
-    return tuple(stage for stage, parameter in stages.items() if parameter is not None and not parameter.requires_grad)
+    return tuple(
+        stage
+        for stage, parameter in stages.items()
+        if parameter is not None and not getattr(parameter, "requires_grad", False)  # a quantised projection has none
+    )
+
+
+def explain_routed(layer: RoutedLayer, tokens: int, device: torch.device | str | None) -> Explanation:
+    """What will run for a layer of a transformers model: its router, and whatever its experts are switched to."""
+    experts: Any = layer.experts
+    down = experts.down_proj
+    hidden, intermediate = down.shape[-2:][::-1] if experts.is_transposed else down.shape[-2:]
+    shape = (tokens, hidden, intermediate, num_local_experts(experts), layer.top_k)
+    where = down.device if device is None else torch.device(device)
+    dtype = dtype_of(down, layer.router)
+    implementation = getattr(experts.config, "_experts_implementation", None)
+    routing = Part(step="gate, route", runs=f"{type(layer.router).__name__} of transformers")
+    if implementation != hf.KEY:
+        obstacle = hf.obstacle(experts)
+        reason = "not swapped" if obstacle is None else f"cannot be swapped: {obstacle}"
+        runs = f"experts_implementation={implementation!r} of transformers"
+        return Explanation(
+            name=layer.name, shape=shape, dtype=dtype, device=where, backend="transformers", reason=reason,
+            parts=(routing, Part(step="experts", runs=runs)),
+        )  # fmt: skip
+    activation = hf.fused_activation(experts)
+    found = describe(
+        layer.name, shape, dtype, where, getattr(experts, "moe_triton_backend", "auto"), activation or "swiglu",
+        has_bias=experts.has_bias,
+    )  # fmt: skip
+    rest = [part for part in found.parts if part.step not in ("gate", "route")]
+    if activation is None and found.backend != "reference":
+        rest = [part for part in rest if part.step == "dispatch"]
+        rest.append(
+            Part(step="experts, both passes", runs="products of torch, with the module's own gate between them")
+        )
+    return with_format(replace(found, parts=(routing, *rest)), down)
 
 
 def describe(

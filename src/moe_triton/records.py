@@ -13,7 +13,8 @@ from moe_triton.quantization import QuantizedWeight
 GATED = ("swiglu", "geglu", "geglu_tanh", "reglu", "gpt_oss")
 UNGATED = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 ACTIVATIONS = GATED + UNGATED
-SCORES = ("softmax", "sigmoid", "topk_softmax")
+SCORES = ("softmax", "sigmoid", "topk_softmax", "sqrt_softplus")
+EMPTY = -2  # the id of a choice that a rule leaves empty; -1 is one of a token that counts nowhere
 GROUP_SCORES = ("max", "top2_sum")
 PRIORITIES = ("position", "choice", "probability", "random")
 
@@ -29,6 +30,8 @@ class RouterSpec:
     num_groups: int = 1
     top_groups: int = 1
     group_score: str = "max"
+    weightless: int = 0
+    sequences: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,16 +54,25 @@ class ExpertSpec:
         return self.activation in GATED
 
 
+class SequenceSums(NamedTuple):
+    """The counts [B, E], score sums [B, E] and numbers of tokens [B] of a Routing, for each sequence by itself."""
+
+    counts: Tensor
+    score_sums: Tensor
+    num_tokens: Tensor
+
+
 @dataclass(frozen=True, kw_only=True)
 class Routing:
     """Every token's choices, with the sums over tokens that the auxiliary losses need.
 
-    experts     [T, K] int32; -1 for the tokens that `token_mask` leaves out
-    weights     [T, K] fp32 (fp64 for fp64 logits), differentiable; 0 where experts is -1
+    experts     [T, K] int32; -1 for the tokens that `token_mask` leaves out, -2 for a choice that was left empty
+    weights     [T, K] fp32 (fp64 for fp64 logits), differentiable; 0 where experts is negative
     counts      [E] int32, assignments wanted per expert, before any dropping
     score_sums  [E] sum over tokens of the normalised scores, differentiable
     z_sum       []  sum over tokens of logsumexp(logits)**2, differentiable
     num_tokens  []  number of tokens that count, on the device
+    sequences   counts, score_sums and num_tokens of each sequence; None where `route` was not asked for several
     """
 
     experts: Tensor
@@ -69,6 +81,7 @@ class Routing:
     score_sums: Tensor
     z_sum: Tensor
     num_tokens: Tensor
+    sequences: SequenceSums | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ Definition: `moe_triton.reference.route`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from moe_triton import reference, runtime
 from moe_triton.autograd.routing import run_route
-from moe_triton.checks import FLOATS, MASKS, check_choice, check_int, check_number, check_tensor
+from moe_triton.checks import FLOATS, INTEGERS, MASKS, check_choice, check_int, check_number, check_tensor
 from moe_triton.records import GROUP_SCORES, SCORES, RouterSpec, Routing
 
 
@@ -26,6 +27,7 @@ def router_spec(
     num_groups: int = 1,
     top_groups: int | None = None,
     group_score: str = "max",
+    weightless: int = 0,
 ) -> RouterSpec:
     """Return the checked record of a router's options; see `route` for their meaning."""
     check_int("num_experts", num_experts, low=1)
@@ -43,6 +45,7 @@ def router_spec(
         raise ValueError(
             f"top_k: got {top_k}, wanted at most {reachable}, the experts in top_groups={top_groups} groups"
         )
+    check_int("weightless", weightless, low=0, high=num_experts)
     return RouterSpec(
         top_k=top_k,
         score=score,
@@ -51,6 +54,7 @@ def router_spec(
         num_groups=num_groups,
         top_groups=top_groups,
         group_score=group_score,
+        weightless=weightless,
     )
 
 
@@ -73,8 +77,11 @@ def route(
     num_groups: int = 1,
     top_groups: int | None = None,
     group_score: str = "max",
+    weightless: int = 0,
     noise: Tensor | Literal["gumbel"] | None = None,
     token_mask: Tensor | None = None,
+    experts: Tensor | None = None,
+    sequences: int = 1,
     backend: str = "auto",
 ) -> Routing:
     """Choose each token's `top_k` experts and their weights.
@@ -83,7 +90,7 @@ def route(
         logits: [T, E] floating point, the gate's output. The maths runs in fp32 (fp64 for fp64 logits).
         top_k: K experts per token, 1 to E.
         score: "softmax" over all experts before the top-k; "topk_softmax", softmax over the chosen logits after it;
-            "sigmoid", each expert by itself (DeepSeek-V3).
+            "sigmoid", each expert by itself (DeepSeek-V3); "sqrt_softplus", sqrt(log(1 + exp(logit))) (DeepSeek-V4).
         normalize: divide a token's weights by their sum. None: when top_k > 1, since a lone weight of constantly 1
             would leave the router without a gradient (Switch keeps the raw probability, GShard and Mixtral normalise).
         scale: multiplies the weights after normalisation (DeepSeek's routed_scaling_factor).
@@ -92,9 +99,17 @@ def route(
         num_groups, top_groups, group_score: choose only among the experts of the `top_groups` best of `num_groups`
             equal groups of consecutive experts, ranked by their "max" (DeepSeek-V2) or "top2_sum" (DeepSeek-V3) score.
             top_groups None: all of them.
+        weightless: how many of the E experts, the last ones, are null (AdaMoE, arXiv 2406.13233): choosing one costs
+            nothing, so that the number of a token's real experts varies. Such a choice counts in the sums, and has
+            weight 0 and no part in `normalize`.
         noise: [T, E] added to the logits for the choice only, or "gumbel" to draw it from torch's generator.
         token_mask: [T] bool or integer; tokens where it is 0 get expert -1 and weight 0 and count nowhere. An additive
             float mask (0 and -inf) is refused, since it says the opposite.
+        experts: [T, K] int32 or int64, the choice itself, in its order (router replay, arXiv 2510.11370); weights, sums
+            and gradients are those of these logits. An id outside [0, E), or one that its row has before, is skipped:
+            expert -1, weight 0, counted nowhere. A row that has no other id, such as one of -1, is chosen from the
+            logits. -2 leaves a place empty, and a row of -2 its token without experts. Nothing is checked on the host.
+        sequences: B equal runs of consecutive tokens, whose sums are `.sequences` of what is returned; divides T.
         backend: "auto", "triton", "torch" or "reference".
 
     Returns:
@@ -114,8 +129,18 @@ def route(
         num_groups=num_groups,
         top_groups=top_groups,
         group_score=group_score,
+        weightless=weightless,
     )
-    return route_by_spec(logits, spec, choice_bias=choice_bias, noise=noise, token_mask=token_mask, backend=backend)
+    return route_by_spec(
+        logits,
+        spec,
+        choice_bias=choice_bias,
+        noise=noise,
+        token_mask=token_mask,
+        experts=experts,
+        sequences=sequences,
+        backend=backend,
+    )
 
 
 def route_by_spec(
@@ -125,10 +150,21 @@ def route_by_spec(
     choice_bias: Tensor | None = None,
     noise: Tensor | Literal["gumbel"] | None = None,
     token_mask: Tensor | None = None,
+    experts: Tensor | None = None,
+    given: Tensor | None = None,
+    sequences: int = 1,
     backend: str = "auto",
 ) -> Routing:
-    """Do what `route` does, for options that `router_spec` has checked already."""
+    """Do what `route` does, for options that `router_spec` has checked already.
+
+    given: [T, K] int32 in the place of `experts`, where the ids of a row are known to be in range and distinct.
+    """
     num_tokens, num_experts = check_tensor("logits", logits, shape=("T", "E"), dtypes=FLOATS).shape
+    check_int("sequences", sequences, low=1)
+    if num_tokens % sequences:
+        raise ValueError(f"sequences: got {sequences}, wanted a divisor of the {num_tokens} tokens")
+    if sequences > 1:
+        spec = replace(spec, sequences=sequences)
     if choice_bias is not None:
         check_tensor("choice_bias", choice_bias, shape=(num_experts,), dtypes=FLOATS, device=logits.device)
         choice_bias = choice_bias.detach()
@@ -141,17 +177,21 @@ def route_by_spec(
     if token_mask is not None:
         check_tensor("token_mask", token_mask, shape=(num_tokens,), dtypes=MASKS, device=logits.device)
         token_mask = token_mask.bool()
+    if experts is not None:
+        check_tensor("experts", experts, shape=(num_tokens, spec.top_k), dtypes=INTEGERS, device=logits.device)
+        given = reference.given_choices(experts, num_experts)
     name = runtime.choose(backend, logits.device, logits.dtype).name
     if name == "reference":
-        return reference.route(logits, spec, choice_bias=choice_bias, noise=noise, token_mask=token_mask)
+        return reference.route(logits, spec, choice_bias=choice_bias, noise=noise, token_mask=token_mask, given=given)
+    weights, score_sums, z_sum, experts, counts = run_route(logits, choice_bias, noise, token_mask, given, spec, name)
+    return reference.routing_of(experts, weights, counts, score_sums, z_sum, _num_valid(logits, spec, token_mask))
 
-    weights, score_sums, z_sum, experts, counts = run_route(logits, choice_bias, noise, token_mask, spec, name)
-    num_valid = torch.full((), num_tokens, device=logits.device) if token_mask is None else token_mask.sum()
-    return Routing(
-        experts=experts,
-        weights=weights,
-        counts=counts,
-        score_sums=score_sums,
-        z_sum=z_sum,
-        num_tokens=num_valid.to(weights.dtype),
-    )
+
+def _num_valid(logits: Tensor, spec: RouterSpec, token_mask: Tensor | None) -> Tensor:
+    """The number of tokens [], or [B] for several sequences, in the dtype of the router's maths."""
+    shape = () if spec.sequences == 1 else (spec.sequences,)
+    if token_mask is None:
+        return torch.full(shape, logits.shape[0] // spec.sequences, device=logits.device).to(
+            reference.wide(logits.dtype)
+        )
+    return token_mask.view(spec.sequences, -1).sum(1).view(shape).to(reference.wide(logits.dtype))

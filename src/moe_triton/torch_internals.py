@@ -69,6 +69,20 @@ def recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def nodes_made() -> int:
+    """Return how many autograd nodes this thread has made: the sequence number of the next one."""
+    return torch.autograd._get_sequence_nr()
+
+
+def running_node() -> tuple[int, bool]:
+    """Return the sequence number of the node that backward is running, and whether it is a reentrant checkpoint's.
+
+    Such a node is made before the forward that it repeats, any other node in the course of it.
+    """
+    node = torch._C._current_autograd_node()
+    return node._sequence_nr(), "CheckpointFunction" in node.name()
+
+
 def ends_recomputation(error: object) -> bool:
     """Return whether this is the exception with which activation checkpointing ends a recomputation early."""
     return isinstance(error, _StopRecomputationError)

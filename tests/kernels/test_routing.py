@@ -10,8 +10,8 @@ from torch import Tensor
 
 from moe_triton import reference
 from moe_triton.backends.triton.routing import route_backward, route_forward
-from moe_triton.records import RouterSpec
-from moe_triton_kernels.routing import EPS
+from moe_triton.records import SCORES, RouterSpec
+from moe_triton_kernels.scores import EPS
 from tests.helpers.compare import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about intended infinities and NaN
@@ -25,6 +25,7 @@ SPECS = [
     RouterSpec(top_k=4, score="sigmoid"),
     RouterSpec(top_k=3, score="sigmoid", normalize=True, scale=1.5),
     RouterSpec(top_k=3, score="topk_softmax"),
+    RouterSpec(top_k=3, score="sqrt_softplus", normalize=True, weightless=2),
     RouterSpec(top_k=4, score="topk_softmax", normalize=True, scale=0.5),
 ]
 
@@ -56,10 +57,12 @@ def check_forward(
     return experts
 
 
-def check_backward(logits: Tensor, spec: RouterSpec, experts: Tensor, token_mask: Tensor | None = None) -> None:
+def check_backward(
+    logits: Tensor, spec: RouterSpec, experts: Tensor, token_mask: Tensor | None = None, given: Tensor | None = None
+) -> None:
     """experts: the forward's choice."""
     wide = logits.double().requires_grad_()
-    routing = reference.route(wide, spec, token_mask=token_mask)
+    routing = reference.route(wide, spec, token_mask=token_mask, given=given)
     grad_weights = torch.randn_like(routing.weights)
     grad_scores = torch.randn_like(routing.score_sums)
     grad_z = torch.randn_like(routing.z_sum)
@@ -79,12 +82,29 @@ def test_forward_and_backward(spec: RouterSpec, num_experts: int, dtype: torch.d
     check_backward(logits, spec, check_forward(logits, spec))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("num_groups", [1, 3])
+def test_given_choices(num_groups: int, dtype: torch.dtype) -> None:
+    """Groups of 3 experts lie in lanes of their own; rows of -1 are chosen from the logits."""
+    spec = RouterSpec(top_k=3, normalize=True, scale=1.5, num_groups=num_groups, top_groups=1)
+    logits = make_logits(70, 9, dtype)
+    given = torch.rand(70, 9).argsort(-1)[:, :3].int().to(device)
+    given[::5], given[1::5, 0] = -1, -1
+    experts, weights, counts, score_sums, z_sum = route_forward(logits, spec, None, None, None, given)
+    exact = reference.route(logits.double(), spec, given=given)
+    assert torch.equal(experts, exact.experts)
+    assert torch.equal(counts, exact.counts)
+    for actual, expected in ((weights, exact.weights), (score_sums, exact.score_sums), (z_sum, exact.z_sum)):
+        assert_close(actual, expected)
+    check_backward(logits, spec, experts, given=given)
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     num_tokens=st.integers(1, 90),
     num_experts=st.sampled_from([1, 2, 3, 16, 31, 130]),
     top_k=st.integers(1, 9),
-    score=st.sampled_from(["softmax", "sigmoid", "topk_softmax"]),
+    score=st.sampled_from(list(SCORES)),
     masked=st.booleans(),
 )
 def test_ragged_shapes(num_tokens: int, num_experts: int, top_k: int, score: str, masked: bool) -> None:
@@ -104,7 +124,7 @@ def test_many_experts_and_many_choices(num_experts: int, top_k: int) -> None:
     check_backward(logits, spec, check_forward(logits, spec))
 
 
-@pytest.mark.parametrize("score", ["softmax", "sigmoid", "topk_softmax"])
+@pytest.mark.parametrize("score", list(SCORES))
 @pytest.mark.parametrize("with_noise", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(
@@ -144,7 +164,7 @@ ODD_ROWS = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("groups", [(1, 1, "max"), (3, 2, "max"), (3, 2, "top2_sum"), (2, 1, "top2_sum")])
-@pytest.mark.parametrize("score", ["softmax", "sigmoid", "topk_softmax"])
+@pytest.mark.parametrize("score", list(SCORES))
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_odd_logits_give_distinct_ids(
     dtype: torch.dtype, groups: tuple[int, int, str], score: str, with_bias: bool

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moe_triton import MoE, moe_mlp, quantize
+from moe_triton import MoE, explain, moe_mlp, quantize
 from moe_triton.layers.quantized import QuantizedProjection, projection_of
 from tests.helpers.compare import assert_close
 
@@ -147,3 +147,11 @@ def test_what_it_refuses():
         quantize(odd, "mxfp4")
     assert isinstance(odd.experts.gate_up_proj, torch.nn.Parameter)  # nothing was replaced by halves
     assert isinstance(layer.experts.gate_up_proj, QuantizedProjection)
+
+
+def test_explained():
+    (found,) = explain(make("mxfp4"))
+    assert found.dtype == torch.float32
+    assert found.parts[-1].step == "projections in mxfp4"
+    assert "decoded in parts that stay in cache" in str(found)
+    assert not [part for (one,) in [explain(make())] for part in one.parts if "projections in" in part.step]

@@ -50,33 +50,35 @@ def permutation_cases() -> Iterator[Case]:
 
 def routing_cases() -> Iterator[Case]:
     types: dict[str, Any] = {
-        "bias": "*fp32", "noise": "*fp32", "token_mask": "*i1", "experts": "*i32", "weights": "*fp32",
-        "partials": routing.PartialSums("*i32", "*fp32", "*fp32"), "num_tokens": "i32", "scale": "fp32",
-        "grad_weights": "*fp32", "grad_score_sums": "*fp32", "grad_z_sum": "*fp32", "counts": "*i32",
-        "score_sums": "*fp32", "z_sum": "*fp32", "num_partials": "i32",
+        "bias": "*fp32", "noise": "*fp32", "token_mask": "*i1", "given": "*i32", "experts": "*i32", "weights": "*fp32",
+        "partials": routing.PartialSums("*i32", "*fp32", "*fp32"), "num_tokens": "i32", "sequence_length": "i32",
+        "scale": "fp32", "grad_weights": "*fp32", "grad_score_sums": "*fp32", "grad_z_sum": "*fp32",
+        "counts": "*i32", "score_sums": "*fp32", "z_sums": "*fp32", "num_partials": "i32",
     }  # fmt: skip
     sums = {"NUM_EXPERTS": 128, "BLOCK_P": routing.SUM_PROGRAMS, "BLOCK_E": routing.SUM_EXPERTS}
     yield Case(
         name="topk_sums", fn=routing.sum_partials_kernel, signature=types, constexprs=sums, num_warps=routing.SUM_WARPS
     )
-    # name, experts, choices, dtype, score, groups, top groups; the one with groups has a bias, noise and a mask
+    # name, experts, choices, dtype, score, groups, top groups; the one with groups has bias, noise, mask and given ids
     for name, num_experts, top_k, dtype, score, num_groups, top_groups in (
         ("mixtral", 8, 2, "fp32", "softmax", 1, 1),
         ("qwen3", 128, 8, "bf16", "softmax", 1, 1),
         ("qwen3_fp32", 128, 8, "fp32", "softmax", 1, 1),
         ("gpt_oss", 32, 4, "bf16", "topk_softmax", 1, 1),
         ("deepseek_v3", 256, 8, "fp32", "sigmoid", 8, 4),
+        ("deepseek_v4", 256, 6, "bf16", "sqrt_softplus", 1, 1),
         ("experts_1024", 1024, 16, "fp32", "softmax", 1, 1),
     ):
+        router = routing.TopK(top_k, score, True, 1.0, num_groups, top_groups, "top2_sum")
         signature = types | {
             "logits": f"*{dtype}",
             "grad_logits": f"*{dtype}",
-            "RULE": routing.Rule(num_experts, top_k, routing.SCORES[score], NORMALIZE=True),
-            "LIMIT": routing.GroupLimit(num_groups, top_groups, TOP2=num_groups > 1),
+            "RULE": routing.rule_of(num_experts, router),
+            "LIMIT": routing.limit_of(router),
             "LANES": routing.lanes_of(num_experts, top_k, num_groups),
         }
         if num_groups == 1:
-            signature |= {"bias": None, "noise": None, "token_mask": None}
+            signature |= {"bias": None, "noise": None, "token_mask": None, "given": None}
         backward = signature | {"LANES": routing.lanes_of(num_experts, top_k)}
         options: dict[str, Any] = {"num_warps": routing.NUM_WARPS, "sample": name in ("qwen3", "deepseek_v3")}
         packed = {"PACKED": dtype != "fp32"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -15,36 +15,34 @@ from moe_triton.records import RouterSpec
 from moe_triton.reference import wide
 from moe_triton.torch_internals import has_no_data, is_transforming
 
+FIELDS = tuple(field.name for field in fields(RouterSpec))
+
 
 def run_route(
     logits: Tensor,
     choice_bias: Tensor | None,
     noise: Tensor | None,
     token_mask: Tensor | None,
+    given: Tensor | None,
     spec: RouterSpec,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(weights, score_sums, z_sum, experts, counts), the first three differentiable in the logits."""
+    """(weights, score_sums, z_sum, experts, counts), the first three differentiable in the logits.
+
+    given: what `reference.given_choices` returned, or None.
+    """
     if torch.compiler.is_compiling():
         # A float argument of an op is a constant of its graph: outside, a scale that changes compiles nothing again.
-        fields = _fields(replace(spec, scale=1.0))
-        weights, *rest = _route_op(logits, choice_bias, noise, token_mask, *fields, backend)
+        options = _fields(replace(spec, scale=1.0))
+        weights, *rest = _route_op(logits, choice_bias, noise, token_mask, given, *options, backend)
         return weights * spec.scale, *rest
     function = _TransformedRoute if is_transforming() else _Route
-    return function.apply(logits, choice_bias, noise, token_mask, spec, backend)
+    return function.apply(logits, choice_bias, noise, token_mask, given, spec, backend)
 
 
 def _fields(spec: RouterSpec) -> tuple[Any, ...]:
-    """A custom op takes plain values only; `_spec` is the way back."""
-    return (
-        spec.top_k,
-        spec.score,
-        spec.normalize,
-        spec.scale,
-        spec.num_groups,
-        spec.top_groups,
-        spec.group_score,
-    )
+    """A custom op takes plain values only, in the order of the record; `_spec` is the way back."""
+    return tuple(getattr(spec, name) for name in FIELDS)
 
 
 def _forward(
@@ -53,14 +51,15 @@ def _forward(
     choice_bias: Tensor | None,
     noise: Tensor | None,
     token_mask: Tensor | None,
+    given: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(weights, score_sums, z_sum, experts, counts): the differentiable ones first."""
     if has_no_data(logits):
-        return _route_op(logits, choice_bias, noise, token_mask, *_fields(spec), backend)
+        return _route_op(logits, choice_bias, noise, token_mask, given, *_fields(spec), backend)
     with runtime.plain_maths(logits):
         experts, weights, counts, score_sums, z_sum = runtime.routing_backend(backend).route_forward(
-            logits, spec, choice_bias, noise, token_mask
+            logits, spec, choice_bias, noise, token_mask, given
         )
     return weights, score_sums, z_sum, experts, counts
 
@@ -83,6 +82,9 @@ def _backward(
         )
 
 
+NO_GRADIENT = (None,) * 6  # of choice_bias, noise, token_mask, given, spec and backend
+
+
 class _Route(torch.autograd.Function):
     """The eager path: it goes round the torch.library boundary, which costs tens of microseconds a call."""
 
@@ -97,7 +99,7 @@ class _Route(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         logits, experts = ctx.saved_tensors
         grad = _backward(grads[0], grads[1], grads[2], logits, experts, ctx.spec, ctx.name)
-        return grad, None, None, None, None, None
+        return (grad, *NO_GRADIENT)
 
 
 def _run(
@@ -105,14 +107,15 @@ def _run(
     choice_bias: Tensor | None,
     noise: Tensor | None,
     token_mask: Tensor | None,
+    given: Tensor | None,
     spec: RouterSpec,
     name: str,
 ) -> tuple[Tensor, ...]:
-    return _forward(logits, spec, choice_bias, noise, token_mask, name)
+    return _forward(logits, spec, choice_bias, noise, token_mask, given, name)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, _, _, _, ctx.spec, ctx.name = inputs
+    logits, *_, ctx.spec, ctx.name = inputs
     experts, counts = output[3:]
     ctx.mark_non_differentiable(experts, counts)
     ctx.save_for_backward(logits, experts)
@@ -139,7 +142,7 @@ class _TransformedRoute(_Route):
             return (_backward(grad_weights, grad_score_sums, grad_z_sum, logits, experts, spec, name),)
 
         (grad,) = TransformedGradient.apply(gradient, *grads[:3], *ctx.saved_tensors)
-        return grad, None, None, None, None, None
+        return (grad, *NO_GRADIENT)
 
 
 @torch.library.custom_op("moe_triton::route", mutates_args=())
@@ -148,6 +151,7 @@ def _route_op(
     choice_bias: Tensor | None,
     noise: Tensor | None,
     token_mask: Tensor | None,
+    given: Tensor | None,
     top_k: int,
     score: str,
     normalize: bool,
@@ -155,24 +159,17 @@ def _route_op(
     num_groups: int,
     top_groups: int,
     group_score: str,
+    weightless: int,
+    sequences: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    spec = _spec(top_k, score, normalize, scale, num_groups, top_groups, group_score)
-    return _forward(logits, spec, choice_bias, noise, token_mask, backend)
+    spec = _spec(top_k, score, normalize, scale, num_groups, top_groups, group_score, weightless, sequences)
+    return _forward(logits, spec, choice_bias, noise, token_mask, given, backend)
 
 
-def _spec(
-    top_k: int, score: str, normalize: bool, scale: float, num_groups: int, top_groups: int, group_score: str
-) -> RouterSpec:
-    return RouterSpec(
-        top_k=top_k,
-        score=score,
-        normalize=normalize,
-        scale=scale,
-        num_groups=num_groups,
-        top_groups=top_groups,
-        group_score=group_score,
-    )
+def _spec(*values: Any) -> RouterSpec:
+    """What `_fields` took apart."""
+    return RouterSpec(**dict(zip(FIELDS, values, strict=True)))
 
 
 @_route_op.register_fake
@@ -181,17 +178,20 @@ def _(
     choice_bias: Tensor | None,
     noise: Tensor | None,
     token_mask: Tensor | None,
+    given: Tensor | None,
     top_k: int,
-    *spec_and_backend: object,
+    *others: Any,
 ) -> tuple[Tensor, ...]:
     num_tokens, num_experts = logits.shape
     dtype = wide(logits.dtype)
+    sequences = others[-2]
+    of_experts = (num_experts,) if sequences == 1 else (sequences, num_experts)
     return (
         logits.new_empty((num_tokens, top_k), dtype=dtype),
-        logits.new_empty((num_experts,), dtype=dtype),
+        logits.new_empty(of_experts, dtype=dtype),
         logits.new_empty((), dtype=dtype),
         logits.new_empty((num_tokens, top_k), dtype=torch.int32),
-        logits.new_empty((num_experts,), dtype=torch.int32),
+        logits.new_empty(of_experts, dtype=torch.int32),
     )
 
 
@@ -209,9 +209,11 @@ def _route_backward_op(
     num_groups: int,
     top_groups: int,
     group_score: str,
+    weightless: int,
+    sequences: int,
     backend: str,
 ) -> Tensor:
-    spec = _spec(top_k, score, normalize, scale, num_groups, top_groups, group_score)
+    spec = _spec(top_k, score, normalize, scale, num_groups, top_groups, group_score, weightless, sequences)
     return _backward(grad_weights, grad_score_sums, grad_z_sum, logits, experts, spec, backend)
 
 
@@ -221,7 +223,7 @@ def _(grad_weights: Tensor, grad_score_sums: Tensor, grad_z_sum: Tensor, logits:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, _, _, _, *options = inputs
+    logits, _, _, _, _, *options = inputs
     experts, counts = output[3:]
     ctx.mark_non_differentiable(experts, counts)
     ctx.save_for_backward(logits, experts)
@@ -231,7 +233,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _op_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     logits, experts = ctx.saved_tensors
     grad = _route_backward_op(grads[0], grads[1], grads[2], logits, experts, *ctx.options)
-    return (grad,) + (None,) * (3 + len(ctx.options))
+    return (grad,) + (None,) * (4 + len(ctx.options))
 
 
 _route_op.register_autograd(_op_backward, setup_context=_setup_context)

@@ -29,8 +29,12 @@ class RoutingBackend(Protocol):
         choice_bias: Tensor | None,
         noise: Tensor | None,
         token_mask: Tensor | None,
+        given: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return (experts [T, K] int32, weights [T, K], counts [E] int32, score_sums [E], z_sum [])."""
+        """Return (experts [T, K] int32, weights [T, K], counts [E] int32, score_sums [E], z_sum []).
+
+        Counts and score sums are [B, E] where B = `spec.sequences` > 1. given: what `reference.given_choices` returned.
+        """
 
     def route_backward(
         self,
@@ -41,7 +45,7 @@ class RoutingBackend(Protocol):
         experts: Tensor,
         spec: RouterSpec,
     ) -> Tensor:
-        """Return the gradient of the logits [T, E]."""
+        """Return the gradient of the logits [T, E], from those of the three differentiable outputs."""
 
 
 class DispatchBackend(Protocol):

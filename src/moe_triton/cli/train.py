@@ -14,6 +14,7 @@ from moe_triton.cli.arguments import EXIT_FAULT, EXIT_INTERRUPTED, EXIT_USAGE, f
 from moe_triton.distributed import ExpertParallelError
 from moe_triton.training import TrainConfig, TrainingError, run_job
 from moe_triton.training.config import KINDS
+from moe_triton.training.routers import ROUTERS
 
 DEFAULTS = TrainConfig()
 
@@ -54,6 +55,7 @@ def train(
     intermediate_size: Annotated[int | None, setting("intermediate_size", "Width of one expert.")] = None,
     num_experts: Annotated[int | None, setting("num_experts", "Experts per block.")] = None,
     top_k: Annotated[int | None, setting("top_k", "Experts per token.")] = None,
+    router: Annotated[str | None, setting("router", f"{', '.join(ROUTERS)}.")] = None,
     capacity_factor: Annotated[
         float | None, setting("capacity_factor", "An expert's limit, in even shares; 0: none.")
     ] = None,

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_triton import losses
-from moe_triton.checks import FLOATS, MASKS, check_choice, check_int, check_number, check_tensor
+from moe_triton.checks import FLOATS, INTEGERS, MASKS, check_choice, check_int, check_number, check_tensor
 from moe_triton.dispatch import dispatch, expert_capacity, renormalize
 from moe_triton.distributed.exchange.channel import report_failure
 from moe_triton.distributed.exchange.expert_parallel import ExpertParallel, unless_alone
 from moe_triton.distributed.exchange.overlap import Deferred
 from moe_triton.layers.experts import Experts, FeedForward, Uncast, casts_inputs
 from moe_triton.layers.router import Router
-from moe_triton.records import PRIORITIES, Routing
+from moe_triton.records import PRIORITIES, Routing, SequenceSums
 from moe_triton.runtime import BACKENDS
 from moe_triton.torch_internals import never_compiled
 
@@ -35,6 +35,13 @@ class MoEOutput(NamedTuple):
     output: Tensor
     aux_loss: Tensor
     expert_counts: Tensor
+
+
+class GlobalLoad(Protocol):
+    """What an MoE layer asks for the load of more tokens than its own; see `moe_triton.BalanceAccumulator`."""
+
+    def global_load(self, layer: nn.Module, counts: Tensor, num_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return counts [E] and a number of tokens [], whose quotient is the load, and the number divides the sums."""
 
 
 class MoE(nn.Module):
@@ -60,7 +67,11 @@ class MoE(nn.Module):
         shared_intermediate_size: size of a shared expert that sees every token; 0 for none.
         shared_gate: multiply the shared expert's output by sigmoid(Linear(d, 1)) (Qwen2-MoE).
         residual: add a dense MLP of size n and mix the two with a learned softmax coefficient (PR-MoE, DeepSpeed).
-        aux_loss_weight, z_loss_weight: factors of the load-balance and z losses (`moe_triton.losses`).
+        aux_loss_weight, z_loss_weight: this layer's factors of the load-balance and z losses (`moe_triton.losses`); the
+            attributes may change between steps. The batch that is balanced is this call's, over all ranks with expert
+            parallelism; `moe_triton.BalanceAccumulator` makes it the whole global batch.
+        sequence_loss_weight: factor of the load-balance loss of each sequence by itself, which are the last but one
+            dimension of the input (DeepSeek-V3).
         recompute: keep only the hidden states of the experts for backward, and compute their first product again there.
         expert_parallel: spread the experts over ranks (`moe_triton.distributed.ExpertParallel`); None keeps all here.
             Each rank's tokens are one capacity group.
@@ -92,6 +103,7 @@ class MoE(nn.Module):
         residual: bool = False,
         aux_loss_weight: float = 0.0,
         z_loss_weight: float = 0.0,
+        sequence_loss_weight: float = 0.0,
         recompute: bool = False,
         expert_parallel: ExpertParallel | None = None,
         backend: str = "auto",
@@ -112,6 +124,7 @@ class MoE(nn.Module):
                 check_number(name, factor, above=0)
         check_number("aux_loss_weight", aux_loss_weight, low=0)
         check_number("z_loss_weight", z_loss_weight, low=0)
+        check_number("sequence_loss_weight", sequence_loss_weight, low=0)
         if expert_parallel is not None and not isinstance(expert_parallel, ExpertParallel):
             raise TypeError(f"expert_parallel: got {type(expert_parallel).__name__}, wanted an ExpertParallel or None")
         if expert_parallel is not None and expert_parallel.mode == "capacity" and capacity_factor in (None, math.inf):
@@ -131,6 +144,8 @@ class MoE(nn.Module):
         self.renormalize = renormalize
         self.aux_loss_weight = aux_loss_weight
         self.z_loss_weight = z_loss_weight
+        self.sequence_loss_weight = sequence_loss_weight
+        self.balance: GlobalLoad | None = None
         self.backend = backend
 
         if router is None:
@@ -144,6 +159,9 @@ class MoE(nn.Module):
                 got_text, wanted_text = (", ".join(f"{k}={v}" for k, v in sizes.items()) for sizes in (got, wanted))
                 raise ValueError(f"router: got one for {got_text}, wanted {wanted_text}")
         self.router = router
+        self.identity_experts = router.identity_experts if isinstance(router, Router) else 0
+        if self.identity_experts and renormalize:
+            raise ValueError("renormalize: got True with null experts that return the token, wanted False")
         self.experts = Experts(
             hidden_size,
             intermediate_size,
@@ -184,22 +202,27 @@ class MoE(nn.Module):
         in_a_group = self.capacity(-(-num_tokens // self.capacity_groups))
         return None if in_a_group is None else self.capacity_groups * in_a_group
 
-    def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> MoEOutput:
+    def forward(
+        self, hidden_states: Tensor, token_mask: Tensor | None = None, *, token_ids: Tensor | None = None
+    ) -> MoEOutput:
         """hidden_states [..., d], token_mask [...] bool or integer, or None for all tokens -> MoEOutput.
 
         A token whose mask is 0 gets no expert, shared and residual ones included: its output is 0, and it counts
-        nowhere, in no gradient either, even if it is NaN.
+        nowhere, in no gradient either, even if it is NaN. token_ids [...], int32 or int64, are for a router with a
+        `hash_table`.
         """
         if unless_alone(self.parallel) is None:
-            return self._forward(hidden_states, token_mask)
-        return self._forward_over_ranks(hidden_states, token_mask)
+            return self._forward(hidden_states, token_mask, token_ids)
+        return self._forward_over_ranks(hidden_states, token_mask, token_ids)
 
     @never_compiled  # the order of collectives is Python's
-    def _forward_over_ranks(self, hidden_states: Tensor, token_mask: Tensor | None) -> MoEOutput:
+    def _forward_over_ranks(
+        self, hidden_states: Tensor, token_mask: Tensor | None, token_ids: Tensor | None
+    ) -> MoEOutput:
         with report_failure(self.layer_name):
-            return self._forward(hidden_states, token_mask)
+            return self._forward(hidden_states, token_mask, token_ids)
 
-    def _forward(self, hidden_states: Tensor, token_mask: Tensor | None) -> MoEOutput:
+    def _forward(self, hidden_states: Tensor, token_mask: Tensor | None, token_ids: Tensor | None) -> MoEOutput:
         check_tensor("hidden_states", hidden_states, dtypes=FLOATS)
         if hidden_states.dim() < 1 or hidden_states.shape[-1] != self.hidden_size:
             raise ValueError(f"hidden_states: got shape {list(hidden_states.shape)}, wanted [..., {self.hidden_size}]")
@@ -217,7 +240,10 @@ class MoE(nn.Module):
                 f"capacity_groups: got {self.capacity_groups}, wanted a divisor of the {num_tokens} tokens"
             )
 
-        routing = self.router(x, token_mask)
+        more: dict[str, Any] = {} if token_ids is None else {"token_ids": self._flat(token_ids, hidden_states)}
+        if self.sequence_loss_weight:
+            more["sequences"] = max(1, math.prod(hidden_states.shape[:-2])) if num_tokens else 1
+        routing = self.router(x, token_mask, **more)
         if not isinstance(routing, Routing):
             raise TypeError(f"router: returned {type(routing).__name__}, wanted a Routing")
         dispatched = dispatch(
@@ -240,6 +266,9 @@ class MoE(nn.Module):
             capacity=self.most_kept,
             overlap_with=shared,
         )
+        if self.identity_experts:
+            own = routing.weights.masked_fill(routing.experts < self.num_experts, 0.0).sum(-1, keepdim=True)
+            out = out + (x * own).to(out.dtype)
         if self.shared_expert is not None:
             out = out + (self._shared(x) if shared is None else shared.result())
         if self.residual_mlp is not None and self.residual_coefficient is not None:
@@ -260,20 +289,41 @@ class MoE(nn.Module):
             shared = shared * torch.sigmoid(self.shared_expert_gate(x))
         return shared
 
+    @staticmethod
+    def _flat(token_ids: Tensor, hidden_states: Tensor) -> Tensor:
+        shape, device = hidden_states.shape[:-1], hidden_states.device
+        return check_tensor("token_ids", token_ids, shape=shape, dtypes=INTEGERS, device=device).reshape(-1)
+
     def aux_loss(self, routing: Routing) -> Tensor:
         """Compute the weighted sum of load-balance and z losses, a scalar; under expert parallelism this rank's share.
 
-        With the counts and the number of tokens of all ranks, and this one's sums, both losses are sums of shares.
+        With the counts and the number of tokens of all ranks, and this one's sums, the losses are sums of shares.
         """
         loss = torch.zeros_like(routing.z_sum)
-        if not self.aux_loss_weight and not self.z_loss_weight:
+        if not self.aux_loss_weight and not self.z_loss_weight and not self.sequence_loss_weight:
             return loss
         counts, num_tokens, parallel = routing.counts, routing.num_tokens, self.parallel
         if parallel is not None:
             counts, num_tokens = parallel.global_counts(counts, num_tokens, self.layer_name)
+        if self.balance is not None:
+            counts, num_tokens = self.balance.global_load(self, counts, num_tokens)
         if self.aux_loss_weight:
             balance = losses.load_balance_loss(counts, routing.score_sums, num_tokens, self.top_k)
             loss = loss + self.aux_loss_weight * balance
         if self.z_loss_weight:
             loss = loss + self.z_loss_weight * losses.z_loss(routing.z_sum, num_tokens)
+        if self.sequence_loss_weight:
+            loss = loss + self.sequence_loss_weight * self._sequence_loss(routing)
         return loss if parallel is None else loss * parallel.loss_scale
+
+    def _sequence_loss(self, routing: Routing) -> Tensor:
+        """The mean over sequences; under expert parallelism this rank's share of the mean over those of all ranks."""
+        sums = routing.sequences
+        if sums is None:  # one sequence
+            sums = SequenceSums(routing.counts[None], routing.score_sums[None], routing.num_tokens[None])
+        loss = losses.load_balance_loss(*sums, self.top_k, per_sequence=True)
+        if self.parallel is None:
+            return loss
+        number = (sums.num_tokens > 0).sum().to(loss.dtype)
+        _, total = self.parallel.global_counts(routing.counts, number, self.layer_name)
+        return loss * number / total.clamp_min(1)

@@ -10,6 +10,7 @@ import torch
 
 from moe_triton.checks import check_choice, check_int, check_number, check_threads
 from moe_triton.runtime import BACKENDS, check_usable
+from moe_triton.training.routers import ROUTERS
 
 KINDS = ("moe", "dense")  # of models
 DTYPES = ("float32", "float64")
@@ -25,6 +26,7 @@ class TrainConfig:
     lr, dense_lr         peak learning rates of the MoE model and of the dense one
     num_layers, hidden_size, num_heads, intermediate_size, num_experts, top_k
                          the model; `intermediate_size` is one expert's
+    router               how experts are chosen and balanced: a name in `moe_triton.training.routers.ROUTERS`
     capacity_factor      each expert takes at most this multiple of its even share in training; 0: no limit.
                          Nothing is dropped in evaluation and generation
     capacity_groups      equal parts of a batch's sequences with a capacity each, for any number of processes: the
@@ -54,6 +56,7 @@ class TrainConfig:
     intermediate_size: int = 64
     num_experts: int = 16
     top_k: int = 2
+    router: str = "softmax"
     capacity_factor: float = 2.0
     capacity_groups: int | None = None
     aux_loss_weight: float = 0.01
@@ -87,6 +90,11 @@ class TrainConfig:
                 raise ValueError(
                     f"capacity_groups: got {self.capacity_groups}, wanted a divisor of the batch_size {self.batch_size}"
                 )
+        check_choice("router", self.router, tuple(ROUTERS))
+        if self.router == "groups" and (self.num_experts % 4 or self.top_k > self.num_experts // 2):
+            raise ValueError("router: got 'groups', wanted num_experts in 4 groups, with top_k experts in two of them")
+        if self.router in ("quantile_bias", "token_rounding") and self.top_k == self.num_experts:
+            raise ValueError(f"router: got {self.router!r} with top_k={self.top_k} of as many experts, wanted fewer")
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("backend", self.backend, BACKENDS)
 

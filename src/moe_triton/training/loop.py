@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_triton.layers import Experts
+from moe_triton.layers import Experts, update_choice_biases
 from moe_triton.training.checkpoint import Checkpoint, restore, write_checkpoint
 from moe_triton.training.config import TrainConfig
 from moe_triton.training.data import Corpus, batch, evaluation_windows
@@ -150,14 +150,15 @@ def train_step(
     (loss + out.aux_loss).backward()
     grad_norm = clip(model, grad_clip, workers)
     optimizer.step()
+    update_choice_biases(model)
     sums = workers.sum(torch.stack([loss.detach(), out.aux_loss.detach()]).double())
     train_loss, aux_loss = sums.tolist()
     record: dict[str, Any] = {"train_loss": train_loss, "lr": lr, "grad_norm": grad_norm.item(), "aux_loss": aux_loss}
     if model.kind == "moe":
         load_LE = workers.sum(out.expert_counts.double())
         num_kept = workers.sum(torch.stack(kept).double().sum())
-        record["dropped"] = 1 - (num_kept / load_LE.sum()).item()
-        record["max_load"] = (load_LE.amax(1) / load_LE.mean(1)).max().item()
+        record["dropped"] = ((load_LE.sum() - num_kept) / load_LE.sum().clamp_min(1)).item()
+        record["max_load"] = (load_LE.amax(1) / load_LE.mean(1).clamp_min(1e-9)).max().item()
         record["expert_load"] = load_LE.long().tolist()
     record["seconds"] = time.perf_counter() - start
     record["tokens_per_s"] = num_tokens / record["seconds"]

@@ -14,11 +14,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from moe_triton.distributed import ExpertParallel
-from moe_triton.layers import Experts, FeedForward, MoE, MoEOutput
+from moe_triton.layers import Experts, FeedForward, MoE, MoEOutput, Router
 from moe_triton.training.config import TrainConfig
+from moe_triton.training.routers import GROUPED, ROUTERS, VOCABULARY
 from moe_triton.training.workers import ALONE, Workers
-
-VOCABULARY = 256  # every byte
 
 
 class LanguageModelOutput(NamedTuple):
@@ -68,11 +67,14 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
         self.feed_forward = feed_forward(config, kind, workers, parallel)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, MoEOutput | None]:
-        """[B, S, d] -> [B, S, d], and the output of the MoE layer if it is one."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, tokens: Tensor) -> tuple[Tensor, MoEOutput | None]:
+        """[B, S, d] of tokens [B, S] -> [B, S, d], and the output of the MoE layer if it is one."""
         x = x + self.attention(self.attention_norm(x), cos, sin)
-        out = self.feed_forward(self.feed_forward_norm(x))
-        return (x + out.output, out) if isinstance(out, MoEOutput) else (x + out, None)
+        hidden = self.feed_forward_norm(x)
+        if isinstance(self.feed_forward, FeedForward):
+            return x + self.feed_forward(hidden), None
+        out = self.feed_forward(hidden, token_ids=tokens)
+        return x + out.output, out
 
 
 class LanguageModel(nn.Module):
@@ -110,7 +112,7 @@ class LanguageModel(nn.Module):
         cos, sin = rotary_table(tokens.shape[1], self.head_size, x.device)
         layers: list[MoEOutput] = []
         for block in self.blocks:
-            x, out = block(x, cos, sin)
+            x, out = block(x, cos, sin, tokens)
             if out is not None:
                 layers.append(out)
         logits = self.head(self.norm(x))
@@ -139,16 +141,26 @@ def feed_forward(
     """Make one block's feed-forward layer; this process has its share of the run's capacity groups."""
     if kind == "dense":
         return FeedForward(config.hidden_size, dense_width(config))
+    setup = ROUTERS[config.router](config)
+    top_k = setup.top_k or config.top_k
+    groups = max(1, config.num_groups // workers.world)
+    options = setup.router | ({"choice_groups": groups} if config.router in GROUPED else {})
+    router = Router(config.hidden_size, config.num_experts, top_k, backend=config.backend, **options)
+    layer = {
+        "capacity_factor": config.capacity_factor * config.top_k / top_k or None,  # the same rows for any top_k
+        "eval_capacity_factor": math.inf,
+        "capacity_groups": groups if config.capacity_factor else 1,
+        "aux_loss_weight": config.aux_loss_weight,
+        "z_loss_weight": config.z_loss_weight,
+        **setup.layer,
+    }
     return MoE(
         config.hidden_size,
         config.intermediate_size,
         config.num_experts,
-        config.top_k,
-        capacity_factor=config.capacity_factor or None,
-        eval_capacity_factor=math.inf,
-        capacity_groups=max(1, config.num_groups // workers.world) if config.capacity_factor else 1,
+        top_k,
+        router=router,
         expert_parallel=parallel,
-        aux_loss_weight=config.aux_loss_weight,
-        z_loss_weight=config.z_loss_weight,
         backend=config.backend,
+        **layer,
     )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_triton.records import RouterSpec
-from moe_triton.reference import EPS, choice_keys, wide
+from moe_triton.reference import EPS, choice_keys, normalised_and_chosen, router_scores, unless_empty, wide
 
 
 def top_choices(keys_TE: Tensor, top_k: int) -> Tensor:
@@ -22,17 +22,24 @@ def top_choices(keys_TE: Tensor, top_k: int) -> Tensor:
 
 
 def route_forward(
-    logits: Tensor, spec: RouterSpec, choice_bias: Tensor | None, noise: Tensor | None, token_mask: Tensor | None
+    logits: Tensor,
+    spec: RouterSpec,
+    choice_bias: Tensor | None,
+    noise: Tensor | None,
+    token_mask: Tensor | None,
+    given: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Logits [T, E] -> experts [T, K] int32, weights [T, K], counts [E] int32, score_sums [E], z_sum [].
 
     The floats are fp32, or fp64 for fp64 logits. A token that `token_mask` [T] leaves out has experts -1 and adds
-    nothing to any sum. The definition is `moe_triton.reference.route`.
+    nothing to any sum. With B sequences, counts and score sums are [B, E]. Definition: `moe_triton.reference.route`.
     """
     num_experts = logits.shape[1]
     logits_TE = logits.to(wide(logits.dtype))
     experts_TK = top_choices(choice_keys(logits_TE, spec, choice_bias, noise), spec.top_k)
-    probs_TE, weights_TK = _scores(logits_TE, experts_TK, spec)
+    if given is not None:
+        experts_TK = unless_empty(given, experts_TK)
+    probs_TE, weights_TK = normalised_and_chosen(logits_TE, experts_TK, spec)
     if spec.normalize:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + EPS)
     weights_TK = weights_TK * spec.scale
@@ -43,11 +50,19 @@ def route_forward(
         weights_TK = weights_TK.masked_fill(skipped_T[:, None], 0.0)
         probs_TE = probs_TE.masked_fill(skipped_T[:, None], 0.0)
         z_T = z_T.masked_fill(skipped_T, 0.0)
-    flat = experts_TK.reshape(-1)
-    # Integer adds commute, so scatter_add_ is deterministic; bin E takes the tokens that the mask leaves out.
-    counts = torch.zeros(num_experts + 1, dtype=torch.int32, device=logits.device)
-    counts.scatter_add_(0, flat.remainder(num_experts + 1), torch.ones_like(flat, dtype=torch.int32))
-    return experts_TK.int(), weights_TK, counts[:num_experts].contiguous(), probs_TE.sum(0), z_T.sum()
+    flat = experts_TK.masked_fill(experts_TK < 0, num_experts).reshape(spec.sequences, -1)
+    # Integer adds commute, so scatter_add_ is deterministic; bin E takes the choices that are none.
+    counts = torch.zeros(spec.sequences, num_experts + 1, dtype=torch.int32, device=logits.device)
+    counts.scatter_add_(1, flat, torch.ones_like(flat, dtype=torch.int32))
+    counts, score_sums = counts[:, :num_experts], probs_TE.view(*shape_of_sums(logits, spec)).sum(1)
+    if spec.sequences == 1:
+        counts, score_sums = counts[0], score_sums[0]
+    return experts_TK.int(), weights_TK, counts.contiguous(), score_sums, z_T.sum()
+
+
+def shape_of_sums(logits: Tensor, spec: RouterSpec) -> tuple[int, int, int]:
+    """[B, T / B, E], of which the middle one is summed over."""
+    return spec.sequences, logits.shape[0] // spec.sequences, logits.shape[1]
 
 
 def route_backward(
@@ -57,43 +72,41 @@ def route_backward(
 
     grad_weights [T, K], grad_score_sums [E] and grad_z_sum [] are the gradients of the three differentiable outputs.
     """
+    num_experts = logits.shape[1]
     logits_TE = logits.to(wide(logits.dtype))
-    skipped_T = experts[:, 0] < 0
-    experts_TK = experts.long().clamp_min(0)
+    experts_TK = experts.long()
     grad_raw_TK = grad_weights.to(logits_TE.dtype) * spec.scale
-    probs_TE, raw_TK = _scores(logits_TE, experts_TK, spec)
+    probs_TE, raw_TK = normalised_and_chosen(logits_TE, experts_TK, spec)
     if spec.normalize:  # w = raw / sum(raw)
         total_T1 = raw_TK.sum(-1, keepdim=True) + EPS
         mean_T1 = (grad_raw_TK * raw_TK).sum(-1, keepdim=True) / total_T1
         grad_raw_TK = (grad_raw_TK - mean_T1) / total_T1
+    has_none_TK = (experts_TK < 0) | (experts_TK >= num_experts - spec.weightless)
+    grad_raw_TK = grad_raw_TK.masked_fill(has_none_TK, 0.0)
+    ids_TK = experts_TK.masked_fill(has_none_TK, 0)
 
-    grad_probs_TE = grad_score_sums.to(logits_TE.dtype).expand_as(logits_TE)
-    if spec.score == "sigmoid":
-        scores_TE = logits_TE.sigmoid()
+    grad_probs_BE = grad_score_sums.to(logits_TE.dtype).reshape(spec.sequences, 1, num_experts)
+    grad_probs_TE = grad_probs_BE.expand(shape_of_sums(logits, spec)).reshape(logits.shape)
+    softmax_TE = probs_TE
+    if spec.score in ("sigmoid", "sqrt_softplus"):
+        softmax_TE = logits_TE.softmax(-1)
+        scores_TE = router_scores(logits_TE, spec.score)
         mean_T1 = (grad_probs_TE * probs_TE).sum(-1, keepdim=True)
         grad_scores_TE = (grad_probs_TE - mean_T1) / (scores_TE.sum(-1, keepdim=True) + EPS)
-        grad_scores_TE = grad_scores_TE.scatter_add(1, experts_TK, grad_raw_TK)
-        grad_TE = grad_scores_TE * scores_TE * (1 - scores_TE)
+        grad_scores_TE = grad_scores_TE.scatter_add(1, ids_TK, grad_raw_TK)
+        if spec.score == "sigmoid":
+            slope_TE = scores_TE * (1 - scores_TE)
+        else:  # sigmoid(l) / (2 s), which far below is s / 2
+            slope_TE = torch.where(logits_TE < -40, scores_TE / 2, logits_TE.sigmoid() / (2 * scores_TE))
+        grad_TE = grad_scores_TE * slope_TE
     elif spec.score == "topk_softmax":
-        grad_TE = _softmax_backward(grad_probs_TE, probs_TE)
-        grad_TE = grad_TE.scatter_add(1, experts_TK, _softmax_backward(grad_raw_TK, raw_TK))
+        grad_TE = _softmax_backward(grad_probs_TE, softmax_TE)
+        grad_TE = grad_TE.scatter_add(1, ids_TK, _softmax_backward(grad_raw_TK, raw_TK))
     else:
-        grad_TE = _softmax_backward(grad_probs_TE.scatter_add(1, experts_TK, grad_raw_TK), probs_TE)
+        grad_TE = _softmax_backward(grad_probs_TE.scatter_add(1, ids_TK, grad_raw_TK), softmax_TE)
     # d logsumexp(l)**2 / dl = 2 * logsumexp(l) * softmax(l)
-    softmax_TE = logits_TE.softmax(-1) if spec.score == "sigmoid" else probs_TE
     grad_TE = grad_TE + 2 * grad_z_sum.to(logits_TE.dtype) * logits_TE.logsumexp(-1, keepdim=True) * softmax_TE
-    return grad_TE.masked_fill(skipped_T[:, None], 0.0).to(logits.dtype)
-
-
-def _scores(logits_TE: Tensor, experts_TK: Tensor, spec: RouterSpec) -> tuple[Tensor, Tensor]:
-    """Normalised scores [T, E], and the chosen experts' weights [T, K] before `normalize` and `scale`."""
-    if spec.score == "sigmoid":
-        scores_TE = logits_TE.sigmoid()
-        return scores_TE / (scores_TE.sum(-1, keepdim=True) + EPS), scores_TE.gather(1, experts_TK)
-    probs_TE = logits_TE.softmax(-1)
-    if spec.score == "topk_softmax":
-        return probs_TE, logits_TE.gather(1, experts_TK).softmax(-1)
-    return probs_TE, probs_TE.gather(1, experts_TK)
+    return grad_TE.masked_fill((experts == -1).all(-1, keepdim=True), 0.0).to(logits.dtype)
 
 
 def _softmax_backward(grad: Tensor, probs: Tensor) -> Tensor:

@@ -14,7 +14,17 @@ from einops import rearrange
 from torch import Tensor
 
 from moe_triton.quantization import QuantizedWeight
-from moe_triton.records import Dispatch, ExpertCall, ExpertWeight, Lora, Projection, RouterSpec, Routing
+from moe_triton.records import (
+    EMPTY,
+    Dispatch,
+    ExpertCall,
+    ExpertWeight,
+    Lora,
+    Projection,
+    RouterSpec,
+    Routing,
+    SequenceSums,
+)
 
 EPS = 1e-20  # keeps a normalisation finite when every chosen score underflowed
 GPT_OSS_ALPHA, GPT_OSS_LIMIT = 1.702, 7.0  # of its activation: the sigmoid's slope, and where gate and up are cut
@@ -23,6 +33,18 @@ GPT_OSS_ALPHA, GPT_OSS_LIMIT = 1.702, 7.0  # of its activation: the sigmoid's sl
 def wide(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of router maths: fp32, or the model's own where that is wider."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def sqrt_softplus(x: Tensor) -> Tensor:
+    """Return sqrt(log(1 + exp(x))) (DeepSeek-V4); below -40 as exp(x/2), which it equals in float64."""
+    return torch.where(x < -40, (x / 2).exp(), F.softplus(x.clamp_min(-40), threshold=50).sqrt())
+
+
+def router_scores(logits_TE: Tensor, score: str) -> Tensor:
+    """Return every expert's score [T, E], of which the chosen ones' are the weights; "topk_softmax" has softmax's."""
+    if score == "sigmoid":
+        return logits_TE.sigmoid()
+    return sqrt_softplus(logits_TE) if score == "sqrt_softplus" else logits_TE.softmax(-1)
 
 
 def group_mask(scores_TE: Tensor, spec: RouterSpec) -> Tensor:
@@ -45,16 +67,46 @@ def choice_keys(logits_TE: Tensor, spec: RouterSpec, choice_bias: Tensor | None,
     """
     keys_TE = logits_TE if noise is None else logits_TE + noise
     if choice_bias is not None or (spec.num_groups > 1 and spec.group_score == "top2_sum"):
-        if spec.score == "softmax":
-            keys_TE = keys_TE.softmax(-1)
-        elif spec.score == "sigmoid":
-            keys_TE = keys_TE.sigmoid()
+        if spec.score != "topk_softmax":
+            keys_TE = router_scores(keys_TE, spec.score)
         if choice_bias is not None:
             keys_TE = keys_TE + choice_bias.to(keys_TE.dtype)
     keys_TE = keys_TE.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
     if spec.num_groups > 1:
         keys_TE = keys_TE.masked_fill(~group_mask(keys_TE, spec), float("-inf"))
     return keys_TE
+
+
+def given_choices(experts_TK: Tensor, num_experts: int) -> Tensor:
+    """Return given ids [T, K] as int32, `EMPTY` as it is: -1 for any other one outside [0, E), and for one that its row
+    has before."""
+    ids = experts_TK.long()
+    is_repeated = (ids[:, :, None] == ids[:, None, :]).tril(-1).any(-1)
+    is_unknown = (ids < 0) | (ids >= num_experts)
+    return ids.masked_fill((is_repeated | is_unknown) & (ids != EMPTY), -1).int()
+
+
+def unless_empty(given_TK: Tensor, experts_TK: Tensor) -> Tensor:
+    """Return the given choices [T, K] in place of a token's own, in the rows that have any."""
+    return torch.where((given_TK != -1).any(-1, keepdim=True), given_TK.to(experts_TK.dtype), experts_TK)
+
+
+def normalised_and_chosen(logits_TE: Tensor, experts_TK: Tensor, spec: RouterSpec) -> tuple[Tensor, Tensor]:
+    """Return the scores divided by each token's sum [T, E], and the weights [T, K] before `normalize` and `scale`.
+
+    The weights are 0 where there is no expert, and for the last `spec.weightless` experts.
+    """
+    scores_TE = router_scores(logits_TE, spec.score)
+    has_none_TK = (experts_TK < 0) | (experts_TK >= logits_TE.shape[1] - spec.weightless)
+    ids_TK = experts_TK.masked_fill(has_none_TK, 0)
+    if spec.score == "topk_softmax":
+        chosen_TK = logits_TE.gather(1, ids_TK).masked_fill(has_none_TK, float("-inf"))
+        chosen_TK = chosen_TK.masked_fill(has_none_TK.all(-1, keepdim=True), 0.0).softmax(-1)
+    else:
+        chosen_TK = scores_TE.gather(1, ids_TK)
+    if spec.score in ("sigmoid", "sqrt_softplus"):
+        scores_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + EPS)
+    return scores_TE, chosen_TK.masked_fill(has_none_TK, 0.0)
 
 
 def route(
@@ -64,12 +116,16 @@ def route(
     choice_bias: Tensor | None = None,
     noise: Tensor | None = None,
     token_mask: Tensor | None = None,
+    given: Tensor | None = None,
 ) -> Routing:
     """Choose each token's K distinct experts by its logits [T, E], in order of preference; sum up what losses need.
 
     score "softmax": s = softmax(logits), w = s[chosen] (Switch, Mixtral); "sigmoid": s = sigmoid(logits) (DeepSeek-V3);
-    "topk_softmax": w = softmax(logits[chosen]) (gpt-oss). `normalize` divides w by its sum, then `scale` multiplies.
-    `choice_bias` [E] and `noise` [T, E] change which experts are chosen, never a weight.
+    "sqrt_softplus": s = sqrt(softplus(logits)) (DeepSeek-V4); "topk_softmax": w = softmax(logits[chosen]) (gpt-oss).
+    The last `weightless` experts have w = 0 (null experts). `normalize` divides w by its sum, then `scale` multiplies.
+    `choice_bias` [E] and `noise` [T, E] change which experts are chosen, never a weight. `given` [T, K] takes the place
+    of the choice, in its order (router replay, arXiv 2510.11370): weights, sums and gradients are those of the present
+    logits. A given id that `given_choices` refuses is skipped; a row without any other is chosen as if none were given.
     """
     num_tokens, num_experts = logits_TE.shape
     logits = logits_TE.to(wide(logits_TE.dtype))
@@ -79,17 +135,10 @@ def route(
         logits = logits.masked_fill(~valid[:, None], 0.0)  # a NaN that counts nowhere gives no NaN in a gradient
     keys = choice_keys(logits.detach(), spec, choice_bias, noise)
     experts = keys.sort(dim=-1, descending=True, stable=True).indices[:, : spec.top_k]
+    if given is not None:
+        experts = unless_empty(given_choices(given, num_experts), experts)
 
-    if spec.score == "topk_softmax":
-        weights = logits.gather(1, experts).softmax(-1)
-        probs = logits.softmax(-1)
-    elif spec.score == "sigmoid":
-        scores = logits.sigmoid()
-        weights = scores.gather(1, experts)
-        probs = scores / (scores.sum(-1, keepdim=True) + EPS)
-    else:
-        probs = logits.softmax(-1)
-        weights = probs.gather(1, experts)
+    probs, weights = normalised_and_chosen(logits, experts, spec)
     if spec.normalize:
         weights = weights / (weights.sum(-1, keepdim=True) + EPS)
     weights = weights * spec.scale
@@ -100,14 +149,31 @@ def route(
         weights = weights.masked_fill(~valid[:, None], 0.0)
         probs = probs.masked_fill(~valid[:, None], 0.0)
         z = z.masked_fill(~valid, 0.0)
-    counts = torch.bincount(experts[valid].reshape(-1), minlength=num_experts)
+    lengths = [num_tokens // spec.sequences] * spec.sequences
+    counts = [torch.bincount(ids[ids >= 0], minlength=num_experts).int() for ids in experts.split(lengths)]
+    score_sums = [part.sum(0) for part in probs.split(lengths)]
+    num_valid = valid.view(spec.sequences, -1).sum(1).to(logits.dtype)
+    if spec.sequences == 1:
+        return routing_of(experts.int(), weights, counts[0], score_sums[0], z.sum(), num_valid[0])
+    return routing_of(experts.int(), weights, torch.stack(counts), torch.stack(score_sums), z.sum(), num_valid)
+
+
+def routing_of(
+    experts: Tensor, weights: Tensor, counts: Tensor, score_sums: Tensor, z_sum: Tensor, num_tokens: Tensor
+) -> Routing:
+    """Return the record of counts and score sums [E], and of the number of tokens []; or of [B, E] and [B]."""
+    sequences = None
+    if counts.dim() == 2:
+        sequences = SequenceSums(counts, score_sums, num_tokens)
+        counts, score_sums, num_tokens = counts.sum(0, dtype=counts.dtype), score_sums.sum(0), num_tokens.sum()
     return Routing(
-        experts=experts.int(),
+        experts=experts,
         weights=weights,
-        counts=counts.int(),
-        score_sums=probs.sum(0),
-        z_sum=z.sum(),
-        num_tokens=valid.sum().to(logits.dtype),
+        counts=counts,
+        score_sums=score_sums,
+        z_sum=z_sum,
+        num_tokens=num_tokens,
+        sequences=sequences,
     )
 
 
