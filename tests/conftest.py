@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import os
 import re
 import sys
@@ -28,6 +29,10 @@ SLOW_FILES = ("test_compile", "test_documents", "test_grouped", "test_structure"
 SLOW_FOLDERS = ("benchmarking", "benchmarks", "checkpoint", "cli", "training")
 OWN_PROCESSES = {"tests.helpers.faults", "tests.helpers.ranks.fork_context", "tests.helpers.ranks.started"}
 
+if importlib.util.find_spec("triton"):
+    from tests.helpers.interpreter import compute_in_bf16
+
+    compute_in_bf16()
 torch.set_num_threads(1 if os.environ.get("PYTEST_XDIST_WORKER") else 2)
 
 

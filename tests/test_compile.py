@@ -32,6 +32,7 @@ def run(layer, function, x):
     [
         {},
         {"bias": True, "capacity_factor": 1.0, "renormalize": True, "drop_policy": "probability", "recompute": True},
+        {"activation_limit": 0.3, "activation_alpha": 1.702, "shared_intermediate_size": 6},
         {"activation": "relu2", "shared_intermediate_size": 6, "residual": True, "drop_policy": "random"},
         {"router": Router(16, 8, 2, score="sigmoid", choice_bias=True, jitter=0.01, gumbel=True, backend="torch")},
     ],

@@ -98,6 +98,34 @@ def test_layouts(backend, activation, is_transposed, is_concatenated):
     )
 
 
+LIMITS = [
+    {"activation": "swiglu", "activation_limit": 0.4},
+    {"activation": "swiglu", "activation_limit": 0.4, "activation_alpha": 1.702, "is_concatenated": False},
+    {"activation": "gpt_oss", "activation_limit": 0.5},
+    {"activation": "gpt_oss", "activation_alpha": 1.0, "is_concatenated": False},
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", LIMITS, ids=str)
+def test_limits(backend, options):
+    compare_with_reference(make_case(bias=True), backend, **options)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("activation", ["swiglu", "gpt_oss"])
+def test_the_gradient_at_a_limit_is_the_one_that_passes(backend, activation):
+    """One row, whose gate and up are exactly at the limit, then just above it."""
+    dtype = torch.float32
+    up, down = torch.eye(2, dtype=dtype)[None], torch.ones(1, 2, 1, dtype=dtype)
+    index, weights = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=dtype)
+    for value, passes in ((1.5, True), (-1.5, True), (1.5000001, False)):
+        x = torch.tensor([[abs(value), value]], dtype=dtype, requires_grad=True)
+        options = {"activation": activation, "activation_limit": 1.5, "backend": backend}
+        moe_triton.moe_mlp(x, index, weights, up, down, **options).sum().backward()
+        assert (x.grad != 0).tolist() == [[passes, passes]]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
@@ -252,9 +280,10 @@ def test_narrow_dtypes_on_the_torch_backend(dtype):
     compare_with_reference(case, "torch", tolerance=1.2e-2 if dtype == torch.bfloat16 else 2e-3)
 
 
-def test_fp16_on_the_triton_backend():
-    """Triton's interpreter multiplies fp16 rightly (its bf16 product is wrong)."""
-    compare_with_reference(make_case(width=16, inner=16, dtype=torch.float16, bias=True), "triton", tolerance=2e-3)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_dtypes_on_the_triton_backend(dtype):
+    case = make_case(width=16, inner=16, dtype=dtype, bias=True)
+    compare_with_reference(case, "triton", tolerance=1.2e-2 if dtype == torch.bfloat16 else 2e-3)
 
 
 def test_float64_and_gradcheck_on_the_torch_backend():
@@ -337,6 +366,10 @@ UP, DOWN = torch.zeros(3, 10, 6), torch.zeros(3, 6, 5)
         ({"gate_up_bias": torch.zeros(3, 5)}, ValueError, r"gate_up_bias: got shape \[3, 5\], wanted \[3, 10\]"),
         ({"is_transposed": True}, ValueError, "gate_up_proj: got shape"),
         ({"activation": "swish"}, ValueError, "activation: got 'swish', wanted one of swiglu"),
+        ({"activation_limit": 0.0}, ValueError, "activation_limit: got 0.0, wanted a number > 0"),
+        ({"activation_limit": float("inf")}, ValueError, "activation_limit: got inf, wanted a number > 0"),
+        ({"activation_alpha": "1"}, TypeError, "activation_alpha: got '1', wanted a number"),
+        ({"activation": "geglu", "activation_limit": 7.0}, ValueError, "activation_limit: got 7.0 for 'geglu', wanted"),
         ({"backend": "cutlass"}, ValueError, "backend: got 'cutlass'"),
         ({"capacity": -2}, ValueError, "capacity: got -2"),
         ({"down_proj": DOWN.to("meta")}, ValueError, "down_proj: got device meta, wanted cpu"),

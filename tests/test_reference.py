@@ -171,8 +171,11 @@ def experts(x, w, dispatched, gate_up, down, gate_up_bias=None, down_bias=None, 
     )
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_moe_experts_gradcheck(activation):
+@pytest.mark.parametrize(
+    ("activation", "limits"),
+    [*((name, {}) for name in ACTIVATIONS), ("swiglu", {"activation_limit": 0.6, "activation_alpha": 1.3})],
+)
+def test_moe_experts_gradcheck(activation, limits):
     rows = 6 if activation in GATED else 3
     shapes = [(4, 5), (4, 2), (3, rows, 5), (3, 5, 3), (3, rows), (3, 5)]
     inputs = [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
@@ -180,9 +183,23 @@ def test_moe_experts_gradcheck(activation):
     plan = reference.dispatch(choices, 3, capacity=2)
 
     def run(x, w, *parameters):
-        return experts(x, w, plan, *parameters, ExpertSpec(activation=activation))
+        return experts(x, w, plan, *parameters, ExpertSpec(activation=activation, **limits))
 
     assert torch.autograd.gradcheck(run, inputs)
+
+
+def test_limits_of_a_gate():
+    """Against the formulas, written with min and max; the slope is 1 at a limit itself and 0 beyond it."""
+    gate, up = torch.tensor([[[-9.0, -2.0, 0.5, 2.0, 9.0]], [[9.0, 2.0, 1.0, -2.0, -9.0]]], dtype=torch.float64)
+    for name, alpha, plus in (("swiglu", None, 0), ("swiglu", 1.7, 0), ("gpt_oss", None, 1), ("gpt_oss", 0.3, 1)):
+        pair = torch.cat([gate, up], 1).requires_grad_()
+        out = reference.activate(pair, name, limit=2.0, alpha=alpha)
+        slope = alpha or (1.702 if plus else 1.0)
+        g, u = gate.minimum(torch.tensor(2.0)), up.minimum(torch.tensor(2.0)).maximum(torch.tensor(-2.0))
+        torch.testing.assert_close(out.detach(), g / (1 + torch.exp(-slope * g)) * (u + plus))
+        (grad,) = torch.autograd.grad(out.sum(), pair)
+        passes = (grad != 0).view(2, 5)
+        assert passes.tolist() == [[True] * 4 + [False], [False, True, True, True, False]]
 
 
 @pytest.mark.parametrize("name", ["gelu", "gelu_tanh"])

@@ -70,6 +70,27 @@ def test_the_names_that_wrappers_give():
     assert tuple(found) == torch_internals.WRAPPERS
 
 
+def test_a_module_that_runs_as_it_is():
+    class Doubled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(2 * x)
+
+    plain, hooked, patched = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+    hooked.register_forward_pre_hook(lambda module, arguments: (2 * arguments[0],))
+    patched.forward = lambda x: x
+    runs = [torch_internals.runs_as_it_is(module, nn.Linear) for module in (plain, hooked, patched, Doubled(2, 2))]
+    assert runs == [True, False, False, False]
+    assert not torch_internals.runs_as_it_is(torch.compile(plain), nn.Linear)
+
+
+def test_a_busy_gpu(monkeypatch):
+    assert callable(torch.cuda._sleep)
+    slept = []
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
+    torch_internals.keep_gpu_busy(7)
+    assert slept == [7]
+
+
 def test_recomputation():
     seen, errors = [], []
 

@@ -16,7 +16,7 @@ from moe_triton import MoE, reference
 from moe_triton.benchmarking.cases import SKEWS, Case, make_workload
 from moe_triton.benchmarking.providers import PROVIDERS
 from moe_triton.benchmarking.ways import Runnable
-from moe_triton.records import ACTIVATIONS, GATED, UNGATED, ExpertSpec, RouterSpec
+from moe_triton.records import ACTIVATIONS, GATED, LIMITED, UNGATED, ExpertSpec, RouterSpec
 from moe_triton.routing import route_by_spec
 from tests.helpers.compare import TOLERANCE, assert_close
 from tests.helpers.problems import check, make_problem, random_choices, run
@@ -130,13 +130,15 @@ def dispatch_once(experts: Tensor, num_experts: int, capacity: int | None, prior
 
 
 def specs(activations: tuple[str, ...]) -> Iterator[tuple[ExpertSpec, bool]]:
-    """Every activation in every layout that it has, half of them with biases."""
+    """Every activation in every layout that it has, half of them with biases, and those with a limit with another."""
     biases = cycle((True, False, False, True, False, True, True))
     for activation in activations:
         for transposed, concatenated in LAYOUTS:
             if concatenated or activation in GATED:
                 spec = ExpertSpec(activation=activation, is_transposed=transposed, is_concatenated=concatenated)
                 yield spec, next(biases)
+    for activation in filter(LIMITED.__contains__, activations):
+        yield ExpertSpec(activation=activation, activation_limit=0.5, activation_alpha=1.2), next(biases)
 
 
 def experts(setting: Setting, dtype: torch.dtype, activations: tuple[str, ...], part: Part) -> str:

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_triton_kernels.arithmetic import cdiv
+
 BLOCK_T = 4
 BLOCK_D = 256
 
@@ -46,7 +48,7 @@ def combine(rows: Tensor, position: Tensor, dtype: torch.dtype) -> Tensor:
     if out.numel() == 0:
         return out
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    combine_kernel[(triton.cdiv(num_tokens, BLOCK_T), triton.cdiv(hidden, BLOCK_D))](
+    combine_kernel[(cdiv(num_tokens, BLOCK_T), cdiv(hidden, BLOCK_D))](
         rows,
         position.contiguous(),
         out,

@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from moe_triton_kernels.compiler import compiler_versions
 from moe_triton_kernels.heuristics import BUCKETS, heuristic
 from moe_triton_kernels.launch import Config
 
@@ -29,15 +30,33 @@ def bucket_of(rows_per_expert: float) -> int:
     return next((bucket for bucket in BUCKETS if rows_per_expert <= bucket), BUCKETS[-1])
 
 
-Table = Mapping[tuple[Any, ...], Config]  # by KEYS
+@cache
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class Entry(NamedTuple):
+    """What a table says: a configuration, and the versions that it was measured under ({} where nobody wrote them)."""
+
+    config: Config
+    versions: Mapping[str, str | None]
+
+
+Table = Mapping[tuple[Any, ...], Entry]  # by KEYS
 KEYS = ("op", "d", "n", "dtype", "architecture", "bucket")
 
 
 def read_table(path: Path) -> Table:
     """A table file, a JSON list of objects with KEYS and "config"; ValueError, naming the file, where it is broken."""
     try:
-        return {tuple(entry[key] for key in KEYS): Config(**entry["config"]) for entry in json.loads(path.read_text())}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        entries = json.loads(path.read_text())
+        return {
+            tuple(entry[key] for key in KEYS): Entry(
+                Config(**entry["config"]), entry.get("measured", {}).get("versions", {})
+            )
+            for entry in entries
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"table {path}: {type(error).__name__}: {error}") from error
 
 
@@ -68,21 +87,36 @@ def user_table() -> Table:
     return read_table(path)
 
 
+class Found(NamedTuple):
+    """A configuration, where it is from ("user table", "shipped table" or "heuristic"), and `Entry.versions`."""
+
+    config: Config
+    origin: str
+    versions: Mapping[str, str | None]
+
+    def stale(self, architecture: str) -> str:
+        """Under what else than this compiler it was tuned, in words; "" where that is not known to differ."""
+        here = compiler_versions(architecture)
+        differs = [name for name, version in here.items() if self.versions.get(name) not in (None, version)]
+        there = " and ".join(f"{name} {self.versions[name]}" for name in differs)
+        return there and f"tuned under {there}, here {' and '.join(f'{name} {here[name]}' for name in differs)}"
+
+
 def find_config(
     op: str, *, d: int, n: int, dtype: torch.dtype, num_rows: int, num_experts: int, architecture: str
-) -> tuple[Config, str]:
-    """The configuration for this case and where it is from: "user table", "shipped table" or "heuristic".
+) -> Found:
+    """The configuration for this case and where it is from.
 
     ValueError on an unknown op, and on a table that is broken.
     """
     if op not in OPS:
         raise ValueError(f"op: got {op!r}, wanted one of {', '.join(OPS)}")
     bucket = bucket_of(num_rows / max(num_experts, 1))
-    key = (op, d, n, str(dtype).removeprefix("torch."), architecture, bucket)
+    key = (op, d, n, dtype_name(dtype), architecture, bucket)
     for table, origin in ((user_table(), "user table"), (shipped_table(), "shipped table")):
         if key in table:
-            return table[key], origin
-    return heuristic(op, d, n, dtype.itemsize, architecture, bucket), "heuristic"
+            return Found(table[key].config, origin, table[key].versions)
+    return Found(heuristic(op, d, n, dtype.itemsize, architecture, bucket), "heuristic", {})
 
 
 def choose_config(
@@ -91,4 +125,4 @@ def choose_config(
     """`find_config` without the origin."""
     return find_config(
         op, d=d, n=n, dtype=dtype, num_rows=num_rows, num_experts=num_experts, architecture=architecture
-    )[0]
+    ).config

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_triton_kernels.activations import check_activation, is_gated
+from moe_triton_kernels.activations import Activation, is_gated
 from moe_triton_kernels.gluon.schedules import why_unsupported
 from moe_triton_kernels.grouped_gemm import rows_times_weight, split_columns, tile_order
 from moe_triton_kernels.launch import Config, launch_options, persistent_grid
@@ -129,7 +129,7 @@ def d_hidden(
     router_weights: Tensor,
     *,
     size_n: int,
-    activation: str,
+    activation: Activation,
     is_concatenated: bool,
     config: Config,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,7 +138,7 @@ def d_hidden(
     grad_out [T, d] contiguous; weight: the down projection per expert as [d, n], any strides; h [S, 2n] or [S, n] as
     `up` made it; router_weights [T, K] contiguous. Rows past offsets[E] are neither read nor written.
     """
-    is_apart = is_concatenated or not check_activation(activation)
+    is_apart = is_concatenated or not activation.is_gated
     if why_unsupported(config.gluon, grad_out, weight, None, size_columns=size_n, is_concatenated=is_apart) is None:
         from moe_triton_kernels.gluon import d_hidden as warp_specialized  # imports Gluon, which is experimental
 

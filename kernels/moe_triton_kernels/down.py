@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_triton_kernels.arithmetic import cdiv
 from moe_triton_kernels.gluon.schedules import why_unsupported
 from moe_triton_kernels.grouped_gemm import rows_times_weight, split_columns, tile_order
 from moe_triton_kernels.launch import Config, launch_options, persistent_grid
@@ -112,7 +113,7 @@ def down(
     num_rows, size_k = a.shape
     out = a.new_empty((num_rows, size_columns))
     table, max_tiles = tiles.select(config.block_m)
-    down_kernel[persistent_grid(a.device, max_tiles * triton.cdiv(size_columns, config.block_n), config)](
+    down_kernel[persistent_grid(a.device, max_tiles * cdiv(size_columns, config.block_n), config)](
         a,
         rows_descriptor(a, config, block=[config.block_m, config.block_k], size_k=size_k),
         weight.weight(),

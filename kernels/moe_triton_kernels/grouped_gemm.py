@@ -90,7 +90,7 @@ def halves(x):
 
 @triton.jit
 def split_columns(x, PARTS: tl.constexpr):
-    """1, 2, 4 or 8 column blocks, left to right: an epilogue that takes one at a time needs few registers."""
+    """PARTS (a power of two) column blocks, left to right: an epilogue of one at a time needs few registers."""
     if PARTS == 1:
         return (x,)
     elif PARTS == 2:
@@ -103,4 +103,4 @@ def split_columns(x, PARTS: tl.constexpr):
         return (first, second, third, fourth)
     else:
         left, right = halves(x)
-        return split_columns(left, 4) + split_columns(right, 4)
+        return split_columns(left, PARTS // 2) + split_columns(right, PARTS // 2)

@@ -6,20 +6,22 @@ The tiles follow from arithmetic on registers, shared memory and latencies; none
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
-import triton
-
-from moe_triton_kernels.launch import BLACKWELL, HOPPER, Config
+from moe_triton_kernels.arithmetic import next_power_of_2
+from moe_triton_kernels.launch import BLACKWELL, HOPPER, Config, shared_limit
 
 DECODED = ("up_gated", "up", "down")  # the kernels of a forward pass
+SHORT_K = {"down": 256, "d_hidden_gated": 768, "d_hidden": 768}  # up to which `two_programs` are ahead
 BUCKETS = (16, 32, 64, 128)  # rows per expert: up to 16, up to 32, up to 64, more; also the rows of a tile
 
 
 def fit(block: int, size: int) -> int:
     """The block, no wider than the size needs (a power of two, 16 at least, as the matrix unit wants)."""
-    return min(block, max(16, triton.next_power_of_2(size)))
+    return min(block, max(16, next_power_of_2(size)))
 
 
+@lru_cache(maxsize=1024)
 def heuristic(op: str, d: int, n: int, itemsize: int, architecture: str, bucket: int) -> Config:
     """Tiles as large as the accumulator registers allow without a spill; shorter ones where experts have few rows."""
     if architecture == "interpreter":
@@ -31,6 +33,8 @@ def heuristic(op: str, d: int, n: int, itemsize: int, architecture: str, bucket:
     else:
         if itemsize == 4:
             config = fp32_tile(op, bucket)
+        elif bucket == BUCKETS[-1] and architecture in HOPPER and contraction <= SHORT_K.get(op, 0):
+            config = two_programs(op)[0]
         elif bucket == BUCKETS[-1]:
             config = large_tile(op, architecture)
         elif bucket == BUCKETS[0] and op in DECODED:
@@ -44,7 +48,44 @@ def heuristic(op: str, d: int, n: int, itemsize: int, architecture: str, bucket:
         descriptors = itemsize == 2 and architecture in HOPPER + BLACKWELL and shorter
         block_k = fit(config.block_k, contraction)
         config = replace(config, block_n=block_n, block_k=block_k, parts=parts, descriptors=descriptors)
-    return replace(config, num_stages=2) if architecture.startswith("gfx") else config
+    columns = config.block_n * (2 if op == "up_gated" else 1)
+    return fit_shared_memory(config, (config.block_m + columns) * config.block_k * itemsize, architecture)
+
+
+def fit_shared_memory(config: Config, stage_bytes: int, architecture: str) -> Config:
+    """As many stages, and resident programs, as the device's shared memory holds; AMD's pipelines have two stages."""
+    if architecture.startswith("gfx"):
+        return replace(config, num_stages=2)
+    spare = 1024  # for barriers, and of every program for the system: a multiprocessor has that much beside the limit
+    limit = shared_limit(architecture)
+    # mma.sync multiplies registers: the stage that it has read is free for the next copy; wgmma reads the stage itself
+    read = 0 if architecture in HOPPER + BLACKWELL and config.block_m >= 64 and config.num_stages > 1 else 1
+    stages = max(1, min(config.num_stages, (limit - spare) // stage_bytes + read))
+    programs = max(1, min(config.programs_per_sm, (limit + spare) // ((stages - read) * stage_bytes + spare)))
+    return replace(config, num_stages=stages, programs_per_sm=programs)
+
+
+def two_programs(op: str) -> list[Config]:
+    """For Hopper: tiles of 128 rows of which two programs are resident, so that one multiplies while the other stores.
+
+    They read a third more (d_hidden: half as much again) through the L2 cache than those of `large_tile`, which costs
+    more than it saves where the contraction is long. On paper they are ahead in `down` up to 256 and in d_hidden up to
+    768 even if that cache delivers no more than 6 TB/s; elsewhere it depends on that figure, and only `tune` tries
+    them.
+    """
+    block_n = 64 if op in ("up_gated", "d_hidden", "d_hidden_gated") else 128
+    config = Config(
+        block_m=128, block_n=block_n, block_k=64, num_warps=4, num_stages=3, parts=4, programs_per_sm=2,
+        descriptors=True,
+    )  # fmt: skip
+    narrow = replace(config, num_warps=8, maxnreg=128)
+    if op in ("d_hidden", "d_hidden_gated"):
+        return [replace(narrow, num_stages=4)]
+    if op == "d_weight":
+        return [replace(narrow, parts=1), replace(config, parts=1)]
+    if op in ("down", "d_rows"):
+        return [replace(config, parts=2), replace(narrow, parts=2)]
+    return [config, narrow]
 
 
 def fp32_tile(op: str, bucket: int) -> Config:

@@ -10,8 +10,16 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_triton_kernels.compiler import compiler_fences
+
 # their matrix units read shared memory through the asynchronous proxy
 HOPPER, BLACKWELL = ("sm_90",), ("sm_100", "sm_103")
+MAX_REGISTERS = 255  # that one thread can have
+# bytes of shared memory that one program can have; elsewhere as little as anywhere
+SHARED_BYTES = {
+    "sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_103": 232448,
+    "sm_120": 101376, "gfx942": 65536, "gfx950": 163840,
+}  # fmt: skip
 Constants = TypeVar("Constants", bound=tuple[Any, ...])
 
 
@@ -28,7 +36,9 @@ class Config:
     programs_per_sm             resident programs per multiprocessor: bounds the persistent grid
     gluon                       the warp-specialized schedule to run instead where it can (a key of gluon.schedules), in
                                 blocks of its own; only ever from the table, where a GPU measured it faster
-    descriptors                 weights come by tensor descriptors (TMA) where their layout allows it
+    descriptors                 weights, and rows that are not gathered, come by tensor descriptors (TMA) where their
+                                layout allows it
+    maxnreg                     registers per thread at most (NVIDIA): with fewer, more programs are resident
     """
 
     block_m: int
@@ -41,6 +51,7 @@ class Config:
     programs_per_sm: int = 1
     gluon: str | None = None
     descriptors: bool = False
+    maxnreg: int = MAX_REGISTERS
 
 
 class Tile(NamedTuple):
@@ -83,15 +94,6 @@ def target_of(device: torch.device) -> Target:
     return Target(architecture=name, num_sms=properties.multi_processor_count)
 
 
-def triton_version() -> tuple[int, ...]:
-    return tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:3] if part.isdigit())
-
-
-def compiler_fences() -> bool:
-    """True where Triton itself puts a proxy fence between cp.async and the matrix unit (see `grouped_gemm`)."""
-    return triton_version() >= (3, 7, 1)
-
-
 def tile_of(architecture: str, config: Config) -> Tile:
     """What a kernel is compiled for on this architecture."""
     return Tile(
@@ -115,13 +117,24 @@ def pipeline_stages(architecture: str, config: Config) -> int:
 
 
 def launch_options(device: torch.device, config: Config) -> dict[str, Any]:
-    """The keyword arguments of a launch that follow from the configuration: TILE, num_warps, num_stages."""
+    """The keyword arguments of a launch that follow from the configuration: TILE, num_warps, num_stages, maxnreg."""
     architecture = target_of(device).architecture
     return {
         "TILE": constants(tile_of(architecture, config)),
         "num_warps": config.num_warps,
         "num_stages": pipeline_stages(architecture, config),
+        **register_limit(architecture, config.maxnreg),
     }
+
+
+def register_limit(architecture: str, maxnreg: int) -> dict[str, int]:
+    """Triton's option for the registers per thread, where it has one and there is less than can be."""
+    return {"maxnreg": maxnreg} if architecture.startswith("sm_") and maxnreg < MAX_REGISTERS else {}
+
+
+def shared_limit(architecture: str) -> int:
+    """Bytes of shared memory that one program can have."""
+    return SHARED_BYTES.get(architecture, min(SHARED_BYTES.values()))
 
 
 def persistent_grid(device: torch.device, max_tiles: int, config: Config) -> tuple[int]:

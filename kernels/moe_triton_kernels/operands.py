@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -24,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from moe_triton_kernels.address_tables import address_table
 from moe_triton_kernels.launch import BLACKWELL, Config, target_of
 
 if TYPE_CHECKING:
@@ -127,12 +127,6 @@ class PerExpert:
         """ALIGNMENT and UNIT, which divides these strides and that from one expert to the next."""
         unit = unit_of(self.held[0].element_size(), self.stride_e, *steps)
         return tl.constexpr(self.alignment), tl.constexpr(unit)
-
-
-@lru_cache(maxsize=1024)
-def address_table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
-    """The addresses as int64 [E] on the device. Kept, because a training step asks for the same ones every time."""
-    return torch.tensor(addresses, dtype=torch.int64).to(device, non_blocking=True)
 
 
 def per_expert(parameter: ExpertParameter) -> PerExpert:

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_triton_kernels.arithmetic import cdiv, next_power_of_2
+
 BLOCK = 128  # slots compared with each other at a time
 MAX_CHUNKS = 4096  # bounds the table of counts, [G, E, C], however many slots there are
 SCAN_ROWS, SCAN_CHUNKS = 4, 512  # the part of the table that a program of the scan holds at a time
@@ -131,8 +133,8 @@ def count_slots(
 ) -> tuple[Tensor, Tensor, int, int]:
     """The table [G, E, C] of assignments in the chunks before, the totals [G, E], and C and the blocks per chunk."""
     group_slots = experts.numel() // groups
-    blocks = triton.cdiv(triton.cdiv(group_slots, BLOCK), max(1, MAX_CHUNKS // groups))
-    chunks = triton.cdiv(group_slots, BLOCK * blocks)
+    blocks = cdiv(cdiv(group_slots, BLOCK), max(1, MAX_CHUNKS // groups))
+    chunks = cdiv(group_slots, BLOCK * blocks)
     table = torch.empty((groups, num_experts, chunks), dtype=torch.int32, device=experts.device)
     totals = torch.empty((groups, num_experts), dtype=torch.int32, device=experts.device)
     count_kernel[(groups * chunks,)](
@@ -141,12 +143,12 @@ def count_slots(
         BLOCK=BLOCK, BLOCK_E=block_experts(num_experts),
     )  # fmt: skip
     rows = groups * num_experts
-    scan_kernel[(triton.cdiv(rows, SCAN_ROWS),)](table, totals, rows, chunks, BLOCK_R=SCAN_ROWS, BLOCK_C=SCAN_CHUNKS)
+    scan_kernel[(cdiv(rows, SCAN_ROWS),)](table, totals, rows, chunks, BLOCK_R=SCAN_ROWS, BLOCK_C=SCAN_CHUNKS)
     return table, totals, chunks, blocks
 
 
 def block_experts(num_experts: int) -> int:
-    return max(64, triton.next_power_of_2(num_experts))  # a histogram has at least as many bins as a warp has lanes
+    return max(64, next_power_of_2(num_experts))  # a histogram has at least as many bins as a warp has lanes
 
 
 def keep_within_capacity(

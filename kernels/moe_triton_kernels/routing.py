@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_triton_kernels.arithmetic import cdiv, next_power_of_2
 from moe_triton_kernels.launch import constants
 from moe_triton_kernels.scores import EPS, SCORES, SIGMOID, own_score, scores_of, scores_of_chosen, softmax_rows
 
@@ -23,6 +24,7 @@ INDEX_BITS = tl.constexpr(2**13 - 1)  # a 16-bit float has at least 13 zeros at 
 
 MAX_PROGRAMS = 2048  # a constant, not the number of processors: sums have the same order on every GPU
 TILE_ELEMENTS = 512
+FEW_TILES = 4  # one program takes so many, one after another, in the time of the launch that would add up the sums
 SUM_PROGRAMS, SUM_EXPERTS, SUM_WARPS = 512, 8, 8  # the part of the partial sums that a program holds at a time
 NUM_WARPS = 1  # a token's experts lie in one warp, so that an arg-max needs no shared memory
 
@@ -249,8 +251,8 @@ def sum_partials_kernel(
 
 def lanes_of(num_experts: int, top_k: int, num_groups: int = 1) -> Lanes:
     """As many tokens at a time as let [tokens, experts] and [tokens, choices] fit in a program's registers."""
-    groups, members = triton.next_power_of_2(num_groups), triton.next_power_of_2(num_experts // num_groups)
-    block_k = triton.next_power_of_2(top_k)
+    groups, members = next_power_of_2(num_groups), next_power_of_2(num_experts // num_groups)
+    block_k = next_power_of_2(top_k)
     tokens = max(1, min(64, TILE_ELEMENTS // max(groups * members, block_k)))
     return Lanes(BLOCK_T=tokens, GROUPS=groups, MEMBERS=members, BLOCK_K=block_k)
 
@@ -296,7 +298,8 @@ def topk_forward(
     Experts and counts are int32, the others fp32; with several sequences, counts and score sums are [B, E]. Experts are
     in order of preference; they are -1, with weight 0, where `token_mask` [T] is false. `choice_bias` [E] and `noise`
     [T, E] change the choice only. `given` [T, K] int32, ids distinct in a row, -1 for none or -2 for an empty place,
-    takes its place in the rows that are not all -1. Two launches, no host sync, bitwise deterministic.
+    takes its place in the rows that are not all -1. One
+    launch for few tokens, else two; no host sync, bitwise deterministic.
     """
     num_tokens, num_experts = logits.shape
     sequences, device = options.sequences, logits.device
@@ -310,7 +313,8 @@ def topk_forward(
     lanes = lanes_of(num_experts, options.top_k, options.num_groups)
     by_logit = noise is None and choice_bias is None and not limit.TOP2
     length = num_tokens // sequences
-    programs = min(triton.cdiv(length, lanes.BLOCK_T), max(1, MAX_PROGRAMS // sequences))
+    tiles = cdiv(length, lanes.BLOCK_T)
+    programs = 1 if sequences == 1 and tiles <= FEW_TILES else min(tiles, max(1, MAX_PROGRAMS // sequences))
     partials = PartialSums(
         counts=torch.empty((sequences, programs, num_experts), dtype=torch.int32, device=device),
         scores=torch.empty((sequences, programs, num_experts), dtype=torch.float32, device=device),
@@ -333,10 +337,12 @@ def topk_forward(
         PACKED=by_logit and logits.dtype != torch.float32,
         num_warps=NUM_WARPS,
     )
+    if sequences == programs == 1:
+        return experts, weights, partials.counts[0, 0], partials.scores[0, 0], partials.z[0, 0]
     counts = torch.empty(of_experts, dtype=torch.int32, device=device)
     score_sums = torch.empty(of_experts, dtype=torch.float32, device=device)
     z_sums = torch.empty(sequences, dtype=torch.float32, device=device)
-    sum_partials_kernel[(sequences, triton.cdiv(num_experts, SUM_EXPERTS))](
+    sum_partials_kernel[(sequences, cdiv(num_experts, SUM_EXPERTS))](
         partials, counts, score_sums, z_sums, programs,
         NUM_EXPERTS=num_experts, BLOCK_P=SUM_PROGRAMS, BLOCK_E=SUM_EXPERTS, num_warps=SUM_WARPS,
     )  # fmt: skip

@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_triton_kernels.arithmetic import cdiv, next_power_of_2
+
 # what `state` holds where
 NUM_PIECES, NUM_SPLIT_PIECES = tl.constexpr(0), tl.constexpr(1)
 NUM_SPLIT_EXPERTS, NEXT_UNIT = tl.constexpr(2), tl.constexpr(3)
@@ -52,7 +54,7 @@ def piece_rows_for(num_rows: int, tiles: int, units: int) -> int:
 
     `units` is a constant of the kernel and not the number of processors: sums have the same order on every GPU.
     """
-    return max(MIN_PIECE_ROWS, triton.cdiv(num_rows * tiles, units))
+    return max(MIN_PIECE_ROWS, cdiv(num_rows * tiles, units))
 
 
 @triton.jit(do_not_specialize=["num_experts", "piece_rows"])
@@ -107,7 +109,7 @@ def row_pieces(offsets: Tensor, num_rows: int, piece_rows: int) -> RowPieces:
         state,
         num_experts,
         piece_rows,
-        BLOCK_E=triton.next_power_of_2(num_experts),
+        BLOCK_E=next_power_of_2(num_experts),
         CHUNK=CHUNK,
     )
     return RowPieces(state=state, pieces=pieces.view(-1, 3), splits=splits.view(-1, 3), num_slots=num_slots)

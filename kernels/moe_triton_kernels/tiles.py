@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_triton_kernels.arithmetic import next_power_of_2
+
 BLOCK_SIZES = (16, 32, 64, 128)
 CHUNK = 128  # table entries that a program writes at a time
 
@@ -118,7 +120,7 @@ def tile_tables(offsets: Tensor, num_rows: int, block_sizes: tuple[int, ...] = B
         num_experts,
         num_rows,
         SIZES=block_sizes,
-        BLOCK_E=triton.next_power_of_2(num_experts),
+        BLOCK_E=next_power_of_2(num_experts),
         CHUNK=CHUNK,
     )
     tables = tuple(part[:length] for part, length in zip(table.split(places), lengths, strict=True))

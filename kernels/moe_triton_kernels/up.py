@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_triton_kernels.activations import check_activation, is_gated
+from moe_triton_kernels.activations import Activation, is_gated
+from moe_triton_kernels.arithmetic import cdiv
 from moe_triton_kernels.gluon.schedules import why_unsupported
 from moe_triton_kernels.grouped_gemm import rows_times_weight, tile_order
 from moe_triton_kernels.launch import Config, launch_options, persistent_grid
@@ -109,7 +110,7 @@ def up(
     *,
     size_n: int,
     top_k: int,
-    activation: str,
+    activation: Activation,
     is_concatenated: bool,
     keep_activation: bool,
     keep_preactivation: bool,
@@ -121,17 +122,9 @@ def up(
     strides. H's columns lie as the weight's do: [gate | up], or g0, u0, g1, u1, ... where not `is_concatenated`.
     Rows past offsets[E] are not written.
     """
-    gated = check_activation(activation)
-    reason = why_unsupported(
-        config.gluon,
-        x,
-        weight,
-        bias,
-        size_columns=size_n,
-        projections=2 if gated else 1,
-        is_concatenated=is_concatenated or not gated,
-    )
-    if reason is None:
+    sizes = {"size_columns": size_n, "projections": 2 if activation.is_gated else 1}
+    is_apart = is_concatenated or not activation.is_gated
+    if why_unsupported(config.gluon, x, weight, bias, is_concatenated=is_apart, **sizes) is None:
         from moe_triton_kernels.gluon import up as warp_specialized  # imports Gluon, which is experimental
 
         return warp_specialized.up(
@@ -149,18 +142,18 @@ def up(
         )
     num_rows, size_d = source.shape[0], x.shape[1]
     a = x.new_empty((num_rows, size_n) if keep_activation else 0)
-    h = x.new_empty((num_rows, 2 * size_n if gated else size_n) if keep_preactivation else 0)
+    h = x.new_empty((num_rows, 2 * size_n if activation.is_gated else size_n) if keep_preactivation else 0)
     table, max_tiles = tiles.select(config.block_m)
-    columns_per_half = 2 if gated and not is_concatenated else 1
+    columns_per_half = 2 if activation.is_gated and not is_concatenated else 1
     descriptor = weight_descriptor(
         weight,
         config,
         size_k=size_d,
         size_columns=columns_per_half * size_n,
-        halves=2 if gated and is_concatenated else 1,
+        halves=2 if activation.is_gated and is_concatenated else 1,
         block_n=columns_per_half * config.block_n,
     )
-    up_kernel[persistent_grid(x.device, max_tiles * triton.cdiv(size_n, config.block_n), config)](
+    up_kernel[persistent_grid(x.device, max_tiles * cdiv(size_n, config.block_n), config)](
         x,
         source,
         weight.weight(),

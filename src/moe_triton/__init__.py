@@ -22,6 +22,7 @@ from moe_triton.quantize import QuantizeReport, quantize
 from moe_triton.records import Dispatch, Lora, Routing
 from moe_triton.replay import RoutingRecorder
 from moe_triton.routing import route
+from moe_triton.runtime import batch_invariant
 from moe_triton.swap import SwapReport, swap
 
 __version__ = "0.1.0"
@@ -43,6 +44,7 @@ __all__ = [
     "Routing",
     "RoutingRecorder",
     "SwapReport",
+    "batch_invariant",
     "compat",
     "dispatch",
     "expert_capacity",

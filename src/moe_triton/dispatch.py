@@ -121,6 +121,11 @@ def dispatch(
             experts, num_experts, capacity=capacity, capacity_groups=capacity_groups, by_choice=by_choice, keys=keys
         )
     as_op = torch.compiler.is_compiling() or has_no_data(experts) or is_transforming()
+    if capacity is None and not as_op:
+        with runtime.plain_maths(experts):
+            small = runtime.dispatch_backend(name).build_small_dispatch(experts, num_experts)
+        if small is not None:
+            return small
     run = _dispatch_op if as_op else _build
     counts, offsets, source, position = run(experts, num_experts, capacity, capacity_groups, by_choice, keys, name)
     return Dispatch(counts=counts, offsets=offsets, source=source, position=position)

@@ -20,6 +20,7 @@ from moe_triton.dispatch import dispatch
 from moe_triton.quantization import QuantizedWeight
 from moe_triton.records import (
     ACTIVATIONS,
+    LIMITED,
     Dispatch,
     ExpertCall,
     ExpertParameters,
@@ -41,6 +42,8 @@ def moe_mlp(
     down_proj: Projection,
     *,
     activation: str = "swiglu",
+    activation_limit: float | None = None,
+    activation_alpha: float | None = None,
     gate_up_bias: ExpertWeight | None = None,
     down_bias: ExpertWeight | None = None,
     gate_up_lora: Adapters = None,
@@ -64,6 +67,9 @@ def moe_mlp(
         down_proj: [E, d, n], stacked, a sequence, or a `QuantizedWeight`.
         activation: gated "swiglu", "geglu" (erf), "geglu_tanh", "reglu", "gpt_oss"; ungated "silu", "gelu" (erf),
             "gelu_tanh", "relu", "relu2".
+        activation_limit: L, of "swiglu" and "gpt_oss": gate is cut to at most L and up to [-L, L] before they are
+            used; gradients pass up to and at L. None: not cut for "swiglu" (DeepSeek-V4: 10), 7 for "gpt_oss".
+        activation_alpha: of the same two, the slope in gate * sigmoid(alpha * gate). None: 1, and 1.702 for "gpt_oss".
         gate_up_bias, down_bias: [E, 2n] ([E, n] ungated) and [E, d], stacked or sequences, or None.
         gate_up_lora, down_lora: `Lora` adapters of the projections, or sequences of several that are summed, or None.
             Of any dtype: they are cast to the one that the products compute with. No delta of a projection's size is
@@ -88,7 +94,13 @@ def moe_mlp(
     if num_experts == 0:
         raise ValueError("gate_up_proj: got no expert, wanted at least one")
     parameters = ExpertParameters(gate_up_proj, down_proj, gate_up_bias, down_bias)
-    spec = ExpertSpec(activation=activation, is_transposed=is_transposed, is_concatenated=is_concatenated)
+    spec = ExpertSpec(
+        activation=activation,
+        activation_limit=activation_limit,
+        activation_alpha=activation_alpha,
+        is_transposed=is_transposed,
+        is_concatenated=is_concatenated,
+    )
     _check_weights("top_k_weights", top_k_weights, hidden_states, top_k_index.shape[1], backend)
     _check_parameters(parameters, num_experts, spec, hidden_states)
     check_adapters(parameters, spec, hidden_states.device, gate_up_lora=gate_up_lora, down_lora=down_lora)
@@ -107,6 +119,8 @@ def moe_experts(
     down_proj: Projection,
     *,
     activation: str = "swiglu",
+    activation_limit: float | None = None,
+    activation_alpha: float | None = None,
     gate_up_bias: ExpertWeight | None = None,
     down_bias: ExpertWeight | None = None,
     gate_up_lora: Adapters = None,
@@ -126,7 +140,13 @@ def moe_experts(
     The other arguments, what is returned and what is raised are those of `moe_mlp`.
     """
     parameters = ExpertParameters(gate_up_proj, down_proj, gate_up_bias, down_bias)
-    spec = ExpertSpec(activation=activation, is_transposed=is_transposed, is_concatenated=is_concatenated)
+    spec = ExpertSpec(
+        activation=activation,
+        activation_limit=activation_limit,
+        activation_alpha=activation_alpha,
+        is_transposed=is_transposed,
+        is_concatenated=is_concatenated,
+    )
     if not isinstance(dispatched, Dispatch):
         raise TypeError(f"dispatched: got {type(dispatched).__name__}, wanted a Dispatch from moe_triton.dispatch")
     call = ExpertCall(hidden=hidden_states, weights=weights, dispatched=dispatched, parameters=parameters, spec=spec)
@@ -158,7 +178,7 @@ def _dtypes(hidden_states: Tensor) -> tuple[torch.dtype, ...]:
 
 
 def _check_parameters(parameters: ExpertParameters, num_experts: int, spec: ExpertSpec, hidden_states: Tensor) -> None:
-    check_choice("activation", spec.activation, ACTIVATIONS)
+    check_activation(spec.activation, spec.activation_limit, spec.activation_alpha)
     width, device, dtypes = hidden_states.shape[1], hidden_states.device, _dtypes(hidden_states)
     gate_up_proj, down_proj, gate_up_bias, down_bias = parameters[:4]
     rows = _matrix_shape("gate_up_proj", gate_up_proj)[1 if spec.is_transposed else 0]
@@ -174,6 +194,16 @@ def _check_parameters(parameters: ExpertParameters, num_experts: int, spec: Expe
         check_expert_tensors("gate_up_bias", gate_up_bias, num_experts, (rows,), dtypes, device)
     if down_bias is not None:
         check_expert_tensors("down_bias", down_bias, num_experts, (width,), dtypes, device)
+
+
+def check_activation(activation: str, limit: float | None, alpha: float | None) -> None:
+    """Raise for an unknown activation, and for a limit or an alpha that it does not take."""
+    check_choice("activation", activation, ACTIVATIONS)
+    for name, value in (("activation_limit", limit), ("activation_alpha", alpha)):
+        if value is not None and activation not in LIMITED:
+            raise ValueError(f"{name}: got {value} for {activation!r}, wanted None; only {', '.join(LIMITED)} have one")
+        if value is not None:
+            check_number(name, value, above=0)
 
 
 def _matrix_shape(name: str, projection: Projection) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -130,8 +130,23 @@ def explain_layer(name: str, layer: MoE, tokens: int, device: torch.device | str
         name, shape, dtype_of(weight, layer.router), where, experts.backend, experts.spec.activation,
         has_bias=experts.down_proj_bias is not None, recompute=experts.recompute, frozen=frozen_stages(experts),
         ranks={name: lora.a.shape[1] for name in PROJECTIONS if (lora := experts.lora(name)) is not None},
+        batch_invariant=layer.batch_invariant,
     )  # fmt: skip
+    found = replace(found, parts=(*found.parts, *_more_parts(layer, hidden)))
     return with_format(found, weight)
+
+
+def _more_parts(layer: MoE, latent_size: int) -> Iterator[Part]:
+    """What a layer has beside the router and its experts."""
+    if layer.latent_down_proj is not None:
+        sizes = f"{layer.hidden_size} -> {latent_size}, and back after the sum over experts"
+        yield Part(step="latent projections", runs=f"torch linear, {sizes}")
+    if layer.shared_expert is not None:
+        gate = "" if layer.shared_expert_gate is None else ", times the sigmoid of its own gate"
+        yield Part(step="shared expert", runs=f"torch linear on every token{gate}")
+    if layer.batch_invariant:
+        how = "products of 32 rows each on a CPU, 128 on other devices; one configuration per kernel in Triton"
+        yield Part(step="batch invariance", runs=how)
 
 
 def dtype_of(projection: Any, router: nn.Module) -> torch.dtype:
@@ -183,8 +198,9 @@ def explain_routed(layer: RoutedLayer, tokens: int, device: torch.device | str |
             parts=(routing, Part(step="experts", runs=runs)),
         )  # fmt: skip
     activation = hf.fused_activation(experts)
+    name = "swiglu" if activation is None else activation.activation
     found = describe(
-        layer.name, shape, dtype, where, getattr(experts, "moe_triton_backend", "auto"), activation or "swiglu",
+        layer.name, shape, dtype, where, getattr(experts, "moe_triton_backend", "auto"), name,
         has_bias=experts.has_bias,
     )  # fmt: skip
     rest = [part for part in found.parts if part.step not in ("gate", "route")]
@@ -207,13 +223,14 @@ def describe(
     has_bias: bool = False,
     recompute: bool = False,
     frozen: Sequence[str] = (),
+    batch_invariant: bool = False,
     ranks: Mapping[str, int] = MappingProxyType({}),
 ) -> Explanation:
     choice = runtime.choose(backend, device, dtype)
     if choice.name == "triton":
         parts = [
             part
-            for part in triton_parts(shape, dtype, device, activation in GATED, has_bias)
+            for part in triton_parts(shape, dtype, device, activation in GATED, has_bias, batch_invariant)
             if part.step.removesuffix(" (backward)") not in frozen
         ]
     elif choice.name == "torch":
@@ -255,17 +272,29 @@ def torch_parts(device: torch.device) -> list[Part]:
 
 
 def triton_parts(
-    shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device, is_gated: bool, has_bias: bool
+    shape: tuple[int, int, int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    is_gated: bool,
+    has_bias: bool,
+    batch_invariant: bool = False,
 ) -> list[Part]:
     tokens, d, n, num_experts, top_k = shape
     from moe_triton.kernel_stages import FORWARD, KERNELS, chosen_configs, kernel_in_words  # need Triton
+    from moe_triton_kernels.heuristics import BUCKETS
     from moe_triton_kernels.launch import target_of
 
-    chosen = chosen_configs(
-        d=d, n=n, dtype=dtype, num_rows=tokens * top_k, num_experts=num_experts, is_gated=is_gated,
-        architecture=target_of(device).architecture,
-    )  # fmt: skip
-    config = {stage: found for found in chosen for stage in found["stages"]}
+    def by_stage(num_rows: int) -> dict[str, dict[str, Any]]:
+        chosen = chosen_configs(
+            d=d, n=n, dtype=dtype, num_rows=num_rows, num_experts=num_experts, is_gated=is_gated,
+            architecture=target_of(device).architecture,
+        )  # fmt: skip
+        return {stage: found for found in chosen for stage in found["stages"]}
+
+    config = by_stage(tokens * top_k)
+    if batch_invariant:  # one configuration of up and down, whatever the rows
+        fixed = by_stage(BUCKETS[-1] * num_experts + 1)
+        config |= {stage: fixed[stage] for stage in ("up", "down")}
     parts = [
         Part(step="gate", runs="torch linear in fp32"),
         Part(step="route", runs="top-k kernels"),

@@ -10,7 +10,7 @@ import torch
 
 from moe_triton_kernels.configs import find_config, shipped_table, user_table, user_table_path
 from moe_triton_kernels.gluon.schedules import BLOCK_K, BLOCK_M, import_error, schedule_of
-from moe_triton_kernels.launch import Config
+from moe_triton_kernels.launch import MAX_REGISTERS, Config
 
 # operation that has configurations -> the stages that run with its configuration
 STAGES_OF = {
@@ -39,7 +39,7 @@ FORWARD = ("tile_tables", "up", "down", "combine")
 
 
 def in_words(config: Config | Mapping[str, Any]) -> str:
-    """Return "128x256x64 warps 8 stages 3", and what else is not 1, or switched on.
+    """Return "128x256x64 warps 8 stages 3", and what else is not 1, or switched on, or limited.
 
     With a warp-specialized schedule, what that reads: "gluon ping_pong 128x128x64 stages 6 group 8".
     """
@@ -53,7 +53,7 @@ def in_words(config: Config | Mapping[str, Any]) -> str:
     for name, value in ((f.name, getattr(config, f.name)) for f in fields(config) if f.name not in known):
         if isinstance(value, bool):
             text += f" {name}" if value else ""
-        elif value != 1:
+        elif value not in (1, MAX_REGISTERS):
             text += f" {name} {value}"
     return text
 
@@ -65,20 +65,24 @@ def full_name(op: str, is_gated: bool) -> str:
 
 def chosen_config(op: str, d: int, n: int, dtype: torch.dtype, bucket: int, architecture: str) -> Config:
     """What runs an operation (by its name in tables) today, for experts with about `bucket` rows each."""
-    return find_config(op, d=d, n=n, dtype=dtype, num_rows=bucket, num_experts=1, architecture=architecture)[0]
+    return find_config(op, d=d, n=n, dtype=dtype, num_rows=bucket, num_experts=1, architecture=architecture).config
 
 
 def chosen_configs(
     *, d: int, n: int, dtype: torch.dtype, num_rows: int, num_experts: int, is_gated: bool, architecture: str
 ) -> list[dict[str, Any]]:
-    """For every operation: stages, configuration in words and as a dict, and where it is from."""
+    """For every operation: stages, configuration in words and as a dict, and where it is from.
+
+    Of a table's entry that was tuned under another Triton or ptxas than what compiles here, it says so.
+    """
     found = []
     for op, stages in STAGES_OF.items():
-        config, origin = find_config(
+        config, origin, _ = chosen = find_config(
             full_name(op, is_gated), d=d, n=n, dtype=dtype, num_rows=num_rows, num_experts=num_experts,
             architecture=architecture,
         )  # fmt: skip
-        found.append({"op": op, "stages": stages, "config": in_words(config), "fields": asdict(config), "from": origin})
+        source = ", ".join(filter(None, (origin, chosen.stale(architecture))))
+        found.append({"op": op, "stages": stages, "config": in_words(config), "fields": asdict(config), "from": source})
     return found
 
 
@@ -86,7 +90,7 @@ def table_facts(architectures: Sequence[str]) -> dict[str, Any]:
     """Where the tables are and how many entries they have for these architectures."""
     path = user_table_path()
     entries = {
-        name: [config for key, config in table.items() if key[4] in architectures]
+        name: [entry.config for key, entry in table.items() if key[4] in architectures]
         for name, table in (("user", user_table()), ("shipped", shipped_table()))
     }
     schedules = [config.gluon for configs in entries.values() for config in configs if config.gluon is not None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -13,6 +13,8 @@ from moe_triton.quantization import QuantizedWeight
 GATED = ("swiglu", "geglu", "geglu_tanh", "reglu", "gpt_oss")
 UNGATED = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 ACTIVATIONS = GATED + UNGATED
+# Gates that are cut at a limit, with their own limit (None: not cut) and alpha, the slope of their sigmoid.
+LIMITED: dict[str, tuple[float | None, float]] = {"swiglu": (None, 1.0), "gpt_oss": (7.0, 1.702)}
 SCORES = ("softmax", "sigmoid", "topk_softmax", "sqrt_softplus")
 EMPTY = -2  # the id of a choice that a rule leaves empty; -1 is one of a token that counts nowhere
 GROUP_SCORES = ("max", "top2_sum")
@@ -40,18 +42,33 @@ class ExpertSpec:
 
     Default layout: gate_up_proj [E, 2n, d] ([E, n, d] when ungated), down_proj [E, d, n]. `is_transposed` swaps the
     last two dimensions of both. `is_concatenated=False` means that gate and up alternate: g0, u0, g1, u1, ...
-    The scalings multiply the adapters' part of a product.
+    The scalings multiply the adapters' part of a product. With `batch_invariant` an output's bits depend on its own
+    token alone (`moe_triton.batch_invariant`). activation_limit and activation_alpha are those of
+    `moe_triton.moe_mlp`; None stands for the activation's own.
     """
 
     activation: str = "swiglu"
+    activation_limit: float | None = None
+    activation_alpha: float | None = None
     is_transposed: bool = False
     is_concatenated: bool = True
+    batch_invariant: bool = False
     gate_up_scaling: float = 1.0
     down_scaling: float = 1.0
 
     @property
     def is_gated(self) -> bool:
         return self.activation in GATED
+
+    @property
+    def limit(self) -> float | None:
+        """Where gate and up are cut; None for nowhere."""
+        return LIMITED.get(self.activation, (None, 1.0))[0] if self.activation_limit is None else self.activation_limit
+
+    @property
+    def alpha(self) -> float:
+        """The slope of the gate's sigmoid."""
+        return LIMITED.get(self.activation, (None, 1.0))[1] if self.activation_alpha is None else self.activation_alpha
 
 
 class SequenceSums(NamedTuple):
@@ -73,6 +90,8 @@ class Routing:
     z_sum       []  sum over tokens of logsumexp(logits)**2, differentiable
     num_tokens  []  number of tokens that count, on the device
     sequences   counts, score_sums and num_tokens of each sequence; None where `route` was not asked for several
+    hidden      [T, d] what `Router` was given, for whoever takes it next: the gate then adds its gradient to theirs in
+                one pass; None where there was no gate
     """
 
     experts: Tensor
@@ -82,6 +101,7 @@ class Routing:
     z_sum: Tensor
     num_tokens: Tensor
     sequences: SequenceSums | None = None
+    hidden: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +126,16 @@ class Dispatch:
     @property
     def top_k(self) -> int:
         return self.position.shape[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiledDispatch(Dispatch):
+    """A Dispatch with what its backend made along with it for its kernels.
+
+    tiles  the `TileTables` of the triton backend
+    """
+
+    tiles: Any
 
 
 # All experts' tensors of one kind: stacked [E, ...], or one tensor per expert.
@@ -204,6 +234,22 @@ class ExpertCall:
         if given.down_lora_a is None or given.down_lora_b is None:
             return None
         return Lora(given.down_lora_a, given.down_lora_b, self.spec.down_scaling)
+
+
+class GateWanted(NamedTuple):
+    """Which gradients of the gate are wanted."""
+
+    hidden: bool = True
+    weight: bool = True
+    bias: bool = True
+
+
+class GateGradients(NamedTuple):
+    """The gradients of the gate; None where not wanted."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
 
 
 class Wanted(NamedTuple):

@@ -153,11 +153,13 @@ def route_by_spec(
     experts: Tensor | None = None,
     given: Tensor | None = None,
     sequences: int = 1,
+    hidden: Tensor | None = None,
     backend: str = "auto",
 ) -> Routing:
     """Do what `route` does, for options that `router_spec` has checked already.
 
     given: [T, K] int32 in the place of `experts`, where the ids of a row are known to be in range and distinct.
+    hidden: goes into the Routing.
     """
     num_tokens, num_experts = check_tensor("logits", logits, shape=("T", "E"), dtypes=FLOATS).shape
     check_int("sequences", sequences, low=1)
@@ -182,9 +184,13 @@ def route_by_spec(
         given = reference.given_choices(experts, num_experts)
     name = runtime.choose(backend, logits.device, logits.dtype).name
     if name == "reference":
-        return reference.route(logits, spec, choice_bias=choice_bias, noise=noise, token_mask=token_mask, given=given)
+        routing = reference.route(
+            logits, spec, choice_bias=choice_bias, noise=noise, token_mask=token_mask, given=given
+        )
+        return replace(routing, hidden=hidden)
     weights, score_sums, z_sum, experts, counts = run_route(logits, choice_bias, noise, token_mask, given, spec, name)
-    return reference.routing_of(experts, weights, counts, score_sums, z_sum, _num_valid(logits, spec, token_mask))
+    sums = (counts, score_sums, z_sum, _num_valid(logits, spec, token_mask))
+    return replace(reference.routing_of(experts, weights, *sums), hidden=hidden)
 
 
 def _num_valid(logits: Tensor, spec: RouterSpec, token_mask: Tensor | None) -> Tensor:

@@ -12,14 +12,13 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Iterator
 from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple, cast
 
 import torch
 
-from moe_triton.backends.protocols import DispatchBackend, ExpertsBackend, RoutingBackend
+from moe_triton.backends.protocols import DispatchBackend, ExpertsBackend, GateBackend, RoutingBackend
 from moe_triton.checks import check_choice
 from moe_triton.torch_internals import constant_while_compiling
 
@@ -112,19 +111,62 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Return `torch.autocast(enabled=False)`, also for the meta device, which torch's refuses."""
-    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    """Return `torch.autocast(enabled=False)`; where it is off already, or the device is meta, what does nothing."""
+    is_off = autocast_dtype(device) is None
+    return contextlib.nullcontext() if is_off else torch.autocast(device.type, enabled=False)
 
 
-@contextlib.contextmanager
-def plain_maths(tensor: torch.Tensor) -> Iterator[None]:
+class plain_maths:
     """Set what an implementation runs under: no autograd, no autocast, and the tensor's GPU as the current one."""
-    with (
-        torch.no_grad(),
-        without_autocast(tensor.device),
-        torch.cuda.device_of(tensor),
-    ):
-        yield
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.parts = (torch.no_grad(), without_autocast(tensor.device), torch.cuda.device_of(tensor))
+
+    def __enter__(self) -> None:
+        for part in self.parts:
+            part.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for part in reversed(self.parts):
+            part.__exit__(*error)
+
+
+def gate_backend(name: str) -> GateBackend:
+    """Return the implementation of the gate by backend "torch" or "triton"."""
+    return cast(GateBackend, _module(f"{name}.gate"))
+
+
+class batch_invariant(contextlib.ContextDecorator):
+    """Make the bits of each token's output depend on this token alone, in every MoE forward inside the context.
+
+    Not on the number of tokens, on the other tokens, on their order, or on the number of ranks that hold the experts
+    (the term is Thinking Machines', "Defeating Nondeterminism in LLM Inference"). It holds in training and in inference
+    on the backends "torch" and "triton", for one kind of processor or GPU, one version of torch and one number of
+    threads. Gradients are outside it, and so is what mixes tokens by definition: a capacity, noise. For the whole
+    process, as `torch.use_deterministic_algorithms`; contexts nest. `MoE(batch_invariant=True)` does it for one layer.
+    """
+
+    def __enter__(self) -> None:
+        global _invariant_contexts
+        _invariant_contexts += 1
+
+    def __exit__(self, *error: object) -> None:
+        global _invariant_contexts
+        _invariant_contexts -= 1
+
+
+_invariant_contexts = 0
+
+
+def is_batch_invariant() -> bool:
+    """Return whether the call is inside `batch_invariant`."""
+    return _invariant_contexts > 0
+
+
+def refuse_reference(name: str) -> None:
+    """Raise ValueError for the backend "reference" inside `batch_invariant`: it computes an expert's rows at once."""
+    if name == "reference":
+        raise ValueError("batch_invariant: got True with backend 'reference', wanted 'auto', 'triton' or 'torch'")
 
 
 def routing_backend(name: str) -> RoutingBackend:

@@ -122,9 +122,12 @@ def transformers_experts(model: nn.Module, name: str, module: nn.Module, backend
         setattr(module.config, f"_experts_implementation{'_internal' if internal else ''}", key)
     module.moe_triton_backend = backend  # type: ignore[assignment]
     activation = hf.fused_activation(module)
+    size_l, size_d = hf.latent_sizes(module)
     how = f"fused, {activation}" if activation else "our products, with the module's own gate called between them"
     if getattr(module, "has_post_expert_norm", False):
         how += ", then its post_expert_norm"
+    if size_l != size_d:
+        how += f", in a latent space of {size_l} of {size_d} numbers"
     return Swapped(name, _kind(module), f"experts_implementation={key!r}, backend={backend!r}: {how}")
 
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
@@ -61,6 +62,15 @@ def compiled_module(module: nn.Module) -> nn.Module | None:
     return module._modules.get("_orig_mod")
 
 
+# Modules --------------------------------------------------------------------------------------------------------------
+
+
+def runs_as_it_is(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Return whether a call of the module is `cls.forward` of the very arguments: no override, wrapper or pre-hook."""
+    is_own = type(module).forward is cls.forward and "forward" not in module.__dict__
+    return is_own and not module._forward_pre_hooks
+
+
 # Autograd, its transforms, and modes ----------------------------------------------------------------------------------
 
 
@@ -101,6 +111,14 @@ def has_no_data(tensor: Tensor) -> bool:
 def real_tensors() -> AbstractContextManager[Any]:
     """Leave all modes, so that new tensors have values also while torch.export traces with fake ones."""
     return _disable_current_modes()
+
+
+# CUDA -----------------------------------------------------------------------------------------------------------------
+
+
+def keep_gpu_busy(cycles: int) -> None:
+    """Let the current GPU wait for about this many cycles of its clock, while the host goes on."""
+    torch.cuda._sleep(cycles)
 
 
 # oneDNN ---------------------------------------------------------------------------------------------------------------
@@ -166,3 +184,20 @@ def inside_fsdp1(module: nn.Module) -> nn.Module:
 def is_fsdp2_class(cls: type) -> bool:
     """Return whether FSDP2 has made this class, which it gives to the modules that it shards."""
     return hasattr(cls, "_get_fsdp_state")
+
+
+LANES = 64  # elements that torch's vectorised kernels take at a time, in 16 bits; half as many in fp32
+SERIAL = (1 << 15) - 1  # the most elements that torch does not spread over threads
+
+
+def by_full_vectors(function: Callable[[Tensor], Tensor], x_mn: Tensor) -> Tensor:
+    """Apply a function of single elements such that a result's bits depend on its element alone, [m, n].
+
+    On a CPU torch computes the last elements of a range, and of each thread's share, with other instructions than the
+    others: exp then has another last bit. Here every element is one of a full vector.
+    """
+    if x_mn.device.type != "cpu":
+        return function(x_mn)
+    padded = F.pad(x_mn, (0, -x_mn.shape[1] % LANES)).contiguous()
+    step = max(SERIAL // max(padded.shape[1], 1), 1)
+    return torch.cat([function(rows) for rows in padded.split(step)])[:, : x_mn.shape[1]].contiguous()

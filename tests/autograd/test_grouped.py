@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from moe_triton.autograd import grouped as operation
 from moe_triton.autograd.grouped import grouped_linear
 from moe_triton.backends.torch import grouped
 from tests.helpers.compare import assert_close
@@ -47,3 +48,18 @@ def test_grouped_linear_without_a_host_sync(is_transposed, has_bias, monkeypatch
     for actual, value in zip(run(), expected, strict=True):
         assert value.abs().max() > 0
         assert_close(actual, value)
+
+
+def test_frozen_weights_get_no_gradient(monkeypatch):
+    """Nothing of the weights' size is made, as under adapters."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a gradient of the weights was made")
+
+    monkeypatch.setattr(operation, "grouped_outer", refuse)
+    offsets = torch.tensor([0, 3, 3, 7], dtype=torch.int32)
+    x, weight = torch.randn(9, 5, requires_grad=True), torch.randn(3, 4, 5)
+    (grad,) = torch.autograd.grad(grouped_linear(x, weight, None, offsets, False).sum(), x)
+    assert_close(grad[3:7], weight[2].sum(0).expand(4, -1))
+    with pytest.raises(AssertionError, match="of the weights was made"):
+        grouped_linear(x, weight.requires_grad_(), None, offsets, False).sum().backward()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from moe_triton.benchmarking import timing
-from moe_triton.benchmarking.timing import CpuTimer, Fresh, Spread, ratios, run_rounds, spread
+from moe_triton.benchmarking.timing import CpuTimer, Fresh, GpuTimer, Spread, ratios, run_rounds, spread
 
 
 class Clock:
@@ -112,6 +116,43 @@ def test_an_entry_that_would_eat_the_budget_gets_three_samples():
     times = run_rounds(calls, CpuTimer(clock), budget_s=100.0, min_rounds=5, clock=clock)
     assert sum(t is not None for t in times["slow"]) == 3
     assert len(times["a"]) == 7
+
+
+def test_a_long_first_call_on_a_gpu_may_have_compiled_and_counts_for_nothing():
+    clock = Clock()
+    timer = CpuTimer(clock)
+    timer.long_warm_up = GpuTimer.long_warm_up
+    calls = {"a": clock.call("a", 30.0, 1e-3), "b": clock.call("b", 1e-3)}
+    times = run_rounds(calls, timer, budget_s=0.0, min_rounds=2, clock=clock)
+    assert clock.log.count("a") == 2 + 2 * 10  # as often as its neighbour
+    assert times["a"] == times["b"] == pytest.approx([1e-3] * 2)
+
+
+def test_a_gpu_waits_until_the_host_has_launched_a_call(monkeypatch):
+    """With fake events: what they record, in order."""
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            pass
+
+        def record(self) -> None:
+            log.append("event")
+
+        def elapsed_time(self, other) -> float:
+            return 2.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1))
+    monkeypatch.setattr(timing, "keep_gpu_busy", lambda cycles: log.append("busy"))
+    timer = GpuTimer(torch.device("cpu"), cold=False, ahead=True)
+    assert timer.measure(lambda: log.append("call"), 2) == pytest.approx(2e-3)
+    assert log == ["synchronize", *["busy", "event", "call", "event"] * 2, "synchronize"]
+    log.clear()
+    GpuTimer(torch.device("cpu"), cold=False).measure(lambda: log.append("call"), 1)
+    assert log == ["synchronize", "event", "call", "event", "synchronize"]
 
 
 def test_a_call_is_warmed_up_before_it_is_estimated_unless_it_is_long():

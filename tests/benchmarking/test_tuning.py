@@ -20,17 +20,18 @@ from moe_triton.benchmarking.timing import CpuTimer
 from moe_triton.cli import app
 from moe_triton.cli.arguments import EXIT_NO_GPU, EXIT_USAGE
 from moe_triton.kernel_stages import STAGES_OF
+from moe_triton_kernels.launch import Config
 
 command = importlib.import_module("moe_triton.cli.tune")
 CASE = Case(tokens=20, hidden=32, intermediate=16, experts=4, top_k=2)
 SHAPE = ["--tokens=20", "--hidden=32", "--intermediate=16", "--experts=4", "--top-k=2", "--dtype=float32"]
-FACTS = {"device": {"name": "a GPU"}, "versions": {"torch": "2.13"}, "commit": {"hash": "ab" * 20}}
+FACTS = {"device": {"name": "a GPU"}, "versions": {"torch": "2.13", "ptxas": "12.9.86"}, "commit": {"hash": "ab" * 20}}
 SETTINGS = tuning.Settings(device=torch.device("cpu"), seed=0, threads=1, candidate_s=0.0)
 TINY = Case(tokens=8, hidden=16, intermediate=16, experts=3, top_k=2)  # for the interpreter
 (PROBLEM,) = tuning.problems_of([CASE], ["down"], "interpreter")
 INCUMBENT = {
     "block_m": 16, "block_n": 16, "block_k": 16, "num_warps": 4, "num_stages": 1, "group": 2, "parts": 1,
-    "programs_per_sm": 1, "gluon": None, "descriptors": False,
+    "programs_per_sm": 1, "gluon": None, "descriptors": False, "maxnreg": 255,
 }  # fmt: skip
 
 
@@ -108,6 +109,7 @@ def test_schedules_are_tried_beside_plain_kernels(tmp_path, fake, monkeypatch, p
     """The winner goes into the table, whichever kind it is; neither kind hides the other's neighbours."""
     monkeypatch.setattr(tuning, "Worker", Hopper)
     monkeypatch.setattr(Hopper, "plain_wins", plain_wins)
+    monkeypatch.setattr(tuning, "broken_gates", lambda *_: "")
     (problem,) = tuning.problems_of([replace(CASE, dtype="bfloat16", tokens=2000)], ["down"], "sm_90")
     state = tuning.search(problem, progress(tmp_path / "p.json"), SETTINGS, 60.0, lambda *_: None)
     tried = {(config["gluon"], config["group"]) for config in fake.asked}
@@ -153,6 +155,25 @@ def test_an_interrupted_search_goes_on(tmp_path, fake):
     assert other.state(PROBLEM).tried == {}
 
 
+def test_seeds_come_first_and_a_broken_gate_may_not_win(tmp_path, fake, monkeypatch):
+    first, second = ({**INCUMBENT, "block_m": rows, "maxnreg": 128} for rows in (128, 64))
+    monkeypatch.setattr(tuning, "seeds", lambda *_: [Config(**first), Config(**second)])
+    monkeypatch.setattr(tuning, "broken_gates", lambda _, config: "spills 8" if config == first else "")
+    state = tuning.search(PROBLEM, progress(tmp_path / "p.json"), SETTINGS, 60.0, lambda *_: None)
+    assert fake.asked[:2] == [first, second]
+    assert state.tried[json.dumps(first)]["status"] == "failed"
+    assert state.tried[json.dumps(first)]["note"] == "spills 8"
+    assert state.tried[json.dumps(second)]["status"] == "ok"
+
+
+def test_the_gates_of_a_candidate():
+    (problem,) = tuning.problems_of([replace(CASE, dtype="bfloat16")], ["down"], "sm_90")
+    assert tuning.broken_gates(PROBLEM, INCUMBENT) == ""  # nothing is compiled for the interpreter
+    assert "shared_bytes" in tuning.broken_gates(
+        problem, {**INCUMBENT, "block_m": 128, "block_n": 256, "block_k": 128, "num_stages": 6, "num_warps": 8}
+    )
+
+
 def test_no_time_is_one_candidate(tmp_path, fake):
     state = tuning.search(PROBLEM, progress(tmp_path / "p.json"), SETTINGS, 0.0, lambda *_: None)
     assert not state.is_done
@@ -170,6 +191,7 @@ def test_the_table_keeps_one_entry_per_key(tmp_path):
     assert tuning.read_table(path) == sorted(entries, key=json.dumps)
     assert len(path.read_text().splitlines()) == 2 + 2
     assert entry["measured"]["device"] == "a GPU"
+    assert entry["measured"]["versions"]["ptxas"] == "12.9.86"
     assert entry["measured"]["commit"] == "ab" * 20
     assert entry["measured"]["time_over_incumbent"] == 0.8
     assert tuning.merge(entries, PROBLEM, None) == [other]

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -21,10 +22,10 @@ from moe_triton_kernels.tools.floors import DEVICES
 from moe_triton_kernels.tools.offline import Report
 from moe_triton_kernels.tools.shipped import TYPES, Shipped, shipped_configs
 
-COUNTS = ("registers", "spills", "shared_bytes", "wgmma", "mma", "cp_async", "tma")
+COUNTS = ("registers", "spills", "shared_bytes", "loop", "wgmma", "mma", "cp_async", "tma")
 
 
-def fine(kernel: str, arch: str = "sm_90", **changes: int) -> Report:
+def fine(kernel: str, arch: str = "sm_90", **changes: Any) -> Report:
     counts = {"registers": 128, "spills": 0, "shared_bytes": 1024, "wgmma": 4, "mma": 4, "cp_async": 8, "tma": 4}
     counts |= {"setmaxnreg": 0, "proxy_fence": 1}
     if "cooperative" in kernel or "ping_pong" in kernel:
@@ -153,14 +154,15 @@ def test_each_op_of_a_shape_has_a_chosen_row(arch: str) -> None:
 
 
 def test_the_gates_ask_for_matrix_units_and_asynchronous_copies() -> None:
-    """On Hopper: wgmma in every bf16 product of 64 rows or more, mma.sync below, cp.async in every main loop."""
+    """On Hopper: wgmma in bf16 products of 64 rows or more, mma.sync below; copies by cp.async, by TMA, or both."""
     gemms = [case for case in pick_cases("sm_90", None, None) if "FENCE" in case.constants]
     assert len(gemms) > 40
     for case in gemms:
-        wants = {"cp_async"}
+        assert {"cp_async", "tma"} & {*case.wants}, case.name
+        by_tma = sum(str(kind).startswith("tensordesc") for kind in case.signature.values())
+        assert ("cp_async" in case.wants) == (by_tma < 2), case.name
         if "_bf16_" in case.name:
-            wants.add("wgmma" if case.constants["BLOCK_M"] >= 64 else "mma")
-        assert wants <= {*case.wants, "tma" if "tma" in case.wants else "cp_async"}, case.name
+            assert ("wgmma" if case.constants["BLOCK_M"] >= 64 else "mma") in case.wants, case.name
 
 
 @pytest.mark.parametrize(
@@ -169,13 +171,18 @@ def test_the_gates_ask_for_matrix_units_and_asynchronous_copies() -> None:
         ({"spills": 8}, "spills 8"),
         ({"shared_bytes": 232449}, "shared_bytes 232449 > 232448"),
         ({"wgmma": 0}, "wgmma 0"),
-        ({"cp_async": 0}, "cp_async 0"),
+        ({"tma": 0}, "tma 0"),
+        (
+            {"order": ["no barrier between products and the next write (PTX line 7)"]},
+            "no barrier between products and the next write (PTX line 7)",
+        ),
     ],
 )
-def test_a_broken_gate_ends_with_1(compiled: dict[str, Report | None], broken: dict[str, int], words: str) -> None:
+def test_a_broken_gate_ends_with_1(compiled: dict[str, Report | None], broken: dict[str, Any], words: str) -> None:
     name = "down_bf16_128x256x64_k"
     compiled[name] = fine(name, **broken)
-    result = run("--kernel", "down", "--json")
+    assert run("--kernel", "down", "--json", "--no-gate").exit_code == 0
+    result = run("--kernel", "down", "--json", "--gate")
     assert result.exit_code == 1
     assert f"sm_90 {name}: {words}" in result.stderr
     gates = {row["kernel"]: row["gate"] for row in json.loads(result.stdout)}
@@ -213,7 +220,10 @@ def test_dtype_filters_the_experts_kernels_only(compiled: dict[str, Report | Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--arch", "sm_00"), "arch: got 'sm_00', wanted one of sm_80, sm_90, sm_100, gfx942, all"),
+        (
+            ("--arch", "sm_00"),
+            "arch: got 'sm_00', wanted one of sm_80, sm_86, sm_89, sm_90, sm_100, sm_103, sm_120, gfx942, gfx950, all",
+        ),
         (("--kernel", "sideways"), "kernel: got 'sideways', wanted the beginning of a name: up, down, "),
         (("--device", "tpu"), "device: got 'tpu', wanted one of a100, h100"),
         (("--shape", "1,2,3"), "shape: got '1,2,3', wanted five integers T,d,n,E,K"),

@@ -37,6 +37,31 @@ def fsdp(sizes: dict, rule: str) -> None:
     assert_close(clip_grad_norm_(model, 0.5), wanted)
 
 
+def frozen_base() -> None:
+    """Shards of adapters that are trained beside shards of projections that are not."""
+    groups = make_groups(ep=2)
+    case = Case(TOKENS, layer=LAYER, lora=True)
+    expected = expected_gradients(case, 1.0)
+    model = Model(case, ExpertParallel(groups))
+    del model.unused
+    for name, parameter in model.moe.experts.named_parameters():
+        parameter.requires_grad_("lora" in name)
+    apply_fsdp2(model, groups)
+    x, grad = parity.global_batch(case)
+    here = share(case, groups)
+    losses(case, model, x[here], grad[here], 1 / groups.dp.size).backward()
+    trained = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+    assert [name for name in trained if "experts" in name] == [
+        f"moe.experts.{projection}_lora_{key}" for projection in ("gate_up", "down") for key in "ab"
+    ]
+    for name in trained:
+        assert_close(model.get_parameter(name).grad.full_tensor(), local_part(model, name, expected[name]))
+
+
+def test_adapters_over_a_frozen_base(four_ranks):
+    four_ranks.run(frozen_base)
+
+
 def sharded_in_bf16(model: Model, how: str) -> nn.Module:
     groups = make_groups(ep=2)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

@@ -186,7 +186,11 @@ def summed_for_weights(problem: Problem) -> Tensor:
         tokens = slots // dispatched.top_k
         h = call.hidden.cpu().double()[tokens] @ gate_up[e].T
         a = reference.activate(
-            h if gate_up_bias is None else h + gate_up_bias[e], spec.activation, spec.is_concatenated
+            h if gate_up_bias is None else h + gate_up_bias[e],
+            spec.activation,
+            spec.is_concatenated,
+            spec.limit,
+            spec.alpha,
         )
         y = a.abs() @ down[e].abs().T
         y = y if down_bias is None else y + down_bias[e].abs()

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
-import peft
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.tuners.lora import layer as peft_layers
 from torch import nn
 
@@ -18,89 +14,20 @@ import moe_triton
 from moe_triton.integrations import peft as ours
 from moe_triton.integrations import transformers as hf
 from moe_triton.layers import MoE
+from tests.helpers.adapters import (
+    TOLERANCE,
+    adapted,
+    assert_equals_eager,
+    assert_same,
+    logits,
+    lora_config,
+    nothing_materialised,
+    switch,
+    token_ids,
+    train_step,
+)
 from tests.helpers.compare import assert_close, relative_rms
-from tests.helpers.families import FAMILIES, VOCAB, experts_modules, tiny_model
-
-TOLERANCE = 1e-6
-EXPERTS = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
-
-
-def lora_config(**options: object) -> LoraConfig:
-    return LoraConfig(**{"r": 3, "lora_alpha": 6, "init_lora_weights": False, **EXPERTS, **options})
-
-
-def adapted(family: str, dtype: torch.dtype = torch.float32, **options: object) -> PeftModel:
-    """A tiny model on the eager implementation, with random adapters; ours is one `set_experts_implementation` away."""
-    hf.register()
-    model = tiny_model(family, dtype)
-    torch.manual_seed(2)
-    return get_peft_model(model, lora_config(**options))
-
-
-def switch(model: PeftModel, name: str) -> None:
-    model.get_base_model().set_experts_implementation(name)
-
-
-def token_ids() -> torch.Tensor:
-    return torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(5))
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    model.eval()
-    with torch.no_grad():
-        return model(input_ids=token_ids()).logits
-
-
-def train_step(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Logits, loss and the gradient of everything that is trained."""
-    model.train().zero_grad(set_to_none=True)
-    torch.manual_seed(3)  # PhiMoE samples its experts in training
-    out = model(input_ids=token_ids(), labels=token_ids())
-    out.loss.backward()
-    for name, parameter in model.named_parameters():
-        assert (parameter.grad is not None) == parameter.requires_grad, name
-    grads = {f"grad.{name}": p.grad for name, p in model.named_parameters() if p.requires_grad}
-    return {"logits": out.logits.detach(), "loss": out.loss.detach(), **grads}
-
-
-def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        assert value.abs().max() > 0, f"{name} is zero in the eager model: nothing would be compared"
-        error = relative_rms(actual[name], value)
-        assert error <= tolerance, f"{name}: relative RMS error {error:.2e} > {tolerance}"
-
-
-@contextmanager
-def nothing_materialised() -> Iterator[None]:
-    """PEFT's parametrizations of experts' projections raise."""
-    names = ("_LoraFactorsProxy", "_LoraParameterProxy")  # PEFT before 0.21 has the latter only
-    proxies = [getattr(peft_layers, name) for name in names if hasattr(peft_layers, name)]
-    before = [proxy.forward for proxy in proxies]
-
-    def refusing(forward: Callable) -> Callable:
-        def refuse(self: nn.Module, weight: torch.Tensor) -> torch.Tensor:
-            assert weight.dim() < 3, f"{type(self).__name__} made a tensor of the weight's size"
-            return forward(self, weight)
-
-        return refuse
-
-    try:
-        for proxy in proxies:
-            proxy.forward = refusing(proxy.forward)
-        yield
-    finally:
-        for proxy, forward in zip(proxies, before, strict=True):
-            proxy.forward = forward
-
-
-def assert_equals_eager(model: PeftModel, tolerance: float = TOLERANCE) -> None:
-    switch(model, "eager")
-    expected = train_step(model)
-    switch(model, "moe_triton")
-    with nothing_materialised():
-        actual = train_step(model)
-    assert_same(actual, expected, tolerance)
+from tests.helpers.families import FAMILIES, experts_modules, tiny_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -136,9 +63,9 @@ def test_the_materialised_way_is_noticed():
 def test_the_comparison_can_fail(broken, monkeypatch):
     model = adapted("qwen3_moe")
 
-    def wrong(wrapper: nn.Module, key: str, version: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def wrong(wrapper: nn.Module, key: str, *version: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The expert fastest in A; slowest in B."""
-        a, b = right(wrapper, key, version)
+        a, b = right(wrapper, key, *version)
         weight_a, weight_b = wrapper.lora_A[key].weight, wrapper.lora_B[key].weight
         if broken == "a":
             a = weight_a.view(-1, a.shape[0], a.shape[2]).transpose(0, 1)
@@ -244,6 +171,14 @@ def test_float64():
     assert_equals_eager(adapted("gpt_oss", torch.float64), tolerance=1e-12)
 
 
+def test_on_the_kernels():
+    model = adapted("qwen3_moe")
+    expected = train_step(model)
+    moe_triton.swap(model, backend="triton")
+    with nothing_materialised():
+        assert_same(train_step(model), expected, 2e-6)
+
+
 def test_fp32_adapters_of_a_bf16_model():
     """Against the same model in float64: no worse than PEFT on the eager experts."""
     model = adapted("mixtral", torch.bfloat16)
@@ -311,96 +246,38 @@ def test_gradient_checkpointing(use_reentrant):
     assert all(torch.equal(actual[name], value) for name, value in expected.items())
 
 
-# Packing --------------------------------------------------------------------------------------------------------------
+def largest_saved(model: nn.Module) -> int:
+    """Elements of the largest tensor that backward keeps, the model's own parameters left out."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    sizes = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            sizes.append(tensor.untyped_storage().nbytes() // tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model.train()(input_ids=token_ids(), labels=token_ids())
+    return max(sizes)
 
 
-@pytest.mark.parametrize("is_transposed", [False, True])
-def test_packing(is_transposed):
-    """A expert-slowest, B expert-fastest, written out."""
-    experts, rank, size_in, size_out = 3, 2, 4, 5
-    shape = (experts, size_in, size_out) if is_transposed else (experts, size_out, size_in)
-    lora_a = torch.arange(experts * rank * size_in).view(experts * rank, size_in)
-    lora_b = torch.arange(size_out * rank * experts).view(size_out, rank * experts)
-    for version in (None, "0.18.0", "0.21.2"):
-        a, b = ours.unpack(lora_a, lora_b, shape, is_transposed=is_transposed, version=version)
-        for e in range(experts):
-            for k in range(rank):
-                assert torch.equal(a[e, k], lora_a[e * rank + k])
-                assert torch.equal(b[e, :, k], lora_b[:, k * experts + e])
-
-
-def test_packing_before_0_19_1():
-    """in and out are swapped for [E, out, in]: PEFT 0.18's delta weight, einsum("o r e, e r i -> e i o")."""
-    experts, rank, size_in, size_out = 3, 2, 4, 5
-    generator = torch.Generator().manual_seed(0)
-    old_a = torch.randn(experts * rank, size_out, generator=generator)
-    old_b = torch.randn(size_in, rank * experts, generator=generator)
-    delta = torch.einsum("ore,eri->eio", old_b.view(size_in, rank, experts), old_a.view(experts, rank, size_out))
-    a, b = ours.unpack(old_a, old_b, (experts, size_out, size_in), version="0.18.1")
-    assert a.shape == (experts, rank, size_in)
-    assert_close(b @ a, delta)
-
-
-def test_a_square_parameter_needs_a_version():
-    a, b = torch.zeros(6, 4), torch.zeros(4, 6)
-    ours.unpack(a, b, (3, 4, 4), version="0.19.1")
-    ours.unpack(a, b, (3, 4, 4), version="0.21.2.dev0@abc")
-    for version in (None, "0.18.1", "0.19.0"):
-        with pytest.raises(
-            ValueError, match=r"square parameter \[3, 4, 4\] by PEFT .*, which may have in and out swap"
-        ):
-            ours.unpack(a, b, (3, 4, 4), version=version)
-    with pytest.raises(ValueError, match=r"got shapes \[6, 4\] and \[4, 6\], wanted \[3\*r, 7\] and \[4, r\*3\]"):
-        ours.unpack(a, b, (3, 4, 7), version="0.21.2")
-
-
-def test_a_square_adapter_of_an_old_peft_is_refused(tmp_path):
-    moe_triton.swap(layer := MoE(8, 4, 4, 2))  # gate_up_proj is [4, 8, 8]
-    config = lora_config(target_modules=[], target_parameters=["experts.gate_up_proj"])
-    config.peft_version = "0.18.1"
-    with pytest.raises(ValueError, match=r"square parameter \[4, 8, 8\] by PEFT 0.18.1"):
-        get_peft_model(nn.Sequential(layer), config)
-
-
-# Versions -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def as_delivered(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Takes the patch back, of a PEFT that then has the version given; also at the end of the test."""
-
-    def deliver(version: str) -> None:
-        ours.install()
-        activate, update, merge = peft_layers.ParamWrapper._moe_triton
-        monkeypatch.setattr(peft_layers.ParamWrapper, "_activate_lora", activate)
-        monkeypatch.setattr(peft_layers.ParamWrapper, "update_layer", update)
-        monkeypatch.setattr(peft_layers.ParamWrapper, "merge", merge)
-        monkeypatch.delattr(peft_layers.ParamWrapper, "_moe_triton")
-        monkeypatch.setattr(peft, "__version__", version)
-
-    return deliver
-
-
-def test_a_version_that_was_not_checked_is_correct_with_one_warning(as_delivered):
+def test_nothing_of_a_weights_size_is_kept_for_backward():
     model = adapted("qwen3_moe")
-    expected = train_step(model)
-    as_delivered("0.99.0")
-    with pytest.warns(UserWarning, match=r"peft 0.99.0: moe_triton was checked on 0.19.1 and later, below 0.22"):
-        moe_triton.swap(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        moe_triton.swap(model)
-        assert_same(train_step(model), expected, TOLERANCE)
-    with nothing_materialised(), pytest.raises(AssertionError, match="of the weight's size"):
-        logits(model)
-
-
-def test_peft_imported_after_register(as_delivered):
-    """The first forward is correct and installs what the next ones use."""
-    model = adapted("qwen3_moe")
-    expected = train_step(model)
+    weight = experts_modules(model)[0].down_proj.numel()
+    assert largest_saved(model) > weight
     switch(model, "moe_triton")
-    as_delivered(peft.__version__)
-    assert_same(train_step(model), expected, TOLERANCE)
-    with nothing_materialised():
-        assert_same(train_step(model), expected, TOLERANCE)
+    assert largest_saved(model) < weight
+
+
+def test_torch_compile():
+    """One graph: PEFT's own way breaks it at every adapted parameter."""
+    model = adapted("gpt_oss")
+    switch(model, "moe_triton")
+    expected = train_step(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    model.zero_grad(set_to_none=True)
+    compiled(input_ids=token_ids(), labels=token_ids()).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert relative_rms(parameter.grad, expected[f"grad.{name}"]) <= 2e-6, name

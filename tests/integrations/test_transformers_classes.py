@@ -20,16 +20,16 @@ WITH_INTERFACE, WITHOUT_INTERFACE = classes_by_decorator()
 
 # What the fused activation of a class is, where it is not "swiglu"; None: its gate is called.
 ACTIVATIONS = {
-    "gpt_oss.GptOssExperts": "gpt_oss",
-    "openai_privacy_filter.OpenAIPrivacyFilterExperts": "gpt_oss",
-    "minimax_m3_vl.MiniMaxM3VLExperts": "gpt_oss",
-    "nemotron_h.NemotronHExperts": "relu2",
-    "gemma4.Gemma4TextExperts": "geglu_tanh",
-    "diffusion_gemma.DiffusionGemmaTextExperts": "geglu_tanh",
-    "deepseek_v4.DeepseekV4Experts": None,
-    "glm5_next.Glm5NextTextExperts": None,
-    "hy_v4.HYV4Experts": None,
-    "hy_v4_vl.HYV4VLExperts": None,
+    "gpt_oss.GptOssExperts": ("gpt_oss", 7.0, 1.702),
+    "openai_privacy_filter.OpenAIPrivacyFilterExperts": ("gpt_oss", 7.0, 1.702),
+    "minimax_m3_vl.MiniMaxM3VLExperts": ("gpt_oss", 7.0, 1.702),
+    "nemotron_h.NemotronHExperts": ("relu2", None, None),
+    "gemma4.Gemma4TextExperts": ("geglu_tanh", None, None),
+    "diffusion_gemma.DiffusionGemmaTextExperts": ("geglu_tanh", None, None),
+    "deepseek_v4.DeepseekV4Experts": ("swiglu", 10.0, None),
+    "glm5_next.Glm5NextTextExperts": ("swiglu", 10.0, None),
+    "hy_v4.HYV4Experts": ("swiglu", 10.0, None),
+    "hy_v4_vl.HYV4VLExperts": ("swiglu", 10.0, None),
     "beam.BeamExperts": None,
     "inkling2.Inkling2Experts": None,
     "inkling2_loop.Inkling2LoopExperts": None,
@@ -62,7 +62,7 @@ def expected_of_eager(module: nn.Module, x, index, weights) -> dict[str, torch.T
 def test_a_class_equals_its_eager_path(name, dtype):
     module = tiny_experts(name, dtype)
     assert hf.obstacle(module) is None
-    assert hf.fused_activation(module) == ACTIVATIONS.get(name, "swiglu")
+    assert hf.fused_activation(module) == ACTIVATIONS.get(name, ("swiglu", None, None))
     x, index, weights = make_inputs(dtype)
     expected = expected_of_eager(module, x, index, weights)
     assert [entry.kind for entry in moe_triton.swap(module).swapped] == [type(module).__name__]

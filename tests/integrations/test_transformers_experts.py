@@ -50,7 +50,7 @@ def test_layouts_are_fused(layout, backend):
     module = make_experts(**layout, dtype=dtype)
     module.moe_triton_backend = backend
     x, index, weights = make_inputs(dtype)
-    activation = hf.fused_activation(module)
+    activation = hf.fused_activation(module).activation
     assert activation == ("swiglu" if module.has_gate else "silu")
     expected = expected_results(
         module, x, index, weights, lambda h: reference.activate(h, activation, module.is_concatenated)
@@ -88,7 +88,8 @@ def test_layouts_are_fused(layout, backend):
 def test_activations(act_fn, name, has_gate):
     module = make_experts(act_fn=act_fn, has_gate=has_gate)
     fused = hf.fused_activation(module)
-    assert fused == (hf.GATED.get(name) if has_gate else name)
+    expected = hf.GATED.get(name) if has_gate else name
+    assert fused == (None if expected is None else hf.Fused(expected))
     x, index, weights = make_inputs()
 
     def activate(h):
@@ -165,27 +166,36 @@ def eager_results(module, x, index, weights):
 
 
 GPT_OSS, MINIMAX = "gpt_oss.GptOssExperts", "minimax_m3_vl.MiniMaxM3VLExperts"
+DEEPSEEK = "deepseek_v4.DeepseekV4Experts"
 
 
 @pytest.mark.parametrize(
-    ("name", "change"),
+    ("name", "change", "fused"),
     [
-        (GPT_OSS, {"alpha": 1.5}),
-        (GPT_OSS, {"limit": 5.0}),
-        (GPT_OSS, {"is_concatenated": True}),
-        (MINIMAX, {"swiglu_alpha": 1.5}),
-        (MINIMAX, {"swiglu_limit": 5.0}),
-        (MINIMAX, {"is_concatenated": False}),
+        (GPT_OSS, {"alpha": 1.5}, ("gpt_oss", 7.0, 1.5)),
+        (GPT_OSS, {"limit": 5.0}, ("gpt_oss", 5.0, 1.702)),
+        (GPT_OSS, {"limit": float("inf")}, None),
+        (GPT_OSS, {"is_concatenated": True}, None),
+        (MINIMAX, {"swiglu_alpha": 1.5, "swiglu_limit": 5}, ("gpt_oss", 5, 1.5)),
+        (MINIMAX, {"swiglu_limit": None}, None),
+        (MINIMAX, {"is_concatenated": False}, None),
+        (DEEPSEEK, {"limit": 3.0}, ("swiglu", 3.0, None)),
+        (DEEPSEEK, {"act_fn": nn.GELU()}, None),
     ],
     ids=str,
 )
-def test_a_gate_by_name_with_another_attribute_is_called(name, change):
-    """The flag says nothing to a gate that is called: it takes gate and up from where it always did."""
+def test_a_gate_by_name_with_another_attribute(name, change, fused):
+    """Fused with the module's own limit and alpha; called where it has none that we take.
+
+    The flag says nothing to a gate that is called: it takes gate and up from where it always did.
+    """
     module = tiny_experts(name)
-    assert hf.fused_activation(module) == "gpt_oss"
+    assert hf.fused_activation(module) is not None
     for attribute, value in change.items():
         setattr(module, attribute, value)
-    assert hf.fused_activation(module) is None
+    assert hf.fused_activation(module) == fused
+    if change.get("swiglu_limit", 1) is None:  # torch's clamp refuses a maximum of None
+        return
     x, _, weights = make_inputs()
     index = torch.stack([torch.randperm(E - 1)[:K] for _ in range(T)])
     expected = eager_results(module, x, index, weights)
@@ -199,7 +209,7 @@ def test_a_gate_by_name_in_every_other_layout_is_fused(is_transposed, has_bias):
     gate = experts_class(GPT_OSS)._apply_gate
     module = make_experts(gate=gate, is_transposed=is_transposed, has_bias=has_bias, is_concatenated=False)
     module.alpha, module.limit = 1.702, 7.0
-    assert hf.fused_activation(module) == "gpt_oss"
+    assert hf.fused_activation(module) == ("gpt_oss", 7.0, 1.702)
     x, index, weights = make_inputs()
     expected = expected_results(module, x, index, weights, module._apply_gate)
     assert_same(results(module(x, index, weights), module, x, weights), expected)
@@ -207,7 +217,7 @@ def test_a_gate_by_name_in_every_other_layout_is_fused(is_transposed, has_bias):
 
 def test_a_gate_that_only_has_the_name_is_called(monkeypatch):
     module = tiny_experts(GPT_OSS)
-    assert hf.fused_activation(module) == "gpt_oss"
+    assert hf.fused_activation(module) == ("gpt_oss", 7.0, 1.702)
 
     def other(self, gate_up):
         return gate_up[..., ::2] * gate_up[..., 1::2]

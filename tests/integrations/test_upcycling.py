@@ -51,8 +51,10 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model(ids).logits
 
 
-@pytest.mark.parametrize(("num_experts", "granularity", "top_k"), [(8, 1, None), (8, 2, 4), (6, 3, 3), (1, 1, 1)])
-@pytest.mark.parametrize("name", BECOMES)
+@pytest.mark.parametrize(
+    ("name", "num_experts", "granularity", "top_k"),
+    [*((name, 8, 2, 4) for name in BECOMES), ("Qwen3", 8, 1, None), ("Llama", 6, 3, 3), ("Olmo2", 1, 1, 1)],
+)
 def test_the_logits_are_the_dense_models(name, num_experts, granularity, top_k):
     dense = dense_model(name)
     before = {key: value.clone() for key, value in dense.state_dict().items()}

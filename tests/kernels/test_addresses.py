@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_triton_kernels.activations import Activation
 from moe_triton_kernels.combine import combine
 from moe_triton_kernels.d_hidden import d_hidden
 from moe_triton_kernels.d_weight import d_bias, d_weight
@@ -25,6 +26,7 @@ from moe_triton_kernels.up import up
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the memory tricks are the CPU's; the kernels too")
 
+RELU = Activation("relu")
 SMALL = Config(block_m=16, block_n=16, block_k=16, num_warps=4, num_stages=1)
 FAR = 2**31  # the first element that an int32 cannot reach
 SIZE = 64
@@ -72,7 +74,7 @@ def test_up_gathers_far_tokens() -> None:
     weight = torch.randn(1, SIZE, 16).half()
     out, _ = up(
         tokens, source, tile_tables(offsets, COUNT), per_expert(weight), None,
-        size_n=16, top_k=1, activation="relu", is_concatenated=True, keep_activation=True, keep_preactivation=False,
+        size_n=16, top_k=1, activation=RELU, is_concatenated=True, keep_activation=True, keep_preactivation=False,
         config=SMALL,
     )  # fmt: skip
     torch.testing.assert_close(out.float(), (picked @ weight[0].float()).relu(), rtol=1e-2, atol=1e-2)
@@ -85,7 +87,7 @@ def test_d_hidden_gathers_far_gradients() -> None:
     router_weights[source.long()] = 1.0
     _, grad_h, _ = d_hidden(
         tokens, source, tile_tables(offsets, COUNT), per_expert(weight), h, router_weights,
-        size_n=16, activation="relu", is_concatenated=True, config=SMALL,
+        size_n=16, activation=RELU, is_concatenated=True, config=SMALL,
     )  # fmt: skip
     torch.testing.assert_close(grad_h.float(), picked @ weight[0].float(), rtol=1e-2, atol=1e-2)
 
@@ -135,7 +137,7 @@ def test_down_and_up_write_far_rows() -> None:
     for kept in (0, 1):
         results = up(
             a, source, tile_tables(FAR_OFFSETS, COUNT), per_expert(weight), None, size_n=WIDE, top_k=1,
-            activation="relu", is_concatenated=True, keep_activation=kept == 0, keep_preactivation=kept == 1,
+            activation=RELU, is_concatenated=True, keep_activation=kept == 0, keep_preactivation=kept == 1,
             config=config,
         )  # fmt: skip
         wanted = expected.relu() if kept == 0 else expected
@@ -149,7 +151,7 @@ def test_d_hidden_reads_and_writes_far_rows() -> None:
     grad_out, weight = torch.randn(first + 16, 16).half(), torch.randn(1, 16, WIDE).half()
     weighted_a, grad_h, _ = d_hidden(
         grad_out, torch.arange(first + 16, dtype=torch.int32), tile_tables(FAR_OFFSETS, COUNT), per_expert(weight), h,
-        torch.ones(first + 16, 1), size_n=WIDE, activation="relu", is_concatenated=True,
+        torch.ones(first + 16, 1), size_n=WIDE, activation=RELU, is_concatenated=True,
         config=replace(SMALL, block_n=4096),
     )  # fmt: skip
     assert torch.equal(weighted_a[here], h[here].relu())

@@ -17,7 +17,9 @@ from moe_triton_kernels.launch import Config
 from moe_triton_kernels.tiles import BLOCK_SIZES
 from moe_triton_kernels.tools.shipped import shipped_configs
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter")
+ARCHITECTURES = (
+    "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "gfx942", "gfx950", "interpreter"
+)  # fmt: skip
 LARGE = {"d": 4096, "n": 2048, "dtype": torch.bfloat16, "num_rows": 65536, "num_experts": 8, "architecture": "sm_90"}
 
 

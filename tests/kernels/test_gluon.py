@@ -18,7 +18,7 @@ from torch import Tensor
 from moe_triton import reference
 from moe_triton.backends.triton import experts
 from moe_triton_kernels import configs
-from moe_triton_kernels.activations import GATED, UNGATED
+from moe_triton_kernels.activations import GATED_CASES, UNGATED_CASES, Activation
 from moe_triton_kernels.d_hidden import d_hidden
 from moe_triton_kernels.down import down
 from moe_triton_kernels.gluon import d_hidden as gluon_d_hidden
@@ -26,11 +26,11 @@ from moe_triton_kernels.gluon import down as gluon_down
 from moe_triton_kernels.gluon import launch, schedules
 from moe_triton_kernels.gluon import up as gluon_up
 from moe_triton_kernels.gluon.schedules import SCHEDULES, why_unsupported
-from moe_triton_kernels.launch import Config, Target
+from moe_triton_kernels.launch import Config, Target, shared_limit
 from moe_triton_kernels.operands import per_expert
 from moe_triton_kernels.tiles import tile_tables
 from moe_triton_kernels.tools import offline
-from moe_triton_kernels.tools.offline import SHARED_LIMIT, compile_apart
+from moe_triton_kernels.tools.offline import compile_apart
 from moe_triton_kernels.up import up
 from tests.helpers.compare import assert_close
 from tests.helpers.gluon_emulator import Emulator
@@ -40,6 +40,7 @@ from tests.helpers.problems import check, make_problem, random_choices, run
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]  # NumPy has no bfloat16
 PLAIN = Config(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=1)
+ALL = GATED_CASES + UNGATED_CASES
 OFFSETS = (0, 150, 150, 201)
 NUM_ROWS, TOP_K = 210, 2  # nine rows belong to nobody
 
@@ -167,7 +168,8 @@ def test_up(
     setting, size_n = Setting(dtype), 80
     width = size_n if activation == "relu2" else 2 * size_n
     weight, bias = setting.weight(128, width, transposed), setting.random(3, width)
-    sizes = {"size_n": size_n, "top_k": TOP_K, "activation": activation, "is_concatenated": True}
+    gate = next(case for case in ALL if case.name == activation)
+    sizes = {"size_n": size_n, "top_k": TOP_K, "activation": gate, "is_concatenated": True}
 
     def run(**keep: bool) -> tuple[Tensor, Tensor]:
         return up(
@@ -216,7 +218,7 @@ def test_d_hidden(
         h,
         setting.router_weights,
         size_n=size_n,
-        activation=activation,
+        activation=next(case for case in ALL if case.name == activation),
         is_concatenated=True,
         config=replace(PLAIN, gluon=schedule),
     )
@@ -253,7 +255,7 @@ def test_what_is_not_supported_runs_on_the_plain_kernels() -> None:
     """The experts' matrices are tensors of their own: the result is the one without a schedule."""
     setting = Setting()
     weight = per_expert(list(setting.weight(128, 144, transposed=True)))
-    sizes = {"size_n": 72, "top_k": TOP_K, "activation": "swiglu", "is_concatenated": True}
+    sizes = {"size_n": 72, "top_k": TOP_K, "activation": Activation("swiglu"), "is_concatenated": True}
     kept = slice(0, OFFSETS[-1])
     found = []
     for config in (PLAIN, replace(PLAIN, gluon="cooperative")):
@@ -336,7 +338,7 @@ def test_what_the_kernels_compile_to() -> None:
         gathered, ping_pong = report.kernel.startswith(("up", "d_hidden")), case.constants["PING_PONG"]
         assert offline.broken_gates(case, report) == []
         assert report.spills == 0
-        assert report.shared_bytes <= SHARED_LIMIT["sm_90"]
+        assert report.shared_bytes <= shared_limit("sm_90")
         assert report.setmaxnreg > 0
         # two main loops of BLOCK_K / 16 instructions for each 64 rows; a step's 128 rows of A in 8 copies a thread
         assert report.wgmma == (16 if ping_pong else 8)
@@ -347,7 +349,7 @@ def test_what_the_kernels_compile_to() -> None:
 
 def test_every_kernel_has_its_cases() -> None:
     cases = offline.collect_cases("sm_90", ["gluon"], every=True)
-    assert {case.constants.get("ACTIVATION", GATED[0]) for case in cases} == {*GATED, *UNGATED}
+    assert {case.constants.get("ACTIVATION", GATED_CASES[0]) for case in cases} == set(ALL)
     for op in schedules.OPS:
         types = [f"{op}_bf16_", f"{op}_fp16_"]
         mine = [case for case in cases if case.name.startswith(tuple(types))]

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_triton import reference
+from moe_triton_kernels.activations import Activation
 from moe_triton_kernels.gluon.schedules import RingTile
 from moe_triton_kernels.operands import BiasArgument
 from moe_triton_kernels.tiles import TilesArgument
@@ -120,7 +121,7 @@ class Case:
             size_d=self.size_k,
             size_n=size_n,
             TOP_K=TOP_K,
-            ACTIVATION=activation,
+            ACTIVATION=Activation(activation),
             **self.constants(block_n),
         )
         a_rows = torch.from_numpy(a).reshape(NUM_ROWS, size_n)
@@ -163,7 +164,7 @@ class Case:
             size_n=size_n,
             num_slots=NUM_ROWS,
             TOP_K=TOP_K,
-            ACTIVATION=activation,
+            ACTIVATION=Activation(activation),
             **self.constants(block_n),
         )
         found = {name: torch.from_numpy(output) for name, output in outputs.items()}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from moe_triton import reference
 from moe_triton_kernels import d_weight as d_weight_module
 from moe_triton_kernels import operands
+from moe_triton_kernels.activations import Activation
 from moe_triton_kernels.d_hidden import d_hidden, d_router_weights
 from moe_triton_kernels.d_weight import d_bias, d_weight
 from moe_triton_kernels.down import down
@@ -24,7 +28,6 @@ from moe_triton_kernels.grouped_gemm import tile_order
 from moe_triton_kernels.launch import Config, Target
 from moe_triton_kernels.operands import (
     PerExpert,
-    address_table,
     per_expert,
     rows_descriptor,
     unit_of,
@@ -32,7 +35,7 @@ from moe_triton_kernels.operands import (
 )
 from moe_triton_kernels.tiles import tile_tables
 from moe_triton_kernels.up import up
-from tests.helpers.compare import assert_close
+from tests.helpers.compare import TOLERANCE, assert_close
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = Config(block_m=16, block_n=16, block_k=16, num_warps=4, num_stages=1)
@@ -43,6 +46,7 @@ CONFIGS = [
     replace(SMALL, descriptors=True),
     replace(SMALL, block_n=32, block_k=32, parts=2, descriptors=True),
 ]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FORMS = [("swiglu", True), ("swiglu", False), ("silu", True)]  # (activation, is_concatenated): each has its epilogue
 ROWS = 40  # S: 37 kept rows of T = 20 tokens with K = 2 choices, three experts of which the second has none
 OFFSETS = (0, 21, 21, 37)
@@ -51,18 +55,28 @@ OFFSETS = (0, 21, 21, 37)
 class Setting:
     """A dispatch made by hand, and random operands in float64 and as the kernels get them."""
 
-    def __init__(self, d: int = 40, n: int = 24) -> None:
+    def __init__(self, d: int = 40, n: int = 24, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
         self.offsets = torch.tensor(OFFSETS, dtype=torch.int32, device=device)
         slots = torch.randperm(ROWS)[: OFFSETS[-1]].int()
         self.source = torch.cat([slots, torch.full((ROWS - OFFSETS[-1],), -1, dtype=torch.int32)]).to(device)
         self.tiles = tile_tables(self.offsets, ROWS)
-        self.x = torch.randn(ROWS // 2, d, device=device)
+        self.x = self.random(ROWS // 2, d)
         self.weights = torch.rand(ROWS // 2, 2, device=device) + 0.1
-        self.gate_up = torch.randn(3, d, 2 * n, device=device) / d**0.5
-        self.down = torch.randn(3, n, d, device=device) / n**0.5
+        self.gate_up = self.random(3, d, 2 * n) / d**0.5
+        self.down = self.random(3, n, d) / n**0.5
         self.slots = slots.long().to(device)
         for weight in (self.gate_up, self.down):
             weight[1] = float("nan")  # nobody's: must not come in where a tile reaches past the first expert's end
+
+    def random(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device=device).to(self.dtype)
+
+    def in_order(self, width: int) -> Tensor:
+        """Rows [ROWS, width] in expert order, of which nobody may read those past the end."""
+        rows = self.random(ROWS, width)
+        rows[OFFSETS[-1] :] = float("nan")
+        return rows
 
     def experts(self) -> list[tuple[int, slice, Tensor]]:
         """(expert, its rows, the tokens of its rows) for the experts that have rows."""
@@ -80,11 +94,21 @@ class Setting:
             None,
             size_n=self.gate_up.shape[2] // (2 if activation == "swiglu" else 1),
             top_k=2,
-            activation=activation,
+            activation=Activation(activation),
             is_concatenated=is_concatenated,
             config=config,
             **{"keep_activation": True, "keep_preactivation": True, **keep},
         )
+
+
+def in_turns(names: str, *axes: Sequence[Any]) -> pytest.MarkDecorator:
+    """All combinations of the axes, with the three dtypes in turns: each meets every value of every axis."""
+    cases = []
+    for indices in product(*(range(len(axis)) for axis in axes)):
+        values = [axis[index] for axis, index in zip(axes, indices, strict=True)]
+        dtype = DTYPES[sum(indices) % len(DTYPES)]
+        cases.append(pytest.param(*values, dtype, id="-".join(map(str, (*values, dtype)))))
+    return pytest.mark.parametrize(f"{names}, dtype", cases)
 
 
 def stored(weight: Tensor, by_k: bool) -> PerExpert:
@@ -98,12 +122,9 @@ def assert_untouched(*tensors: Tensor) -> None:
         assert all(tensor[OFFSETS[-1] :].isnan().all() for tensor in tensors)
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
-@pytest.mark.parametrize("d", [32, 40])  # a multiple of every block_k, and not
-@pytest.mark.parametrize("by_k", [False, True])
-def test_up(form: tuple[str, bool], config: Config, d: int, by_k: bool) -> None:
-    setting = Setting(d=d)
+@in_turns("form, config, d, by_k", FORMS, CONFIGS, [32, 40], [False, True])  # d: a multiple of every block_k, and not
+def test_up(form: tuple[str, bool], config: Config, d: int, by_k: bool, dtype: torch.dtype) -> None:
+    setting = Setting(d=d, dtype=dtype)
     a, h = setting.up(config, *form, by_k)
     for e, rows, tokens in setting.experts():
         expected = setting.x[tokens].double() @ setting.gate_up[e].double()
@@ -123,22 +144,18 @@ def test_up_keeps_what_it_is_asked_for() -> None:
     assert torch.equal(h[kept], h_alone[kept])
 
 
-def test_the_activation_is_that_of_the_rounded_preactivation() -> None:
-    setting = Setting()
-    setting.x, setting.gate_up = setting.x.half(), setting.gate_up.half()
-    a, h = setting.up(SMALL)
-    expected = reference.activate(h[: OFFSETS[-1]].double(), "swiglu").half()
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_the_activation_is_that_of_the_rounded_preactivation(dtype: torch.dtype) -> None:
+    a, h = Setting(dtype=dtype).up(SMALL)
+    expected = reference.activate(h[: OFFSETS[-1]].double(), "swiglu").to(dtype)
     assert (a[: OFFSETS[-1]] == expected).double().mean() > 0.99  # fp32 maths may differ from fp64 by a last bit
     assert_close(a[: OFFSETS[-1]], expected.double(), tolerance=1e-4)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
-@pytest.mark.parametrize("by_k", [False, True])
-def test_down(config: Config, by_k: bool) -> None:
-    setting = Setting()
-    a = torch.randn(ROWS, 24, device=device)
-    a[OFFSETS[-1] :] = float("nan")
-    bias = torch.randn(3, 40, device=device)
+@in_turns("config, by_k", CONFIGS, [False, True])
+def test_down(config: Config, by_k: bool, dtype: torch.dtype) -> None:
+    setting = Setting(dtype=dtype)
+    a, bias = setting.in_order(24), setting.random(3, 40)
     weight = stored(setting.down, by_k)
     plain = down(a, setting.tiles, weight, size_columns=40, config=config)
     scaled = down(
@@ -153,20 +170,18 @@ def test_down(config: Config, by_k: bool) -> None:
     )
     assert_untouched(plain, scaled)
     for e, rows, _ in setting.experts():
-        product = a[rows].double() @ setting.down[e].double()
-        assert_close(plain[rows], product)
+        expected = a[rows].double() @ setting.down[e].double()
+        assert_close(plain[rows], expected)
         weights = setting.weights.reshape(-1)[setting.slots[rows], None].double()
-        assert_close(scaled[rows], (product + bias[e].double()) * weights)
+        assert_close(scaled[rows], (expected + bias[e].double()) * weights)
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
-@pytest.mark.parametrize("by_k", [False, True])
-def test_d_hidden_and_the_router_weights_gradient(form: tuple[str, bool], config: Config, by_k: bool) -> None:
-    setting = Setting()
-    h = torch.randn(ROWS, 48 if form[0] == "swiglu" else 24, device=device)
-    h[OFFSETS[-1] :] = float("nan")
-    bias = torch.randn(3, 40, device=device)
+@in_turns("form, config, by_k", FORMS, CONFIGS, [False, True])
+def test_d_hidden_and_the_router_weights_gradient(
+    form: tuple[str, bool], config: Config, by_k: bool, dtype: torch.dtype
+) -> None:
+    setting = Setting(dtype=dtype)
+    h, bias = setting.in_order(48 if form[0] == "swiglu" else 24), setting.random(3, 40)
     weighted_a, grad_h, shares = d_hidden(
         setting.x,
         setting.source,
@@ -175,7 +190,7 @@ def test_d_hidden_and_the_router_weights_gradient(form: tuple[str, bool], config
         h,
         setting.weights,
         size_n=24,
-        activation=form[0],
+        activation=Activation(form[0]),
         is_concatenated=form[1],
         config=config,
     )
@@ -197,18 +212,15 @@ def test_d_hidden_and_the_router_weights_gradient(form: tuple[str, bool], config
         assert_close(weighted_a[rows], a * weights)
         expected[setting.slots[rows]] = ((a @ setting.down[e].double()) * grad_out).sum(1)
         expected_bias[setting.slots[rows]] = (grad_out * bias[e].double()).sum(1)
-    assert_close(with_bias.reshape(-1), expected + expected_bias)
-    assert_close(without.reshape(-1), expected)
+    assert_close(with_bias.reshape(-1), expected + expected_bias, tolerance=TOLERANCE[dtype])  # of rounded activations
+    assert_close(without.reshape(-1), expected, tolerance=max(TOLERANCE[dtype], TOLERANCE[torch.float16]))
     assert (expected == 0).sum() == ROWS - OFFSETS[-1]  # slots without a row
 
 
-@pytest.mark.parametrize("gather_left", [False, True])
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
-@pytest.mark.parametrize("sizes", [(24, 40), (32, 64)])  # multiples of the blocks, and not
-def test_d_weight(config: Config, gather_left: bool, sizes: tuple[int, int]) -> None:
-    setting = Setting(d=sizes[1])
-    rows_in_order = torch.randn(ROWS, sizes[0], device=device)
-    rows_in_order[OFFSETS[-1] :] = float("nan")
+@in_turns("config, gather_left, sizes", CONFIGS, [False, True], [(24, 40), (32, 64)])  # blocks fit in the second
+def test_d_weight(config: Config, gather_left: bool, sizes: tuple[int, int], dtype: torch.dtype) -> None:
+    setting = Setting(d=sizes[1], dtype=dtype)
+    rows_in_order = setting.in_order(sizes[0])
     operands = (setting.x, rows_in_order) if gather_left else (rows_in_order, setting.x)
     grad = d_weight(*operands, setting.source, setting.offsets, top_k=2, gather_left=gather_left, config=config)
     expected = torch.zeros(3, *sizes, dtype=torch.float64, device=device)
@@ -218,10 +230,10 @@ def test_d_weight(config: Config, gather_left: bool, sizes: tuple[int, int]) -> 
     assert (grad[1] == 0).all()
 
 
-def test_d_bias() -> None:
-    setting = Setting()
-    rows_in_order = torch.randn(ROWS, 136, device=device)
-    rows_in_order[OFFSETS[-1] :] = float("nan")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_d_bias(dtype: torch.dtype) -> None:
+    setting = Setting(dtype=dtype)
+    rows_in_order = setting.in_order(136)
     plain = d_bias(rows_in_order, setting.source, setting.offsets, top_k=2)
     gathered = d_bias(setting.x, setting.source, setting.offsets, top_k=2, router_weights=setting.weights)
     expected = torch.zeros(3, 136, dtype=torch.float64, device=device)
@@ -268,7 +280,6 @@ def test_addresses_are_kept_and_strides_are_made_equal() -> None:
     assert mixed.strides == (8, 1)
     assert mixed.held[0] is matrices[0]
     assert mixed.data.tolist() == [tensor.data_ptr() for tensor in mixed.held]
-    assert address_table((1, 2), torch.device(device)).dtype == torch.int64
 
 
 def test_a_descriptor_where_the_layout_allows_it() -> None:
@@ -344,7 +355,7 @@ def test_offsets_beyond_32_bits() -> None:
     gate_up[1] = torch.randn(d, n) / d**0.5
     source = torch.arange(tokens - 5, tokens, dtype=torch.int32)
     offsets = torch.tensor([0, 0, 5], dtype=torch.int32)
-    sizes = {"size_n": n, "top_k": 1, "activation": "silu", "is_concatenated": True, "config": SMALL}
+    sizes = {"size_n": n, "top_k": 1, "activation": Activation("silu"), "is_concatenated": True, "config": SMALL}
     tiles = tile_tables(offsets, 5)
     a, h = up(x, source, tiles, per_expert(gate_up), None, keep_activation=True, keep_preactivation=True, **sizes)
     expected = x[-5:].double() @ gate_up[1].double()

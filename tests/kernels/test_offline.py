@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,20 +12,23 @@ from typing import Any
 
 import pytest
 
+from moe_triton_kernels.launch import shared_limit
 from moe_triton_kernels.tools import offline
 from moe_triton_kernels.tools.case import Case
 from moe_triton_kernels.tools.offline import (
-    SHARED_LIMIT,
     Report,
+    broken_gates,
     compile_apart,
     compile_case,
     compile_parallel,
     find_number,
     named_cases,
 )
+from moe_triton_kernels.tools.order import order_faults
 
 PRODUCTS = ["up", "down", "d_hidden", "d_weight"]
 OTHERS = ["routing", "permutation", "combine", "tiles"]
+MAIN_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")  # the others differ in their shared memory
 
 KERNELS = """
 import json, sys
@@ -85,7 +89,7 @@ def run_compiled(program: str, folder: Path, *arguments: str) -> list[Any]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("arch", offline.TARGETS)
+@pytest.mark.parametrize("arch", MAIN_TARGETS)
 def test_report_of_known_kernels(arch: str, tmp_path: Path) -> None:
     reports = {report["kernel"]: Report(**report) for report in run_compiled(KERNELS, tmp_path, arch)}
     product, spilling, copy, descriptor = (reports[name] for name in ("product", "spilling", "copy", "descriptor_copy"))
@@ -98,13 +102,16 @@ def test_report_of_known_kernels(arch: str, tmp_path: Path) -> None:
     assert (product.wgmma > 0) == (arch == "sm_90")
     assert (product.mma > 0) == (arch != "sm_90")
     assert (product.cp_async > 0) == arch.startswith("sm_")
+    assert (product.loop > 4) == arch.startswith("sm_")
+    assert copy.loop == 0
+    assert list(product.order) == []
 
     assert (copy.spills, copy.wgmma, copy.mma, copy.cp_async, copy.tma) == (0, 0, 0, 0, 0)
     assert 0 < copy.registers < 32
     assert (descriptor.tma > 0) == (arch in ("sm_90", "sm_100"))
 
 
-@pytest.mark.parametrize("arch", offline.TARGETS)
+@pytest.mark.parametrize("arch", MAIN_TARGETS)
 def test_the_sample_compiles_without_spills(arch: str) -> None:
     reports = compile_apart(arch, PRODUCTS + OTHERS)
     assert [report.kernel for report in reports] == [
@@ -112,7 +119,7 @@ def test_the_sample_compiles_without_spills(arch: str) -> None:
     ]
     assert all(report.arch == arch and report.registers > 0 for report in reports)
     assert [(report.kernel, report.spills) for report in reports if report.spills] == []
-    assert [report for report in reports if report.shared_bytes > SHARED_LIMIT[arch]] == []
+    assert [report for report in reports if report.shared_bytes > shared_limit(arch)] == []
     names = {case.name for case in offline.collect_cases(arch, PRODUCTS)}
     products = [report for report in reports if report.kernel in names and "_bf16_" in report.kernel]
     assert len(products) == 8
@@ -120,7 +127,7 @@ def test_the_sample_compiles_without_spills(arch: str) -> None:
         assert report.wgmma + report.mma > 0, report
         if arch == "sm_90":
             assert report.wgmma > 0, report
-            assert report.cp_async > 0, report
+            assert report.cp_async + report.tma > 0, report
 
 
 def test_adapters_compile_without_spills() -> None:
@@ -139,27 +146,41 @@ def test_adapters_compile_without_spills() -> None:
         assert report.tma == without.tma
 
 
-ORDER = """
-import json, re, sys
+def test_the_other_targets_compile_within_their_shared_memory() -> None:
+    for arch in sorted(set(offline.TARGETS) - set(MAIN_TARGETS)):
+        reports = compile_apart(arch, ["down"])
+        assert [report.kernel for report in reports] == [case.name for case in offline.collect_cases(arch, ["down"])]
+        assert all(report.spills == 0 and report.wgmma == 0 and report.mma > 0 for report in reports)
+        assert all(0 < report.shared_bytes <= shared_limit(arch) for report in reports)
+
+
+PTX = """
+import json, sys
 from moe_triton_kernels.tools.cases import collect_cases
 from moe_triton_kernels.tools.offline import compile_source
 
 for module in sys.argv[1:]:
-    case = collect_cases("sm_90", [module])[0]
-    ptx = compile_source(case, "sm_90").asm["ptx"]
-    steps = re.findall(r"cp\\.async\\.wait_group|fence\\.proxy\\.async|wgmma\\.mma_async", ptx)
-    print(json.dumps(steps[: steps.index("wgmma.mma_async") + 1]))
+    print(json.dumps(compile_source(collect_cases("sm_90", [module])[0], "sm_90").asm["ptx"]))
 """
 
 
-def test_copies_are_fenced_before_the_matrix_unit_reads_them(tmp_path: Path) -> None:
-    """Whoever puts the fence in, Triton or `proxy_fence`: it stands between the wait for the copies and the product."""
-    lines = run_compiled(ORDER, tmp_path, *PRODUCTS)
-    assert len(lines) == len(PRODUCTS)
-    for steps in lines:
-        assert "cp.async.wait_group" in steps
-        after_the_wait = steps[-1 - steps[::-1].index("cp.async.wait_group") :]
-        assert "fence.proxy.async" in after_the_wait, steps
+def without(ptx: str, instruction: str) -> str:
+    return "\n".join(line for line in ptx.splitlines() if not re.search(instruction, line))
+
+
+def test_the_order_gates_fail_on_doctored_kernels(tmp_path: Path) -> None:
+    """Of `up`, and of `d_weight` (copies by pointers), and of `down` (all by TMA: there is no fence to miss)."""
+    for module, ptx in zip(
+        ("up", "d_weight", "down"), run_compiled(PTX, tmp_path, "up", "d_weight", "down"), strict=True
+    ):
+        assert "wgmma.mma_async" in ptx
+        assert order_faults(ptx) == []
+        unfenced = order_faults(without(ptx, r"fence\.proxy\.async"))
+        assert all("no proxy fence before the product" in fault for fault in unfenced)
+        assert bool(unfenced) == (module != "down")
+        unguarded = order_faults(without(ptx, r"\bbar\.sync"))
+        assert unguarded
+        assert all("no barrier between products and the next write" in fault for fault in unguarded)
 
 
 def test_an_interpreted_function_and_an_unknown_architecture_are_refused() -> None:
@@ -207,6 +228,15 @@ def test_cases_by_name() -> None:
     assert named_cases(cases, "c,a") == [cases[2], cases[0]]
     with pytest.raises(ValueError, match="only: got d, e, wanted names of cases"):
         named_cases(cases, "a,d,e")
+
+
+def test_what_breaks_a_gate() -> None:
+    case = Case(name="a", fn=None, signature={}, wants=["wgmma", "tma"])
+    sizes = {"registers": 8, "shared_bytes": 200_000, "mma": 0, "cp_async": 0, "kernel": "a"}
+    fine = Report(**sizes, arch="sm_90", spills=0, wgmma=4, tma=1)
+    assert broken_gates(case, fine) == []
+    bad = Report(**sizes, arch="sm_89", spills=8, wgmma=4, tma=0, order=["no barrier (PTX line 3)"])
+    assert broken_gates(case, bad) == ["tma 0", "spills 8", "shared_bytes 200000 > 101376", "no barrier (PTX line 3)"]
 
 
 def test_missing_output_is_an_error() -> None:

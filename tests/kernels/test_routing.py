@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from torch import Tensor
 from moe_triton import reference
 from moe_triton.backends.triton.routing import route_backward, route_forward
 from moe_triton.records import SCORES, RouterSpec
+from moe_triton_kernels import routing
 from moe_triton_kernels.scores import EPS
 from tests.helpers.compare import assert_close
 
@@ -230,6 +233,28 @@ def test_many_programs_loop_over_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moe_triton_kernels.routing.SUM_PROGRAMS", 2)
     monkeypatch.setattr("moe_triton_kernels.routing.TILE_ELEMENTS", 64)
     check_forward(make_logits(85, 8), RouterSpec(top_k=2), token_mask=(torch.rand(85) < 0.6).to(device))
+
+
+class Counted:
+    """Stands for a kernel and counts its launches."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.launches = kernel, 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        self.launches += 1
+        return self.kernel[grid]
+
+
+def test_few_tokens_take_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = [Counted(routing.topk_kernel), Counted(routing.sum_partials_kernel)]
+    monkeypatch.setattr(routing, "topk_kernel", counted[0])
+    monkeypatch.setattr(routing, "sum_partials_kernel", counted[1])
+    few = routing.FEW_TILES * routing.lanes_of(20, 2).BLOCK_T
+    check_forward(make_logits(few, 20), RouterSpec(top_k=2))
+    assert [kernel.launches for kernel in counted] == [1, 0]
+    check_forward(make_logits(few + 1, 20), RouterSpec(top_k=2))
+    assert [kernel.launches for kernel in counted] == [2, 1]
 
 
 def test_same_input_same_bits() -> None:

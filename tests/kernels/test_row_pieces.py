@@ -66,8 +66,10 @@ def test_the_sizes_bound_the_partial_results() -> None:
         assert slots * tiles <= 512
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("gather_left", [False, True])
+@pytest.mark.parametrize(
+    ("gather_left", "dtype"),
+    [(False, torch.float32), (True, torch.float32), (False, torch.float16), (True, torch.bfloat16)],
+)
 def test_d_weight_of_split_experts(gather_left: bool, dtype: torch.dtype) -> None:
     """Against float64; twice the same bits; whole experts have the bits that they have without a split."""
     rows, top_k = sum(COUNTS) + 6, 2

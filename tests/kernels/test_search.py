@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -10,10 +11,20 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
+from moe_triton.kernel_stages import chosen_configs
 from moe_triton_kernels import configs
+from moe_triton_kernels.compiler import compiler_versions
 from moe_triton_kernels.configs import KEYS, OPS, Config, choose_config, find_config, user_table_path
 from moe_triton_kernels.gluon.schedules import OPS as GLUON_OPS
-from moe_triton_kernels.tools.search import LADDERS, SWITCH, candidate_case, is_sound, neighbours, warp_specialized
+from moe_triton_kernels.tools.search import (
+    LADDERS,
+    SWITCH,
+    candidate_case,
+    is_sound,
+    neighbours,
+    seeds,
+    warp_specialized,
+)
 
 SIZES = {"d": 2048, "n": 768, "dtype": torch.bfloat16, "num_rows": 128, "num_experts": 1, "architecture": "sm_90"}
 MINE = Config(block_m=64, block_n=64, block_k=32, num_warps=4, num_stages=5)
@@ -36,11 +47,32 @@ def test_the_users_table_goes_first(tmp_path, tables):
     path = tmp_path / "mine.json"
     write(path)
     tables.setenv("MOE_TRITON_TABLE", str(path))
-    assert find_config("down", **SIZES) == (MINE, "user table")
+    assert find_config("down", **SIZES) == (MINE, "user table", {})
     assert choose_config("down", **SIZES) == MINE
     assert find_config("d_rows", **SIZES)[1] == "heuristic"
     assert find_config("down", **{**SIZES, "n": 512})[1] == "heuristic"
     assert find_config("down", **{**SIZES, "num_rows": 64})[1] == "heuristic"  # another bucket
+
+
+def test_a_table_that_was_tuned_under_another_compiler(tmp_path, tables):
+    path = tmp_path / "mine.json"
+    tables.setenv("MOE_TRITON_TABLE", str(path))
+    here = compiler_versions("sm_90")
+    assert set(here) == {"triton", "ptxas"}
+    assert all(re.fullmatch(r"\d+\.\d+\.\d+", version) for version in here.values())
+    assert compiler_versions("gfx942") == {"triton": here["triton"], "ptxas": None}
+    for versions, words in (
+        (here, ""),
+        ({"triton": here["triton"]}, ""),  # written by an older `tune`
+        ({**here, "triton": "3.1.0"}, f"tuned under triton 3.1.0, here triton {here['triton']}"),
+        ({**here, "ptxas": "12.0.1"}, f"tuned under ptxas 12.0.1, here ptxas {here['ptxas']}"),
+    ):
+        write(path, measured={"versions": {**versions, "torch": "2.11.0"}})
+        configs.user_table.cache_clear()
+        assert find_config("down", **SIZES).stale("sm_90") == words
+        found = chosen_configs(**{**SIZES, "is_gated": True})
+        (down,) = (entry["from"] for entry in found if entry["op"] == "down")
+        assert down == ", ".join(filter(None, ("user table", words)))
 
 
 def test_the_default_place(tmp_path, tables):
@@ -98,11 +130,26 @@ def test_a_schedule_has_neighbours_in_what_it_reads(op):
         assert case.name.startswith(f"{op}_bf16_128x")
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_seeds_are_more_than_a_step_away(op):
+    """Two programs a processor: no climb reaches them, for each step towards them is slower or breaks a gate."""
+    found = seeds(op, 2048, 768, "sm_90")
+    assert found
+    config = choose_config(op, **SIZES)
+    for seed in found:
+        assert seed.programs_per_sm == 2
+        assert seed.num_stages * (seed.block_m + seed.block_n * (2 if op == "up_gated" else 1)) * 128 <= 113 * 1024
+        assert sum(getattr(config, name) != getattr(seed, name) for name in asdict(config)) > 1
+    assert seeds(op, 2048, 768, "sm_80") == []
+    assert seeds(op, 16, 16, "sm_90") == []
+
+
 def test_what_is_not_sound():
     assert not is_sound(replace(MINE, block_m=128, block_n=256, num_warps=4), "down", 2048, 768)  # would spill
     assert not is_sound(replace(MINE, block_n=64, parts=8), "down", 2048, 768)  # parts narrower than 16 columns
     assert not is_sound(replace(MINE, block_n=256, num_warps=8), "down", 64, 768)  # wider than the output
     assert is_sound(replace(MINE, block_n=64), "down", 64, 768)
+    assert not is_sound(replace(MINE, block_m=128, block_n=128, num_warps=4, maxnreg=128), "down", 2048, 768)
 
 
 def test_candidates_compile_with_no_gpu():

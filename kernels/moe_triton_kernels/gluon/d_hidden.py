@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from moe_triton_kernels.activations import is_gated
+from moe_triton_kernels.activations import Activation, is_gated
 from moe_triton_kernels.gluon.launch import grid, tile_of, weight_descriptor
 from moe_triton_kernels.gluon.names import gl, gluon
 from moe_triton_kernels.gluon.pipeline import (
@@ -31,7 +31,7 @@ from moe_triton_kernels.operands import PerExpert
 from moe_triton_kernels.preactivation import d_activate, load_parts
 from moe_triton_kernels.tiles import TileTables
 
-PARTS = 8  # column blocks of the epilogue: with fewer, registers spill
+PARTS = 16  # column blocks of the epilogue: with fewer, registers spill
 
 
 @gluon.jit
@@ -123,7 +123,7 @@ def d_hidden(
     router_weights: Tensor,
     *,
     size_n: int,
-    activation: str,
+    activation: Activation,
     config: Config,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `moe_triton_kernels.d_hidden.d_hidden`, H concatenated, for what `why_unsupported` has no reason against."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moe_triton_kernels.activations import check_activation, is_gated
+from moe_triton_kernels.activations import Activation, is_gated
 from moe_triton_kernels.gluon.launch import grid, tile_of, weight_descriptor
 from moe_triton_kernels.gluon.names import gl, gluon
 from moe_triton_kernels.gluon.pipeline import (
@@ -115,15 +115,14 @@ def up(
     *,
     size_n: int,
     top_k: int,
-    activation: str,
+    activation: Activation,
     keep_activation: bool,
     keep_preactivation: bool,
     config: Config,
 ) -> tuple[Tensor, Tensor]:
     """As `moe_triton_kernels.up.up` with concatenated weights, for what `why_unsupported` has no reason against."""
     schedule = schedule_of(config.gluon)
-    gated = check_activation(activation)
-    projections = 2 if gated else 1
+    projections = 2 if activation.is_gated else 1
     width = schedule.block_n // projections
     num_rows, size_d = source.shape[0], x.shape[1]
     a = x.new_empty((num_rows, size_n) if keep_activation else 0)
@@ -142,7 +141,7 @@ def up(
         TOP_K=top_k,
         ACTIVATION=activation,
         K_CONTIGUOUS=is_k_contiguous(weight),
-        TILE=constants(tile_of(schedule, group=config.group, parts=parts_of(schedule, gated))),
+        TILE=constants(tile_of(schedule, group=config.group, parts=parts_of(schedule, activation.is_gated))),
         num_warps=4,
     )
     return a, h

@@ -18,13 +18,15 @@ PRODUCTS: dict[str, Callable[[str, Sequence[Shipped]], Iterable[Case]]] = {
     "lora": lora_cases.adapter_cases,
 }
 OTHERS: dict[str, Callable[[], Iterable[Case]]] = {
+    "address_tables": dispatch_cases.address_cases,
     "routing": dispatch_cases.routing_cases,
     "permutation": dispatch_cases.permutation_cases,
+    "small_dispatch": dispatch_cases.small_dispatch_cases,
     "tiles": dispatch_cases.tiles_cases,
     "row_pieces": dispatch_cases.row_pieces_cases,
     "combine": dispatch_cases.combine_cases,
 }
-MODULES = (*PRODUCTS, *OTHERS, "gluon")
+MODULES = (*PRODUCTS, "gate", *OTHERS, "gluon")
 
 
 def module_cases(module: str, arch: str) -> Iterable[Case]:
@@ -33,6 +35,8 @@ def module_cases(module: str, arch: str) -> Iterable[Case]:
         return PRODUCTS[module](arch, shipped_configs(arch))
     if module in OTHERS:
         return OTHERS[module]()
+    if module == "gate":
+        return dispatch_cases.gate_cases(arch)
     if arch != "sm_90":
         return []
     # imported only here, because it imports Gluon, which is experimental

@@ -1,12 +1,62 @@
-"""What is compiled of routing, permutation, tiles, row pieces and combine."""
+"""What is compiled of the gate, address tables, routing, permutation, tiles, row pieces and combine."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-from moe_triton_kernels import combine, permutation, routing, routing_backward, row_pieces, tiles
+from moe_triton_kernels import (
+    address_tables,
+    combine,
+    gate,
+    permutation,
+    routing,
+    routing_backward,
+    row_pieces,
+    small_dispatch,
+    tiles,
+)
 from moe_triton_kernels.tools.case import Case
+
+
+def gate_cases(arch: str) -> list[Case]:
+    """Qwen3-30B's: its gradient of the hidden states, and the other two products where torch cannot make them."""
+    types = {
+        "values": "*fp32", "parts": "*bf16", "num_elements": "i32", "step": "fp32", "row_stride": "i32",
+        "place_stride": "i32", "a": "*bf16", "b": "*bf16", "size_m": "i32", "size_k": "i32", "a_stride_m": "i32",
+        "a_stride_k": "i32", "b_stride_k": "i32", "b_stride_n": "i32",
+    }  # fmt: skip
+    split = {"COLUMNS": 128, "ORDER": (0, 1, 0), "PLACES": 3, "BLOCK": gate.SPLIT_BLOCK}
+    cases = [Case(name="gate_split_E128", fn=gate.split_kernel, signature=types, constexprs=split)]
+    # name, out, addend, size_n, constant strides, aligned strides
+    for name, out, addend, size_n, ones, aligned in (
+        ("d_hidden", "*bf16", "*bf16", 2048, ("a_stride_k", "b_stride_n"), ("a_stride_m", "b_stride_k")),
+        ("forward", "*fp32", None, 128, ("a_stride_k", "b_stride_k"), ("a_stride_m", "b_stride_n")),
+        ("d_weight", "*fp32", None, 2048, ("a_stride_m", "b_stride_n"), ("a_stride_k", "b_stride_k")),
+    ):
+        constants = {
+            "SIZE_N": size_n,
+            "EVEN_K": name != "d_weight",
+            **gate.blocks(size_n, arch),
+            **dict.fromkeys(ones, 1),
+        }
+        cases.append(
+            Case(
+                name=f"gate_{name}_E128",
+                fn=gate.product_kernel,
+                signature=types | {"out": out, "addend": addend},
+                constexprs=constants if addend else constants | {"addend": None},
+                num_stages=gate.stages(arch),
+                aligned=("a", "b", "out", *(("addend",) if addend else ()), *aligned),
+                sample=name == "d_hidden",
+            )
+        )
+    return cases
+
+
+def address_cases() -> list[Case]:
+    signature = {"table": "*i64", "start": "i32", "size": "i32", **dict.fromkeys(address_tables.ARGUMENTS, "i64")}
+    return [Case(name="address_table", fn=address_tables.address_kernel, signature=signature, num_warps=1)]
 
 
 def combine_cases() -> list[Case]:
@@ -46,6 +96,22 @@ def permutation_cases() -> Iterator[Case]:
             )
     by_key = {"NUM_EXPERTS": 128, "BLOCK": permutation.BLOCK, "BLOCK_E": 128, "TOP_K": 8, "BY_CHOICE": False}
     yield Case(name="permutation_keep_by_key", fn=permutation.keep_kernel, signature=types, constexprs=by_key)
+
+
+def small_dispatch_cases() -> list[Case]:
+    names = ("experts", "counts", "offsets", "source", "position", "table", "num_tiles")
+    sizes = {"SIZES": tiles.BLOCK_SIZES, "BLOCK": small_dispatch.BLOCK, "CHUNK": small_dispatch.CHUNK}
+    return [
+        Case(
+            name=f"small_dispatch_E{num_experts}",
+            fn=small_dispatch.small_dispatch_kernel,
+            signature={**dict.fromkeys(names, "*i32"), "num_slots": "i32"},
+            constexprs=sizes | {"NUM_EXPERTS": num_experts, "BLOCK_E": permutation.block_experts(num_experts)},
+            num_warps=small_dispatch.NUM_WARPS,
+            sample=num_experts == 128,
+        )
+        for num_experts in (8, 128, 1024)
+    ]
 
 
 def routing_cases() -> Iterator[Case]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from moe_triton_kernels.activations import GATED, UNGATED
+from moe_triton_kernels.activations import GATED_CASES, UNGATED_CASES
 from moe_triton_kernels.gluon import d_hidden, down, up
 from moe_triton_kernels.gluon.launch import LAYOUT, tile_of, weight_block
 from moe_triton_kernels.gluon.schedules import BLOCK_K, BLOCK_M, SCHEDULES, TYPES
@@ -82,7 +82,7 @@ def down_cases() -> Iterator[Case]:
 
 def up_cases() -> Iterator[Case]:
     """Both forms in every schedule; the first also with every activation, the other layout and the other type."""
-    for op, activations in (("up_gated", GATED), ("up", UNGATED)):
+    for op, activations in (("up_gated", GATED_CASES), ("up", UNGATED_CASES)):
         gated = op == "up_gated"
         # (schedule, activation, k is contiguous, type)
         variants = [(name, activations[0], True, torch.bfloat16) for name in SCHEDULES]
@@ -96,7 +96,7 @@ def up_cases() -> Iterator[Case]:
                 op,
                 schedule,
                 dtype=dtype,
-                variant=activation + "_T" * (not by_k),
+                variant=str(activation) + "_T" * (not by_k),
                 width=width,
                 parts=up.parts_of(SCHEDULES[schedule], gated),
                 descriptors={"weight": weight_block(width, by_k)},
@@ -110,7 +110,7 @@ def up_cases() -> Iterator[Case]:
 
 def d_hidden_cases() -> Iterator[Case]:
     """Both forms in every schedule; the first also with every activation, the other layout and the other type."""
-    for op, activations in (("d_hidden_gated", GATED), ("d_hidden", UNGATED)):
+    for op, activations in (("d_hidden_gated", GATED_CASES), ("d_hidden", UNGATED_CASES)):
         # (schedule, activation, k is contiguous, type); the down projection's columns are contiguous: [d, n]
         variants = [(name, activations[0], False, torch.bfloat16) for name in SCHEDULES]
         variants += [("ping_pong", activation, False, torch.bfloat16) for activation in activations[1:]]
@@ -123,7 +123,7 @@ def d_hidden_cases() -> Iterator[Case]:
                 op,
                 schedule,
                 dtype=dtype,
-                variant=activation + "_T" * by_k,
+                variant=str(activation) + "_T" * by_k,
                 width=width,
                 parts=d_hidden.PARTS,
                 descriptors={"weight": weight_block(width, by_k)},

@@ -36,10 +36,15 @@ class Multiprocessor:
 
 MULTIPROCESSORS = {
     "sm_80": Multiprocessor(shared_bytes=164 << 10),
+    "sm_86": Multiprocessor(shared_bytes=100 << 10, warps=48, programs=16),
+    "sm_89": Multiprocessor(shared_bytes=100 << 10, warps=48, programs=24),
     "sm_90": Multiprocessor(shared_bytes=228 << 10),
     "sm_100": Multiprocessor(shared_bytes=228 << 10),
+    "sm_103": Multiprocessor(shared_bytes=228 << 10),
+    "sm_120": Multiprocessor(shared_bytes=100 << 10, warps=48, programs=24),
     # four SIMDs of 8 waves, each with 512 vector registers per lane, accumulation registers included
     "gfx942": Multiprocessor(warps=32, shared_bytes=64 << 10, reserved_bytes=0, shared_step=512),
+    "gfx950": Multiprocessor(warps=32, shared_bytes=160 << 10, reserved_bytes=0, shared_step=512),
 }
 
 

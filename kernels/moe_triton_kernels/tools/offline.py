@@ -24,14 +24,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
+from moe_triton_kernels.launch import register_limit, shared_limit
 from moe_triton_kernels.tools.case import Case, leaves
 from moe_triton_kernels.tools.cases import collect_cases
+from moe_triton_kernels.tools.order import order_faults
 
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
+    **{f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in (80, 86, 89, 90, 100, 103, 120)},
+    **{name: GPUTarget("hip", name, 64) for name in ("gfx942", "gfx950")},
 }
 
 
@@ -46,6 +46,8 @@ class Report:
     cp_async, tma asynchronous copies to shared memory by pointers; by descriptors
     setmaxnreg    changes of a warpgroup's share of the registers: warp specialization
     proxy_fence   fences between the generic and the asynchronous proxy
+    loop          instructions of the main loop: the shortest one with a product (NVIDIA; 0 where there is none)
+    order         what is wrong with the order of copies, fences, barriers and products (see `order`)
     """
 
     kernel: str
@@ -59,9 +61,9 @@ class Report:
     tma: int = 0
     setmaxnreg: int = 0
     proxy_fence: int = 0
+    loop: int = 0
+    order: Sequence[str] = ()
 
-
-SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}  # bytes per program
 
 PATTERNS = {
     "ptx": {
@@ -74,6 +76,9 @@ PATTERNS = {
     },
     "amdgcn": {"mma": r"\bv_mfma", "cp_async": r"\b(?:global_load_lds|buffer_load\w* .*\blds\b)"},
 }
+
+
+PRODUCT = re.compile(r"\b(?:\w*GMMA|\w*MMA|FFMA)\b")
 
 
 def find_number(pattern: str, text: str) -> int:
@@ -93,6 +98,28 @@ def nvidia_resources(cubin: bytes) -> tuple[int, int]:
     return find_number(r"\bREG:(\d+)", usage), find_number(r"\bSTACK:(\d+)", usage)
 
 
+def main_loop(cubin: bytes) -> int:
+    """Instructions of the shortest loop with a product in a binary that holds one kernel; 0 where there is none."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.nvdisasm.path, "--print-code", file.name]
+        assembly = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    instructions: list[str] = []
+    places: dict[str, int] = {}
+    lengths = []
+    for label, instruction in re.findall(r"^(\.L\w+):|^\s*/\*[0-9a-f]+\*/\s+([^;]+);", assembly, re.MULTILINE):
+        if label:
+            places[label] = len(instructions)
+            continue
+        instructions.append(instruction)
+        branch = re.search(r"\bBRA\b.*`\((\.L\w+)\)", instruction)
+        first = places.get(branch.group(1)) if branch else None
+        if first is not None and any(PRODUCT.search(inner) for inner in instructions[first:]):
+            lengths.append(len(instructions) - first)
+    return min(lengths, default=0)
+
+
 def amd_resources(assembly: str) -> tuple[int, int]:
     """Vector registers, and bytes of private memory, per thread, from the metadata at the end of the assembly."""
     return find_number(r"\.vgpr_count:\s+(\d+)", assembly), find_number(
@@ -101,7 +128,7 @@ def amd_resources(assembly: str) -> tuple[int, int]:
 
 
 def compile_source(case: Case, arch: str) -> CompiledKernel:
-    """Compile a case for "sm_80", "sm_90", "sm_100" or "gfx942"; no GPU is needed.
+    """Compile a case for one of TARGETS; no GPU is needed.
 
     Raises RuntimeError where TRITON_INTERPRET is set, and what Triton raises where the compilation fails.
     """
@@ -123,7 +150,10 @@ def compile_source(case: Case, arch: str) -> CompiledKernel:
         attrs={path: [["tt.divisibility", 16]] for name, path, _ in inner if name in aligned},
     )
     # fused multiply-adds are what a launch gets up to Triton 3.9, which warns where nobody says so
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": True}
+    options: dict[str, Any] = {
+        "num_warps": case.num_warps, "num_stages": case.num_stages, **register_limit(arch, case.maxnreg),
+        "enable_fp_fusion": True,
+    }  # fmt: skip
     return triton.compile(source, target=TARGETS[arch], options=options)
 
 
@@ -153,17 +183,22 @@ def read_report(name: str, arch: str, compiled: CompiledKernel) -> Report:
     if "cubin" in compiled.asm:
         kind = "ptx"
         registers, spills = nvidia_resources(compiled.asm["cubin"])
+        loop, order = main_loop(compiled.asm["cubin"]), order_faults(compiled.asm["ptx"])
     else:
         kind = "amdgcn"
         registers, spills = amd_resources(compiled.asm["amdgcn"])
+        loop, order = 0, []
     assembly = compiled.asm[kind]
+    counts: dict[str, Any] = {what: len(re.findall(pattern, assembly)) for what, pattern in PATTERNS[kind].items()}
     return Report(
         kernel=name,
         arch=arch,
         registers=registers,
         spills=spills,
         shared_bytes=compiled.metadata.shared,
-        **{what: len(re.findall(pattern, assembly)) for what, pattern in PATTERNS[kind].items()},
+        loop=loop,
+        order=order,
+        **counts,
     )
 
 
@@ -230,13 +265,14 @@ def compile_parallel(
 
 
 def broken_gates(case: Case, report: Report) -> list[str]:
-    """What a shipped kernel must not do: spill, ask for more shared memory than there is, miss the matrix units."""
+    """What a shipped kernel must not do: spill, ask for more shared memory than there is, miss the matrix units, read
+    or overwrite shared memory out of order."""
     broken = [f"{what} 0" for what in case.wants if getattr(report, what) == 0]
     if report.spills > 0:
         broken.append(f"spills {report.spills}")
-    if report.shared_bytes > SHARED_LIMIT[report.arch]:
-        broken.append(f"shared_bytes {report.shared_bytes} > {SHARED_LIMIT[report.arch]}")
-    return broken
+    if report.shared_bytes > shared_limit(report.arch):
+        broken.append(f"shared_bytes {report.shared_bytes} > {shared_limit(report.arch)}")
+    return [*broken, *report.order]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -247,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--modules", help="comma-separated names of kernel files; all of them if left out")
     parser.add_argument("--all", action="store_true", help="every shipped configuration, not only the sample")
     parser.add_argument("--only", help="comma-separated names of cases: these instead of the sample")
-    parser.add_argument("--gate", action="store_true", help="fail on spills, too much shared memory, no matrix units")
+    parser.add_argument("--gate", action="store_true", help="fail where a kernel breaks `broken_gates`")
     parser.add_argument("--json", action="store_true", help="one JSON object per kernel instead of a line of text")
     options = parser.parse_args(arguments)
     modules = None if options.modules is None else options.modules.split(",")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from moe_triton_kernels.activations import GATED, UNGATED
+from moe_triton_kernels.activations import GATED_CASES, UNGATED_CASES
 from moe_triton_kernels.d_hidden import d_hidden_kernel, d_router_weights_kernel
 from moe_triton_kernels.d_weight import d_bias_kernel, d_weight_kernel
 from moe_triton_kernels.down import down_kernel
-from moe_triton_kernels.launch import pipeline_stages, tile_of
+from moe_triton_kernels.launch import BLACKWELL, pipeline_stages, tile_of
 from moe_triton_kernels.operands import BiasArgument, SizesArgument, WeightArgument, descriptor_block
 from moe_triton_kernels.tiles import TilesArgument
 from moe_triton_kernels.tools.case import Case, integers_of, leaves, pointers_of
@@ -25,7 +25,7 @@ def main_loop_instructions(shipped: Shipped, arch: str, num_descriptors: int) ->
     wgmma takes 64 rows at least. On Blackwell the copies by pointers depend on `pipeline_stages`.
     """
     wants = ["tma"] if num_descriptors else []
-    if arch in ("sm_80", "sm_90") and num_descriptors < 2:
+    if arch.startswith("sm_") and arch not in BLACKWELL and num_descriptors < 2:
         wants.append("cp_async")
     if shipped.dtype != "fp32":
         wants.append("wgmma" if arch == "sm_90" and shipped.config.block_m >= 64 else "mma")
@@ -57,6 +57,7 @@ def product_case(
         constexprs=constants,
         num_warps=config.num_warps,
         num_stages=pipeline_stages(arch, config),
+        maxnreg=config.maxnreg,
         aligned=aligned,
         sample=sample,
         wants=main_loop_instructions(shipped, arch, sum(str(kind).startswith("tensordesc") for _, kind in kinds)),
@@ -99,7 +100,7 @@ def sizes_type(*, is_even: bool) -> SizesArgument:
 def up_cases(arch: str, shipped: Sequence[Shipped]) -> list[Case]:
     """Every configuration; the first of each op also with every activation and weight layout."""
     cases = []
-    for op, activations in (("up_gated", GATED), ("up", UNGATED)):
+    for op, activations in (("up_gated", GATED_CASES), ("up", UNGATED_CASES)):
         entries = [entry for entry in shipped if entry.op == op]
         # (configuration, activation, is_transposed, is_concatenated, bias, addresses instead of a stacked tensor)
         variants = [(entry, activations[0], False, True, False, False) for entry in entries]
@@ -121,7 +122,7 @@ def up_cases(arch: str, shipped: Sequence[Shipped]) -> list[Case]:
                 up_kernel,
                 entry,
                 arch,
-                variant=activation + flags,
+                variant=str(activation) + flags,
                 signature={
                     **dict.fromkeys(("x", "a", "h"), f"*{entry.dtype}"),
                     "source": "*i32",
@@ -182,7 +183,7 @@ def only_of_down(op: str) -> dict[str, str | None]:
 def d_hidden_cases(arch: str, shipped: Sequence[Shipped]) -> list[Case]:
     """Every configuration; the first of each op also with every activation and weight layout."""
     cases = []
-    for op, activations in (("d_hidden_gated", GATED), ("d_hidden", UNGATED)):
+    for op, activations in (("d_hidden_gated", GATED_CASES), ("d_hidden", UNGATED_CASES)):
         entries = [entry for entry in shipped if entry.op == op]
         # (configuration, activation, is_transposed, is_concatenated, addresses instead of a stacked tensor)
         variants = [(entry, activations[0], False, True, False) for entry in entries]
@@ -193,7 +194,7 @@ def d_hidden_cases(arch: str, shipped: Sequence[Shipped]) -> list[Case]:
                 d_hidden_kernel,
                 entry,
                 arch,
-                variant=activation + "_T" * transposed + "_pairs" * (not concatenated) + "_addresses" * addresses,
+                variant=str(activation) + "_T" * transposed + "_pairs" * (not concatenated) + "_addresses" * addresses,
                 signature={
                     **dict.fromkeys(("grad_out", "h", "weighted_a", "grad_h"), f"*{entry.dtype}"),
                     **dict.fromkeys(("router_weights", "shares"), "*fp32"),

@@ -19,8 +19,8 @@ import torch
 from moe_triton_kernels.gluon.schedules import OPS as GLUON_OPS
 from moe_triton_kernels.gluon.schedules import SCHEDULES
 from moe_triton_kernels.gluon.schedules import TYPES as GLUON_TYPES
-from moe_triton_kernels.heuristics import fit
-from moe_triton_kernels.launch import HOPPER, Config
+from moe_triton_kernels.heuristics import fit, two_programs
+from moe_triton_kernels.launch import HOPPER, MAX_REGISTERS, Config
 from moe_triton_kernels.tiles import BLOCK_SIZES
 from moe_triton_kernels.tools.case import Case
 from moe_triton_kernels.tools.cases import PRODUCTS, collect_cases
@@ -40,9 +40,9 @@ LADDERS = {
     "group": (1, 2, 4, 8, 16),
     "parts": (1, 2, 4),
     "programs_per_sm": (1, 2, 3, 4),
+    "maxnreg": (128, 168, MAX_REGISTERS),
 }
 SWITCH = (False, True)
-ACCUMULATORS = 128  # fp32 accumulators that a thread holds without a spill
 
 
 def is_sound(config: Config, op: str, d: int, n: int) -> bool:
@@ -58,9 +58,17 @@ def is_sound(config: Config, op: str, d: int, n: int) -> bool:
         and config.block_n <= fit(config.block_n, columns)
         and config.block_k <= fit(config.block_k, inner)
         and config.block_n // config.parts >= 16
-        and config.block_m * width <= 32 * config.num_warps * ACCUMULATORS
+        # half of a thread's registers for fp32 accumulators: more would spill
+        and config.block_m * width <= 32 * config.num_warps * ((config.maxnreg + 1) // 2)
         and config.block_m * width >= 32 * config.num_warps  # an accumulator for every thread
     )
+
+
+def seeds(op: str, d: int, n: int, architecture: str) -> list[Config]:
+    """Configurations that differ from the heuristic's in more than one field, and are no step away from it."""
+    if architecture not in HOPPER:
+        return []
+    return [config for config in two_programs(op) if is_sound(config, op, d, n)]
 
 
 def neighbours(config: Config, op: str, d: int, n: int) -> Iterator[Config]:

@@ -33,7 +33,7 @@ def shipped_configs(architecture: str) -> list[Shipped]:
     for op in OPS:
         for dtype in (torch.bfloat16, torch.float32):
             for bucket in reversed(BUCKETS):
-                for d, n in SIZES:
+                for d, n in sorted(SIZES, reverse=True):  # the largest first
                     config = choose_config(
                         op, d=d, n=n, dtype=dtype, num_rows=bucket, num_experts=1, architecture=architecture
                     )

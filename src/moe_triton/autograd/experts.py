@@ -6,7 +6,7 @@ An ExpertCall passes as the flat list of its tensors and the `form` of its param
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -27,8 +27,10 @@ def run_experts(call: ExpertCall, *, recompute: bool = False, backend: str = "au
 
     Under autocast as PyTorch's products do. The bits do not depend on whether a gradient is wanted.
     """
-    dtype, call = call.hidden.dtype, in_autocast_dtype(call)
+    dtype, call = call.hidden.dtype, in_context(call)
     name = runtime.choose(backend, call.hidden.device, call.hidden.dtype).name
+    if call.spec.batch_invariant:
+        runtime.refuse_reference(name)
     with runtime.without_autocast(call.hidden.device):
         if name == "reference":
             return reference.moe_experts(call).to(dtype)
@@ -42,12 +44,22 @@ def run_experts(call: ExpertCall, *, recompute: bool = False, backend: str = "au
         elif training:
             out, _ = _Experts.apply(form, call.spec, name, keep, *tensors)
         else:
-            out, _ = _run(form, call.spec, name, False, *tensors)
+            out = _without_gradient(call, name)
         return out.to(dtype)
 
 
-def in_autocast_dtype(call: ExpertCall) -> ExpertCall:
-    """The call in the dtype that its products compute with: under autocast that one, with router weights in fp32."""
+def _without_gradient(call: ExpertCall, backend: str) -> Tensor:
+    """The output where autograd keeps nothing: of the call itself, with all that its Dispatch brought along."""
+    if has_no_data(call.hidden):
+        return _experts_op(tensors_of(call), form_of(call.parameters), *_fields(call.spec), backend, False)[0]
+    with runtime.plain_maths(call.hidden):
+        return runtime.experts_backend(backend, call.hidden.device).experts_forward(call, False)[0]
+
+
+def in_context(call: ExpertCall) -> ExpertCall:
+    """The call as the contexts around it ask: batch invariant, and in autocast's dtype with router weights in fp32."""
+    if runtime.is_batch_invariant():
+        call = replace(call, spec=replace(call.spec, batch_invariant=True))
     compute = runtime.autocast_dtype(call.hidden.device)
     if compute is None:
         return call
@@ -63,20 +75,21 @@ def _cast(x: Any, dtype: torch.dtype) -> Any:
     return [tensor.to(dtype) for tensor in x]
 
 
-def _fields(spec: ExpertSpec) -> tuple[str, bool, bool, list[float]]:
+FLAGS = tuple(field.name for field in fields(ExpertSpec) if field.type == "bool")
+NUMBERS = tuple(field.name for field in fields(ExpertSpec) if field.type == "float")
+
+
+def _fields(spec: ExpertSpec) -> tuple[str, float | None, float | None, list[bool], list[float]]:
     """The spec as the arguments of an op."""
-    scalings = [spec.gate_up_scaling, spec.down_scaling]
-    return spec.activation, spec.is_transposed, spec.is_concatenated, scalings
+    flags, numbers = ([getattr(spec, name) for name in names] for names in (FLAGS, NUMBERS))
+    return spec.activation, spec.activation_limit, spec.activation_alpha, flags, numbers
 
 
-def _spec(activation: str, is_transposed: bool, is_concatenated: bool, scalings: Sequence[float]) -> ExpertSpec:
-    return ExpertSpec(
-        activation=activation,
-        is_transposed=is_transposed,
-        is_concatenated=is_concatenated,
-        gate_up_scaling=scalings[0],
-        down_scaling=scalings[1],
-    )
+def _spec(
+    activation: str, limit: float | None, alpha: float | None, flags: Sequence[bool], numbers: Sequence[float]
+) -> ExpertSpec:
+    rest: dict[str, Any] = {**dict(zip(FLAGS, flags, strict=True)), **dict(zip(NUMBERS, numbers, strict=True))}
+    return ExpertSpec(activation=activation, activation_limit=limit, activation_alpha=alpha, **rest)
 
 
 def _gradients(
@@ -183,13 +196,14 @@ def _experts_op(
     tensors: Sequence[Tensor],
     form: Sequence[int],
     activation: str,
-    is_transposed: bool,
-    is_concatenated: bool,
-    scalings: Sequence[float],
+    limit: float | None,
+    alpha: float | None,
+    flags: Sequence[bool],
+    numbers: Sequence[float],
     backend: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _run(tuple(form), _spec(activation, is_transposed, is_concatenated, scalings), backend, keep, *tensors)
+    return _run(tuple(form), _spec(activation, limit, alpha, flags, numbers), backend, keep, *tensors)
 
 
 @_experts_op.register_fake
@@ -197,13 +211,14 @@ def _(
     tensors: Sequence[Tensor],
     form: Sequence[int],
     activation: str,
-    is_transposed: bool,
-    is_concatenated: bool,
-    scalings: Sequence[float],
+    limit: float | None,
+    alpha: float | None,
+    flags: Sequence[bool],
+    numbers: Sequence[float],
     backend: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    call = call_of(tensors, tuple(form), _spec(activation, is_transposed, is_concatenated, scalings))
+    call = call_of(tensors, tuple(form), _spec(activation, limit, alpha, flags, numbers))
     kept_shape = (call.num_rows, call.width) if keep else (0,)
     return call.hidden.new_empty(call.hidden.shape), call.hidden.new_empty(kept_shape)
 
@@ -215,14 +230,15 @@ def _experts_backward_op(
     tensors: Sequence[Tensor],
     form: Sequence[int],
     activation: str,
-    is_transposed: bool,
-    is_concatenated: bool,
-    scalings: Sequence[float],
+    limit: float | None,
+    alpha: float | None,
+    flags: Sequence[bool],
+    numbers: Sequence[float],
     backend: str,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     """`_gradients`."""
-    spec = _spec(activation, is_transposed, is_concatenated, scalings)
+    spec = _spec(activation, limit, alpha, flags, numbers)
     found = _gradients(grad_out, preactivation, tensors, tuple(form), spec, backend, Wanted(*wanted))
     # the outputs of a custom op must not share storage, as slices of one stacked gradient would
     return [gradient.clone() if gradient._base is not None else gradient for gradient in found]
@@ -235,9 +251,10 @@ def _(
     tensors: Sequence[Tensor],
     form: Sequence[int],
     activation: str,
-    is_transposed: bool,
-    is_concatenated: bool,
-    scalings: Sequence[float],
+    limit: float | None,
+    alpha: float | None,
+    flags: Sequence[bool],
+    numbers: Sequence[float],
     backend: str,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
@@ -256,7 +273,7 @@ def _op_backward(ctx: Any, grad_out: Tensor, _grad_preactivation: Tensor | None)
     preactivation, *tensors = ctx.saved_tensors
     wanted = list(_wanted(ctx.per_tensor, ctx.form))
     found = _experts_backward_op(grad_out, preactivation, tensors, ctx.form, *ctx.options, wanted)
-    return (_at_inputs(found, ctx.per_tensor), *(None,) * 7)
+    return (_at_inputs(found, ctx.per_tensor), *(None,) * 8)
 
 
 _experts_op.register_autograd(_op_backward, setup_context=_setup_context)

@@ -27,14 +27,14 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tens
 
 @torch.library.custom_op("moe_triton::grouped_linear_backward", mutates_args=())
 def grouped_linear_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, is_transposed: bool, has_bias: bool
+    grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, is_transposed: bool, wants_weight: bool, wants_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the gradients of x (0 past offsets[E]), weight and bias (empty [0] without one); 0 for idle experts."""
+    """Compute the gradients of x (0 past offsets[E]), weight and bias: 0 for idle experts, [0] where not wanted."""
     rows, grad = GroupedRows(offsets, x.shape[0]), grad.contiguous()
     grad_x = grouped_product(grad, weight.mT if is_transposed else weight, rows)
     left, right = (x, grad) if is_transposed else (grad, x)
-    grad_weight = grouped_outer(left, right, rows)
-    grad_bias = sum_per_expert(grad, rows) if has_bias else weight.new_empty(0)
+    grad_weight = grouped_outer(left, right, rows) if wants_weight else weight.new_empty(0)
+    grad_bias = sum_per_expert(grad, rows) if wants_bias else weight.new_empty(0)
     return torch.where(rows.kept_S1, grad_x, 0), grad_weight, grad_bias
 
 
@@ -45,22 +45,25 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, is_transp
 
 @grouped_linear_backward.register_fake
 def _(
-    grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, is_transposed: bool, has_bias: bool
+    grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, is_transposed: bool, wants_weight: bool, wants_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    bias = (weight.shape[0], grad.shape[1]) if has_bias else (0,)
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(bias)
+    bias = (weight.shape[0], grad.shape[1]) if wants_bias else (0,)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape if wants_weight else (0,)), weight.new_empty(bias)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, offsets, is_transposed = inputs
+    x, weight, _, offsets, is_transposed = inputs
     ctx.save_for_backward(x, weight, offsets)
-    ctx.is_transposed, ctx.has_bias = is_transposed, bias is not None
+    ctx.is_transposed = is_transposed
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, offsets = ctx.saved_tensors
-    grad_x, grad_weight, grad_bias = grouped_linear_backward(grad, x, weight, offsets, ctx.is_transposed, ctx.has_bias)
-    return grad_x, grad_weight, grad_bias if ctx.has_bias else None, None, None
+    _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
+    grad_x, grad_weight, grad_bias = grouped_linear_backward(
+        grad, x, weight, offsets, ctx.is_transposed, wants_weight, wants_bias
+    )
+    return grad_x, grad_weight if wants_weight else None, grad_bias if wants_bias else None, None, None
 
 
 grouped_linear.register_autograd(_backward, setup_context=_setup_context)

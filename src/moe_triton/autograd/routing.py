@@ -36,8 +36,11 @@ def run_route(
         options = _fields(replace(spec, scale=1.0))
         weights, *rest = _route_op(logits, choice_bias, noise, token_mask, given, *options, backend)
         return weights * spec.scale, *rest
-    function = _TransformedRoute if is_transforming() else _Route
-    return function.apply(logits, choice_bias, noise, token_mask, given, spec, backend)
+    if is_transforming():
+        return _TransformedRoute.apply(logits, choice_bias, noise, token_mask, given, spec, backend)
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return _Route.apply(logits, choice_bias, noise, token_mask, given, spec, backend)
+    return _forward(logits, spec, choice_bias, noise, token_mask, given, backend)
 
 
 def _fields(spec: RouterSpec) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""What a backend implements: three operations, each a module with these functions over plain tensors and records.
+"""What a backend implements: four operations, each a module with these functions over plain tensors and records.
 
 Tensors are on one device and may have any strides; nothing is differentiated. Definitions: `moe_triton.reference`.
 """
@@ -10,13 +10,28 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 from moe_triton.records import (
+    Dispatch,
     ExpertCall,
     ExpertGradients,
+    GateGradients,
+    GateWanted,
     ParameterGradients,
     RouterSpec,
     RowGradients,
     Wanted,
 )
+
+
+class GateBackend(Protocol):
+    """Module `gate`, for 16-bit hidden states."""
+
+    def gate_forward(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the logits [T, E] in fp32."""
+
+    def gate_backward(
+        self, grad_logits: Tensor, grad_hidden: Tensor | None, hidden: Tensor, weight: Tensor, wanted: GateWanted
+    ) -> GateGradients:
+        """Return the gradients that are wanted, `grad_hidden` [T, d] added to that of hidden; that of bias in fp32."""
 
 
 class RoutingBackend(Protocol):
@@ -62,6 +77,9 @@ class DispatchBackend(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the fields of a Dispatch: counts [E], offsets [E+1], source [S], position [T, K], all int32."""
 
+    def build_small_dispatch(self, experts: Tensor, num_experts: int) -> Dispatch | None:
+        """Return the same without a capacity, made in one launch; None where there are too many, or no such way."""
+
 
 class ExpertsBackend(Protocol):
     """Module `experts`; in the torch backend `experts_cpu` and `experts_device`."""
@@ -84,6 +102,9 @@ class ExpertsBackend(Protocol):
     ) -> ParameterGradients:
         """Compute the second half of `experts_backward`."""
 
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute x [m, in] @ weight [out, in]^T + bias [out]: a row's bits depend on this row alone."""
+
     def combine_rows(self, rows: Tensor, position: Tensor) -> Tensor:
         """Sum each token's rows [R, d] in the order of position [T, J], where -1 adds nothing: [T, d]."""
 
@@ -91,11 +112,14 @@ class ExpertsBackend(Protocol):
 if TYPE_CHECKING:  # mypy holds the modules against the protocols
     from moe_triton.backends.torch import dispatch as torch_dispatch
     from moe_triton.backends.torch import experts_cpu, experts_device
+    from moe_triton.backends.torch import gate as torch_gate
     from moe_triton.backends.torch import routing as torch_routing
     from moe_triton.backends.triton import dispatch as triton_dispatch
     from moe_triton.backends.triton import experts as triton_experts
+    from moe_triton.backends.triton import gate as triton_gate
     from moe_triton.backends.triton import routing as triton_routing
 
+    GATE: tuple[GateBackend, ...] = (torch_gate, triton_gate)
     ROUTING: tuple[RoutingBackend, ...] = (torch_routing, triton_routing)
     DISPATCH: tuple[DispatchBackend, ...] = (torch_dispatch, triton_dispatch)
     EXPERTS: tuple[ExpertsBackend, ...] = (experts_cpu, experts_device, triton_experts)

@@ -218,8 +218,7 @@ class Workload:
     @property
     def experts(self) -> dict[str, Tensor]:
         """The experts' weights and biases by name; the ones that do not exist are left out."""
-        named = {name: getattr(self, name, None) for name in ExpertParameters._fields}  # a workload has no adapters
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+        return {name: tensor for name, tensor in self.parameters._asdict().items() if tensor is not None}
 
 
 def wanted_logits(case: Case, generator: torch.Generator) -> Tensor:

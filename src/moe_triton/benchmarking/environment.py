@@ -49,11 +49,17 @@ def now() -> str:
 def environment(device: torch.device) -> dict[str, Any]:
     """Where and when a result was measured."""
     name = "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"
+    versions = {"python": platform.python_version(), **{name: installed_version(name) for name in VERSIONS}}
+    if device.type == "cuda" and versions["triton"] is not None:
+        from moe_triton_kernels.compiler import ptxas_version  # needs Triton
+        from moe_triton_kernels.launch import target_of
+
+        versions["ptxas"] = ptxas_version(target_of(device).architecture)
     return {
         "created": now(),
         "device": next(found for found in devices() if found["device"] == name),
         "platform": f"{platform.system()} {platform.machine()}",
-        "versions": {"python": platform.python_version(), **{name: installed_version(name) for name in VERSIONS}},
+        "versions": versions,
         "commit": commit(),
     }
 

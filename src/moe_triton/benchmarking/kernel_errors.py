@@ -46,7 +46,7 @@ def expected_of(kernels: ExpertKernels, stage: str, expert: int, rows: slice) ->
         h = call.hidden[tokens].double() @ gate_up.T
         h = h if gate_up_bias is None else h + gate_up_bias
         # the activation is taken of the rounded pre-activation, as the kernel's own backward sees it
-        a = activate(kernels.h[rows].double(), spec.activation, spec.is_concatenated)
+        a = activate(kernels.h[rows].double(), spec.activation, spec.is_concatenated, spec.limit, spec.alpha)
         return a, h
     if stage == "down":
         y = kernels.a[rows].double() @ down.T
@@ -55,7 +55,7 @@ def expected_of(kernels: ExpertKernels, stage: str, expert: int, rows: slice) ->
         return (kernels.grad_h[rows].double() @ gate_up,)
     if stage == "d_hidden":
         h = kernels.h[rows].double().requires_grad_()
-        a = activate(h, spec.activation, spec.is_concatenated)
+        a = activate(h, spec.activation, spec.is_concatenated, spec.limit, spec.alpha)
         grad_a = kernels.grad_out[tokens].double() @ down
         (grad_h,) = torch.autograd.grad(a, h, grad_a * weights)
         return (a * weights).detach(), grad_h

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from moe_triton import runtime
+from moe_triton import reference, runtime
+from moe_triton.autograd.gate import NARROW
 from moe_triton.benchmarking import stages_torch
 from moe_triton.benchmarking.cases import Case, Workload
 from moe_triton.benchmarking.environment import now
@@ -25,8 +25,7 @@ from moe_triton.benchmarking.results import spread_from, spreads_from
 from moe_triton.benchmarking.stage import Stage
 from moe_triton.benchmarking.timing import Call, Fresh, Spread, Timer, Times, run_rounds, spread
 from moe_triton.benchmarking.ways import Runnable
-from moe_triton.records import Dispatch, ExpertCall, RouterSpec
-from moe_triton.reference import wide
+from moe_triton.records import Dispatch, ExpertCall, GateWanted, RouterSpec
 from moe_triton_kernels.tools.floors import FLOORS, Work
 
 DENSE, BANDWIDTH = "a dense product", "a sum over a large buffer"
@@ -116,13 +115,13 @@ def open_layer(workload: Workload, backend: str = "auto") -> Opened:
     name = runtime.choose(backend, x.device, case.torch_dtype).name
     if name == "reference":
         raise ValueError("backend: got 'reference', wanted auto, torch or triton: the reference has no stages")
-    routing, dispatching = runtime.routing_backend(name), runtime.dispatch_backend(name)
+    gating, routing = runtime.gate_backend(name), runtime.routing_backend(name)
+    dispatching = runtime.dispatch_backend(name)
     spec = RouterSpec(top_k=case.top_k, normalize=case.top_k > 1)
-    dtype = wide(case.torch_dtype)
-    gate = workload.gate
+    gate, is_narrow = workload.gate, case.torch_dtype in NARROW
 
     def gate_forward() -> Tensor:
-        return F.linear(x.to(dtype), gate.to(dtype))
+        return gating.gate_forward(x, gate, None) if is_narrow else reference.gate(x, gate)
 
     def route_forward() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return routing.route_forward(logits, spec, None, None, None)
@@ -143,8 +142,10 @@ def open_layer(workload: Workload, backend: str = "auto") -> Opened:
         zeros = torch.zeros_like(score_sums), torch.zeros_like(z_sum)
         grad_logits = route_backward()
 
-    def gate_backward() -> tuple[Tensor, Tensor]:
-        return (grad_logits @ gate.to(dtype)).to(x.dtype), (grad_logits.T @ x.to(dtype)).to(gate.dtype)
+    def gate_backward() -> tuple[Tensor | None, ...]:
+        if is_narrow:  # with the experts' gradient, which has this shape, as its addend
+            return gating.gate_backward(grad_logits, workload.grad_out, x, gate, GateWanted(bias=False))
+        return grad_logits @ gate, grad_logits.T @ x
 
     def plain(call: Callable[[], object]) -> Callable[[], object]:
         def run() -> object:
@@ -154,13 +155,14 @@ def open_layer(workload: Workload, backend: str = "auto") -> Opened:
         return run
 
     outer = [
-        Stage(name="gate", kernel="linear in fp32", call=gate_forward),
+        Stage(name="gate", kernel=f"{name}.gate.gate_forward" if is_narrow else "linear", call=gate_forward),
         Stage(name="route", kernel=f"{name}.routing.route_forward", floors=("topk",), call=route_forward),
         Stage(name="dispatch", kernel=f"{name}.dispatch.build_dispatch", floors=("permutation",), call=build_dispatch),
     ]
+    backward_gate = f"{name}.gate.gate_backward" if is_narrow else "two products"
     behind = [
         Stage(name="route", kernel=f"{name}.routing.route_backward", floors=("topk_backward",), call=route_backward),
-        Stage(name="gate", kernel="two products in fp32", call=gate_backward),
+        Stage(name="gate", kernel=backward_gate, call=gate_backward),
     ]
     stages = [*outer, *inner, *(replace(stage, is_backward=True) for stage in behind)]
     wrapped = [stage if stage.call is None else replace(stage, call=plain(stage.call)) for stage in stages]

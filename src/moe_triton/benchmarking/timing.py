@@ -12,6 +12,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from moe_triton.torch_internals import keep_gpu_busy
+
 Times = list[float | None]  # seconds per call, one entry per round; None in a round that was left out
 
 MIN_ROUNDS = 5
@@ -23,6 +25,7 @@ SLOW_EVERY = 3
 FAR_SLOWER = 20.0  # a call that lasts this many times the call of `against` is measured FEW times
 FEW = 3
 LONG_S = 1.0
+AHEAD_CYCLES = 2_000_000  # about a millisecond of a GPU: longer than the host needs to launch a layer's kernels
 CACHES = ("cold", "warm")
 CPU_FLUSH_BYTES = 256 << 20  # far beyond the caches
 
@@ -42,9 +45,14 @@ def ready(call: Call) -> Callable[[], object]:
 
 
 class Timer(Protocol):
-    """Measures calls on one kind of device."""
+    """Measures calls on one kind of device.
+
+    warm_up       calls after the first, before one is estimated
+    long_warm_up  the same where the first took LONG_S or more: on a GPU it may have compiled
+    """
 
     warm_up: int
+    long_warm_up: int
 
     def measure(self, call: Call, calls: int) -> float:
         """Median seconds of one call, out of `calls` calls in a row."""
@@ -56,7 +64,7 @@ class CpuTimer:
     `cold`: before each call a buffer larger than the caches is written, so that the call finds nothing of its own.
     """
 
-    warm_up = 1
+    warm_up, long_warm_up = 1, 0
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter, cold: bool = False) -> None:
         self.clock = clock
@@ -80,13 +88,14 @@ class GpuTimer:
 
     Nothing here waits for the device between the calls. The flush keeps the device busy while the host launches the
     first kernels, so a call shows launch latency only where it launches more slowly than the device works. With
-    `cold=False` nothing is flushed, and a call may find its weights in the cache.
+    `cold=False` nothing is flushed, and a call may find its weights in the cache. With `ahead` the device waits until
+    the host has launched the whole call: for kernels, whose launches are not theirs to answer for.
     """
 
-    warm_up = 3
+    warm_up, long_warm_up = 3, 1
 
-    def __init__(self, device: torch.device, cold: bool = True) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, cold: bool = True, ahead: bool = False) -> None:
+        self.device, self.ahead = device, ahead
         cache = torch.cuda.get_device_properties(device).L2_cache_size
         size = max(256 << 20, 4 * cache)
         self.flush = torch.zeros(size, dtype=torch.int8, device=device) if cold else None
@@ -100,6 +109,8 @@ class GpuTimer:
                 run = ready(call)
                 if self.flush is not None:
                     self.flush.zero_()
+                if self.ahead:
+                    keep_gpu_busy(AHEAD_CYCLES)
                 start.record()
                 result = run()
                 end.record()
@@ -108,10 +119,10 @@ class GpuTimer:
             return statistics.median(start.elapsed_time(end) for start, end in zip(starts, ends, strict=True)) / 1e3
 
 
-def make_timer(device: torch.device, cache: str | None = None) -> Timer:
-    """The device's timer. cache: "cold" or "warm"; None is cold on a GPU and warm on a CPU."""
+def make_timer(device: torch.device, cache: str | None = None, *, ahead: bool = False) -> Timer:
+    """The device's timer. cache: "cold" or "warm"; None is cold on a GPU and warm on a CPU. ahead: see `GpuTimer`."""
     if device.type == "cuda":
-        return GpuTimer(device, cold=cache != "warm")
+        return GpuTimer(device, cold=cache != "warm", ahead=ahead)
     return CpuTimer(cold=cache == "cold")
 
 
@@ -150,7 +161,7 @@ def run_rounds(
     limit = math.inf
     for name in sorted(names, key=lambda name: name != against):
         estimate = measure(name, 1)
-        for _ in range(timer.warm_up if estimate < LONG_S else 0):  # a long call is warm after one
+        for _ in range(timer.warm_up if estimate < LONG_S else timer.long_warm_up):
             estimate = measure(name, 1)
         if name == against:
             limit = FAR_SLOWER * estimate

@@ -35,7 +35,7 @@ def main() -> int:
         torch.set_num_threads(problem["threads"])
     try:
         workload = make_workload(Case(**problem["case"]), device, problem["seed"])
-        searched = Searched(workload, problem["op"], make_timer(device))
+        searched = Searched(workload, problem["op"], make_timer(device, ahead=True))
         answer({"incumbent": asdict(searched.incumbent), "architecture": target_of(device).architecture})
     except (RuntimeError, ValueError, TypeError) as error:  # out of memory among them
         answer({"error": first_line(error)})

@@ -30,7 +30,8 @@ from moe_triton.kernel_stages import full_name, in_words
 from moe_triton_kernels.configs import bucket_of
 from moe_triton_kernels.configs import read_table as check_table
 from moe_triton_kernels.launch import Config
-from moe_triton_kernels.tools.search import neighbours, warp_specialized
+from moe_triton_kernels.tools.offline import TARGETS
+from moe_triton_kernels.tools.search import neighbours, seeds, warp_specialized
 
 SCHEMA = "moe-triton-tune/1"
 GAIN = 0.99  # a candidate wins with less than this share of the time of the best so far
@@ -228,7 +229,8 @@ class Settings:
 def first_candidates(problem: Problem, config: Config) -> list[Config]:
     """What is far from the configuration that runs, and so is tried before its neighbours."""
     schedules = warp_specialized(config, problem.name, problem.case.torch_dtype, problem.architecture)
-    return [replace(config, gluon=None), *schedules]
+    sizes = (problem.name, problem.case.hidden, problem.case.intermediate)
+    return [replace(config, gluon=None), *schedules, *seeds(*sizes, problem.architecture)]
 
 
 def untried(problem: Problem, state: State) -> dict[str, Any] | None:
@@ -278,6 +280,8 @@ def search(
                 outcome = Outcome(status=FAILED, note=str(reason))
                 worker.close()
                 worker = None
+            if is_faster(outcome) and (gates := broken_gates(problem, candidate)):
+                outcome = Outcome(status=FAILED, note=gates)
             state.tried[json.dumps(candidate)] = asdict(outcome)
             if outcome.status == OK and outcome.ratio is not None:
                 state.take(candidate, outcome.ratio)
@@ -288,6 +292,18 @@ def search(
             worker.close()
     progress.write()
     return state
+
+
+def is_faster(outcome: Outcome) -> bool:
+    return outcome.status == OK and outcome.ratio is not None and outcome.ratio < GAIN
+
+
+def broken_gates(problem: Problem, config: dict[str, Any]) -> str:
+    """The offline gates that a configuration breaks, which a measurement may not show; "" where there are none."""
+    found: list[str] = []
+    if problem.architecture in TARGETS:
+        offline_gates(problem, [config], lambda _, report: found.extend([*report["broken"], report["error"]]))
+    return ", ".join(filter(None, found))
 
 
 def confirmed_ratio(problem: Problem, state: State, settings: Settings) -> float:
@@ -305,7 +321,7 @@ def entry_of(problem: Problem, state: State, ratio: float, facts: Mapping[str, A
     measured = {
         "time_over_incumbent": round(ratio, 4), "incumbent": state.incumbent, "tried": len(state.tried) - 1,
         "tokens": case.tokens, "experts": case.experts, "top_k": case.top_k, "device": facts["device"]["name"],
-        "versions": {name: facts["versions"].get(name) for name in ("torch", "triton", "moe-triton")},
+        "versions": {name: facts["versions"].get(name) for name in ("torch", "triton", "ptxas", "moe-triton")},
         "commit": None if facts["commit"] is None else facts["commit"]["hash"], "created": now(),
     }  # fmt: skip
     return {**problem.key, "config": state.best, "measured": measured}

@@ -212,7 +212,7 @@ def measure_all(
                     display.finish_cell()
             if STAGES in missing:
                 what = f"{case.title()}, stages"
-                timer, workload = make_timer(device, cache), make_workload(case, device, seed)
+                timer, workload = make_timer(device, cache, ahead=True), make_workload(case, device, seed)
                 found = measure_stages(workload, timer=timer, budget_s=budget, on_round=partial(on_step, what))
                 session.add(keys[case, STAGES], found)
                 display.finish_cell()

@@ -20,7 +20,6 @@ from moe_triton.benchmarking.cases import PRESETS
 from moe_triton.benchmarking.report import plain_console
 from moe_triton.cli.arguments import EXIT_FAULT, EXIT_NO_GPU, SHAPE, checked, fail, pick, pick_model
 from moe_triton.cli.display import StepDisplay
-from moe_triton.records import GATED
 from moe_triton_kernels.tools.case import Case, leaves
 from moe_triton_kernels.tools.floors import DEVICES, FLOORS, ITEMSIZE, Device, Shape
 from moe_triton_kernels.tools.occupancy import resident_programs
@@ -28,11 +27,16 @@ from moe_triton_kernels.tools.occupancy import resident_programs
 if TYPE_CHECKING:
     from moe_triton_kernels.tools.offline import Report
 
-ARCHITECTURES = {"sm_80": "a100", "sm_90": "h200", "sm_100": "b200", "gfx942": "mi300x"}  # and a device of each
+# and a device of each
+ARCHITECTURES = {
+    "sm_80": "a100", "sm_86": "a40", "sm_89": "l40s", "sm_90": "h200", "sm_100": "b200", "sm_103": "b300",
+    "sm_120": "rtx-pro-6000", "gfx942": "mi300x", "gfx950": "mi355x",
+}  # fmt: skip
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NUMBERS = (  # heading, entry of a row, its unit, digits
     *(("regs", "registers", 1, 0), ("spills", "spills", 1, 0), ("shared KiB", "shared_bytes", 1024, 1)),
-    *(("wgmma", "wgmma", 1, 0), ("mma", "mma", 1, 0), ("cp.async", "cp_async", 1, 0), ("TMA", "tma", 1, 0)),
+    *(("loop", "loop", 1, 0), ("wgmma", "wgmma", 1, 0), ("mma", "mma", 1, 0)),
+    *(("cp.async", "cp_async", 1, 0), ("TMA", "tma", 1, 0)),
     *(("per SM", "resident_blocks", 1, 0), ("GFLOP", "flops", 1e9, 0), ("MB", "bytes", 1e6, 0)),
     ("floor us", "floor_us", 1, 1),
 )
@@ -40,7 +44,7 @@ DEFAULT_MODEL = "qwen3-30b"
 
 
 def inspect(
-    arch: Annotated[str, typer.Option(help="sm_80, sm_90, sm_100, gfx942, or all.")] = "sm_90",
+    arch: Annotated[str, typer.Option(help=f"{', '.join(ARCHITECTURES)}, or all.")] = "sm_90",
     kernel: Annotated[
         str | None, typer.Option(help="Only kernels whose name begins like this, such as up_gated.")
     ] = None,
@@ -55,11 +59,13 @@ def inspect(
         str | None, typer.Option(help="Only the experts' kernels for bf16, fp16 (the same configurations) or fp32.")
     ] = None,
     jobs: Annotated[int | None, typer.Option(help="Processes that compile. Default: one per core, 8 at most.")] = None,
+    gate: Annotated[bool, typer.Option("--gate/--no-gate", help="Whether a broken gate is an error.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array, an object per configuration.")] = False,
 ) -> None:
     """Compile every kernel and shipped configuration for a GPU that is not there, and read its binary.
 
-    Gates: no spills, shared memory within the limit, matrix instructions and asynchronous copies in the main loops.
+    Gates: no spills, shared memory within the limit, matrix instructions and asynchronous copies in the main loops, and
+    on Hopper the order of copies, fences, barriers and products.
     Exit code: 0; 1 when a gate is broken; 2 for bad arguments; 3 when Triton is not installed.
     """
     if not runtime.TRITON_INSTALLED:
@@ -83,7 +89,7 @@ def inspect(
     else:
         print_tables(rows, wanted, devices)
     broken = [f"{row['arch']} {row['kernel']}: {', '.join(row['gate'])}" for row in rows if row["gate"]]
-    if broken:
+    if broken and gate:
         fail("inspect", "broken gates:\n  " + "\n  ".join(broken), EXIT_FAULT)
 
 
@@ -179,11 +185,13 @@ def describe(case: Case, report: Report | None, arch: str, shape: Shape, device:
     from moe_triton_kernels.tools.offline import broken_gates
 
     config = {name: value for name, value in case.constants.items() if isinstance(value, bool | int | str)}
-    gated = config["ACTIVATION"] in GATED if "ACTIVATION" in config else shape.gated
+    gated = shape.gated
+    if (activation := case.constants.get("ACTIVATION")) is not None:
+        config["ACTIVATION"], gated = str(activation), activation.is_gated
     own = replace(shape, dtype=float_type(case) or shape.dtype, gated=gated)
     name = floor_name(case.name)
     work = None if name is None else FLOORS[name](own)
-    counts = ("registers", "spills", "shared_bytes", "wgmma", "mma", "cp_async", "tma")
+    counts = ("registers", "spills", "shared_bytes", "loop", "wgmma", "mma", "cp_async", "tma")
     resident = None
     if report is not None:
         # of a warp-specialized program the launch option counts one of three groups of warps
@@ -222,8 +230,8 @@ def is_chosen(case: Case, arch: str, shape: Shape) -> bool | None:
         num_experts=shape.experts,
         architecture=arch,
     )
-    wanted = (tile_of(arch, config), config.num_warps, pipeline_stages(arch, config))
-    return (case.signature["TILE"], case.num_warps, case.num_stages) == wanted
+    wanted = (tile_of(arch, config), config.num_warps, pipeline_stages(arch, config), config.maxnreg)
+    return (case.signature["TILE"], case.num_warps, case.num_stages, case.maxnreg) == wanted
 
 
 def print_tables(rows: Sequence[dict[str, Any]], shape: Shape, devices: dict[str, Device]) -> None:

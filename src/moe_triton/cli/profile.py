@@ -131,7 +131,12 @@ def profile_one_layer(
         workload = make_workload(case, device, seed)
         on_step(f"{case.title()}: {steps} steps under the profiler", 0.3)
         found = profiling.profile_layer(
-            workload, backend=backend, steps=steps, timer=make_timer(device), budget_s=budget, path=out / "trace.json"
+            workload,
+            backend=backend,
+            steps=steps,
+            timer=make_timer(device, ahead=True),
+            budget_s=budget,
+            path=out / "trace.json",
         )
     print_stages([found.table])
     print_inside(found.trace.inside, steps)
@@ -225,7 +230,11 @@ def profile_kernel(name: str, case: Case, device: torch.device, budget: float, s
     with StepDisplay() as on_step:
         workload = make_workload(case, device, seed)
         found = kernel_search.time_shipped(
-            workload, stage, make_timer(device), budget, lambda what, share: on_step(f"{stage} {what}", share)
+            workload,
+            stage,
+            make_timer(device, ahead=True),
+            budget,
+            lambda what, share: on_step(f"{stage} {what}", share),
         )
     print(f"{stage}: {case.title()}, shipped configurations (the one that runs is marked)")
     rows = []

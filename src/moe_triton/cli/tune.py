@@ -18,11 +18,10 @@ from moe_triton.benchmarking.report import plain_console, print_table
 from moe_triton.cli import arguments
 from moe_triton.cli.arguments import EXIT_FAULT, EXIT_INTERRUPTED, EXIT_NO_GPU, SHAPE, Unmeasurable, checked, fail
 from moe_triton.cli.display import StepDisplay
+from moe_triton.cli.inspect import ARCHITECTURES
 
 if TYPE_CHECKING:
     from moe_triton.benchmarking.tuning import Problem, Progress, Settings
-
-OFFLINE = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 def tune(
@@ -43,7 +42,7 @@ def tune(
         Path | None, typer.Option(help="The table. Default: $MOE_TRITON_TABLE or ~/.config/moe_triton/configs.json.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cuda or cuda:N; cpu only in Triton's interpreter.")] = "auto",
-    arch: Annotated[str, typer.Option(help="With --dry-run: sm_80, sm_90, sm_100 or gfx942.")] = "sm_90",
+    arch: Annotated[str, typer.Option(help=f"With --dry-run: {', '.join(ARCHITECTURES)}.")] = "sm_90",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the first candidates and what they compile to; needs no GPU.")
     ] = False,
@@ -82,7 +81,7 @@ def tune(
         if not 0 <= candidate_s < float("inf"):
             raise ValueError(f"candidate-seconds: got {candidate_s}, wanted seconds >= 0")
         if dry_run:
-            arguments.pick(arch, "arch", OFFLINE, arch)
+            arguments.pick(arch, "arch", ARCHITECTURES, arch)
             dry(tuning.problems_of(cases, names, arch), budget)
             return
         architecture = measurable(where, cases)
@@ -91,7 +90,7 @@ def tune(
         entries = tuning.read_table(path)
         facts = environment(where)
         circumstances = {"device": facts["device"]["name"], "source": source_digest(), "candidate_s": candidate_s}
-        circumstances |= {name: facts["versions"][name] for name in ("torch", "triton")}
+        circumstances |= {name: facts["versions"].get(name) for name in ("torch", "triton", "ptxas")}
         progress = tuning.Progress(path=path.with_suffix(".progress.json"), circumstances=circumstances)
         progress.load()
     problems = tuning.problems_of(cases, names, architecture)

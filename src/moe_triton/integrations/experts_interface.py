@@ -10,15 +10,16 @@ KEY = "moe_triton"
 
 
 def registry(module: nn.Module) -> Any:
-    """Return the registry that the module's forward looks its implementation up in, or None where it does not.
+    """Return the registry that the module's forward looks its implementation up in, or None where it does not."""
+    return registry_of(type(module))
 
-    It is a free variable of the wrapper that transformers' decorator puts around the class's forward.
-    """
-    forward = type(module).forward
-    code = getattr(forward, "__code__", None)
+
+def registry_of(cls: Any) -> Any:
+    """Return the registry of a class's forward: a free variable of the wrapper that transformers' decorator puts on."""
+    code = getattr(cls.forward, "__code__", None)
     if code is None or "experts_interface" not in code.co_freevars:
         return None
-    return forward.__closure__[code.co_freevars.index("experts_interface")].cell_contents  # type: ignore[index]
+    return cls.forward.__closure__[code.co_freevars.index("experts_interface")].cell_contents
 
 
 def implementation(module: nn.Module) -> str | None:

@@ -18,14 +18,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_triton.checks import FLOATS
-from moe_triton.integrations.experts_interface import KEY, implementation, registry
+from moe_triton.integrations.experts_interface import KEY, implementation, registry_of
 from moe_triton.layers import Experts
 from moe_triton.layers.quantized import QuantizedProjection
 from moe_triton.records import Lora
-from moe_triton.torch_internals import is_fsdp2_class, shards
+from moe_triton.torch_internals import constant_while_compiling, is_fsdp2_class, shards
 
-CHECKED = ((0, 19, 1), (0, 22))  # PEFT's versions whose ParamWrapper `install` was checked on: from, below
-SWAPPED_BEFORE = (0, 19, 1)  # PEFT's versions that may have the two sizes of a parameter the other way round
+CHECKED = ("0.19.1", "0.22")  # PEFT's versions whose ParamWrapper `install` was checked on: from, below
+SWAPPED_BEFORE = "0.19.1"  # earlier versions may have the two sizes of a parameter the other way round
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 
 
@@ -57,7 +57,7 @@ def unpack(
     swapped = lora_a.shape == (rank * num_experts, size_out) and lora_b.shape == (size_in, rank * num_experts)
     a = lora_a.view(num_experts, -1, lora_a.shape[1])
     b = lora_b.view(lora_b.shape[0], -1, num_experts).permute(2, 0, 1)
-    if natural and swapped and (version is None or _numbers(version) < SWAPPED_BEFORE):
+    if natural and swapped and (version is None or _numbers(version) < _numbers(SWAPPED_BEFORE)):
         raise ValueError(
             f"lora_A, lora_B: got adapters of a square parameter {list(shape)} by PEFT {version or 'unknown'}, which "
             "may have in and out swapped; wanted 0.19.1 or later"
@@ -120,42 +120,52 @@ def install() -> None:
     wrapper: Any = getattr(layer, "ParamWrapper", None)
     if wrapper is None or hasattr(wrapper, "_moe_triton"):
         return
-    activate, update, merge = wrapper._moe_triton = wrapper._activate_lora, wrapper.update_layer, wrapper.merge
-    version = sys.modules["peft"].__version__
-    if not CHECKED[0] <= _numbers(version) < CHECKED[1]:
-        low, high = (".".join(map(str, numbers)) for numbers in CHECKED)
+    wrapper._moe_triton = (wrapper._activate_lora, wrapper.update_layer, wrapper.merge)
+    (low, high), version = CHECKED, peft_version()
+    if not _numbers(low) <= _numbers(version) < _numbers(high):
         warnings.warn(
             f"peft {version}: moe_triton was checked on {low} and later, below {high}; adapters of experts are added "
             "to the weights, which is correct and slower",
             stacklevel=3,
         )
         return
-
-    @contextmanager
-    def activate_lora(self: Any, active_adapters: list[str]) -> Iterator[None]:
-        names = [name for name in active_adapters if name in self.lora_A]
-        if not names or not takes_factors(self.get_base_layer(), self.parameter_name):
-            with activate(self, active_adapters):
-                yield
-            return
-        with _lending(self, names, version):
-            yield
-
-    def update_layer(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        update(self, adapter_name, *args, **kwargs)
-        if takes_factors(self.get_base_layer(), self.parameter_name):
-            config = kwargs.get("config")
-            _unpacked(self, adapter_name, getattr(config, "peft_version", None) or version)
-
-    def merge_into_floats(self: Any, *args: Any, **kwargs: Any) -> None:
-        if isinstance(self.get_base_layer()._modules.get(self.parameter_name), QuantizedProjection):
-            raise ValueError("merge: got quantised projections, wanted projections in a float dtype")
-        merge(self, *args, **kwargs)
-
-    wrapper._activate_lora, wrapper.update_layer, wrapper.merge = activate_lora, update_layer, merge_into_floats
+    wrapper._activate_lora, wrapper.update_layer, wrapper.merge = _activate_lora, _update_layer, _merge
     model = sys.modules["peft.tuners.lora.model"]
     if hasattr(model, "get_tp_plan_and_mesh"):  # since 0.21.2
         model.get_tp_plan_and_mesh = _without_experts(model.get_tp_plan_and_mesh)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _activate_lora(self: Any, active_adapters: list[str]) -> Iterator[None]:
+    """Lend the adapters to experts that take them, and do what PEFT does for any other module."""
+    names = [name for name in active_adapters if name in self.lora_A]
+    if names and takes_factors(self.get_base_layer(), self.parameter_name):
+        with _lending(self, names):
+            yield
+    else:
+        activate, *_ = self._moe_triton
+        with activate(self, active_adapters):
+            yield
+
+
+def _update_layer(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    """Do what PEFT does, and refuse an adapter for our experts whose packing cannot be known."""
+    _, update, _ = self._moe_triton
+    update(self, adapter_name, *args, **kwargs)
+    if takes_factors(self.get_base_layer(), self.parameter_name):
+        _unpacked(self, adapter_name, getattr(kwargs.get("config"), "peft_version", None) or peft_version())
+
+
+def _merge(self: Any, *args: Any, **kwargs: Any) -> None:
+    """Do what PEFT does, and refuse projections that are no floats."""
+    if isinstance(self.get_base_layer()._modules.get(self.parameter_name), QuantizedProjection):
+        raise ValueError("merge: got quantised projections, wanted projections in a float dtype")
+    *_, merge = self._moe_triton
+    merge(self, *args, **kwargs)
+
+
+def peft_version() -> str:
+    return sys.modules["peft"].__version__
 
 
 def _without_experts(plan_and_mesh: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
@@ -176,11 +186,10 @@ def takes_factors(module: nn.Module, name: str) -> bool:
     if isinstance(module, Experts):
         ours = module.expert_parallel is None
     else:
-        mapping = registry(module)
-        ours = implementation(module) == KEY and mapping is not None and getattr(mapping.get(KEY), "takes_lora", False)
-    parameter: Any = module._parameters.get(name)
+        ours = implementation(module) == KEY and _finds_ours(type(module))
     if ours and name in PROJECTIONS and isinstance(module._modules.get(name), QuantizedProjection):
         return True
+    parameter: Any = module._parameters.get(name)
     if (
         not ours
         or name not in PROJECTIONS
@@ -193,15 +202,22 @@ def takes_factors(module: nn.Module, name: str) -> bool:
     return all(placement.is_replicate() or placement.is_shard(0) for placement in getattr(parameter, "placements", ()))
 
 
+@constant_while_compiling  # torch.compile cannot look into the closure of a function that it then traces
+def _finds_ours(cls: Any) -> bool:
+    """Whether the class's forward finds, under our key, experts that take adapters."""
+    mapping = registry_of(cls)
+    return mapping is not None and getattr(mapping.get(KEY), "takes_lora", False)
+
+
 @contextmanager
-def _lending(wrapper: Any, names: list[str], version: str) -> Iterator[None]:
+def _lending(wrapper: Any, names: list[str]) -> Iterator[None]:
     """The wrapper's adapters on its experts module, as long as this lasts. Wrappers of other parameters add theirs."""
     experts, parameter = wrapper.get_base_layer(), wrapper.get_param()
     # a DTensor outside of FSDP2's own units is what expert parallelism has spread
     is_spread = hasattr(parameter, "device_mesh") and not is_fsdp2_class(type(experts))
     adapters = []
     for key in names:
-        factors = _unpacked(wrapper, key, version)
+        factors = _unpacked(wrapper, key)
         a, b = (_own(factor, parameter) for factor in factors) if is_spread else factors
         adapters.append(Lora(a, b, wrapper.scaling[key]))
     before = lent_lora(experts)
@@ -217,7 +233,7 @@ def lent_lora(experts: Any) -> dict[str, list[Lora]]:
     return getattr(experts, "lent_lora", {})
 
 
-def _unpacked(wrapper: Any, key: str, version: str) -> tuple[Tensor, Tensor]:
+def _unpacked(wrapper: Any, key: str, version: str = CHECKED[0]) -> tuple[Tensor, Tensor]:
     experts, parameter = wrapper.get_base_layer(), wrapper.get_param()
     return unpack(
         wrapper.lora_A[key].weight,

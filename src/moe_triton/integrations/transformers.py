@@ -7,10 +7,12 @@ they are. The router, the shared experts and everything else of the model keep r
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
 from functools import lru_cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,7 @@ from moe_triton.integrations import peft
 from moe_triton.integrations.called_gate import called_gate_mlp
 from moe_triton.integrations.experts_interface import KEY
 from moe_triton.layers.quantized import QuantizedProjection, projection_of
-from moe_triton.reference import GPT_OSS_ALPHA, GPT_OSS_LIMIT, activate, wide
+from moe_triton.reference import activate, wide
 from moe_triton.torch_internals import constant_while_compiling, real_tensors
 
 # The flags of an experts module, with the values that a module has which does not mention them.
@@ -38,17 +40,39 @@ GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "
 
 DEFAULT_GATE = "transformers.integrations.moe._default_apply_gate"
 
-# Classes whose gate is gpt-oss's if its two constants are: the names of alpha and limit, and is_concatenated.
-_MODELS = "transformers.models"
-CLAMPED_GATES = {
-    f"{_MODELS}.gpt_oss.modeling_gpt_oss.GptOssExperts": ("alpha", "limit", False),
-    f"{_MODELS}.openai_privacy_filter.modeling_openai_privacy_filter.OpenAIPrivacyFilterExperts": (
-        "alpha",
-        "limit",
-        True,
-    ),
-    f"{_MODELS}.minimax_m3_vl.modeling_minimax_m3_vl.MiniMaxM3VLExperts": ("swiglu_alpha", "swiglu_limit", True),
+
+class LimitedGate(NamedTuple):
+    """The gate of a class: our name of it, the attributes that hold its limit and alpha, and which layout it reads."""
+
+    activation: str
+    limit: str
+    alpha: str | None = None
+    is_concatenated: bool = True
+
+
+# Gates that cut their input, by "family.Class". What they compute is tried before we go by the name.
+LIMITED_GATES = {
+    "deepseek_v4.DeepseekV4Experts": LimitedGate("swiglu", "limit"),
+    "glm5_next.Glm5NextTextExperts": LimitedGate("swiglu", "swiglu_limit"),
+    "gpt_oss.GptOssExperts": LimitedGate("gpt_oss", "limit", "alpha", is_concatenated=False),
+    "hy_v4.HYV4Experts": LimitedGate("swiglu", "swiglu_limit"),
+    "hy_v4_vl.HYV4VLExperts": LimitedGate("swiglu", "swiglu_limit"),
+    "minimax_m3_vl.MiniMaxM3VLExperts": LimitedGate("gpt_oss", "swiglu_limit", "swiglu_alpha"),
+    "openai_privacy_filter.OpenAIPrivacyFilterExperts": LimitedGate("gpt_oss", "limit", "alpha"),
 }
+
+
+class Fused(NamedTuple):
+    """A gate of `moe_triton.moe_mlp`; a limit and an alpha of None are the activation's own."""
+
+    activation: str
+    activation_limit: float | None = None
+    activation_alpha: float | None = None
+
+    def __str__(self) -> str:
+        parts = [f" {name} {value:g}" for name, value in zip(("limit", "alpha"), self[1:], strict=True) if value]
+        return self.activation + ",".join(parts)
+
 
 # Activations by exact class; a subclass may compute something else.
 POINTWISE = {
@@ -119,7 +143,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
                 weights,
                 up_proj,
                 down_proj,
-                activation=activation,
+                **activation._asdict(),
                 gate_up_bias=up_bias,
                 down_bias=down_bias,
                 gate_up_lora=up_lora,
@@ -209,30 +233,48 @@ def is_transposed(module: nn.Module) -> bool:
     return _flag(module, "is_transposed")
 
 
-def fused_activation(module: nn.Module) -> str | None:
+def fused_activation(module: nn.Module) -> Fused | None:
     """Return the activation of `moe_triton.moe_mlp` that is this module's gate; None: its gate has to be called.
 
     transformers' default gate is act_fn(gate) * up, with gate and up as `is_concatenated` says they lie.
     """
     pointwise = pointwise_name(getattr(module, "act_fn", None))
     if not _flag(module, "has_gate"):
-        return pointwise
+        return None if pointwise is None else Fused(pointwise)
     if "_apply_gate" in vars(module):  # somebody's own, put on this very module
         return None
     cls: Any = type(module)
     gate = cls._apply_gate
     where = dotted_name(gate)
     if where == DEFAULT_GATE:
-        return None if pointwise is None else GATED.get(pointwise)
-    known = CLAMPED_GATES.get(where.removesuffix("._apply_gate"))
-    if known is None:
+        return Fused(GATED[pointwise]) if pointwise in GATED else None
+    known = LIMITED_GATES.get(_short_name(where))
+    if known is None or _flag(module, "is_concatenated") != known.is_concatenated:
         return None
-    alpha_name, limit_name, is_concatenated = known
-    if (getattr(module, alpha_name, None), getattr(module, limit_name, None)) != (GPT_OSS_ALPHA, GPT_OSS_LIMIT):
+    if hasattr(module, "act_fn") and pointwise != "silu":
         return None
-    if _flag(module, "is_concatenated") != is_concatenated:
+    limit, alpha = getattr(module, known.limit, None), None if known.alpha is None else getattr(module, known.alpha, 0)
+    if not (_is_positive(limit) and (known.alpha is None or _is_positive(alpha))):
         return None
-    return "gpt_oss" if computes_gpt_oss(gate, alpha_name, limit_name, is_concatenated) else None
+    return Fused(known.activation, limit, alpha) if computes(gate, known, limit, alpha) else None
+
+
+def _short_name(gate: str) -> str:
+    """ "family.Class" of "transformers.models.family.modeling_family.Class._apply_gate"; "" for another name."""
+    found = re.fullmatch(r"transformers\.models\.(\w+)\.modeling_\1\.(\w+)\._apply_gate", gate)
+    return "" if found is None else f"{found[1]}.{found[2]}"
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 < value < math.inf
+
+
+def latent_sizes(module: nn.Module) -> tuple[int, int]:
+    """Return the size of the vectors that the experts work on, and the model's hidden size: NemotronH projects."""
+    down: Any = projection_of(module, "down_proj")
+    size = int(down.shape[2 if _flag(module, "is_transposed") else 1])
+    hidden_size = getattr(getattr(module, "config", None), "hidden_size", None)
+    return size, hidden_size if isinstance(hidden_size, int) else size
 
 
 def pointwise_name(act_fn: Any) -> str | None:
@@ -273,17 +315,18 @@ def dotted_name(thing: Any) -> str:
 
 
 @constant_while_compiling
-def computes_gpt_oss(gate: Any, alpha_name: str, limit_name: str, is_concatenated: bool) -> bool:
-    """Return whether the gate still computes gpt-oss's: it is tried once on numbers on both sides of its clamps."""
-    return _tried_as_gpt_oss(gate, alpha_name, limit_name, is_concatenated)
+def computes(gate: Any, known: LimitedGate, limit: Any, alpha: Any) -> bool:
+    """Return whether the gate still is what its name says: it is tried once on numbers on both sides of its limit."""
+    return _tried(gate, known, limit, alpha)
 
 
-@lru_cache(maxsize=16)
-def _tried_as_gpt_oss(gate: Any, alpha_name: str, limit_name: str, is_concatenated: bool) -> bool:
+@lru_cache(maxsize=64)
+def _tried(gate: Any, known: LimitedGate, limit: float, alpha: float | None) -> bool:
     with real_tensors(), torch.no_grad():
-        numbers = (20 * torch.arange(256, dtype=torch.float64, device="cpu").sin()).view(16, 16)
-        module = SimpleNamespace(**{alpha_name: GPT_OSS_ALPHA, limit_name: GPT_OSS_LIMIT})
-        return torch.allclose(gate(module, numbers), activate(numbers, "gpt_oss", is_concatenated), rtol=1e-12, atol=0)
+        numbers = (3 * limit * torch.arange(256, dtype=torch.float64, device="cpu").sin()).view(16, 16)
+        module = SimpleNamespace(**{known.limit: limit, known.alpha or "": alpha}, act_fn=F.silu)
+        expected = activate(numbers, known.activation, known.is_concatenated, limit, alpha)
+        return torch.allclose(gate(module, numbers), expected, rtol=1e-12, atol=0)
 
 
 def _flag(module: nn.Module, name: str) -> bool:

@@ -242,4 +242,10 @@ def choice_rule(
         rules["forced_balance"] = ForcedBalance()
     if len(rules) > 1:
         raise ValueError(f"{', '.join(rules)}: got {len(rules)} rules of choice, wanted at most one")
-    return next(iter(rules.values()), None)
+    rule = next(iter(rules.values()), None)
+    if choice_groups > 1 and not isinstance(rule, (ExpertChoice, Sinkhorn, TokenRounding)):
+        raise ValueError(
+            f"choice_groups: got {choice_groups} without a rule that looks at a batch, wanted 1, or expert_choice, "
+            "sinkhorn or token_rounding beside it"
+        )
+    return rule

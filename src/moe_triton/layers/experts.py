@@ -12,19 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from moe_triton.autograd.experts import run_experts
-from moe_triton.checks import check_choice, check_int
+from moe_triton.checks import check_int
 from moe_triton.distributed.checkpoint.global_tensors import as_global, expert_layout
 from moe_triton.distributed.exchange.expert_parallel import ExpertParallel, unless_alone
 from moe_triton.distributed.exchange.overlap import Deferred
 from moe_triton.distributed.exchange.stages import ExchangedLayer
 from moe_triton.distributed.holders import StackedExperts
 from moe_triton.distributed.replicas.placement import build_placement, plan_placement, replica_of
-from moe_triton.experts import check_adapters, check_call, with_adapters
+from moe_triton.experts import check_activation, check_adapters, check_call, moe_mlp, with_adapters
 from moe_triton.layers.load import CountsLoad
 from moe_triton.layers.lora import TakesLora
 from moe_triton.layers.quantized import QuantizedProjection, projection_of
 from moe_triton.records import (
-    ACTIVATIONS,
     GATED,
     Dispatch,
     ExpertCall,
@@ -34,7 +33,7 @@ from moe_triton.records import (
     Projection,
 )
 from moe_triton.reference import activate
-from moe_triton.runtime import autocast_dtype
+from moe_triton.runtime import autocast_dtype, is_batch_invariant
 from moe_triton.torch_internals import inside_fsdp1, is_fsdp2_class
 
 
@@ -56,6 +55,8 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
         num_experts: int,
         *,
         activation: str = "swiglu",
+        activation_limit: float | None = None,
+        activation_alpha: float | None = None,
         bias: bool = False,
         recompute: bool = False,
         expert_parallel: ExpertParallel | None = None,
@@ -67,8 +68,10 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
         check_int("hidden_size", hidden_size, low=1)
         check_int("intermediate_size", intermediate_size, low=1)
         check_int("num_experts", num_experts, low=1)
-        check_choice("activation", activation, ACTIVATIONS)
-        self.spec = ExpertSpec(activation=activation)
+        check_activation(activation, activation_limit, activation_alpha)
+        self.spec = ExpertSpec(
+            activation=activation, activation_limit=activation_limit, activation_alpha=activation_alpha
+        )
         self.recompute = recompute
         self.backend = backend
         self.num_experts = num_experts
@@ -264,8 +267,10 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
     def extra_repr(self) -> str:
         num_local, hidden_size, intermediate_size = self.down_proj.shape
         of = "" if num_local == self.num_experts else f" of {self.num_experts}"
-        sizes = f"{num_local}{of} x ({hidden_size}, {intermediate_size})"
-        return f"{sizes}, activation={self.spec.activation}{self.lora_repr()}"
+        spec, sizes = self.spec, f"{num_local}{of} x ({hidden_size}, {intermediate_size})"
+        limit = "" if spec.limit is None else f", activation_limit={spec.limit}"
+        alpha = "" if spec.alpha == 1 else f", activation_alpha={spec.alpha}"
+        return f"{sizes}, activation={spec.activation}{limit}{alpha}{self.lora_repr()}"
 
 
 class ScaleGradient(torch.autograd.Function):
@@ -310,19 +315,45 @@ class FeedForward(nn.Module):
         intermediate_size: int,
         *,
         activation: str = "swiglu",
+        activation_limit: float | None = None,
+        activation_alpha: float | None = None,
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_int("intermediate_size", intermediate_size, low=1)
-        check_choice("activation", activation, ACTIVATIONS)
+        check_activation(activation, activation_limit, activation_alpha)
         self.activation = activation
+        self.activation_limit = activation_limit
+        self.activation_alpha = activation_alpha
         rows = 2 * intermediate_size if activation in GATED else intermediate_size
         self.gate_up_proj = nn.Linear(hidden_size, rows, bias=bias, device=device, dtype=dtype)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias, device=device, dtype=dtype)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., d] -> [..., d]."""
+        if is_batch_invariant() and type(self.gate_up_proj) is type(self.down_proj) is nn.Linear:
+            return self._as_one_expert(hidden_states)
         hidden = self.gate_up_proj(hidden_states)
-        return self.down_proj(activate(hidden, self.activation))
+        return self.down_proj(
+            activate(hidden, self.activation, limit=self.activation_limit, alpha=self.activation_alpha)
+        )
+
+    def _as_one_expert(self, hidden_states: Tensor) -> Tensor:
+        """The same by the experts' operation, which can be batch invariant: one expert that every token chooses."""
+        up, down = self.gate_up_proj, self.down_proj
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        out = moe_mlp(
+            x,
+            torch.zeros(x.shape[0], 1, dtype=torch.int32, device=x.device),
+            x.new_ones(x.shape[0], 1),
+            up.weight[None],
+            down.weight[None],
+            activation=self.activation,
+            activation_limit=self.activation_limit,
+            activation_alpha=self.activation_alpha,
+            gate_up_bias=None if up.bias is None else up.bias[None],
+            down_bias=None if down.bias is None else down.bias[None],
+        )
+        return out.reshape(hidden_states.shape)

@@ -11,6 +11,8 @@ from moe_triton.torch_internals import recomputing
 class CountsLoad(nn.Module):
     """Counts in `load` [E] int64 the assignments that each expert was asked for in training; None: nothing is counted.
 
+    A router whose choice bias is a quantile counts a histogram [E, bins] in its place.
+
     `load` is not a buffer. It differs from rank to rank until it is summed, so DistributedDataParallel must not replace
     it by rank 0's, and `to_empty` and averages of models must not change it. It is on the device of the last counts.
     """
@@ -18,7 +20,7 @@ class CountsLoad(nn.Module):
     load: Tensor | None
 
     def count_load(self, counts: Tensor) -> None:
-        """Add counts [E], in training only, and not again when activation checkpointing repeats a forward.
+        """Add counts like `load`, in training only, and not again when activation checkpointing repeats a forward.
 
         Raises NotImplementedError under torch.func, which changes no tensor in place that it has not made.
         """

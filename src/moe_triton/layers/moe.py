@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_triton import losses
+from moe_triton.autograd.linear import apply_linear, sigmoid, softmax
 from moe_triton.checks import FLOATS, INTEGERS, MASKS, check_choice, check_int, check_number, check_tensor
 from moe_triton.dispatch import dispatch, expert_capacity, renormalize
 from moe_triton.distributed.exchange.channel import report_failure
@@ -19,8 +19,8 @@ from moe_triton.distributed.exchange.overlap import Deferred
 from moe_triton.layers.experts import Experts, FeedForward, Uncast, casts_inputs
 from moe_triton.layers.router import Router
 from moe_triton.records import PRIORITIES, Routing, SequenceSums
-from moe_triton.runtime import BACKENDS
-from moe_triton.torch_internals import never_compiled
+from moe_triton.runtime import BACKENDS, batch_invariant
+from moe_triton.torch_internals import never_compiled, runs_as_it_is
 
 
 class MoEOutput(NamedTuple):
@@ -53,7 +53,8 @@ class MoE(nn.Module):
         num_experts: E.
         top_k: K experts per token, 1 to E.
         activation: "swiglu", "geglu" (erf), "geglu_tanh", "reglu", "gpt_oss" (gated); "silu", "gelu" (erf),
-            "gelu_tanh", "relu", "relu2" (ungated).
+            "gelu_tanh", "relu", "relu2" (ungated). Of the experts, the shared and the residual one.
+        activation_limit, activation_alpha: of "swiglu" and "gpt_oss"; see `moe_triton.moe_mlp`. None: its own.
         bias: give the experts biases.
         router: a module that maps (hidden_states [T, d], token_mask) to a `Routing`; None makes
             `Router(hidden_size, num_experts, top_k)`: softmax, weights normalised over the K choices when K > 1.
@@ -64,6 +65,9 @@ class MoE(nn.Module):
         capacity_groups: G equal runs of tokens with a capacity each; reproduces a G-rank run. Must divide T.
         drop_policy: who survives: "position", "choice", "probability" or "random"; see `moe_triton.dispatch`.
         renormalize: divide a token's weights by their sum over its surviving choices (GShard, DeepSpeed's top-2).
+        latent_size: l, when the experts work on vectors of this size: a projection d -> l comes before them and one
+            l -> d after their sum (Nemotron-3's LatentMoE). The router and the shared experts see d. Under expert
+            parallelism it is the l numbers of a token that travel. None: the experts work on the hidden states.
         shared_intermediate_size: size of a shared expert that sees every token; 0 for none.
         shared_gate: multiply the shared expert's output by sigmoid(Linear(d, 1)) (Qwen2-MoE).
         residual: add a dense MLP of size n and mix the two with a learned softmax coefficient (PR-MoE, DeepSpeed).
@@ -73,6 +77,7 @@ class MoE(nn.Module):
         sequence_loss_weight: factor of the load-balance loss of each sequence by itself, which are the last but one
             dimension of the input (DeepSeek-V3).
         recompute: keep only the hidden states of the experts for backward, and compute their first product again there.
+        batch_invariant: compute every forward of this layer inside `moe_triton.batch_invariant`.
         expert_parallel: spread the experts over ranks (`moe_triton.distributed.ExpertParallel`); None keeps all here.
             Each rank's tokens are one capacity group.
         backend: "auto" (Triton on a supported GPU, torch elsewhere), "triton", "torch" or "reference".
@@ -90,6 +95,8 @@ class MoE(nn.Module):
         top_k: int = 2,
         *,
         activation: str = "swiglu",
+        activation_limit: float | None = None,
+        activation_alpha: float | None = None,
         bias: bool = False,
         router: nn.Module | None = None,
         capacity_factor: float | None = None,
@@ -98,6 +105,7 @@ class MoE(nn.Module):
         capacity_groups: int = 1,
         drop_policy: str = "position",
         renormalize: bool = False,
+        latent_size: int | None = None,
         shared_intermediate_size: int = 0,
         shared_gate: bool = False,
         residual: bool = False,
@@ -105,6 +113,7 @@ class MoE(nn.Module):
         z_loss_weight: float = 0.0,
         sequence_loss_weight: float = 0.0,
         recompute: bool = False,
+        batch_invariant: bool = False,
         expert_parallel: ExpertParallel | None = None,
         backend: str = "auto",
         device: torch.device | str | None = None,
@@ -117,6 +126,8 @@ class MoE(nn.Module):
         check_int("min_capacity", min_capacity, low=0)
         check_int("capacity_groups", capacity_groups, low=1)
         check_int("shared_intermediate_size", shared_intermediate_size, low=0)
+        if latent_size is not None:
+            check_int("latent_size", latent_size, low=1)
         check_choice("drop_policy", drop_policy, PRIORITIES)
         check_choice("backend", backend, BACKENDS)
         for name, factor in (("capacity_factor", capacity_factor), ("eval_capacity_factor", eval_capacity_factor)):
@@ -131,6 +142,11 @@ class MoE(nn.Module):
             raise ValueError(
                 f"capacity_factor: got {capacity_factor} with expert_parallel mode 'capacity', wanted a number > 0"
             )
+        for name, factor in (("capacity_factor", capacity_factor), ("eval_capacity_factor", eval_capacity_factor)):
+            if batch_invariant and factor not in (None, math.inf):
+                raise ValueError(
+                    f"{name}: got {factor} with batch_invariant=True, wanted None: a capacity mixes tokens"
+                )
         if shared_gate and not shared_intermediate_size:
             raise ValueError("shared_gate: got True, wanted a shared_intermediate_size > 0 beside it")
         self.hidden_size = hidden_size
@@ -147,6 +163,7 @@ class MoE(nn.Module):
         self.sequence_loss_weight = sequence_loss_weight
         self.balance: GlobalLoad | None = None
         self.backend = backend
+        self.batch_invariant = batch_invariant
 
         if router is None:
             router = Router(hidden_size, num_experts, top_k, backend=backend, device=device, dtype=dtype)
@@ -163,10 +180,12 @@ class MoE(nn.Module):
         if self.identity_experts and renormalize:
             raise ValueError("renormalize: got True with null experts that return the token, wanted False")
         self.experts = Experts(
-            hidden_size,
+            hidden_size if latent_size is None else latent_size,
             intermediate_size,
             num_experts,
             activation=activation,
+            activation_limit=activation_limit,
+            activation_alpha=activation_alpha,
             bias=bias,
             recompute=recompute,
             expert_parallel=expert_parallel,
@@ -174,12 +193,25 @@ class MoE(nn.Module):
             device=device,
             dtype=dtype,
         )
+        self.latent_down_proj = self.latent_up_proj = None
+        if latent_size is not None:
+            self.latent_down_proj = nn.Linear(hidden_size, latent_size, bias=bias, device=device, dtype=dtype)
+            self.latent_up_proj = nn.Linear(latent_size, hidden_size, bias=bias, device=device, dtype=dtype)
         # what forward needs to know of the experts: it must not look inside what may wrap them (PEFT, FSDP)
         self.parallel = expert_parallel
         self.layer_name = "" if expert_parallel is None else self.experts.layer_name
 
         def dense(size: int) -> FeedForward:
-            return FeedForward(hidden_size, size, activation=activation, bias=bias, device=device, dtype=dtype)
+            return FeedForward(
+                hidden_size,
+                size,
+                activation=activation,
+                activation_limit=activation_limit,
+                activation_alpha=activation_alpha,
+                bias=bias,
+                device=device,
+                dtype=dtype,
+            )
 
         self.shared_expert = dense(shared_intermediate_size) if shared_intermediate_size else None
         self.shared_expert_gate = (
@@ -211,9 +243,11 @@ class MoE(nn.Module):
         nowhere, in no gradient either, even if it is NaN. token_ids [...], int32 or int64, are for a router with a
         `hash_table`.
         """
-        if unless_alone(self.parallel) is None:
-            return self._forward(hidden_states, token_mask, token_ids)
-        return self._forward_over_ranks(hidden_states, token_mask, token_ids)
+        forward = self._forward if unless_alone(self.parallel) is None else self._forward_over_ranks
+        if not self.batch_invariant:
+            return forward(hidden_states, token_mask, token_ids)
+        with batch_invariant():
+            return forward(hidden_states, token_mask, token_ids)
 
     @never_compiled  # the order of collectives is Python's
     def _forward_over_ranks(
@@ -246,6 +280,8 @@ class MoE(nn.Module):
         routing = self.router(x, token_mask, **more)
         if not isinstance(routing, Routing):
             raise TypeError(f"router: returned {type(routing).__name__}, wanted a Routing")
+        if routing.hidden is not None and runs_as_it_is(self.router, Router):
+            x = routing.hidden  # the gate adds its gradient to that of all that follows
         dispatched = dispatch(
             routing.experts,
             self.num_experts,
@@ -260,19 +296,21 @@ class MoE(nn.Module):
         if self.shared_expert is not None and unless_alone(self.parallel) is not None:
             shared = Deferred(partial(self._shared, x), x.device)
         out = self.experts(
-            x,
+            x if self.latent_down_proj is None else apply_linear(self.latent_down_proj, x, self.backend),
             Uncast(weights) if casts_inputs(self.experts) else weights,
             dispatched,
             capacity=self.most_kept,
             overlap_with=shared,
         )
+        if self.latent_up_proj is not None:
+            out = apply_linear(self.latent_up_proj, out, self.backend)
         if self.identity_experts:
             own = routing.weights.masked_fill(routing.experts < self.num_experts, 0.0).sum(-1, keepdim=True)
             out = out + (x * own).to(out.dtype)
         if self.shared_expert is not None:
             out = out + (self._shared(x) if shared is None else shared.result())
         if self.residual_mlp is not None and self.residual_coefficient is not None:
-            mix = F.softmax(self.residual_coefficient(x), dim=-1)
+            mix = softmax(apply_linear(self.residual_coefficient, x, self.backend))
             out = out * mix[:, 0:1] + self.residual_mlp(x) * mix[:, 1:]
         if token_mask is not None:
             out = out.masked_fill(masked, 0)
@@ -286,7 +324,7 @@ class MoE(nn.Module):
         assert self.shared_expert is not None
         shared = self.shared_expert(x)
         if self.shared_expert_gate is not None:
-            shared = shared * torch.sigmoid(self.shared_expert_gate(x))
+            shared = shared * sigmoid(apply_linear(self.shared_expert_gate, x, self.backend))
         return shared
 
     @staticmethod

@@ -8,9 +8,10 @@ from dataclasses import replace
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_triton.autograd.gate import run_gate
+from moe_triton.autograd.linear import linear
 from moe_triton.checks import FLOATS, MASKS, check_choice, check_int, check_number, check_tensor
 from moe_triton.layers.choices import ChoiceBatch, ChoiceRule, choice_rule
 from moe_triton.layers.load import CountsLoad
@@ -18,7 +19,7 @@ from moe_triton.layers.quantiles import QUANTILE_BINS, bias_of_histogram, check_
 from moe_triton.records import RouterSpec, Routing
 from moe_triton.reference import router_scores, wide
 from moe_triton.routing import gumbel_noise, route_by_spec, router_spec
-from moe_triton.runtime import without_autocast
+from moe_triton.runtime import is_batch_invariant, without_autocast
 
 NULL_OUTPUTS = ("identity", "zero")
 BIAS_UPDATES = ("sign", "quantile")
@@ -63,7 +64,9 @@ class Router(CountsLoad):
         backend: "auto", "triton", "torch" or "reference".
         device, dtype: of the parameters.
 
-    The gate computes in fp32 whatever the parameters' dtype (fp64 for fp64 parameters), also under autocast.
+    The gate computes in fp32 whatever the parameters' dtype (fp64 for fp64 parameters), also under autocast; on a GPU
+    from 16-bit hidden states on the matrix unit, whose sums are fp32, with nothing rounded before. It keeps the hidden
+    states for backward as they came; with jitter, an fp32 copy.
     """
 
     choice_bias: Tensor | None
@@ -131,9 +134,12 @@ class Router(CountsLoad):
             forced_balance=forced_balance,
             choice_groups=choice_groups,
         )
-        if self.rule is not None and not self.rule.by_top_k and (choice_bias or gumbel or num_groups > 1):
-            given = "choice_bias" if choice_bias else "gumbel" if gumbel else "num_groups"
-            raise ValueError(f"{given}: got it with {self.rule}, which does not choose by the top-k, wanted neither")
+        if self.rule is not None and not self.rule.by_top_k:
+            for name, got, wanted in (
+                ("choice_bias", choice_bias, False), ("gumbel", gumbel, False), ("num_groups", num_groups, 1)
+            ):  # fmt: skip
+                if got != wanted:
+                    raise ValueError(f"{name}: got {got} with {self.rule}, wanted {wanted}: it changes the top-k only")
         if bias_update == "quantile":
             check_quantile_update(self.spec, num_choices, choice_bias)
         self.hidden_size = hidden_size
@@ -186,12 +192,22 @@ class Router(CountsLoad):
 
     def gate(self, hidden_states: Tensor) -> Tensor:
         """[T, d] -> logits [T, E] in fp32 (fp64 for fp64 parameters)."""
+        return self._gate(hidden_states)[0]
+
+    def _gate(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits, and the hidden states for whoever takes them next (see `autograd.gate`)."""
+        jitters = self.training and self.jitter > 0
+        if not (jitters or is_batch_invariant()):
+            return run_gate(hidden_states, self.weight, self.bias, self.backend)
         dtype = wide(self.weight.dtype)
         with without_autocast(hidden_states.device):
             x = hidden_states.to(dtype)
-            if self.training and self.jitter > 0:
+            if jitters:
                 x = x * (1 + self.jitter * (2 * torch.rand_like(x) - 1))
-            return F.linear(x, self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+            if is_batch_invariant():
+                bias = None if self.bias is None else self.bias.to(dtype)
+                return linear(x, self.weight.to(dtype), bias, self.backend), hidden_states
+        return run_gate(x, self.weight, self.bias, self.backend)[0], hidden_states
 
     def forward(
         self,
@@ -213,7 +229,7 @@ class Router(CountsLoad):
             check_tensor("token_mask", token_mask, shape=shape, dtypes=MASKS, device=device)
             token_mask = token_mask.bool()
             hidden_states = hidden_states.masked_fill(token_mask.logical_not()[:, None], 0)  # 0 * NaN would be NaN
-        logits = self.gate(hidden_states)
+        logits, hidden_states = self._gate(hidden_states)
         noise = gumbel_noise(logits) if self.gumbel and self.training else None
         given = None
         if experts is None and self.rule is not None and (self.training or not self.rule.training_only):
@@ -227,6 +243,7 @@ class Router(CountsLoad):
             experts=experts,
             given=given,
             sequences=sequences,
+            hidden=hidden_states,
             backend=self.backend,
         )
         if self.bias_update == "quantile" and self.training:

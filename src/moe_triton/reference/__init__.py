@@ -16,8 +16,10 @@ from torch import Tensor
 from moe_triton.quantization import QuantizedWeight
 from moe_triton.records import (
     EMPTY,
+    UNGATED,
     Dispatch,
     ExpertCall,
+    ExpertSpec,
     ExpertWeight,
     Lora,
     Projection,
@@ -25,14 +27,20 @@ from moe_triton.records import (
     Routing,
     SequenceSums,
 )
+from moe_triton.torch_internals import by_full_vectors
 
 EPS = 1e-20  # keeps a normalisation finite when every chosen score underflowed
-GPT_OSS_ALPHA, GPT_OSS_LIMIT = 1.702, 7.0  # of its activation: the sigmoid's slope, and where gate and up are cut
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of router maths: fp32, or the model's own where that is wider."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def gate(hidden_Td: Tensor, weight_Ed: Tensor, bias_E: Tensor | None = None) -> Tensor:
+    """Score every expert for every token: logits [T, E] = hidden W^T + b in fp32 (fp64 for an fp64 weight)."""
+    dtype = wide(weight_Ed.dtype)
+    return F.linear(hidden_Td.to(dtype), weight_Ed.to(dtype), None if bias_E is None else bias_E.to(dtype))
 
 
 def sqrt_softplus(x: Tensor) -> Tensor:
@@ -43,8 +51,8 @@ def sqrt_softplus(x: Tensor) -> Tensor:
 def router_scores(logits_TE: Tensor, score: str) -> Tensor:
     """Return every expert's score [T, E], of which the chosen ones' are the weights; "topk_softmax" has softmax's."""
     if score == "sigmoid":
-        return logits_TE.sigmoid()
-    return sqrt_softplus(logits_TE) if score == "sqrt_softplus" else logits_TE.softmax(-1)
+        return by_full_vectors(torch.sigmoid, logits_TE)
+    return by_full_vectors(sqrt_softplus, logits_TE) if score == "sqrt_softplus" else logits_TE.softmax(-1)
 
 
 def group_mask(scores_TE: Tensor, spec: RouterSpec) -> Tensor:
@@ -59,7 +67,12 @@ def group_mask(scores_TE: Tensor, spec: RouterSpec) -> Tensor:
     return rearrange(kept_TG[:, :, None].expand_as(scores_TGM), "t g m -> t (g m)")
 
 
-def choice_keys(logits_TE: Tensor, spec: RouterSpec, choice_bias: Tensor | None, noise: Tensor | None) -> Tensor:
+def choice_keys(
+    logits_TE: Tensor,
+    spec: RouterSpec,
+    choice_bias: Tensor | None,
+    noise: Tensor | None,
+) -> Tensor:
     """Return what the top-k is taken of, [T, E]: higher wins, the lower index wins a tie, NaN counts as -inf.
 
     A score is monotone in its logit, so the logits themselves are compared, which no rounding of exp can disturb.
@@ -237,17 +250,33 @@ def renormalize(weights_TK: Tensor, dispatch: Dispatch) -> Tensor:
     return kept / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(kept.dtype).eps)
 
 
-def activate(hidden: Tensor, activation: str, is_concatenated: bool = True) -> Tensor:
-    """Activate [..., 2n] -> [..., n] where gated (gate first, then up), [..., n] -> [..., n] where not."""
-    if activation in ("silu", "gelu", "gelu_tanh", "relu", "relu2"):
+def activate(
+    hidden: Tensor,
+    activation: str,
+    is_concatenated: bool = True,
+    limit: float | None = None,
+    alpha: float | None = None,
+) -> Tensor:
+    """Activate [..., 2n] -> [..., n] where gated (gate first, then up), [..., n] -> [..., n] where not.
+
+    With a limit L, gate becomes min(gate, L) and up min(max(up, -L), L) first; the slope at a limit itself is 1.
+    "swiglu" is gate * sigmoid(alpha * gate) * up (DeepSeek-V4: L = 10, alpha = 1), "gpt_oss" the same with up + 1
+    (gpt-oss and MiniMax-M3: L = 7, alpha = 1.702). None is the activation's own limit or alpha, as in `ExpertSpec`.
+    """
+    if activation in UNGATED:
         return pointwise(hidden, activation)
     pattern = "... (two n) -> two ... n" if is_concatenated else "... (n two) -> two ... n"
     gate, up = rearrange(hidden, pattern, two=2)
-    if activation == "gpt_oss":
+    spec = ExpertSpec(activation=activation, activation_limit=limit, activation_alpha=alpha)
+    limit, alpha = spec.limit, spec.alpha
+    if limit is not None:
         # no clamp: its gradient at the limit itself, 1 here, became 0 in torch 2.14
-        gate = torch.where(gate > GPT_OSS_LIMIT, GPT_OSS_LIMIT, gate)
-        up = torch.where(up.abs() > GPT_OSS_LIMIT, GPT_OSS_LIMIT * up.sign(), up)
-        return (up + 1) * gate * torch.sigmoid(GPT_OSS_ALPHA * gate)
+        gate = torch.where(gate > limit, limit, gate)
+        up = torch.where(up.abs() > limit, limit * up.sign(), up)
+    if activation == "gpt_oss":
+        return (up + 1) * gate * torch.sigmoid(alpha * gate)
+    if alpha != 1:
+        return gate * torch.sigmoid(alpha * gate) * up
     gates = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
     return pointwise(gate, gates[activation]) * up
 
@@ -297,7 +326,7 @@ def moe_experts(call: ExpertCall) -> Tensor:
         h = adapted(x @ up_of_e.T, x, call.gate_up_lora, e)
         if gate_up_bias is not None:
             h = h + gate_up_bias[e]
-        a = activate(h, spec.activation, spec.is_concatenated)
+        a = activate(h, spec.activation, spec.is_concatenated, spec.limit, spec.alpha)
         rows = adapted(a @ down_of_e.T, a, call.down_lora, e)
         if down_bias is not None:
             rows = rows + down_bias[e]

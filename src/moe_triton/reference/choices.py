@@ -50,7 +50,8 @@ def top_p_choices(scores_TK: Tensor, experts_TK: Tensor, top_p: float) -> Tensor
 
     Dynamic routing (Huang et al., arXiv 2403.07652): the smallest k with s_1 + ... + s_k >= top_p, at most K.
     """
-    is_before = torch.ones(2 * scores_TK.shape[1:], dtype=scores_TK.dtype, device=scores_TK.device).tril(-1)
+    top_k = scores_TK.shape[1]
+    is_before = torch.ones(top_k, top_k, dtype=scores_TK.dtype, device=scores_TK.device).tril(-1)
     before_TK = (scores_TK[:, None, :] * is_before).sum(-1)  # no cumsum, which has no fixed order on a GPU
     return experts_TK.masked_fill((before_TK >= top_p) & (experts_TK >= 0), EMPTY)
 

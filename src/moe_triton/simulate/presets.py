@@ -168,7 +168,7 @@ def _device(name: str, gpu: Gpu) -> Device:
     )  # fmt: skip
 
 
-DEVICES = {name: _device(name, gpu) for name, gpu in GPUS.items()}
+DEVICES = {name: _device(name, GPUS[name]) for name in USUAL_NETWORKS}
 
 
 def _model(name: str, *, layers: int, attention_parameters: int, **sizes: Any) -> Model:

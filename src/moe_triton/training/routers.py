@@ -57,7 +57,8 @@ ROUTERS: dict[str, Callable[[TrainConfig], RouterSetup]] = {
     "identity_experts": null_experts,
     "zero_experts": lambda config: null_experts(config, null_output="zero"),
     "top_p": lambda config: RouterSetup({"top_p": 0.5}, {}, bound(config)),
-    "token_rounding": lambda config: RouterSetup({"token_rounding": 64}, {}),
+    # an expert has 96 assignments of a capacity group with the default sizes: six tiles
+    "token_rounding": lambda config: RouterSetup({"token_rounding": 16}, {}),
     "expert_choice": lambda config: RouterSetup({"expert_choice": float(config.top_k)}, NO_LOSS, bound(config)),
     "sinkhorn": lambda config: RouterSetup({"sinkhorn": 8}, NO_LOSS),
     "hash": lambda config: RouterSetup({"hash_table": hash_table(config)}, NO_LOSS),

@@ -13,6 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from moe_triton.backends.triton.experts import experts_forward
 from moe_triton.records import ACTIVATIONS, GATED, ExpertSpec
 from moe_triton_kernels import configs, operands
+from tests.helpers.compare import TOLERANCE
 from tests.helpers.problems import (
     DEVICE,
     INPUTS,
@@ -29,11 +30,19 @@ from tests.helpers.problems import (
 # the sigmoid of a far negative number is 1 / (1 + inf) = 0, as it should be
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
 LAYOUTS = ((False, True), (True, True), (False, False), (True, False))  # (is_transposed, is_concatenated)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SPECS = [
     ExpertSpec(activation=activation, is_transposed=transposed, is_concatenated=concatenated)
     for activation in ACTIVATIONS
     for transposed, concatenated in LAYOUTS
     if concatenated or activation in GATED
+]
+RELU2 = ExpertSpec(activation="relu2")
+# Limits that about a third of the pre-activations exceed; 0.3 is no number of 16 bits.
+LIMITED = [
+    ExpertSpec(activation="swiglu", activation_limit=0.3),
+    ExpertSpec(activation="swiglu", activation_limit=0.5, activation_alpha=1.702, is_concatenated=False),
+    ExpertSpec(activation="gpt_oss", activation_limit=0.5, activation_alpha=0.7, is_transposed=True),
 ]
 
 
@@ -47,34 +56,53 @@ def has_bias_here(spec: ExpertSpec) -> bool:
     return (list(ACTIVATIONS).index(spec.activation) + LAYOUTS.index(layout)) % 2 == 1
 
 
+CASES = [
+    (spec, bias)
+    for spec in SPECS
+    for bias in (False, True)
+    if spec.activation == "swiglu" or bias == has_bias_here(spec)
+]
+
+
 @pytest.mark.parametrize(
-    ("spec", "bias"),
+    ("spec", "bias", "dtype"),
     [
-        pytest.param(spec, bias, id=name_of(spec) + "-bias" * bias)
-        for spec in SPECS
-        for bias in (False, True)
-        if spec.activation == "swiglu" or bias == has_bias_here(spec)
+        pytest.param(spec, bias, DTYPES[index % 3], id=f"{name_of(spec)}{'-bias' * bias}-{DTYPES[index % 3]}")
+        for index, (spec, bias) in enumerate(CASES)
     ],
 )
-def test_every_activation_and_layout(spec: ExpertSpec, bias: bool) -> None:
-    problem = make_problem(random_choices(9, 2, 4), 4, spec=spec, bias=bias)
-    check(run(problem), problem)
+def test_every_activation_and_layout(spec: ExpertSpec, bias: bool, dtype: torch.dtype) -> None:
+    problem = make_problem(random_choices(9, 2, 4), 4, spec=spec, bias=bias, dtype=dtype)
+    check(run(problem), problem, tolerance=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("spec", [SPECS[0], SPECS[3]], ids=name_of)
-def test_sequences_and_recomputation_give_the_same_bits(spec: ExpertSpec) -> None:
-    problem = make_problem(random_choices(7, 2, 3), 3, spec=spec)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spec", LIMITED, ids=str)
+def test_limits(spec: ExpertSpec, dtype: torch.dtype) -> None:
+    problem = make_problem(random_choices(9, 2, 4), 4, spec=spec, bias=True, dtype=dtype)
+    tolerance = {torch.float16: 2e-3, torch.bfloat16: 2e-2}.get(dtype)
+    check(run(problem), problem, tolerance)
+
+
+@pytest.mark.parametrize(("spec", "dtype"), [(SPECS[0], torch.bfloat16), (SPECS[3], torch.float32)], ids=str)
+def test_sequences_and_recomputation_give_the_same_bits(spec: ExpertSpec, dtype: torch.dtype) -> None:
+    problem = make_problem(random_choices(7, 2, 3), 3, spec=spec, dtype=dtype)
     actual = run(problem)
-    check(actual, problem)
+    check(actual, problem, tolerance=TOLERANCE[dtype])
     for other in (run(problem), run(problem, recompute=True), run(problem, sequence=True)):
         assert actual.keys() == other.keys()
         for name in actual:
             assert torch.equal(actual[name], other[name]), name
 
 
-@pytest.mark.parametrize("spec", [*SPECS[:4], ExpertSpec(activation="relu2")], ids=name_of)
-def test_tensor_descriptors_give_the_same_bits(spec: ExpertSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = make_problem(random_choices(29, 2, 4), 4, spec=spec)
+@pytest.mark.parametrize(
+    ("spec", "dtype"),
+    [pytest.param(spec, DTYPES[i % 3], id=name_of(spec)) for i, spec in enumerate((*SPECS[:4], RELU2))],
+)
+def test_tensor_descriptors_give_the_same_bits(
+    spec: ExpertSpec, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = make_problem(random_choices(29, 2, 4), 4, d=24, n=24, spec=spec, dtype=dtype)
     expected = run(problem)
     heuristic, made = configs.heuristic, []
     monkeypatch.setattr(configs, "heuristic", lambda *key: replace(heuristic(*key), descriptors=True))
@@ -88,18 +116,21 @@ def test_tensor_descriptors_give_the_same_bits(spec: ExpertSpec, monkeypatch: py
     actual = run(problem)
     # the weights of up, down, d_hidden and d_rows; the rows of down, d_rows and twice d_weight
     assert len(made) == (7 if spec.is_transposed and spec.is_concatenated else 8)
-    check(actual, problem)
+    check(actual, problem, tolerance=TOLERANCE[dtype])
     for name in expected:
         assert torch.equal(actual[name], expected[name]), name
 
 
-@pytest.mark.parametrize("weights_dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("weights_dtype", [None, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("spec", [ExpertSpec(), ExpertSpec(activation="gelu", is_transposed=True)], ids=name_of)
-def test_fp16(spec: ExpertSpec, weights_dtype: torch.dtype) -> None:
+def test_router_weights_in_either_dtype(
+    spec: ExpertSpec, dtype: torch.dtype, weights_dtype: torch.dtype | None
+) -> None:
     problem = make_problem(
-        random_choices(17, 2, 4), 4, spec=spec, dtype=torch.float16, weights_dtype=weights_dtype, ranks=(8, 20)
+        random_choices(9, 2, 4), 4, spec=spec, dtype=dtype, weights_dtype=weights_dtype or dtype, ranks=(8, 20)
     )
-    check(run(problem), problem, tolerance=2e-3)
+    check(run(problem), problem, tolerance=TOLERANCE[dtype])
 
 
 @settings(max_examples=25, deadline=None)
@@ -116,8 +147,11 @@ def test_ragged_routing(data: st.DataObject) -> None:
         choices = choices.clamp(max=0)
     choices = choices.where(choices != num_experts - 1, data.draw(st.sampled_from([-1, num_experts]), label="skipped"))
     d, n = data.draw(st.tuples(st.sampled_from([1, 8, 16, 24]), st.sampled_from([1, 16, 20])), label="sizes")
-    problem = make_problem(choices, num_experts, d=d, n=n, capacity=capacity, spec=ExpertSpec(activation="geglu_tanh"))
-    check(run(problem, recompute=data.draw(st.booleans(), label="recompute")), problem)
+    dtype = data.draw(st.sampled_from(DTYPES), label="dtype")
+    spec = ExpertSpec(activation="geglu_tanh")
+    problem = make_problem(choices, num_experts, d=d, n=n, capacity=capacity, spec=spec, dtype=dtype)
+    tolerance = TOLERANCE[dtype] * (1 if dtype == torch.float32 else 2)  # of a few numbers the errors do not average
+    check(run(problem, recompute=data.draw(st.booleans(), label="recompute")), problem, tolerance=tolerance)
 
 
 @pytest.mark.parametrize("spec", [*SPECS[:4], ExpertSpec(activation="relu2", is_transposed=True)], ids=name_of)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.core_model_loading import Transpose, WeightConverter
@@ -49,6 +51,35 @@ def test_a_family_both_ways(family, tmp_path):
             parameter.zero_()
     load_experts_from(tmp_path / "theirs", loaded, only_experts=False)
     assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
+
+
+def spread(path: Path) -> None:
+    """Shards that cut experts, since 6 do not divide evenly, and the rows of everything else."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = tiny_model("mixtral")
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    export_safetensors(path, model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    dist.barrier()
+    load_experts_from(path, model, only_experts=False)
+    assert all(torch.equal(value.full_tensor(), state[name]) for name, value in model.state_dict().items())
+
+
+def test_a_model_under_fsdp2(two_ranks, tmp_path):
+    two_ranks.run(spread, tmp_path / "ours" / "model.safetensors")
+    model = tiny_model("mixtral")
+    model.save_pretrained(tmp_path / "theirs")
+    theirs, ours = (load_file(tmp_path / who / "model.safetensors") for who in ("theirs", "ours"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    _, report = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(report.values()), report
 
 
 def test_several_files_and_the_models_own_names(tmp_path):

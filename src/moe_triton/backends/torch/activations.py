@@ -2,33 +2,47 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moe_triton.records import ExpertSpec
-from moe_triton.reference import GPT_OSS_ALPHA, GPT_OSS_LIMIT
+from moe_triton.torch_internals import LANES, SERIAL, by_full_vectors
 
 aten = torch.ops.aten
-GATE = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
+GATE = {"swiglu": "silu", "gpt_oss": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
 
 
 def activate(h_SN: Tensor, spec: ExpertSpec) -> Tensor:
     """[S, 2n] -> [S, n] for a gated activation, [S, n] -> [S, n] for an ungated one."""
     if not spec.is_gated:
         return _pointwise(h_SN, spec.activation)
+    gate, up = _cut(*_halves(h_SN, spec), spec)
+    return _activated_gate(gate, spec).mul_(up)
+
+
+def activate_by_full_vectors(h_SN: Tensor, spec: ExpertSpec) -> Tensor:
+    """`activate` on a CPU such that a row's bits depend on this row alone: see `by_full_vectors`."""
+    if not spec.is_gated:
+        return by_full_vectors(partial(activate, spec=spec), h_SN)
     gate, up = _halves(h_SN, spec)
-    if spec.activation == "gpt_oss":
-        gate, up = gate.clamp(max=GPT_OSS_LIMIT), up.clamp(-GPT_OSS_LIMIT, GPT_OSS_LIMIT)
-        return (gate * GPT_OSS_ALPHA).sigmoid_().mul_(gate).mul_(up.add_(1))
-    return _pointwise(gate, GATE[spec.activation]).mul_(up)
+    size = gate.shape[1]
+    if size % LANES or not spec.is_concatenated:
+        h_SN = torch.cat([F.pad(half, (0, -size % LANES)) for half in (gate, up)], dim=1)
+        spec = replace(spec, is_concatenated=True)
+    step = max(2 * SERIAL // max(h_SN.shape[1], 1), 1)
+    return torch.cat([activate(rows, spec)[:, :size] for rows in h_SN.split(step)])
 
 
 def activate_for_backward(h_SN: Tensor, spec: ExpertSpec) -> tuple[Tensor, Tensor | None]:
     """`activate`, and what `activate_backward` would otherwise compute again: the activated gate, if there is one."""
-    if not spec.is_gated or spec.activation == "gpt_oss":
+    if not spec.is_gated:
         return activate(h_SN, spec), None
-    gate, up = _halves(h_SN, spec)
-    activated_gate = _pointwise(gate, GATE[spec.activation])
+    gate, up = _cut(*_halves(h_SN, spec), spec)
+    activated_gate = _activated_gate(gate, spec)
     return activated_gate * up, activated_gate
 
 
@@ -36,21 +50,35 @@ def activate_backward(
     grad_Sn: Tensor, h_SN: Tensor, activated_gate_Sn: Tensor | None, spec: ExpertSpec, grad_h_SN: Tensor
 ) -> None:
     """Writes the gradient of h_SN to grad_h_SN, given that of the activation, and what `activate_for_backward` kept."""
-    if not spec.is_gated:
+    if activated_gate_Sn is None:
         _pointwise_backward(grad_Sn, h_SN, spec.activation, grad_h_SN)
         return
-    gate, up = _halves(h_SN, spec)
+    whole_gate, whole_up = _halves(h_SN, spec)
     grad_gate, grad_up = _halves(grad_h_SN, spec)
-    if activated_gate_Sn is not None:
+    gate, up = _cut(whole_gate, whole_up, spec)
+    if spec.alpha == 1:
         _pointwise_backward(grad_Sn * up, gate, GATE[spec.activation], grad_gate)
-        torch.mul(activated_gate_Sn, grad_Sn, out=grad_up)
-        return
-    gate_in, up_in = gate <= GPT_OSS_LIMIT, up.abs() <= GPT_OSS_LIMIT
-    gate, up = gate.clamp(max=GPT_OSS_LIMIT), up.clamp(-GPT_OSS_LIMIT, GPT_OSS_LIMIT) + 1
-    sigmoid = (gate * GPT_OSS_ALPHA).sigmoid_()
-    slope = sigmoid * (1 + GPT_OSS_ALPHA * gate * (1 - sigmoid))  # d (gate * sigmoid(alpha * gate)) / d gate
-    torch.mul(grad_Sn * up * slope, gate_in, out=grad_gate)
-    torch.mul(grad_Sn * gate * sigmoid, up_in, out=grad_up)
+    else:
+        sigmoid = (gate * spec.alpha).sigmoid_()
+        slope = sigmoid * (1 + spec.alpha * gate * (1 - sigmoid))  # d (gate * sigmoid(alpha * gate)) / d gate
+        torch.mul(grad_Sn * up, slope, out=grad_gate)
+    torch.mul(activated_gate_Sn, grad_Sn, out=grad_up)
+    if spec.limit is not None:
+        grad_gate.masked_fill_(whole_gate > spec.limit, 0)
+        grad_up.masked_fill_(whole_up.abs() > spec.limit, 0)
+
+
+def _cut(gate: Tensor, up: Tensor, spec: ExpertSpec) -> tuple[Tensor, Tensor]:
+    """What is activated of gate, and what this is multiplied by."""
+    if spec.limit is not None:
+        gate, up = gate.clamp(max=spec.limit), up.clamp(-spec.limit, spec.limit)
+    return gate, up + 1 if spec.activation == "gpt_oss" else up
+
+
+def _activated_gate(gate: Tensor, spec: ExpertSpec) -> Tensor:
+    if spec.alpha == 1:
+        return _pointwise(gate, GATE[spec.activation])
+    return (gate * spec.alpha).sigmoid_().mul_(gate)
 
 
 def _halves(h_SN: Tensor, spec: ExpertSpec) -> tuple[Tensor, Tensor]:

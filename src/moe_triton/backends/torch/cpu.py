@@ -10,11 +10,12 @@ import functools
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moe_triton.backends.torch.processor import Processor, this_processor
@@ -37,6 +38,7 @@ class CpuPolicy:
                         MKL's cost of m rows, in rows of a batched product: m + batched_overhead in one, and
                         alone_per_row * m + alone_overhead in a product alone
     num_threads         None for torch's at the time of the call
+    fixed_rows          the rows of every product where a row's bits must not depend on how many there are; 0: any
     """
 
     shapes_recur: bool
@@ -50,6 +52,7 @@ class CpuPolicy:
     alone_per_row: float = 1.1
     alone_overhead: int = 36
     num_threads: int | None = None
+    fixed_rows: int = 0
 
     @property
     def threads(self) -> int:
@@ -63,6 +66,8 @@ class CpuPolicy:
 
     def padded(self, num_rows: int, *, batched: bool = False) -> int:
         """Return the number of rows to compute for `num_rows`, which recurs where shapes should."""
+        if self.fixed_rows:
+            return -(-num_rows // self.fixed_rows) * self.fixed_rows
         if not self.shapes_recur or (num_rows <= self.row_quantum and not batched):
             return num_rows
         return -(-num_rows // self.row_quantum) * self.row_quantum
@@ -71,6 +76,23 @@ class CpuPolicy:
         self, left_mk: Tensor, right_nk: Tensor, bias_n: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
         """Compute left @ right.T + bias; with `out` it is there too, and what is returned may be a copy in cache."""
+        if not self.fixed_rows:
+            return self._product(left_mk, right_nk, bias_n, out)
+        size_n = right_nk.shape[0]
+        more_k, more_n = -right_nk.shape[1] % WHOLE, -size_n % WHOLE
+        if more_k or more_n:
+            left_mk, right_nk = F.pad(left_mk, (0, more_k)), F.pad(right_nk, (0, more_k, 0, more_n))
+            bias_n = None if bias_n is None else F.pad(bias_n, (0, more_n))
+        y_mn = left_mk.new_empty(left_mk.shape[0], size_n + more_n) if out is None or more_n else out
+        for start in range(0, left_mk.shape[0], self.fixed_rows):
+            piece = slice(start, start + self.fixed_rows)
+            self._product(left_mk[piece], right_nk, bias_n, y_mn[piece])
+        if more_n:
+            y_mn = y_mn[:, :size_n] if out is None else out.copy_(y_mn[:, :size_n])
+        return y_mn
+
+    def _product(self, left_mk: Tensor, right_nk: Tensor, bias_n: Tensor | None, out: Tensor | None) -> Tensor:
+        """`product` in one call of a library."""
         linear = self.linear.get(left_mk.dtype)
         if linear is not None and 2 * left_mk.numel() * right_nk.shape[0] >= self.linear_from:
             y_mn = linear(left_mk, right_nk, bias_n, "none", [], "")
@@ -201,6 +223,21 @@ def this_cpu() -> CpuPolicy:
     """Return the policy for the processor that this runs on, chosen at the first call."""
     processor = this_processor()
     return make_policy(choose_policy(processor).policy, processor)
+
+
+WHOLE = 64  # what a product's columns and contraction are multiples of where a row's bits must not depend on its place
+
+
+@functools.cache
+def invariant_policy() -> CpuPolicy:
+    """Return the policy with which a row's bits depend on this row alone: products of 32 rows each, padded.
+
+    Which of its kernels a library takes depends on a product's sizes, and so does the order of its sums. With the rows
+    fixed, MKL's still sums the rows at different places differently where the columns are fewer than 16 (fp32) or the
+    contraction is odd (fp64); so both are multiples of WHOLE. tests/test_batch_invariance.py tries the processor
+    at hand.
+    """
+    return replace(this_cpu(), shapes_recur=True, most_batched_rows={}, fixed_rows=32)
 
 
 def batched_product(

@@ -6,11 +6,17 @@ from collections.abc import Callable
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from moe_triton.backends.torch.activations import activate, activate_backward, activate_for_backward
+from moe_triton.backends.torch.activations import (
+    activate,
+    activate_backward,
+    activate_by_full_vectors,
+    activate_for_backward,
+)
 from moe_triton.backends.torch.blocks import Block, Layout
-from moe_triton.backends.torch.cpu import CpuPolicy, batched_product, this_cpu
+from moe_triton.backends.torch.cpu import CpuPolicy, batched_product, invariant_policy, this_cpu
 from moe_triton.backends.torch.decoded import Decoded
 from moe_triton.backends.torch.memory import empty
 from moe_triton.backends.torch.rows import row_slots, scatter_to_slots, sum_rows
@@ -51,7 +57,8 @@ def experts_forward(
         h = _affine(layout, block, x, up, parameters.gate_up_bias, up_lora, h_out)
         if kept is not None and h_out is None:
             layout.collect(index, h, kept)
-        rows = _affine(layout, block, activate(h, spec), down, parameters.down_bias, down_lora)
+        a = activate_by_full_vectors(h, spec) if spec.batch_invariant else activate(h, spec)
+        rows = _affine(layout, block, a, down, parameters.down_bias, down_lora)
         torch.mul(rows, weights[here], out=y[here])
     out = sum_rows(y, layout.places(call.dispatched.position), zero_row=layout.num_places)
     return out, hidden.new_empty(0) if kept is None else kept
@@ -111,6 +118,13 @@ def combine_rows(rows: Tensor, position: Tensor) -> Tensor:
     return sum_rows(torch.cat([rows, rows.new_zeros(1, rows.shape[1])]), position, zero_row=rows.shape[0])
 
 
+def linear(x_mI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """Compute x @ weight.T + bias such that a row's bits depend on this row alone, [m, O]."""
+    policy, num_rows = invariant_policy(), x_mI.shape[0]
+    x_mI = F.pad(x_mI, (0, 0, 0, policy.padded(num_rows) - num_rows))
+    return policy.product(x_mI, weight_OI, bias_O)[:num_rows]
+
+
 class BlockBuffers:
     """What is at one block's places: x, dy, the weighted activation and the pre-activation's gradient; padding is 0.
 
@@ -167,7 +181,7 @@ class RowsPass:
         da = _products(self.layout, block, dy, self.down_back)
         if self.down_lora is not None:
             work.down_u = _narrow(self.layout, block, dy, self.down_lora.b.mT, self.down_lora.scaling)
-            _add_products(block, work.down_u, self.down_lora.a.mT, da)
+            _add_products(self.layout, block, work.down_u, self.down_lora.a.mT, da)
         if self.dw is not None:
             self.dw[here] = torch.linalg.vecdot(da, a)
             if parameters.down_bias is not None:
@@ -180,7 +194,7 @@ class RowsPass:
             dx = _products(self.layout, block, dh, self.up_back, out=self.dx[here])
             if self.up_lora is not None:
                 work.up_u = _narrow(self.layout, block, dh, self.up_lora.b.mT, self.up_lora.scaling)
-                _add_products(block, work.up_u, self.up_lora.a.mT, dx)
+                _add_products(self.layout, block, work.up_u, self.up_lora.a.mT, dx)
                 _copy_to(self.dx[here], dx)
 
     def results(self) -> tuple[Tensor | None, Tensor | None]:
@@ -251,6 +265,8 @@ class WeightsPass:
 
 
 def _layout(call: ExpertCall, policy: CpuPolicy | None, *, backward: bool) -> Layout:
+    if call.spec.batch_invariant and not backward:
+        policy = invariant_policy()
     policy = policy or this_cpu()
     are_stacked = all(p is None or isinstance(p, Tensor) for p in call.parameters)
     most = policy.most_batched(call.hidden.dtype, backward=backward) if are_stacked else 0
@@ -322,7 +338,7 @@ def _affine(
     """`_products` with the adapter's part: + scaling * (x @ a(e).T) @ b(e).T."""
     y_mO = _products(layout, block, x_mI, weight, biases, out)
     if lora is not None:
-        _add_products(block, _narrow(layout, block, x_mI, lora.a, lora.scaling), lora.b, y_mO)
+        _add_products(layout, block, _narrow(layout, block, x_mI, lora.a, lora.scaling), lora.b, y_mO)
         if out is not None:
             _copy_to(out, y_mO)
     return y_mO
@@ -334,7 +350,7 @@ def _narrow(layout: Layout, block: Block, x_mI: Tensor, factor_ErI: Tensor, scal
     return t_mr if scaling == 1.0 else t_mr.mul_(scaling)
 
 
-def _add_products(block: Block, t_mr: Tensor, factor_EOr: Tensor, y_mO: Tensor) -> None:
+def _add_products(layout: Layout, block: Block, t_mr: Tensor, factor_EOr: Tensor, y_mO: Tensor) -> None:
     """y += t @ factor[e].T for the rows of every expert e of the block."""
     if block.batch is not None:
         count = block.batch.stop - block.batch.start
@@ -342,7 +358,10 @@ def _add_products(block: Block, t_mr: Tensor, factor_EOr: Tensor, y_mO: Tensor) 
         y_CmO.baddbmm_(t_Cmr, factor_EOr[block.batch].mT)
         return
     for e, part in block.parts:
-        y_mO[part].addmm_(t_mr[part], factor_EOr[e].mT)
+        if layout.policy.fixed_rows:
+            y_mO[part] += layout.policy.product(t_mr[part], factor_EOr[e])
+        else:
+            y_mO[part].addmm_(t_mr[part], factor_EOr[e].mT)
 
 
 def _copy_to(out: Tensor, values: Tensor) -> None:

@@ -12,7 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_triton.backends.torch.activations import activate, activate_backward, activate_for_backward
-from moe_triton.backends.torch.grouped import GroupedRows, grouped_outer, grouped_product, sum_per_expert
+from moe_triton.backends.torch.grouped import (
+    GroupedRows,
+    grouped_outer,
+    grouped_product,
+    product_by_row,
+    sum_per_expert,
+)
 from moe_triton.records import (
     ExpertCall,
     ExpertGradients,
@@ -31,7 +37,7 @@ from moe_triton.reference import dequantized, wide
 def experts_forward(call: ExpertCall, keep_preactivation: bool) -> tuple[Tensor, Tensor]:
     """Compute `experts_cpu.experts_forward` with no host sync."""
     hidden, spec, down_bias = call.hidden, call.spec, call.parameters.down_bias
-    rows = _Rows(call)
+    rows = _Rows(call, by_row=spec.batch_invariant)
     h_SN = _up(call, rows)
     a_Sn = activate(h_SN, spec)
     y_Sd = grouped_product(a_Sn, _in_out(call.parameters.down, call), rows)
@@ -105,8 +111,8 @@ def experts_backward_weights(
 class _Rows(GroupedRows):
     """The rows of a call, and of each its token and weight_S1 [S, 1], its router weight: slot 0's past offsets[E]."""
 
-    def __init__(self, call: ExpertCall) -> None:
-        super().__init__(call.dispatched.offsets, call.num_rows)
+    def __init__(self, call: ExpertCall, *, by_row: bool = False) -> None:
+        super().__init__(call.dispatched.offsets, call.num_rows, by_row=by_row)
         slot_S = call.dispatched.source.clamp_min(0)
         self.token_S = slot_S // call.dispatched.top_k
         self.weight_S1 = call.weights.reshape(-1, 1)[slot_S]
@@ -166,6 +172,12 @@ def combine_rows(rows_Sd: Tensor, position: Tensor) -> Tensor:
     for row_T in position.unbind(1):
         out += torch.where((row_T >= 0)[:, None], rows_Sd[row_T.clamp_min(0)], 0)
     return out.to(rows_Sd.dtype)
+
+
+def linear(x_mI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """Compute x @ weight.T + bias such that a row's bits depend on this row alone, [m, O]."""
+    y_mO = product_by_row(x_mI, weight_OI.mT)
+    return y_mO if bias_O is None else y_mO + bias_O
 
 
 def _stack(weights: ExpertWeight) -> Tensor:

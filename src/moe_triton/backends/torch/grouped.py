@@ -16,12 +16,15 @@ from torch import Tensor
 
 from moe_triton.reference import wide
 
+FIXED_ROWS = 128  # of each product where a row's bits must not depend on how many there are
+
 
 class GroupedRows:
     """Which expert each of S rows belongs to, computed where it is asked for; offsets [E+1] int32."""
 
-    def __init__(self, offsets: Tensor, num_rows: int) -> None:
+    def __init__(self, offsets: Tensor, num_rows: int, *, by_row: bool = False) -> None:
         self.offsets, self.num_rows, self.num_experts = offsets, num_rows, offsets.shape[0] - 1
+        self.by_row = by_row  # the bits of a product's row depend on this row alone
         self.ends = offsets[1:].contiguous()
 
     @functools.cached_property
@@ -94,16 +97,29 @@ def _is_aligned(x: Tensor) -> bool:
 
 def grouped_product(x_SI: Tensor, weight_EIO: Tensor, rows: GroupedRows) -> Tensor:
     """Compute x[s] @ weight[expert of s] for every row, [S, O]; rows past offsets[E] are arbitrary."""
-    if can_group(x_SI, weight_EIO):
+    if can_group(x_SI, weight_EIO) and not rows.by_row:
         return F.grouped_mm(x_SI, weight_EIO, offs=rows.ends)
     out_SO = x_SI.new_zeros(rows.num_rows, weight_EIO.shape[2])
     if rows.are_readable:
         for e, part in rows.ranges:
-            torch.mm(x_SI[part], weight_EIO[e], out=out_SO[part])
+            if rows.by_row:
+                out_SO[part] = product_by_row(x_SI[part], weight_EIO[e])
+            else:
+                torch.mm(x_SI[part], weight_EIO[e], out=out_SO[part])
         return out_SO
+    product = product_by_row if rows.by_row else torch.mm
     for e, weight_IO in enumerate(weight_EIO.unbind(0)):
-        out_SO = torch.where(rows.of(e), x_SI @ weight_IO, out_SO)
+        out_SO = torch.where(rows.of(e), product(x_SI, weight_IO), out_SO)
     return out_SO
+
+
+def product_by_row(x_mI: Tensor, weight_IO: Tensor) -> Tensor:
+    """Compute x @ weight, FIXED_ROWS at a time, such that a row's bits depend on this row alone, [m, O].
+
+    A library chooses its kernel, and with it the order of the sums, by a product's sizes.
+    """
+    padded = F.pad(x_mI, (0, 0, 0, -x_mI.shape[0] % FIXED_ROWS))
+    return torch.cat([piece @ weight_IO for piece in padded.split(FIXED_ROWS)])[: x_mI.shape[0]]
 
 
 def grouped_outer(left_SM: Tensor, right_SN: Tensor, rows: GroupedRows) -> Tensor:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from moe_triton.records import TiledDispatch
 from moe_triton_kernels.permutation import permute
+from moe_triton_kernels.small_dispatch import MAX_SLOTS, small_dispatch
 
 
 def build_dispatch(
@@ -14,3 +16,11 @@ def build_dispatch(
     return permute(
         experts, num_experts, capacity=capacity, capacity_groups=capacity_groups, by_choice=by_choice, keys=keys
     )
+
+
+def build_small_dispatch(experts: Tensor, num_experts: int) -> TiledDispatch | None:
+    """Return a Dispatch without a capacity, with its tile tables, from one launch; None unless 1 <= S <= MAX_SLOTS."""
+    if not 0 < experts.numel() <= MAX_SLOTS:
+        return None
+    counts, offsets, source, position, tiles = small_dispatch(experts, num_experts)
+    return TiledDispatch(counts=counts, offsets=offsets, source=source, position=position, tiles=tiles)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import cast
 
 import torch
@@ -15,20 +16,23 @@ from torch import Tensor
 from moe_triton.records import (
     ExpertCall,
     ExpertGradients,
+    ExpertSpec,
     ExpertWeight,
     Lora,
     ParameterGradients,
     RowGradients,
+    TiledDispatch,
     Wanted,
     as_given,
 )
 from moe_triton.reference import dequantized
+from moe_triton_kernels.activations import Activation
 from moe_triton_kernels.combine import combine
 from moe_triton_kernels.configs import choose_config
 from moe_triton_kernels.d_hidden import d_hidden, d_router_weights
 from moe_triton_kernels.d_weight import d_bias, d_weight
 from moe_triton_kernels.down import down
-from moe_triton_kernels.heuristics import adapter_tile
+from moe_triton_kernels.heuristics import BUCKETS, adapter_tile
 from moe_triton_kernels.launch import Config, target_of
 from moe_triton_kernels.lora import Adapter
 from moe_triton_kernels.narrow import narrow
@@ -46,11 +50,11 @@ class Problem:
     """
 
     def __init__(self, call: ExpertCall) -> None:
-        if call.hidden.dtype not in DTYPES:
-            raise TypeError(f"hidden: the triton backend takes float32, float16 or bfloat16, got {call.hidden.dtype}")
+        check_dtype(call.hidden.dtype)
         spec, parameters = call.spec, call.parameters
         self.call, self.spec, self.dispatched = call, spec, call.dispatched
         self.hidden, self.weights = call.hidden.contiguous(), call.weights.contiguous()
+        self.activation = activation_of(spec, call.hidden.dtype)
         self.top_k, self.num_rows = call.dispatched.top_k, call.num_rows
         self.size_d, self.size_n = call.hidden_size, call.intermediate_size
         gate_up, down = (per_expert(dequantized(p, call.hidden.dtype)) for p in parameters[:2])
@@ -62,6 +66,8 @@ class Problem:
         self.down_lora = None if call.down_lora is None else Factors(call.down_lora)
 
     def tiles(self) -> TileTables:
+        if isinstance(self.dispatched, TiledDispatch):
+            return self.dispatched.tiles
         return tile_tables(self.dispatched.offsets, self.num_rows)
 
     def config(self, op: str) -> Config:
@@ -71,7 +77,7 @@ class Problem:
             d=self.size_d,
             n=self.size_n,
             dtype=self.hidden.dtype,
-            num_rows=self.num_rows,
+            num_rows=rows_of_config(self.call) if op in ("up", "down") else self.num_rows,
             num_experts=self.call.num_experts,
             architecture=target_of(self.hidden.device).architecture,
         )
@@ -86,7 +92,7 @@ class Problem:
             self.gate_up_bias,
             size_n=self.size_n,
             top_k=self.top_k,
-            activation=self.spec.activation,
+            activation=self.activation,
             is_concatenated=self.spec.is_concatenated,
             keep_activation=keep_a,
             keep_preactivation=keep_h,
@@ -118,7 +124,7 @@ class Problem:
             h,
             self.weights,
             size_n=self.size_n,
-            activation=self.spec.activation,
+            activation=self.activation,
             is_concatenated=self.spec.is_concatenated,
             config=self.config("d_hidden"),
         )
@@ -256,6 +262,13 @@ class Problem:
         return d_bias(values, source, offsets, top_k=self.top_k, router_weights=router_weights)
 
 
+@lru_cache
+def activation_of(spec: ExpertSpec, dtype: torch.dtype) -> Activation:
+    """The spec's activation, its limit rounded to `dtype` as torch compares it with a tensor of this dtype."""
+    limit = None if spec.limit is None else torch.tensor(spec.limit, dtype=dtype, device="cpu").item()
+    return Activation(spec.activation, limit, spec.alpha)
+
+
 class Factors:
     """An adapter as the kernels take it: a as [r, in] and b as [out, r] per expert."""
 
@@ -349,6 +362,40 @@ def experts_backward_weights(
         *(None if x is None else x.contiguous() for x in adapters),
     )
     return ParameterGradients(*(as_given(p, grad) for p, grad in zip(given, grads, strict=True)))
+
+
+def rows_of_config(call: ExpertCall) -> int:
+    """The rows that the configurations of up and down are for: one number where bits must not depend on the rows."""
+    return BUCKETS[-1] * call.num_experts + 1 if call.spec.batch_invariant else call.num_rows
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute x weight^T + bias, [m, out], such that a row's bits depend on this row alone: `down` with one expert.
+
+    x [m, in], weight [out, in], bias [out]. Raises TypeError on a dtype other than float32, float16 and bfloat16.
+    """
+    check_dtype(x.dtype)
+    (num_rows, size_in), size_out = x.shape, weight.shape[0]
+    if num_rows == 0:
+        return x.new_zeros(0, size_out)
+    config = choose_config(
+        "down", d=size_out, n=size_in, dtype=x.dtype, num_rows=BUCKETS[-1] + 1, num_experts=1,
+        architecture=target_of(x.device).architecture,
+    )  # fmt: skip
+    offsets = torch.arange(2, dtype=torch.int32, device=x.device) * num_rows
+    return down(
+        x.contiguous(),
+        tile_tables(offsets, num_rows),
+        per_expert(weight[None]).transposed(),
+        size_columns=size_out,
+        config=config,
+        bias=None if bias is None else per_expert(bias[None]),
+    )
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in DTYPES:
+        raise TypeError(f"hidden: the triton backend takes float32, float16 or bfloat16, got {dtype}")
 
 
 def combine_rows(rows: Tensor, position: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
+from moe_triton.autograd.gate import run_gate
 from moe_triton.benchmarking.cases import Case, Workload
 
 Parameter = Tensor | list[Tensor]  # one tensor, or one per expert
@@ -95,24 +95,28 @@ def routed_block(
     unpack: Callable[[Named], Named] | None = None,
     label: str | None = None,
 ) -> Block:
-    """A block with `plain_route` as its router, before experts `run`: (x [T, d], weights, experts [T, K]) -> [T, d]."""
+    """A block with our gate and `plain_route` before experts `run`: (x [T, d], weights, experts [T, K]) -> [T, d]."""
     gate, top_k = share(workload.gate), workload.case.top_k
+
+    def forward(x: Tensor) -> Tensor:
+        logits, x = run_gate(x, gate, None)
+        return run(x, *plain_route(logits, top_k))
+
     return Block(
-        forward=lambda x: run(x, *plain_route(x, gate, top_k)),
-        choose=lambda x: plain_route(x, gate, top_k)[1],
+        forward=forward,
+        choose=lambda x: plain_route(run_gate(x, gate, None)[0], top_k)[1],
         parameters={"gate": gate, "gate_up": gate_up, "down": down},
         unpack=unpack,
         label=label,
     )
 
 
-def plain_route(hidden_Td: Tensor, gate_Ed: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def plain_route(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Weights [T, K] in fp32 and experts [T, K] int64, by plain torch: the router of peers that have experts only.
 
     softmax over all experts in fp32, top-k, weights normalised over the K choices when K > 1, as every block here does.
     """
-    logits = torch.nn.functional.linear(hidden_Td.float(), gate_Ed.float())
-    weights, experts = logits.softmax(-1).topk(top_k, dim=-1)
+    weights, experts = logits_TE.softmax(-1).topk(top_k, dim=-1)
     if top_k > 1:
         weights = weights / weights.sum(-1, keepdim=True)
     return weights, experts

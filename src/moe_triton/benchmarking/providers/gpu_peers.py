@@ -1,7 +1,7 @@
 """Peers with kernels of their own, for GPUs. Written from their public sources; each is measured where it is installed.
 
-Experts-only peers get `plain_route` as their router. A peer whose weights lie otherwise works on a copy in its own
-layout, made once and not timed. One that does not have the interface used here is named as such.
+Experts-only peers get our gate and `plain_route` as their router. A peer whose weights lie otherwise works on a copy in
+its own layout, made once and not timed. One that does not have the interface used here is named as such.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_triton.autograd.gate import run_gate
 from moe_triton.benchmarking.cases import Workload
 from moe_triton.benchmarking.providers.baseline import compiled_activation
 from moe_triton.benchmarking.providers.block import (
@@ -25,7 +26,7 @@ from moe_triton.benchmarking.providers.block import (
     routed_block,
     share,
 )
-from moe_triton.reference import GPT_OSS_ALPHA, GPT_OSS_LIMIT
+from moe_triton.records import LIMITED
 
 
 def tensor(parameter: Parameter) -> Tensor:
@@ -207,7 +208,6 @@ def triton_kernels(workload: Workload) -> Block:
     (swiglu_fn,) = members(who, "triton_kernels.swiglu", "swiglu_fn")
     (make_ragged_tensor_metadata,) = members(who, "triton_kernels.tensor", "make_ragged_tensor_metadata")
     (topk,) = members(who, "triton_kernels.topk", "topk")
-    gate = workload.gate.float()
     is_fused = case.activation == "gpt_oss"
     gate_up = interleave(workload.gate_up) if is_fused else workload.gate_up
     up_bias, down_bias = workload.gate_up_bias, workload.down_bias
@@ -215,11 +215,12 @@ def triton_kernels(workload: Workload) -> Block:
         up_bias = (interleave(up_bias[:, :, None])[:, :, 0] if is_fused else up_bias).float()
         down_bias = down_bias.float()
     specs = FnSpecs("swiglu", swiglu_fn, ("alpha", "limit"), reduction_n=2)
-    fused = FusedActivation(specs, (GPT_OSS_ALPHA, GPT_OSS_LIMIT)) if is_fused else None
+    limit, alpha = LIMITED["gpt_oss"]
+    fused = FusedActivation(specs, (alpha, limit)) if is_fused else None
     activation = compiled_activation(case.activation, "cuda")
 
     def forward(x: Tensor) -> Tensor:
-        chosen = topk(F.linear(x.float(), gate), case.top_k, apply_softmax=True)
+        chosen = topk(run_gate(x, workload.gate, None)[0], case.top_k, apply_softmax=True)
         metadata = chosen.mask_metadata
         rows = metadata.col_sorted_indx
         ragged = make_ragged_tensor_metadata(metadata.col_sum, rows.shape[0])
@@ -233,7 +234,7 @@ def triton_kernels(workload: Workload) -> Block:
 
     return Block(
         forward=forward,
-        choose=lambda x: topk(F.linear(x.float(), gate), case.top_k, apply_softmax=True).indx,
+        choose=lambda x: topk(run_gate(x, workload.gate, None)[0], case.top_k, apply_softmax=True).indx,
         parameters={},
         is_trainable=False,
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from moe_triton import runtime
-from moe_triton.autograd.experts import in_autocast_dtype
+from moe_triton.autograd.experts import in_context
 from moe_triton.autograd.flat import flatten, form_of
 from moe_triton.checks import check_choice, check_int
 from moe_triton.distributed.errors import ExpertParallelError
@@ -55,7 +55,7 @@ class ExpertParallel:
             rank sees all tokens. The last three have fixed sizes and no host sync, given `max_tokens_per_rank`.
         chunks: the exchange is cut up into so many, each issued before the one before it is computed.
         deduplicate: a token travels once to each rank that has several of its experts. False sends a row per choice,
-            which makes every sum the single process's, bit for bit.
+            which makes every sum the single process's, bit for bit; so does `moe_triton.batch_invariant`.
         max_tokens_per_rank: the most tokens that any rank passes in a call; None asks the others in each call (one
             host sync) in the modes of fixed size.
         max_rows_per_pair: in mode "bounded", less room for each (chunk, pair of ranks) than the worst case needs.
@@ -177,7 +177,10 @@ class ExpertParallel:
 
         call: of all ranks' experts, with the parameters of the local ones. overlap_with: computed while rows travel.
         """
-        dtype, call = call.hidden.dtype, in_autocast_dtype(call)
+        dtype, call = call.hidden.dtype, in_context(call)
+        layer = replace(layer, deduplicate=self.deduplicate and not call.spec.batch_invariant)
+        if call.spec.batch_invariant and self.mode == "allgather":  # each rank adds up what its own experts make
+            raise ValueError("mode: got 'allgather' with batch_invariant, wanted 'dropless' or 'bounded'")
         if self.etp.size > 1:
             slices = self._channel(self.etp, f"{layer.name}, expert slices")
             call = replace(call, parameters=sum_slices_gradients(call.parameters, slices))
@@ -229,7 +232,7 @@ class ExpertParallel:
                 hidden, weights, ids = (slice_tokens(x, tp) for x in (hidden, weights, ids))
             shape = Shape(
                 num_experts=layer.num_experts, per_rank=-(-layer.num_experts // self.ep.size), chunks=self.chunks,
-                deduplicate=self.deduplicate, backend=experts.backend, fingerprint=fingerprint,
+                deduplicate=layer.deduplicate and self.deduplicate, backend=experts.backend, fingerprint=fingerprint,
             )  # fmt: skip
             places = layer.capacity(limit) if self.mode == "capacity" else None
             stage = self._stages(experts, shape, layer.name, -(-limit // self.tp.size), places, overlap_with)
@@ -344,11 +347,12 @@ class ExpertParallel:
     ) -> dict[str, object]:
         """What has to be the same on all ranks of a layer, by the names of its arguments where it has some."""
         # two values tell any two capacities apart: the floor and the factor
+        deduplicate = layer.deduplicate and self.deduplicate
         even = (layer.capacity(0), layer.capacity(1 << 20)) if self.mode == "capacity" else None
         return {
             "num_experts": layer.num_experts, "top_k": ids.shape[1], "hidden_size": hidden.shape[1],
             "dtype": str(hidden.dtype), "ep": self.ep.size, "etp": self.etp.size, "mode": self.mode,
-            "chunks": self.chunks, "deduplicate": self.deduplicate, "max_tokens_per_rank": self.max_tokens_per_rank,
+            "chunks": self.chunks, "deduplicate": deduplicate, "max_tokens_per_rank": self.max_tokens_per_rank,
             "max_rows_per_pair": self.max_rows_per_pair, "ranks_per_node": self.in_node.size,
             "backend": experts.backend, "capacity": even, "loss_reduction": self.loss_reduction,
             **experts.description(),

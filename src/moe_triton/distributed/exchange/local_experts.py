@@ -49,8 +49,9 @@ class LocalExperts:
     calls: list[LocalCall] = field(default_factory=list)
 
     def description(self) -> Mapping[str, object]:
+        gate = {"activation_limit": self.spec.limit, "activation_alpha": self.spec.alpha}
         has_adapters = self.form[4:]  # a and b of both projections
-        return {"activation": self.spec.activation, "width": self.width, "has_adapters": has_adapters}
+        return {"activation": self.spec.activation, **gate, "width": self.width, "has_adapters": has_adapters}
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, assignments: int, saved: Saved) -> Tensor:
         local = ids - self.first_expert

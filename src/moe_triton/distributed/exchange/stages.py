@@ -27,6 +27,7 @@ class ExchangedLayer:
     capacity     tokens -> places of an expert, None for all, for mode "capacity"
     slots        ids [T, K] of experts -> of slots, where they have replicas
     held         the parameters of the experts that are here, as the model has them
+    deduplicate  whether a token may travel once for several of its choices
     """
 
     name: str
@@ -35,6 +36,7 @@ class ExchangedLayer:
     capacity: Callable[[int], int | None] = lambda num_tokens: None
     slots: Callable[[Tensor], Tensor] = lambda ids: ids
     held: Callable[[], Iterable[nn.Parameter]] = lambda: ()
+    deduplicate: bool = True
 
     def ids(self, dispatched: Dispatch) -> Tensor:
         """Return the slot of every choice [T, K] int32, -1 where nothing is to be computed."""

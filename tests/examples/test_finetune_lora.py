@@ -1,4 +1,4 @@
-"""Examples that print what they prove."""
+"""The LoRA example: what it prints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def test_finetune_lora(capsys: pytest.CaptureFixture[str]) -> None:

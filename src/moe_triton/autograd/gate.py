@@ -1,0 +1,154 @@
+"""The gate under autograd: what it saves are the hidden states and the weights as they came.
+
+The hidden states go through the gate to whoever takes them next. Their gradient then comes back to the gate's backward,
+which adds its own to it where it makes it: as an addend of a product, and not in three passes over [T, d]. It cannot be
+the other way round, an addend of the experts' combine, since the gate's gradient follows from that of the router
+weights, which the experts' backward makes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe_triton import reference, runtime
+from moe_triton.records import GateWanted
+from moe_triton.torch_internals import has_no_data, is_transforming
+
+NARROW = (torch.float16, torch.bfloat16)
+
+
+def run_gate(hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """Compute `reference.gate`, differentiable: logits [T, E], and the hidden states for whoever takes them next.
+
+    16-bit hidden states with a gate in fp32 run on the matrix unit where there is one. Others, and torch.func
+    transforms, differentiate the definition as it stands.
+    """
+    with runtime.without_autocast(hidden.device):
+        if hidden.dtype not in NARROW or reference.wide(weight.dtype) != torch.float32:
+            return reference.gate(hidden, weight, bias), hidden
+        name = runtime.choose(backend, hidden.device, hidden.dtype).name
+        if name == "reference" or (not torch.compiler.is_compiling() and is_transforming()):
+            return reference.gate(hidden, weight, bias), hidden
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias)):
+            function = _CompiledGate if torch.compiler.is_compiling() else _Gate
+            return function.apply(hidden, weight, bias, name)
+        if torch.compiler.is_compiling():
+            return _gate_op(hidden, weight, bias, name), hidden
+        return _forward(hidden, weight, bias, name), hidden
+
+
+def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    if has_no_data(hidden):
+        return _gate_op(hidden, weight, bias, backend)
+    with runtime.plain_maths(hidden):
+        return runtime.gate_backend(backend).gate_forward(hidden, weight, bias)
+
+
+def _backward(
+    grad_logits: Tensor,
+    grad_hidden: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias_dtype: torch.dtype,
+    backend: str,
+    wanted: GateWanted,
+) -> list[Tensor]:
+    """The gradients of hidden, weight and bias; empty where not wanted."""
+    if has_no_data(hidden):
+        return _gate_backward_op(grad_logits, grad_hidden, hidden, weight, bias_dtype, backend, list(wanted))
+    with runtime.plain_maths(hidden):
+        found = runtime.gate_backend(backend).gate_backward(grad_logits, grad_hidden, hidden, weight, wanted)
+    empty = hidden.new_empty(0)
+    bias = empty if found.bias is None else found.bias.to(bias_dtype)
+    return [empty if found.hidden is None else found.hidden, empty if found.weight is None else found.weight, bias]
+
+
+def _save(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight)
+    ctx.bias_dtype, ctx.backend = weight.dtype if bias is None else bias.dtype, backend
+
+
+class _Gate(torch.autograd.Function):
+    """The eager path: it bypasses the dispatcher of torch.library, which costs tens of microseconds a call."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+        _save(ctx, hidden, weight, bias, backend)
+        return _forward(hidden, weight, bias, backend), hidden.view_as(hidden)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_logits, grad_hidden = grads
+        if grad_logits is None:
+            return grad_hidden, None, None, None
+        wanted = GateWanted(*ctx.needs_input_grad[:3])
+        hidden, weight = ctx.saved_tensors
+        found = _backward(grad_logits, grad_hidden, hidden, weight, ctx.bias_dtype, ctx.backend, wanted)
+        return (*(gradient if want else None for gradient, want in zip(found, wanted, strict=True)), None)
+
+
+class _CompiledGate(torch.autograd.Function):
+    """The same for torch.compile, which traces both passes: of custom ops."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+        _save(ctx, hidden, weight, bias, backend)
+        return _gate_op(hidden, weight, bias, backend), hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_logits, grad_hidden = grads
+        if grad_logits is None:
+            return grad_hidden, None, None, None
+        hidden, weight = ctx.saved_tensors
+        wanted = [*ctx.needs_input_grad[:3]]
+        found = _gate_backward_op(grad_logits, grad_hidden, hidden, weight, ctx.bias_dtype, ctx.backend, wanted)
+        return found[0] if wanted[0] else None, found[1] if wanted[1] else None, found[2] if wanted[2] else None, None
+
+
+@torch.library.custom_op("moe_triton::gate", mutates_args=())
+def _gate_op(hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    return _forward(hidden, weight, bias, backend)
+
+
+@_gate_op.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    return hidden.new_empty((hidden.shape[0], weight.shape[0]), dtype=torch.float32)
+
+
+@torch.library.custom_op("moe_triton::gate_backward", mutates_args=())
+def _gate_backward_op(
+    grad_logits: Tensor,
+    grad_hidden: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias_dtype: torch.dtype,
+    backend: str,
+    wanted: list[bool],
+) -> list[Tensor]:
+    """`_backward`."""
+    return _backward(grad_logits, grad_hidden, hidden, weight, bias_dtype, backend, GateWanted(*wanted))
+
+
+@_gate_backward_op.register_fake
+def _(
+    grad_logits: Tensor,
+    grad_hidden: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias_dtype: torch.dtype,
+    backend: str,
+    wanted: list[bool],
+) -> list[Tensor]:
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    dtypes = (hidden.dtype, weight.dtype, bias_dtype)
+    return [
+        hidden.new_empty(shape if want else (0,), dtype=dtype if want else hidden.dtype)
+        for shape, dtype, want in zip(shapes, dtypes, wanted, strict=True)
+    ]
