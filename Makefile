@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo quick test lint gpu gpu-bench clean
+.PHONY: demo quick test lint gpu gpu-again clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -33,11 +33,10 @@ lint: $(READY)
 GPU_PYTHON ?= python3
 
 gpu:
-	PYTHONPATH=src:kernels $(GPU_PYTHON) benchmarks/gpu_check.py
+	PYTHONPATH=src:kernels $(GPU_PYTHON) benchmarks/gpu.py
 
-gpu-bench:
-	PYTHONPATH=src:kernels $(GPU_PYTHON) benchmarks/gpu_bench.py
-	PYTHONPATH=src:kernels $(GPU_PYTHON) benchmarks/tables.py
+gpu-again:
+	PYTHONPATH=src:kernels $(GPU_PYTHON) benchmarks/gpu.py --again
 
 clean:
 	rm -rf $(VENV) .venv-oldest .venv-newest .pytest_cache .hypothesis .mypy_cache .ruff_cache

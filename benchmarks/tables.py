@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from gpu_benches.page import markdown, number, page  # noqa: E402
+from gpu_benches.page import gpu_table, markdown, number, page  # noqa: E402
 
 from moe_triton.benchmarking.report import MODE_NAMES, factor, milliseconds, spread_cell, three_digits, write_text  # noqa: E402
 from moe_triton.benchmarking.results import read_results  # noqa: E402
@@ -178,6 +178,11 @@ def colossalai_digits() -> str:
     return markdown([*headings, f"seconds on {', '.join(processes)}"], rows)
 
 
+def gpu() -> str:
+    """The runs of `make gpu`: the layer in short."""
+    return gpu_table(RESULTS)
+
+
 def quantization_error() -> str:
     rows = [
         [
@@ -212,6 +217,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "Colossal-AI digits": colossalai_digits,
     "quantisation error": quantization_error,
     "cost model": cost_model,
+    "GPU": gpu,
 }
 
 

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 import moe_triton
-from moe_triton import explain, runtime
+from moe_triton import explain, kernel_stages, runtime
 from moe_triton.benchmarking.cases import Case, make_workload
 from moe_triton.benchmarking.stages import open_layer
 from moe_triton.kernel_stages import KERNELS
+from moe_triton_kernels.launch import Config
 
 SHAPE = (20, 32, 16, 4, 2)
 
@@ -33,6 +34,20 @@ def test_the_kernels_and_configurations_are_those_that_run(bias):
     running = [(s.kernel, s.config) for s in opened.stages if s.kernel in KERNELS.values()]
     assert [(p.runs, p.config) for p in found.parts if p.runs in KERNELS.values()] == running
     assert {p.origin for p in found.parts if p.config} == {"heuristic"}
+
+
+def test_a_schedule_is_named(monkeypatch):
+    entry = Config(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=4, gluon="ping_pong")
+    monkeypatch.setattr(kernel_stages, "find_config", lambda op, **_: (entry, "user table"))
+    layer = moe_triton.MoE(32, 16, 4, 2, backend="triton")
+    (found,) = explain(layer, tokens=20)
+    up = next(part for part in found.parts if part.step == "up")
+    assert (up.runs, up.config, up.origin) == (
+        "gluon.up_kernel", "gluon ping_pong 128x128x64 stages 6 group 8", "user table"
+    )  # fmt: skip
+    monkeypatch.setattr(kernel_stages, "import_error", lambda: "ImportError: no tma")
+    (found,) = explain(layer, tokens=20)
+    assert next(part for part in found.parts if part.step == "up").runs.endswith("does not do: ImportError: no tma)")
 
 
 def test_a_module_names_its_layers():

@@ -1,1 +1,5 @@
-"""What `make gpu-bench` measures: `kernels` against their floors, `layers` beside a peer, and the page made of it."""
+"""What `make gpu` measures, and the page made of it.
+
+prepare     compiles what will be measured; kernels, layers, decode, fences, candidates  what is measured
+limits      the device's own speed, in the same rounds; page  benchmarks/README.md
+"""

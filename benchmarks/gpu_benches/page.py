@@ -15,22 +15,22 @@ HEAD = """# Benchmarks
 Made by `python benchmarks/tables.py` from the files in `results/`; do not edit. How we measure, and the log
 of what was tried: [NOTES.md](NOTES.md). The CPU suite: `python benchmarks/cpu.py`, results in `results/cpu/`.
 
-On a machine with a GPU, `make gpu` proves the kernels (`gpu_check.py`), and `make gpu-bench` measures them
-(`gpu_bench.py`) in parts of less than nine minutes that go on where the last one stopped.
+On a machine with a GPU, `make gpu` proves the kernels and measures them, in one command of 560 seconds; `make
+gpu-again` does what failed or is missing ([docs/kernels.md](../docs/kernels.md)).
 """
-NONE = "No GPU has been measured: `results/` holds no GPU run."
-NO_CHECK = "`make gpu` has not run on a GPU: `results/` holds no check of the kernels on a device."
+NONE = "Not measured: `make gpu` has not run on a GPU."
 KERNELS = (
     *("topk", "permutation", "tile_tables", "up", "down", "combine", "d_hidden", "d_router_weights"),
     *("d_weight_down", "d_weight_up", "d_rows", "topk_backward", "d_bias_rows", "d_bias_gathered"),
 )
+Found = dict[str, Any]
 
 
-def load(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """The newest file of this kind of every device, in the order of the devices' names."""
-    newest: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob(f"*/{kind}-*.json")):
-        found = json.loads(path.read_text())
+def load(folder: Path) -> list[Found]:
+    """The newest run of every device, in the order of the devices' names."""
+    newest: dict[str, Found] = {}
+    for path in sorted(folder.glob("*/gpu-*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
         device = found["device"]["name"]
         if device not in newest or found["created"] > newest[device]["created"]:
             newest[device] = found
@@ -39,17 +39,12 @@ def load(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 def page(folder: Path) -> str:
     """The whole page; with no GPU result it says so in one sentence."""
-    checks, runs = load(folder, "gpu-check"), load(folder, "gpu-bench")
-    parts = [HEAD, "## Kernels on a device", *(check_lines(found) for found in checks)]
-    if not checks:
-        parts.append(NO_CHECK)
-    parts += ["## Speed", *(run_lines(found) for found in runs)]
-    if not runs:
-        parts.append(NONE)
+    runs = load(folder)
+    parts = [HEAD, *([NONE] if not runs else map(run_lines, runs))]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def facts(found: dict[str, Any]) -> str:
+def facts(found: Found) -> str:
     versions = found["versions"]
     commit = found["commit"]
     name = "unknown" if commit is None else commit["hash"][:10] + " with changes" * commit["dirty"]
@@ -59,31 +54,69 @@ def facts(found: dict[str, Any]) -> str:
     )
 
 
-def check_lines(found: dict[str, Any]) -> str:
-    results = found["checks"]
-    by_result: dict[str, list[str]] = {}
-    for name, check in results.items():
-        by_result.setdefault(check["result"], []).append(name)
-    good = len(by_result.pop("ok", []))
-    rest = "".join(f"; {result}: {', '.join(names)}" for result, names in by_result.items())
-    return f"**{facts(found)}**: {good} of {len(results)} checks hold{rest}."
-
-
-def run_lines(found: dict[str, Any]) -> str:
+def run_lines(found: Found) -> str:
     items = found["items"]
-    parts = [f"### {facts(found)}"]
+    parts = [f"## {facts(found)}", device_line(items), check_line(items)]
     for part, title, make in (
         ("layers", "The layer", layer_table),
         ("skew", "The layer under skewed routing", layer_table),
-        ("decode", "The layer at few tokens", layer_table),
+        ("decode", "The layer in inference at few tokens", decode_table),
         ("kernels", "Each kernel, as its floor over its time", kernel_table),
+        ("candidates", "Other configurations beside those that run", candidate_table),
+        ("gluon", "Warp-specialized schedules beside the plain kernels", candidate_table),
+        ("fences", "Without the proxy fence, which nobody may leave out", fence_table),
     ):
-        mine = [item for item in items.values() if item["part"] == part]
-        good = [item for item in mine if item["status"] == "ok"]
+        mine = {name: item for name, item in items.items() if name.startswith(f"{part}: ")}
+        good = [item for item in mine.values() if item["status"] == "ok"]
         if good:
-            parts.append(f"#### {title}\n\n{make(good)}")
-        parts += [f"{item['title']}: {item['status']} ({item['note']})" for item in mine if item["status"] != "ok"]
-    return "\n\n".join(parts)
+            parts.append(f"### {title}\n\n{make(good)}")
+        parts += [f"{name}: {item['status']} ({item['note']})" for name, item in mine.items() if item["status"] != "ok"]
+    return "\n\n".join(part for part in parts if part)
+
+
+def device_line(items: dict[str, Found]) -> str:
+    found = items.get("facts", {})
+    if found.get("status") != "ok":
+        return ""
+    assemblers = ", ".join(f"{whose}'s {version}" for whose, version in found["assemblers"].items() if version)
+    return f"{found['nvidia_smi']}: {found['note']}. Assemblers: {assemblers}."
+
+
+def check_line(items: dict[str, Found]) -> str:
+    """How many proofs hold, and which do not."""
+    proofs = {name: item for name, item in items.items() if item["phase"] == "prove" or name.startswith("smoke: ")}
+    by_status: dict[str, list[str]] = {}
+    for name, item in proofs.items():
+        by_status.setdefault(item["status"], []).append(name)
+    good = len(by_status.pop("ok", []))
+    rest = "".join(f"; {status}: {'; '.join(names)}" for status, names in by_status.items())
+    return f"{good} of {len(proofs)} checks hold{rest}."
+
+
+def layer_lines(items: dict[str, Found]) -> list[str]:
+    """A line for each layer that was measured: for the end of a run."""
+    lines = []
+    for name, item in items.items():
+        if name.startswith(("layers: ", "skew: ")) and item["status"] == "ok":
+            cells = [f"{mode} {mode_cells(item['rows'][OURS], mode)[2]} of dense" for mode in ("forward", "backward")]
+            lines.append(f"{name}: {', '.join(cells)}")
+    return lines
+
+
+def gpu_table(folder: Path) -> str:
+    """For README.md: per device the geometric means of the layer over the shapes, and the checks."""
+    rows = []
+    for found in load(folder):
+        items = found["items"]
+        good = [item for name, item in items.items() if name.startswith("layers: ") and item["status"] == "ok"]
+        means = mean_row(good)[1:-2] if good else ["not measured", "", "", "", "", "", "", ""]
+        shares = [means[i] or "not measured" for i in (2, 3, 6, 7)]
+        rows.append([facts(found), str(len(good)), *shares])
+    if not rows:
+        return NONE
+    headings = ("device, versions, commit", "shapes", "forward, of dense", "over grouped_mm", "backward, of dense",
+                "over grouped_mm")  # fmt: skip
+    return markdown(headings, rows)
 
 
 def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -155,3 +188,37 @@ def kernel_table(items: Sequence[dict[str, Any]]) -> str:
         return "" if found is None else f"{found['of_floor']:.2f} ({found['time_s']['p50'] * 1e6:.0f} us)"
 
     return markdown(["shape", *names], ([item["title"], *(cell(item, name) for name in names)] for item in items))
+
+
+def decode_table(items: Sequence[Found]) -> str:
+    def cells(item: Found, way: str) -> list[str]:
+        found = item["ways"][way]
+        if "time_s" not in found:
+            return [found["status"], ""]
+        return [number(found["time_s"]["p50"] * 1e6, 0), number(found["of_floor"])]
+
+    headings = ["shape", "graph us", "of floor", "eager us", "of floor", "floor us"]
+    rows = ([i["title"], *cells(i, "graph"), *cells(i, "eager"), number(i["floor_s"] * 1e6, 0)] for i in items)
+    return markdown(headings, rows)
+
+
+def candidate_table(items: Sequence[Found]) -> str:
+    """The time of each candidate over that of the configuration that runs; below 1 it is faster."""
+    rows = []
+    for item in items:
+        for op, found in item["ops"].items():
+            for words, tried in found["tried"].items():
+                is_right = tried["status"] == "ok"
+                outcome = number(tried["ratio"], 3) if is_right else f"{tried['status']}: {tried['note']}"
+                rows.append([item["title"], op, found["runs"], words, outcome])
+    return markdown(["shape", "operation", "runs", "candidate", "time over the one that runs"], rows)
+
+
+def fence_table(items: Sequence[Found]) -> str:
+    rows = []
+    for item in items:
+        for stage, found in item["stages"].items():
+            bits = "the same" if found["same_bits"] else "others"
+            time = number(found["time_s"]["p50"] * 1e6, 0)
+            rows.append([item["title"], stage, time, number(found["without_over_with"]["p50"], 3), bits])
+    return markdown(["shape", "kernel", "us with", "without over with", "bits without"], rows)

@@ -1,1 +1,1 @@
-"""What `make gpu` proves on a device: `numerics` (right results) and `behaviour` (how they come about)."""
+"""What `make gpu` proves: `numerics` (right results), `behaviour` (how they come about), `tools` (other programs)."""

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
-import shutil
-import subprocess
 import time
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 import moe_triton
-from gpu_checks.harness import Setting, Skipped, compilations, poisoned, worker_command
+from gpu_checks.setting import Setting, compilations, poisoned, warp_specialized
 from moe_triton import MoE, reference
 from moe_triton.records import ExpertCall, ExpertParameters, ExpertSpec
 from tests.helpers.compare import TOLERANCE, assert_close
+from tests.helpers.problems import Problem, inputs_of, make_problem, random_choices, replaced, run
 
 REPEATS = 20
+STRESS_S = 60.0
+JUDGED = 5  # of so many shapes under stress one is held against float64: the others must repeat their bits
+# how the experts' matrices lie: (options of the spec, one tensor per expert, warp-specialized schedule)
+FORMS: tuple[tuple[dict[str, bool], bool, str | None], ...] = (
+    ({}, False, None),
+    ({}, False, "cooperative"),
+    ({}, False, "ping_pong"),
+    ({"is_transposed": True}, False, None),
+    ({"is_concatenated": False}, False, None),
+    ({"is_transposed": True}, False, "cooperative"),
+    ({}, True, None),
+    ({"is_transposed": True, "is_concatenated": False}, True, None),
+)
 
 
 def make_layer(setting: Setting, dtype: torch.dtype | None = None, **options) -> MoE:
@@ -66,29 +78,68 @@ def determinism(setting: Setting) -> str:
 
 
 def stress(setting: Setting) -> str:
-    """The gather loop under load: random shapes at full occupancy, each repeated, the same bits and the right ones.
+    """The main loops under load: random shapes and forms at full occupancy, each repeated: the same and the right bits.
 
-    A copy that the matrix unit reads too early shows as a difference between two runs, or to the torch backend.
+    A copy that the matrix unit reads too early shows as a difference between two runs, or to the reference. Everything
+    is compared where it lies.
     """
-    end = time.perf_counter() + setting.seconds
-    rng = random.Random(torch.initial_seed())
-    shapes = runs = 0
+    end = time.perf_counter() + min(STRESS_S, 0.8 * setting.seconds)
+    rng = random.Random(setting.seed)
+    shapes = judged = repeats = 0
     while shapes == 0 or (not setting.tiny and time.perf_counter() < end):
-        dtype = rng.choice(setting.dtypes[1:])
-        num_experts = 4 if setting.tiny else rng.choice((8, 16, 64, 128))
-        top_k = rng.choice((1, 2)) if setting.tiny else rng.choice((1, 2, 4, 8))
-        d = 32 if setting.tiny else 64 * rng.randint(2, 64)
-        n = 16 if setting.tiny else 64 * rng.randint(1, 12)
-        tokens = rng.randint(5, 9) if setting.tiny else rng.randint(64, 16384)
-        arguments = experts_arguments(setting, tokens, d, n, num_experts, top_k, dtype)
-        first = run_experts(arguments, "triton")
-        for _ in range(2 if setting.tiny else REPEATS):
-            assert same_bits(first, run_experts(arguments, "triton")), f"{tokens=} {d=} {n=} {num_experts=} {top_k=}"
-            runs += 1
-        for found, wanted in zip(first, run_experts(arguments, "torch"), strict=True):
-            assert_close(found, wanted, tolerance=2 * TOLERANCE[dtype])
+        options, sequence, schedule = FORMS[shapes % len(FORMS)]
+        problem = stress_problem(setting, rng, ExpertSpec(**options))
+        with warp_specialized(schedule):
+            first = run_problem(problem, sequence)
+            for _ in range(2 if setting.tiny else REPEATS):
+                assert same_bits(first, run_problem(problem, sequence)), f"bits: {title(problem)} {options} {schedule}"
+                repeats += 1
+        if shapes % JUDGED == 0:
+            judge(first, problem)
+            judged += 1
         shapes += 1
-    return f"{shapes} shapes, {runs} repeats"
+    return f"{shapes} shapes, {repeats} repeats, {judged} shapes against float64"
+
+
+def stress_problem(setting: Setting, rng: random.Random, spec: ExpertSpec) -> Problem:
+    """Random sizes, at which the GPU is full and float64 copies fit beside everything else; uneven choices."""
+    dtype = rng.choice(setting.dtypes[1:])
+    num_experts = 4 if setting.tiny else rng.choice((8, 16, 64, 128))
+    top_k = rng.choice((1, 2)) if setting.tiny else rng.choice((1, 2, 4, 8))
+    d = 32 if setting.tiny else 64 * rng.randint(2, 64)
+    n = 16 if setting.tiny else 64 * rng.randint(1, 12)
+    tokens = rng.randint(5, 9) if setting.tiny else rng.randint(64, 16384)
+    hidden, choices, weights, gate_up, down, grad_out = experts_arguments(
+        setting, tokens, d, n, num_experts, top_k, dtype
+    )
+    if spec.is_transposed:
+        gate_up, down = gate_up.mT.contiguous(), down.mT.contiguous()
+    dispatched = moe_triton.dispatch(choices, num_experts, backend="triton")
+    parameters = ExpertParameters(gate_up, down)
+    call = ExpertCall(hidden=hidden, weights=weights, dispatched=dispatched, parameters=parameters, spec=spec)
+    return Problem(call, grad_out)
+
+
+def title(problem: Problem) -> str:
+    call = problem.call
+    return (
+        f"T={call.hidden.shape[0]} d={call.hidden_size} n={call.intermediate_size} E={call.num_experts} "
+        f"K={call.dispatched.top_k} {call.hidden.dtype}"
+    )
+
+
+def run_problem(problem: Problem, sequence: bool) -> list[Tensor]:
+    """Output and gradients, by the triton backend."""
+    return list(run(problem, sequence=sequence).values())
+
+
+def judge(found: list[Tensor], problem: Problem) -> None:
+    """Against the reference in float64, on the device."""
+    leaves = {name: x.double().requires_grad_() for name, x in inputs_of(problem.call).items()}
+    out = reference.moe_experts(replaced(problem.call, **leaves))
+    wanted = [out.detach(), *torch.autograd.grad(out, list(leaves.values()), problem.grad_out.double())]
+    for mine, expected in zip(found, wanted, strict=True):
+        assert_close(mine, expected, tolerance=TOLERANCE[problem.call.hidden.dtype])
 
 
 def experts_arguments(
@@ -137,7 +188,44 @@ def no_host_sync(setting: Setting) -> str:
             forward_backward(layer, x, grad_out, leaves)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return f"{len(layers)} layers"
+    problem = sequence_problem(setting)
+    run_problem(problem, True)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run_problem(problem, True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return f"{len(layers)} layers, and experts in tensors of their own"
+
+
+def sequence_problem(setting: Setting) -> Problem:
+    d, n, tokens = (16, 16, 6) if setting.tiny else (512, 256, 1000)
+    dtype = torch.float32 if setting.tiny else torch.bfloat16
+    return make_problem(random_choices(tokens, 2, 8), 8, d=d, n=n, dtype=dtype, device=str(setting.device))
+
+
+def address_tables(setting: Setting) -> str:
+    """Experts in tensors of their own: the bits of one stacked tensor; on another stream; first seen in a capture."""
+    problem = sequence_problem(setting)
+    stacked = run_problem(problem, False)
+    assert same_bits(stacked, run_problem(problem, True)), "stacked and in tensors of their own differ"
+    if setting.device.type != "cuda":
+        return "on one stream"
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        other = run_problem(problem, True)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert same_bits(stacked, other), "on a second stream"
+    fresh = replace(problem, call=replaced(problem.call, gate_up=problem.call.parameters.gate_up.clone()))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # a table of addresses that no call before it has made
+        captured = run_problem(fresh, True)
+    for _ in range(3):
+        graph.replay()
+        assert same_bits(stacked, captured), "replayed"
+    return "on two streams, and captured"
 
 
 def cuda_graph(setting: Setting) -> str:
@@ -308,29 +396,3 @@ def nccl(setting: Setting) -> str:
     finally:
         dist.destroy_process_group()
     return f"one rank, {len(MODES)} modes"
-
-
-def sanitizer(setting: Setting) -> str:
-    """compute-sanitizer over the check "small", without torch's own allocator, which would hide reads past the end."""
-    setting.need_gpu()
-    tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    if tool is None:
-        raise Skipped("compute-sanitizer is not installed")
-    command = [
-        tool,
-        "--tool",
-        "memcheck",
-        "--error-exitcode",
-        "9",
-        *worker_command("small", 0, "cuda", setting.seconds),
-    ]
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    text = done.stdout + done.stderr
-    if "Device not supported" in text:
-        raise Skipped("compute-sanitizer refuses this device")
-    summary = next((line for line in text.splitlines() if "ERROR SUMMARY" in line), None)
-    assert summary is not None, f"no summary, exit {done.returncode}: {text[-500:]}"
-    assert "ERROR SUMMARY: 0 errors" in summary, text[:1500]
-    assert '"result": "ok"' in text, f"the check itself: {text[-500:]}"
-    return "memcheck: 0 errors"

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from itertools import cycle
+from itertools import cycle, islice
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 import moe_triton
-from gpu_checks.harness import Setting, poisoned
+from gpu_checks.setting import Setting, Skipped, poisoned, warp_specialized
 from moe_triton import MoE, reference
 from moe_triton.benchmarking.cases import SKEWS, Case, make_workload
 from moe_triton.benchmarking.providers import PROVIDERS
@@ -21,11 +22,20 @@ from tests.helpers.compare import TOLERANCE, assert_close
 from tests.helpers.problems import check, make_problem, random_choices, run
 
 LAYOUTS = ((False, True), (True, True), (False, False), (True, False))  # (is_transposed, is_concatenated)
+Part = tuple[int, int]  # (i, n): every n-th problem of a check from the i-th on, so that n processes share it
+WHOLE: Part = (0, 1)
+REPEATS = 20  # of a warp-specialized kernel
+Item = TypeVar("Item")
 NEAR = 1e-5  # choice keys nearer than this are a tie in fp32
 
 
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def share(items: Iterable[Item], part: Part) -> Iterator[Item]:
+    first, step = part
+    return islice(items, first, None, step)
 
 
 # Routing and dispatch -------------------------------------------------------------------------------------------------
@@ -131,47 +141,49 @@ def specs(activations: tuple[str, ...]) -> Iterator[tuple[ExpertSpec, bool]]:
         yield ExpertSpec(activation=activation, activation_limit=0.5, activation_alpha=1.2), next(biases)
 
 
-def experts(setting: Setting, dtype: torch.dtype, activations: tuple[str, ...]) -> str:
+def experts(setting: Setting, dtype: torch.dtype, activations: tuple[str, ...], part: Part) -> str:
     """Forward and all gradients for every activation and layout, rows per expert in turn of every bucket.
 
     Three of five have adapters, of ranks below, at and above those of a step.
     """
-    rows, ranks = cycle((100, 24, 8, 48)), cycle((None, (16, 8), None, (64, 3), (80, 32)))
     count = 0
-    for spec, bias in specs(activations):
+    for number, (spec, bias) in share(enumerate(specs(activations)), part):
         if setting.tiny and count == 2:
             break
         num_experts, top_k = (4, 2) if setting.tiny else (9, 3)
-        tokens = 9 if setting.tiny else next(rows) * (num_experts - 1) // top_k
+        tokens = 9 if setting.tiny else (100, 24, 8, 48)[number % 4] * (num_experts - 1) // top_k
         d, n = (24, 20) if setting.tiny else (192, 160)
         choices = random_choices(tokens, top_k, num_experts)
-        problem = make_problem(choices, num_experts, spec=spec, bias=bias, ranks=next(ranks), d=d, n=n, dtype=dtype)
+        ranks = (None, (16, 8), None, (64, 3), (80, 32))[number % 5]
+        problem = make_problem(choices, num_experts, spec=spec, bias=bias, ranks=ranks, d=d, n=n, dtype=dtype)
         with poisoned():
-            found = run(problem, recompute=count % 3 == 1, sequence=count % 3 == 2)
+            found = run(problem, recompute=number % 3 == 1, sequence=number % 3 == 2)
         check(found, problem, TOLERANCE[dtype])
         count += 1
     return f"{count} problems in {name_of(dtype)}"
 
 
-def experts_gated(dtype: torch.dtype):
-    return lambda setting: experts(setting, dtype, GATED)
+def experts_gated(dtype: torch.dtype, part: Part = WHOLE) -> Callable[[Setting], str]:
+    return lambda setting: experts(setting, dtype, GATED, part)
 
 
-def experts_ungated(dtype: torch.dtype):
-    return lambda setting: experts(setting, dtype, UNGATED)
+def experts_ungated(dtype: torch.dtype, part: Part = WHOLE) -> Callable[[Setting], str]:
+    return lambda setting: experts(setting, dtype, UNGATED, part)
 
 
-def buckets(setting: Setting) -> str:
+def buckets(dtype: torch.dtype, part: Part = WHOLE) -> Callable[[Setting], str]:
     """Every bucket of rows per expert with sizes that fill their tiles and sizes that do not; capacity drops too."""
-    sizes = ((24, 20),) if setting.tiny else ((512, 384), (320, 200), (130, 70), (33, 17))
-    rows = (3,) if setting.tiny else (5, 20, 50, 300)
-    count = 0
-    for dtype in setting.dtypes:
-        for d, n in sizes:
+
+    def run_buckets(setting: Setting) -> str:
+        sizes = ((24, 20),) if setting.tiny else ((512, 384), (320, 200), (130, 70), (33, 17))
+        rows = (3,) if setting.tiny else (5, 20, 50, 300)
+        count = 0
+        for number, (d, n) in share(enumerate(sizes), part):
             for rows_per_expert in rows:
                 choices = random_choices(rows_per_expert * 8 // 2, 2, 8)
-                capacity = None if count % 2 else max(1, rows_per_expert // 2)
-                weights_dtype = dtype if count % 2 else torch.float32
+                is_odd = (number + count) % 2
+                capacity = None if is_odd else max(1, rows_per_expert // 2)
+                weights_dtype = dtype if is_odd else torch.float32
                 problem = make_problem(
                     choices, 8, bias=False, d=d, n=n, dtype=dtype, weights_dtype=weights_dtype, capacity=capacity
                 )
@@ -179,7 +191,48 @@ def buckets(setting: Setting) -> str:
                     found = run(problem)
                 check(found, problem, TOLERANCE[dtype])
                 count += 1
-    return f"{count} problems"
+        return f"{count} problems in {name_of(dtype)}"
+
+    return run_buckets
+
+
+def gluon(schedule: str, part: Part = WHOLE) -> Callable[[Setting], str]:
+    """A warp-specialized schedule of every operation that has it, against the reference and beside the plain kernels.
+
+    Every product accumulates in the same order, so the two differ by roundings at most; repeated, not by a bit.
+    """
+
+    def run_gluon(setting: Setting) -> str:
+        if not setting.tiny and torch.cuda.get_device_capability(setting.device) != (9, 0):
+            raise Skipped("the warp-specialized kernels are for compute capability 9.0")
+        count = 0
+        for dtype in (torch.float16,) if setting.tiny else (torch.bfloat16, torch.float16):
+            for d, n, activation, transposed in share(GLUON_SHAPES, (0, 4) if setting.tiny else part):
+                d, n, tokens = (64, 16, 5) if setting.tiny else (d, n, 900)
+                spec = ExpertSpec(activation=activation, is_transposed=transposed)
+                num_experts = 3 if setting.tiny else 9
+                choices = random_choices(tokens, 2, num_experts)
+                problem = make_problem(choices, num_experts, spec=spec, d=d, n=n, dtype=dtype)
+                with poisoned(), warp_specialized(schedule) as launched:
+                    found = run(problem)
+                    assert setting.tiny or sorted(launched) == GLUON_RUNS, f"launched: {launched}"
+                    for _ in range(1 if setting.tiny else REPEATS):
+                        again = run(problem)
+                        assert all(torch.equal(again[name], found[name]) for name in found), f"bits: {d=} {n=} {dtype}"
+                check(found, problem, TOLERANCE[dtype])
+                plain = run(problem)
+                for name in found:
+                    assert_close(found[name], plain[name], tolerance=TOLERANCE[dtype])
+                count += 1
+        return f"{count} problems"
+
+    return run_gluon
+
+
+GLUON_RUNS = ["d_hidden", "down", "down", "up"]  # d_rows is a down
+GLUON_SHAPES = (  # d, n, activation, transposed
+    (512, 256, "swiglu", False), (256, 192, "gpt_oss", True), (1024, 64, "relu2", False), (128, 1024, "geglu", True)
+)  # fmt: skip
 
 
 def empty(setting: Setting) -> str:
@@ -224,25 +277,28 @@ def nan_logits(setting: Setting) -> str:
 # The layer ------------------------------------------------------------------------------------------------------------
 
 
-def layer(setting: Setting) -> str:
-    """The whole layer, router included, and every gradient against the reference, in every skew and dtype."""
-    if setting.tiny:
-        cases = [Case(tokens=9, hidden=24, intermediate=16, experts=4, top_k=2, skew=skew) for skew in SKEWS[:2]]
-    else:
-        base = Case(tokens=4096, hidden=1024, intermediate=384, experts=64, top_k=8)
-        names = ("float32", "float16", "bfloat16")
-        cases = [replace(base, skew=skew, dtype=dtype) for skew in SKEWS for dtype in names]
-        cases += [replace(base, tokens=tokens, dtype="bfloat16") for tokens in (1, 37)]
-        cases += [replace(base, activation="gpt_oss", bias=True, dtype=dtype) for dtype in names]
-        cases += [replace(base, hidden=1000, intermediate=200, experts=11, top_k=3, dtype="bfloat16")]
-    worst = 0.0
-    for case in cases:
-        workload = make_workload(case, setting.device, seed=torch.initial_seed() % 2**31)
-        with poisoned():
-            found = Runnable(PROVIDERS["triton"].build(workload), workload).check()
-        assert found.problem is None, f"{case.title()}: {found.problem}"
-        worst = max(worst, *found.errors.values())
-    return f"{len(cases)} layers, largest error {worst:.1e}"
+def layer(dtype: str) -> Callable[[Setting], str]:
+    """The whole layer, router included, and every gradient against the reference, in every skew."""
+
+    def run_layer(setting: Setting) -> str:
+        if setting.tiny:
+            cases = [Case(tokens=9, hidden=24, intermediate=16, experts=4, top_k=2, skew=skew) for skew in SKEWS[:2]]
+        else:
+            base = Case(tokens=4096, hidden=1024, intermediate=384, experts=64, top_k=8, dtype=dtype)
+            cases = [replace(base, skew=skew) for skew in SKEWS]
+            cases += [replace(base, tokens=tokens) for tokens in (1, 37)]
+            cases += [replace(base, activation="gpt_oss", bias=True)]
+            cases += [replace(base, hidden=1000, intermediate=200, experts=11, top_k=3)]
+        worst = 0.0
+        for case in cases:
+            workload = make_workload(case, setting.device, seed=setting.seed)
+            with poisoned():
+                found = Runnable(PROVIDERS["triton"].build(workload), workload).check()
+            assert found.problem is None, f"{case.title()}: {found.problem}"
+            worst = max(worst, *found.errors.values())
+        return f"{len(cases)} layers, largest error {worst:.1e}"
+
+    return run_layer
 
 
 def mutations(setting: Setting) -> str:
@@ -267,18 +323,30 @@ def mutations(setting: Setting) -> str:
     return f"{len(wrong)} mutations noticed"
 
 
-def small(setting: Setting) -> str:
-    """A few launches of every kernel: what compute-sanitizer looks at."""
-    torch.manual_seed(0)
-    for dtype in (torch.float32,) if setting.tiny else (torch.float32, torch.bfloat16):
-        tokens, d, n = (6, 16, 16) if setting.tiny else (40, 72, 40)
-        problem = make_problem(random_choices(tokens, 2, 5), 5, d=d, n=n, dtype=dtype)
+SMALL = {  # T, d, n, E, dtype
+    "bf16, tiles of 128 rows": (900, 256, 128, 2, torch.bfloat16),
+    "bf16": (40, 72, 40, 5, torch.bfloat16),
+    "fp16, tiles of 128 rows": (900, 256, 128, 2, torch.float16),
+    "fp32": (40, 72, 40, 5, torch.float32),
+}
+
+
+def small(name: str) -> Callable[[Setting], str]:
+    """A few launches of every kernel, those of 128 rows with wgmma and gathered rows among them."""
+
+    def run_small(setting: Setting) -> str:
+        tokens, d, n, num_experts, dtype = (6, 16, 16, 5, torch.float32) if setting.tiny else SMALL[name]
+        problem = make_problem(random_choices(tokens, 2, num_experts), num_experts, d=d, n=n, dtype=dtype)
         check(run(problem), problem, TOLERANCE[dtype])
-        block = MoE(d, n, 5, 2, backend="triton", device=setting.device, dtype=dtype, capacity_factor=1.0)
+        block = MoE(d, n, num_experts, 2, backend="triton", device=setting.device, dtype=dtype, capacity_factor=1.0)
         x = torch.randn(tokens, d, device=setting.device, dtype=dtype, requires_grad=True)
         out = block(x)
         (out.output.square().sum() + out.aux_loss).backward()
-    return "the experts, and the layer with capacity"
+        assert x.grad is not None
+        assert torch.isfinite(x.grad).all()
+        return "the experts, and the layer with capacity"
+
+    return run_small
 
 
 assert set(GATED + UNGATED) == set(ACTIVATIONS)

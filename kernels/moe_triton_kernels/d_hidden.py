@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_triton_kernels.activations import Activation, is_gated
+from moe_triton_kernels.gluon.schedules import why_unsupported
 from moe_triton_kernels.grouped_gemm import rows_times_weight, split_columns, tile_order
 from moe_triton_kernels.launch import Config, launch_options, persistent_grid
 from moe_triton_kernels.lora import Added
@@ -137,6 +138,21 @@ def d_hidden(
     grad_out [T, d] contiguous; weight: the down projection per expert as [d, n], any strides; h [S, 2n] or [S, n] as
     `up` made it; router_weights [T, K] contiguous. Rows past offsets[E] are neither read nor written.
     """
+    is_apart = is_concatenated or not activation.is_gated
+    if why_unsupported(config.gluon, grad_out, weight, None, size_columns=size_n, is_concatenated=is_apart) is None:
+        from moe_triton_kernels.gluon import d_hidden as warp_specialized  # imports Gluon, which is experimental
+
+        return warp_specialized.d_hidden(
+            grad_out,
+            source,
+            tiles,
+            weight,
+            h,
+            router_weights,
+            size_n=size_n,
+            activation=activation,
+            config=config,
+        )
     num_slots, size_d = source.shape[0], grad_out.shape[1]
     weighted_a = grad_out.new_empty((num_slots, size_n))
     grad_h = torch.empty_like(h)

@@ -90,14 +90,17 @@ def halves(x):
 
 @triton.jit
 def split_columns(x, PARTS: tl.constexpr):
-    """A tuple of 1, 2 or 4 column blocks, left to right: an epilogue that takes one at a time needs fewer registers."""
+    """PARTS (a power of two) column blocks, left to right: an epilogue of one at a time needs few registers."""
     if PARTS == 1:
         return (x,)
     elif PARTS == 2:
         left, right = halves(x)
         return (left, right)
-    else:
+    elif PARTS == 4:
         left, right = halves(x)
         first, second = halves(left)
         third, fourth = halves(right)
         return (first, second, third, fourth)
+    else:
+        left, right = halves(x)
+        return split_columns(left, PARTS // 2) + split_columns(right, PARTS // 2)

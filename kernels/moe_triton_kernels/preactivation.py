@@ -100,7 +100,7 @@ def d_activate(grad, scale, pair, ACTIVATION: tl.constexpr):
         gate_value = factor(first, ACTIVATION)
         up_value = up_factor(second, ACTIVATION)
         value = gate_value * up_value
-        grad *= scale
+        grad = grad * scale
         d_gate = grad * up_value * factor_slope(first, ACTIVATION)
         d_up = grad * gate_value * up_slope(second, ACTIVATION)
         return value, (d_gate, d_up)

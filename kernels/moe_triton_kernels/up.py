@@ -123,7 +123,8 @@ def up(
     Rows past offsets[E] are not written.
     """
     sizes = {"size_columns": size_n, "projections": 2 if activation.is_gated else 1}
-    if why_unsupported(config.gluon, x, weight, bias, is_concatenated=is_concatenated, **sizes) is None:
+    is_apart = is_concatenated or not activation.is_gated
+    if why_unsupported(config.gluon, x, weight, bias, is_concatenated=is_apart, **sizes) is None:
         from moe_triton_kernels.gluon import up as warp_specialized  # imports Gluon, which is experimental
 
         return warp_specialized.up(

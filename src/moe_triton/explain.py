@@ -280,7 +280,7 @@ def triton_parts(
     batch_invariant: bool = False,
 ) -> list[Part]:
     tokens, d, n, num_experts, top_k = shape
-    from moe_triton.kernel_stages import FORWARD, KERNELS, chosen_configs  # need Triton
+    from moe_triton.kernel_stages import FORWARD, KERNELS, chosen_configs, kernel_in_words  # need Triton
     from moe_triton_kernels.heuristics import BUCKETS
     from moe_triton_kernels.launch import target_of
 
@@ -303,7 +303,8 @@ def triton_parts(
     for stage, kernel in KERNELS.items():
         if stage.startswith("d_bias") and not has_bias:
             continue
-        known = config.get(stage, {"config": "", "from": ""})
+        known = config.get(stage, {"config": "", "from": "", "fields": None})
         step = f"{stage.removesuffix('_backward')} (backward)" if stage not in FORWARD else stage
-        parts.append(Part(step=step, runs=kernel, config=known["config"], origin=known["from"]))
+        runs = kernel_in_words(kernel, known["fields"])
+        parts.append(Part(step=step, runs=runs, config=known["config"], origin=known["from"]))
     return parts

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from moe_triton_kernels.configs import find_config, shipped_table, user_table, user_table_path
+from moe_triton_kernels.gluon.schedules import BLOCK_K, BLOCK_M, import_error, schedule_of
 from moe_triton_kernels.launch import MAX_REGISTERS, Config
 
 # operation that has configurations -> the stages that run with its configuration
@@ -38,10 +39,17 @@ FORWARD = ("tile_tables", "up", "down", "combine")
 
 
 def in_words(config: Config | Mapping[str, Any]) -> str:
-    """Return "128x256x64 warps 8 stages 3", and what else is not 1, or switched on, or limited."""
+    """Return "128x256x64 warps 8 stages 3", and what else is not 1, or switched on, or limited.
+
+    With a warp-specialized schedule, what that reads: "gluon ping_pong 128x128x64 stages 6 group 8".
+    """
     config = Config(**config) if isinstance(config, Mapping) else config
+    if config.gluon is not None:
+        schedule = schedule_of(config.gluon)
+        blocks = f"{BLOCK_M}x{schedule.block_n}x{BLOCK_K} stages {schedule.stages}"
+        return f"gluon {config.gluon} {blocks} group {config.group}"
     text = f"{config.block_m}x{config.block_n}x{config.block_k} warps {config.num_warps} stages {config.num_stages}"
-    known = ("block_m", "block_n", "block_k", "num_warps", "num_stages")
+    known = ("block_m", "block_n", "block_k", "num_warps", "num_stages", "gluon")
     for name, value in ((f.name, getattr(config, f.name)) for f in fields(config) if f.name not in known):
         if isinstance(value, bool):
             text += f" {name}" if value else ""
@@ -81,9 +89,23 @@ def chosen_configs(
 def table_facts(architectures: Sequence[str]) -> dict[str, Any]:
     """Where the tables are and how many entries they have for these architectures."""
     path = user_table_path()
-    counts = {
-        name: sum(key[4] in architectures for key in table)
+    entries = {
+        name: [entry.config for key, entry in table.items() if key[4] in architectures]
         for name, table in (("user", user_table()), ("shipped", shipped_table()))
     }
-    return {"user_table": None if path is None else str(path), "user_entries": counts["user"],
-            "shipped_entries": counts["shipped"]}  # fmt: skip
+    schedules = [config.gluon for configs in entries.values() for config in configs if config.gluon is not None]
+    return {
+        "user_table": None if path is None else str(path),
+        "user_entries": len(entries["user"]),
+        "shipped_entries": len(entries["shipped"]),
+        "gluon_entries": len(schedules),
+        "gluon_error": import_error(),
+    }
+
+
+def kernel_in_words(kernel: str, config: Mapping[str, Any] | None) -> str:
+    """Return the kernel's name, as the one in Gluon where the configuration (None: it has none) names a schedule."""
+    if config is None or config["gluon"] is None:
+        return kernel
+    error = import_error()
+    return f"gluon.{kernel}" if error is None else f"{kernel} (this Triton's Gluon does not do: {error})"

@@ -85,6 +85,52 @@ def test_it_climbs_to_the_fastest_and_survives_what_fails(tmp_path, fake):
     assert tuning.confirmed_ratio(PROBLEM, state, SETTINGS) < tuning.GAIN
 
 
+class Hopper(FakeWorker):
+    """Schedules are quick beside what runs; a shorter group of plain tiles is quicker still where `plain_wins`."""
+
+    plain_wins = False
+
+    def __init__(self, *_):
+        self.ready = {"incumbent": INCUMBENT, "architecture": "sm_90"}
+
+    def seconds(self, config):
+        if config["gluon"] is not None:
+            return {"cooperative": 0.9, "ping_pong": 0.8}[config["gluon"]] + 0.02 * config["group"]
+        return (0.3 if self.plain_wins else 1.0) if config["group"] == 1 else 1.0
+
+    def ask(self, question, patience_s):
+        FakeWorker.asked.append(question["config"])
+        ratio = self.seconds(question["config"]) / self.seconds(question["against"])
+        return asdict(Outcome(status="ok", time_s=ratio, ratio=ratio, error=1e-3))
+
+
+@pytest.mark.parametrize("plain_wins", [False, True])
+def test_schedules_are_tried_beside_plain_kernels(tmp_path, fake, monkeypatch, plain_wins):
+    """The winner goes into the table, whichever kind it is; neither kind hides the other's neighbours."""
+    monkeypatch.setattr(tuning, "Worker", Hopper)
+    monkeypatch.setattr(Hopper, "plain_wins", plain_wins)
+    monkeypatch.setattr(tuning, "broken_gates", lambda *_: "")
+    (problem,) = tuning.problems_of([replace(CASE, dtype="bfloat16", tokens=2000)], ["down"], "sm_90")
+    state = tuning.search(problem, progress(tmp_path / "p.json"), SETTINGS, 60.0, lambda *_: None)
+    tried = {(config["gluon"], config["group"]) for config in fake.asked}
+    assert {("cooperative", 2), ("ping_pong", 2), (None, 1)} <= tried
+    winner = (None, 1) if plain_wins else ("ping_pong", 1)
+    assert (state.best["gluon"], state.best["group"]) == winner
+    assert tuning.entry_of(problem, state, 0.8, FACTS)["config"]["gluon"] == winner[0]
+    assert state.plain["gluon"] is None
+
+
+def test_a_schedule_behind_which_the_plain_kernel_would_run_does_not_win():
+    """In the interpreter there is none: the candidate failed, and says why."""
+    searched = Searched(make_workload(TINY, torch.device("cpu")), "down", CpuTimer())
+    outcome = searched.try_out(replace(searched.incumbent, gluon="ping_pong"), searched.incumbent, 0.0)
+    assert outcome.status == "failed"
+    assert outcome.note == "ping_pong: the plain kernel would run: architecture interpreter, wanted one of sm_90"
+    for op in STAGES_OF:
+        searched = Searched(make_workload(TINY, torch.device("cpu")), op, CpuTimer())
+        assert searched.verify(replace(searched.incumbent, gluon="cooperative")).status == "failed"
+
+
 def test_an_interrupted_search_goes_on(tmp_path, fake):
     path = tmp_path / "p.json"
     tried = []

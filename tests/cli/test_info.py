@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import moe_triton
 from moe_triton import cli, runtime
 from moe_triton.cli import app
+from moe_triton.cli.info import tables_line
 
 
 def test_info_json():
@@ -100,6 +101,16 @@ def test_no_command_begins_with_a_broken_table(tmp_path, words, monkeypatch):
     assert f"table {table}: " in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not runtime.TRITON_INSTALLED, reason="the tables come with the kernels")
+def test_warp_specialized_entries_are_counted():
+    facts = {"architectures": ["sm_90"], "user_table": "t.json", "user_entries": 3, "shipped_entries": 0}
+    line = tables_line({**facts, "gluon_entries": 2, "gluon_error": None})
+    assert "3 entries in the user's table (t.json)" in line
+    assert line.endswith("Warp-specialized kernels (Gluon) run in 2 of them.")
+    line = tables_line({**facts, "gluon_entries": 2, "gluon_error": "ImportError: no tma"})
+    assert line.endswith("Warp-specialized kernels (Gluon) cannot run: ImportError: no tma.")
 
 
 def test_version_and_short_help():

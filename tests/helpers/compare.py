@@ -9,9 +9,12 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-3, tor
 
 
 def relative_rms(actual: Tensor, expected: Tensor, scale: float | None = None) -> float:
-    """RMS(actual - expected) / RMS(expected), in float64. `scale` replaces the denominator where terms cancel."""
+    """RMS(actual - expected) / RMS(expected), in float64, where `actual` lies.
+
+    `scale` replaces the denominator where terms cancel.
+    """
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
-    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    actual, expected = (x.detach().to(actual.device).double() for x in (actual, expected))
     if expected.numel() == 0:
         return 0.0
     assert torch.isfinite(expected).all(), "the reference is not finite"
@@ -31,7 +34,7 @@ def assert_close(
     error = relative_rms(actual, expected, scale)
     assert error <= limit, f"relative RMS error {error:.3e} > {limit:.1e}"
     if actual.dim() >= 2 and actual.numel() > 0 and scale is None:
-        a, e = (x.detach().double().cpu().reshape(-1, x.shape[-1]) for x in (actual, expected))
+        a, e = (x.detach().to(actual.device).double().reshape(-1, x.shape[-1]) for x in (actual, expected))
         row_error = (a - e).square().mean(1).sqrt()
         row_norm = e.square().mean(1).sqrt()
         typical = row_norm.square().mean().sqrt()

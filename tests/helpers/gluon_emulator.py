@@ -1,7 +1,8 @@
 """Runs the Gluon kernels' own source on a CPU: the three partitions of a program in any order that the barriers allow.
 
-Triton's interpreter does not know Gluon. Here the source of `gluon.pipeline`, `down` and `up` (and of the device
-functions that they share with the plain kernels) is executed as Python, over NumPy arrays, with emulated primitives:
+Triton's interpreter does not know Gluon. Here the source of `gluon.pipeline`, `down`, `up` and `d_hidden` (and of the
+device functions that they share with the plain kernels) is executed as Python, over NumPy arrays, with emulated
+primitives:
 
     partitions   threads of which one runs at a time, until it reaches a primitive; then a seeded generator picks what
                  goes on: a partition whose wait is over, or the end of a copy or of a product that is under way
@@ -30,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.helpers.gluon_memory import Barrier, Barriers, Descriptor, Pointer, Race, Shared, Tile, load, store
+from tests.helpers.gluon_memory import Barrier, Barriers, Descriptor, Pointer, Race, Scalar, Shared, Tile, load, store
 
 EMULATED = [
     f"moe_triton_kernels.{name}"
@@ -43,6 +44,7 @@ EMULATED = [
         "gluon.pipeline",
         "gluon.down",
         "gluon.up",
+        "gluon.d_hidden",
     )
 ]
 WARP = 32
@@ -314,11 +316,12 @@ class Emulator:
             constexpr=same,
             static_range=range,
             range=range,
-            to_tensor=lambda value: value,
+            to_tensor=Scalar,
             program_id=lambda _: self.program,
             num_programs=lambda _: self.programs,
             cdiv=lambda a, b: -(-a // b),
             arange=lambda start, end, layout=None: np.arange(start, end).view(Tile),
+            sum=lambda x, axis: x.sum(axis),
             zeros=lambda shape, dtype, layout=None: np.zeros(shape, dtype).view(Tile),
             where=where,
             minimum=np.minimum,
@@ -335,7 +338,7 @@ class Emulator:
         barrier = {"init": self.init, "wait": self.wait, "arrive": self.arrive, "expect": self.expect}
         return SimpleNamespace(
             gl=gl,
-            gluon=SimpleNamespace(jit=same, constexpr_function=same),
+            gluon=SimpleNamespace(jit=lambda fn=None, **_: fn or same, constexpr_function=same),
             aggregate=same,
             mbarrier=SimpleNamespace(MBarrierLayout=lambda: None, **barrier),
             fence_async_shared=self.fence,

@@ -1,4 +1,4 @@
-"""The Gluon kernels behind `up` and `down`: when they run, what they compute, what they compile to.
+"""The Gluon kernels behind `up`, `down` and `d_hidden`: when they run, what they compute, what they compile to.
 
 On a Hopper GPU they run on it; elsewhere the emulator runs their source.
 """
@@ -19,7 +19,9 @@ from moe_triton import reference
 from moe_triton.backends.triton import problem as calls
 from moe_triton_kernels import configs
 from moe_triton_kernels.activations import GATED_CASES, UNGATED_CASES, Activation
+from moe_triton_kernels.d_hidden import d_hidden
 from moe_triton_kernels.down import down
+from moe_triton_kernels.gluon import d_hidden as gluon_d_hidden
 from moe_triton_kernels.gluon import down as gluon_down
 from moe_triton_kernels.gluon import launch, schedules
 from moe_triton_kernels.gluon import up as gluon_up
@@ -84,7 +86,9 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> dict[str, EmulatedKernel]:
     kernels = {
         "down": EmulatedKernel(gluon_down.down_kernel, "down"),
         "up": EmulatedKernel(gluon_up.up_kernel, "up"),
+        "d_hidden": EmulatedKernel(gluon_d_hidden.d_hidden_kernel, "d_hidden"),
     }
+    monkeypatch.setattr(gluon_d_hidden, "d_hidden_kernel", kernels["d_hidden"])
     monkeypatch.setattr(gluon_down, "down_kernel", kernels["down"])
     monkeypatch.setattr(gluon_up, "up_kernel", kernels["up"])
     return kernels
@@ -196,8 +200,46 @@ def test_up(
         assert len(hopper["up"].calls) == 3
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("activation", "transposed"), [("swiglu", True), ("gpt_oss", False), ("relu2", True)])
+def test_d_hidden(
+    hopper: dict[str, EmulatedKernel], schedule: str, activation: str, transposed: bool, dtype: torch.dtype
+) -> None:
+    setting, size_n = Setting(dtype), 80
+    weight = setting.weight(128, size_n, transposed)
+    h = setting.random(NUM_ROWS, size_n if activation == "relu2" else 2 * size_n)
+    h[OFFSETS[-1] :] = float("nan")
+    weighted_a, grad_h, shares = d_hidden(
+        setting.x,
+        setting.source,
+        setting.tiles,
+        per_expert(weight),
+        h,
+        setting.router_weights,
+        size_n=size_n,
+        activation=next(case for case in ALL if case.name == activation),
+        is_concatenated=True,
+        config=replace(PLAIN, gluon=schedule),
+    )
+    assert shares.shape == (1, NUM_ROWS)  # a tile holds all columns
+    for e, span in setting.experts():
+        slots = setting.slots[span]
+        grad_a = setting.x[slots // TOP_K].double() @ weight[e].double()
+        scale = setting.router_weights.reshape(-1)[slots].double()[:, None]
+        leaf = h[span].double().requires_grad_()
+        a = reference.activate(leaf, activation, True)
+        assert_close(grad_h[span], torch.autograd.grad(a, leaf, grad_a * scale, retain_graph=True)[0])
+        assert_close(weighted_a[span], a.detach() * scale)
+        assert_close(shares[0, span], (grad_a * a.detach().to(dtype).double()).sum(1), tolerance=1e-3)
+    for output in (weighted_a, grad_h):
+        assert output[OFFSETS[-1] :].isnan().all()
+    if hopper:
+        assert len(hopper["d_hidden"].calls) == 1
+
+
 def test_experts_forward_and_backward(hopper: dict[str, EmulatedKernel], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Up, down and d_rows warp-specialized, the rest plain."""
+    """Up, down, d_hidden and d_rows warp-specialized, the rest plain."""
 
     def choose(op: str, **sizes: Any) -> Config:
         return replace(configs.choose_config(op, **sizes), gluon="ping_pong")
@@ -206,7 +248,7 @@ def test_experts_forward_and_backward(hopper: dict[str, EmulatedKernel], monkeyp
     problem = make_problem(random_choices(9, 2, 4), 4, d=64, n=64, dtype=torch.float16)
     check(run(problem), problem, tolerance=2e-3)
     if hopper:
-        assert [len(hopper[name].calls) for name in ("up", "down")] == [1, 2]
+        assert [len(hopper[name].calls) for name in ("up", "down", "d_hidden")] == [1, 2, 1]
 
 
 def test_what_is_not_supported_runs_on_the_plain_kernels() -> None:
@@ -293,7 +335,7 @@ def test_what_the_kernels_compile_to() -> None:
     assert [report.kernel for report in reports] == list(cases)
     for report in reports:
         case = cases[report.kernel]
-        gathered, ping_pong = report.kernel.startswith("up"), case.constants["PING_PONG"]
+        gathered, ping_pong = report.kernel.startswith(("up", "d_hidden")), case.constants["PING_PONG"]
         assert offline.broken_gates(case, report) == []
         assert report.spills == 0
         assert report.shared_bytes <= shared_limit("sm_90")
@@ -301,14 +343,14 @@ def test_what_the_kernels_compile_to() -> None:
         # two main loops of BLOCK_K / 16 instructions for each 64 rows; a step's 128 rows of A in 8 copies a thread
         assert report.wgmma == (16 if ping_pong else 8)
         assert report.cp_async == (8 if gathered else 0)
-        assert report.tma >= 2
+        assert report.tma >= (1 if report.kernel.startswith("d_hidden") else 2)  # gathered rows need none
         assert report.proxy_fence == (3 if gathered else 1)  # after the barriers are made, and in each gathered loop
 
 
 def test_every_kernel_has_its_cases() -> None:
     cases = offline.collect_cases("sm_90", ["gluon"], every=True)
     assert {case.constants.get("ACTIVATION", GATED_CASES[0]) for case in cases} == set(ALL)
-    for op in ("down", "d_rows", "up_gated", "up"):
+    for op in schedules.OPS:
         types = [f"{op}_bf16_", f"{op}_fp16_"]
         mine = [case for case in cases if case.name.startswith(tuple(types))]
         assert all(any(case.name.startswith(stored) for case in mine) for stored in types)

@@ -135,6 +135,55 @@ class Case:
         assert a_rows[OFFSETS[-1] :].isnan().all()
         assert h_rows[OFFSETS[-1] :].isnan().all()
 
+    def d_hidden(self, emulator: Emulator, activation: str = "swiglu", programs: int = 2) -> None:
+        """d_hidden: 24 columns in tiles of 16, gradients gathered from NUM_ROWS / TOP_K tokens."""
+        size_n, block_n = 24, 16
+        width = 2 * size_n if activation == "swiglu" else size_n
+        grad_out = self.random.standard_normal((NUM_ROWS // TOP_K, self.size_k)).astype(np.float32)
+        weight = matrices(self.random, self.size_k, size_n)
+        h = self.random.standard_normal((NUM_ROWS, width)).astype(np.float32)
+        router_weights = self.random.random(NUM_ROWS).astype(np.float32) + 0.1
+        source = self.random.permutation(NUM_ROWS).astype(np.int32)
+        h[OFFSETS[-1] :], source[OFFSETS[-1] :] = np.nan, -1
+        columns = {"weighted_a": size_n, "grad_h": width, "shares": -(-size_n // block_n)}
+        outputs = {name: np.full(number * NUM_ROWS, np.nan, np.float32) for name, number in columns.items()}
+        emulator.launch(
+            "d_hidden",
+            "d_hidden_kernel",
+            programs,
+            grad_out=Pointer(grad_out.reshape(-1)),
+            source=Pointer(source),
+            weight=Descriptor(
+                stack(weight, self.k_contiguous), [block_n, BLOCK_K] if self.k_contiguous else [BLOCK_K, block_n]
+            ),
+            h=Pointer(h.reshape(-1)),
+            router_weights=Pointer(router_weights),
+            **{name: Pointer(output) for name, output in outputs.items()},
+            tiles=tiles(),
+            size_d=self.size_k,
+            size_n=size_n,
+            num_slots=NUM_ROWS,
+            TOP_K=TOP_K,
+            ACTIVATION=Activation(activation),
+            **self.constants(block_n),
+        )
+        found = {name: torch.from_numpy(output) for name, output in outputs.items()}
+        weighted_a, grad_h = found["weighted_a"].view(NUM_ROWS, size_n), found["grad_h"].view(NUM_ROWS, width)
+        shares = found["shares"].view(-1, NUM_ROWS).sum(0)
+        for e in range(EXPERTS):
+            span = slice(OFFSETS[e], OFFSETS[e + 1])
+            grad_a = torch.from_numpy(grad_out[source[span] // TOP_K].astype(np.float64) @ weight[e])
+            scale = torch.from_numpy(router_weights[source[span]]).double()[:, None]
+            leaf = torch.from_numpy(h[span]).double().requires_grad_()
+            a = reference.activate(leaf, activation, True)
+            (expected,) = torch.autograd.grad(a, leaf, grad_a * scale)
+            a = a.detach()
+            assert_close(weighted_a[span], a * scale, tolerance=1e-4)
+            assert_close(grad_h[span], expected, tolerance=1e-4)
+            assert_close(shares[span], (grad_a * a).sum(1), tolerance=1e-4)
+        for output in (weighted_a, grad_h, shares):
+            assert output[OFFSETS[-1] :].isnan().all()
+
 
 paces = st.tuples(*(st.sampled_from([0.02, 0.3, 1, 20]) for _ in range(4)))
 cases = st.builds(
@@ -166,6 +215,18 @@ def test_up_in_any_order(
     case: Case, seed: int, pace: tuple[float, ...], activation: str, programs: int, keep_h: bool
 ) -> None:
     case.up(Emulator(seed, pace), activation, programs, keep_h)
+
+
+@settings(deadline=None, max_examples=10)
+@given(
+    case=cases,
+    seed=st.integers(0, 10**6),
+    pace=paces,
+    activation=st.sampled_from(["swiglu", "gelu_tanh"]),
+    programs=st.integers(1, 12),
+)
+def test_d_hidden_in_any_order(case: Case, seed: int, pace: tuple[float, ...], activation: str, programs: int) -> None:
+    case.d_hidden(Emulator(seed, pace), activation, programs)
 
 
 FENCE = "        if work.GATHERED:\n            fence_async_shared()\n"

@@ -15,7 +15,16 @@ from moe_triton.kernel_stages import chosen_configs
 from moe_triton_kernels import configs
 from moe_triton_kernels.compiler import compiler_versions
 from moe_triton_kernels.configs import KEYS, OPS, Config, choose_config, find_config, user_table_path
-from moe_triton_kernels.tools.search import LADDERS, SWITCH, candidate_case, is_sound, neighbours, seeds
+from moe_triton_kernels.gluon.schedules import OPS as GLUON_OPS
+from moe_triton_kernels.tools.search import (
+    LADDERS,
+    SWITCH,
+    candidate_case,
+    is_sound,
+    neighbours,
+    seeds,
+    warp_specialized,
+)
 
 SIZES = {"d": 2048, "n": 768, "dtype": torch.bfloat16, "num_rows": 128, "num_experts": 1, "architecture": "sm_90"}
 MINE = Config(block_m=64, block_n=64, block_k=32, num_warps=4, num_stages=5)
@@ -104,6 +113,21 @@ def test_neighbours_are_one_step_away_and_sound(op):
         (name,) = changed
         ladder = LADDERS.get(name, SWITCH)
         assert abs(ladder.index(getattr(other, name)) - ladder.index(getattr(config, name))) == 1
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_schedule_has_neighbours_in_what_it_reads(op):
+    config = replace(choose_config(op, **SIZES), gluon="ping_pong")
+    for other in neighbours(config, op, 2048, 768):
+        assert replace(other, group=config.group) == config
+    found = warp_specialized(config, op, torch.bfloat16, "sm_90")
+    assert [other.gluon for other in found] == (["cooperative", "ping_pong"] if op in GLUON_OPS else [])
+    assert warp_specialized(config, op, torch.float32, "sm_90") == []
+    assert warp_specialized(config, op, torch.bfloat16, "gfx942") == []
+    for other in found:  # each has an offline case
+        case = candidate_case(op, torch.bfloat16, other, "sm_90")
+        assert case.constants["PING_PONG"] == (other.gluon == "ping_pong")
+        assert case.name.startswith(f"{op}_bf16_128x")
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -1,12 +1,13 @@
 """Warp-specialized grouped GEMMs in Gluon, for Hopper: other kernels behind the same functions, off by default.
 
 Gluon is an experimental API of Triton. What plain Triton cannot do, it can: one warpgroup loads, two multiply, and a
-tile's loads and stores hide behind the products of another. `Config.gluon` names the schedule of a shipped entry;
-no entry has one yet, since these kernels have been compiled, and run in an emulator of the barrier protocol, but have
-never run on a GPU. Where `schedules.why_unsupported` has a reason, the plain kernel runs.
+tile's loads and stores hide behind the products of another. `Config.gluon` names the schedule in a table's entry:
+`moe-triton tune` tries the schedules beside the plain kernels and writes which one won. No shipped entry has one, since
+these kernels have been compiled, and run in an emulator of the barrier protocol, but have never run on a GPU. Where
+`schedules.why_unsupported` has a reason, the plain kernel runs.
 
 schedules  which schedules there are, and what they can run; imports no Gluon
 names      Gluon's names in every supported version of Triton
 pipeline   the ring of stages, its barriers, the producer, the main loop
-down, up   kernels and launchers of the operations of these names
+down, up, d_hidden   kernels and launchers of the operations of these names
 """

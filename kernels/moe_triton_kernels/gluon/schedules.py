@@ -14,6 +14,8 @@ from moe_triton_kernels.launch import HOPPER, target_of
 from moe_triton_kernels.operands import PerExpert
 
 BLOCK_M, BLOCK_K = 128, 64
+# by their names in tables: what has a warp-specialized kernel
+OPS = ("up_gated", "up", "down", "d_hidden_gated", "d_hidden", "d_rows")
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -88,8 +90,9 @@ def why_unsupported(
 ) -> str | None:
     """Why the warp-specialized kernels cannot multiply `rows` [., k] by the experts' matrices; None: they can.
 
-    A matrix has as many columns as all its projections (gate and up are two) of `size_columns` each. ValueError on an
-    unknown schedule. Reads sizes, strides and addresses only.
+    A matrix has as many columns as all its projections (gate and up are two) of `size_columns` each. is_concatenated:
+    there is no gate, or its columns lie left of those of up. ValueError on an unknown schedule. Reads sizes, strides
+    and addresses only.
     """
     if schedule is None:
         return "no schedule is chosen"
@@ -106,7 +109,7 @@ def why_unsupported(
         return "an adapter beside the experts' matrices"
     if bias is not None and (bias.is_table or bias.strides != (1,)):
         return "the experts' biases are not one tensor with contiguous rows"
-    if projections > 1 and not is_concatenated:
+    if not is_concatenated:
         return "gate and up columns are interleaved"
     if rows.shape[0] == 0:
         return "no rows"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from moe_triton_kernels.activations import GATED_CASES, UNGATED_CASES
-from moe_triton_kernels.gluon import down, up
+from moe_triton_kernels.gluon import d_hidden, down, up
 from moe_triton_kernels.gluon.launch import LAYOUT, tile_of, weight_block
 from moe_triton_kernels.gluon.schedules import BLOCK_K, BLOCK_M, SCHEDULES, TYPES
 from moe_triton_kernels.tools.case import Case, integers_of, pointers_of
@@ -43,14 +43,18 @@ def gluon_case(
         signature={**types, **dict.fromkeys(numbers, "i32")},
         constexprs=constants,
         num_warps=4,
-        aligned=[*pointers_of(types), *numbers, *(["bias.stride_e"] if signature["bias"] else [])],
+        aligned=[
+            *pointers_of(types),
+            *(name for name in numbers if name != "num_slots"),
+            *(["bias.stride_e"] if signature.get("bias") else []),
+        ],
         sample=sample,
         wants=["wgmma", "tma", "setmaxnreg", "proxy_fence", *(["cp_async"] if is_gathered else [])],
     )
 
 
 def gluon_cases() -> list[Case]:
-    return [*down_cases(), *up_cases()]
+    return [*down_cases(), *up_cases(), *d_hidden_cases()]
 
 
 def down_cases() -> Iterator[Case]:
@@ -98,6 +102,37 @@ def up_cases() -> Iterator[Case]:
                 descriptors={"weight": weight_block(width, by_k)},
                 signature=dict.fromkeys(("x", "a", "h"), f"*{stored}") | {"source": "*i32", "bias": bias_type(stored)},
                 sample=gated and number < len(SCHEDULES),
+                TOP_K=8,
+                ACTIVATION=activation,
+                K_CONTIGUOUS=by_k,
+            )
+
+
+def d_hidden_cases() -> Iterator[Case]:
+    """Both forms in every schedule; the first also with every activation, the other layout and the other type."""
+    for op, activations in (("d_hidden_gated", GATED_CASES), ("d_hidden", UNGATED_CASES)):
+        # (schedule, activation, k is contiguous, type); the down projection's columns are contiguous: [d, n]
+        variants = [(name, activations[0], False, torch.bfloat16) for name in SCHEDULES]
+        variants += [("ping_pong", activation, False, torch.bfloat16) for activation in activations[1:]]
+        variants += [("ping_pong", activations[0], True, torch.bfloat16)]
+        variants += [("ping_pong", activations[0], False, torch.float16)]
+        for number, (schedule, activation, by_k, dtype) in enumerate(variants):
+            width, stored = SCHEDULES[schedule].block_n, TYPES[dtype]
+            yield gluon_case(
+                d_hidden.d_hidden_kernel,
+                op,
+                schedule,
+                dtype=dtype,
+                variant=str(activation) + "_T" * by_k,
+                width=width,
+                parts=d_hidden.PARTS,
+                descriptors={"weight": weight_block(width, by_k)},
+                signature={
+                    **dict.fromkeys(("grad_out", "h", "weighted_a", "grad_h"), f"*{stored}"),
+                    **dict.fromkeys(("router_weights", "shares"), "*fp32"),
+                    "source": "*i32",
+                },
+                sample=op == "d_hidden_gated" and number < len(SCHEDULES),
                 TOP_K=8,
                 ACTIVATION=activation,
                 K_CONTIGUOUS=by_k,

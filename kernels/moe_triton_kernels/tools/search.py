@@ -16,11 +16,14 @@ from typing import Any
 
 import torch
 
+from moe_triton_kernels.gluon.schedules import OPS as GLUON_OPS
+from moe_triton_kernels.gluon.schedules import SCHEDULES
+from moe_triton_kernels.gluon.schedules import TYPES as GLUON_TYPES
 from moe_triton_kernels.heuristics import fit, two_programs
 from moe_triton_kernels.launch import HOPPER, MAX_REGISTERS, Config
 from moe_triton_kernels.tiles import BLOCK_SIZES
 from moe_triton_kernels.tools.case import Case
-from moe_triton_kernels.tools.cases import PRODUCTS
+from moe_triton_kernels.tools.cases import PRODUCTS, collect_cases
 from moe_triton_kernels.tools.offline import TARGETS, broken_gates, compile_case
 from moe_triton_kernels.tools.shipped import TYPES, Shipped
 
@@ -69,8 +72,11 @@ def seeds(op: str, d: int, n: int, architecture: str) -> list[Config]:
 
 
 def neighbours(config: Config, op: str, d: int, n: int) -> Iterator[Config]:
-    """The sound configurations that are one step away in one field."""
-    names = [field.name for field in fields(config) if field.name != "gluon"]  # its schedules have blocks of their own
+    """The sound configurations that are one step away in one field; of a schedule, in a field that it reads."""
+    if config.gluon is not None:  # a schedule has blocks of its own
+        names = ["group"]
+    else:
+        names = [field.name for field in fields(config) if field.name != "gluon"]
     for name, ladder in ((name, LADDERS.get(name, SWITCH)) for name in names):
         value = getattr(config, name)
         below = [step for step in ladder if step < value][-1:]
@@ -82,14 +88,33 @@ def neighbours(config: Config, op: str, d: int, n: int) -> Iterator[Config]:
                 yield candidate
 
 
+def warp_specialized(config: Config, op: str, dtype: torch.dtype, architecture: str) -> list[Config]:
+    """The configuration with each schedule that an operation has, beside its plain kernel."""
+    if op not in GLUON_OPS or dtype not in GLUON_TYPES or architecture not in HOPPER:
+        return []
+    return [replace(config, gluon=schedule) for schedule in SCHEDULES]
+
+
 def candidate_case(op: str, dtype: torch.dtype, config: Config, arch: str) -> Case:
     """The offline case of a candidate, as it would be listed if the candidate were all that ships.
 
     fp16 compiles like bf16.
     """
+    if config.gluon is not None:
+        return gluon_candidate(op, dtype, config.gluon, arch)
     name, module = TYPES.get(dtype, "bf16"), MODULES[op]
     candidates = [Shipped(op=other, dtype=name, config=config) for other in MODULES if MODULES[other] == module]
     return next(case for case in PRODUCTS[module](arch, candidates) if case.name.startswith(f"{op}_{name}_"))
+
+
+def gluon_candidate(op: str, dtype: torch.dtype, schedule: str, arch: str) -> Case:
+    """The offline case of a schedule, in the operation's usual layout."""
+    cases = (
+        case
+        for case in collect_cases(arch, ["gluon"], every=True)
+        if case.constants["PING_PONG"] == (schedule == "ping_pong")
+    )
+    return next(case for case in cases if case.name.startswith(f"{op}_{GLUON_TYPES[dtype]}_"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

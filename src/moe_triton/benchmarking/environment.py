@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import importlib.util
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -64,7 +65,10 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> dict[str, Any] | None:
-    """The commit of this very source file, and whether anything differs from it; None outside a repository."""
+    """The commit of this very source file, and whether anything differs from it.
+
+    Outside a repository, what MOE_TRITON_COMMIT says (`git describe --always --abbrev=40 --dirty`), or None.
+    """
     here = Path(__file__).resolve()
 
     def git(*arguments: str) -> str | None:
@@ -77,7 +81,8 @@ def commit() -> dict[str, Any] | None:
 
     # an installed copy may lie inside somebody else's repository: only a tracked file counts
     if git("ls-files", "--error-unmatch", here.name) is None:
-        return None
+        given, is_dirty, _ = os.environ.get("MOE_TRITON_COMMIT", "").partition("-dirty")
+        return {"hash": given, "dirty": bool(is_dirty)} if given else None
     found, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
     return None if found is None else {"hash": found, "dirty": bool(changes)}
 

@@ -83,12 +83,29 @@ class Searched:
         assert isinstance(results, list)
         return max(stage_error(self.kernels, s, r) for s, r in zip(self.stages, results, strict=True))
 
-    def try_out(self, config: Config, against: Config, budget_s: float) -> Outcome:
-        """Checks a configuration and times it beside another one."""
+    def verify(self, config: Config) -> Outcome:
+        """Runs a configuration once and holds the results against float64.
+
+        One that names a warp-specialized schedule and would run the plain kernel has failed.
+        """
         try:
+            for stage in self.stages:
+                reason = self.kernels.problem.why_plain(stage, config)
+                if reason is not None:
+                    return Outcome(status=FAILED, note=f"{config.gluon}: the plain kernel would run: {reason}")
             error = self.error(config)
-            if not error <= TOLERANCE[self.workload.case.torch_dtype]:
-                return Outcome(status=WRONG, error=error, note=f"relative error {error:.1e}")
+        except Exception as problem:  # out of shared memory, a compiler that gives up, a launch that fails, ...
+            return Outcome(status=FAILED, note=first_line(problem))
+        if not error <= TOLERANCE[self.workload.case.torch_dtype]:
+            return Outcome(status=WRONG, error=error, note=f"relative error {error:.1e}")
+        return Outcome(status=OK, error=error)
+
+    def try_out(self, config: Config, against: Config, budget_s: float) -> Outcome:
+        """Verifies a configuration and times it beside another one."""
+        verified = self.verify(config)
+        if verified.status != OK:
+            return verified
+        try:
             times = run_rounds(
                 {"candidate": self.call(config), "against": self.call(against)}, self.timer, budget_s=budget_s
             )
@@ -96,7 +113,7 @@ class Searched:
             return Outcome(status=FAILED, note=first_line(problem))
         ratio = ratios(times["candidate"], times["against"])
         assert ratio is not None
-        return Outcome(status=OK, time_s=middle(spread(times["candidate"])), ratio=ratio.p50, error=error)
+        return Outcome(status=OK, time_s=middle(spread(times["candidate"])), ratio=ratio.p50, error=verified.error)
 
 
 @dataclass(frozen=True, kw_only=True)

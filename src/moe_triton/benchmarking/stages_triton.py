@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -10,7 +11,9 @@ from moe_triton.backends.triton.problem import Problem
 from moe_triton.benchmarking.stage import Stage
 from moe_triton.kernel_stages import FORWARD, KERNELS, OP_OF, full_name, in_words
 from moe_triton.records import ExpertCall
+from moe_triton_kernels.gluon.schedules import why_unsupported
 from moe_triton_kernels.launch import Config, target_of
+from moe_triton_kernels.operands import PerExpert
 from moe_triton_kernels.tools.shipped import TYPES, shipped_configs
 
 
@@ -21,6 +24,26 @@ class Chosen(Problem):
 
     def config(self, op: str) -> Config:
         return self.chosen.get(op) or super().config(op)
+
+    def why_plain(self, stage: str, config: Config) -> str | None:
+        """Why a stage would run its plain kernel though its configuration names a schedule; None: it would not."""
+        if config.gluon is None:
+            return None
+        n, d, spec = self.size_n, self.size_d, self.spec
+        is_apart = spec.is_concatenated or not spec.is_gated
+        operands: dict[str, tuple[int, PerExpert, PerExpert | None, dict[str, Any]]] = {
+            "up": (d, self.gate_up, self.gate_up_bias, {
+                "size_columns": n, "projections": 2 if spec.is_gated else 1, "is_concatenated": is_apart,
+            }),
+            "down": (n, self.down, self.down_bias, {"size_columns": d}),
+            "d_hidden": (d, self.down.transposed(), None, {"size_columns": n, "is_concatenated": is_apart}),
+            "d_rows": (self.call.width, self.gate_up.transposed(), None, {"size_columns": d}),
+        }  # fmt: skip
+        if stage not in operands:
+            return f"{stage} has no warp-specialized kernel"
+        size_k, weight, bias, sizes = operands[stage]
+        rows = self.hidden.new_empty(max(1, self.num_rows), size_k)
+        return why_unsupported(config.gluon, rows, weight, bias, **sizes)
 
 
 class ExpertKernels:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from moe_triton_kernels.configs import bucket_of
 from moe_triton_kernels.configs import read_table as check_table
 from moe_triton_kernels.launch import Config
 from moe_triton_kernels.tools.offline import TARGETS
-from moe_triton_kernels.tools.search import neighbours, seeds
+from moe_triton_kernels.tools.search import neighbours, seeds, warp_specialized
 
 SCHEMA = "moe-triton-tune/1"
 GAIN = 0.99  # a candidate wins with less than this share of the time of the best so far
@@ -85,14 +85,32 @@ class State:
 
     incumbent   the configuration that runs without a user's table; best: the fastest so far
     best_ratio  best's time over the incumbent's, as the product of the steps
+    plain       the fastest without a warp-specialized schedule, whose neighbours are tried too; plain_ratio: likewise
     tried       configuration (as JSON) -> outcome
     """
 
     incumbent: dict[str, Any] = field(default_factory=dict)
     best: dict[str, Any] = field(default_factory=dict)
     best_ratio: float = 1.0
+    plain: dict[str, Any] = field(default_factory=dict)
+    plain_ratio: float = 1.0
     tried: dict[str, dict[str, Any]] = field(default_factory=dict)
     is_done: bool = False
+
+    def begin(self, incumbent: dict[str, Any]) -> None:
+        """Nothing is faster than what runs, as long as nothing has been tried."""
+        self.incumbent = self.incumbent or incumbent
+        self.best = self.best or self.incumbent
+        self.plain = self.plain or {**self.incumbent, "gluon": None}
+        self.tried.setdefault(json.dumps(self.incumbent), {"status": OK, "ratio": 1.0})
+
+    def take(self, candidate: dict[str, Any], ratio: float) -> None:
+        """A right candidate, and its time over the best one's."""
+        over_incumbent = self.best_ratio * ratio
+        if candidate["gluon"] is None and over_incumbent < GAIN * self.plain_ratio:
+            self.plain, self.plain_ratio = candidate, over_incumbent
+        if ratio < GAIN:
+            self.best, self.best_ratio = candidate, over_incumbent
 
 
 @dataclass(kw_only=True)
@@ -208,10 +226,23 @@ class Settings:
     candidate_s: float
 
 
-def untried(problem: Problem, state: State) -> dict[str, Any] | None:
-    """The next seed, or else neighbour of the best configuration; None where all have been tried."""
+def first_candidates(problem: Problem, config: Config) -> list[Config]:
+    """What is far from the configuration that runs, and so is tried before its neighbours."""
+    schedules = warp_specialized(config, problem.name, problem.case.torch_dtype, problem.architecture)
     sizes = (problem.name, problem.case.hidden, problem.case.intermediate)
-    found = (*seeds(*sizes, problem.architecture), *neighbours(Config(**state.best), *sizes))
+    return [replace(config, gluon=None), *schedules, *seeds(*sizes, problem.architecture)]
+
+
+def untried(problem: Problem, state: State) -> dict[str, Any] | None:
+    """The next candidate; None where all have been tried.
+
+    First those of `first_candidates`, then neighbours of the best one and of the best plain one: a schedule that is
+    faster than what runs today need not be faster than the best plain configuration.
+    """
+    sizes = problem.name, problem.case.hidden, problem.case.intermediate
+    found = list(first_candidates(problem, Config(**state.incumbent)))
+    for config in (state.best, state.plain):
+        found += neighbours(Config(**config), *sizes)
     return next((config for config in map(asdict, found) if json.dumps(config) not in state.tried), None)
 
 
@@ -238,9 +269,7 @@ def search(
                 worker = Worker(problem, settings.device, settings.seed, settings.threads)
                 if "error" in worker.ready:
                     raise Crashed(worker.ready["error"])
-                state.incumbent = state.incumbent or worker.ready["incumbent"]
-                state.best = state.best or state.incumbent
-                state.tried.setdefault(json.dumps(state.incumbent), {"status": OK, "ratio": 1.0})
+                state.begin(worker.ready["incumbent"])
             candidate = untried(problem, state)
             if candidate is None:
                 state.is_done = True
@@ -254,8 +283,8 @@ def search(
             if is_faster(outcome) and (gates := broken_gates(problem, candidate)):
                 outcome = Outcome(status=FAILED, note=gates)
             state.tried[json.dumps(candidate)] = asdict(outcome)
-            if outcome.ratio is not None and is_faster(outcome):
-                state.best, state.best_ratio = candidate, state.best_ratio * outcome.ratio
+            if outcome.status == OK and outcome.ratio is not None:
+                state.take(candidate, outcome.ratio)
             progress.write()
             on_try(in_words(candidate), outcome)
     finally:

@@ -80,9 +80,12 @@ def tables_line(facts: dict[str, Any]) -> str:
     where = facts["user_table"] or "switched off (MOE_TRITON_TABLE is empty)"
     if not facts["architectures"]:
         return f"Kernel configurations: no GPU here. The user's table would be read from {where}."
+    gluon = f"Warp-specialized kernels (Gluon) run in {facts['gluon_entries']} of them."
+    if facts["gluon_error"] is not None:
+        gluon = f"Warp-specialized kernels (Gluon) cannot run: {facts['gluon_error']}."
     return (
         f"Kernel configurations for {', '.join(facts['architectures'])}: {facts['user_entries']} entries in the user's "
-        f"table ({where}), {facts['shipped_entries']} in the shipped one, the heuristic for everything else."
+        f"table ({where}), {facts['shipped_entries']} in the shipped one, the heuristic for everything else. {gluon}"
     )
 
 

@@ -19,6 +19,7 @@ from moe_triton.benchmarking.environment import environment
 from moe_triton.benchmarking.memory_chart import draw_memory
 from moe_triton.benchmarking.providers import PROVIDERS
 from moe_triton.benchmarking.report import milliseconds, plain_console, print_table, three_digits, write_json
+from moe_triton.benchmarking.results import first_line
 from moe_triton.benchmarking.stage_report import print_stages
 from moe_triton.benchmarking.timing import make_timer, ready
 from moe_triton.benchmarking.ways import Runnable
@@ -185,11 +186,14 @@ def proton_line(out: Path, workload: Workload, backend: str, steps: int) -> str:
     import triton.profiler as proton
 
     call = Runnable(PROVIDERS[backend].build(workload), workload).call("full")
-    proton.start(str(out / "proton"), hook="triton")
-    for _ in range(steps):
-        ready(call)()
-    torch.cuda.synchronize()
-    proton.finalize()
+    try:
+        proton.start(str(out / "proton"), hook="triton")
+        for _ in range(steps):
+            ready(call)()
+        torch.cuda.synchronize()
+        proton.finalize()
+    except Exception as error:  # a second profiler, after torch's, may find the device's counters taken
+        return f"proton: not measured: {first_line(error)}"
     return f"proton: {out / 'proton.hatchet'} (proton-viewer -m time/ms {out / 'proton.hatchet'})"
 
 

@@ -186,7 +186,7 @@ def dry(problems: list[Problem], budget: float) -> None:
     """The configuration that runs today and its neighbours, compiled for an architecture that may not be here."""
     from moe_triton.benchmarking import tuning
     from moe_triton.kernel_stages import chosen_config, in_words
-    from moe_triton_kernels.tools.search import neighbours, seeds
+    from moe_triton_kernels.tools.search import neighbours
 
     console = plain_console()
     begin = time.monotonic()
@@ -195,9 +195,8 @@ def dry(problems: list[Problem], budget: float) -> None:
         running = chosen_config(
             problem.name, case.hidden, case.intermediate, case.torch_dtype, problem.bucket, problem.architecture
         )
-        sizes = (problem.name, case.hidden, case.intermediate)
-        candidates = (*seeds(*sizes, problem.architecture), *neighbours(running, *sizes))
-        configs = list(dict.fromkeys([running, *candidates]))
+        near = neighbours(running, problem.name, case.hidden, case.intermediate)
+        configs = list(dict.fromkeys([running, *tuning.first_candidates(problem, running), *near]))
         print(f"{problem.title()}, {problem.architecture}: today's configuration and {len(configs) - 1} candidates")
         rows: list[list[str]] = []
 
