@@ -131,12 +131,12 @@ def test_changing_bits_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_output_that_is_not_written_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """An expert without rows whose gradient nobody writes: the poison shows."""
-    from moe_triton.backends.triton import experts
+    from moe_triton.backends.triton import problem
 
     def forgetful(left, right, source, offsets, **options):
         return unwritten(offsets.shape[0] - 1, left.shape[1], right.shape[1], dtype=left.dtype)
 
-    monkeypatch.setattr(experts, "d_weight", forgetful)
+    monkeypatch.setattr(problem, "d_weight", forgetful)
     with pytest.raises(AssertionError, match="not finite"):
         numerics.buckets(torch.float32)(TINY)
 
