@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch
 
-from moe_triton.backends.triton import experts
+from moe_triton.backends.triton import problem
 from moe_triton_kernels.configs import choose_config
 from moe_triton_kernels.launch import Config
 
@@ -103,7 +103,7 @@ def warp_specialized(schedule: str | None) -> Iterator[list[str]]:
         return run
 
     with (
-        mock.patch.object(experts, "choose_config", choose),
+        mock.patch.object(problem, "choose_config", choose),
         mock.patch.object(up, "up", noted("up", up.up)),
         mock.patch.object(down, "down", noted("down", down.down)),
         mock.patch.object(d_hidden, "d_hidden", noted("d_hidden", d_hidden.d_hidden)),
