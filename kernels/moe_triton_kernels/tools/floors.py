@@ -88,6 +88,16 @@ class Shape:
         return self.rows * self.intermediate
 
     @property
+    def logits(self) -> int:
+        """Elements of the logits [T, E]."""
+        return self.tokens * self.experts
+
+    @property
+    def router(self) -> int:
+        """Elements of the router's weight [E, d]."""
+        return self.experts * self.hidden
+
+    @property
     def w2(self) -> int:
         """Elements of W2 [E, d, n]."""
         return self.experts * self.intermediate * self.hidden
@@ -146,6 +156,11 @@ def _narrow(shape: Shape, rows: int, width: int) -> Work:
     return Work(flops=2 * shape.rows * width * shape.rank, bytes=shape.itemsize * elements)
 
 
+def _gate(shape: Shape, parts: int, narrow: int, wide: int) -> Work:
+    """So many products of tokens, experts and d, with this many elements of 16 and of 32 bits."""
+    return Work(flops=2 * parts * shape.logits * shape.hidden, bytes=2 * narrow + 4 * wide)
+
+
 def _tiles(shape: Shape) -> int:
     """Entries of the tables of all tile sizes, where the rows spread evenly over the experts."""
     used = min(shape.rows, shape.experts)
@@ -153,6 +168,14 @@ def _tiles(shape: Shape) -> int:
 
 
 FLOORS: dict[str, Callable[[Shape], Work]] = {
+    # X, 16-bit weight -> fp32 logits
+    "gate_forward": lambda s: _gate(s, 1, s.x + s.router, s.logits),
+    # fp32 gradient of the logits -> two 16-bit parts
+    "gate_split": lambda s: _gate(s, 0, 2 * s.logits, s.logits),
+    # two parts of the gradient, the weight for each, the gradient to add to -> gradient of X
+    "gate_d_hidden": lambda s: _gate(s, 2, 2 * s.logits + 2 * s.router + 2 * s.x, 0),
+    # two parts of the gradient, X -> a gradient of the weight of each
+    "gate_d_weight": lambda s: _gate(s, 2, 2 * s.logits + s.x, 2 * s.router),
     # logits [T, E] -> experts and weights [T, K], counts and score sums [E], z sum
     "topk": lambda s: _values(s.tokens * s.experts + 2 * s.rows + 2 * s.experts + 1),
     # at least one partial sum of each is read, and the total written
