@@ -11,6 +11,7 @@ from moe_triton import explain, kernel_stages, runtime
 from moe_triton.benchmarking.cases import Case, make_workload
 from moe_triton.benchmarking.stages import open_layer
 from moe_triton.kernel_stages import KERNELS
+from moe_triton_kernels.configs import Found
 from moe_triton_kernels.launch import Config
 
 SHAPE = (20, 32, 16, 4, 2)
@@ -38,7 +39,7 @@ def test_the_kernels_and_configurations_are_those_that_run(bias):
 
 def test_a_schedule_is_named(monkeypatch):
     entry = Config(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=4, gluon="ping_pong")
-    monkeypatch.setattr(kernel_stages, "find_config", lambda op, **_: (entry, "user table"))
+    monkeypatch.setattr(kernel_stages, "find_config", lambda op, **_: Found(entry, "user table", {}))
     layer = moe_triton.MoE(32, 16, 4, 2, backend="triton")
     (found,) = explain(layer, tokens=20)
     up = next(part for part in found.parts if part.step == "up")

@@ -138,8 +138,16 @@ def d_hidden(
     grad_out [T, d] contiguous; weight: the down projection per expert as [d, n], any strides; h [S, 2n] or [S, n] as
     `up` made it; router_weights [T, K] contiguous. Rows past offsets[E] are neither read nor written.
     """
-    is_apart = is_concatenated or not activation.is_gated
-    if why_unsupported(config.gluon, grad_out, weight, None, size_columns=size_n, is_concatenated=is_apart) is None:
+    reason = why_unsupported(
+        config.gluon,
+        grad_out,
+        weight,
+        None,
+        size_columns=size_n,
+        is_concatenated=is_concatenated or not activation.is_gated,
+        derivative=activation,
+    )
+    if reason is None:
         from moe_triton_kernels.gluon import d_hidden as warp_specialized  # imports Gluon, which is experimental
 
         return warp_specialized.d_hidden(

@@ -122,9 +122,16 @@ def up(
     strides. H's columns lie as the weight's do: [gate | up], or g0, u0, g1, u1, ... where not `is_concatenated`.
     Rows past offsets[E] are not written.
     """
-    sizes = {"size_columns": size_n, "projections": 2 if activation.is_gated else 1}
-    is_apart = is_concatenated or not activation.is_gated
-    if why_unsupported(config.gluon, x, weight, bias, is_concatenated=is_apart, **sizes) is None:
+    reason = why_unsupported(
+        config.gluon,
+        x,
+        weight,
+        bias,
+        size_columns=size_n,
+        projections=2 if activation.is_gated else 1,
+        is_concatenated=is_concatenated or not activation.is_gated,
+    )
+    if reason is None:
         from moe_triton_kernels.gluon import up as warp_specialized  # imports Gluon, which is experimental
 
         return warp_specialized.up(

@@ -202,13 +202,13 @@ def test_up(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize(("activation", "transposed"), [("swiglu", True), ("gpt_oss", False), ("relu2", True)])
+@pytest.mark.parametrize(("activation", "transposed"), [("swiglu", True), ("geglu_tanh", False), ("silu", True)])
 def test_d_hidden(
     hopper: dict[str, EmulatedKernel], schedule: str, activation: str, transposed: bool, dtype: torch.dtype
 ) -> None:
     setting, size_n = Setting(dtype), 80
     weight = setting.weight(128, size_n, transposed)
-    h = setting.random(NUM_ROWS, size_n if activation == "relu2" else 2 * size_n)
+    h = setting.random(NUM_ROWS, size_n if activation == "silu" else 2 * size_n)
     h[OFFSETS[-1] :] = float("nan")
     weighted_a, grad_h, shares = d_hidden(
         setting.x,
@@ -218,7 +218,7 @@ def test_d_hidden(
         h,
         setting.router_weights,
         size_n=size_n,
-        activation=next(case for case in ALL if case.name == activation),
+        activation=Activation(activation),
         is_concatenated=True,
         config=replace(PLAIN, gluon=schedule),
     )
@@ -299,6 +299,9 @@ def test_the_reasons(hopper: dict[str, EmulatedKernel]) -> None:
     assert reason(weight=per_expert(torch.randn(6, 160, 128, device=DEVICE).bfloat16()[::2]).transposed()) == not_one
     assert "biases are not one tensor" in reason(bias=per_expert(list(torch.randn(3, 160, device=DEVICE))))
     assert reason(projections=2, size_columns=80, is_concatenated=False) == "gate and up columns are interleaved"
+    assert reason(derivative=Activation("swiglu")) is None
+    limited = reason(derivative=Activation("swiglu", limit=10.0))
+    assert limited == "the derivative of swiglu_limit10, wanted that of one of swiglu, geglu_tanh, silu, gelu_tanh"
     assert reason(rows=rows[:0]) == "no rows"
     odd = per_expert(torch.randn(3, 160, 96, device=DEVICE).bfloat16()).transposed()
     assert reason(rows=rows[:, :96].contiguous(), weight=odd) == "a contraction of 96, wanted a multiple of 64"

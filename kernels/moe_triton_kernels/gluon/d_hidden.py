@@ -2,7 +2,8 @@
 
 Its epilogue is the longest of all: it reads H and writes wA and dH. It works on blocks that lie as they are loaded and
 stored, 16 bytes a thread side by side along the row, so that only the product has to change its layout. Each block is
-converted before its H is loaded, and wA is stored before dH is computed: in another order registers spill.
+converted before its H is loaded, and wA is stored before dH is computed: in another order registers spill. With the
+activations that are not among `DERIVATIVES` they spill in any order.
 """
 
 from __future__ import annotations
@@ -24,14 +25,12 @@ from moe_triton_kernels.gluon.pipeline import (
     produce,
     store_layout,
 )
-from moe_triton_kernels.gluon.schedules import BLOCK_M, is_k_contiguous, schedule_of
+from moe_triton_kernels.gluon.schedules import BLOCK_M, Schedule, is_k_contiguous, schedule_of
 from moe_triton_kernels.grouped_gemm import split_columns
 from moe_triton_kernels.launch import Config, constants
 from moe_triton_kernels.operands import PerExpert
 from moe_triton_kernels.preactivation import d_activate, load_parts
 from moe_triton_kernels.tiles import TileTables
-
-PARTS = 16  # column blocks of the epilogue: with fewer, registers spill
 
 
 @gluon.jit
@@ -114,6 +113,11 @@ def d_hidden_kernel(
     )
 
 
+def parts_of(schedule: Schedule) -> int:
+    """Column blocks of the epilogue: with fewer, registers spill."""
+    return 16 if schedule.ping_pong else 8
+
+
 def d_hidden(
     grad_out: Tensor,
     source: Tensor,
@@ -149,7 +153,7 @@ def d_hidden(
         TOP_K=router_weights.shape[1],
         ACTIVATION=activation,
         K_CONTIGUOUS=is_k_contiguous(weight),
-        TILE=constants(tile_of(schedule, group=config.group, parts=PARTS)),
+        TILE=constants(tile_of(schedule, group=config.group, parts=parts_of(schedule))),
         num_warps=4,
     )
     return weighted_a, grad_h, shares

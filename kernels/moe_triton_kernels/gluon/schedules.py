@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moe_triton_kernels.activations import Activation
 from moe_triton_kernels.launch import HOPPER, target_of
 from moe_triton_kernels.operands import PerExpert
 
@@ -17,6 +18,8 @@ BLOCK_M, BLOCK_K = 128, 64
 # by their names in tables: what has a warp-specialized kernel
 OPS = ("up_gated", "up", "down", "d_hidden_gated", "d_hidden", "d_rows")
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+# whose derivatives fit in the registers of d_hidden's epilogue; with the others it spills
+DERIVATIVES = tuple(map(Activation, ("swiglu", "geglu_tanh", "silu", "gelu_tanh")))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +90,13 @@ def why_unsupported(
     size_columns: int,
     projections: int = 1,
     is_concatenated: bool = True,
+    derivative: Activation | None = None,
 ) -> str | None:
     """Why the warp-specialized kernels cannot multiply `rows` [., k] by the experts' matrices; None: they can.
 
     A matrix has as many columns as all its projections (gate and up are two) of `size_columns` each. is_concatenated:
-    there is no gate, or its columns lie left of those of up. ValueError on an unknown schedule. Reads sizes, strides
-    and addresses only.
+    there is no gate, or its columns lie left of those of up. derivative: the activation that d_hidden derives; None for
+    the other operations. ValueError on an unknown schedule. Reads sizes, strides and addresses only.
     """
     if schedule is None:
         return "no schedule is chosen"
@@ -111,6 +115,8 @@ def why_unsupported(
         return "the experts' biases are not one tensor with contiguous rows"
     if not is_concatenated:
         return "gate and up columns are interleaved"
+    if derivative is not None and derivative not in DERIVATIVES:
+        return f"the derivative of {derivative}, wanted that of one of {', '.join(map(str, DERIVATIVES))}"
     if rows.shape[0] == 0:
         return "no rows"
     if size_k % BLOCK_K != 0:

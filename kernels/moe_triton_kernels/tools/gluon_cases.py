@@ -10,7 +10,7 @@ import torch
 from moe_triton_kernels.activations import GATED_CASES, UNGATED_CASES
 from moe_triton_kernels.gluon import d_hidden, down, up
 from moe_triton_kernels.gluon.launch import LAYOUT, tile_of, weight_block
-from moe_triton_kernels.gluon.schedules import BLOCK_K, BLOCK_M, SCHEDULES, TYPES
+from moe_triton_kernels.gluon.schedules import BLOCK_K, BLOCK_M, DERIVATIVES, SCHEDULES, TYPES
 from moe_triton_kernels.tools.case import Case, integers_of, pointers_of
 from moe_triton_kernels.tools.product_cases import TILES, bias_type, only_of_down
 
@@ -109,8 +109,9 @@ def up_cases() -> Iterator[Case]:
 
 
 def d_hidden_cases() -> Iterator[Case]:
-    """Both forms in every schedule; the first also with every activation, the other layout and the other type."""
-    for op, activations in (("d_hidden_gated", GATED_CASES), ("d_hidden", UNGATED_CASES)):
+    """Both forms in every schedule; the last also with every activation, the other layout and the other type."""
+    for op, gated in (("d_hidden_gated", True), ("d_hidden", False)):
+        activations = [activation for activation in DERIVATIVES if activation.is_gated == gated]
         # (schedule, activation, k is contiguous, type); the down projection's columns are contiguous: [d, n]
         variants = [(name, activations[0], False, torch.bfloat16) for name in SCHEDULES]
         variants += [("ping_pong", activation, False, torch.bfloat16) for activation in activations[1:]]
@@ -125,14 +126,14 @@ def d_hidden_cases() -> Iterator[Case]:
                 dtype=dtype,
                 variant=str(activation) + "_T" * by_k,
                 width=width,
-                parts=d_hidden.PARTS,
+                parts=d_hidden.parts_of(SCHEDULES[schedule]),
                 descriptors={"weight": weight_block(width, by_k)},
                 signature={
                     **dict.fromkeys(("grad_out", "h", "weighted_a", "grad_h"), f"*{stored}"),
                     **dict.fromkeys(("router_weights", "shares"), "*fp32"),
                     "source": "*i32",
                 },
-                sample=op == "d_hidden_gated" and number < len(SCHEDULES),
+                sample=gated and number < len(SCHEDULES),
                 TOP_K=8,
                 ACTIVATION=activation,
                 K_CONTIGUOUS=by_k,

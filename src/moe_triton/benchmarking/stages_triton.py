@@ -36,7 +36,9 @@ class Chosen(Problem):
                 "size_columns": n, "projections": 2 if spec.is_gated else 1, "is_concatenated": is_apart,
             }),
             "down": (n, self.down, self.down_bias, {"size_columns": d}),
-            "d_hidden": (d, self.down.transposed(), None, {"size_columns": n, "is_concatenated": is_apart}),
+            "d_hidden": (d, self.down.transposed(), None, {
+                "size_columns": n, "is_concatenated": is_apart, "derivative": self.activation,
+            }),
             "d_rows": (self.call.width, self.gate_up.transposed(), None, {"size_columns": d}),
         }  # fmt: skip
         if stage not in operands:
