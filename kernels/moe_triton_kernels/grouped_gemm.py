@@ -63,9 +63,10 @@ def rows_times_weight(rows, columns, added, size_k, DTYPE: tl.constexpr, EVEN_K:
     k = tl.arange(0, BLOCK_K)
     acc = tl.zeros((TILE.BLOCK_M, columns.HALVES * columns.WIDTH), dtype=tl.float32)
     if added.PRESENT:
-        # a short step is loaded before the loop, during which it arrives; a long one, or one of fp32, would need too
-        # many registers
-        AHEAD: tl.constexpr = 1 if added.adapter.BLOCK <= 32 and DTYPE.primitive_bitwidth == 16 else 0
+        # a short step is loaded before the loop, during which it arrives; a long one would need too many registers, and
+        # on Triton 3.6 the only one in fp32
+        IS_CHEAP: tl.constexpr = DTYPE.primitive_bitwidth == 16 or added.adapter.STEPS > 1
+        AHEAD: tl.constexpr = 1 if added.adapter.BLOCK <= 32 and IS_CHEAP else 0
         if AHEAD:
             t, factor = load_step(added, 0, columns, numbers, column_mask, DTYPE)
     for block in tl.range(0, tl.cdiv(size_k, BLOCK_K)):

@@ -324,7 +324,9 @@ def test_a_run_and_one_more(
 
         return of
 
-    few = [found for found in steps.all_steps() if found.step.name in ("facts", "build 1", "empty", "nccl", "skew")]
+    few = [
+        found for found in steps.all_steps() if found.step.name in ("facts", "build 1", "empty", "nccl", "candidates")
+    ]
     monkeypatch.setattr(steps, "all_steps", lambda: few)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "environment", lambda device: FACTS)
@@ -339,7 +341,7 @@ def test_a_run_and_one_more(
     }  # fmt: skip
     assert content["items"]["nccl"]["status"] == "ok"
     assert "failed: empty: told" in capsys.readouterr().out
-    assert sorted(ran) == ["build 1", "empty", "facts", "nccl", "skew"]
+    assert sorted(ran) == ["build 1", "candidates", "empty", "facts", "nccl"]
     ran.clear()
     bad["item"] = ""
     assert gpu.main([*out, "--again"]) == 0
