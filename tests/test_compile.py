@@ -8,7 +8,7 @@ from torch._dynamo.backends.registry import lookup_backend
 
 import moe_triton
 from moe_triton import MoE, Router
-from moe_triton.autograd.experts import _experts_op
+from moe_triton.autograd.experts import _experts_op, _fields
 from moe_triton.autograd.flat import form_of, tensors_of
 from moe_triton.autograd.routing import _route_op
 from moe_triton.dispatch import _dispatch_op
@@ -196,9 +196,9 @@ def test_opcheck(backend):
         )
         call = ExpertCall(
             hidden=torch.randn(6, 16, requires_grad=True), weights=routing.weights.clone().requires_grad_(),
-            dispatched=plan, parameters=parameters, spec=ExpertSpec(),
+            dispatched=plan, parameters=parameters, spec=ExpertSpec(gate_up_scaling=0.5, activation_limit=2.0),
         )  # fmt: skip
-        arguments = (tensors_of(call), form_of(parameters), "swiglu", False, True, [0.5, 1.0], backend, True)
+        arguments = (tensors_of(call), form_of(parameters), *_fields(call.spec), backend, True)
         torch.library.opcheck(_experts_op, arguments)
 
 

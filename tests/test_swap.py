@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import pickle
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -162,7 +162,7 @@ def test_a_registry_of_its_own():
 def test_a_gate_that_is_called_is_named_in_the_report():
     model = tiny_model("gpt_oss").eval()
     for module in experts_modules(model):
-        module.limit = 3.0
+        module._apply_gate = MethodType(type(module)._apply_gate, module)  # on the module itself, it may be anything
     with torch.no_grad():
         expected = model(token_ids()).logits
     report = moe_triton.swap(model)

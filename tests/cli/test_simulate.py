@@ -104,7 +104,7 @@ def test_validate():
 
 def test_names_mean_the_same_in_every_command():
     """Devices and layers are those of `inspect`, `profile` and `bench`; the beginning of a model's name is enough."""
-    assert set(DEVICES) == set(floors.DEVICES)
+    assert set(DEVICES) < set(floors.DEVICES)  # those with a usual network
     for case in PRESETS["models"].cases:
         model = MODELS[case.name.lower()]
         assert all(

@@ -297,7 +297,7 @@ def test_no_assignment_gives_zeros(num_tokens, gate):
         (lambda: tiny_experts("gpt_oss.GptOssExperts"), "moe_triton.experts"),
         (lambda: tiny_experts("nemotron_h.NemotronHExperts"), "moe_triton.experts"),
         (lambda: make_experts(gate=squashed, has_bias=True), "moe_triton.grouped_linear"),
-        (lambda: tiny_experts("deepseek_v4.DeepseekV4Experts"), "moe_triton.grouped_linear"),
+        (lambda: tiny_experts("deepseek_v4.DeepseekV4Experts"), "moe_triton.experts"),
         (lambda: make_experts(post_expert_norm=RmsNorm()), "moe_triton.experts"),
         (lambda: make_experts(post_expert_norm=RmsNorm(), gate=squashed), "moe_triton.grouped_linear"),
     ],

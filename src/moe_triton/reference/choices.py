@@ -61,7 +61,7 @@ def ranks_in_queues(queue_N: Tensor, order_N: Tensor, is_in_N: Tensor, num_queue
     sorted_queue = queue_N[order_N]
     first = torch.searchsorted(sorted_queue, torch.arange(num_queues, device=queue_N.device))
     before = F.pad(is_in_N[order_N].long().cumsum(0), (1, 0))
-    rank = torch.empty_like(queue_N)
+    rank = torch.zeros_like(queue_N)
     rank[order_N] = before[:-1] - before[first[sorted_queue]]
     return rank
 
