@@ -1,4 +1,4 @@
-"""What a check or a measurement is told, and what it sees of torch and Triton while it runs."""
+"""What a check or a measurement is given, and what it sees of torch and Triton while it runs."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def test_the_comparison_can_fail(broken, monkeypatch):
         assert_equals_eager(model)
 
 
-# How PEFT is told what to adapt ---------------------------------------------------------------------------------------
+# Ways to name what PEFT adapts ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])

@@ -8,6 +8,7 @@ weights, which the experts' backward makes.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -55,13 +56,14 @@ def _backward(
     weight: Tensor,
     bias_dtype: torch.dtype,
     backend: str,
-    wanted: GateWanted,
+    wanted: Sequence[bool],
 ) -> list[Tensor]:
     """The gradients of hidden, weight and bias; empty where not wanted."""
     if has_no_data(hidden):
         return _gate_backward_op(grad_logits, grad_hidden, hidden, weight, bias_dtype, backend, list(wanted))
     with runtime.plain_maths(hidden):
-        found = runtime.gate_backend(backend).gate_backward(grad_logits, grad_hidden, hidden, weight, wanted)
+        backward = runtime.gate_backend(backend).gate_backward
+        found = backward(grad_logits, grad_hidden, hidden, weight, GateWanted(*wanted))
     empty = hidden.new_empty(0)
     bias = empty if found.bias is None else found.bias.to(bias_dtype)
     return [empty if found.hidden is None else found.hidden, empty if found.weight is None else found.weight, bias]
@@ -71,6 +73,18 @@ def _save(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, backend
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight)
     ctx.bias_dtype, ctx.backend = weight.dtype if bias is None else bias.dtype, backend
+
+
+def _differentiate(
+    ctx: Any, grad_logits: Tensor | None, grad_hidden: Tensor | None, *, by: Callable[..., Sequence[Tensor]]
+) -> tuple[Tensor | None, ...]:
+    """One gradient per input of the gate; `by` computes those of hidden, weight and bias."""
+    if grad_logits is None:
+        return grad_hidden, None, None, None
+    hidden, weight = ctx.saved_tensors
+    wanted = list(ctx.needs_input_grad[:3])
+    found = by(grad_logits, grad_hidden, hidden, weight, ctx.bias_dtype, ctx.backend, wanted)
+    return (*(gradient if want else None for gradient, want in zip(found, wanted, strict=True)), None)
 
 
 class _Gate(torch.autograd.Function):
@@ -84,13 +98,7 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_logits, grad_hidden = grads
-        if grad_logits is None:
-            return grad_hidden, None, None, None
-        wanted = GateWanted(*ctx.needs_input_grad[:3])
-        hidden, weight = ctx.saved_tensors
-        found = _backward(grad_logits, grad_hidden, hidden, weight, ctx.bias_dtype, ctx.backend, wanted)
-        return (*(gradient if want else None for gradient, want in zip(found, wanted, strict=True)), None)
+        return _differentiate(ctx, *grads, by=_backward)
 
 
 class _CompiledGate(torch.autograd.Function):
@@ -103,13 +111,7 @@ class _CompiledGate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_logits, grad_hidden = grads
-        if grad_logits is None:
-            return grad_hidden, None, None, None
-        hidden, weight = ctx.saved_tensors
-        wanted = [*ctx.needs_input_grad[:3]]
-        found = _gate_backward_op(grad_logits, grad_hidden, hidden, weight, ctx.bias_dtype, ctx.backend, wanted)
-        return found[0] if wanted[0] else None, found[1] if wanted[1] else None, found[2] if wanted[2] else None, None
+        return _differentiate(ctx, *grads, by=_gate_backward_op)
 
 
 @torch.library.custom_op("moe_triton::gate", mutates_args=())
@@ -133,7 +135,7 @@ def _gate_backward_op(
     wanted: list[bool],
 ) -> list[Tensor]:
     """`_backward`."""
-    return _backward(grad_logits, grad_hidden, hidden, weight, bias_dtype, backend, GateWanted(*wanted))
+    return _backward(grad_logits, grad_hidden, hidden, weight, bias_dtype, backend, wanted)
 
 
 @_gate_backward_op.register_fake

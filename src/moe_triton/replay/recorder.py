@@ -54,7 +54,8 @@ class RoutingRecorder:
 
     Under activation checkpointing of both kinds, a repeated forward makes the choices of the forward that it repeats,
     recorded or replayed, in any order of micro-batches. Checkpoints inside checkpoints, and a checkpoint around several
-    calls of one router, are not told apart. Over ranks, each rank records and replays the tokens that its routers see.
+    calls of one router, cannot be distinguished. Over ranks, each rank records and replays the tokens that its routers
+    see.
 
     The routers' `forward` is replaced from the first `record` or `replay` on, until `close`. Under torch.compile it is
     a break of the graph.

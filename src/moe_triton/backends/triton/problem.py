@@ -154,15 +154,12 @@ class Problem:
         `tokens` [T, ...] is gathered by row -> token; `rows` [S, ...] lies in expert order.
         """
         left, right = (tokens, rows) if tokens_first else (rows, tokens)
-        return d_weight(
-            left,
-            right,
-            self.dispatched.source,
-            self.dispatched.offsets,
-            top_k=self.top_k,
-            gather_left=tokens_first,
-            config=self.config("d_weight"),
-        )
+        return self._contract(left, right, self.config("d_weight"), gather_left=tokens_first)
+
+    def _contract(self, left: Tensor, right: Tensor, config: Config, **gathering: bool) -> Tensor:
+        """left^T right over each expert's rows, [E, ...]."""
+        source, offsets = self.dispatched.source, self.dispatched.offsets
+        return d_weight(left, right, source, offsets, top_k=self.top_k, config=config, **gathering)
 
     def t_gate_up(self, tiles: TileTables) -> Tensor:
         """scaling * X A^T [S, width], width being the padded rank."""
@@ -227,16 +224,8 @@ class Problem:
 
     def _d_factor(self, left: Tensor, right: Tensor, *, gather_left: bool = False, gathers: bool = True) -> Tensor:
         architecture = target_of(left.device).architecture
-        return d_weight(
-            left,
-            right,
-            self.dispatched.source,
-            self.dispatched.offsets,
-            top_k=self.top_k,
-            gather_left=gather_left,
-            gathers=gathers,
-            config=adapter_tile(left.shape[1], right.shape[1], left.element_size(), architecture),
-        )
+        config = adapter_tile(left.shape[1], right.shape[1], left.element_size(), architecture)
+        return self._contract(left, right, config, gather_left=gather_left, gathers=gathers)
 
     def d_gate_up_bias(self, grad_h: Tensor) -> Tensor:
         return self._d_bias(grad_h)
