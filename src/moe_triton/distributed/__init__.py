@@ -9,7 +9,7 @@ from moe_triton.distributed.checkpoint.whole_tensors import load_experts_from
 from moe_triton.distributed.errors import CheckpointError, ConfigurationMismatch, ExpertParallelError
 from moe_triton.distributed.exchange.expert_parallel import ExpertParallel
 from moe_triton.distributed.exchange.failure_board import explain_termination
-from moe_triton.distributed.groups import Group, ParallelGroups, make_groups
+from moe_triton.distributed.groups import Group, GroupOptions, ParallelGroups, make_groups
 from moe_triton.distributed.rank_tables import RankTables, plan
 
 if TYPE_CHECKING:
@@ -35,9 +35,9 @@ _LAZY = {
 
 __all__ = [
     "CheckpointError", "ConfigurationMismatch", "ExpertParallel", "ExpertParallelError", "GradScaler", "Group",
-    "ParallelGroups", "RankTables", "Rebalanced", "apply_fsdp2", "broadcast_parameters", "check_replicas",
-    "clip_grad_norm_", "explain_termination", "export_safetensors", "load_checkpoint", "load_experts_from",
-    "make_groups", "plan", "rebalance", "reduce_gradients", "save_checkpoint", "wrap_ddp",
+    "GroupOptions", "ParallelGroups", "RankTables", "Rebalanced", "apply_fsdp2", "broadcast_parameters",
+    "check_replicas", "clip_grad_norm_", "explain_termination", "export_safetensors", "load_checkpoint",
+    "load_experts_from", "make_groups", "plan", "rebalance", "reduce_gradients", "save_checkpoint", "wrap_ddp",
 ]  # fmt: skip
 
 
