@@ -69,7 +69,7 @@ def swap(model: nn.Module, *, backend: str = "auto", expert_parallel: ExpertPara
     nothing but the backend.
 
     DeepSpeed's MoE layers (deepspeed.moe.layer.MoE) are replaced by `moe_triton.compat.deepspeed`'s, which take over
-    their parameters as they are.
+    their parameters as they are. The experts of DeepSpeed's AutoEP (GroupedExperts) run on ours where they are.
 
     Args:
         model: any Module.
@@ -176,6 +176,20 @@ def deepspeed_layer(model: nn.Module, name: str, module: nn.Module, how: How) ->
     )
 
 
+def deepspeed_grouped_experts(model: nn.Module, name: str, module: nn.Module, how: How) -> Swapped | Skipped | None:
+    """Switch the experts of a layer that DeepSpeed's AutoEP has made, after `deepspeed.initialize`."""
+    upstream = getattr(sys.modules.get("deepspeed.moe.ep_experts"), "GroupedExperts", None)
+    if upstream is None or not isinstance(module, upstream):
+        return None
+    from moe_triton.compat.deepspeed import auto_ep
+
+    if (reason := auto_ep.obstacle(module)) is not None:
+        return Skipped(name, _kind(module), reason)
+    auto_ep.use_ours(module, how.backend)
+    fused = auto_ep.ACTIVATIONS[module.activation][0]  # type: ignore[index]
+    return Swapped(name, _kind(module), f"moe_triton.compat.deepspeed.auto_ep, backend={how.backend!r}: fused, {fused}")
+
+
 def own(model: nn.Module, name: str, module: nn.Module, how: How) -> Skipped | None:
     """Leave a layer of ours as it is."""
     compat = sys.modules.get("moe_triton.compat.deepspeed.layer")
@@ -199,6 +213,7 @@ RECOGNIZERS = (
     own,
     transformers_experts,
     deepspeed_layer,
+    deepspeed_grouped_experts,
     unknown_experts,
 )  # the first that recognises a module handles it
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -48,7 +49,10 @@ def apply_fsdp2(
         if not isinstance(module, StackedExperts) or module.gradient_scale is None:
             raise TypeError(f"model: got {type(module).__name__} at {name!r}, wanted Experts with a gradient_scale")
         module.gradient_scale = scale
-        fully_shard(module, mesh=groups.edp_mesh, **arguments)
+        own = arguments
+        if module.casts_inputs and (policy := arguments.get("mp_policy")) is not None:
+            own = {**arguments, "mp_policy": replace(policy, cast_forward_inputs=False)}
+        fully_shard(module, mesh=groups.edp_mesh, **own)
     for block in (*blocks, model):
         fully_shard(block, mesh=groups.dp_mesh, **arguments)
         if rule == "sum" and groups.dp.size > 1:

@@ -28,6 +28,7 @@ class SpreadExperts(StackedExperts):
     `num_experts` is that of all ranks, as before; the projections are those of `local_experts`.
     """
 
+    casts_inputs = True
     layer_name: str
     expert_names: tuple[str, ...]  # of the parameters that have an expert in each row
     is_transposed: bool
