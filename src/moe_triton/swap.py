@@ -76,7 +76,8 @@ def swap(model: nn.Module, *, backend: str = "auto", expert_parallel: ExpertPara
         backend: "auto", "triton", "torch" or "reference", for every swapped module.
         expert_parallel: over which ranks the experts of transformers' modules are spread: every rank keeps its own of
             them, and then passes its own batch. Whatever else the model has is on every rank. Give it a model on the
-            meta device, and `moe_triton.load_pretrained` its weights, so that no rank ever holds all experts.
+            meta device, and `moe_triton.load_pretrained` its weights, so that no rank ever holds all experts. Make the
+            optimizer afterwards: the projections are new parameters.
 
     Returns:
         SwapReport with `.swapped` and `.skipped`, lists of (name, kind, what was done or the reason). A module that

@@ -115,6 +115,10 @@ def refusals() -> None:
         moe_triton.swap(made("called gate"), expert_parallel=ExpertParallel(make_groups(ep=2, etp=2)))
     with pytest.raises(TypeError, match="expert_parallel: got ParallelGroups, wanted an ExpertParallel"):
         moe_triton.swap(module, expert_parallel=groups)
+    odd = made("alternating, biases")
+    odd.gate_up_proj = nn.Parameter(odd.gate_up_proj[..., :6].clone())
+    with pytest.raises(ValueError, match="gate_up_proj: got experts of 3 columns, wanted a multiple of the 2 slices"):
+        moe_triton.swap(odd, expert_parallel=ExpertParallel(make_groups(ep=2, etp=2)))
     moe_triton.swap(module, expert_parallel=parallel)
     moe_triton.swap(module, backend="torch", expert_parallel=parallel)
     moe_triton.swap(module, backend="torch")

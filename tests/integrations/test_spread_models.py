@@ -19,7 +19,7 @@ from tests.helpers.spread_models import (
 )
 
 FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "olmoe")
-TOLERANCE = 1e-12
+TOLERANCE = 1e-6  # transformers computes norms, router and loss in float32 whatever the dtype
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -44,7 +44,7 @@ def trained_and_saved(folder: Path, sizes: dict) -> None:
     loss = model(input_ids=mine, labels=mine).loss
     loss.backward()
     reduce_gradients(model)
-    assert (mean_over_ranks(loss) - expected["loss"]).abs() <= TOLERANCE
+    assert (mean_over_ranks(loss) / expected["loss"] - 1).abs() <= TOLERANCE
     assert assert_gradients(model, expected, TOLERANCE) >= 4
     assert (clip_grad_norm_(model, 1e9) / expected["norm"] - 1).abs() <= TOLERANCE
     export_safetensors(folder / "exported" / "model.safetensors", model)
@@ -125,7 +125,7 @@ def test_the_monitor_and_the_recorder(two_ranks, qwen3):
 
     from moe_triton import LoadMonitor, RoutingRecorder
 
-    model = AutoModelForCausalLM.from_pretrained(qwen3, dtype=torch.float64).train()
+    model = AutoModelForCausalLM.from_pretrained(qwen3, dtype=torch.float64, experts_implementation="eager").train()
     monitor, recorder = LoadMonitor(model), RoutingRecorder(model)
     with torch.no_grad(), recorder.record():
         model(input_ids=token_ids())
@@ -136,6 +136,30 @@ def test_the_monitor_and_the_recorder(two_ranks, qwen3):
     for part in found:
         assert part["loads"] == {name: (reading.assignments, reading.loads) for name, reading in wanted.items()}
         assert part["balance"] == {name: pytest.approx(reading.balance) for name, reading in wanted.items()}
+
+
+def generated(folder: Path) -> list[torch.Tensor]:
+    """By a model and by its deep copy; the second rank's sequences end earlier."""
+    import copy
+
+    from moe_triton.distributed import ExpertParallel, make_groups
+    from moe_triton.integrations.pretrained import load_pretrained
+
+    model = load_pretrained(spread_model(folder, ExpertParallel(make_groups(ep=2))), folder).eval()
+    rank = dist.get_rank()
+    prompt = token_ids()[rank : rank + 1, :3]
+    options = {"do_sample": False, "max_new_tokens": 2 if rank else 5, "synced_gpus": True}
+    return [each.generate(prompt, **options) for each in (model, copy.deepcopy(model))]
+
+
+def test_generate(two_ranks, qwen3):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(qwen3, dtype=torch.float64, experts_implementation="eager").eval()
+    for rank, found in enumerate(two_ranks.run(generated, qwen3)):
+        options = {"do_sample": False, "max_new_tokens": 2 if rank else 5}
+        wanted = model.generate(token_ids()[rank : rank + 1, :3], **options)
+        assert [tokens.tolist() for tokens in found] == [wanted.tolist()] * 2
 
 
 def adapted(folder: Path, how: str) -> None:
@@ -183,6 +207,8 @@ def with_adapters(model: torch.nn.Module) -> torch.nn.Module:
 def test_adapters(two_ranks, qwen3, how):
     from transformers import AutoModelForCausalLM
 
-    model = with_adapters(AutoModelForCausalLM.from_pretrained(qwen3, dtype=torch.float64).train())
+    model = with_adapters(
+        AutoModelForCausalLM.from_pretrained(qwen3, dtype=torch.float64, experts_implementation="eager").train()
+    )
     torch.save(step(model, token_ids()), qwen3 / "adapters.pt")
     two_ranks.run(adapted, qwen3, how)

@@ -76,17 +76,19 @@ def test_the_steps_of_one_process(two_ranks, tmp_path):
     from tests.helpers.families import tiny_model
 
     tiny_model("qwen3_moe", torch.float64).save_pretrained(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64, experts_implementation="eager")
     losses = trained(model, tmp_path / "alone", 1, [], max_grad_norm=0.1)
     whole = model.state_dict()
-    start = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).state_dict()
+    start = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float64, experts_implementation="eager"
+    ).state_dict()
     assert all((whole[name] != start[name]).any() for name in whole if "experts" in name)
     for found in two_ranks.run(in_the_trainer, tmp_path):
         assert found["losses"] == pytest.approx(losses, abs=2e-4)  # Trainer rounds them
         for name, boxes in found["parts"].items():
             for offset, box in boxes:
                 wanted = whole[name][tuple(slice(a, a + n) for a, n in zip(offset, box.shape, strict=True))]
-                assert (box - wanted).norm() <= 1e-10 * wanted.norm().clamp_min(1.0), name
+                assert (box - wanted).norm() <= 1e-6 * wanted.norm().clamp_min(1.0), name
 
 
 def arguments(**changed: object) -> SimpleNamespace:

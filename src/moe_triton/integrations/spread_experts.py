@@ -36,7 +36,7 @@ class SpreadExperts(StackedExperts):
     has_gate: bool
 
     def held_parameters(self) -> Iterator[nn.Parameter]:
-        return (parameter for name in self.expert_names if (parameter := self._parameters[name]) is not None)
+        return (parameter for name in self.expert_names if (parameter := self._parameters.get(name)) is not None)
 
     def is_sliced(self, parameter: nn.Parameter) -> bool:
         return any(parameter is self._parameters.get(name) for name in self.sliced_dimensions)
@@ -86,11 +86,9 @@ def spread(module: Any, parallel: ExpertParallel, names: Sequence[str]) -> None:
         part = whole.detach()[mine.start : mine.stop]
         if etp.size > 1 and name in sliced:
             dim, parts = sliced[name]
-            if part.shape[dim] % (parts * etp.size):
-                raise ValueError(
-                    f"{name}: got {part.shape[dim] // parts} columns of an expert, wanted a multiple of the "
-                    f"{etp.size} expert slices"
-                )
+            size = part.shape[dim] // (2 if module.has_gate and name != "down_proj" else 1)
+            if size % etp.size:
+                raise ValueError(f"{name}: got experts of {size} columns, wanted a multiple of the {etp.size} slices")
             part = torch.cat([piece.chunk(etp.size, dim)[etp.rank] for piece in part.chunk(parts, dim)], dim)
         made[name] = nn.Parameter(part.clone(), requires_grad=whole.requires_grad)
     module._parameters.update(made)
