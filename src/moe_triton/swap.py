@@ -187,7 +187,7 @@ def deepspeed_grouped_experts(model: nn.Module, name: str, module: nn.Module, ho
     if (reason := auto_ep.obstacle(module)) is not None:
         return Skipped(name, _kind(module), reason)
     auto_ep.use_ours(module, how.backend)
-    fused = auto_ep.ACTIVATIONS[module.activation][0]  # type: ignore[index]
+    fused = auto_ep.ACTIVATIONS[module.activation][0]
     return Swapped(name, _kind(module), f"moe_triton.compat.deepspeed.auto_ep, backend={how.backend!r}: fused, {fused}")
 
 
