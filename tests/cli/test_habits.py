@@ -61,7 +61,7 @@ def test_a_dry_run_needs_no_shape(monkeypatch):
     monkeypatch.setattr(
         tuning,
         "offline_gates",
-        lambda _, configs, on_report: on_report(configs[0], {"report": {"registers": 7}, "broken": [], "error": ""}),  # noqa: E501
+        lambda _, configs, on_report: on_report(configs[0], {"report": {"registers": 7}, "broken": [], "error": ""}),
     )
     done = run("tune", "--dry-run", "--ops=down", "--json")
     assert done.exit_code == 0, done.output
