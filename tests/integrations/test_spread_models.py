@@ -45,7 +45,8 @@ def trained_and_saved(folder: Path, sizes: dict) -> None:
     loss.backward()
     reduce_gradients(model)
     assert (mean_over_ranks(loss) / expected["loss"] - 1).abs() <= TOLERANCE
-    assert assert_gradients(model, expected, TOLERANCE) >= 4
+    num_layers = sum(type(module).__name__.endswith("Experts") for module in model.modules())
+    assert assert_gradients(model, expected, TOLERANCE) >= 2 * num_layers > 0
     assert (clip_grad_norm_(model, 1e9) / expected["norm"] - 1).abs() <= TOLERANCE
     export_safetensors(folder / "exported" / "model.safetensors", model)
 

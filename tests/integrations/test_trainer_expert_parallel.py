@@ -16,6 +16,13 @@ from tests.helpers.families import VOCAB
 STEPS, BATCH = 3, 4
 
 
+def as_torchrun_does() -> None:
+    """Set what accelerate looks for; the process group is there already."""
+    rank = str(dist.get_rank())
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
 def dataset() -> list[dict[str, torch.Tensor]]:
     rows = torch.randint(0, VOCAB, (STEPS * BATCH, 8), generator=torch.Generator().manual_seed(5))
     return [{"input_ids": row, "labels": row} for row in rows]
@@ -53,7 +60,7 @@ def in_the_trainer(folder: Path) -> dict:
     from moe_triton.integrations.trainer import ExpertParallelCallback
     from tests.helpers.spread_models import spread_model
 
-    os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": "2", "LOCAL_RANK": str(dist.get_rank())}
+    as_torchrun_does()
     model = moe_triton.load_pretrained(spread_model(folder, ExpertParallel(make_groups(ep=2))), folder)
     wrapped = []
     original = DistributedDataParallel.__init__
@@ -89,6 +96,41 @@ def test_the_steps_of_one_process(two_ranks, tmp_path):
             for offset, box in boxes:
                 wanted = whole[name][tuple(slice(a, a + n) for a, n in zip(offset, box.shape, strict=True))]
                 assert (box - wanted).norm() <= 1e-6 * wanted.norm().clamp_min(1.0), name
+
+
+def with_accelerate(folder: Path) -> None:
+    """The lines of docs/transformers.md."""
+    from accelerate import Accelerator
+
+    import moe_triton
+    from moe_triton.distributed import ExpertParallel, clip_grad_norm_, make_groups, reduce_gradients
+    from moe_triton.distributed.checkpoint.global_tensors import as_global, model_tensors
+    from tests.helpers.spread_models import batch_of, spread_model
+
+    as_torchrun_does()
+    groups, expected = make_groups(ep=2), torch.load(folder / "expected.pt")
+    model = moe_triton.load_pretrained(spread_model(folder, ExpertParallel(groups)), folder)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    accelerator = Accelerator(cpu=True)
+    optimizer = accelerator.prepare(torch.optim.SGD(model.parameters(), lr=0.5))
+    ids = batch_of(groups.dp)
+    accelerator.backward(model(input_ids=ids, labels=ids).loss)
+    reduce_gradients(model)
+    norm = clip_grad_norm_(model, 0.1)
+    optimizer.step()
+    factor = 0.5 * 0.1 / norm
+    for name, (live, layout, _) in model_tensors(model).items():
+        if not isinstance(live, nn.Parameter):
+            continue
+        for offset, box in as_global((before[name] - live) / factor, layout).boxes.items():
+            wanted = expected[name][tuple(slice(a, a + n) for a, n in zip(offset, box.shape, strict=True))]
+            assert (box - wanted).norm() <= 1e-5 * expected[name].norm(), name
+
+
+def test_accelerate(two_ranks, tmp_path):
+    from tests.helpers.spread_models import save_with_expectations
+
+    two_ranks.run(with_accelerate, save_with_expectations(tmp_path, "qwen3_moe"))
 
 
 def arguments(**changed: object) -> SimpleNamespace:

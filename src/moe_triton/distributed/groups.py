@@ -146,7 +146,7 @@ class ParallelGroups:
             raise ValueError(f"experts: got a mesh with the dimensions {expert_names}, wanted one called 'ep'")
 
         def known(kind: str) -> dist.ProcessGroup | None:
-            mesh, axes = (experts, expert_axes) if kind in ("ep", "edp", "etp", "edp_shard") else (dense, dense_axes)
+            mesh, axes = (experts, expert_axes) if kind.startswith("e") else (dense, dense_axes)
             axis = {"dp_shard": "dp", "edp_shard": "edp", "edp_replicate": "dp_replicate"}.get(kind, kind)
             spread = [
                 name
