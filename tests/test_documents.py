@@ -47,6 +47,10 @@ optimizer = torch.optim.AdamW(model.parameters())
 images = torch.rand(4, 3, 224, 224)
 train_data = test_data = [(images, torch.tensor([0, 1, 2, 3]))]
 """,
+    "docs/distributed.md": """
+from moe_triton.distributed import ExpertParallel
+groups = None
+""",
     "docs/finetuning.md": """
 from transformers import LlamaConfig, LlamaForCausalLM
 from tests.helpers.families import tiny_model
@@ -72,6 +76,7 @@ from tests.helpers.families import tiny_model
 model = tiny_model("mixtral").train()
 tokens, mask = torch.randint(2, 64, (2, 6)), torch.ones(2, 6, dtype=torch.long)
 dataset = [{"input_ids": row, "labels": row} for row in torch.randint(2, 64, (20, 6))]
+group = None
 class run:
     log = staticmethod(lambda numbers, step: None)
 """,

@@ -15,6 +15,7 @@ from moe_triton.autograd.experts import run_experts
 from moe_triton.checks import check_int
 from moe_triton.distributed.checkpoint.global_tensors import as_global, expert_layout
 from moe_triton.distributed.exchange.expert_parallel import ExpertParallel, unless_alone
+from moe_triton.distributed.exchange.meter import ExchangeMeter
 from moe_triton.distributed.exchange.overlap import Deferred
 from moe_triton.distributed.exchange.stages import ExchangedLayer
 from moe_triton.distributed.holders import StackedExperts
@@ -78,6 +79,7 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
         self.intermediate_size = intermediate_size
         self.expert_parallel = expert_parallel
         self.gradient_scale: float = 1.0  # apply_fsdp2 corrects FSDP2's average by it
+        self.lent_meters: tuple[ExchangeMeter, ...] = ()  # of the call that is running
         if expert_parallel is not None:
             slices = expert_parallel.etp.size
             if intermediate_size % slices:
@@ -257,6 +259,7 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
             backend=self.backend,
             capacity=capacity,
             held=self.held_parameters,
+            meters=self.lent_meters,
         )
         if self.placement is not None:
             self.placement = self.placement.to(hidden_states.device)
