@@ -37,11 +37,17 @@ PAGE = ROOT / "benchmarks" / "README.md"
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 MARKED = re.compile(r"(<!-- table: (.+?) \(benchmarks/tables\.py\) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 PUBLISHED = {  # what a point of `published.validate` measures -> and where
-    "DeepEP normal dispatch": "DeepEP dispatch, bandwidth, 3 kinds of node, EP8 to EP32",
+    "DeepEP normal dispatch": "DeepEP dispatch, bandwidth, three kinds of node, EP8 to EP32",
+    "DeepEP normal combine": "DeepEP V2 combine, bandwidth, EP8 to EP32",
+    "DeepEP with 24 SMs": "DeepEP V2 on 24 SMs, both ways, EP8 on B200",
     "DeepEP low-latency dispatch": "DeepEP low-latency dispatch, EP8 to EP256",
     "DeepEP low-latency combine": "DeepEP low-latency combine, EP8 to EP256",
     "NCCL all-to-all, 8 x B300": "NCCL all-to-all on 8 x B300, 4 to 32 MB",
     "SonicMoE backward, H100": "SonicMoE backward kernels on H100, twelve shapes",
+    "LigerCute forward, H200": "LigerCute layer forward on H200, EP2 to EP8, two models",
+    "LigerCute backward, H200": "LigerCute layer backward on H200, EP2 to EP8, two models",
+    "Megatron step, GB200": "Megatron-Bridge, whole step on GB200, three models",
+    "Megatron step, GB300": "Megatron-Bridge, whole step on GB300, three models",
 }
 KINDS = {"moe": "mixture of experts", "dense": "dense"}
 
