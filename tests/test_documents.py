@@ -36,8 +36,6 @@ BEFORE = {
     "README.md": """
 from tests.helpers.families import tiny_model
 model = tiny_model("mixtral")
-x, logits, bias = torch.randn(32, 16), torch.randn(32, 64), torch.zeros(64)
-gate_up, down = torch.randn(64, 16, 16), torch.randn(64, 16, 8)
 """,
     "docs/checkpoints.md": """
 model = moe_triton.MoE(16, 8, num_experts=4, top_k=2)
