@@ -213,7 +213,10 @@ def test_make_targets_exist() -> None:
             assert name in targets, f"{page}: make {name}"
 
 
-@pytest.mark.parametrize("page", [*NAMES, "ARCHITECTURE.md", "CONTRIBUTING.md"])
+OTHERS = ["ARCHITECTURE.md", "CONTRIBUTING.md", "RELEASING.md", "SECURITY.md", "examples/README.md"]
+
+
+@pytest.mark.parametrize("page", [*NAMES, *OTHERS])
 def test_links_and_paths_exist(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
