@@ -1,4 +1,4 @@
-"""Try an installed wheel with nothing but its dependencies: run it outside of the repository, with the wheel's Python."""
+"""Try an installed wheel with nothing but its dependencies: run it with its Python, outside of the repository."""
 
 from __future__ import annotations
 

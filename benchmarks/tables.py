@@ -218,6 +218,46 @@ def colossalai_digits() -> str:
     return markdown([*headings, f"seconds on {', '.join(processes)}"], rows)
 
 
+def comparison() -> str:
+    """The peers beside us in short, from docs/comparison.json; "-" is what was not found."""
+    found = json.loads((ROOT / "docs" / "comparison.json").read_text(encoding="utf-8"))
+    names = [peer["name"] for peer in found["peers"]]
+    rows = [
+        [row["feature"], row["found"], *(row["peers"].get(name, {}).get("found", "-") for name in names)]
+        for row in found["rows"]
+    ]
+    return markdown(["", "moe_triton", *names], rows)
+
+
+def comparison_sources() -> str:
+    """Every cell of the comparison with what was found and where."""
+    found = json.loads((ROOT / "docs" / "comparison.json").read_text(encoding="utf-8"))
+    parts = []
+    for row in found["rows"]:
+        parts += [f"### {row['feature'][0].upper()}{row['feature'][1:]}", "", f"**moe_triton**: {row['ours']}"]
+        parts += [f"See [{row['page']}]({row['page']}).", ""]
+        cells = [[name, cell["found"], f"[{cell['text']}]({cell['source']})"] for name, cell in row["peers"].items()]
+        if cells:
+            parts += [markdown(["peer", "", "what, and where we read it"], cells), ""]
+        missing = [peer["name"] for peer in found["peers"] if peer["name"] not in row["peers"]]
+        if missing:
+            parts += [f"Not found: {', '.join(missing)}.", ""]
+    return "\n".join(parts).rstrip()
+
+
+def comparison_peers() -> str:
+    found = json.loads((ROOT / "docs" / "comparison.json").read_text(encoding="utf-8"))
+    rows = [
+        [
+            f"[{peer['name']}]({peer['repository']})",
+            peer["what"],
+            f"`{peer['commit']}`, of {peer['date']}" if peer["commit"] else "single files, at the commits in the links",
+        ]
+        for peer in found["peers"]
+    ]
+    return markdown(["peer", "what it is", f"commit that we read on {found['read']}"], rows)
+
+
 def gpu() -> str:
     """The runs of `make gpu`: the layer in short."""
     return gpu_table(RESULTS)
@@ -259,6 +299,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantisation error": quantization_error,
     "cost model": cost_model,
     "GPU": gpu,
+    "comparison": comparison,
+    "comparison sources": comparison_sources,
+    "comparison peers": comparison_peers,
 }
 
 

@@ -184,6 +184,10 @@ def split(line: str) -> list[str]:
     return ["moe-triton", *words[3:]] if words[:3] == ["python", "-m", "moe_triton"] else words
 
 
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
 LINES = sorted({line for page in NAMES for line in command_lines(page)})
 
 
