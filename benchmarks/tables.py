@@ -218,6 +218,11 @@ def colossalai_digits() -> str:
     return markdown([*headings, f"seconds on {', '.join(processes)}"], rows)
 
 
+def words(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose cells are words, all to the left."""
+    return markdown(headings, rows).replace("--:|", "---|")
+
+
 def comparison() -> str:
     """The peers beside us in short, from docs/comparison.json; "-" is what was not found."""
     found = json.loads((ROOT / "docs" / "comparison.json").read_text(encoding="utf-8"))
@@ -226,7 +231,7 @@ def comparison() -> str:
         [row["feature"], row["found"], *(row["peers"].get(name, {}).get("found", "-") for name in names)]
         for row in found["rows"]
     ]
-    return markdown(["", "moe_triton", *names], rows)
+    return words(["", "moe_triton", *names], rows)
 
 
 def comparison_sources() -> str:
@@ -238,7 +243,7 @@ def comparison_sources() -> str:
         parts += [f"See [{row['page']}]({row['page']}).", ""]
         cells = [[name, cell["found"], f"[{cell['text']}]({cell['source']})"] for name, cell in row["peers"].items()]
         if cells:
-            parts += [markdown(["peer", "", "what, and where we read it"], cells), ""]
+            parts += [words(["peer", "", "what, and where we read it"], cells), ""]
         missing = [peer["name"] for peer in found["peers"] if peer["name"] not in row["peers"]]
         if missing:
             parts += [f"Not found: {', '.join(missing)}.", ""]
@@ -255,7 +260,7 @@ def comparison_peers() -> str:
         ]
         for peer in found["peers"]
     ]
-    return markdown(["peer", "what it is", f"commit that we read on {found['read']}"], rows)
+    return words(["peer", "what it is", f"commit that we read on {found['read']}"], rows)
 
 
 def gpu() -> str:
