@@ -18,8 +18,8 @@ Made by `python benchmarks/tables.py` from the parser of `moe-triton`; do not ed
 same as `moe-triton info`. What the commands are for: [benchmarks.md](benchmarks.md), [profiling.md](profiling.md),
 [kernels.md](kernels.md), [training.md](training.md), [simulate.md](simulate.md).
 
-`moe-triton` alone shows where to begin, `--version` the version, and `--help` after a command its options. `--json` makes
-every command print JSON and no words. `--install-completion` sets up completion in your shell.
+`moe-triton` alone shows where to begin, `--version` the version, and `--help` after a command its options. `--json`
+makes every command print JSON and no words. `--install-completion` sets up completion in your shell.
 """
 
 API_HEAD = """# API

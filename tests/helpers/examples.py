@@ -9,19 +9,25 @@ import sys
 from pathlib import Path
 from unittest.mock import patch
 
+import torch
 import torch.distributed as dist
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def run_example(name: str, *arguments: str) -> str:
-    """What it prints. The process group, where there is one already, is neither made nor destroyed."""
+    """What it prints, on one thread: many small operations wait for each other on more.
+
+    The process group, where there is one already, is neither made nor destroyed.
+    """
     path = EXAMPLES / name
     printed = io.StringIO()
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(sys, "argv", [str(path), *arguments]))
         stack.enter_context(patch.object(sys, "path", [str(EXAMPLES), *sys.path]))
         stack.enter_context(contextlib.redirect_stdout(printed))
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
         if dist.is_initialized():
             stack.enter_context(patch.object(dist, "init_process_group"))
             stack.enter_context(patch.object(dist, "destroy_process_group"))
