@@ -18,10 +18,10 @@ def run(folder: str, steps: int) -> str:
 
 
 def test_deepspeed_train(two_ranks, tmp_path: Path):
-    first, other = two_ranks.run(run, str(tmp_path / "run"), 12)
-    again, _ = two_ranks.run(run, str(tmp_path / "run"), 21)
+    first, other = two_ranks.run(run, str(tmp_path / "run"), 6)
+    again, _ = two_ranks.run(run, str(tmp_path / "run"), 11)
     assert "step" not in other
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", first + again)]
-    assert len(losses) == 4, "steps 0, 10, 11 and 20"
-    assert losses[-1] < losses[1] < losses[0]
-    assert "goes on at step 12" in again
+    assert len(losses) == 3, "steps 0, 5 and 10"
+    assert losses[2] < losses[1] < losses[0]
+    assert "goes on at step 6" in again

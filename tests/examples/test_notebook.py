@@ -9,7 +9,7 @@ import json
 import matplotlib
 import matplotlib.pyplot as plt
 
-from tests.helpers.examples import EXAMPLES
+from tests.helpers.examples import EXAMPLES, one_thread
 
 
 def test_the_notebook_runs():
@@ -21,7 +21,7 @@ def test_the_notebook_runs():
     try:
         for cell in cells:
             printed = io.StringIO()
-            with contextlib.redirect_stdout(printed):
+            with contextlib.redirect_stdout(printed), one_thread():
                 exec(compile("".join(cell["source"]), f"cell {cell['id']}", "exec"), names)
             outputs = cell["outputs"]
             assert bool(printed.getvalue()) == any(output["output_type"] == "stream" for output in outputs)
