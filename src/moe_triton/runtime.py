@@ -42,6 +42,12 @@ def installed_version(package: str) -> str | None:
         return None
 
 
+def check_matplotlib() -> None:
+    """Raise ImportError, with the command that installs it, where matplotlib is missing: only charts need it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("charts need matplotlib, which is not installed: pip install 'moe-triton[plot]'")
+
+
 def interpreting() -> bool:
     """Return whether Triton runs its kernels in its interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
