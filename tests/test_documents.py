@@ -87,13 +87,26 @@ from transformers import AutoModelForCausalLM
 from tests.helpers.families import tiny_model
 name = "tiny"
 tiny_model("mixtral").save_pretrained(name)
+tokens = torch.randint(0, 64, (2, 8))
+dataset = [{"input_ids": row, "labels": row} for row in torch.randint(0, 64, (8, 8))]
 """,
 }
+ONE_RANK = """dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)"""
 SMALLER = {  # what one process on a CPU cannot do, or not quickly
     "docs/colossalai.md": {
         "size=2": "size=1",
         "capacity_factor=1.2": "capacity_factor=1.2, depth=1",
         "epochs=10": "epochs=1",
+    },
+    "docs/transformers.md": {
+        'dist.init_process_group("nccl")': ONE_RANK,
+        'device="cuda"': 'device="cpu"',
+        'output_dir="run", ': 'output_dir="run", report_to=[], use_cpu=True, ',
+    },
+    "docs/distributed.md": {
+        '"cuda", (2, 4, 2, 1)': '"cpu", (1, 1, 1, 1)',
+        '"cuda", (2, 1, 8)': '"cpu", (1, 1, 1)',
+        "dense = init": f"{ONE_RANK}\ndense = init",
     },
     "docs/finetuning.md": {'output_dir="run", ': 'output_dir="run", report_to=[], use_cpu=True, '},
 }
@@ -124,6 +137,8 @@ def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.Monkey
     finally:
         if page == "docs/colossalai.md":
             forget()
+        elif torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def test_every_python_block_is_run_or_listed() -> None:

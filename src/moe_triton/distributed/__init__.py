@@ -10,7 +10,7 @@ from moe_triton.distributed.errors import CheckpointError, ConfigurationMismatch
 from moe_triton.distributed.exchange.expert_parallel import ExpertParallel
 from moe_triton.distributed.exchange.failure_board import explain_termination
 from moe_triton.distributed.exchange.stages import ExchangeSpec, InnerStage, MakeExchange, Saved, Stage
-from moe_triton.distributed.groups import Group, ParallelGroups, make_groups
+from moe_triton.distributed.groups import Group, GroupOptions, ParallelGroups, make_groups
 from moe_triton.distributed.rank_tables import RankTables, plan
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ _LAZY = {
 
 __all__ = [
     "CheckpointError", "ConfigurationMismatch", "DeepEP", "ExchangeSpec", "ExpertParallel", "ExpertParallelError",
-    "GradScaler", "Group", "InnerStage", "MakeExchange", "ParallelGroups", "RankTables", "Rebalanced", "Saved",
-    "Stage", "SymmetricMemory", "apply_fsdp2", "broadcast_parameters", "check_replicas", "clip_grad_norm_",
+    "GradScaler", "Group", "GroupOptions", "InnerStage", "MakeExchange", "ParallelGroups", "RankTables", "Rebalanced",
+    "Saved", "Stage", "SymmetricMemory", "apply_fsdp2", "broadcast_parameters", "check_replicas", "clip_grad_norm_",
     "explain_termination", "export_safetensors", "load_checkpoint", "load_experts_from", "make_groups", "plan",
     "rebalance", "reduce_gradients", "save_checkpoint", "wrap_ddp",
 ]  # fmt: skip

@@ -215,10 +215,10 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
         )
 
     def _scaled_lora(self, projection: str) -> list[Lora]:
-        """Its own adapter, and those that are lent for this call."""
-        own = self.lora(projection)
-        adapters = [*([] if own is None else [own]), *self.lent_lora.get(f"{projection}_proj", ())]
-        return [Lora(self._scaled(lora.a), self._scaled(lora.b), lora.scaling) for lora in adapters]
+        """Its own adapter, and those that are lent for this call, which are dense parameters."""
+        own, lent = self.lora(projection), self.lent_lora.get(f"{projection}_proj", ())
+        scaled = [] if own is None else [Lora(self._scaled(own.a), self._scaled(own.b), own.scaling)]
+        return [*scaled, *lent]
 
     def forward(
         self,

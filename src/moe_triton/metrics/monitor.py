@@ -18,7 +18,7 @@ from moe_triton.integrations.experts_interface import registry
 from moe_triton.integrations.transformers_routers import (
     RoutedLayer,
     name_without_wrappers,
-    num_local_experts,
+    num_counted_experts,
     routed_layers,
     router_scores,
 )
@@ -46,8 +46,8 @@ class LoadMonitor:
     Where experts are spread over ranks, the rows that come to this rank and the time of the exchange are counted too.
 
     Training and evaluation are counted apart, by the `training` flag of the experts. Only the forwards of the model
-    itself count: a recomputation under activation checkpointing does not count again. Under transformers' expert
-    parallelism each rank counts for the experts that it holds, without the balance. `close` removes the hooks.
+    itself count: a recomputation under activation checkpointing does not count again. Over ranks each counts what its
+    own tokens are given, of all experts; ranks with the same batch count the same. `close` removes the hooks.
     ValueError for a model without such layers.
     """
 
@@ -80,7 +80,9 @@ class LoadMonitor:
             for name, module in modules.items()
             if isinstance(module, MoE)
         ]
-        after += [(layer.router, partial(self._score_foreign, layer)) for layer in routed_layers(model)]
+        layers = routed_layers(model)
+        self.num_experts = {layer.name: layer.num_experts for layer in layers}  # over all ranks
+        after += [(layer.router, partial(self._score_foreign, layer)) for layer in layers]
         if foreign:
             before.append((model, self._begin))
         self.handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in before]
@@ -110,7 +112,7 @@ class LoadMonitor:
         if recomputing():
             return
         ids = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
-        num_experts = num_local_experts(module)
+        num_experts = num_counted_experts(module, self.num_experts.get(name))
         counts = self._counts_of(ids.detach(), num_experts)
         self._add(name, module, num_experts, counts, kept=counts.sum())
 
@@ -132,7 +134,7 @@ class LoadMonitor:
             self._add(name, module, size, scores=scores, tokens=routing.num_tokens, z=z)
 
     def _score_foreign(self, layer: RoutedLayer, module: nn.Module, args: Any, output: Any) -> None:
-        size = num_local_experts(layer.experts)
+        size = num_counted_experts(layer.experts, layer.num_experts)
         found = None if recomputing() or size != layer.num_experts else self._sums_of(layer, output)
         if found is not None:
             scores, tokens, z = found
