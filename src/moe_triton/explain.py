@@ -25,7 +25,12 @@ DEVICE_EXPERTS = (
     "F.grouped_mm for bf16 with sizes that are multiples of 8 on GPUs of compute capability 9.x and 10.x; otherwise "
     "one product per expert, for which the host reads the offsets once a pass"
 )
+FP8_EXPERTS = (
+    "fp8 emulated: operands rounded to e4m3 and multiplied in fp32, an expert at a time, for which the host reads the "
+    "offsets once a pass"
+)
 SHAPE = ("tokens", "hidden_size", "intermediate_size", "num_experts", "top_k")
+BEFORE_THE_EXPERTS = ("gate", "route", "dispatch")
 ADAPTERS = {
     "triton": "narrow_kernel before up, down, d_hidden and d_rows, which take more steps; d_weight_kernel backward",
     "torch": "two narrow products beside each of the experts'",
@@ -130,7 +135,7 @@ def explain_layer(name: str, layer: MoE, tokens: int, device: torch.device | str
         name, shape, dtype_of(weight, layer.router), where, experts.backend, experts.spec.activation,
         has_bias=experts.down_proj_bias is not None, recompute=experts.recompute, frozen=frozen_stages(experts),
         ranks={name: lora.a.shape[1] for name in PROJECTIONS if (lora := experts.lora(name)) is not None},
-        batch_invariant=layer.batch_invariant,
+        batch_invariant=layer.batch_invariant, fp8=experts.spec.fp8,
     )  # fmt: skip
     found = replace(found, parts=(*found.parts, *_more_parts(layer, hidden)))
     return with_format(found, weight)
@@ -201,7 +206,7 @@ def explain_routed(layer: RoutedLayer, tokens: int, device: torch.device | str |
     name = "swiglu" if activation is None else activation.activation
     found = describe(
         layer.name, shape, dtype, where, getattr(experts, "moe_triton_backend", "auto"), name,
-        has_bias=experts.has_bias,
+        has_bias=experts.has_bias, fp8=getattr(experts, "moe_triton_fp8", False),
     )  # fmt: skip
     rest = [part for part in found.parts if part.step not in ("gate", "route")]
     if activation is None and found.backend != "reference":
@@ -224,6 +229,7 @@ def describe(
     recompute: bool = False,
     frozen: Sequence[str] = (),
     batch_invariant: bool = False,
+    fp8: bool = False,
     ranks: Mapping[str, int] = MappingProxyType({}),
 ) -> Explanation:
     choice = runtime.choose(backend, device, dtype)
@@ -237,6 +243,9 @@ def describe(
         parts = torch_parts(device)
     else:
         parts = [Part(step="everything", runs="moe_triton.reference, under plain autograd")]
+    if fp8 and choice.name != "reference":
+        parts = [part for part in parts if part.step in BEFORE_THE_EXPERTS]
+        parts.append(Part(step="experts, both passes", runs=FP8_EXPERTS))
     if ranks:
         which = ", ".join(f"{name} r={rank}" for name, rank in ranks.items())
         parts.append(Part(step="adapters", runs=f"{ADAPTERS[choice.name]} ({which})"))

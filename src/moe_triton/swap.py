@@ -16,6 +16,7 @@ from moe_triton.integrations import peft
 from moe_triton.integrations import transformers as hf
 from moe_triton.integrations.experts_interface import implementation, registry
 from moe_triton.layers import Experts, MoE
+from moe_triton.layers.quantized import QuantizedProjection
 from moe_triton.runtime import BACKENDS
 
 
@@ -35,6 +36,13 @@ class Skipped(NamedTuple):
     reason: str
 
 
+class Options(NamedTuple):
+    """How a swapped module computes; see `swap`."""
+
+    backend: str
+    fp8: bool
+
+
 @dataclass(frozen=True)
 class SwapReport:
     """What `swap` did; `print(report)` shows it line by line."""
@@ -50,14 +58,14 @@ class SwapReport:
         return "\n".join(lines)
 
 
-def swap(model: nn.Module, *, backend: str = "auto") -> SwapReport:
+def swap(model: nn.Module, *, backend: str = "auto", fp8: bool = False) -> SwapReport:
     """Let the MoE blocks of `model` run on moe_triton, in place. Weights and state-dict keys stay as they are.
 
     It recognises the experts modules of transformers (those with its experts interface), in a whole model, in a part of
     one, or alone. A whole model is switched by its own `set_experts_implementation`. Then each experts module is
     checked: one that the switch does not reach, or that has no model above it, gets its own config that says
     "moe_triton". `model.set_experts_implementation("eager")` undoes the former. Calling swap again changes
-    nothing but the backend.
+    nothing but the backend and whether products are in fp8.
 
     DeepSpeed's MoE layers (deepspeed.moe.layer.MoE) are replaced by `moe_triton.compat.deepspeed`'s, which take over
     their parameters as they are.
@@ -65,6 +73,9 @@ def swap(model: nn.Module, *, backend: str = "auto") -> SwapReport:
     Args:
         model: any Module.
         backend: "auto", "triton", "torch" or "reference", for every swapped module.
+        fp8: compute the products of transformers' experts in fp8 (`moe_triton.moe_mlp`), for training; the parameters
+            stay in their dtype. Experts whose gate we do not know, quantised ones and DeepSpeed's layers are left alone
+            then.
 
     Returns:
         SwapReport with `.swapped` and `.skipped`, lists of (name, kind, what was done or the reason). A module that
@@ -77,13 +88,13 @@ def swap(model: nn.Module, *, backend: str = "auto") -> SwapReport:
         raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
     check_choice("backend", backend, BACKENDS)
     peft.install()
-    report = SwapReport([], [])
+    options, report = Options(backend, fp8), SwapReport([], [])
     handled: list[str] = []  # names of the modules that are dealt with, together with all below them
     for name, module in list(model.named_modules()):  # a recogniser may replace modules
         if any(_is_below(name, root) for root in handled):
             continue
         for recognizer in RECOGNIZERS:
-            entry = recognizer(model, name, module, backend)
+            entry = recognizer(model, name, module, options)
             if entry is not None:
                 handled.append(name)
                 if isinstance(entry, Swapped):
@@ -99,39 +110,39 @@ def swap(model: nn.Module, *, backend: str = "auto") -> SwapReport:
     return report
 
 
-# Recognisers: (model, name, module, backend) -> None for a module that is not theirs, else what became of it. ---------
+# Recognisers: (model, name, module, options) -> None for a module that is not theirs, else what became of it. ---------
 
 
-def transformers_experts(model: nn.Module, name: str, module: nn.Module, backend: str) -> Swapped | Skipped | None:
+def transformers_experts(model: nn.Module, name: str, module: nn.Module, options: Options) -> Swapped | Skipped | None:
     """Switch an experts module whose class has transformers' `use_experts_implementation`."""
     if registry(module) is None:
         return None
-    reason = _obstacle(module)
+    reason = _obstacle(module, options)
     if reason is not None:
         return Skipped(name, _kind(module), reason)
     key = hf.register()
     if implementation(module) != key:
         whole = _outermost_pretrained(model, name)
         # its switch affects all experts: one that cannot run ours would raise at its next forward
-        if whole is not None and not any(registry(m) is not None and _obstacle(m) for m in whole.modules()):
+        if whole is not None and not any(registry(m) is not None and _obstacle(m, options) for m in whole.modules()):
             whole.set_experts_implementation(key)
     if implementation(module) != key:
         module.config = copy.copy(module.config)
         # PreTrainedConfig's public setter also writes to the sub-configs, which the copy shares with the original
         internal = hasattr(module.config, "_experts_implementation_internal")
         setattr(module.config, f"_experts_implementation{'_internal' if internal else ''}", key)
-    module.moe_triton_backend = backend  # type: ignore[assignment]
+    module.moe_triton_backend, module.moe_triton_fp8 = options  # type: ignore[assignment]
     activation = hf.fused_activation(module)
     size_l, size_d = hf.latent_sizes(module)
-    how = f"fused, {activation}" if activation else "our products, with the module's own gate called between them"
+    how = f"fused, {activation}{', in fp8' if options.fp8 else ''}" if activation else "our products, with the module's own gate called between them"
     if getattr(module, "has_post_expert_norm", False):
         how += ", then its post_expert_norm"
     if size_l != size_d:
         how += f", in a latent space of {size_l} of {size_d} numbers"
-    return Swapped(name, _kind(module), f"experts_implementation={key!r}, backend={backend!r}: {how}")
+    return Swapped(name, _kind(module), f"experts_implementation={key!r}, backend={options.backend!r}: {how}")
 
 
-def deepspeed_layer(model: nn.Module, name: str, module: nn.Module, backend: str) -> Swapped | Skipped | None:
+def deepspeed_layer(model: nn.Module, name: str, module: nn.Module, options: Options) -> Swapped | Skipped | None:
     """Replace DeepSpeed's MoE by ours. Nothing of DeepSpeed is imported before such a layer is met."""
     upstream = sys.modules.get("deepspeed.moe.layer")
     if upstream is None or not isinstance(module, upstream.MoE):
@@ -139,21 +150,23 @@ def deepspeed_layer(model: nn.Module, name: str, module: nn.Module, backend: str
     from moe_triton.compat.deepspeed import convert
 
     reason = convert.obstacle(module)
+    if reason is None and options.fp8:
+        reason = "fp8: got True, which is for experts of transformers' interface and for MoE(fp8=True)"
     if reason is None and name == "":
         reason = "is the model itself: there is nothing above it to put another layer into"
     if reason is not None:
         return Skipped(name, _kind(module), reason)
-    layer = convert.from_upstream(module, backend)
+    layer = convert.from_upstream(module, options.backend)
     for parent in list(model.modules()):  # a shared layer is replaced wherever it is
         for key, child in parent._modules.items():
             if child is module:
                 parent._modules[key] = layer
     mlp = layer.deepspeed_moe.experts.mlp
     how = "called one by one" if mlp is None else f"fused, {mlp.activation}"
-    return Swapped(name, _kind(module), f"moe_triton.compat.deepspeed.layer.MoE, backend={backend!r}: experts {how}")
+    return Swapped(name, _kind(module), f"moe_triton.compat.deepspeed.layer.MoE, backend={options.backend!r}: experts {how}")
 
 
-def own(model: nn.Module, name: str, module: nn.Module, backend: str) -> Skipped | None:
+def own(model: nn.Module, name: str, module: nn.Module, options: Options) -> Skipped | None:
     """Leave a layer of ours as it is."""
     compat = sys.modules.get("moe_triton.compat.deepspeed.layer")
     if isinstance(module, (MoE, Experts)) or (compat is not None and isinstance(module, compat.MoE)):
@@ -161,7 +174,7 @@ def own(model: nn.Module, name: str, module: nn.Module, backend: str) -> Skipped
     return None
 
 
-def unknown_experts(model: nn.Module, name: str, module: nn.Module, backend: str) -> Skipped | None:
+def unknown_experts(model: nn.Module, name: str, module: nn.Module, options: Options) -> Skipped | None:
     """List stacked weights, or a list of modules, called experts that no recogniser above knows."""
     if not EXPERTS.search(type(module).__name__) and not EXPERTS.search(name.rpartition(".")[2]):
         return None
@@ -187,12 +200,17 @@ UNKNOWN = "looks like a mixture of experts, but its class has no interface that 
 # What we know of transformers' modules --------------------------------------------------------------------------------
 
 
-def _obstacle(module: nn.Module) -> str | None:
+def _obstacle(module: nn.Module, options: Options) -> str | None:
     """Return why this module, which dispatches, cannot run our experts; None where it can."""
     hf.register()
     if hf.KEY not in registry(module):
         return f"its class looks its implementation up in a registry of its own ({type(registry(module)).__name__})"
-    return hf.obstacle(module)
+    reason = hf.obstacle(module)
+    if reason is None and options.fp8 and hf.fused_activation(module) is None:
+        reason = "fp8: got True for a gate that has to be called, wanted one that moe_triton fuses"
+    if reason is None and options.fp8 and isinstance(module.down_proj, QuantizedProjection):
+        reason = "fp8: got True for quantised projections, wanted ones in a float dtype"
+    return reason
 
 
 def _outermost_pretrained(model: nn.Module, name: str) -> Any:

@@ -132,6 +132,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     up_lora, down_lora = adapters.get(up_name), adapters.get("down_proj")
     is_transposed = _flag(module, "is_transposed")
     backend = getattr(module, "moe_triton_backend", "auto")  # what `moe_triton.swap` was asked for
+    fp8 = getattr(module, "moe_triton_fp8", False)
     x = hidden_states.to(compute)
     activation = fused_activation(module)
 
@@ -150,6 +151,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
                 down_lora=down_lora,
                 is_transposed=is_transposed,
                 is_concatenated=_flag(module, "is_concatenated"),
+                fp8=fp8,
                 backend=backend,
             )
         return called_gate_mlp(

@@ -9,6 +9,7 @@ which is rounded as it is computed. Router, biases and adapters are as they are.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,25 +58,25 @@ def moe_experts(call: ExpertCall) -> Tensor:
     """
     spec, dispatched, dtype = call.spec, call.dispatched, call.hidden.dtype
     hidden_Td, weights_S = call.hidden.double(), call.weights.double().reshape(-1)
-    parameters = ExpertParameters(*(_in_float64(x) for x in call.parameters))
-    wide = ExpertCall(hidden=hidden_Td, weights=weights_S, dispatched=dispatched, parameters=parameters, spec=spec)
-    out = torch.zeros_like(call.hidden, dtype=torch.float64)
+    gate_up, down, gate_up_bias, down_bias, *factors = map(_in_float64, call.parameters)
+    wide = replace(call, parameters=ExpertParameters(gate_up, down, gate_up_bias, down_bias, *factors))
+    out = torch.zeros_like(hidden_Td)
     offsets = dispatched.offsets.tolist()
     for e in range(dispatched.num_experts):
         slots = dispatched.source[offsets[e] : offsets[e + 1]].long()
         tokens, w = slots // dispatched.top_k, weights_S[slots]
-        up, down = parameters.gate_up[e], parameters.down[e]
+        up_of_e, down_of_e = gate_up[e], down[e]
         if spec.is_transposed:
-            up, down = up.T, down.T
+            up_of_e, down_of_e = up_of_e.T, down_of_e.T
         x = hidden_Td[tokens]
-        h = adapted(Fp8Product.apply(x, up, torch.ones_like(w), dtype), x, wide.gate_up_lora, e)
-        if parameters.gate_up_bias is not None:
-            h = h + parameters.gate_up_bias[e]
+        h = adapted(Fp8Product.apply(x, up_of_e, torch.ones_like(w), dtype), x, wide.gate_up_lora, e)
+        if gate_up_bias is not None:
+            h = h + gate_up_bias[e]
         a = activate(h.to(dtype).double(), spec.activation, spec.is_concatenated, spec.limit, spec.alpha)
         rows = w[:, None] * adapted(torch.zeros_like(x), a, wide.down_lora, e)
-        if parameters.down_bias is not None:
-            rows = rows + w[:, None] * parameters.down_bias[e]
-        rows = rows + Fp8Product.apply(a, down, w, dtype)
+        if down_bias is not None:
+            rows = rows + w[:, None] * down_bias[e]
+        rows = rows + Fp8Product.apply(a, down_of_e, w, dtype)
         out = out.index_add(0, tokens, rows.to(dtype).double())
     return out.to(dtype)
 
