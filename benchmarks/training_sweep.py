@@ -31,7 +31,8 @@ from moe_triton.training.loop import evaluate, train_model
 RESULTS = Path(__file__).parent / "results" / "training"
 RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 SEEDS = (0, 1, 2)
-OF_A_RUN = ("model", "seed", "lr", "router", "fp8")  # what tells the runs of a file apart
+OF_A_RUN = ("model", "seed", "lr", "router", "dtype", "fp8")  # what tells the runs of a file apart
+LATER = {name: getattr(TrainConfig, name) for name in ("router", "dtype", "fp8")}  # older results are of the defaults
 
 
 def run(kind: str, settings: dict[str, Any], part: str, points: int = 0) -> dict[str, Any]:
@@ -58,8 +59,7 @@ def run(kind: str, settings: dict[str, Any], part: str, points: int = 0) -> dict
         "model": kind,
         "seed": config.seed,
         "lr": config.peak_lr(kind),
-        "router": config.router,
-        "fp8": config.fp8,
+        **{name: getattr(config, name) for name in LATER},
         f"{part}_loss": evaluate(model, getattr(corpus, part), config),
         "train_loss_of_last_tenth": mean(record["train_loss"] for record in last),
         "parameters": total,
@@ -84,8 +84,8 @@ def load_of(records: list[dict[str, Any]], config: TrainConfig) -> dict[str, flo
 
 
 def identity(found: dict[str, Any]) -> tuple[Any, ...]:
-    """What tells a run apart; results that are older than a setting are of its default."""
-    return tuple({"router": TrainConfig.router, "fp8": TrainConfig.fp8, **found}[name] for name in OF_A_RUN)
+    """What tells a run apart."""
+    return tuple({**LATER, **found}[name] for name in OF_A_RUN)
 
 
 def run_all(
@@ -98,20 +98,23 @@ def run_all(
     config = TrainConfig(**common)
     jobs = [(kind, {**common, **settings}) for kind, settings in jobs]
     facts = {"processor": this_processor().name, **circumstances(config, load_corpus(None, config.seq_len))}
-    for name in ("seed", "lr", "dense_lr", "router", "fp8"):  # each run has its own
+    for name in ("seed", "lr", "dense_lr", *LATER):  # each run has its own
         del facts["config"][name]
     results: dict[str, Any] = {**facts, "runs": []}
     if path.exists():
         results = json.loads(path.read_text(encoding="utf-8"))
         settings = {**facts["config"], **results["config"]}  # one that is newer than the file was at its default
+        for name in LATER:
+            settings.pop(name, None)
         if settings != facts["config"] or results["data"] != facts["data"]:
             raise SystemExit(f"{path} holds results of other settings or another text: move it away first")
     done = {identity(found) for found in results["runs"]}
-    left = [
-        (kind, settings)
-        for kind, settings in jobs
-        if (kind, (made := TrainConfig(**settings)).seed, made.peak_lr(kind), made.router, made.fp8) not in done
-    ]
+
+    def planned(kind: str, settings: dict[str, Any]) -> dict[str, Any]:
+        made = TrainConfig(**settings)
+        return {**made.as_dict(), "model": kind, "lr": made.peak_lr(kind)}
+
+    left = [(kind, settings) for kind, settings in jobs if identity(planned(kind, settings)) not in done]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
         futures = [pool.submit(run, kind, settings, part, points) for kind, settings in left]

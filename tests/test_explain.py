@@ -63,6 +63,13 @@ def test_a_module_names_its_layers():
     assert reference.backend == "reference"
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_products_in_fp8(backend):
+    (found,) = explain(moe_triton.MoE(8, 4, 4, fp8=True, backend=backend))
+    assert [part.step for part in found.parts] == ["gate", "route", "dispatch", "experts, both passes"]
+    assert found.parts[-1].runs.startswith("fp8 emulated")
+
+
 def test_adapters_over_a_frozen_base():
     layer = moe_triton.MoE(32, 16, 4, 2, bias=True, backend="triton")
     (plain,) = explain(layer)

@@ -134,7 +134,11 @@ def transformers_experts(model: nn.Module, name: str, module: nn.Module, options
     module.moe_triton_backend, module.moe_triton_fp8 = options  # type: ignore[assignment]
     activation = hf.fused_activation(module)
     size_l, size_d = hf.latent_sizes(module)
-    how = f"fused, {activation}{', in fp8' if options.fp8 else ''}" if activation else "our products, with the module's own gate called between them"
+    how = (
+        f"fused, {activation}{', in fp8' if options.fp8 else ''}"
+        if activation
+        else "our products, with the module's own gate called between them"
+    )
     if getattr(module, "has_post_expert_norm", False):
         how += ", then its post_expert_norm"
     if size_l != size_d:
@@ -163,7 +167,9 @@ def deepspeed_layer(model: nn.Module, name: str, module: nn.Module, options: Opt
                 parent._modules[key] = layer
     mlp = layer.deepspeed_moe.experts.mlp
     how = "called one by one" if mlp is None else f"fused, {mlp.activation}"
-    return Swapped(name, _kind(module), f"moe_triton.compat.deepspeed.layer.MoE, backend={options.backend!r}: experts {how}")
+    return Swapped(
+        name, _kind(module), f"moe_triton.compat.deepspeed.layer.MoE, backend={options.backend!r}: experts {how}"
+    )
 
 
 def own(model: nn.Module, name: str, module: nn.Module, options: Options) -> Skipped | None:
