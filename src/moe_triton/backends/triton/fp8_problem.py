@@ -40,6 +40,10 @@ class Fp8Problem(Problem):
     def _down_codes(self) -> WeightCodes:
         return quantize_weight(self.down, size_k=self.size_n, size_columns=self.size_d)
 
+    @cached_property
+    def _tiles(self) -> TileTables:
+        return self.tiles()
+
     def gate_up_operand(self, *, back: bool = False) -> PerExpert:
         return self._gate_up_codes.backward if back else self._gate_up_codes.forward
 
@@ -57,7 +61,7 @@ class Fp8Problem(Problem):
         return self._down_rows(a.codes, a.h if self.down_lora is None else activate(a.h, self.spec), tiles)
 
     def _d_weight(self, tokens: Tensor, rows: Tensor, *, tokens_first: bool) -> Tensor:
-        tiles, source = self.tiles(), self.dispatched.source
+        tiles, source = self._tiles, self.dispatched.source
         left, right = quantize_columns(tokens, tiles, source=source, top_k=self.top_k), quantize_columns(rows, tiles)
         left, right = (left, right) if tokens_first else (right, left)
         return fp8_d_weight(left, right, tiles, config=self.config("d_weight"))
