@@ -118,7 +118,8 @@ def fp8_tile(op: str, architecture: str, bucket: int) -> Config:
     """For products of codes: 128 of the contraction a step, and a tile's columns within two blocks of scales.
 
     A partial sum has as many registers as the accumulator, which so is half as large as that of other products. The
-    tile of up holds whole groups of its activation. wgmma takes 64 rows at least.
+    tile of up holds whole groups of its activation. wgmma takes 64 rows at least; of two programs with so many, one
+    multiplies while the other adds its partial sum.
     """
     if architecture == "interpreter":
         return Config(block_m=32, block_n=128, block_k=128, num_warps=4, num_stages=1, group=2)
@@ -128,6 +129,8 @@ def fp8_tile(op: str, architecture: str, bucket: int) -> Config:
         block_m=64 if short else 128, block_n=128, block_k=128, num_warps=8, num_stages=6, parts=parts,
         descriptors=architecture in HOPPER + BLACKWELL,
     )  # fmt: skip
+    if short and op != "up_gated":
+        config = replace(config, num_warps=4, num_stages=4, programs_per_sm=2)
     columns = config.block_n * (2 if op == "up_gated" else 1)
     return fit_shared_memory(config, (config.block_m + columns) * config.block_k, architecture)
 

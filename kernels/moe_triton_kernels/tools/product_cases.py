@@ -29,6 +29,8 @@ def main_loop_instructions(shipped: Shipped, arch: str, num_descriptors: int) ->
         wants.append("cp_async")
     if shipped.dtype != "fp32":
         wants.append("wgmma" if arch == "sm_90" and shipped.config.block_m >= 64 else "mma")
+    if shipped.dtype == "fp8e4nv":
+        wants.append("fp8")
     return wants
 
 
