@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "docs")]
 
 from figures import Bar, Panel, bar_chart, layer_flow  # noqa: E402
+from fp8_curves import table as fp8_table  # noqa: E402
 from gpu_benches.page import gpu_table, markdown, number, page  # noqa: E402
 from reference_pages import api_page, cli_page  # noqa: E402
 
@@ -287,6 +288,18 @@ def quantization_error() -> str:
     return markdown(headings, rows)
 
 
+def fp8_error() -> str:
+    rows = [
+        [row["what"], *(f"{row[key]:.1f}" for key in ("output_db", "grad_hidden_db", "grad_projections_db"))]
+        for row in load("quantization/error.json")["fp8_products"]
+    ]
+    return markdown(["", "output, dB", "gradient of x, dB", "gradient of a projection, dB"], rows)
+
+
+def fp8_curves() -> str:
+    return fp8_table(load("fp8/curves.json"))
+
+
 def cost_model() -> str:
     """What `moe-triton simulate --validate` finds where nothing was fitted."""
     errors: dict[str, list[float]] = {}
@@ -308,6 +321,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "Colossal-AI drawbacks": colossalai_drawbacks,
     "Colossal-AI digits": colossalai_digits,
     "quantisation error": quantization_error,
+    "fp8 error": fp8_error,
+    "fp8 curves": fp8_curves,
     "cost model": cost_model,
     "GPU": gpu,
     "comparison": comparison,

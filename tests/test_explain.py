@@ -63,6 +63,21 @@ def test_a_module_names_its_layers():
     assert reference.backend == "reference"
 
 
+def test_products_in_fp8(monkeypatch):
+    def parts(backend):
+        return {p.step: p for p in explain(moe_triton.MoE(8, 4, 4, fp8=True, backend=backend))[0].parts}
+
+    emulated = parts("torch")
+    assert list(emulated) == ["gate", "route", "dispatch", "experts, both passes"]
+    assert emulated["experts, both passes"].runs.startswith("fp8 emulated")
+    found = parts("triton")
+    assert "quantize_rows_kernel" in found["operands in fp8"].runs
+    assert found["d_weight_up (backward)"].runs == "fp8_d_weight_kernel"
+    assert found["up"].config.startswith("32x128x128")
+    monkeypatch.setattr("moe_triton.backends.triton.experts_fp8.fp8_supported", lambda architecture: False)
+    assert parts("triton") == {**emulated, **{step: found[step] for step in ("gate", "route", "dispatch")}}
+
+
 def test_adapters_over_a_frozen_base():
     layer = moe_triton.MoE(32, 16, 4, 2, bias=True, backend="triton")
     (plain,) = explain(layer)

@@ -96,6 +96,7 @@ class PerExpert:
     alignment  bytes that divide every address of a table
     held       the tensors that the addresses point to, kept alive with this record
     adapter    what is added to a product by these matrices, or None
+    scales     where these are codes of 8 bits, their scales: [E, blocks of k, blocks of columns] (see `fp8`)
     """
 
     data: Tensor
@@ -104,6 +105,7 @@ class PerExpert:
     alignment: int
     held: tuple[Tensor, ...]
     adapter: Adapter | None = None
+    scales: Tensor | None = None
 
     @property
     def is_table(self) -> bool:

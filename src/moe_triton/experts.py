@@ -51,6 +51,7 @@ def moe_mlp(
     is_transposed: bool = False,
     is_concatenated: bool = True,
     capacity: int | None = None,
+    fp8: bool = False,
     recompute: bool = False,
     backend: str = "auto",
 ) -> Tensor:
@@ -77,6 +78,10 @@ def moe_mlp(
         is_transposed: the projections are [E, d, 2n] and [E, n, d].
         is_concatenated: False when gate and up alternate (g0, u0, g1, u1, ...).
         capacity: assignments that one expert keeps, the earliest tokens first; None keeps all.
+        fp8: round both operands of every product with a projection, in forward and backward, to e4m3 with one scale for
+            128 numbers (128 x 128 of a projection), as DeepSeek-V3 trains (arXiv 2412.19437; `moe_triton.reference.fp8`
+            is the definition). Parameters, what is kept for backward and gradients stay in their dtype. Not for float64
+            and quantised projections.
         recompute: keep only the hidden states for backward and compute the pre-activation again there.
         backend: "auto", "triton", "torch" or "reference".
 
@@ -100,6 +105,7 @@ def moe_mlp(
         activation_alpha=activation_alpha,
         is_transposed=is_transposed,
         is_concatenated=is_concatenated,
+        fp8=fp8,
     )
     _check_weights("top_k_weights", top_k_weights, hidden_states, top_k_index.shape[1], backend)
     _check_parameters(parameters, num_experts, spec, hidden_states)
@@ -127,6 +133,7 @@ def moe_experts(
     down_lora: Adapters = None,
     is_transposed: bool = False,
     is_concatenated: bool = True,
+    fp8: bool = False,
     recompute: bool = False,
     backend: str = "auto",
 ) -> Tensor:
@@ -146,6 +153,7 @@ def moe_experts(
         activation_alpha=activation_alpha,
         is_transposed=is_transposed,
         is_concatenated=is_concatenated,
+        fp8=fp8,
     )
     if not isinstance(dispatched, Dispatch):
         raise TypeError(f"dispatched: got {type(dispatched).__name__}, wanted a Dispatch from moe_triton.dispatch")
@@ -181,6 +189,8 @@ def _check_parameters(parameters: ExpertParameters, num_experts: int, spec: Expe
     check_activation(spec.activation, spec.activation_limit, spec.activation_alpha)
     width, device, dtypes = hidden_states.shape[1], hidden_states.device, _dtypes(hidden_states)
     gate_up_proj, down_proj, gate_up_bias, down_bias = parameters[:4]
+    if spec.fp8:
+        _check_fp8(hidden_states, gate_up_proj=gate_up_proj, down_proj=down_proj)
     rows = _matrix_shape("gate_up_proj", gate_up_proj)[1 if spec.is_transposed else 0]
     if spec.is_gated and rows % 2:
         raise ValueError(f"gate_up_proj: got {rows} rows of gate and up, wanted an even number for {spec.activation!r}")
@@ -194,6 +204,15 @@ def _check_parameters(parameters: ExpertParameters, num_experts: int, spec: Expe
         check_expert_tensors("gate_up_bias", gate_up_bias, num_experts, (rows,), dtypes, device)
     if down_bias is not None:
         check_expert_tensors("down_bias", down_bias, num_experts, (width,), dtypes, device)
+
+
+def _check_fp8(hidden_states: Tensor, **projections: Projection) -> None:
+    """Raise for what has no fp8 products."""
+    if (runtime.autocast_dtype(hidden_states.device) or hidden_states.dtype) == torch.float64:
+        raise TypeError("hidden_states: got dtype torch.float64 with fp8=True, wanted float32, float16 or bfloat16")
+    for name, projection in projections.items():
+        if isinstance(projection, QuantizedWeight):
+            raise TypeError(f"{name}: got a QuantizedWeight with fp8=True, wanted a projection in a float dtype")
 
 
 def check_activation(activation: str, limit: float | None, alpha: float | None) -> None:

@@ -43,8 +43,9 @@ class ExpertSpec:
     Default layout: gate_up_proj [E, 2n, d] ([E, n, d] when ungated), down_proj [E, d, n]. `is_transposed` swaps the
     last two dimensions of both. `is_concatenated=False` means that gate and up alternate: g0, u0, g1, u1, ...
     The scalings multiply the adapters' part of a product. With `batch_invariant` an output's bits depend on its own
-    token alone (`moe_triton.batch_invariant`). activation_limit and activation_alpha are those of
-    `moe_triton.moe_mlp`; None stands for the activation's own.
+    token alone (`moe_triton.batch_invariant`). With `fp8` the products with the projections and those for
+    their gradients have operands in e4m3 (`moe_triton.reference.fp8`). activation_limit and activation_alpha are those
+    of `moe_triton.moe_mlp`; None stands for the activation's own.
     """
 
     activation: str = "swiglu"
@@ -53,6 +54,7 @@ class ExpertSpec:
     is_transposed: bool = False
     is_concatenated: bool = True
     batch_invariant: bool = False
+    fp8: bool = False
     gate_up_scaling: float = 1.0
     down_scaling: float = 1.0
 

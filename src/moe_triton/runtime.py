@@ -185,8 +185,10 @@ def dispatch_backend(name: str) -> DispatchBackend:
     return cast(DispatchBackend, _module(f"{name}.dispatch"))
 
 
-def experts_backend(name: str, device: torch.device) -> ExpertsBackend:
-    """Return the implementation of the experts by backend "torch" or "triton" on a device."""
+def experts_backend(name: str, device: torch.device, *, fp8: bool = False) -> ExpertsBackend:
+    """Return the implementation of the experts by backend "torch" or "triton" on a device; with fp8 products or not."""
+    if fp8:
+        return cast(ExpertsBackend, _module(f"{name}.experts_fp8"))
     if name == "torch":
         return cast(ExpertsBackend, _module("torch.experts_cpu" if device.type == "cpu" else "torch.experts_device"))
     return cast(ExpertsBackend, _module(f"{name}.experts"))

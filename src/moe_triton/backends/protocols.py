@@ -82,7 +82,7 @@ class DispatchBackend(Protocol):
 
 
 class ExpertsBackend(Protocol):
-    """Module `experts`; in the torch backend `experts_cpu` and `experts_device`."""
+    """Module `experts`, in the torch backend `experts_cpu` and `experts_device`; `experts_fp8` for fp8 products."""
 
     def experts_forward(self, call: ExpertCall, keep_preactivation: bool) -> tuple[Tensor, Tensor]:
         """Return (out [T, d], pre-activation [S, 2n] or [S, n]) in hidden's dtype; the second empty [0] if not kept."""
@@ -112,14 +112,16 @@ class ExpertsBackend(Protocol):
 if TYPE_CHECKING:  # mypy holds the modules against the protocols
     from moe_triton.backends.torch import dispatch as torch_dispatch
     from moe_triton.backends.torch import experts_cpu, experts_device
+    from moe_triton.backends.torch import experts_fp8 as torch_fp8
     from moe_triton.backends.torch import gate as torch_gate
     from moe_triton.backends.torch import routing as torch_routing
     from moe_triton.backends.triton import dispatch as triton_dispatch
     from moe_triton.backends.triton import experts as triton_experts
+    from moe_triton.backends.triton import experts_fp8 as triton_fp8
     from moe_triton.backends.triton import gate as triton_gate
     from moe_triton.backends.triton import routing as triton_routing
 
     GATE: tuple[GateBackend, ...] = (torch_gate, triton_gate)
     ROUTING: tuple[RoutingBackend, ...] = (torch_routing, triton_routing)
     DISPATCH: tuple[DispatchBackend, ...] = (torch_dispatch, triton_dispatch)
-    EXPERTS: tuple[ExpertsBackend, ...] = (experts_cpu, experts_device, triton_experts)
+    EXPERTS: tuple[ExpertsBackend, ...] = (experts_cpu, experts_device, triton_experts, torch_fp8, triton_fp8)

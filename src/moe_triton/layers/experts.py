@@ -46,6 +46,7 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
     values however the experts are spread. With `expert_parallel` E is the number of the local experts, and n that of
     their local slice: under expert tensor parallelism each rank has n / etp columns of gate, of up and of down. With
     `ExpertParallel(redundant_experts=R)` a rank holds (E + R) / ep slots; `placement` says which expert is in each.
+    With `fp8` the products are in fp8 (`moe_triton.moe_mlp`), and the parameters stay in their dtype.
     `add_lora` adds adapters.
     """
 
@@ -59,6 +60,7 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
         activation_limit: float | None = None,
         activation_alpha: float | None = None,
         bias: bool = False,
+        fp8: bool = False,
         recompute: bool = False,
         expert_parallel: ExpertParallel | None = None,
         backend: str = "auto",
@@ -71,7 +73,7 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
         check_int("num_experts", num_experts, low=1)
         check_activation(activation, activation_limit, activation_alpha)
         self.spec = ExpertSpec(
-            activation=activation, activation_limit=activation_limit, activation_alpha=activation_alpha
+            activation=activation, activation_limit=activation_limit, activation_alpha=activation_alpha, fp8=fp8
         )
         self.recompute = recompute
         self.backend = backend
@@ -189,6 +191,8 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
     def check_quantizable(self) -> None:
         """Raise ValueError for projections that `moe_triton.quantize` cannot replace."""
         self.refuse_shards("quantize")
+        if self.spec.fp8:
+            raise ValueError("quantize: got experts with fp8=True, wanted ones whose products are not in fp8")
         if self.is_quantized or self.lora_is_merged:
             what = "quantised projections" if self.is_quantized else "merged adapters"
             raise ValueError(f"quantize: got experts with {what}, wanted projections as they were made")
@@ -273,7 +277,8 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
         spec, sizes = self.spec, f"{num_local}{of} x ({hidden_size}, {intermediate_size})"
         limit = "" if spec.limit is None else f", activation_limit={spec.limit}"
         alpha = "" if spec.alpha == 1 else f", activation_alpha={spec.alpha}"
-        return f"{sizes}, activation={spec.activation}{limit}{alpha}{self.lora_repr()}"
+        fp8 = ", fp8" if spec.fp8 else ""
+        return f"{sizes}, activation={spec.activation}{limit}{alpha}{fp8}{self.lora_repr()}"
 
 
 class ScaleGradient(torch.autograd.Function):

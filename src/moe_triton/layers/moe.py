@@ -76,6 +76,8 @@ class MoE(nn.Module):
             parallelism; `moe_triton.BalanceAccumulator` makes it the whole global batch.
         sequence_loss_weight: factor of the load-balance loss of each sequence by itself, which are the last but one
             dimension of the input (DeepSeek-V3).
+        fp8: compute the experts' products in fp8, in training and in eval; see `moe_triton.moe_mlp`. The router, the
+            shared and the residual expert are as without.
         recompute: keep only the hidden states of the experts for backward, and compute their first product again there.
         batch_invariant: compute every forward of this layer inside `moe_triton.batch_invariant`.
         expert_parallel: spread the experts over ranks (`moe_triton.distributed.ExpertParallel`); None keeps all here.
@@ -112,6 +114,7 @@ class MoE(nn.Module):
         aux_loss_weight: float = 0.0,
         z_loss_weight: float = 0.0,
         sequence_loss_weight: float = 0.0,
+        fp8: bool = False,
         recompute: bool = False,
         batch_invariant: bool = False,
         expert_parallel: ExpertParallel | None = None,
@@ -187,6 +190,7 @@ class MoE(nn.Module):
             activation_limit=activation_limit,
             activation_alpha=activation_alpha,
             bias=bias,
+            fp8=fp8,
             recompute=recompute,
             expert_parallel=expert_parallel,
             backend=backend,
