@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -102,6 +102,25 @@ class Routing:
     num_tokens: Tensor
     sequences: SequenceSums | None = None
     hidden: Tensor | None = None
+
+    @classmethod
+    def unsummed(
+        cls, *, experts: Tensor, weights: Tensor, hidden: Tensor | None, sums: Callable[[], Sequence[Tensor]]
+    ) -> Routing:
+        """Make a Routing whose `SUMS` come from `sums`, called when the first of them is read: most often never."""
+        made = object.__new__(cls)
+        made.__dict__.update(experts=experts, weights=weights, hidden=hidden, _sums=sums)
+        return made
+
+    def __getattr__(self, name: str) -> Any:  # of what is not there, or not yet
+        sums = self.__dict__.get("_sums")
+        if sums is None or name not in SUMS:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        self.__dict__.update(zip(SUMS, sums(), strict=True))
+        return self.__dict__[name]
+
+
+SUMS = ("counts", "score_sums", "z_sum", "num_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -260,7 +260,7 @@ class MoE(nn.Module):
         check_tensor("hidden_states", hidden_states, dtypes=FLOATS)
         if hidden_states.dim() < 1 or hidden_states.shape[-1] != self.hidden_size:
             raise ValueError(f"hidden_states: got shape {list(hidden_states.shape)}, wanted [..., {self.hidden_size}]")
-        x = hidden_states.reshape(-1, self.hidden_size)
+        x = hidden_states if hidden_states.dim() == 2 else hidden_states.reshape(-1, self.hidden_size)
         if token_mask is not None:
             shape, device = hidden_states.shape[:-1], hidden_states.device
             check_tensor("token_mask", token_mask, shape=shape, dtypes=MASKS, device=device)
@@ -314,8 +314,9 @@ class MoE(nn.Module):
             out = out * mix[:, 0:1] + self.residual_mlp(x) * mix[:, 1:]
         if token_mask is not None:
             out = out.masked_fill(masked, 0)
+        out = out.to(hidden_states.dtype)
         return MoEOutput(
-            output=out.to(hidden_states.dtype).reshape(hidden_states.shape),
+            output=out if hidden_states.dim() == 2 else out.reshape(hidden_states.shape),
             aux_loss=self.aux_loss(routing),
             expert_counts=dispatched.counts.long(),
         )
@@ -337,7 +338,7 @@ class MoE(nn.Module):
 
         With the counts and the number of tokens of all ranks, and this one's sums, the losses are sums of shares.
         """
-        loss = torch.zeros_like(routing.z_sum)
+        loss = routing.weights.new_zeros(())
         if not self.aux_loss_weight and not self.z_loss_weight and not self.sequence_loss_weight:
             return loss
         counts, num_tokens, parallel = routing.counts, routing.num_tokens, self.parallel

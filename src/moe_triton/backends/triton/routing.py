@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from moe_triton.records import RouterSpec
@@ -23,10 +25,26 @@ def route_forward(
     )
 
 
+def route_unsummed(*_inputs: Any) -> None:
+    """Return None: the kernel makes the sums along with the choice."""
+
+
 def route_backward(
-    grad_weights: Tensor, grad_score_sums: Tensor, grad_z_sum: Tensor, logits: Tensor, experts: Tensor, spec: RouterSpec
+    grad_weights: Tensor,
+    grad_score_sums: Tensor | None,
+    grad_z_sum: Tensor | None,
+    logits: Tensor,
+    experts: Tensor,
+    spec: RouterSpec,
+    *,
+    all_real: bool = False,
 ) -> Tensor:
     """The gradient of the logits [T, E] in their dtype; zeros for masked tokens, whose experts are -1."""
+    if grad_score_sums is None:
+        shape = (logits.shape[1],) if spec.sequences == 1 else (spec.sequences, logits.shape[1])
+        grad_score_sums = grad_weights.new_zeros(shape)
+    if grad_z_sum is None:
+        grad_z_sum = grad_weights.new_zeros(())
     return topk_backward(grad_weights, grad_score_sums, grad_z_sum, logits, experts, options_of(spec))
 
 
