@@ -92,6 +92,7 @@ class Routing:
     sequences   counts, score_sums and num_tokens of each sequence; None where `route` was not asked for several
     hidden      [T, d] what `Router` was given, for whoever takes it next: the gate then adds its gradient to theirs in
                 one pass; None where there was no gate
+    dispatched  what `dispatched_to` returns; None where routing made no Dispatch
     """
 
     experts: Tensor
@@ -102,14 +103,28 @@ class Routing:
     num_tokens: Tensor
     sequences: SequenceSums | None = None
     hidden: Tensor | None = None
+    dispatched: TiledDispatch | None = None
+
+    def dispatched_to(self, num_experts: int) -> TiledDispatch | None:
+        """Return the Dispatch of these very choices to all of so many experts, where the backend made it with them."""
+        found = self.dispatched
+        return (
+            found if found is not None and found.experts is self.experts and found.num_experts == num_experts else None
+        )
 
     @classmethod
     def unsummed(
-        cls, *, experts: Tensor, weights: Tensor, hidden: Tensor | None, sums: Callable[[], Sequence[Tensor]]
+        cls,
+        *,
+        experts: Tensor,
+        weights: Tensor,
+        hidden: Tensor | None,
+        sums: Callable[[], Sequence[Tensor]],
+        dispatched: TiledDispatch | None = None,
     ) -> Routing:
         """Make a Routing whose `SUMS` come from `sums`, called when the first of them is read: most often never."""
         made = object.__new__(cls)
-        made.__dict__.update(experts=experts, weights=weights, hidden=hidden, _sums=sums)
+        made.__dict__.update(experts=experts, weights=weights, hidden=hidden, dispatched=dispatched, _sums=sums)
         return made
 
     def __getattr__(self, name: str) -> Any:  # of what is not there, or not yet
@@ -151,10 +166,12 @@ class Dispatch:
 class TiledDispatch(Dispatch):
     """A Dispatch with what its backend made along with it for its kernels.
 
-    tiles  the `TileTables` of the triton backend
+    tiles    the `TileTables` of the triton backend
+    experts  the choices that it was made of, where routing made it along with them; nothing is dropped
     """
 
     tiles: Any
+    experts: Tensor | None = None
 
 
 # All experts' tensors of one kind: stacked [E, ...], or one tensor per expert.

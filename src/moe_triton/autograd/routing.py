@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from moe_triton import runtime
 from moe_triton.autograd.transforms import TransformedGradient, call_per_sample, refuse_jvp
-from moe_triton.records import RouterSpec
+from moe_triton.records import RouterSpec, TiledDispatch
 from moe_triton.reference import wide
 from moe_triton.torch_internals import has_no_data, is_transforming
 
@@ -45,19 +46,38 @@ def run_route(
     return _forward(logits, spec, choice_bias, noise, token_mask, given, backend)
 
 
-def run_unsummed(
-    logits: Tensor, choice_bias: Tensor | None, noise: Tensor | None, given: Tensor | None, spec: RouterSpec, name: str
-) -> tuple[Tensor, Tensor, Callable[[], Sums]] | None:
-    """Experts, weights, and what computes (counts, score_sums, z_sum) if they are read; None where they come with them.
-
-    For eager inference, in which hardly anybody reads sums: they take as long as the choice.
-    """
-    is_inference = not (torch.is_grad_enabled() and logits.requires_grad)
-    is_eager = not (torch.compiler.is_compiling() or is_transforming() or has_no_data(logits))
-    if not (is_inference and is_eager and logits.device.type == "cpu"):  # on a GPU a graph may be captured
+def run_inference(
+    logits: Tensor,
+    choice_bias: Tensor | None,
+    noise: Tensor | None,
+    given: Tensor | None,
+    spec: RouterSpec,
+    backend: str,
+) -> Inference | None:
+    """Route where nothing is differentiated, compiled or transformed; None elsewhere, and where that saves nothing."""
+    if torch.compiler.is_compiling() or is_transforming() or has_no_data(logits):
+        return None
+    if torch.is_grad_enabled() and logits.requires_grad:
         return None
     with runtime.plain_maths(logits):
-        return runtime.routing_backend(name).route_unsummed(logits, spec, choice_bias, noise, None, given)
+        routing = runtime.routing_backend(backend)
+        found = routing.route_and_dispatch(logits, spec, choice_bias, noise, None, given)
+        if found is not None:
+            (experts, weights, *sums), dispatched = found
+            return Inference(experts, weights, partial(tuple, sums), dispatched)
+        if spec.sequences > 1 or logits.device.type != "cpu":  # on a GPU a graph may be captured
+            return None
+        later = routing.route_unsummed(logits, spec, choice_bias, noise, None, given)
+        return None if later is None else Inference(*later)
+
+
+class Inference(NamedTuple):
+    """Experts, weights, what gives (counts, score_sums, z_sum), and the Dispatch where there is one already."""
+
+    experts: Tensor
+    weights: Tensor
+    sums: Callable[[], Sums]
+    dispatched: TiledDispatch | None = None
 
 
 def _fields(spec: RouterSpec) -> tuple[Any, ...]:

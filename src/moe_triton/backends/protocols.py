@@ -19,6 +19,7 @@ from moe_triton.records import (
     ParameterGradients,
     RouterSpec,
     RowGradients,
+    TiledDispatch,
     Wanted,
 )
 
@@ -51,6 +52,17 @@ class RoutingBackend(Protocol):
 
         Counts and score sums are [B, E] where B = `spec.sequences` > 1. given: what `reference.given_choices` returned.
         """
+
+    def route_and_dispatch(
+        self,
+        logits: Tensor,
+        spec: RouterSpec,
+        choice_bias: Tensor | None,
+        noise: Tensor | None,
+        token_mask: Tensor | None,
+        given: Tensor | None = None,
+    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], TiledDispatch] | None:
+        """Return what `route_forward` does, and a Dispatch without a capacity, from one launch; None: it takes more."""
 
     def route_unsummed(
         self,

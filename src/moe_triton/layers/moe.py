@@ -18,7 +18,7 @@ from moe_triton.distributed.exchange.expert_parallel import ExpertParallel, unle
 from moe_triton.distributed.exchange.overlap import Deferred
 from moe_triton.layers.experts import Experts, FeedForward, Uncast, casts_inputs
 from moe_triton.layers.router import Router
-from moe_triton.records import PRIORITIES, Routing, SequenceSums
+from moe_triton.records import PRIORITIES, Dispatch, Routing, SequenceSums
 from moe_triton.runtime import BACKENDS, batch_invariant
 from moe_triton.torch_internals import never_compiled, runs_as_it_is
 
@@ -268,7 +268,8 @@ class MoE(nn.Module):
             masked = token_mask.logical_not()[:, None]
             x = x.masked_fill(masked, 0)  # 0 * NaN would be NaN, in a gradient of a weight too
         num_tokens = x.shape[0]
-        groups = 1 if self.capacity(num_tokens) is None else self.capacity_groups
+        is_dropless = self.capacity(num_tokens) is None
+        groups = 1 if is_dropless else self.capacity_groups
         if num_tokens % groups:
             raise ValueError(
                 f"capacity_groups: got {self.capacity_groups}, wanted a divisor of the {num_tokens} tokens"
@@ -282,15 +283,17 @@ class MoE(nn.Module):
             raise TypeError(f"router: returned {type(routing).__name__}, wanted a Routing")
         if routing.hidden is not None and runs_as_it_is(self.router, Router):
             x = routing.hidden  # the gate adds its gradient to that of all that follows
-        dispatched = dispatch(
-            routing.experts,
-            self.num_experts,
-            capacity=self.capacity(num_tokens // groups),
-            capacity_groups=groups,
-            priority=self.drop_policy,
-            weights=routing.weights,
-            backend=self.backend,
-        )
+        dispatched: Dispatch | None = routing.dispatched_to(self.num_experts) if is_dropless else None
+        if dispatched is None:
+            dispatched = dispatch(
+                routing.experts,
+                self.num_experts,
+                capacity=None if is_dropless else self.capacity(num_tokens // groups),
+                capacity_groups=groups,
+                priority=self.drop_policy,
+                weights=routing.weights,
+                backend=self.backend,
+            )
         weights = renormalize(routing.weights, dispatched) if self.renormalize else routing.weights
         shared = None
         if self.shared_expert is not None and unless_alone(self.parallel) is not None:
