@@ -262,6 +262,7 @@ def sum_partials_kernel(
         tl.store(z_sums + sequence, tl.sum(z, 0))
 
 
+@lru_cache(maxsize=1024)
 def lanes_of(num_experts: int, top_k: int, num_groups: int = 1) -> Lanes:
     """As many tokens at a time as let [tokens, experts] and [tokens, choices] fit in a program's registers."""
     groups, members = next_power_of_2(num_groups), next_power_of_2(num_experts // num_groups)
@@ -292,6 +293,7 @@ def rule_of(num_experts: int, options: TopK) -> Rule:
     return Rule(num_experts, options.weightless, options.top_k, SCORES[options.score], options.normalize)
 
 
+@lru_cache(maxsize=1024)
 def limit_of(options: TopK) -> GroupLimit:
     top2 = options.num_groups > 1 and options.group_score == "top2_sum"
     return GroupLimit(options.num_groups, options.top_groups, TOP2=top2)

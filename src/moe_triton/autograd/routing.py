@@ -17,7 +17,6 @@ from moe_triton.records import RouterSpec, TiledDispatch
 from moe_triton.reference import wide
 from moe_triton.torch_internals import has_no_data, is_transforming
 
-Sums = tuple[Tensor, Tensor, Tensor]
 FIELDS = tuple(field.name for field in fields(RouterSpec))
 
 
@@ -76,7 +75,7 @@ class Inference(NamedTuple):
 
     experts: Tensor
     weights: Tensor
-    sums: Callable[[], Sums]
+    sums: Callable[[], tuple[Tensor, ...]]
     dispatched: TiledDispatch | None = None
 
 
