@@ -63,15 +63,16 @@ class Layout:
         most_batched_rows: int,
         flops_per_row: float = math.inf,
         *,
+        shared_rows: int = 0,
         groups: bool = False,
     ) -> None:
         """offsets: [E+1]. most_batched_rows: the policy's; 0 also where the weights are not stacked.
 
-        flops_per_row: of the larger product; for `CpuPolicy.padded`.
+        flops_per_row: of the larger product; for `CpuPolicy.padded`. shared_rows: see `cut`.
         """
         bounds: list[int] = offsets.tolist()
         self.offsets, self.policy = offsets, policy
-        self.blocks = cut(bounds, policy, most_batched_rows, flops_per_row)
+        self.blocks = cut(bounds, policy, most_batched_rows, flops_per_row, shared_rows)
         self.num_rows = bounds[-1]
         self.num_places = self.blocks[-1].places.stop if self.blocks else 0
         self.place_of_row: Tensor | None = None
@@ -147,9 +148,17 @@ class Layout:
 
 
 def cut(
-    bounds: Sequence[int], policy: CpuPolicy, most_batched_rows: int, flops_per_row: float = math.inf
+    bounds: Sequence[int],
+    policy: CpuPolicy,
+    most_batched_rows: int,
+    flops_per_row: float = math.inf,
+    shared_rows: int = 0,
 ) -> list[Block]:
-    """Return the blocks; every row is in one, and all of an expert's rows are in the same."""
+    """Return the blocks; every row is in one, and all of an expert's rows are in the same.
+
+    shared_rows: of a block whose experts have products of their own at most, where that is more than the policy's.
+    """
+    shared_rows = max(shared_rows, policy.shared_block_rows)
     sizes = [end - start for start, end in pairwise(bounds)]
     blocks: list[Block] = []
     e = 0
@@ -159,20 +168,16 @@ def cut(
             place = blocks[-1].places.stop if blocks else 0
             blocks.append(_batched(bounds, range(e, stop), place, policy))
         elif sizes[e] > 0:
-            _add_alone(blocks, bounds, e, policy, flops_per_row)
+            rows = slice(bounds[e], bounds[e + 1])
+            _add_alone(blocks, rows, policy.padded(sizes[e], flops_per_row=flops_per_row), e, shared_rows)
         e = stop
     return blocks
 
 
-def _add_alone(
-    blocks: list[Block], bounds: Sequence[int], expert: int, policy: CpuPolicy, flops_per_row: float
-) -> None:
-    """Add an expert with products of its own: to the last block if it may share it, else as a new one."""
-    rows = slice(bounds[expert], bounds[expert + 1])
-    num_rows = rows.stop - rows.start
-    size = policy.padded(num_rows, flops_per_row=flops_per_row)
+def _add_alone(blocks: list[Block], rows: slice, size: int, expert: int, shared_rows: int) -> None:
+    """Add an expert with products of its own over `size` places: to the last block if it may share it, else alone."""
     last = blocks[-1] if blocks else None
-    if last is not None and size == num_rows and _may_share(last, size, policy):
+    if last is not None and size == rows.stop - rows.start and _may_share(last, size, shared_rows):
         last.parts.append((expert, slice(last.size, last.size + size)))
         last.rows = slice(last.rows.start, rows.stop)
         last.places = slice(last.places.start, last.places.stop + size)
@@ -181,9 +186,9 @@ def _add_alone(
         blocks.append(Block(rows, slice(place, place + size), [(expert, slice(0, size))]))
 
 
-def _may_share(last: Block, size: int, policy: CpuPolicy) -> bool:
+def _may_share(last: Block, size: int, shared_rows: int) -> bool:
     """Whether an expert that needs no padding may join the block."""
-    return last.batch is None and not last.is_padded and last.size + size <= policy.shared_block_rows
+    return last.batch is None and not last.is_padded and last.size + size <= shared_rows
 
 
 def _batched(bounds: Sequence[int], experts: range, place: int, policy: CpuPolicy) -> Block:

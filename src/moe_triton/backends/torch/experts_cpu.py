@@ -47,6 +47,8 @@ from moe_triton.records import (
     as_given,
 )
 
+SHARED_ELEMENTS = 1 << 18  # of the input and the pre-activation of a block of narrow rows: a megabyte of fp32
+
 
 def experts_forward(
     call: ExpertCall, keep_preactivation: bool, policy: CpuPolicy | None = None
@@ -295,7 +297,8 @@ def _layout(call: ExpertCall, policy: CpuPolicy | None, *, backward: bool) -> La
     most = policy.most_batched(dtype, backward=backward) if are_stacked else 0
     flops_per_row = 2 * call.width * call.hidden_size if dtype in policy.linear else math.inf
     groups = are_stacked and dtype in GROUPED_DTYPES and not policy.fixed_rows
-    return Layout(call.dispatched.offsets, policy, most, flops_per_row, groups=groups)
+    shared_rows = SHARED_ELEMENTS // max(call.width + call.hidden_size, 1)
+    return Layout(call.dispatched.offsets, policy, most, flops_per_row, shared_rows=shared_rows, groups=groups)
 
 
 def _makes_gradients_in_one_call(call: ExpertCall, layout: Layout) -> bool:
@@ -304,7 +307,8 @@ def _makes_gradients_in_one_call(call: ExpertCall, layout: Layout) -> bool:
         return False
     sizes = call.hidden_size, call.width, call.intermediate_size
     matrix = call.hidden_size * call.width
-    flops, dtype = 2 * matrix * layout.num_rows, call.hidden.dtype
+    most_rows = max(part.stop - part.start for _, part in layout.blocks[0].parts)
+    flops, dtype = 2 * matrix * most_rows, call.hidden.dtype
     is_small = call.num_experts * matrix * dtype.itemsize < LARGE  # a larger one gets used memory: see `empty`
     return is_small and layout.policy.by_mm(dtype, flops) and not any(size * dtype.itemsize % 16 for size in sizes)
 
