@@ -27,7 +27,6 @@ from moe_triton.backends.torch.products import (
     add_products,
     affine,
     all_outer_products,
-    copy_to,
     matrices,
     narrow,
     outer_products,
@@ -198,7 +197,7 @@ class RowsPass:
         a, activated_gate = activate_for_backward(h, spec)
         da = products(self.layout, block, dy, self.down_back)
         if self.down_lora is not None:
-            work.down_u = narrow(self.layout, block, dy, self.down_lora.b.mT, self.down_lora.scaling)
+            work.down_u = narrow(self.layout, block, dy, self.down_lora.b.mT)
             add_products(self.layout, block, work.down_u, self.down_lora.a.mT, da)
         if self.dw is not None:
             self.dw[here] = torch.linalg.vecdot(da, a)
@@ -209,11 +208,13 @@ class RowsPass:
             torch.mul(a, w, out=weighted_a)
         activate_backward(da.mul_(w), h, activated_gate, spec, dh)
         if self.dx is not None:
-            dx = products(self.layout, block, dh, self.up_back, out=self.dx[here])
-            if self.up_lora is not None:
-                work.up_u = narrow(self.layout, block, dh, self.up_lora.b.mT, self.up_lora.scaling)
+            if self.up_lora is None:
+                products(self.layout, block, dh, self.up_back, out=self.dx[here])
+            else:
+                dx = products(self.layout, block, dh, self.up_back)
+                work.up_u = narrow(self.layout, block, dh, self.up_lora.b.mT)
                 add_products(self.layout, block, work.up_u, self.up_lora.a.mT, dx)
-                copy_to(self.dx[here], dx)
+                self.dx[here] = dx
 
     def results(self) -> tuple[Tensor | None, Tensor | None]:
         layout, call = self.layout, self.call
@@ -230,6 +231,7 @@ class WeightsPass:
 
     def __init__(self, call: ExpertCall, layout: Layout, wanted: Wanted) -> None:
         self.spec, self.layout, self.parameters = call.spec, layout, call.parameters
+        self.scalings = (call.spec.gate_up_scaling, call.spec.down_scaling)
         self.up_lora, self.down_lora = readable(call.gate_up_lora), readable(call.down_lora)
         self.wanted = wanted.of(self.parameters)
         in_one_call = _makes_gradients_in_one_call(call, layout)
@@ -275,16 +277,19 @@ class WeightsPass:
         if lora is None:
             return
         if grad_a is not None:
-            u = narrow(self.layout, block, dy, lora.b.mT, lora.scaling) if u is None else u
+            u = narrow(self.layout, block, dy, lora.b.mT) if u is None else u
             outer_products(self.layout, block, u, x, grad_a)
         if grad_b is not None:
-            outer_products(self.layout, block, dy, narrow(self.layout, block, x, lora.a, lora.scaling), grad_b)
+            outer_products(self.layout, block, dy, narrow(self.layout, block, x, lora.a), grad_b)
 
     def _as_laid_out(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
         """The factors of a projection's gradient, first the one that gives its first dimension."""
         return (x, dy) if self.spec.is_transposed else (dy, x)
 
     def results(self) -> ParameterGradients:
+        for grad_b, scaling in zip(self.grads[5::2], self.scalings, strict=True):
+            if grad_b is not None and scaling != 1.0:
+                grad_b.mul_(scaling)
         return ParameterGradients(*(as_given(p, g) for p, g in zip(self.parameters, self.grads, strict=True)))
 
 

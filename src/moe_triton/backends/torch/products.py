@@ -103,18 +103,16 @@ def affine(
     out: Tensor | None = None,
 ) -> Tensor:
     """`products` with the adapter's part: + scaling * (x @ a(e).T) @ b(e).T."""
-    y_mO = products(layout, block, x_mI, weight, biases, out)
-    if lora is not None:
-        add_products(layout, block, narrow(layout, block, x_mI, lora.a, lora.scaling), lora.b, y_mO)
-        if out is not None:
-            copy_to(out, y_mO)
-    return y_mO
+    if lora is None:
+        return products(layout, block, x_mI, weight, biases, out)
+    y_mO = products(layout, block, x_mI, weight, biases)
+    add_products(layout, block, narrow(layout, block, x_mI, lora.a), lora.b, y_mO)
+    return y_mO if out is None else out.copy_(y_mO)
 
 
-def narrow(layout: Layout, block: Block, x_mI: Tensor, factor_ErI: Tensor, scaling: float) -> Tensor:
-    """scaling * x @ factor[e].T for the rows of every expert e of the block, [m, r]."""
-    t_mr = products(layout, block, x_mI, lambda e: factor_ErI[e])
-    return t_mr if scaling == 1.0 else t_mr.mul_(scaling)
+def narrow(layout: Layout, block: Block, x_mI: Tensor, factor_ErI: Tensor) -> Tensor:
+    """x @ factor[e].T for the rows of every expert e of the block, [m, r]."""
+    return products(layout, block, x_mI, lambda e: factor_ErI[e])
 
 
 def add_products(layout: Layout, block: Block, t_mr: Tensor, factor_EOr: Tensor, y_mO: Tensor) -> None:
@@ -131,18 +129,12 @@ def add_products(layout: Layout, block: Block, t_mr: Tensor, factor_EOr: Tensor,
             y_mO[part].addmm_(t_mr[part], factor_EOr[e].mT)
 
 
-def copy_to(out: Tensor, values: Tensor) -> None:
-    """Writes values to out, unless they are there."""
-    if values.data_ptr() != out.data_ptr():
-        out.copy_(values)
-
-
 def readable(lora: Lora | None) -> Lora | None:
-    """The adapter with factors that a product reads as they lie; PEFT's b has neither dimension contiguous."""
+    """The adapter with factors that a product reads as they lie, and b scaled: PEFT's b has no contiguous dimension."""
     if lora is None:
         return None
     a, b = (x if 1 in x.stride()[1:] else x.contiguous() for x in (lora.a, lora.b))
-    return Lora(a, b, lora.scaling)
+    return Lora(a, b if lora.scaling == 1.0 else b * lora.scaling)
 
 
 def outer_products(layout: Layout, block: Block, left: Tensor, right: Tensor, grad: Tensor) -> None:
