@@ -29,7 +29,7 @@ class CpuPolicy:
 
     shapes_recur        whether a product of a new shape costs the compilation of a kernel
     linear              by dtype, oneDNN's product where it is faster than torch.mm
-    linear_from         the fewest FLOPs of a product that it is used for: a call costs 12 us more than one of torch.mm
+    linear_from         the fewest FLOPs of a product that it is used for: each call packs the matrix anew
     most_batched_rows   by dtype, up to how many rows (forward, backward) an expert may share one batched product with
                         its neighbours; not at all in other dtypes
     row_quantum         of what number the rows of a product are a multiple where shapes should recur
@@ -44,7 +44,7 @@ class CpuPolicy:
 
     shapes_recur: bool
     linear: Mapping[torch.dtype, Callable[..., Tensor]] = field(default_factory=dict)
-    linear_from: int = 1 << 22
+    linear_from: int = 1 << 24
     most_batched_rows: Mapping[torch.dtype, tuple[int, int]] = field(default_factory=dict)
     row_quantum: int = 16
     shared_block_rows: int = 256
