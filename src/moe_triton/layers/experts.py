@@ -250,9 +250,10 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
         if hidden_states.dtype != dtype and autocast_dtype(hidden_states.device) is None:
             raise TypeError(f"hidden_states: got dtype {hidden_states.dtype}, wanted {dtype}, the layer's own")
         gate_up_lora, down_lora = self._scaled_lora("gate_up"), self._scaled_lora("down")
-        device = hidden_states.device
-        check_adapters(call.parameters, self.spec, device, gate_up_lora=gate_up_lora, down_lora=down_lora)
-        call = with_adapters(call, gate_up_lora, down_lora)
+        if gate_up_lora or down_lora:
+            device = hidden_states.device
+            check_adapters(call.parameters, self.spec, device, gate_up_lora=gate_up_lora, down_lora=down_lora)
+            call = with_adapters(call, gate_up_lora, down_lora)
         self.count_load(dispatched.counts)
         if (parallel := unless_alone(self.expert_parallel)) is None:
             check_call(call, self.backend)
