@@ -18,6 +18,7 @@ from moe_triton.integrations import peft
 from moe_triton.integrations import transformers as hf
 from moe_triton.integrations.experts_interface import implementation, registry
 from moe_triton.layers import Experts, MoE
+from moe_triton.layers.quantized import QuantizedProjection
 from moe_triton.runtime import BACKENDS
 
 
@@ -59,16 +60,19 @@ class How(NamedTuple):
 
     backend: str
     expert_parallel: ExpertParallel | None
+    fp8: bool
 
 
-def swap(model: nn.Module, *, backend: str = "auto", expert_parallel: ExpertParallel | None = None) -> SwapReport:
+def swap(
+    model: nn.Module, *, backend: str = "auto", expert_parallel: ExpertParallel | None = None, fp8: bool = False
+) -> SwapReport:
     """Let the MoE blocks of `model` run on moe_triton, in place. Weights and state-dict keys stay as they are.
 
     It recognises the experts modules of transformers (those with its experts interface), in a whole model, in a part of
     one, or alone. A whole model is switched by its own `set_experts_implementation`. Then each experts module is
     checked: one that the switch does not reach, or that has no model above it, gets its own config that says
     "moe_triton". `model.set_experts_implementation("eager")` undoes the former. Calling swap again changes
-    nothing but the backend.
+    nothing but the backend and whether products are in fp8.
 
     DeepSpeed's MoE layers (deepspeed.moe.layer.MoE) are replaced by `moe_triton.compat.deepspeed`'s, which take over
     their parameters as they are. The experts of DeepSpeed's AutoEP (GroupedExperts) run on ours where they are.
@@ -80,6 +84,9 @@ def swap(model: nn.Module, *, backend: str = "auto", expert_parallel: ExpertPara
             them, and then passes its own batch. Whatever else the model has is on every rank. Give it a model on the
             meta device, and `moe_triton.load_pretrained` its weights, so that no rank ever holds all experts. Make the
             optimizer afterwards: the projections are new parameters.
+        fp8: compute the products of transformers' experts in fp8 (`moe_triton.moe_mlp`), for training; the parameters
+            stay in their dtype. Experts whose gate we do not know, quantised ones and DeepSpeed's layers are left alone
+            then.
 
     Returns:
         SwapReport with `.swapped` and `.skipped`, lists of (name, kind, what was done or the reason). A module that
@@ -94,9 +101,8 @@ def swap(model: nn.Module, *, backend: str = "auto", expert_parallel: ExpertPara
     check_choice("backend", backend, BACKENDS)
     if expert_parallel is not None and not isinstance(expert_parallel, ExpertParallel):
         raise TypeError(f"expert_parallel: got {type(expert_parallel).__name__}, wanted an ExpertParallel or None")
-    how = How(backend, expert_parallel)
+    how, report = How(backend, expert_parallel, fp8), SwapReport([], [])
     peft.install()
-    report = SwapReport([], [])
     handled: list[str] = []  # names of the modules that are dealt with, together with all below them
     for name, module in list(model.named_modules()):  # a recogniser may replace modules
         if any(_is_below(name, root) for root in handled):
@@ -125,26 +131,30 @@ def transformers_experts(model: nn.Module, name: str, module: nn.Module, how: Ho
     """Switch an experts module whose class has transformers' `use_experts_implementation`."""
     if registry(module) is None:
         return None
-    reason = _obstacle(module)
+    reason = _obstacle(module, how)
     if reason is not None:
         return Skipped(name, _kind(module), reason)
     key = hf.register()
     if implementation(module) != key:
         whole = _outermost_pretrained(model, name)
         # its switch affects all experts: one that cannot run ours would raise at its next forward
-        if whole is not None and not any(registry(m) is not None and _obstacle(m) for m in whole.modules()):
+        if whole is not None and not any(registry(m) is not None and _obstacle(m, how) for m in whole.modules()):
             whole.set_experts_implementation(key)
     if implementation(module) != key:
         module.config = copy.copy(module.config)
         # PreTrainedConfig's public setter also writes to the sub-configs, which the copy shares with the original
         internal = hasattr(module.config, "_experts_implementation_internal")
         setattr(module.config, f"_experts_implementation{'_internal' if internal else ''}", key)
-    module.moe_triton_backend = how.backend  # type: ignore[assignment]
+    module.moe_triton_backend, module.moe_triton_fp8 = how.backend, how.fp8  # type: ignore[assignment]
     if how.expert_parallel is not None:
         hf.spread_experts(module, how.expert_parallel)
     activation = hf.fused_activation(module)
     size_l, size_d = hf.latent_sizes(module)
-    runs = f"fused, {activation}" if activation else "our products, with the module's own gate called between them"
+    runs = (
+        f"fused, {activation}{', in fp8' if how.fp8 else ''}"
+        if activation
+        else "our products, with the module's own gate called between them"
+    )
     if getattr(module, "has_post_expert_norm", False):
         runs += ", then its post_expert_norm"
     if size_l != size_d:
@@ -163,6 +173,8 @@ def deepspeed_layer(model: nn.Module, name: str, module: nn.Module, how: How) ->
     from moe_triton.compat.deepspeed import convert
 
     reason = convert.obstacle(module)
+    if reason is None and how.fp8:
+        reason = NO_FP8
     if reason is None and name == "":
         reason = "is the model itself: there is nothing above it to put another layer into"
     if reason is not None:
@@ -186,7 +198,8 @@ def deepspeed_grouped_experts(model: nn.Module, name: str, module: nn.Module, ho
         return None
     from moe_triton.compat.deepspeed import auto_ep
 
-    if (reason := auto_ep.obstacle(module)) is not None:
+    reason = NO_FP8 if how.fp8 else auto_ep.obstacle(module)
+    if reason is not None:
         return Skipped(name, _kind(module), reason)
     auto_ep.use_ours(module, how.backend)
     fused = auto_ep.ACTIVATIONS[module.activation][0]
@@ -222,18 +235,24 @@ RECOGNIZERS = (
 
 EXPERTS = re.compile(r"[Ee]xperts?([A-Z]|$)")
 BLOCK = re.compile(r"(MoE|Moe|MOE|MixtureOfExperts)(Block|Layer)?$")
+NO_FP8 = "fp8: got True, which is for experts of transformers' interface and for MoE(fp8=True)"
 UNKNOWN = "looks like a mixture of experts, but its class has no interface that moe_triton knows"
 
 
 # What we know of transformers' modules --------------------------------------------------------------------------------
 
 
-def _obstacle(module: nn.Module) -> str | None:
+def _obstacle(module: nn.Module, how: How) -> str | None:
     """Return why this module, which dispatches, cannot run our experts; None where it can."""
     hf.register()
     if hf.KEY not in registry(module):
         return f"its class looks its implementation up in a registry of its own ({type(registry(module)).__name__})"
-    return hf.obstacle(module)
+    reason = hf.obstacle(module)
+    if reason is None and how.fp8 and hf.fused_activation(module) is None:
+        reason = "fp8: got True for a gate that has to be called, wanted one that moe_triton fuses"
+    if reason is None and how.fp8 and isinstance(module.down_proj, QuantizedProjection):
+        reason = "fp8: got True for quantised projections, wanted ones in a float dtype"
+    return reason
 
 
 def _outermost_pretrained(model: nn.Module, name: str) -> Any:

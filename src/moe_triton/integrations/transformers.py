@@ -137,6 +137,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     up_lora, down_lora = adapters.get(up_name, []), adapters.get(down_name, [])
     is_transposed, is_concatenated = (_flag(module, name) for name in ("is_transposed", "is_concatenated"))
     backend = getattr(module, "moe_triton_backend", "auto")  # what `moe_triton.swap` was asked for
+    fp8 = getattr(module, "moe_triton_fp8", False)
     x = hidden_states.to(compute)
     activation = fused_activation(module)
 
@@ -155,6 +156,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
                 down_lora=down_lora,
                 is_transposed=is_transposed,
                 is_concatenated=is_concatenated,
+                fp8=fp8,
                 backend=backend,
             )
         return called_gate_mlp(
@@ -184,7 +186,10 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
         dispatched=dispatch(top_k_index, module.num_experts, backend=backend),
         parameters=ExpertParameters(up_proj, down_proj, up_bias, down_bias),
         spec=ExpertSpec(
-            **(activation._asdict() if activation else {}), is_transposed=is_transposed, is_concatenated=is_concatenated
+            **(activation._asdict() if activation else {}),
+            is_transposed=is_transposed,
+            is_concatenated=is_concatenated,
+            fp8=fp8,
         ),
     )
     if is_fused(module):

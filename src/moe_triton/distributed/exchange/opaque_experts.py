@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_triton import runtime
-from moe_triton.dispatch import dispatch
+from moe_triton.dispatch import dispatch, sorted_dispatch
 from moe_triton.distributed.exchange.expert_parallel import ExpertParallel
 from moe_triton.distributed.exchange.stages import ExchangedLayer, Saved
 from moe_triton.records import Dispatch
@@ -61,7 +61,16 @@ class OpaqueExperts:
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, assignments: int, saved: Saved) -> Tensor:
         """Rows [R, d], ids [R, J], weights [R, J] -> [R, d]."""
         local = ids - self.first_expert
-        dispatched = dispatch(torch.where((local >= 0) & (local < self.num_experts), local, -1), self.num_experts)
+        local = torch.where((local >= 0) & (local < self.num_experts), local, -1)
+        return self._forward(x, weights, dispatch(local, self.num_experts))
+
+    def forward_sorted(self, x: Tensor, weights: Tensor, counts: Tensor, starts: Tensor | None, saved: Saved) -> Tensor:
+        """Rows [R, d] in expert order, weights [R, 1] -> [R, d]."""
+        here = slice(self.num_experts)
+        starts = None if starts is None else starts[here]
+        return self._forward(x, weights, sorted_dispatch(counts[here], x.shape[0], starts))
+
+    def _forward(self, x: Tensor, weights: Tensor, dispatched: Dispatch) -> Tensor:
         cast = torch.autocast(x.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None)
         with torch.set_grad_enabled(self.keeps_graph), cast:
             x, weights = (t.detach().requires_grad_(self.keeps_graph) for t in (x, weights))
