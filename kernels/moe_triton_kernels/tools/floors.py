@@ -240,7 +240,7 @@ def _codes(elements: int, group: int = 128) -> int:
 
 
 def _fp8_product(shape: Shape, factor: int, codes: int, elements: int) -> Work:
-    """A product of rows of so many codes by `factor` * n * d weights of an expert; it moves elements of 16 bits too."""
+    """A product of rows of so many codes by `factor` * n * d weights of each expert; it moves other elements too."""
     weights = _codes(factor * shape.w2, 128**2)
     return Work(flops=_product(shape, factor, 0).flops, bytes=_codes(codes) + weights + shape.itemsize * elements)
 
