@@ -268,8 +268,8 @@ def describe(
 def cpu_experts() -> str:
     chosen = choose_policy(this_processor())
     return (
-        "blocks of rows that stay in cache, an expert's or those of neighbours in one batched product; the rows of the "
-        f"very call decide. Products: {chosen.policy} ({chosen.reason})"
+        "blocks of rows that stay in cache: an expert's, or those of neighbours in one batched product or one call of "
+        f"F.grouped_mm; the rows of the very call decide. Products: {chosen.policy} ({chosen.reason})"
     )
 
 
@@ -277,7 +277,10 @@ def torch_parts(device: torch.device, fp8: bool = False) -> list[Part]:
     is_cpu = device.type == "cpu"
     return [
         Part(step="gate", runs="torch linear in fp32 (fp64 for fp64 parameters)"),
-        Part(step="route", runs="torch.topk over 64-bit keys (exact, ties to the lower index)"),
+        Part(
+            step="route",
+            runs="a stable sort of few keys, else torch.topk over 64-bit keys (exact, ties to the lower index)",
+        ),
         Part(step="dispatch", runs="a stable radix sort of the choices" if is_cpu else "torch.sort of the choices"),
         EMULATED if fp8 else Part(step="experts, both passes", runs=cpu_experts() if is_cpu else DEVICE_EXPERTS),
     ]
@@ -306,11 +309,7 @@ def triton_parts(
         )  # fmt: skip
         return {stage: found for found in chosen for stage in found["stages"]}
 
-    parts = [
-        Part(step="gate", runs="torch linear in fp32"),
-        Part(step="route", runs="top-k kernels"),
-        Part(step="dispatch", runs="permutation kernels"),
-    ]
+    parts = [Part(step="gate", runs="torch linear in fp32"), *_routing_parts(tokens, num_experts, top_k)]
     if fp8 and not runs_kernels(device):
         return [*parts, EMULATED]
     config = by_stage(tokens * top_k)
@@ -327,3 +326,16 @@ def triton_parts(
         runs = kernel_in_words(f"fp8_{kernel}" if fp8 and stage.startswith("d_weight") else kernel, known["fields"])
         parts.append(Part(step=step, runs=runs, config=known["config"], origin=known["from"]))
     return parts
+
+
+def _routing_parts(tokens: int, num_experts: int, top_k: int) -> list[Part]:
+    """What runs before the experts where nothing is dropped; for few tokens it takes fewer launches."""
+    from moe_triton_kernels import small_dispatch, small_route  # need Triton
+    from moe_triton_kernels.routing import TopK
+
+    route, dispatch = "top-k kernels", "permutation kernels"
+    if tokens * top_k <= small_dispatch.MAX_SLOTS:
+        dispatch = "small_dispatch_kernel, with the tile tables of inference"
+    if small_route.is_small(tokens, num_experts, TopK(top_k)):
+        route = "top-k kernel; in inference small_route_kernel, with the dispatch and its tile tables"
+    return [Part(step="route", runs=route), Part(step="dispatch", runs=dispatch)]

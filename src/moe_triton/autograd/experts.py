@@ -32,6 +32,9 @@ def run_experts(call: ExpertCall, *, recompute: bool = False, backend: str = "au
     name = runtime.choose(backend, call.hidden.device, call.hidden.dtype).name
     if call.spec.batch_invariant:
         runtime.refuse_reference(name)
+    is_compiling, is_plain = torch.compiler.is_compiling(), name != "reference" and not torch.is_grad_enabled()
+    if is_plain and not is_compiling and not is_transforming():
+        return _without_gradient(call, name).to(dtype)
     with runtime.without_autocast(call.hidden.device):
         if name == "reference":
             define = fp8.moe_experts if call.spec.fp8 else reference.moe_experts
@@ -39,7 +42,7 @@ def run_experts(call: ExpertCall, *, recompute: bool = False, backend: str = "au
         tensors, form = tensors_of(call), form_of(call.parameters)
         training = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
         keep = training and not recompute
-        if torch.compiler.is_compiling():
+        if is_compiling:
             out, _ = _experts_op(tensors, form, *_fields(call.spec), name, keep)
         elif is_transforming():
             out, _ = _TransformedExperts.apply(form, call.spec, name, keep, *tensors)

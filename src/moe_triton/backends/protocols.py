@@ -5,6 +5,7 @@ Tensors are on one device and may have any strides; nothing is differentiated. D
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
@@ -18,6 +19,7 @@ from moe_triton.records import (
     ParameterGradients,
     RouterSpec,
     RowGradients,
+    TiledDispatch,
     Wanted,
 )
 
@@ -51,16 +53,43 @@ class RoutingBackend(Protocol):
         Counts and score sums are [B, E] where B = `spec.sequences` > 1. given: what `reference.given_choices` returned.
         """
 
+    def route_and_dispatch(
+        self,
+        logits: Tensor,
+        spec: RouterSpec,
+        choice_bias: Tensor | None,
+        noise: Tensor | None,
+        token_mask: Tensor | None,
+        given: Tensor | None = None,
+    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], TiledDispatch] | None:
+        """Return what `route_forward` does, and a Dispatch without a capacity, from one launch; None: it takes more."""
+
+    def route_unsummed(
+        self,
+        logits: Tensor,
+        spec: RouterSpec,
+        choice_bias: Tensor | None,
+        noise: Tensor | None,
+        token_mask: Tensor | None,
+        given: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Callable[[], tuple[Tensor, Tensor, Tensor]]] | None:
+        """Return experts, weights, and what computes counts and sums, if ever; None where all of it is made at once."""
+
     def route_backward(
         self,
         grad_weights: Tensor,
-        grad_score_sums: Tensor,
-        grad_z_sum: Tensor,
+        grad_score_sums: Tensor | None,
+        grad_z_sum: Tensor | None,
         logits: Tensor,
         experts: Tensor,
         spec: RouterSpec,
+        *,
+        all_real: bool = False,
     ) -> Tensor:
-        """Return the gradient of the logits [T, E], from those of the three differentiable outputs."""
+        """Return the gradient of the logits [T, E], from those of the three differentiable outputs; None: zeros.
+
+        all_real: every choice is of an expert that has a weight, so that there is nothing to mask.
+        """
 
 
 class DispatchBackend(Protocol):

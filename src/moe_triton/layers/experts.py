@@ -15,6 +15,7 @@ from moe_triton.autograd.experts import run_experts
 from moe_triton.checks import check_int
 from moe_triton.distributed.checkpoint.global_tensors import as_global, expert_layout
 from moe_triton.distributed.exchange.expert_parallel import ExpertParallel, unless_alone
+from moe_triton.distributed.exchange.meter import ExchangeMeter
 from moe_triton.distributed.exchange.overlap import Deferred
 from moe_triton.distributed.exchange.stages import ExchangedLayer
 from moe_triton.distributed.holders import StackedExperts
@@ -80,6 +81,7 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
         self.intermediate_size = intermediate_size
         self.expert_parallel = expert_parallel
         self.gradient_scale: float = 1.0  # apply_fsdp2 corrects FSDP2's average by it
+        self.lent_meters: tuple[ExchangeMeter, ...] = ()  # of the call that is running
         if expert_parallel is not None:
             slices = expert_parallel.etp.size
             if intermediate_size % slices:
@@ -217,10 +219,10 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
         )
 
     def _scaled_lora(self, projection: str) -> list[Lora]:
-        """Its own adapter, and those that are lent for this call."""
-        own = self.lora(projection)
-        adapters = [*([] if own is None else [own]), *self.lent_lora.get(f"{projection}_proj", ())]
-        return [Lora(self._scaled(lora.a), self._scaled(lora.b), lora.scaling) for lora in adapters]
+        """Its own adapter, and those that are lent for this call, which are dense parameters."""
+        own, lent = self.lora(projection), self.lent_lora.get(f"{projection}_proj", ())
+        scaled = [] if own is None else [Lora(self._scaled(own.a), self._scaled(own.b), own.scaling)]
+        return [*scaled, *lent]
 
     def forward(
         self,
@@ -248,9 +250,10 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
         if hidden_states.dtype != dtype and autocast_dtype(hidden_states.device) is None:
             raise TypeError(f"hidden_states: got dtype {hidden_states.dtype}, wanted {dtype}, the layer's own")
         gate_up_lora, down_lora = self._scaled_lora("gate_up"), self._scaled_lora("down")
-        device = hidden_states.device
-        check_adapters(call.parameters, self.spec, device, gate_up_lora=gate_up_lora, down_lora=down_lora)
-        call = with_adapters(call, gate_up_lora, down_lora)
+        if gate_up_lora or down_lora:
+            device = hidden_states.device
+            check_adapters(call.parameters, self.spec, device, gate_up_lora=gate_up_lora, down_lora=down_lora)
+            call = with_adapters(call, gate_up_lora, down_lora)
         self.count_load(dispatched.counts)
         if (parallel := unless_alone(self.expert_parallel)) is None:
             check_call(call, self.backend)
@@ -262,6 +265,7 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
             backend=self.backend,
             capacity=capacity,
             held=self.held_parameters,
+            meters=self.lent_meters,
         )
         if self.placement is not None:
             self.placement = self.placement.to(hidden_states.device)

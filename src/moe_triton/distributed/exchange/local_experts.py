@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_triton import runtime
 from moe_triton.autograd.flat import Form, flatten_gradients, split, unflatten
 from moe_triton.backends.protocols import ExpertsBackend
-from moe_triton.dispatch import chosen_experts, dispatch
+from moe_triton.dispatch import chosen_experts, dispatch, sorted_dispatch
 from moe_triton.distributed.exchange.stages import Saved
 from moe_triton.records import Dispatch, ExpertCall, ExpertSpec, ExpertWeight, RowGradients, Wanted
 
@@ -59,6 +59,14 @@ class LocalExperts:
         local = ids - self.first_expert
         local = torch.where((local >= 0) & (local < self.num_experts), local, -1)
         dispatched = _shortened(dispatch(local, self.num_experts, backend=self.backend), assignments)
+        return self._forward(x, weights, dispatched, saved)
+
+    def forward_sorted(self, x: Tensor, weights: Tensor, counts: Tensor, starts: Tensor | None, saved: Saved) -> Tensor:
+        here = slice(self.num_experts)  # the last rank may have fewer experts than the others
+        starts = None if starts is None else starts[here]
+        return self._forward(x, weights, sorted_dispatch(counts[here], x.shape[0], starts), saved)
+
+    def _forward(self, x: Tensor, weights: Tensor, dispatched: Dispatch, saved: Saved) -> Tensor:
         self.note(f"experts {len(self.calls)}")
         call, keep = self._call(x, weights, dispatched, saved), saved.is_training and not self.recompute
         out, preactivation = self._experts(x.device).experts_forward(call, keep)
