@@ -85,7 +85,6 @@ def gradient_types(entry: Shipped) -> dict[str, Any]:
         "left_descriptor": rows_type(entry, [config.block_m, config.block_k]),
         "right_descriptor": rows_type(entry, [config.block_n, config.block_k]),
         "out": STORED,
-        "width": "i32",
     }
 
 
