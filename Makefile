@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo quick test lint gpu gpu-again clean
+.PHONY: demo quick test lint offline gpu gpu-again clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,11 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Compiles every shipped configuration of every kernel for four architectures, with no GPU; about an hour on two cores.
+offline: $(READY)
+	printf '%s\n' sm_90 sm_80 sm_100 gfx942 | xargs -P 2 -I ARCH $(BIN)/python -m moe_triton_kernels.tools.offline \
+		--gate --all --arch ARCH
 
 # On a GPU machine, with the Python that holds its torch and triton (make gpu GPU_PYTHON=...); nothing is installed.
 GPU_PYTHON ?= python3

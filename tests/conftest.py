@@ -77,6 +77,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
+def wide_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables have all of their columns, whatever the terminal; tests of narrow ones ask for their width."""
+    monkeypatch.setenv("COLUMNS", "240")
+
+
+@pytest.fixture(autouse=True)
 def poisoned_empty() -> Iterator[None]:
     with poisoned():
         yield

@@ -222,7 +222,7 @@ def test_a_dense_model_is_left_in_peace():
     model = LlamaForCausalLM(LlamaConfig(**COMMON, intermediate_size=40))
     report = moe_triton.swap(model)
     assert report.swapped == report.skipped == []
-    assert str(report) == "moe_triton.swap: 0 swapped, 0 left alone"
+    assert str(report) == "moe_triton.swap: found no mixture-of-experts layers, and changed nothing"
 
 
 def test_the_report_is_readable():

@@ -43,6 +43,8 @@ class SwapReport:
     skipped: list[Skipped]
 
     def __str__(self) -> str:
+        if not self.swapped and not self.skipped:
+            return "moe_triton.swap: found no mixture-of-experts layers, and changed nothing"
         lines = [f"moe_triton.swap: {len(self.swapped)} swapped, {len(self.skipped)} left alone"]
         groups: tuple[tuple[str, Sequence[tuple[str, str, str]]], ...] = (("+", self.swapped), ("-", self.skipped))
         for mark, entries in groups:

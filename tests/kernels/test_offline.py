@@ -221,6 +221,16 @@ def test_samples_are_a_part_of_all_cases() -> None:
     assert len(names) == len(set(names))
 
 
+def test_two_parts_of_the_files_are_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts: list[list[str]] = []
+    monkeypatch.setattr(offline, "collect_cases", lambda arch, modules, every: parts.append(list(modules)) or [])
+    for arguments in ("--modules=lora,narrow", "--without=lora,narrow", "--all"):
+        assert offline.main(["--arch=sm_90", arguments]) == 0
+    assert sorted(parts[0] + parts[1]) == sorted(parts[2])
+    with pytest.raises(SystemExit):
+        offline.main(["--arch=sm_90", "--without=nothing"])
+
+
 def test_named_cases_in_several_processes() -> None:
     """In the order of the names, whoever compiled them; what cannot be compiled is missing, and said so."""
     names = ["tile_tables_E128", "permutation_count_E8", "tile_tables_E8"]

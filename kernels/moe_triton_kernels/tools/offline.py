@@ -26,7 +26,7 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from moe_triton_kernels.launch import register_limit, shared_limit
 from moe_triton_kernels.tools.case import Case, leaves
-from moe_triton_kernels.tools.cases import collect_cases
+from moe_triton_kernels.tools.cases import MODULES, collect_cases
 from moe_triton_kernels.tools.order import order_faults
 
 TARGETS = {
@@ -284,12 +284,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--arch", choices=list(TARGETS), help="all of them if left out")
     parser.add_argument("--modules", help="comma-separated names of kernel files; all of them if left out")
+    parser.add_argument("--without", default="", help="comma-separated names of kernel files to leave out")
     parser.add_argument("--all", action="store_true", help="every shipped configuration, not only the sample")
     parser.add_argument("--only", help="comma-separated names of cases: these instead of the sample")
     parser.add_argument("--gate", action="store_true", help="fail where a kernel breaks `broken_gates`")
     parser.add_argument("--json", action="store_true", help="one JSON object per kernel instead of a line of text")
     options = parser.parse_args(arguments)
-    modules = None if options.modules is None else options.modules.split(",")
+    modules = list(MODULES) if options.modules is None else options.modules.split(",")
+    left_out = [name for name in options.without.split(",") if name]
+    if unknown := [name for name in left_out if name not in MODULES]:
+        parser.error(f"without: got {', '.join(unknown)}, wanted some of {', '.join(MODULES)}")
+    modules = [name for name in modules if name not in left_out]
     failures = 0
     for arch in TARGETS if options.arch is None else [options.arch]:
         for case in named_cases(collect_cases(arch, modules, options.all or options.only is not None), options.only):

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
-from rich.table import Table
 
 from moe_triton import runtime
 from moe_triton.benchmarking.cases import PRESETS
-from moe_triton.benchmarking.report import plain_console
+from moe_triton.benchmarking.text_tables import plain_console, print_table
 from moe_triton.cli.arguments import EXIT_FAULT, EXIT_NO_GPU, SHAPE, checked, fail, pick, pick_model
 from moe_triton.cli.display import StepDisplay
 from moe_triton_kernels.tools.case import Case, leaves
@@ -42,6 +41,7 @@ NUMBERS = (  # heading, entry of a row, its unit, digits
     ("floor us", "floor_us", 1, 1),
 )
 ALL_FLOORS = FLOORS | FP8_FLOORS
+LESS = ("GFLOP", "MB", "cp.async", "shared KiB", "mma", "wgmma", "tma", "loop")  # what a narrow table does without
 DEFAULT_MODEL = "qwen3-30b"
 
 
@@ -249,15 +249,10 @@ def print_tables(rows: Sequence[dict[str, Any]], shape: Shape, devices: dict[str
     console = plain_console()
     sizes = f"T={shape.tokens} d={shape.hidden} n={shape.intermediate} E={shape.experts} K={shape.top_k}"
     for arch, device in devices.items():
-        table = Table(title=f"{arch}: floors at {sizes} on {device.name} ({device.source}); * what it runs with")
-        table.add_column("kernel", no_wrap=True)
-        for heading, *_ in NUMBERS:
-            table.add_column(heading, justify="right")
-        table.add_column("gate")
-        for row in rows:
-            if row["arch"] == arch:
-                table.add_row(*cells(row))
-        console.print(table)
+        title = f"{arch}: floors at {sizes} on {device.name} ({device.source}); * what it runs with"
+        columns = ("kernel", *(heading for heading, *_ in NUMBERS), "gate")
+        shown = [cells(row) for row in rows if row["arch"] == arch]
+        print_table(console, columns, shown, ("kernel", "gate"), LESS, title=title)
     broken = sum(bool(row["gate"]) for row in rows)
     console.print(f"{len(rows)} configurations, {broken or 'no'} broken gate{'s' * (broken != 1)}", highlight=False)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,16 +13,18 @@ import torch.distributed as dist
 from moe_triton.benchmarking.cases import Case
 from moe_triton.benchmarking.environment import environment
 from moe_triton.benchmarking.exchange import RankExchange, as_json, profile_exchange
-from moe_triton.benchmarking.report import milliseconds, plain_console, print_table, write_json
+from moe_triton.benchmarking.report import milliseconds, write_json
+from moe_triton.benchmarking.text_tables import plain_console, print_table
 
 
 def profile_over_ranks(
     out: Path, case: Case, device: torch.device, backend: str, mode: str, chunks: int, steps: int, seed: int
-) -> None:
-    """The case's layer, its experts over all processes; rank 0 prints and writes out/profile.json."""
+) -> dict[str, Any] | None:
+    """The case's layer, its experts over all processes; rank 0 prints, writes out/profile.json and returns it."""
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
+    record = None
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         ranks = profile_exchange(
@@ -35,6 +38,7 @@ def profile_over_ranks(
             print(f"traces: {out / 'trace-rank-0.json'} and one per rank (open them at ui.perfetto.dev)")
     finally:
         dist.destroy_process_group()
+    return record
 
 
 def print_ranks(ranks: list[RankExchange], title: str) -> None:

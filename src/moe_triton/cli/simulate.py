@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_triton.benchmarking.chart import save
-from moe_triton.benchmarking.report import plain_console
+from moe_triton.benchmarking.text_tables import plain_console
 from moe_triton.cli.arguments import check_outputs, checked, pick, pick_model, split
 from moe_triton.simulate.cost_model import MAX_GPUS, Prediction, Workload, predict
 from moe_triton.simulate.presets import DEVICES, MODELS, NETWORKS, Device, Network

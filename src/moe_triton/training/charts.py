@@ -49,9 +49,16 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def line_chart(
-    curves: Sequence[Curve], *, label: str, low: float, high: float, percent: bool = False, title: str = ""
+    curves: Sequence[Curve],
+    *,
+    label: str,
+    low: float,
+    high: float,
+    percent: bool = False,
+    log: bool = False,
+    title: str = "",
 ) -> str:
-    """Draw an SVG of curves over steps; what lies outside [low, high] is cut off."""
+    """Draw an SVG of curves over steps; what lies outside [low, high] is cut off. log: a logarithmic scale, low > 0."""
     steps = max(len(curve.values) for curve in curves)
     high = max(high, low + 1e-6)
     inner_width, inner_height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
@@ -60,9 +67,13 @@ def line_chart(
         return LEFT + inner_width * (step - 1) / max(steps - 1, 1)
 
     def y(value: float) -> float:
+        if log:
+            return TOP + inner_height * math.log(high / max(value, 1e-9)) / math.log(high / low)
         return TOP + inner_height * (high - value) / (high - low)
 
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title or label)}">']
+    parts = [
+        f'<div class="scroll"><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title or label)}">'
+    ]
     for value in ticks(low, high):
         text = f"{value:.3g}%" if percent else f"{value:.4g}"
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
@@ -89,7 +100,7 @@ def line_chart(
         line = f'x1="{WIDTH - 190}" x2="{WIDTH - 166}" y1="{top}" y2="{top}"'
         parts.append(f'<line {line} stroke="{curve.color}" stroke-width="3"/>')
         parts.append(f'<text x="{WIDTH - 158}" y="{top + 4}">{escape(curve.name)}</text>')
-    return "".join([*parts, "</svg>"])
+    return "".join([*parts, "</svg></div>"])
 
 
 def heat_map(load: NDArray[np.float64], high: float, title: str) -> str:
@@ -106,13 +117,13 @@ def heat_map(load: NDArray[np.float64], high: float, title: str) -> str:
     height = max(60, min(12 * rows, 240))
     inner_width = WIDTH - LEFT - RIGHT
     return (
-        f'<svg viewBox="0 0 {WIDTH} {height + 24}" role="img" aria-label="{escape(title)}">'
+        f'<div class="scroll"><svg viewBox="0 0 {WIDTH} {height + 24}" role="img" aria-label="{escape(title)}">'
         f'<image x="{LEFT}" y="4" width="{inner_width}" height="{height}" preserveAspectRatio="none" '
         f'style="image-rendering: pixelated" href="data:image/png;base64,{data}"/>'
         f'<text x="{LEFT - 8}" y="14" text-anchor="end">0</text>'
         f'<text x="{LEFT - 8}" y="{height + 2}" text-anchor="end">{rows - 1}</text>'
         f'<text x="{LEFT}" y="{height + 20}">{escape(title)}</text>'
-        f'<text x="{WIDTH - RIGHT}" y="{height + 20}" text-anchor="end">steps 1 to {len(load)}</text></svg>'
+        f'<text x="{WIDTH - RIGHT}" y="{height + 20}" text-anchor="end">steps 1 to {len(load)}</text></svg></div>'
     )
 
 

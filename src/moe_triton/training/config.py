@@ -16,6 +16,11 @@ KINDS = ("moe", "dense")  # of models
 DTYPES = ("float32", "float64")
 
 
+def default_device() -> str:
+    """Return "cuda" where there is a GPU, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Everything that determines the loss curve; two runs with equal settings on one machine give the same bits.
@@ -36,7 +41,7 @@ class TrainConfig:
     weight_decay         of AdamW, on matrices only
     grad_clip            largest global gradient norm
     dtype                of the model: "float32", or "float64" to compare runs whose sums have another order
-    backend, device      see `moe_triton.MoE`; any torch device
+    backend, device      see `moe_triton.MoE`; any torch device, by default a GPU where there is one
     threads              of torch on the CPU. The default model is too small to gain much from a second one, and on a
                          busy machine threads wait for each other; their number also changes the last bits
     data                 path of the text; None: the source of the Python standard library
@@ -65,7 +70,7 @@ class TrainConfig:
     grad_clip: float = 1.0
     dtype: str = "float32"
     backend: str = "auto"
-    device: str = "cpu"
+    device: str = dataclasses.field(default_factory=default_device)
     threads: int = 1
     data: str | None = None
 

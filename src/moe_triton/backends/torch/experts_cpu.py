@@ -180,7 +180,7 @@ class RowsPass:
         a, activated_gate = activate_for_backward(h, spec)
         da = _products(self.layout, block, dy, self.down_back)
         if self.down_lora is not None:
-            work.down_u = _narrow(self.layout, block, dy, self.down_lora.b.mT, self.down_lora.scaling)
+            work.down_u = _narrow(self.layout, block, dy, self.down_lora.b.mT)
             _add_products(self.layout, block, work.down_u, self.down_lora.a.mT, da)
         if self.dw is not None:
             self.dw[here] = torch.linalg.vecdot(da, a)
@@ -191,11 +191,13 @@ class RowsPass:
             torch.mul(a, w, out=weighted_a)
         activate_backward(da.mul_(w), h, activated_gate, spec, dh)
         if self.dx is not None:
-            dx = _products(self.layout, block, dh, self.up_back, out=self.dx[here])
-            if self.up_lora is not None:
-                work.up_u = _narrow(self.layout, block, dh, self.up_lora.b.mT, self.up_lora.scaling)
+            if self.up_lora is None:
+                _products(self.layout, block, dh, self.up_back, out=self.dx[here])
+            else:
+                dx = _products(self.layout, block, dh, self.up_back)
+                work.up_u = _narrow(self.layout, block, dh, self.up_lora.b.mT)
                 _add_products(self.layout, block, work.up_u, self.up_lora.a.mT, dx)
-                _copy_to(self.dx[here], dx)
+                self.dx[here] = dx
 
     def results(self) -> tuple[Tensor | None, Tensor | None]:
         layout, call = self.layout, self.call
@@ -212,6 +214,7 @@ class WeightsPass:
 
     def __init__(self, call: ExpertCall, layout: Layout, wanted: Wanted) -> None:
         self.spec, self.layout, self.parameters = call.spec, layout, call.parameters
+        self.scalings = (call.spec.gate_up_scaling, call.spec.down_scaling)
         self.up_lora, self.down_lora = _readable(call.gate_up_lora), _readable(call.down_lora)
         self.grads = [
             _gradient(cast(ExpertWeight, p), layout.blocks) if want else None
@@ -251,16 +254,19 @@ class WeightsPass:
         if lora is None:
             return
         if grad_a is not None:
-            u = _narrow(self.layout, block, dy, lora.b.mT, lora.scaling) if u is None else u
+            u = _narrow(self.layout, block, dy, lora.b.mT) if u is None else u
             _outer_products(self.layout, block, u, x, grad_a)
         if grad_b is not None:
-            _outer_products(self.layout, block, dy, _narrow(self.layout, block, x, lora.a, lora.scaling), grad_b)
+            _outer_products(self.layout, block, dy, _narrow(self.layout, block, x, lora.a), grad_b)
 
     def _as_laid_out(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
         """The factors of a projection's gradient, first the one that gives its first dimension."""
         return (x, dy) if self.spec.is_transposed else (dy, x)
 
     def results(self) -> ParameterGradients:
+        for grad_b, scaling in zip(self.grads[5::2], self.scalings, strict=True):
+            if grad_b is not None and scaling != 1.0:
+                grad_b.mul_(scaling)
         return ParameterGradients(*(as_given(p, g) for p, g in zip(self.parameters, self.grads, strict=True)))
 
 
@@ -336,18 +342,16 @@ def _affine(
     out: Tensor | None = None,
 ) -> Tensor:
     """`_products` with the adapter's part: + scaling * (x @ a(e).T) @ b(e).T."""
-    y_mO = _products(layout, block, x_mI, weight, biases, out)
-    if lora is not None:
-        _add_products(layout, block, _narrow(layout, block, x_mI, lora.a, lora.scaling), lora.b, y_mO)
-        if out is not None:
-            _copy_to(out, y_mO)
-    return y_mO
+    if lora is None:
+        return _products(layout, block, x_mI, weight, biases, out)
+    y_mO = _products(layout, block, x_mI, weight, biases)
+    _add_products(layout, block, _narrow(layout, block, x_mI, lora.a), lora.b, y_mO)
+    return y_mO if out is None else out.copy_(y_mO)
 
 
-def _narrow(layout: Layout, block: Block, x_mI: Tensor, factor_ErI: Tensor, scaling: float) -> Tensor:
-    """scaling * x @ factor[e].T for the rows of every expert e of the block, [m, r]."""
-    t_mr = _products(layout, block, x_mI, lambda e: factor_ErI[e])
-    return t_mr if scaling == 1.0 else t_mr.mul_(scaling)
+def _narrow(layout: Layout, block: Block, x_mI: Tensor, factor_ErI: Tensor) -> Tensor:
+    """x @ factor[e].T for the rows of every expert e of the block, [m, r]."""
+    return _products(layout, block, x_mI, lambda e: factor_ErI[e])
 
 
 def _add_products(layout: Layout, block: Block, t_mr: Tensor, factor_EOr: Tensor, y_mO: Tensor) -> None:
@@ -364,18 +368,12 @@ def _add_products(layout: Layout, block: Block, t_mr: Tensor, factor_EOr: Tensor
             y_mO[part].addmm_(t_mr[part], factor_EOr[e].mT)
 
 
-def _copy_to(out: Tensor, values: Tensor) -> None:
-    """Writes values to out, unless they are there."""
-    if values.data_ptr() != out.data_ptr():
-        out.copy_(values)
-
-
 def _readable(lora: Lora | None) -> Lora | None:
-    """The adapter with factors that a product reads as they lie; PEFT's b has neither dimension contiguous."""
+    """The adapter with factors that a product reads as they lie, and b scaled: PEFT's b has no contiguous dimension."""
     if lora is None:
         return None
     a, b = (x if 1 in x.stride()[1:] else x.contiguous() for x in (lora.a, lora.b))
-    return Lora(a, b, lora.scaling)
+    return Lora(a, b if lora.scaling == 1.0 else b * lora.scaling)
 
 
 def _outer_products(layout: Layout, block: Block, left: Tensor, right: Tensor, grad: Tensor) -> None:
