@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "docs")]
 
 from figures import Bar, Panel, bar_chart, layer_flow  # noqa: E402
+from fp8_curves import table as fp8_table  # noqa: E402
 from gpu_benches.page import gpu_table, markdown, number, page  # noqa: E402
 from reference_pages import api_page, cli_page  # noqa: E402
 
@@ -41,11 +42,17 @@ DOCS = ROOT / "docs"
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 MARKED = re.compile(r"(<!-- table: (.+?) \(benchmarks/tables\.py\) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 PUBLISHED = {  # what a point of `published.validate` measures -> and where
-    "DeepEP normal dispatch": "DeepEP dispatch, bandwidth, 3 kinds of node, EP8 to EP32",
+    "DeepEP normal dispatch": "DeepEP dispatch, bandwidth, three kinds of node, EP8 to EP32",
+    "DeepEP normal combine": "DeepEP V2 combine, bandwidth, EP8 to EP32",
+    "DeepEP with 24 SMs": "DeepEP V2 on 24 SMs, both ways, EP8 on B200",
     "DeepEP low-latency dispatch": "DeepEP low-latency dispatch, EP8 to EP256",
     "DeepEP low-latency combine": "DeepEP low-latency combine, EP8 to EP256",
     "NCCL all-to-all, 8 x B300": "NCCL all-to-all on 8 x B300, 4 to 32 MB",
     "SonicMoE backward, H100": "SonicMoE backward kernels on H100, twelve shapes",
+    "LigerCute forward, H200": "LigerCute layer forward on H200, EP2 to EP8, two models",
+    "LigerCute backward, H200": "LigerCute layer backward on H200, EP2 to EP8, two models",
+    "Megatron step, GB200": "Megatron-Bridge, whole step on GB200, three models",
+    "Megatron step, GB300": "Megatron-Bridge, whole step on GB300, three models",
 }
 KINDS = {"moe": "mixture of experts", "dense": "dense"}
 
@@ -294,6 +301,18 @@ def quantization_error() -> str:
     return markdown(headings, rows)
 
 
+def fp8_error() -> str:
+    rows = [
+        [row["what"], *(f"{row[key]:.1f}" for key in ("output_db", "grad_hidden_db", "grad_projections_db"))]
+        for row in load("quantization/error.json")["fp8_products"]
+    ]
+    return markdown(["", "output, dB", "gradient of x, dB", "gradient of a projection, dB"], rows)
+
+
+def fp8_curves() -> str:
+    return fp8_table(load("fp8/curves.json"))
+
+
 def cost_model() -> str:
     """What `moe-triton simulate --validate` finds where nothing was fitted."""
     errors: dict[str, list[float]] = {}
@@ -315,6 +334,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "Colossal-AI drawbacks": colossalai_drawbacks,
     "Colossal-AI digits": colossalai_digits,
     "quantisation error": quantization_error,
+    "fp8 error": fp8_error,
+    "fp8 curves": fp8_curves,
     "cost model": cost_model,
     "GPU": gpu,
     "commands": commands,
