@@ -280,6 +280,19 @@ def comparison_peers() -> str:
     return words(["peer", "what it is", f"commit that we read on {found['read']}"], rows)
 
 
+def commands() -> str:
+    """What each command is for, and a line that it printed."""
+    rows = [
+        [
+            f"`moe-triton {row['name']}`",
+            row["question"],
+            "the table under Speed" if row["line"] is None else f"`{row['line']}`",
+        ]
+        for row in load("cli/lines.json")["commands"]
+    ]
+    return words(["command", "what it answers", "a line of its output"], rows)
+
+
 def gpu() -> str:
     """The runs of `make gpu`: the layer in short."""
     return gpu_table(RESULTS)
@@ -371,6 +384,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "routers": routers,
     "LoRA cost": lora_cost,
     "invariance cost": invariance_cost,
+    "commands": commands,
     "comparison": comparison,
     "comparison sources": comparison_sources,
     "comparison peers": comparison_peers,
