@@ -19,13 +19,18 @@ def token_ids() -> Tensor:
     return torch.randint(0, VOCAB, (SEQUENCES, POSITIONS), generator=torch.Generator().manual_seed(5))
 
 
-def save_with_expectations(folder: Path, family: str, dtype: torch.dtype = torch.float64) -> Path:
+def save_with_expectations(
+    folder: Path, family: str, dtype: torch.dtype = torch.float64, *, tied: bool = False
+) -> Path:
     """A checkpoint as the hub has it, and beside it the loss, norm and gradients of eager experts in one process."""
     from transformers import AutoModelForCausalLM
 
     from tests.helpers.families import tiny_model
 
-    tiny_model(family, dtype).save_pretrained(folder)
+    model = tiny_model(family, dtype)
+    model.config.tie_word_embeddings = tied
+    model.tie_weights()
+    model.save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager")
     expected = step(model.train(), token_ids())
     torch.save(expected, folder / "expected.pt")

@@ -134,3 +134,25 @@ def refusals() -> None:
 
 def test_what_cannot_be_spread(four_ranks):
     four_ranks.run(refusals)
+
+
+def compiled() -> None:
+    """torch.compile breaks the graph around the exchange."""
+    import moe_triton
+    from moe_triton.distributed import ExpertParallel, make_groups
+
+    module = made("default")
+    moe_triton.swap(module, expert_parallel=ExpertParallel(make_groups(ep=2)))
+    x, index, weights, grad = batch()
+    results = []
+    for run in (module, torch.compile(module)):
+        inputs = [tensor.clone().requires_grad_() for tensor in (x, weights)]
+        out = run(inputs[0], index, inputs[1])
+        out.backward(grad)
+        results.append([out.detach(), *(tensor.grad for tensor in inputs)])
+    for eager, found in zip(*results, strict=True):
+        assert_close(found, eager)
+
+
+def test_torch_compile(four_ranks):
+    four_ranks.run(compiled)

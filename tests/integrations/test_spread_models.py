@@ -99,6 +99,36 @@ def test_wrappers(four_ranks, qwen3, how):
     four_ranks.run(wrapped, qwen3, how)
 
 
+@pytest.mark.parametrize("how", ["DDP", "FSDP2"])
+def test_tied_embeddings(four_ranks, tmp_path, how):
+    folder = save_with_expectations(tmp_path, "qwen3_moe", tied=True)
+    assert "lm_head.weight" not in torch.load(folder / "expected.pt")
+    four_ranks.run(wrapped, folder, how)
+
+
+def read_names(folder: Path) -> tuple[list[int], list[int]]:
+    """This rank's experts, and those that it read of the files."""
+    import re
+
+    from moe_triton.distributed import ExpertParallel, make_groups
+    from moe_triton.distributed.checkpoint import whole_tensors
+    from moe_triton.integrations.pretrained import load_pretrained
+
+    names, original = [], whole_tensors._Files.read
+    model = spread_model(folder, ExpertParallel(make_groups(ep=2)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            whole_tensors._Files, "read", lambda self, name, spot: names.append(name) or original(self, name, spot)
+        )
+        load_pretrained(model, folder)
+    found = {int(match[1]) for name in names if (match := re.search(r"\.experts\.(\d+)\.", name))}
+    return list(model.model.layers[0].mlp.experts.local_experts), sorted(found)
+
+
+def test_a_rank_reads_its_own_experts(two_ranks, qwen3):
+    assert two_ranks.run(read_names, qwen3) == [([0, 1, 2, 3],) * 2, ([4, 5, 6, 7],) * 2]
+
+
 def watched(folder: Path) -> dict:
     """What the experts were given, and which choices the routers made, over all ranks."""
     from moe_triton import LoadMonitor, RoutingRecorder
@@ -213,3 +243,30 @@ def test_adapters(two_ranks, qwen3, how):
     )
     torch.save(step(model, token_ids()), qwen3 / "adapters.pt")
     two_ranks.run(adapted, qwen3, how)
+
+
+def quantized(folder: Path) -> None:
+    """Projections that are quantised after they were spread: the numbers of a whole model's."""
+    from transformers import AutoModelForCausalLM
+
+    import moe_triton
+    from moe_triton.distributed import ExpertParallel, make_groups
+    from moe_triton.integrations.pretrained import load_pretrained
+
+    groups = make_groups(ep=2)
+    model = load_pretrained(spread_model(folder, ExpertParallel(groups), torch.float32), folder)
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    moe_triton.swap(whole)
+    for each in (model, whole):
+        assert moe_triton.quantize(each, "fp8").quantized
+    ids = token_ids()
+    with torch.no_grad():
+        wanted = whole(input_ids=ids).logits.chunk(2)[groups.dp.rank]
+        found = model(input_ids=ids.chunk(2)[groups.dp.rank]).logits
+    assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+    with pytest.raises(ValueError, match="gate_up_proj: got QuantizedProjection, wanted a plain parameter"):
+        moe_triton.swap(whole, expert_parallel=ExpertParallel(groups))
+
+
+def test_quantised_projections(two_ranks, qwen3):
+    two_ranks.run(quantized, qwen3)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_triton.experts import moe_mlp
+from moe_triton.dispatch import sorted_dispatch
+from moe_triton.experts import moe_experts
 
 # DeepSpeed's names -> ours, and which of its scalars they read
 ACTIVATIONS = {
@@ -55,14 +56,11 @@ class _OnOurs(nn.Module):
         Rows past the sum of the counts, which pad x, give zeros. No host sync.
         """
         name, scalars = ACTIVATIONS[self.activation]
-        ends = num_tokens_per_expert.cumsum(0)
-        rows = torch.arange(x.shape[0], device=x.device)
-        ids = torch.searchsorted(ends, rows, right=True)  # E for the rows past the end: skipped
         gate, up, down = (weight.to(x.dtype) for weight in (self.w1, self.w3, self.w2))
-        return moe_mlp(
+        return moe_experts(
             x,
-            ids[:, None],
             torch.ones(x.shape[0], 1, dtype=x.dtype, device=x.device),
+            sorted_dispatch(num_tokens_per_expert, x.shape[0]),
             torch.cat([gate, up], 1),
             down,
             activation=name,
