@@ -33,9 +33,9 @@ Runs = dict[str, dict[int, dict[str, Any]]]  # by name and seed
 
 
 def runs_of(results: dict[str, Any]) -> Runs:
-    found: Runs = {name: {} for name in NAMES.values()}
+    found: Runs = {}
     for run in results["runs"]:
-        found[NAMES[run["dtype"], run["fp8"]]][run["seed"]] = run
+        found.setdefault(NAMES[run["dtype"], run["fp8"]], {})[run["seed"]] = run
     return found
 
 
@@ -44,14 +44,16 @@ def table(results: dict[str, Any]) -> str:
     runs, config = runs_of(results), results["config"]
     lines = ["| seed | bf16, held-out loss in nats per byte | experts in fp8 | all in fp32 |", "|---|--:|--:|--:|"]
     order = ("bf16", "fp8", "fp32")
-    seeds = sorted(set.intersection(*(set(runs[name]) for name in order)))
-    losses = {seed: [runs[name][seed]["held_out_loss"] for name in order] for seed in seeds}
-    for label, (base, *others) in [
-        *losses.items(),
-        ("mean", [mean(column) for column in zip(*losses.values(), strict=True)]),
-    ]:
-        cells = [f"{base:.4f}", *(f"{loss:.4f} ({loss / base - 1:+.2%})" for loss in others)]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
+    losses = {name: {seed: run["held_out_loss"] for seed, run in runs[name].items()} for name in order}
+    seeds: list[Any] = sorted(losses["bf16"])
+    if all(sorted(of_seeds) == seeds for of_seeds in losses.values()):
+        seeds.append("mean")
+        for of_seeds in losses.values():
+            of_seeds["mean"] = mean(of_seeds.values())
+    for seed in seeds:
+        base, *others = (losses[name].get(seed) for name in order)
+        cells = ["-" if loss is None else f"{loss:.4f} ({loss / base - 1:+.2%})" for loss in others]
+        lines.append(f"| {seed} | {base:.4f} | {' | '.join(cells)} |")
     lines += [
         "",
         f"{config['steps']} steps of {config['batch_size']} sequences of {config['seq_len']} bytes;"
@@ -63,6 +65,10 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def means_of(curves: list[list[float]]) -> list[float]:
+    return [mean(values) for values in zip(*curves, strict=True)]
+
+
 def draw(path: Path, runs: Runs, steps: int) -> None:
     """Training loss of every run over the steps, and beside it the differences of the means to bf16 in percent."""
     import io
@@ -71,17 +77,16 @@ def draw(path: Path, runs: Runs, steps: int) -> None:
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    curves = {name: [run["curve"] for run in by_seed.values()] for name, by_seed in runs.items()}
-    means = {name: [mean(values) for values in zip(*found, strict=True)] for name, found in curves.items()}
-    number = len(means["bf16"])
-    middles = [(index + 0.5) * steps / number for index in range(number)]
-    for name, color in COLORS.items():
-        for curve in curves[name]:
-            left.plot(middles, curve, color=color, alpha=0.25, linewidth=0.8)
-        left.plot(middles, means[name], color=color, label=f"{name}, mean of {len(curves[name])}", linewidth=1.6)
+    for name, by_seed in runs.items():
+        curves = [run["curve"] for run in by_seed.values()]
+        middles = [(index + 0.5) * steps / len(curves[0]) for index in range(len(curves[0]))]
+        for curve in curves:
+            left.plot(middles, curve, color=COLORS[name], alpha=0.25, linewidth=0.8)
+        left.plot(middles, means_of(curves), color=COLORS[name], label=f"{name}, mean of {len(curves)}", linewidth=1.6)
         if name != "bf16":
-            percent = [100 * (here / base - 1) for here, base in zip(means[name], means["bf16"], strict=True)]
-            right.plot(middles, percent, color=color, label=f"{name} over bf16")
+            bases = means_of([runs["bf16"][seed]["curve"] for seed in by_seed])
+            percent = [100 * (here / base - 1) for here, base in zip(means_of(curves), bases, strict=True)]
+            right.plot(middles, percent, color=COLORS[name], label=f"{name} over bf16")
     right.axhline(0, color="black", linewidth=0.6)
     right.axhspan(-0.5, 0.5, color="black", alpha=0.06)
     left.set_title("training loss (nats per byte)", fontsize=9, loc="left")

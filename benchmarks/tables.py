@@ -30,7 +30,10 @@ from figures import Bar, Panel, bar_chart, layer_flow  # noqa: E402
 from fp8_curves import table as fp8_table  # noqa: E402
 from gpu_benches.page import gpu_table, markdown, number, page  # noqa: E402
 from reference_pages import api_page, cli_page  # noqa: E402
+from routers import rows_of  # noqa: E402
+from routers import table as routers_table  # noqa: E402
 
+from moe_triton.benchmarking.environment import caption  # noqa: E402
 from moe_triton.benchmarking.report import MODE_NAMES, factor, milliseconds, spread_cell, three_digits, write_text  # noqa: E402
 from moe_triton.benchmarking.results import Run, read_results  # noqa: E402
 from moe_triton.benchmarking.timing import Spread  # noqa: E402
@@ -40,7 +43,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "benchmarks" / "README.md"
 DOCS = ROOT / "docs"
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-MARKED = re.compile(r"(<!-- table: (.+?) \(benchmarks/tables\.py\) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- table: ([^\n(]+?) \(benchmarks/tables\.py\) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 PUBLISHED = {  # what a point of `published.validate` measures -> and where
     "DeepEP normal dispatch": "DeepEP dispatch, bandwidth, three kinds of node, EP8 to EP32",
     "DeepEP normal combine": "DeepEP V2 combine, bandwidth, EP8 to EP32",
@@ -53,6 +56,13 @@ PUBLISHED = {  # what a point of `published.validate` measures -> and where
     "LigerCute backward, H200": "LigerCute layer backward on H200, EP2 to EP8, two models",
     "Megatron step, GB200": "Megatron-Bridge, whole step on GB200, three models",
     "Megatron step, GB300": "Megatron-Bridge, whole step on GB300, three models",
+}
+LORA_WAYS = {
+    "frozen": "frozen base, ours",
+    "lora": "LoRA r=16, ours",
+    "deltas": "LoRA, `W + B A` made twice, our experts",
+    "grouped_mm": "LoRA by PEFT, transformers grouped_mm",
+    "eager": "LoRA by PEFT, transformers eager",
 }
 KINDS = {"moe": "mixture of experts", "dense": "dense"}
 
@@ -270,6 +280,19 @@ def comparison_peers() -> str:
     return words(["peer", "what it is", f"commit that we read on {found['read']}"], rows)
 
 
+def commands() -> str:
+    """What each command is for, and a line that it printed."""
+    rows = [
+        [
+            f"`moe-triton {row['name']}`",
+            row["question"],
+            "the table under Speed" if row["line"] is None else f"`{row['line']}`",
+        ]
+        for row in load("cli/lines.json")["commands"]
+    ]
+    return words(["command", "what it answers", "a line of its output"], rows)
+
+
 def gpu() -> str:
     """The runs of `make gpu`: the layer in short."""
     return gpu_table(RESULTS)
@@ -310,6 +333,39 @@ def cost_model() -> str:
     return markdown(["published measurement", "points", "largest error"], rows)
 
 
+def routers() -> str:
+    results = load("routers/routers.json")
+    return routers_table(rows_of(results), results)
+
+
+def lora_cost() -> str:
+    """What adapters on the experts cost beside the frozen base, in fp32 and bf16."""
+    found = [load(f"cpu/{name}.json") for name in ("lora-cost", "lora-cost-bf16")]
+    rows = [
+        [
+            f"{LORA_WAYS[name]}, {result['shape']['dtype']}",
+            three_digits(1e3 * way["seconds"]["p50"]),
+            f"{way['times_frozen']['p50']:.2f}",
+            f"{way['saved_bytes'] / 2**20:.1f}",
+        ]
+        for result in found
+        for name, way in result["ways"].items()
+    ]
+    header = ["forward and backward", "ms", "times the frozen base", "saved, MiB"]
+    return f"{markdown(header, rows)}\n\n{caption(found[0])}"
+
+
+def invariance_cost() -> str:
+    """What batch invariance costs on a CPU."""
+    result = load("cpu/invariance-cost.json")
+    measured: dict[str, list[str]] = {}
+    for row in result["measured"]:
+        measured.setdefault(row["layer"], []).append(f"{row['times_plain']['p50']:.2f}")
+    tokens = dict.fromkeys(row["tokens"] for row in result["measured"])
+    rows = [[name, *cells] for name, cells in measured.items()]
+    return f"{markdown(['layer', *(f'T={t}' for t in tokens)], rows)}\n\n{caption(result)}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "learning rates": learning_rates,
     "seeds": seeds,
@@ -325,6 +381,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "fp8 curves": fp8_curves,
     "cost model": cost_model,
     "GPU": gpu,
+    "routers": routers,
+    "LoRA cost": lora_cost,
+    "invariance cost": invariance_cost,
+    "commands": commands,
     "comparison": comparison,
     "comparison sources": comparison_sources,
     "comparison peers": comparison_peers,
@@ -333,9 +393,8 @@ TABLES: dict[str, Callable[[], str]] = {
 
 def filled(text: str) -> str:
     """A document with its tables made anew. ValueError for a marker without an end, or a name that is not known."""
-    if len(MARKED.findall(text)) != text.count("<!-- table: ") or text.count("<!-- end of table -->") != text.count(
-        "<!-- table: "
-    ):
+    begins, ends = text.count("<!-- table: "), text.count("<!-- end of table -->")
+    if begins != ends or len(MARKED.findall(text)) != text.count("(benchmarks/tables.py) -->"):
         raise ValueError("a marker of a table has no partner")
 
     def fill(found: re.Match[str]) -> str:

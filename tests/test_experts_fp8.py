@@ -404,6 +404,17 @@ def test_ranks_that_differ(two_ranks: Any) -> None:
     assert all("fp8" in message for message in two_ranks.run(unequal))
 
 
+def in_float64() -> str:
+    layer = MoE(D, N, E, K, fp8=True, dtype=torch.float64, expert_parallel=ExpertParallel(make_groups(ep=2)))
+    with pytest.raises(TypeError) as error:
+        layer(torch.randn(4, D, dtype=torch.float64))
+    return str(error.value)
+
+
+def test_float64_over_ranks(two_ranks: Any) -> None:
+    assert all("got dtype torch.float64 with fp8=True" in message for message in two_ranks.run(in_float64))
+
+
 def sharded() -> list[Any]:
     groups = make_groups(ep=1)
     torch.manual_seed(3)

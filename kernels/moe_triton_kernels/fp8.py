@@ -28,12 +28,13 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_triton_kernels.arithmetic import cdiv
+from moe_triton_kernels.launch import BLACKWELL, HOPPER
 from moe_triton_kernels.operands import PerExpert
 
 CODES = torch.float8_e4m3fn
 GROUP = tl.constexpr(128)
-# with products of e4m3 in the matrix unit; elsewhere fp8 is emulated
-ARCHITECTURES = ("sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "interpreter")
+# Elsewhere fp8 is emulated: no products of e4m3 (sm_80, gfx942), or none that compile without spills (sm_89, sm_120).
+ARCHITECTURES = (*HOPPER, *BLACKWELL, "interpreter")
 TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 

@@ -47,10 +47,10 @@ def tile_offsets(offsets: Tensor) -> Tensor:
 
 @triton.jit
 def fp8_d_weight_kernel(
-    left,  # codes [size_i, width]
+    left,  # codes [size_i, size_k]
     left_scales,  # [tiles, size_i]
     left_descriptor,  # of left, or None
-    right,  # codes [size_j, width]
+    right,  # codes [size_j, size_k]
     right_scales,  # [tiles, size_j]
     right_descriptor,  # of right, or None
     out,  # [E, size_i, size_j]
@@ -59,7 +59,7 @@ def fp8_d_weight_kernel(
     state,
     size_i,
     size_j,
-    width,
+    size_k,  # 128 times the tiles that there can be
     TILE,
 ):
     tl.static_assert(TILE.BLOCK_K == GROUP)
@@ -76,8 +76,8 @@ def fp8_d_weight_kernel(
         expert, first_tile, end_tile = load_piece(pieces, piece)
         i0, j0 = tile_i * TILE.BLOCK_M, tile_j * TILE.BLOCK_N
         i, j = i0 + tl.arange(0, TILE.BLOCK_M), j0 + tl.arange(0, TILE.BLOCK_N)
-        x_rows = Rows(left + tl.minimum(i, size_i - 1).to(tl.int64) * width, left_descriptor, i0)
-        y_rows = Rows(right + tl.minimum(j, size_j - 1).to(tl.int64) * width, right_descriptor, j0)
+        x_rows = Rows(left + tl.minimum(i, size_i - 1).to(tl.int64) * size_k, left_descriptor, i0)
+        y_rows = Rows(right + tl.minimum(j, size_j - 1).to(tl.int64) * size_k, right_descriptor, j0)
         x_at = start_rows(x_rows, GROUP) + first_tile * GROUP
         y_at = start_rows(y_rows, GROUP) + first_tile * GROUP
         x_scales = left_scales + first_tile.to(tl.int64) * size_i + i
@@ -106,11 +106,11 @@ def fp8_d_weight(
     left [S, size_i] and right [S, size_j] of `quantize_columns` with these tiles. An expert with twice `piece_rows`
     rows is split (None: chosen from the sizes).
     """
-    (size_i, width), size_j, device = left.codes.shape, right.codes.shape[0], left.codes.device
-    num_experts, num_tiles = tiles.offsets.shape[0] - 1, width // GROUP.value
+    (size_i, size_k), size_j, device = left.codes.shape, right.codes.shape[0], left.codes.device
+    num_experts, num_tiles = tiles.offsets.shape[0] - 1, size_k // GROUP.value
     out = torch.empty((num_experts, size_i, size_j), dtype=left.dtype, device=device)
     units = cdiv(size_i, config.block_m) * cdiv(size_j, config.block_n)
-    piece_rows = piece_rows or piece_rows_for(width, units, WEIGHT_UNITS)
+    piece_rows = piece_rows or piece_rows_for(size_k, units, WEIGHT_UNITS)
     pieces = row_pieces(tile_offsets(tiles.offsets), num_tiles, max(1, piece_rows // GROUP.value))
     partials = torch.empty((pieces.num_slots, size_i, size_j), dtype=torch.float32, device=device)
     fp8_d_weight_kernel[persistent_grid(device, pieces.pieces.shape[0] * units, config)](
@@ -126,7 +126,7 @@ def fp8_d_weight(
         pieces.state,
         size_i,
         size_j,
-        width,
+        size_k,
         **launch_options(device, config),
     )
     sum_pieces(partials, out, pieces, target_of(device).num_sms * 4)

@@ -200,8 +200,7 @@ def _check_parameters(
 ) -> None:
     width, device = hidden_states.shape[1], hidden_states.device
     gate_up_proj, down_proj, gate_up_bias, down_bias = parameters[:4]
-    if spec.fp8:
-        _check_fp8(hidden_states, gate_up_proj=gate_up_proj, down_proj=down_proj)
+    check_fp8(parameters, spec, hidden_states)
     rows = _matrix_shape("gate_up_proj", gate_up_proj)[1 if spec.is_transposed else 0]
     if spec.is_gated and rows % 2:
         raise ValueError(f"gate_up_proj: got {rows} rows of gate and up, wanted an even number for {spec.activation!r}")
@@ -217,11 +216,13 @@ def _check_parameters(
         check_expert_tensors("down_bias", down_bias, num_experts, (width,), dtypes, device)
 
 
-def _check_fp8(hidden_states: Tensor, **projections: Projection) -> None:
-    """Raise for what has no fp8 products."""
+def check_fp8(parameters: ExpertParameters, spec: ExpertSpec, hidden_states: Tensor) -> None:
+    """Raise TypeError where products are to be in fp8 and cannot."""
+    if not spec.fp8:
+        return
     if (runtime.autocast_dtype(hidden_states.device) or hidden_states.dtype) == torch.float64:
         raise TypeError("hidden_states: got dtype torch.float64 with fp8=True, wanted float32, float16 or bfloat16")
-    for name, projection in projections.items():
+    for name, projection in zip(("gate_up_proj", "down_proj"), parameters[:2], strict=True):
         if isinstance(projection, QuantizedWeight):
             raise TypeError(f"{name}: got a QuantizedWeight with fp8=True, wanted a projection in a float dtype")
 

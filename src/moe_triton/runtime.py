@@ -45,7 +45,7 @@ def installed_version(package: str) -> str | None:
 
 def check_matplotlib() -> None:
     """Raise ImportError, with the command that installs it, where matplotlib is missing: only charts need it."""
-    if importlib.util.find_spec("matplotlib") is None:
+    if installed_version("matplotlib") is None:
         raise ImportError("charts need matplotlib, which is not installed: pip install 'moe-triton[plot]'")
 
 

@@ -34,3 +34,9 @@ def test_table_and_chart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         "| mean | 1.5000 | 1.5075 (+0.50%) | 1.5050 (+0.33%) |",
     ]
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    table = fp8_curves.table({**about, "runs": runs[1:]}).splitlines()  # a run that is not there yet
+    assert table[2:5] == [
+        "| 0 | 2.0000 | 2.0200 (+1.00%) | - |",
+        "| 1 | 1.0000 | 0.9950 (-0.50%) | 1.0100 (+1.00%) |",
+        "",
+    ]

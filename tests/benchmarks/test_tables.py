@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -23,6 +24,31 @@ def test_the_documents_hold_what_their_results_say(capsys: pytest.CaptureFixture
 def test_every_table_is_somewhere() -> None:
     names = [name for path in tables.DOCUMENTS for _, name, _ in tables.MARKED.findall(path.read_text())]
     assert set(names) == set(tables.TABLES)
+
+
+def test_every_cell_of_the_comparison_has_a_source() -> None:
+    found = json.loads((tables.ROOT / "docs" / "comparison.json").read_text())
+    names = {peer["name"] for peer in found["peers"]}
+    for row in found["rows"]:
+        assert (tables.ROOT / "docs" / row["page"]).exists(), row["feature"]
+        assert set(row["peers"]) <= names, row["feature"]
+        for cell in (row, *row["peers"].values()):
+            assert cell["found"] in ("yes", "part", "no"), row["feature"]
+        for name, cell in row["peers"].items():
+            assert cell["source"].startswith("https://"), (row["feature"], name)
+            assert cell["text"], (row["feature"], name)
+
+
+def test_figures_are_svg_and_name_what_they_show() -> None:
+    for name, draw in tables.FIGURES.items():
+        root = ElementTree.fromstring(draw())
+        words = " ".join(root.itertext())
+        expected = {"layer.svg": ("dispatch", "d_hidden"), "speed.svg": ("moe_triton", *tables.LABELS.values())}[name]
+        assert all(word in words for word in expected), name
+        width = float(root.get("width"))
+        marks = [element for element in root.iter() if element.tag.endswith(("rect", "text"))]
+        assert len(marks) > 20
+        assert all(0 <= float(mark.get("x")) < width for mark in marks), name
 
 
 def is_figure(cell: str) -> bool:

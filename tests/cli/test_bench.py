@@ -11,6 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from moe_triton import runtime
 from moe_triton.benchmarking import environment, limits, runner
 from moe_triton.benchmarking.providers import PROVIDERS
 from moe_triton.benchmarking.providers.block import Provider, Unavailable
@@ -231,3 +232,13 @@ def test_the_commit_is_that_of_the_source(monkeypatch):
 
     monkeypatch.setattr(environment.subprocess, "run", untracked)
     assert environment.commit() is None
+
+
+def test_a_report_without_matplotlib_has_no_png(tmp_path, monkeypatch):
+    real = runtime.installed_version
+    monkeypatch.setattr(runtime, "installed_version", lambda name: None if name == "matplotlib" else real(name))
+    done = run(*SHAPE, *QUICK, "--mode", "forward", "--providers", "auto", "--report", str(tmp_path / "report"))
+    assert done.exit_code == 0, done.output
+    assert "no PNG charts, which need matplotlib: moe-triton[plot]" in " ".join(done.stdout.split())
+    assert {path.name for path in (tmp_path / "report").iterdir()} >= {"report.html", "results.csv", "results.json"}
+    assert not list((tmp_path / "report").glob("*.png"))

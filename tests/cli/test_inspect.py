@@ -27,7 +27,7 @@ COUNTS = ("registers", "spills", "shared_bytes", "loop", "wgmma", "mma", "cp_asy
 
 def fine(kernel: str, arch: str = "sm_90", **changes: Any) -> Report:
     counts = {"registers": 128, "spills": 0, "shared_bytes": 1024, "wgmma": 4, "mma": 4, "cp_async": 8, "tma": 4}
-    counts |= {"setmaxnreg": 0, "proxy_fence": 1}
+    counts |= {"setmaxnreg": 0, "proxy_fence": 1, "fp8": 4}
     if "cooperative" in kernel or "ping_pong" in kernel:
         counts["setmaxnreg"] = 8
     return Report(kernel=kernel, arch=arch, **{**counts, **changes})
@@ -109,6 +109,7 @@ def test_the_floor_of_a_kernel_follows_its_name_and_its_dtype() -> None:
         "d_router_weights": "d_router_weights",
         "up_gated_fp8e4nv_64x128x128_even": "fp8_up",
         "d_weight_fp8e4nv_128x128x128_even": "fp8_d_weight_up",
+        "mxfp8_rows_fp8e4nv_128x128x128_e8m0": "mxfp8_rows",
         "upside_down": None,
     }
     assert {name: floor_name(name) for name in expected} == expected
@@ -122,7 +123,7 @@ def test_the_floor_of_a_kernel_follows_its_name_and_its_dtype() -> None:
     assert row("up_gated_fp32")["bytes"] == 2 * row("up_gated_bf16")["bytes"]
     assert row("up_gated_bf16")["flops"] == 2 * row("up_bf16")["flops"]
     assert row("up_gated_fp8e4nv")["flops"] == row("up_gated_bf16")["flops"]
-    assert row("up_gated_fp8e4nv")["bytes"] < 0.6 * row("up_gated_bf16")["bytes"]
+    assert row("up_gated_fp8e4nv")["bytes"] < 0.7 * row("up_gated_bf16")["bytes"]
     assert row("up_gated_fp8e4nv")["chosen"]
 
 

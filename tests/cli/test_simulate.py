@@ -9,6 +9,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+from moe_triton import runtime
 from moe_triton.benchmarking.cases import PRESETS
 from moe_triton.cli import app
 from moe_triton.simulate.cost_model import Workload, predict
@@ -90,6 +91,17 @@ def test_chart(tmp_path):
     assert png[:8] == b"\x89PNG\r\n\x1a\n"
     assert len(png) > 10_000
     assert [path.name for path in tmp_path.iterdir()] == ["s.png"]  # no temporary file stays
+
+
+def test_a_chart_without_matplotlib_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, "installed_version", lambda name: None)
+    path = tmp_path / "chart.png"
+    done = CliRunner().invoke(app, ["simulate", "--gpus", "8", "--chart", str(path)])
+    assert done.exit_code == 2
+    assert done.stderr.splitlines() == [
+        "moe-triton simulate: charts need matplotlib, which is not installed: pip install 'moe-triton[plot]'"
+    ]
+    assert not path.exists()
 
 
 def test_what_does_not_fit_is_marked():

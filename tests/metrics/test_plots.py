@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 from torch import nn
 
 import moe_triton
-from moe_triton import LoadMonitor, load_statistics, plot_load, plot_load_map
+from moe_triton import LoadMonitor, load_statistics, plot_load, plot_load_map, runtime
 
 
 def test_the_load_over_time(tmp_path):
@@ -44,10 +42,7 @@ def test_the_map_of_layers_and_experts(tmp_path):
 
 
 def test_without_matplotlib_one_line_says_what_to_install(tmp_path, monkeypatch):
-    real = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *more: None if name == "matplotlib" else real(name, *more)
-    )
+    monkeypatch.setattr(runtime, "installed_version", lambda name: None)
     for draw in (lambda path: plot_load([], path), lambda path: plot_load_map({}, path)):
         with pytest.raises(ImportError, match=r"charts need matplotlib.*pip install 'moe-triton\[plot\]'"):
             draw(tmp_path / "x.png")

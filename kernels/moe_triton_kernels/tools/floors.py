@@ -263,6 +263,11 @@ FP8_FLOORS: dict[str, Callable[[Shape], Work]] = {
     "fp8_d_rows": lambda s: _fp8_product(s, s.factor, s.factor * s.a, s.y),
     "fp8_d_weight_down": lambda s: _fp8_gradient(s, 1),
     "fp8_d_weight_up": lambda s: _fp8_gradient(s, s.factor),
+    # codes of dH and W1, of which 32 share a byte -> dX rows
+    "mxfp8_rows": lambda s: Work(
+        flops=_product(s, s.factor, 0).flops,
+        bytes=s.factor * (s.a + s.w2) + -(-s.factor * (s.a + s.w2) // 32) + s.itemsize * s.y,
+    ),
     # X -> codes; X -> codes of every expert's rows; W1 -> codes for both directions
     "quantize_rows": lambda s: Work(flops=0, bytes=s.itemsize * s.x + _codes(s.x)),
     "quantize_columns": lambda s: Work(flops=0, bytes=s.itemsize * s.x + _codes(s.y)),

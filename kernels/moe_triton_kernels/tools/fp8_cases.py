@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import triton.language as tl
@@ -12,6 +13,8 @@ from moe_triton_kernels.d_hidden import d_hidden_kernel
 from moe_triton_kernels.down import down_kernel
 from moe_triton_kernels.fp8 import ScalesArgument, fp8_supported
 from moe_triton_kernels.fp8_d_weight import fp8_d_weight_kernel, tile_offsets_kernel
+from moe_triton_kernels.launch import BLACKWELL
+from moe_triton_kernels.mxfp8 import mxfp8_rows_kernel
 from moe_triton_kernels.operands import WeightArgument
 from moe_triton_kernels.quantize import (
     BLOCK_COLUMNS,
@@ -44,7 +47,16 @@ def fp8_cases(arch: str) -> list[Case]:
     gated = next(entry for entry in entries if entry.op == "up_gated")
     cases = [fp8_case(entry, arch) for entry in entries]
     cases += [fp8_case(gated, arch, is_even=False), fp8_case(gated, arch, is_concatenated=False)]
+    if arch in BLACKWELL:
+        cases.append(mxfp8_case(next(entry for entry in entries if entry.op == "d_rows"), arch))
     return [*cases, *quantize_cases()]
+
+
+def mxfp8_case(entry: Shipped, arch: str) -> Case:
+    plain = replace(entry, op="mxfp8_rows", config=replace(entry.config, descriptors=False, num_stages=3))
+    signature: dict[str, Any] = dict.fromkeys(("rows", "weight"), "*fp8e4nv") | {"out": STORED, "tiles": TILES}
+    signature |= dict.fromkeys(("row_scales", "weight_scales"), "*u8")
+    return product_case(mxfp8_rows_kernel, plain, arch, variant="e8m0", signature=signature, sample=True)
 
 
 def fp8_case(entry: Shipped, arch: str, *, is_even: bool = True, is_concatenated: bool = True) -> Case:
@@ -85,7 +97,6 @@ def gradient_types(entry: Shipped) -> dict[str, Any]:
         "left_descriptor": rows_type(entry, [config.block_m, config.block_k]),
         "right_descriptor": rows_type(entry, [config.block_n, config.block_k]),
         "out": STORED,
-        "width": "i32",
     }
 
 

@@ -140,7 +140,8 @@ def floor_name(kernel: str) -> str | None:
     """The entry of ALL_FLOORS that a case's name begins with: the longest. None for a kernel without one."""
 
     if f"_{CODES}_" in kernel:
-        return f"fp8_{floor_name(kernel.replace(CODES, 'bf16'))}"
+        name = floor_name(kernel.replace(CODES, "bf16"))
+        return f"fp8_{name}" if f"fp8_{name}" in FP8_FLOORS else name
     if kernel.startswith("d_weight_"):  # in the default layout dW2 = dO^T (w A) gathers left, dW1 = dH^T X right
         return "d_weight_down" if kernel.endswith("_gather_left") else "d_weight_up"
     names = [name for name in ALL_FLOORS if kernel == name or kernel.startswith(f"{name}_")]

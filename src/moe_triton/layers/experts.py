@@ -20,7 +20,7 @@ from moe_triton.distributed.exchange.overlap import Deferred
 from moe_triton.distributed.exchange.stages import ExchangedLayer
 from moe_triton.distributed.holders import StackedExperts
 from moe_triton.distributed.replicas.placement import build_placement, plan_placement, replica_of
-from moe_triton.experts import check_activation, check_adapters, check_call, moe_mlp, with_adapters
+from moe_triton.experts import check_activation, check_adapters, check_call, check_fp8, moe_mlp, with_adapters
 from moe_triton.layers.load import CountsLoad
 from moe_triton.layers.lora import TakesLora
 from moe_triton.layers.quantized import QuantizedProjection, projection_of
@@ -258,6 +258,7 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
         if (parallel := unless_alone(self.expert_parallel)) is None:
             check_call(call, self.backend)
             return run_experts(call, recompute=self.recompute, backend=self.backend)
+        check_fp8(call.parameters, self.spec, hidden_states)
         layer = ExchangedLayer(
             name=self.layer_name,
             num_experts=self.num_experts,
