@@ -118,7 +118,8 @@ def d_hidden_kernel(
             tl.store(grad_at, grad_parts[0], mask=h_mask)
             if HALVES == 2:
                 tl.store(grad_at + size_n, grad_parts[1], mask=h_mask)
-            value = value.to(DTYPE).to(tl.float32)  # forward multiplied the rounded A by W2
+            if scales is None:
+                value = value.to(DTYPE).to(tl.float32)  # forward multiplied the rounded A by W2
             share += tl.sum(blocks[i] * value, 1)
             tl.store(a_rows[:, None] + inner[None, :], (value * scale).to(DTYPE), mask=mask)
         tl.store(shares + tile_n.to(tl.int64) * num_slots + rows, share, mask=row_mask)

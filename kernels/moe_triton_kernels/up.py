@@ -52,7 +52,7 @@ def up_kernel(
     CONCATENATED: tl.constexpr,
     TILE,
 ):
-    DTYPE: tl.constexpr = x.dtype.element_ty if scales is None else scales.DTYPE
+    DTYPE: tl.constexpr = x.dtype.element_ty if scales is None else scales.DTYPE.value
     GATED: tl.constexpr = is_gated(ACTIVATION)
     HALVES: tl.constexpr = 2 if GATED and CONCATENATED else 1
     COLUMNS_PER_HALF: tl.constexpr = 2 if GATED and not CONCATENATED else 1  # of H, side by side, for one column of A

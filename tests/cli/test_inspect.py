@@ -219,7 +219,7 @@ def test_dtype_filters_the_experts_kernels_only(compiled: dict[str, Report | Non
     assert names["bf16"] == names["fp16"]
     assert not any("_fp32_" in name and not name.startswith("topk") for name in names["bf16"])
     assert not any("_bf16_" in name for name in names["fp32"])
-    starts = ("topk", "permutation", "tile", "d_router", "row_", "small_dispatch", "address_table")
+    starts = ("topk", "permutation", "tile", "d_router", "row_", "small_dispatch", "small_route", "address_table")
     routing = {name for name in names["bf16"] if name.startswith(starts)}
     assert routing == names["bf16"] & names["fp32"]
 

@@ -39,6 +39,7 @@ BY_HAND = {  # kernel: (FLOPs, bytes) in bf16, gated
     "permutation_place": (0, 4 * (36 + 11)),
     "tile_tables": (0, 4 * (6 + 4 + 2 * 4 * 5)),  # 12 rows over 5 experts: one tile each, whatever its size
     "small_dispatch": (0, 4 * (36 + 11 + 4 + 2 * 4 * 5)),
+    "small_route": (0, 4 * (30 + 48 + 15 + 2 + 4 + 2 * 4 * 5)),
     "address_table": (0, 8 * 5),
     "row_pieces": (0, 4 * (6 + 3 * 5)),  # offsets; expert, first row and end of each
     "sum_pieces": (0, 4),

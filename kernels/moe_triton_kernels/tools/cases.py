@@ -22,6 +22,7 @@ OTHERS: dict[str, Callable[[], Iterable[Case]]] = {
     "routing": dispatch_cases.routing_cases,
     "permutation": dispatch_cases.permutation_cases,
     "small_dispatch": dispatch_cases.small_dispatch_cases,
+    "small_route": dispatch_cases.small_route_cases,
     "tiles": dispatch_cases.tiles_cases,
     "row_pieces": dispatch_cases.row_pieces_cases,
     "combine": dispatch_cases.combine_cases,

@@ -205,6 +205,10 @@ FLOORS: dict[str, Callable[[Shape], Work]] = {
     "tile_tables": lambda s: _values(s.experts + 1 + len(TILE_SIZES) + 2 * _tiles(s)),
     # the whole permutation and the tile tables, without reading the offsets again
     "small_dispatch": lambda s: _values(3 * s.rows + 2 * s.experts + 1 + len(TILE_SIZES) + 2 * _tiles(s)),
+    # logits -> what topk and small_dispatch write, the counts once
+    "small_route": lambda s: _values(
+        s.tokens * s.experts + 4 * s.rows + 3 * s.experts + 2 + len(TILE_SIZES) + 2 * _tiles(s)
+    ),
     # a whole table: one address of 8 bytes for every expert
     "address_table": lambda s: _values(2 * s.experts),
     # offsets -> the pieces of every expert's rows: one each (expert, first row, end), where they spread evenly
@@ -240,7 +244,7 @@ def _codes(elements: int, group: int = 128) -> int:
 
 
 def _fp8_product(shape: Shape, factor: int, codes: int, elements: int) -> Work:
-    """A product of rows of so many codes by `factor` * n * d weights of each expert; it moves other elements too."""
+    """A product of rows of so many codes by `factor` * n * d weights of each expert; 16-bit elements move too."""
     weights = _codes(factor * shape.w2, 128**2)
     return Work(flops=_product(shape, factor, 0).flops, bytes=_codes(codes) + weights + shape.itemsize * elements)
 
