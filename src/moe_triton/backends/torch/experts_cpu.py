@@ -60,7 +60,8 @@ def experts_forward(
     up, down = (matrices(p, spec, hidden.dtype) for p in parameters[:2])
     up_lora, down_lora = readable(call.gate_up_lora), readable(call.down_lora)
     tokens, weights = row_slots(call, layout.num_rows, layout.row_of_place)
-    if layout.is_one_block and layout.num_rows == call.num_rows:
+    # every choice has a row; a Dispatch that an exchange has shortened has fewer rows than choices
+    if layout.is_one_block and layout.num_rows == call.num_rows == call.dispatched.position.numel():
         h = affine(layout, layout.blocks[0], hidden.index_select(0, tokens), up, parameters.gate_up_bias, up_lora)
         a = activate_by_full_vectors(h, spec) if spec.batch_invariant else activate(h, spec)
         y = affine(layout, layout.blocks[0], a, down, parameters.down_bias, down_lora).mul_(weights)
