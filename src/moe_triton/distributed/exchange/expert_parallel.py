@@ -16,7 +16,7 @@ from moe_triton.autograd.flat import flatten, form_of
 from moe_triton.checks import check_choice, check_int
 from moe_triton.distributed.errors import ExpertParallelError
 from moe_triton.distributed.exchange import transport as transports
-from moe_triton.distributed.exchange.channel import Channel, Listener, report_failure, to_host
+from moe_triton.distributed.exchange.channel import Channel, Listener, report_failure
 from moe_triton.distributed.exchange.function import Exchanged
 from moe_triton.distributed.exchange.layer_names import new_layer_name
 from moe_triton.distributed.exchange.local_experts import LocalExperts
@@ -24,7 +24,12 @@ from moe_triton.distributed.exchange.overlap import Deferred
 from moe_triton.distributed.exchange.plain_ddp import refuse_plain_ddp
 from moe_triton.distributed.exchange.rows import Exchange, Planner
 from moe_triton.distributed.exchange.stages import ExchangedLayer, InnermostStage, Stage
-from moe_triton.distributed.exchange.tensor_parallel import gather_tokens, slice_tokens, sum_slices_gradients
+from moe_triton.distributed.exchange.tensor_parallel import (
+    SliceSizes,
+    gather_tokens,
+    slice_tokens,
+    sum_slices_gradients,
+)
 from moe_triton.distributed.exchange.transport import Shape, Transport
 from moe_triton.distributed.expert_groups import all_ep_groups, expert_groups, two_levels
 from moe_triton.distributed.groups import Group, ParallelGroups, number_of_ranks
@@ -163,8 +168,9 @@ class ExpertParallel:
         if self.ep.size == 1:
             return num_tokens
         most = torch.tensor([num_tokens], device=device)
-        self._channel(self.ep, layer).all_reduce(most, "exchange of the token counts", dist.ReduceOp.MAX)
-        return int(most.item())
+        channel, phase = self._channel(self.ep, layer), "exchange of the token counts"
+        channel.all_reduce(most, phase, dist.ReduceOp.MAX)
+        return channel.to_host(phase, most)()[0][0]
 
     def first_expert(self, num_experts: int) -> int:
         """What the ids that reach this rank's experts count from."""
@@ -223,7 +229,7 @@ class ExpertParallel:
             refuse_plain_ddp(layer.name, layer.held(), self.has_copies_on)
             ids = layer.ids(dispatched)
             what = self._configuration(hidden, ids, experts, layer)
-            fingerprint = self._agree(what, layer.name, "forward", hidden.device)
+            schedule = self._agree(what, layer.name, "forward", hidden.device)
             num_tokens, tp = hidden.shape[0], self._channel(self.tp, layer.name)
             if self.tp.size > 1:
                 tp.agree({"tokens of the tp ranks": num_tokens}, "comparison of the number of tokens", hidden.device)
@@ -232,7 +238,7 @@ class ExpertParallel:
                 hidden, weights, ids = (slice_tokens(x, tp) for x in (hidden, weights, ids))
             shape = Shape(
                 num_experts=layer.num_experts, per_rank=-(-layer.num_experts // self.ep.size), chunks=self.chunks,
-                deduplicate=layer.deduplicate and self.deduplicate, backend=experts.backend, fingerprint=fingerprint,
+                deduplicate=layer.deduplicate and self.deduplicate, backend=experts.backend, schedule=schedule,
             )  # fmt: skip
             places = layer.capacity(limit) if self.mode == "capacity" else None
             stage = self._stages(experts, shape, layer.name, -(-limit // self.tp.size), places, overlap_with)
@@ -288,38 +294,46 @@ class ExpertParallel:
     ) -> Stage:
         """The local experts, inside the exchange over their slices, inside the exchange over their ranks."""
         stage: Stage = experts
+        slices = None
         if self.etp.size > 1:
-            stage = self._over_slices(stage, shape, layer)
+            are_equal = self.ep.size > 1 and (self.mode in ("bounded", "allgather") or places is not None)
+            channel = self._channel(self.etp, f"{layer}, expert slices")
+            slices = None if are_equal else SliceSizes(channel)
+            stage = self._over_slices(stage, shape, channel, slices)
         levels = [(self.in_node, shape)] if self.ep.size > 1 or self.always_exchange else []
         if self.between_nodes.size > 1:
             node = replace(shape, per_rank=shape.per_rank * self.in_node.size)
             levels = [(self.in_node, replace(shape, chunks=1)), (self.between_nodes, node)]
         for group, level in levels:
             channel = self._channel(group, layer)
-            planner = self._planner(channel, level, limit, places)
+            planner, slices = self._planner(channel, level, limit, places, slices), None  # for the inner level
             stage = Exchange(planner=planner, inner=stage, channel=channel, backend=shape.backend)
         if isinstance(stage, Exchange):
             stage.overlap_with = overlap_with
         return stage
 
-    def _over_slices(self, stage: Stage, shape: Shape, layer: str) -> Exchange:
-        """Every slice of an expert sees the rows of all the slices' ranks; the partial sums are added at home."""
-        channel = self._channel(self.etp, f"{layer}, expert slices")
+    def _over_slices(self, stage: Stage, shape: Shape, channel: Channel, sizes: SliceSizes | None) -> Exchange:
+        """Every slice of an expert sees the rows of all the slices' ranks; the partial sums are added at home.
+
+        sizes: None where all of these ranks have room for equally many rows and assignments.
+        """
         whole = replace(shape, chunks=1, per_rank=shape.num_experts)
 
-        def planner(ids: Tensor, weights: Tensor, assignments: int) -> Callable[[], Transport]:
-            sizes = torch.tensor([ids.shape[0], assignments], device=ids.device)
-            channel.all_reduce(sizes, "exchange of the row counts", dist.ReduceOp.MAX)
-            rows, most = sizes.tolist()
+        def planner(ids: Tensor, weights: Tensor, assignments: int) -> Callable[[Callable[[], None]], Transport]:
+            rows, most = (
+                (ids.shape[0], assignments) if sizes is None else sizes.next(ids.shape[0], assignments, ids.device)
+            )
             transport = transports.plan_allgather(channel, ids, weights, whole, max_tokens=rows, assignments=most)
-            return lambda: transport
+            return lambda meanwhile: transport
 
         return Exchange(planner=planner, inner=stage, channel=channel, backend=shape.backend)
 
-    def _planner(self, channel: Channel, shape: Shape, limit: int, places: int | None) -> Planner:
-        def planner(ids: Tensor, weights: Tensor, _assignments: int) -> Callable[[], Transport]:
+    def _planner(
+        self, channel: Channel, shape: Shape, limit: int, places: int | None, slices: SliceSizes | None
+    ) -> Planner:
+        def planner(ids: Tensor, weights: Tensor, _assignments: int) -> Callable[[Callable[[], None]], Transport]:
             if self.mode == "dropless" or (self.mode == "capacity" and places is None):
-                return transports.plan_dropless(channel, ids, weights, shape)
+                return transports.plan_dropless(channel, ids, weights, shape, slices)
             if places is not None:
                 transport = transports.plan_capacity(channel, ids, weights, shape, capacity=places)
             elif self.mode == "bounded":
@@ -330,7 +344,7 @@ class ExpertParallel:
                     self._watch(channel, overflow)
             else:
                 transport = transports.plan_allgather(channel, ids, weights, shape, max_tokens=limit)
-            return lambda: transport
+            return lambda meanwhile: transport
 
         return planner
 
@@ -338,7 +352,7 @@ class ExpertParallel:
         """Let every rank know whether rows were left out anywhere, without waiting for the device."""
         flags = overflow.new_empty(channel.group.size)
         channel.all_gather(flags, overflow.reshape(1), "exchange of overflows")()
-        self._overflows.append((channel.layer, to_host(flags)))
+        self._overflows.append((channel.layer, channel.to_host("exchange of overflows", flags)))
         if overflow.device.type == "cpu":
             self.check()
 
@@ -359,13 +373,14 @@ class ExpertParallel:
         }  # fmt: skip
 
     def _agree(self, what: Mapping[str, object], layer: str, direction: str, device: torch.device) -> int:
-        """The fingerprint of what is about to happen, once all ranks are known to be about to do the same."""
+        """The schedule of the expert-parallel group with what is about to happen; compared as `Channel.agree` says."""
         what = {"layer": str(layer), "direction": direction, **what}
-        phase, fingerprint = f"comparison of configurations ({direction})", 0
+        phase, schedule = f"comparison of configurations ({direction})", 0
         for group in (self.ep, self.etp, self.tp):
             if group.size > 1:
-                fingerprint = self._channel(group, layer).agree(what, phase, device)
-        return fingerprint
+                rolling = self._channel(group, layer).agree(what, phase, device)
+                schedule = rolling if group is self.ep else schedule
+        return schedule
 
     def __repr__(self) -> str:
         return f"ExpertParallel(ep={self.ep.size}, etp={self.etp.size}, mode={self.mode!r}, chunks={self.chunks})"
