@@ -11,8 +11,45 @@ import torch.distributed as dist
 
 from moe_triton.distributed import ExpertParallel
 from moe_triton.distributed.exchange.channel import Channel
-from moe_triton.distributed.groups import default_timeout, device_type
+from moe_triton.distributed.exchange.failure_board import FailureBoard
+from moe_triton.distributed.groups import Group, default_timeout, device_type
 from tests.helpers.faults import Model, fresh_groups, outcomes, step
+
+
+def two_boards() -> tuple[FailureBoard, FailureBoard]:
+    store = dist.HashStore()
+    return FailureBoard(store=store, rank=0), FailureBoard(store=store, rank=1)
+
+
+HERE, PAIR = "MoE layer 0, rows of chunk 0", Group(ranks=(0, 1), rank=0)
+
+
+def test_any_report_ends_what_a_rank_does():
+    mine, other = two_boards()
+    assert not mine.cannot_complete(PAIR, HERE)
+    other.report("MoE layer 3", "rank 1 failed with ValueError: no")
+    assert mine.cannot_complete(PAIR, HERE)
+    assert mine.explain(PAIR, HERE) == "rank 1 failed with ValueError: no"
+    assert mine.cannot_complete(Group(ranks=(0, 2), rank=0), HERE), "whichever group it happened in"
+
+
+def test_ranks_that_have_failed_equally_often_go_on_together():
+    mine, other = two_boards()
+    for _ in range(2):
+        other.report(HERE, "a cause")
+        other.mark_handled()
+        assert mine.cannot_complete(PAIR, HERE)
+        mine.report(HERE, "a cause")
+        mine.mark_handled()
+        for board in (mine, other):
+            assert not board.cannot_complete(PAIR, HERE)
+
+
+def test_a_difference_that_was_found_here_is_found_by_this_rank_too():
+    mine, other = two_boards()
+    other.report(HERE, differs=True)
+    assert not mine.cannot_complete(PAIR, HERE), "the collective in which it was found completes"
+    assert mine.cannot_complete(PAIR, "MoE layer 0, results of chunk 0")
 
 
 def restarts(rank: int, stores: list[str]) -> None:

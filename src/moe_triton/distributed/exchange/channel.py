@@ -205,13 +205,13 @@ class Channel:
                     work.wait()
                     board.queue(self.group, f"{self.layer}, {phase}", tensor.device)
                 else:
-                    self._wait_polling(work, board)
+                    self._wait_polling(work, board, f"{self.layer}, {phase}")
             if board.ended:
                 self._board(phase)
 
         return wait
 
-    def _wait_polling(self, work: Work, board: FailureBoard) -> None:
+    def _wait_polling(self, work: Work, board: FailureBoard, place: str) -> None:
         while True:
             try:
                 work.wait(timedelta(seconds=POLL_INTERVAL_S))
@@ -220,7 +220,7 @@ class Channel:
                 if work.is_completed():
                     work.wait()
                     return
-            if board.cannot_complete(self.group):
+            if board.cannot_complete(self.group, place):
                 raise RuntimeError("another rank has failed")
 
     def _exchange_identities(self, board: FailureBoard, device: torch.device) -> None:

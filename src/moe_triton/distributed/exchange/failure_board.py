@@ -70,6 +70,7 @@ class FailureReport:
     place    layer and phase
     cause    an exception of its own, or the missing ranks; None while it is sought, "" where none was found
     waits    whether it waits there, or has got no further than there
+    differs  whether it has found there that the ranks differ, as all ranks of its group do
     doing    what it was about to do, by name
     """
 
@@ -78,6 +79,7 @@ class FailureReport:
     place: str
     cause: str | None
     waits: bool
+    differs: bool
     doing: dict[str, str]
 
 
@@ -119,11 +121,17 @@ class FailureBoard:
     store_failed: bool = False
     reading: threading.Lock = field(default_factory=threading.Lock)
 
-    def report(self, place: str, cause: str | None = None, *, waits: bool = True) -> None:
+    def report(self, place: str, cause: str | None = None, *, waits: bool = True, differs: bool = False) -> None:
         """Write a failure report of this rank for the other ranks."""
         doing = {name: repr(value) for name, value in self.doing.items()}
         report = FailureReport(
-            rank=self.rank, number=self.failures + 1, place=place, cause=cause, waits=waits, doing=doing
+            rank=self.rank,
+            number=self.failures + 1,
+            place=place,
+            cause=cause,
+            waits=waits,
+            differs=differs,
+            doing=doing,
         )
         entry = json.dumps(asdict(report))
         self._ask(lambda: self.store.set(f"moe_triton/failure/{self.store.add('moe_triton/failures', 1)}", entry))
@@ -135,13 +143,14 @@ class FailureBoard:
         self.comparisons.clear()
         self.store_failed = False
 
-    def cannot_complete(self, group: Group) -> bool:
-        """Return whether a collective of the group can no longer complete, as far as this rank knows."""
+    def cannot_complete(self, group: Group, place: str) -> bool:
+        """Return whether the collective at `place`, or any other one, can no longer complete, as far as is known."""
         if self.dead(group.ranks):
             return True
         self.store_failed = False
         self._read()
-        return bool(self._open_reports())
+        # a rank that has found a difference in this very collective has completed it
+        return any(not (report.differs and report.place == place) for report in self._open_reports())
 
     def explain(self, group: Group, place: str, *, waits: bool = True) -> str:
         """Report that this rank cannot go on, and say why, as far as the ranks find out together."""
@@ -177,14 +186,14 @@ class FailureBoard:
 
     def find_differences(self, group: Group, place: str) -> str:
         """Say in what the ranks of the group differ, which all of them are asking. Waits for their reports."""
-        self.report(place)
+        self.report(place, differs=True)
         deadline = time.monotonic() + FAILURE_GRACE_S
         while self._read() and time.monotonic() < deadline:
             if {report.rank for report in self._open_reports()}.issuperset(set(group.ranks) - {self.rank}):
                 break
             time.sleep(0.01)
         found = self._differences(group) or "what they did before"
-        self.report(place, f"rank {self.rank}, {place}: the ranks differ in {found}")
+        self.report(place, f"rank {self.rank}, {place}: the ranks differ in {found}", differs=True)
         return f"the ranks of the group differ in {found}"
 
     def describe_places(self, group: Group, here: str) -> str:

@@ -6,6 +6,7 @@ import zlib
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from moe_triton.distributed.groups import Group
 
@@ -13,8 +14,13 @@ MOST_CALLS = 1024  # of a step that are kept to say what differs
 
 
 def fingerprint_of(what: Mapping[str, object]) -> int:
-    """Return 31 bits that are the same on all ranks for the same names and values."""
-    return zlib.crc32(repr(sorted(what.items())).encode()) & 0x7FFFFFFF
+    """Return 31 bits that are the same on all ranks for the same names and values, which have to be hashable."""
+    return _fingerprint(tuple(what.items()))
+
+
+@lru_cache(maxsize=4096)  # layers do the same in every step
+def _fingerprint(items: tuple[tuple[str, object], ...]) -> int:
+    return zlib.crc32(repr(sorted(items)).encode()) & 0x7FFFFFFF
 
 
 @dataclass
