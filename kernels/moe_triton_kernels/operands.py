@@ -14,7 +14,8 @@ time. By TMA one thread asks for a whole block, so that the loop computes no add
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_triton_kernels.address_tables import address_table
-from moe_triton_kernels.launch import BLACKWELL, Config, target_of
+from moe_triton_kernels.launch import BLACKWELL, Config, constant, target_of
 
 if TYPE_CHECKING:
     from moe_triton_kernels.lora import Adapter
@@ -34,8 +35,10 @@ ExpertParameter = Tensor | Sequence[Tensor]
 
 def unit_of(itemsize: int, *sizes: int) -> int:
     """Elements in 16 bytes, where they divide every size; 1 where they do not, or where Triton sees that 16 does."""
-    unit = 16 // itemsize
-    return unit if any(size % 16 for size in sizes) and not any(size % unit for size in sizes) else 1
+    unit, together = 16 // itemsize, 0
+    for size in sizes:
+        together |= size  # a power of two divides it where it divides every size
+    return unit if together % 16 and not together % unit else 1
 
 
 class WeightArgument(NamedTuple):
@@ -83,7 +86,7 @@ class SizesArgument(NamedTuple):
 def sizes_argument(rows: Tensor, size_k: int, size_columns: int, config: Config) -> SizesArgument:
     """The sizes of a product of these rows, or of rows like these."""
     unit = unit_of(rows.element_size(), size_k, size_columns)
-    return SizesArgument(size_k, size_columns, tl.constexpr(unit), tl.constexpr(size_k % config.block_k == 0))
+    return SizesArgument(size_k, size_columns, constant(unit), constant(size_k % config.block_k == 0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +99,7 @@ class PerExpert:
     alignment  bytes that divide every address of a table
     held       the tensors that the addresses point to, kept alive with this record
     adapter    what is added to a product by these matrices, or None
+    scales     where these are codes of 8 bits, their scales: [E, blocks of k, blocks of columns] (see `fp8`)
     """
 
     data: Tensor
@@ -104,6 +108,7 @@ class PerExpert:
     alignment: int
     held: tuple[Tensor, ...]
     adapter: Adapter | None = None
+    scales: Tensor | None = None
 
     @property
     def is_table(self) -> bool:
@@ -111,12 +116,19 @@ class PerExpert:
 
     def transposed(self) -> PerExpert:
         """The same matrices with their two dimensions swapped; nothing moves."""
-        return replace(self, strides=self.strides[::-1])
+        return PerExpert(
+            data=self.data,
+            stride_e=self.stride_e,
+            strides=self.strides[::-1],
+            alignment=self.alignment,
+            held=self.held,
+            adapter=self.adapter,
+        )
 
     def weight(self) -> WeightArgument:
         stride_k, stride_n = self.strides
         step = stride_n if stride_k == 1 else stride_k  # it may be 1 too, of a matrix with a single row or column
-        constants = (*self.constants(step), tl.constexpr(stride_k == 1))
+        constants = (*self.constants(step), constant(stride_k == 1))
         return WeightArgument(self.data, self.stride_e, stride_k, stride_n, *constants)
 
     def bias(self) -> BiasArgument:
@@ -126,7 +138,7 @@ class PerExpert:
     def constants(self, *steps: int) -> tuple[tl.constexpr, tl.constexpr]:
         """ALIGNMENT and UNIT, which divides these strides and that from one expert to the next."""
         unit = unit_of(self.held[0].element_size(), self.stride_e, *steps)
-        return tl.constexpr(self.alignment), tl.constexpr(unit)
+        return constant(self.alignment), constant(unit)
 
 
 def per_expert(parameter: ExpertParameter) -> PerExpert:
@@ -184,7 +196,23 @@ def weight_descriptor(
         return None
     shape = [weight.data.shape[0], halves, rows, width]
     strides = [weight.stride_e, matrix, row_stride, 1]
-    return TensorDescriptor(weight.data, shape, strides, descriptor_block(config, by_k, halves, block_n))
+    return _described(weight.data, shape, strides, descriptor_block(config, by_k, halves, block_n))
+
+
+def _described(base: Tensor, shape: list[int], strides: list[int], block: list[int]) -> TensorDescriptor:
+    """The descriptor of an aligned tensor: Triton checks each layout once, which takes microseconds."""
+    made = object.__new__(TensorDescriptor)
+    made.__dict__.update(_checked_layout(base.dtype, tuple(shape), tuple(strides), tuple(block)).__dict__, base=base)
+    return made
+
+
+@lru_cache(maxsize=1024)
+def _checked_layout(
+    dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...]
+) -> TensorDescriptor:
+    """A descriptor of this layout, without memory."""
+    empty = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    return TensorDescriptor(empty, list(shape), list(strides), list(block))
 
 
 def rows_descriptor(
@@ -197,7 +225,7 @@ def rows_descriptor(
     """
     if not config.descriptors or not is_describable(rows, config, size_k, rows.shape[1]) or rows.numel() == 0:
         return None
-    return TensorDescriptor(rows, list(rows.shape), [rows.shape[1], 1], block)
+    return _described(rows, list(rows.shape), [rows.shape[1], 1], block)
 
 
 def is_describable(tensor: Tensor, config: Config, size_k: int | None, *steps: int) -> bool:

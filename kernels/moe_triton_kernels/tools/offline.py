@@ -43,6 +43,7 @@ class Report:
     spills        bytes of stack per thread (0 when nothing was spilled)
     shared_bytes  shared memory per program, in bytes
     wgmma, mma    Hopper's warpgroup products; every other matrix instruction (mma.sync, tcgen05, mfma)
+    fp8           those of either kind that multiply codes of 8 bits (NVIDIA)
     cp_async, tma asynchronous copies to shared memory by pointers; by descriptors
     setmaxnreg    changes of a warpgroup's share of the registers: warp specialization
     proxy_fence   fences between the generic and the asynchronous proxy
@@ -57,6 +58,7 @@ class Report:
     shared_bytes: int
     wgmma: int = 0
     mma: int = 0
+    fp8: int = 0
     cp_async: int = 0
     tma: int = 0
     setmaxnreg: int = 0
@@ -69,6 +71,7 @@ PATTERNS = {
     "ptx": {
         "wgmma": r"\bwgmma\.mma_async",
         "mma": r"\b(?:mma\.sync|tcgen05\.mma)",
+        "fp8": r"\b(?:wgmma\.mma_async|mma\.sync)\S*\.e4m3|\btcgen05\.mma\S*(?:f8f6f4)",
         "cp_async": r"\bcp\.async\.c[ag]\.shared",
         "tma": r"\bcp\.async\.bulk\.tensor",
         "setmaxnreg": r"\bsetmaxnreg",

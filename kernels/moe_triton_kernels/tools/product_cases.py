@@ -29,6 +29,8 @@ def main_loop_instructions(shipped: Shipped, arch: str, num_descriptors: int) ->
         wants.append("cp_async")
     if shipped.dtype != "fp32":
         wants.append("wgmma" if arch == "sm_90" and shipped.config.block_m >= 64 else "mma")
+    if shipped.dtype == "fp8e4nv":
+        wants.append("fp8")
     return wants
 
 
@@ -129,6 +131,8 @@ def up_cases(arch: str, shipped: Sequence[Shipped]) -> list[Case]:
                     "tiles": TILES,
                     "sizes": sizes_type(is_even=not transposed),
                     "adapter": None,
+                    "scales": None,
+                    "a_scales": None,
                     "bias": bias_type(entry.dtype, addresses) if bias else None,
                     **weight,
                 },
@@ -166,6 +170,7 @@ def down_cases(arch: str, shipped: Sequence[Shipped]) -> list[Case]:
                     "tiles": TILES,
                     "sizes": sizes_type(is_even=not addresses),
                     "adapter": None,
+                    "scales": None,
                     "a_descriptor": rows_type(entry, [entry.config.block_m, entry.config.block_k]),
                     **weight,
                 },
@@ -202,6 +207,7 @@ def d_hidden_cases(arch: str, shipped: Sequence[Shipped]) -> list[Case]:
                     "tiles": TILES,
                     "sizes": sizes_type(is_even=not addresses),
                     "adapter": None,
+                    "scales": None,
                     **weight_types(entry, addresses=addresses, by_k=transposed, block_n=entry.config.block_n),
                 },
                 sample=number == 0,

@@ -71,7 +71,7 @@ def checked(command: str, writes: Path | None = None) -> Iterator[None]:
     """Ends the command where an argument is wrong, needs another machine, or the directory cannot be written to."""
     try:
         yield
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         fail(command, str(error), EXIT_USAGE)
     except Unmeasurable as reason:
         fail(command, f"not measured on this machine: {reason}", EXIT_NO_GPU)
@@ -192,6 +192,8 @@ def check_outputs(outputs: Sequence[tuple[str, Path | None]]) -> None:
     for option, path in outputs:
         if path is None:
             continue
+        if option == "--chart":
+            runtime.check_matplotlib()
         if path.is_dir():
             raise ValueError(f"{option}: {path} is a directory, wanted a file")
         if not path.parent.is_dir():

@@ -26,6 +26,7 @@ from moe_triton.benchmarking.ways import WAYS
 from moe_triton.cli import arguments
 from moe_triton.cli.arguments import EXIT_FAULT, EXIT_INTERRUPTED, EXIT_SLOWER, EXIT_USAGE, fail, pick_several
 from moe_triton.cli.display import StepDisplay, duration
+from moe_triton.runtime import installed_version
 
 CELL_S = 1.6  # about how long a cell takes, in budgets: checks, and slow peers that need more
 
@@ -259,9 +260,10 @@ def write_report(folder: Path, session: Session, comparison: Comparison | None) 
     """report.html, results.csv and a chart per mode; results.json is there already."""
     runs, facts = session.runs, session.facts
     report.write_text(folder / "results.csv", report.csv_table(runs))
-    for mode in dict.fromkeys(run.mode for run in runs):
+    for mode in dict.fromkeys(run.mode for run in runs) if installed_version("matplotlib") else ():
         chart.draw(folder / f"chart-{mode}.png", [run for run in runs if run.mode == mode], facts)
     command = session.settings["command"]
     html = page.render(runs, facts, command, stages=session.stages, comparison=comparison)
     report.write_text(folder / "report.html", html)
-    print(f"report: {folder / 'report.html'}")
+    charts = "" if installed_version("matplotlib") else " (no PNG charts: they need matplotlib, moe-triton[plot])"
+    print(f"report: {folder / 'report.html'}{charts}")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
+import torch.distributed as dist
 import typer
 
 from moe_triton import runtime
@@ -17,7 +18,9 @@ from moe_triton.backends.torch.processor import this_processor
 from moe_triton.benchmarking.environment import devices
 from moe_triton.benchmarking.text_tables import plain_console, print_table
 from moe_triton.cli.arguments import EXIT_FAULT, fail
+from moe_triton.distributed.exchange.deep_ep import deep_ep_problem
 from moe_triton.runtime import installed_version
+from moe_triton.torch_internals import symmetric_memory_problem
 
 PACKAGES = ("moe-triton", "torch", "triton", "transformers", "deepspeed", "einops", "numpy", "safetensors")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -46,6 +49,16 @@ def collect() -> dict[str, Any]:
         "backends": paths,
         "tables": tables(found),
         "cpu_policy": cpu_policy(),
+        "exchanges": exchanges(),
+    }
+
+
+def exchanges() -> dict[str, str | None]:
+    """What can move rows under expert parallelism here: the name in `moe_triton.distributed`, and why it cannot run."""
+    return {
+        "the package's own, over torch.distributed": None if dist.is_available() else "torch has no torch.distributed",
+        "DeepEP": deep_ep_problem(),
+        "SymmetricMemory": symmetric_memory_problem(torch.device("cuda")),
     }
 
 
@@ -130,5 +143,7 @@ def print_facts(facts: dict[str, Any]) -> None:
         console.print(line, highlight=False, soft_wrap=True)
     if facts["tables"] is not None and "error" not in facts["tables"]:
         console.print(tables_line(facts["tables"]), highlight=False, soft_wrap=True)
+    words = [f"{name}: {problem or 'can run'}" for name, problem in facts["exchanges"].items()]
+    console.print(f"Exchanges of expert parallelism: {'; '.join(words)}.", highlight=False, soft_wrap=True)
     if facts["triton_interpreter"]:
         console.print("TRITON_INTERPRET is set: backend='triton' runs the kernels on CPU tensors, slowly.")

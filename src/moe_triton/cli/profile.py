@@ -186,11 +186,13 @@ def write_profile(
     out: Path, device: torch.device, trace: profiling.Trace, content: dict[str, Any], first: str, title: str
 ) -> tuple[dict[str, Any], str]:
     """profile.json and memory.png, of the step that begins with the range `first`; the former, and what there is."""
-    drawn = draw_memory(out / "memory.png", trace, first, title)
+    has_matplotlib = runtime.installed_version("matplotlib") is not None
+    drawn = has_matplotlib and draw_memory(out / "memory.png", trace, first, title)
     peak = max((m.bytes for m in trace.memory), default=0)
     record = {"schema": "moe-triton-profile/1", **environment(device), **content, "peak_bytes": peak}
     write_json(out / "profile.json", record)
-    picture = f", {out}/memory.png" if drawn else ""
+    without = "" if has_matplotlib else "; no memory.png, which needs matplotlib: moe-triton[plot]"
+    picture = f", {out}/memory.png" if drawn else without
     memory = f"memory: at most {peak / 2**20:.3g} MiB beyond what was held before{picture}"
     lines = [memory, f"trace: {out / 'trace.json'} (open it at ui.perfetto.dev)"]
     if not torch.cuda.is_available():

@@ -15,6 +15,7 @@ from moe_triton.benchmarking.environment import environment
 from moe_triton.benchmarking.exchange import RankExchange, as_json, profile_exchange
 from moe_triton.benchmarking.report import milliseconds, write_json
 from moe_triton.benchmarking.text_tables import plain_console, print_table
+from moe_triton.metrics.statistics import exchange_statistics
 
 
 def profile_over_ranks(
@@ -48,9 +49,12 @@ def print_ranks(ranks: list[RankExchange], title: str) -> None:
     for r in ranks:
         times = [milliseconds(seconds) for seconds in (r.step_s, r.exchange_s, r.exposed_s)]
         share = r.exposed_s / r.step_s if r.step_s > 0 else 0.0
-        rows.append((str(r.rank), str(r.tokens), *times, f"{r.overlap:.0%}", f"{share:.1%}"))
-    columns = ("rank", "tokens", "step ms", "exchange ms", "exposed ms", "overlap", "exposed of step")
-    print_table(console, columns, rows)
+        rows.append((str(r.rank), str(r.tokens), str(r.rows), *times, f"{r.overlap:.0%}", f"{share:.1%}"))
+    columns = ("rank", "tokens", "rows", "step ms", "exchange ms", "exposed ms", "overlap", "exposed of step")
+    print_table(console, columns, rows, less=("exposed of step",))
+    imbalance = exchange_statistics([r.rows for r in ranks], [r.exchange_s for r in ranks]).imbalance
+    if imbalance is not None:
+        print(f"rows of the busiest rank: {imbalance:.2f} of the mean")
     waits = []
     phases = dict.fromkeys(phase for r in ranks for phase in r.waits)
     for phase in sorted(phases, key=lambda phase: -mean(r.waits.get(phase, 0.0) for r in ranks)):

@@ -73,7 +73,10 @@ def train(
     z_loss_weight: Annotated[float | None, setting("z_loss_weight", "Of the router's z loss.")] = None,
     weight_decay: Annotated[float | None, setting("weight_decay", "Of AdamW, on matrices.")] = None,
     grad_clip: Annotated[float | None, setting("grad_clip", "Largest gradient norm.")] = None,
-    dtype: Annotated[str | None, setting("dtype", "float32, or float64 to compare runs to the last digits.")] = None,
+    dtype: Annotated[
+        str | None, setting("dtype", "float32; float64 to compare runs to the last digits; bfloat16: products in bf16.")
+    ] = None,
+    fp8: Annotated[bool | None, setting("fp8", "Compute the experts' products in fp8; CPUs emulate it.")] = None,
     backend: Annotated[str | None, setting("backend", "auto, triton, torch or reference.")] = None,
     device: Annotated[str | None, setting("device", "cpu, cuda, cuda:1, ...")] = None,
     threads: Annotated[int | None, setting("threads", "CPU threads; more help larger models.")] = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -21,13 +22,16 @@ def apply_fsdp2(
 ) -> nn.Module:
     """Shard the experts over the ranks that hold the same ones, and everything else over the data-parallel ranks.
 
+    With groups of several replicas, `make_groups(dp_replicate=)`, both are sharded inside a replica, and the shards'
+    gradients reduced over the replicas (HSDP).
+
     FSDP2 averages gradients over the ranks that it shards over. For experts these are the edp copies, but their
     gradients hold the tokens of all dp ranks: the average is ep times too large. Here experts are summed over edp and
     divided by dp.
 
     Args:
         model: changed in place, and returned.
-        groups: from `make_groups`, the ones the layers' ExpertParallel was made from.
+        groups: from `make_groups` or `ParallelGroups.from_meshes`, the ones the layers' ExpertParallel was made from.
         blocks: modules to shard as units of their own, such as the transformer's layers: in the order in which they
             run, and those inside of others before them. While one of them computes, the next one and its experts are
             gathered, in forward and in backward: FSDP2 does not by itself, since the host waits for the counts of rows.
@@ -51,9 +55,10 @@ def apply_fsdp2(
         if not isinstance(module, StackedExperts) or module.gradient_scale is None:
             raise TypeError(f"model: got {type(module).__name__} at {name!r}, wanted Experts with a gradient_scale")
         module.gradient_scale = scale
-        fully_shard(
-            module, mesh=groups.moe_mesh["edp"], **{"shard_placement_fn": _cut_over(groups.edp.size), **arguments}
-        )
+        own: dict[str, Any] = {"shard_placement_fn": _cut_over(groups.edp_mesh.shape[-1]), **arguments}
+        if module.casts_inputs and (policy := arguments.get("mp_policy")) is not None:
+            own["mp_policy"] = replace(policy, cast_forward_inputs=False)
+        fully_shard(module, mesh=groups.edp_mesh, **own)
     blocks = list(blocks)
     for block in (*blocks, model):
         fully_shard(block, mesh=groups.dp_mesh, **arguments)

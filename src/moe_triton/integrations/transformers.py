@@ -19,11 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_triton.checks import FLOATS
-from moe_triton.experts import moe_mlp
+from moe_triton.dispatch import dispatch
+from moe_triton.distributed.exchange.expert_parallel import ExpertParallel, unless_alone
+from moe_triton.experts import moe_mlp, with_adapters
 from moe_triton.integrations import peft
 from moe_triton.integrations.called_gate import called_gate_mlp
 from moe_triton.integrations.experts_interface import KEY
+from moe_triton.integrations.spread_experts import SpreadExperts, compute_over_ranks, scaled, spread
 from moe_triton.layers.quantized import QuantizedProjection, projection_of
+from moe_triton.records import ExpertCall, ExpertParameters, ExpertSpec
 from moe_triton.reference import activate, wide
 from moe_triton.torch_internals import constant_while_compiling, real_tensors
 
@@ -117,21 +121,23 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     reason = obstacle(module)
     if reason is not None:
         raise ValueError(f"{type(module).__name__}: {reason}")
-    has_bias = _flag(module, "has_bias")
     up_name, down_name = projection_names(module)
-    up_proj, down_proj = projection_of(module, up_name), projection_of(module, down_name)
+    up_proj, down_proj = (scaled(module, projection_of(module, name)) for name in (up_name, down_name))
     compute = up_proj.dtype if isinstance(up_proj, Tensor) else hidden_states.dtype
-    up_bias = getattr(module, f"{up_name}_bias").to(compute) if has_bias else None
-    down_bias = module.down_proj_bias.to(compute) if has_bias else None
+    up_bias = down_bias = None
+    if _flag(module, "has_bias"):
+        names = (f"{up_name}_bias", f"{down_name}_bias")
+        up_bias, down_bias = (scaled(module, getattr(module, name)).to(compute) for name in names)
     down_proj = down_proj.to(compute) if isinstance(down_proj, Tensor) else down_proj
     if compute == torch.float64 or top_k_weights.dtype not in (compute, torch.float32):
         top_k_weights = top_k_weights.to(wide(compute))
     if "parametrizations" in module._modules:  # PEFT was imported after `register`: the next forward gets factors
         peft.install()
     adapters = peft.lent_lora(module)
-    up_lora, down_lora = adapters.get(up_name), adapters.get("down_proj")
-    is_transposed = _flag(module, "is_transposed")
+    up_lora, down_lora = adapters.get(up_name, []), adapters.get(down_name, [])
+    is_transposed, is_concatenated = (_flag(module, name) for name in ("is_transposed", "is_concatenated"))
     backend = getattr(module, "moe_triton_backend", "auto")  # what `moe_triton.swap` was asked for
+    fp8 = getattr(module, "moe_triton_fp8", False)
     x = hidden_states.to(compute)
     activation = fused_activation(module)
 
@@ -149,7 +155,8 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
                 gate_up_lora=up_lora,
                 down_lora=down_lora,
                 is_transposed=is_transposed,
-                is_concatenated=_flag(module, "is_concatenated"),
+                is_concatenated=is_concatenated,
+                fp8=fp8,
                 backend=backend,
             )
         return called_gate_mlp(
@@ -167,10 +174,28 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
             backend=backend,
         )
 
-    if _flag(module, "has_post_expert_norm"):
-        out = _normalised(experts, module.post_expert_norm, x, top_k_index, top_k_weights, len(up_proj))
+    def normalised(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        return _normalised(experts, module.post_expert_norm, x, index, weights, len(up_proj))
+
+    run = normalised if _flag(module, "has_post_expert_norm") else experts
+    if (parallel := unless_alone(getattr(module, "expert_parallel", None))) is None:
+        return run(x, top_k_index, top_k_weights).to(hidden_states.dtype)
+    call = ExpertCall(
+        hidden=x,
+        weights=top_k_weights,
+        dispatched=dispatch(top_k_index, module.num_experts, backend=backend),
+        parameters=ExpertParameters(up_proj, down_proj, up_bias, down_bias),
+        spec=ExpertSpec(
+            **(activation._asdict() if activation else {}),
+            is_transposed=is_transposed,
+            is_concatenated=is_concatenated,
+            fp8=fp8,
+        ),
+    )
+    if is_fused(module):
+        out = parallel.run(with_adapters(call, up_lora, down_lora), module.exchanged_layer)
     else:
-        out = experts(x, top_k_index, top_k_weights)
+        out = compute_over_ranks(module, call, parallel, run, [*up_lora, *down_lora])
     return out.to(hidden_states.dtype)
 
 
@@ -194,6 +219,36 @@ def _normalised(
     rows_Sd = norm(rows_Sd.masked_fill(skipped_S1, 1)).masked_fill(skipped_S1, 0)
     rows_TKd = rows_Sd.view(*index.shape, -1).to(wide(rows_Sd.dtype))
     return (rows_TKd * weights[..., None]).sum(1)
+
+
+def spread_experts(module: nn.Module, parallel: ExpertParallel) -> None:
+    """Let every rank of `parallel` keep its own experts of a module, with its own batch. Once or more often.
+
+    Raises ValueError for what cannot be spread, with the reason.
+    """
+    kind = type(module).__name__
+    if isinstance(module, SpreadExperts):
+        if module.expert_parallel is not parallel:
+            raise ValueError(f"expert_parallel: got another one for {kind} that is spread already, wanted the same")
+        return
+    if parallel.redundant_experts or parallel.mode == "capacity":
+        got = "redundant_experts" if parallel.redundant_experts else "mode 'capacity'"
+        raise ValueError(f"expert_parallel: got {got} for {kind}, wanted another mode without them")
+    if parallel.etp.size > 1 and not is_fused(module):
+        raise ValueError(
+            f"expert_parallel: got {parallel.etp.size} expert slices for {kind}, whose gate or norm is called on whole "
+            "rows; wanted etp=1"
+        )
+    names = list(projection_names(module))
+    if _flag(module, "has_bias"):
+        names += [f"{name}_bias" for name in names]
+    for name in names:
+        parameter = module._parameters.get(name)
+        if parameter is None or hasattr(parameter, "device_mesh"):
+            raise ValueError(
+                f"{name}: got {type(getattr(module, name)).__name__}, wanted a plain parameter with all experts"
+            )
+    spread(module, parallel, names)
 
 
 def obstacle(module: nn.Module) -> str | None:
@@ -221,6 +276,11 @@ def obstacle(module: nn.Module) -> str | None:
             each = "vector" if name.endswith("_bias") else "matrix"
             return f"{name}: got shape {list(tensor.shape)}, wanted one {each} per expert"
     return None
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Return whether the experts are one operation: with a gate that we know, and no norm before the router weights."""
+    return fused_activation(module) is not None and not _flag(module, "has_post_expert_norm")
 
 
 def projection_names(module: nn.Module) -> tuple[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from moe_triton_kernels.configs import choose_config
 from moe_triton_kernels.d_hidden import d_hidden, d_router_weights
 from moe_triton_kernels.d_weight import d_bias, d_weight
 from moe_triton_kernels.down import down
+from moe_triton_kernels.fp8 import RowCodes
 from moe_triton_kernels.heuristics import BUCKETS, adapter_tile
 from moe_triton_kernels.launch import Config, target_of
 from moe_triton_kernels.lora import Adapter
@@ -60,25 +62,42 @@ class Problem:
             return self.dispatched.tiles
         return tile_tables(self.dispatched.offsets, self.num_rows)
 
+    @property
+    def operand_dtype(self) -> torch.dtype:
+        """The dtype of what the products multiply."""
+        return self.hidden.dtype
+
+    def gate_up_operand(self, *, back: bool = False) -> PerExpert:
+        """The projection as the product reads it, or with `back` as the one for the gradient of its input does."""
+        return self.gate_up.transposed() if back else self.gate_up
+
+    def down_operand(self, *, back: bool = False) -> PerExpert:
+        return self.down.transposed() if back else self.down
+
+    def rows_operand(self, x: Tensor) -> Tensor | RowCodes:
+        """Rows, contiguous, as a product with a projection reads them."""
+        return x
+
     def config(self, op: str) -> Config:
         gated = "_gated" if self.spec.is_gated and op in ("up", "d_hidden") else ""
         return choose_config(
             op + gated,
             d=self.size_d,
             n=self.size_n,
-            dtype=self.hidden.dtype,
+            dtype=self.operand_dtype,
             num_rows=rows_of_config(self.call) if op in ("up", "down") else self.num_rows,
             num_experts=self.call.num_experts,
             architecture=target_of(self.hidden.device).architecture,
         )
 
-    def up(self, tiles: TileTables, *, keep_a: bool, keep_h: bool) -> tuple[Tensor, Tensor]:
-        """Activation [S, n] and pre-activation [S, 2n or n]; empty [0] where not kept."""
+    def up(self, tiles: TileTables, *, keep_a: bool, keep_h: bool) -> tuple[Any, Tensor]:
+        """The activation [S, n] for `down_rows`, and the pre-activation [S, 2n or n]; empty [0] where not kept."""
+        weight, lora = self.gate_up_operand(), self.gate_up_lora
         return up(
-            self.hidden,
+            self.rows_operand(self.hidden),
             self.dispatched.source,
             tiles,
-            self.gate_up if (lora := self.gate_up_lora) is None else lora.forward(self.gate_up, self.t_gate_up(tiles)),
+            weight if lora is None else lora.forward(weight, self.t_gate_up(tiles)),
             self.gate_up_bias,
             size_n=self.size_n,
             top_k=self.top_k,
@@ -89,12 +108,17 @@ class Problem:
             config=self.config("up"),
         )
 
-    def down_rows(self, a: Tensor, tiles: TileTables) -> Tensor:
+    def down_rows(self, a: Any, tiles: TileTables) -> Tensor:
         """Every row's output times its router weight [S, d]."""
+        return self._down_rows(a, a, tiles)
+
+    def _down_rows(self, a: Tensor | RowCodes, of_adapter: Tensor, tiles: TileTables) -> Tensor:
+        """The same of the activation as the product and as the adapter reads it."""
+        weight, lora = self.down_operand(), self.down_lora
         return down(
             a,
             tiles,
-            self.down if (lora := self.down_lora) is None else lora.forward(self.down, self.t_down(a, tiles)),
+            weight if lora is None else lora.forward(weight, self.t_down(of_adapter, tiles)),
             size_columns=self.size_d,
             config=self.config("down"),
             bias=self.down_bias,
@@ -107,10 +131,10 @@ class Problem:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Weighted activation [S, n], pre-activation's gradient, and shares of the router weights' gradient."""
         return d_hidden(
-            grad_out,
+            self.rows_operand(grad_out),
             self.dispatched.source,
             tiles,
-            self._backward(self.down, self.down_lora, u),
+            self._backward(self.down_operand(back=True), self.down_lora, u),
             h,
             self.weights,
             size_n=self.size_n,
@@ -120,8 +144,7 @@ class Problem:
         )
 
     @staticmethod
-    def _backward(projection: PerExpert, lora: Factors | None, u: Tensor | None) -> PerExpert:
-        weight = projection.transposed()
+    def _backward(weight: PerExpert, lora: Factors | None, u: Tensor | None) -> PerExpert:
         return weight if lora is None or u is None else lora.backward(weight, u)
 
     def d_router_weights(self, shares: Tensor, grad_out: Tensor, tiles: TileTables) -> Tensor:
@@ -130,9 +153,9 @@ class Problem:
     def d_rows(self, grad_h: Tensor, tiles: TileTables, u: Tensor | None = None) -> Tensor:
         """Every row's gradient of its token [S, d]."""
         return down(
-            grad_h,
+            self.rows_operand(grad_h),
             tiles,
-            self._backward(self.gate_up, self.gate_up_lora, u),
+            self._backward(self.gate_up_operand(back=True), self.gate_up_lora, u),
             size_columns=self.size_d,
             config=self.config("d_rows"),
         )

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from moe_triton import runtime
+from moe_triton.dispatch import chosen_experts, sorted_dispatch
 from moe_triton.distributed.exchange.channel import Channel
+from moe_triton.distributed.exchange.fp8_rows import pack_rows, unpack_rows
 from moe_triton.distributed.exchange.overlap import Deferred
-from moe_triton.distributed.exchange.stages import Saved, Stage
+from moe_triton.distributed.exchange.stages import InnerStage, Saved
 from moe_triton.distributed.exchange.tails import parts_of, tail_of, tail_width
 from moe_triton.distributed.exchange.transport import Transport
 
@@ -38,24 +40,27 @@ class Exchange:
 
     The exchange of chunk i+1 is issued before chunk i is computed, and in backward a chunk's results leave before the
     next chunk is computed. `overlap_with` is computed once: while the counts travel, where they do, else while the
-    first chunk does.
+    first chunk does. With a `dispatch_dtype` of fp8 the rows of forward travel as codes and scales; results and
+    gradients travel as they are.
     """
 
     planner: Planner
-    inner: Stage
+    inner: InnerStage
     channel: Channel
     backend: str
+    dispatch_dtype: torch.dtype | None = None
     overlap_with: Deferred | None = None
     calls: list[ExchangeCall] = field(default_factory=list)
     inner_calls: int = 0
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, assignments: int, saved: Saved) -> Tensor:
         transport = self.planner(ids, weights, assignments)(self._compute_beside)
-        chunks, bounds, d = transport.chunks, transport.received_bounds, x.shape[1]
-        message = transport.message(x)
+        chunks, bounds = transport.chunks, transport.received_bounds
+        sent = x if self.dispatch_dtype is None else pack_rows(x)
+        width, message = sent.shape[1], transport.message(sent)
         arrived = message.new_empty(bounds[-1], message.shape[1])
-        rows = x.new_empty(bounds[-1], d)  # of all chunks in one buffer, so that nothing joins them later
-        home = x.new_empty(transport.home_bounds[-1], d)
+        rows = x.new_empty(bounds[-1], x.shape[1])  # of all chunks in one buffer, so that nothing joins them later
+        home = x.new_empty(transport.home_bounds[-1], x.shape[1])
 
         def start(chunk: int) -> Callable[[], None]:
             return transport.start(message, arrived, chunk, f"rows of chunk {chunk}")
@@ -67,8 +72,9 @@ class Exchange:
                 pending.append(start(chunk + 1))
             pending[chunk]()
             here = slice(bounds[chunk], bounds[chunk + 1])
-            rows[here] = arrived[here, :d]
-            row_ids, row_weights = transport.ids_and_weights(arrived[here], d)
+            row_x = arrived[here, :width]
+            rows[here] = row_x if self.dispatch_dtype is None else unpack_rows(row_x, x.shape[1], x.dtype)
+            row_ids, row_weights = transport.ids_and_weights(arrived[here], width)
             y = self.inner.forward(rows[here], row_ids, row_weights, transport.assignments[chunk], saved)
             returning.append(transport.start_back(y, home, chunk, f"results of chunk {chunk}"))
         for wait in returning:
@@ -83,6 +89,10 @@ class Exchange:
             )
         )
         return self._combine(home, transport)
+
+    def forward_sorted(self, x: Tensor, weights: Tensor, counts: Tensor, starts: Tensor | None, saved: Saved) -> Tensor:
+        ids = chosen_experts(sorted_dispatch(counts, x.shape[0], starts))
+        return self.forward(x, ids, weights, x.shape[0], saved)
 
     def start_backward(self, call: int, grad: Tensor, saved: Saved) -> Callable[[], tuple[Tensor, Tensor]]:
         """Issue all of backward's exchanges; what is returned waits for the last ones and sums up."""
