@@ -36,7 +36,7 @@ DOCS := .venv-docs
 docs:
 	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
 	$(DOCS)/bin/pip install --quiet --requirement docs/requirements.txt
-	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 	@echo "the site is in build/site: open build/site/index.html"
 
 # The wheel, in dist/, tried in an environment that has nothing else, outside of this folder.

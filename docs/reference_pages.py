@@ -74,12 +74,12 @@ def public_names(module: str) -> list[str]:
 
 def api_page() -> str:
     """The whole page: one directive of mkdocstrings for each public name, classes first; modules stay out."""
-    parts = [API_HEAD]
+    parts, seen = [API_HEAD], set()
     for module, purpose in MODULES.items():
+        found = importlib.import_module(module)
         names = [
-            name
-            for name in public_names(module)
-            if not inspect.ismodule(getattr(importlib.import_module(module), name))
+            name for name in public_names(module) if name not in seen and not inspect.ismodule(getattr(found, name))
         ]
+        seen |= set(names)  # a name of two modules is described once
         parts += [f"## {module}\n\n{purpose}\n", *(f"::: {module}.{name}\n" for name in names)]
     return "\n".join(parts)

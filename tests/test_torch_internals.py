@@ -31,7 +31,8 @@ def world() -> Iterator[Any]:
     """A default process group of this process alone."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=77))
     yield dist.group.WORLD
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def test_a_constant_while_compiling():
@@ -169,9 +170,26 @@ def test_process_groups(world):
     torch_internals.default_store().set("key", "value")
     assert torch_internals.default_store().get("key") == b"value"
     made = dist.new_group([0], timeout=timedelta(seconds=55))
-    assert {world.group_name, made.group_name} == set(torch_internals.group_names())
     found = [torch_internals.timeout_of(group, torch.device("cpu")) for group in (world, made)]
     assert found == [timedelta(seconds=77), timedelta(seconds=55)]
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_what_is_called_after_backward(use_reentrant):
+    """Once, after all gradients of the backward pass in which it was asked for."""
+    seen = []
+    x = torch.ones(2, requires_grad=True)
+    y = checkpoint(lambda x: x.exp(), x, use_reentrant=use_reentrant)
+    x.register_post_accumulate_grad_hook(lambda x: torch_internals.after_backward(lambda: seen.append(x.grad.clone())))
+    y.sum().backward()
+    assert len(seen) == 1
+    assert torch.equal(seen[0], x.grad)
+
+
+def test_aborted_groups(world):
+    torch_internals.abort_groups()
+    assert not dist.is_initialized()
+    torch_internals.abort_groups()
 
 
 def test_meshes_and_sharded_tensors(world):

@@ -31,4 +31,4 @@ def measured_device(name: str, times: Mapping[str, Times], *, size: int, copied:
     flops = 2 * size**3 / dense.p50
     bandwidth = 2 * copied / copy.p50
     source = f"measured: {size}^3 product, copy of {copied} bytes"
-    return Device(name=name, flops_16=flops, flops_32=flops, bandwidth=bandwidth, source=source)
+    return Device(name=name, flops_8=flops, flops_16=flops, flops_32=flops, bandwidth=bandwidth, source=source)

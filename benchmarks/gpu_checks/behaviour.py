@@ -372,12 +372,17 @@ def reference_experts(
 
 
 def nccl(setting: Setting) -> str:
-    """A world of one rank on NCCL, with every mode's exchange: the layer gives what the plain layer does."""
+    """A world of one rank on NCCL, with every mode's exchange: the layer gives what the plain layer does.
+
+    A thread watches what is queued, and the groups can be aborted.
+    """
     setting.need_gpu()
     import torch.distributed as dist
 
     from moe_triton.distributed import ExpertParallel
     from moe_triton.distributed.exchange.expert_parallel import MODES
+    from moe_triton.distributed.exchange.failure_board import failure_board
+    from moe_triton.torch_internals import abort_groups
 
     # a store in memory: no port, no file
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=torch.device("cuda", 0))
@@ -393,6 +398,14 @@ def nccl(setting: Setting) -> str:
             found = forward_backward(parallel, x, grad_out, [x, *parallel.parameters()])
             for mine, expected in zip(found, wanted, strict=True):
                 assert_close(mine, expected, tolerance=TOLERANCE[torch.bfloat16])
+        board = failure_board()
+        board.look()
+        assert board.watcher is not None
+        assert board.watcher.is_alive()
+        assert not board.ended
+        abort_groups()
+        assert not dist.is_initialized()
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return f"one rank, {len(MODES)} modes"

@@ -33,7 +33,7 @@ from moe_triton_kernels.operands import PerExpert
 
 CODES = torch.float8_e4m3fn
 GROUP = tl.constexpr(128)
-# Elsewhere fp8 is emulated: no products of e4m3 (sm_80, gfx942), or none that compile without spills (sm_89, sm_120).
+# elsewhere fp8 is emulated: no products of e4m3 (sm_80, gfx942), or none whose binaries are gated (sm_89, sm_120)
 ARCHITECTURES = (*HOPPER, *BLACKWELL, "interpreter")
 TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 

@@ -7,8 +7,8 @@ and 2.14.1, on CPUs.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
 from functools import cache, wraps
 from typing import Any, TypeVar, cast
@@ -98,6 +98,11 @@ def ends_recomputation(error: object) -> bool:
     return isinstance(error, _StopRecomputationError)
 
 
+def after_backward(function: Callable[[], None]) -> None:
+    """Call a function when the backward pass that is running has ended; inside a checkpoint's, when that one has."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)
+
+
 def is_transforming() -> bool:
     """Return whether a torch.func transform or forward-mode differentiation is active."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -138,13 +143,23 @@ def onednn_linear() -> Callable[..., Tensor] | None:
 
 
 def default_store() -> dist.Store:
-    """Return the store of the default process group."""
-    return dist.distributed_c10d._get_default_store()
+    """Return the store of the default process group, by a client of its own where its kind has such."""
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        return store.clone()  # type: ignore[attr-defined]
+    except RuntimeError:  # that of the backend "fake"
+        return store
 
 
-def group_names() -> Collection[str]:
-    """Return the names of the process groups that this rank is in."""
-    return dist.distributed_c10d._world.pg_names.values()
+def abort_groups() -> None:
+    """Abort all process groups: on a GPU what waits for their collectives ends. There is no default group afterwards.
+
+    Called by another thread than the one that waits. Does nothing where this torch cannot.
+    """
+    abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
+    if abort is not None and dist.is_initialized():
+        with suppress(RuntimeError, ValueError):  # a backend that cannot, or a group that is being destroyed
+            abort()
 
 
 def timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta | None:

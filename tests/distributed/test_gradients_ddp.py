@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from moe_triton.distributed import ExpertParallel, clip_grad_norm_, make_groups, reduce_gradients, wrap_ddp
+from moe_triton.distributed.exchange.channel import Channel
 from tests.helpers import parity
 from tests.helpers.compare import assert_close
 from tests.helpers.gradient_parity import LAYER, TOKENS, Model, compare, expected_gradients, losses, share
@@ -75,6 +76,45 @@ def tied(sizes: dict, reentrant: bool | None) -> None:
         if ".experts." in name:
             wanted = wanted[list(model.layers[0].experts.local_experts)]
         assert_close(parameter.grad, wanted)
+
+
+class Two(nn.Module):
+    """Two MoE layers."""
+
+    def __init__(self, parallel: ExpertParallel) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(parity.make_layer(Case(TOKENS), parallel) for _ in range(2))
+
+    def forward(self, x):
+        return self.layers[1](self.layers[0](x).output).output
+
+
+def overlapped() -> list[str]:
+    """The events of a backward pass: of the layers, and of the experts' reductions."""
+    events: list[str] = []
+    wrapped = wrap_ddp(Two(ExpertParallel(make_groups(ep=2), listener=events.append)))
+    start = Channel.start_all_reduce
+
+    def start_all_reduce(self, tensor, phase, *args):
+        wait = start(self, tensor, phase, *args)
+        events.append(f"start {phase}")
+        return lambda: [events.append(f"wait {phase}"), wait()][1]
+
+    loss = wrapped(torch.randn(5, HIDDEN, dtype=torch.float64)).sum()
+    events.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Channel, "start_all_reduce", start_all_reduce)
+        loss.backward()
+    return [event for event in events if event in ("weight gradients", *(f"{w} expert gradients" for w in WORDS))]
+
+
+WORDS = ("start", "wait")
+
+
+def test_the_reduction_of_experts_is_under_way_while_backward_goes_on(four_ranks):
+    layer = ["weight gradients", *["start expert gradients"] * 2]
+    for events in four_ranks.run(overlapped):
+        assert events == [*layer, *layer, *["wait expert gradients"] * 4]
 
 
 def plain_ddp(sizes: dict, ignores: bool) -> None:

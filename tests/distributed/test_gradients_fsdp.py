@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    FullyShardedDataParallel,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import Shard
 
@@ -60,6 +66,80 @@ def frozen_base() -> None:
 
 def test_adapters_over_a_frozen_base(four_ranks):
     four_ranks.run(frozen_base)
+
+
+class Stack(nn.Module):
+    """Blocks of an MoE layer each, one of which holds a unit of its own."""
+
+    def __init__(self, case: Case, parallel: ExpertParallel | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(parity.make_layer(case, parallel)) for _ in range(3))
+
+    def forward(self, x):
+        loss = x.new_zeros(())
+        for block in self.blocks:
+            output, aux, _ = block(x)
+            x, loss = x + output, loss + aux
+        return x, loss
+
+
+def prefetched() -> list[list[list[int]]]:
+    """Which blocks' units each block gathers ahead, forward and backward; and the gradients of one process."""
+    groups = make_groups(ep=2)
+    case = Case(TOKENS, layer=LAYER)
+    model, whole = Stack(case, ExpertParallel(groups, loss_reduction="sum")), Stack(case, None)
+    x, grad = parity.global_batch(case)
+    found: list[list[list[int]]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for direction in ("forward", "backward"):
+            calls: dict[nn.Module, list[nn.Module]] = {}
+            original = getattr(FSDPModule, f"set_modules_to_{direction}_prefetch")
+
+            def spy(self, modules, calls=calls, original=original):
+                calls[self] = modules
+                original(self, modules)
+
+            patch.setattr(FSDPModule, f"set_modules_to_{direction}_prefetch", spy)
+            found.append(calls)
+        blocks = [model.blocks[0][0], *model.blocks]  # the layer in the first block is a unit of its own
+        apply_fsdp2(model, groups, blocks=blocks, rule="sum")
+    units = [[b, *(m for m in b.modules() if m is not b and isinstance(m, FSDPModule))] for b in model.blocks]
+    assert [len(unit) for unit in units] == [3, 2, 2]
+    chain = [model, *model.blocks]
+    assert found[0] == dict(zip(chain, units))  # noqa: B905 - the last one has no next one
+    assert found[1] == dict(zip([model, *reversed(model.blocks)], reversed(units)))  # noqa: B905
+    for net, part in ((whole, slice(None)), (model, share(case, groups))):
+        out, loss = net(x[part])
+        ((out * grad[part]).sum() + loss).backward()
+    for name, parameter in model.named_parameters():
+        wanted = whole.get_parameter(name).grad
+        if ".experts." in name:
+            wanted = wanted[list(model.blocks[0][0].experts.local_experts)]
+        assert_close(parameter.grad.full_tensor(), wanted)
+
+
+def few_experts() -> None:
+    """Two experts with four copies each: shards of a row dimension, and none is padded."""
+    groups = make_groups(ep=1)
+    case = Case(TOKENS, layer={**LAYER, "top_k": 2}, experts=2)
+    model, expected = Model(case, ExpertParallel(groups, always_exchange=True)), expected_gradients(case, 1.0)
+    del model.unused
+    apply_fsdp2(model, groups)
+    experts = model.moe.experts
+    assert experts.gate_up_proj.placements == experts.down_proj.placements == (Shard(1),)
+    assert experts.gate_up_proj.to_local().numel() == experts.gate_up_proj.numel() // 4
+    x, grad = parity.global_batch(case)
+    here = share(case, groups)
+    losses(case, model, x[here], grad[here], 1 / groups.dp.size).backward()
+    compare(case, model, expected)
+
+
+def test_the_next_block_is_gathered_ahead(four_ranks):
+    four_ranks.run(prefetched)
+
+
+def test_experts_that_are_fewer_than_their_copies(four_ranks):
+    four_ranks.run(few_experts)
 
 
 def sharded_in_bf16(model: Model, how: str) -> nn.Module:

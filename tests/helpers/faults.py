@@ -102,14 +102,14 @@ def live(rank: int, scenario: Scenario) -> None:
 def _kill_in_reduction(scenario: Scenario) -> None:
     from moe_triton.distributed.exchange import channel
 
-    original = channel.Channel.all_reduce
+    original = channel.Channel.start_all_reduce
 
-    def all_reduce(self: Any, tensor: Any, phase: str, *args: Any) -> None:
+    def start_all_reduce(self: Any, tensor: Any, phase: str, *args: Any) -> Callable[[], None]:
         if phase == "dense gradients":
             os.kill(os.getpid(), scenario.signal)
-        original(self, tensor, phase, *args)
+        return original(self, tensor, phase, *args)
 
-    channel.Channel.all_reduce = all_reduce  # type: ignore[method-assign]
+    channel.Channel.start_all_reduce = start_all_reduce  # type: ignore[method-assign]
 
 
 def _serve(rank: int, world: int, port: int, function: Callable[..., None], args: tuple[Any, ...], pipe: Any) -> None:

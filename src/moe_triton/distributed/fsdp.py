@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import Shard
 
 from moe_triton.checks import check_choice
 from moe_triton.distributed.groups import ParallelGroups
@@ -30,11 +32,15 @@ def apply_fsdp2(
     Args:
         model: changed in place, and returned.
         groups: from `make_groups` or `ParallelGroups.from_meshes`, the ones the layers' ExpertParallel was made from.
-        blocks: modules to shard as units of their own, such as the transformer's layers, innermost first.
+        blocks: modules to shard as units of their own, such as the transformer's layers: in the order in which they
+            run, and those inside of others before them. While one of them computes, the next one and its experts are
+            gathered, in forward and in backward: FSDP2 does not by itself, since the host waits for the counts of rows.
         rule: "mean": for losses that are means over a rank's tokens, and `ExpertParallel(loss_reduction="mean")`, as
             both are by default. "sum": for losses that sum over ranks, and `loss_reduction="sum"`.
         arguments: of `torch.distributed.fsdp.fully_shard`: mp_policy, reshard_after_forward, offload_policy. The router
-            weights stay fp32 where mp_policy casts the experts' inputs.
+            weights stay fp32 where mp_policy casts the experts' inputs. Experts that are fewer than their copies are
+            cut along dimension 1 where that divides, since the first would be padded, unless there is a
+            shard_placement_fn.
 
     Raises:
         ValueError: an unknown rule, or a layer's `loss_reduction` is of the other one; redundant_experts.
@@ -49,14 +55,41 @@ def apply_fsdp2(
         if not isinstance(module, StackedExperts) or module.gradient_scale is None:
             raise TypeError(f"model: got {type(module).__name__} at {name!r}, wanted Experts with a gradient_scale")
         module.gradient_scale = scale
-        own = arguments
+        own: dict[str, Any] = {"shard_placement_fn": _cut_over(groups.edp_mesh.shape[-1]), **arguments}
         if module.casts_inputs and (policy := arguments.get("mp_policy")) is not None:
-            own = {**arguments, "mp_policy": replace(policy, cast_forward_inputs=False)}
+            own["mp_policy"] = replace(policy, cast_forward_inputs=False)
         fully_shard(module, mesh=groups.edp_mesh, **own)
+    blocks = list(blocks)
     for block in (*blocks, model):
         fully_shard(block, mesh=groups.dp_mesh, **arguments)
         if rule == "sum" and groups.dp.size > 1:
             assert isinstance(block, FSDPModule)
             block.set_gradient_divide_factor(1.0)
             block.set_force_sum_reduction_for_comms(True)  # gloo has no reduction that divides
+    _prefetch(model, blocks)
     return model
+
+
+def _cut_over(copies: int) -> Callable[[nn.Parameter], Shard | None]:
+    """Where the ranks cut a parameter of stacked experts [slots, ...]; None is the first dimension."""
+
+    def cut(parameter: nn.Parameter) -> Shard | None:
+        is_few = parameter.dim() > 1 and parameter.shape[0] < copies and parameter.shape[1] % copies == 0
+        return Shard(1) if is_few else None
+
+    return cut
+
+
+def _prefetch(model: nn.Module, blocks: list[nn.Module]) -> None:
+    """Let every block gather the next one and its experts, in forward and in backward."""
+    inner = {module for block in blocks for module in block.modules() if module is not block}
+    outer = [block for block in blocks if block not in inner and block is not model]
+    assert isinstance(model, FSDPModule)
+    units: list[list[FSDPModule]] = [
+        [module for module in block.modules() if isinstance(module, FSDPModule)] for block in outer
+    ]
+    root: list[FSDPModule] = [model]
+    for (first, *_), after in pairwise([root, *units]):
+        first.set_modules_to_forward_prefetch(after)
+    for (first, *_), after in pairwise([root, *reversed(units)]):
+        first.set_modules_to_backward_prefetch(after)

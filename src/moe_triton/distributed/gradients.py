@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moe_triton.checks import check_choice, check_number
-from moe_triton.distributed.exchange.channel import Channel
+from moe_triton.distributed.exchange.channel import Channel, end_step
 from moe_triton.distributed.groups import Group, ParallelGroups, device_type, group_from_handle, number_of_ranks
 from moe_triton.distributed.holders import spread_experts
 from moe_triton.distributed.parameters import check_rule, data_groups, expert_parameters
@@ -67,6 +67,7 @@ def reduce_gradients(
     if not experts_only:
         dense = (parameter for parameter in model.parameters() if parameter not in experts)
         sum_over(over, _gradients(dense), 1 if rule == "sum" else num_ranks, "dense gradients")
+    _end_step(model)
 
 
 @torch.no_grad()
@@ -103,6 +104,7 @@ def clip_grad_norm_(
     device = parameters[0].device if parameters else torch.device(device_type() if dist.is_initialized() else "cpu")
     dtype = functools.reduce(torch.promote_types, [parameter.dtype for parameter in parameters], torch.float32)
     is_max = norm_type == float("inf")
+    _end_step(model)
     sums: dict[tuple[Group, ...], list[Tensor]] = {}
     grads = []
     for parameter in parameters:
@@ -134,6 +136,13 @@ def clip_grad_norm_(
     if grads:
         torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp_max(1.0))
     return norm
+
+
+def _end_step(model: nn.Module) -> None:
+    """Compare what the ranks have done in this step; nothing where `reduce_gradients` has done it."""
+    device = next((parameter.device for parameter in model.parameters()), None)
+    if device is not None and dist.is_available() and dist.is_initialized():
+        end_step("gradients", device)
 
 
 def _check_shards(model: nn.Module) -> None:
@@ -172,23 +181,38 @@ def _gradients(parameters: Iterator[nn.Parameter]) -> list[Tensor]:
 @torch.no_grad()
 def sum_over(over: Sequence[Group], tensors: Sequence[Tensor], divisor: int, what: str) -> None:
     """Replace each tensor by its sum over the ranks of the groups, divided; small ones travel together."""
-    over = [group for group in over if group.size > 1]
-    if over and len(tensors) > 0:
+    for group in over:
+        start_sum(group, tensors, 1, what)()
+    if divisor > 1 and len(tensors) > 0:
+        torch._foreach_div_(list(tensors), divisor)
+
+
+@torch.no_grad()
+def start_sum(group: Group, tensors: Sequence[Tensor], divisor: int, what: str) -> Callable[[], None]:
+    """Start to replace each tensor by its sum over the group's ranks, divided. Return the wait for it."""
+    sums: list[tuple[list[Tensor], Tensor | None, Callable[[], None]]] = []
+    if group.size > 1 and len(tensors) > 0:
         layout = zlib.crc32(repr([(tuple(tensor.shape), tensor.dtype) for tensor in tensors]).encode())
         same = {"reduced": what, "tensors": len(tensors), "layout": layout, "divisor": divisor}
-        for group in over:
-            Channel(group=group, layer="gradients").agree(same, f"comparison of {what}", tensors[0].device)
+        channel = Channel(group=group, layer="gradients")
+        channel.agree(same, f"comparison of {what}", tensors[0].device)
         for bucket in _buckets(tensors):
             # one large contiguous tensor needs no copy
             alone = len(bucket) == 1 and bucket[0].is_contiguous()
             flat = bucket[0].view(-1) if alone else torch.cat([tensor.reshape(-1) for tensor in bucket])
-            for group in over:
-                Channel(group=group, layer="gradients").all_reduce(flat, what)
-            if not alone:
+            sums.append((bucket, None if alone else flat, channel.start_all_reduce(flat, what)))
+
+    @torch.no_grad()
+    def finish() -> None:
+        for bucket, flat, wait in sums:
+            wait()
+            if flat is not None:
                 parts = flat.split([tensor.numel() for tensor in bucket])
                 torch._foreach_copy_(bucket, [p.view_as(t) for p, t in zip(parts, bucket, strict=True)])
-    if divisor > 1 and len(tensors) > 0:
-        torch._foreach_div_(list(tensors), divisor)
+        if divisor > 1 and len(tensors) > 0:
+            torch._foreach_div_(list(tensors), divisor)
+
+    return finish
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

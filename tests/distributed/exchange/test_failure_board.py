@@ -1,98 +1,55 @@
-"""Whether a process has ended, as far as another one can see, and what is kept of a default group that is gone."""
+"""What is kept of a default group that is gone, its time-out and device, and Python values that ranks exchange."""
 
 from __future__ import annotations
 
 import gc
-import os
-import signal
-import subprocess
-import sys
 import weakref
-from collections.abc import Iterator
 from datetime import timedelta
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from moe_triton.distributed import ExpertParallel
-from moe_triton.distributed.exchange import failure_board
-from moe_triton.distributed.exchange.channel import MOST_AGREED, Channel
-from moe_triton.distributed.exchange.failure_board import Identity, state_of
-from moe_triton.distributed.groups import default_timeout, device_type
-from tests.helpers.faults import HIDDEN, Model, fresh_groups, outcomes, step
+from moe_triton.distributed.exchange.channel import Channel
+from moe_triton.distributed.exchange.failure_board import FailureBoard
+from moe_triton.distributed.groups import Group, default_timeout, device_type
+from tests.helpers.faults import Model, fresh_groups, outcomes, step
 
 
-@pytest.fixture
-def child() -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen(["sleep", "1000"])
-    yield process
-    process.kill()
-    process.wait()
+def two_boards() -> tuple[FailureBoard, FailureBoard]:
+    store = dist.HashStore()
+    return FailureBoard(store=store, rank=0), FailureBoard(store=store, rank=1)
 
 
-def identity_of(pid: int) -> Identity:
-    return failure_board._pid_space(), pid, failure_board._start_time(pid)
+HERE, PAIR = "MoE layer 0, rows of chunk 0", Group(ranks=(0, 1), rank=0)
 
 
-def test_states_of_a_process(child):
-    who = identity_of(child.pid)
-    assert state_of(who) == ""
-    child.send_signal(signal.SIGSTOP)
-    os.waitpid(child.pid, os.WUNTRACED)
-    assert state_of(who) == "stopped"
-    child.kill()
-    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    assert state_of(who) == "dead", "it has ended, though nobody has waited for it"
-    child.wait()
-    assert state_of(who) == "dead"
+def test_any_report_ends_what_a_rank_does():
+    mine, other = two_boards()
+    assert not mine.cannot_complete(PAIR, HERE)
+    other.report("MoE layer 3", "rank 1 failed with ValueError: no")
+    assert mine.cannot_complete(PAIR, HERE)
+    assert mine.explain(PAIR, HERE) == "rank 1 failed with ValueError: no"
+    assert mine.cannot_complete(Group(ranks=(0, 2), rank=0), HERE), "whichever group it happened in"
 
 
-def test_another_process_with_the_same_number_is_not_the_one(child):
-    space, pid, started = identity_of(child.pid)
-    assert state_of((space, pid, started - 1)) == "dead"
+def test_ranks_that_have_failed_equally_often_go_on_together():
+    mine, other = two_boards()
+    for _ in range(2):
+        other.report(HERE, "a cause")
+        other.mark_handled()
+        assert mine.cannot_complete(PAIR, HERE)
+        mine.report(HERE, "a cause")
+        mine.mark_handled()
+        for board in (mine, other):
+            assert not board.cannot_complete(PAIR, HERE)
 
 
-def test_a_process_that_cannot_be_looked_at_is_not_dead(child, monkeypatch):
-    who = identity_of(child.pid)
-    monkeypatch.setattr(failure_board, "_stat", lambda pid: [])  # hidden, or no file descriptor is left
-    assert state_of(who) == ""
-    child.kill()
-    child.wait()
-    assert state_of(who) == "dead"
-
-
-IDENTITY = """
-from moe_triton.distributed.exchange.failure_board import identity, state_of
-print(*identity(), state_of(identity()))
-"""
-
-
-def in_a_namespace(*options: str) -> list[str]:
-    command = ["unshare", "--user", "--map-root-user", "--pid", "--fork", *options, sys.executable, "-c", IDENTITY]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if "unshare" in done.stderr:
-        pytest.skip(f"this machine does not make namespaces: {done.stderr.strip()}")
-    return done.stdout.split()
-
-
-@pytest.mark.parametrize("options", [["--mount-proc"], []], ids=["its own /proc", "the host's /proc"])
-def test_a_process_of_another_pid_namespace_is_not_dead(options):
-    found = in_a_namespace(*options)
-    assert len(found) == 3, "a process does not find itself dead, whatever /proc it has"
-    space, pid, started = map(int, found)
-    assert space != failure_board._pid_space(), "the host has the same name and the same boot"
-    assert state_of((space, pid, started)) == ""
-
-
-def test_a_machine_without_namespaces_looks_for_nobody(monkeypatch):
-    def none(path: str) -> str:
-        raise FileNotFoundError(path)
-
-    monkeypatch.setattr(os, "readlink", none)
-    unknown = failure_board._pid_space.__wrapped__()
-    assert unknown != failure_board._pid_space.__wrapped__(), "no two processes have the same"
+def test_a_difference_that_was_found_here_is_found_by_this_rank_too():
+    mine, other = two_boards()
+    other.report(HERE, differs=True)
+    assert not mine.cannot_complete(PAIR, HERE), "the collective in which it was found completes"
+    assert mine.cannot_complete(PAIR, "MoE layer 0, results of chunk 0")
 
 
 def restarts(rank: int, stores: list[str]) -> None:
@@ -138,27 +95,6 @@ def test_the_device_of_the_default_group(monkeypatch, configuration, wanted):
     monkeypatch.setattr(dist, "get_backend", lambda: "undefined")
     monkeypatch.setattr(dist, "get_backend_config", lambda: configuration)
     assert device_type() == wanted
-
-
-def lengths(most: int) -> list[int]:
-    """Fingerprints kept after each of many calls with a length of its own, under tensor parallelism."""
-    groups = fresh_groups(tp=2, ep=2)
-    model = Model(ExpertParallel(groups))
-    known = failure_board.failure_board().agreed[groups.tp.name]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moe_triton.distributed.exchange.channel.MOST_AGREED", most)
-        sizes = []
-        for tokens in range(1, 12):
-            model(torch.randn(tokens, HIDDEN))
-            sizes.append(len(known))
-        return sizes
-
-
-def test_compared_lengths_do_not_grow_without_bound(two_ranks):
-    sizes = two_ranks.run(lengths, MOST_AGREED)[0]
-    assert sizes[0] == 3, "each of two layers, and the number of tokens"
-    assert sizes == list(range(3, 14)), "a new length is compared once for all layers"
-    assert max(two_ranks.run(lengths, 8)[0]) == 8
 
 
 def collected(values: int) -> list[object]:

@@ -262,7 +262,7 @@ def wrong_counts(change: int) -> None:
 
     def all_to_all(self, out, rows, received, sent, phase):
         if phase == "exchange of counts":
-            rows[:, 1] += change
+            rows[:, 2] += change
         return original(self, out, rows, received, sent, phase)
 
     model = Model(ExpertParallel(fresh_groups(ep=WORLD, seconds=100), deduplicate=False))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moe_triton.distributed import ExpertParallel
+from moe_triton.distributed.exchange import channel
 from moe_triton.layers.experts import FeedForward
 from tests.helpers import parity
 from tests.helpers.faults import fresh_groups
@@ -24,7 +25,11 @@ def record(mode: str, **exchange) -> tuple[list[str], list[str]]:
     parallel = ExpertParallel(fresh_groups(ep=4), mode=mode, chunks=CHUNKS, listener=events.append, **exchange)
     case = Case([6] * 4, layer={"shared_intermediate_size": 8, "capacity_factor": 1.0, "aux_loss_weight": 0.1})
     layer = parity.make_layer(case, parallel)
-    original = FeedForward.forward
+    original, start_copy = FeedForward.forward, channel.copy_to_host
+
+    def copy_to_host(tensors):
+        arrived, elements = start_copy(tensors)
+        return arrived, lambda: [events.append("host read"), elements()][1]
 
     def shared(self, x):
         events.append("shared expert")
@@ -32,6 +37,7 @@ def record(mode: str, **exchange) -> tuple[list[str], list[str]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FeedForward, "forward", shared)
+        patch.setattr(channel, "copy_to_host", copy_to_host)
         x = torch.randn(6, HIDDEN, dtype=case.dtype, requires_grad=True)
         out = layer(x)
         forward = list(events)
@@ -55,19 +61,26 @@ def test_exchanges_are_issued_before_the_work_that_hides_them(four_ranks, mode):
     orders = four_ranks.run(record, mode)
     assert all(order == orders[0] for order in orders), "all ranks issue the same order"
     forward, backward = orders[0]
-    assert in_order(forward, "issue rows of chunk 0", "shared expert", "experts 0")
+    counts = ["issue exchange of counts", "issue exchange of further counts"] if mode == "dropless" else []
+    rows = [f"issue rows of chunk {chunk}" for chunk in range(CHUNKS)]
+    early = ["shared expert", rows[0]] if mode == "dropless" else [rows[0], "shared expert"]
+    assert in_order(forward, *counts, *early, "experts 0")
+    if mode == "dropless":  # each of both is read when nothing is left to do without it
+        reads = [i for i, event in enumerate(forward) if event == "host read" and i > forward.index(counts[0])]
+        assert len(reads) == 2
+        assert forward.index("shared expert") < reads[0] < reads[1] < forward.index(rows[0])
     for chunk in range(CHUNKS):
-        assert in_order(forward, f"issue ids of chunk {chunk}", f"experts {chunk}", f"issue results of chunk {chunk}")
+        assert in_order(forward, rows[chunk], f"experts {chunk}", f"issue results of chunk {chunk}")
     for chunk in range(CHUNKS - 1):
         assert in_order(forward, f"issue rows of chunk {chunk + 1}", f"experts {chunk}")
         assert in_order(forward, f"issue results of chunk {chunk}", f"experts {chunk + 1}")
         assert in_order(backward, f"issue output gradients of chunk {chunk + 1}", f"row gradients {chunk}")
     for chunk in range(CHUNKS):
-        assert in_order(
-            backward, f"row gradients {chunk}", f"issue row gradients of chunk {chunk}",
-            f"issue router weights' gradients of chunk {chunk}", "weight gradients",
-        )  # fmt: skip
+        assert in_order(backward, f"row gradients {chunk}", f"issue row gradients of chunk {chunk}", "weight gradients")
     assert backward.count("weight gradients") == 1, "one product over all chunks"
+    exchanges = [[e for e in events if e.startswith("issue ") and "chunk" in e] for events in (forward, backward)]
+    assert [len(found) for found in exchanges] == [2 * CHUNKS] * 2, "ids and weights travel in the rows' tails"
+    assert "host read" not in backward
     assert forward.count("issue exchange of counts") == (mode == "dropless")
     assert not any("counts" in event for event in backward), "backward uses the forward's counts"
 
@@ -103,17 +116,15 @@ class HostReads:
         return call
 
 
-def host_reads(mode: str, most: int | None) -> int:
+def host_reads(mode: str, most: int | None, **sizes: int) -> int:
     """In a forward and a backward, leaving out what is compared on CPUs alone."""
-    from moe_triton.distributed.exchange.channel import Channel
-
-    parallel = ExpertParallel(fresh_groups(ep=4), mode=mode, chunks=2, max_tokens_per_rank=most)
+    parallel = ExpertParallel(fresh_groups(**(sizes or {"ep": 4})), mode=mode, chunks=2, max_tokens_per_rank=most)
     case = Case([6] * 4, layer={"capacity_factor": 1.0, "aux_loss_weight": 0.1})
     layer = parity.make_layer(case, parallel)
     x = torch.randn(6, HIDDEN, dtype=case.dtype, requires_grad=True)
     layer(x)  # the first call compares configurations, on every device
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Channel, "agree", lambda self, what, phase, device: 1)
+        patch.setattr(channel.Channel, "agree", lambda self, what, phase, device: 1)
         reads = HostReads(patch)
         out = layer(x)
         (out.output.sum() + out.aux_loss).backward()
@@ -122,5 +133,16 @@ def host_reads(mode: str, most: int | None) -> int:
 
 @pytest.mark.parametrize(("mode", "most"), products(mode=MODES, most=(6, None)))
 def test_host_reads(four_ranks, mode, most):
-    wanted = 1 if mode == "dropless" or most is None else 0
+    # of the first chunk's counts, and of the others', which have come by then
+    wanted = 2 if mode == "dropless" else int(most is None)
     assert four_ranks.run(host_reads, mode, most) == [wanted] * 4
+
+
+def host_reads_with_slices(mode: str) -> int:
+    return host_reads(mode, 6, ep=2, etp=2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_host_reads_with_slices_of_experts(four_ranks, mode):
+    wanted = 3 if mode == "dropless" else 0  # one more for the sizes, which differ between the slices' ranks
+    assert four_ranks.run(host_reads_with_slices, mode) == [wanted] * 4

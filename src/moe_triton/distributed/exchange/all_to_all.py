@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from moe_triton.distributed.exchange import transport as transports
@@ -14,6 +12,7 @@ from moe_triton.distributed.exchange.channel import Channel
 from moe_triton.distributed.exchange.overlap import Deferred
 from moe_triton.distributed.exchange.rows import Exchange
 from moe_triton.distributed.exchange.stages import ExchangeSpec, InnerStage
+from moe_triton.distributed.exchange.tensor_parallel import SliceSizes
 from moe_triton.distributed.exchange.transport import Shape, Transport
 
 
@@ -25,7 +24,7 @@ class AllToAll:
     max_rows_per_pair: int | None = None
 
     def __call__(self, inner: InnerStage, spec: ExchangeSpec) -> Exchange:
-        def planner(ids: Tensor, weights: Tensor, _assignments: int) -> Callable[[], Transport]:
+        def planner(ids: Tensor, weights: Tensor, _assignments: int) -> Callable[[Callable[[], None]], Transport]:
             return self._plan(ids, weights, spec)
 
         return Exchange(
@@ -33,10 +32,14 @@ class AllToAll:
             dispatch_dtype=spec.dispatch_dtype, overlap_with=spec.overlap_with,
         )  # fmt: skip
 
-    def _plan(self, ids: Tensor, weights: Tensor, spec: ExchangeSpec) -> Callable[[], Transport]:
+    def has_fixed_sizes(self, places: int | None) -> bool:
+        """Return whether every rank receives equally many rows, of which some may be padding."""
+        return self.mode in ("bounded", "allgather") or (self.mode == "capacity" and places is not None)
+
+    def _plan(self, ids: Tensor, weights: Tensor, spec: ExchangeSpec) -> Callable[[Callable[[], None]], Transport]:
         channel, shape, max_tokens = spec.channel, spec.shape, spec.max_tokens
-        if self.mode == "dropless" or (self.mode == "capacity" and spec.places is None):
-            return transports.plan_dropless(channel, ids, weights, shape)
+        if not self.has_fixed_sizes(spec.places):
+            return transports.plan_dropless(channel, ids, weights, shape, spec.slices)
         assert max_tokens is not None
         if spec.places is not None:
             transport = transports.plan_capacity(channel, ids, weights, shape, capacity=spec.places)
@@ -49,18 +52,23 @@ class AllToAll:
                 spec.watch(channel, overflow, f"more rows for another rank than {limit}")
         else:
             transport = transports.plan_allgather(channel, ids, weights, shape, max_tokens=max_tokens)
-        return lambda: transport
+        return lambda meanwhile: transport
 
 
-def exchange_over_slices(inner: InnerStage, shape: Shape, channel: Channel, overlap_with: Deferred | None) -> Exchange:
-    """Return the exchange between slices of the same experts: each sees all rows, partial sums are added at home."""
+def exchange_over_slices(
+    inner: InnerStage, shape: Shape, channel: Channel, sizes: SliceSizes | None, overlap_with: Deferred | None
+) -> Exchange:
+    """Return the exchange between slices of the same experts: each sees all rows, partial sums are added at home.
+
+    sizes: None where all of these ranks have room for equally many rows and assignments.
+    """
     whole = replace(shape, chunks=1, per_rank=shape.num_experts)
 
-    def planner(ids: Tensor, weights: Tensor, assignments: int) -> Callable[[], Transport]:
-        sizes = torch.tensor([ids.shape[0], assignments], device=ids.device)
-        channel.all_reduce(sizes, "exchange of the row counts", dist.ReduceOp.MAX)
-        rows, most = sizes.tolist()
+    def planner(ids: Tensor, weights: Tensor, assignments: int) -> Callable[[Callable[[], None]], Transport]:
+        rows, most = ids.shape[0], assignments
+        if sizes is not None:
+            rows, most = sizes.next(rows, most, ids.device)
         transport = transports.plan_allgather(channel, ids, weights, whole, max_tokens=rows, assignments=most)
-        return lambda: transport
+        return lambda meanwhile: transport
 
     return Exchange(planner=planner, inner=inner, channel=channel, backend=shape.backend, overlap_with=overlap_with)

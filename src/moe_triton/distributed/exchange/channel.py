@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import pickle
-import zlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,15 +19,19 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from moe_triton.distributed.errors import ConfigurationMismatch, ExpertParallelError
-from moe_triton.distributed.exchange.failure_board import FailureBoard, failure_board, identity, logger
-from moe_triton.distributed.groups import Group, all_gather_single, device_type, has_cpu_backend
+from moe_triton.distributed.exchange.failure_board import FailureBoard, failure_board, knows_ranks, logger
+from moe_triton.distributed.exchange.processes import identity
+from moe_triton.distributed.exchange.schedule import Schedule, fingerprint_of
+from moe_triton.distributed.groups import Group, all_gather_single, device_type, group_from_handle, has_cpu_backend
 from moe_triton.torch_internals import ends_recomputation
 
 Listener = Callable[[str], None]
+Error = TypeVar("Error", bound=BaseException)
 
 ISSUE, WAIT = "moe_triton: ", "moe_triton, wait: "  # names of ranges in torch.profiler, and then the phase's
-MOST_AGREED = 4096  # fingerprints of a group that are kept
 POLL_INTERVAL_S = 0.2  # how long to wait for a collective before checking whether it can still complete
+SPIN_S = 0.001  # how long to ask a device without a pause
+COMPARE_ALWAYS = "MOE_TRITON_COMPARE_ALWAYS"  # set to 1, ranks on GPUs compare every call, over a gloo group
 
 
 class Work(Protocol):
@@ -71,7 +76,13 @@ class Channel:
 
     def all_reduce(self, tensor: Tensor, phase: str, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
         """Reduce over the ranks, in place, and wait for it; a sum by default."""
-        self._issue(phase, tensor, lambda: dist.all_reduce(tensor, op, group=self.group.handle, async_op=True))()
+        self.start_all_reduce(tensor, phase, op)()
+
+    def start_all_reduce(
+        self, tensor: Tensor, phase: str, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+    ) -> Callable[[], None]:
+        """Start to reduce over the ranks, in place; a sum by default. Return the wait for it."""
+        return self._issue(phase, tensor, lambda: dist.all_reduce(tensor, op, group=self.group.handle, async_op=True))
 
     def broadcast(self, tensor: Tensor, phase: str, source: int = 0) -> None:
         """Send the tensor of a rank of the group, by default of the first, to all, in place, and wait for it."""
@@ -106,61 +117,117 @@ class Channel:
         return torch.device("cpu" if has_cpu_backend(self.group.handle) else device_type())
 
     def agree(self, what: Mapping[str, object], phase: str, device: torch.device) -> int:
-        """Return a fingerprint of `what` the ranks are about to do, once it is known to be the same on all of them.
+        """Return the hash of all that this rank has done on the group, with `what` it is about to do.
 
-        On a CPU it is compared every time, in one small message: gloo answers messages of unequal sizes with stale rows
-        or with an abort. Elsewhere it would cost a host sync, and is compared when it is new.
+        On a CPU `what` is compared at once, in one small message: gloo answers messages of unequal sizes with stale
+        rows or with an abort. Elsewhere that would be a host sync: the hash travels with the counts of mode "dropless",
+        and is compared once a step (`end_step`), or at once where MOE_TRITON_COMPARE_ALWAYS is 1.
 
         Raises:
             ConfigurationMismatch: on every rank, with what differs.
         """
-        fingerprint = zlib.crc32(repr(sorted(what.items())).encode()) & 0x7FFFFFFF
-        name = self.group.name
-        agreed = failure_board().agreed[name]
-        if device.type != "cpu" and fingerprint in agreed:
-            return fingerprint
+        name, fingerprint = self.group.name, fingerprint_of(what)
+        board = self._board(phase)
+        board.doing = what
+        schedule = board.schedules.setdefault(name, Schedule(self.group))
+        rolling = schedule.add(what, fingerprint)
+        if not only_queues(device):
+            self._compare(fingerprint, phase, device)
+        elif os.environ.get(COMPARE_ALWAYS) == "1":
+            replace(self, group=self._side_group(board))._compare(fingerprint, phase, torch.device("cpu"))
+        return rolling
+
+    def _compare(self, fingerprint: int, phase: str, device: torch.device) -> None:
         everybody = torch.empty(self.group.size, dtype=torch.int64, device=device)
         self.all_gather(everybody, torch.tensor([fingerprint], device=device), phase)()
         if any(other != fingerprint for other in everybody.tolist()):
-            raise ConfigurationMismatch(f"{self.where(phase)}: {self._differences(what)}")
-        if len(agreed) == MOST_AGREED and fingerprint not in agreed:
-            agreed.clear()  # on all ranks of the group at once: they have agreed on the same things
-        agreed.add(fingerprint)
-        return fingerprint
+            raise self.mismatch(phase)
 
-    def _differences(self, mine: Mapping[str, object]) -> str:
-        theirs = self.gather_objects(dict(mine), "comparison of what differs")
-        differences = [
-            f"{name}: {mine.get(name)!r} here, {other.get(name)!r} on rank {rank}"
-            for rank, other in zip(self.group.ranks, theirs, strict=True)
-            if isinstance(other, dict)
-            for name in dict.fromkeys((*mine, *other))
-            if other.get(name) != mine.get(name)
-        ]
-        return f"the ranks of the group differ in {'; '.join(differences) or 'nothing here, but between others'}"
+    def calls(self) -> list[Mapping[str, object]]:
+        """Return what this rank has done on the group in this step, before what it is doing."""
+        schedule = failure_board().schedules.get(self.group.name)
+        return [] if schedule is None else list(schedule.calls)[:-1]
+
+    def mismatch(self, phase: str, calls: Sequence[Mapping[str, object]] = ()) -> ConfigurationMismatch:
+        """Return the error of ranks that have found that they differ: now, or in one of the `calls` before."""
+        board = failure_board()
+        before = {f"call {i}, {name}": value for i, what in enumerate(calls) for name, value in what.items()}
+        board.doing = {**board.doing, **before}
+        found = board.find_differences(self.group, f"{self.layer}, {phase}")
+        board.mark_handled()
+        return _reported(ConfigurationMismatch(f"{self.where(phase)}: {found}"))
+
+    def to_host(self, phase: str, *tensors: Tensor) -> Callable[[], list[list[int]]]:
+        """Start copying integer tensors to the host; what it returns waits for that copy alone, and gives the elements.
+
+        On a GPU the copy is one, into pinned memory, on a stream of its own behind what is queued now.
+        """
+        arrived, elements = copy_to_host(tensors)
+
+        def read() -> list[list[int]]:
+            board, start = self._board(phase), time.monotonic()
+            with self._error_context(phase, board):
+                while not arrived():
+                    if board.ended:
+                        raise RuntimeError("another rank has failed")
+                    if time.monotonic() - start > SPIN_S:
+                        time.sleep(SPIN_S / 10)
+            return elements()
+
+        return read
+
+    def _compare_late(
+        self, mine: int, calls: Sequence[Mapping[str, object]], device: torch.device
+    ) -> Callable[[], None]:
+        """Gather every rank's hash of what it has done; what is returned compares them."""
+        phase, board = f"comparison of the calls of step {failure_board().step - 1}", failure_board()
+        everybody = torch.empty(self.group.size, dtype=torch.int64, device=device)
+        self.all_gather(everybody, torch.tensor([mine], device=device), phase)()
+        read = self.to_host(phase, everybody)
+
+        def compare() -> None:
+            if any(other != mine for other in read()[0]):
+                board.doing = {}
+                raise self.mismatch(phase, calls)
+
+        return compare
+
+    def _side_group(self, board: FailureBoard) -> Group:
+        if self.group.name not in board.side_groups:
+            made = dist.new_group(list(self.group.ranks), backend="gloo", use_local_synchronization=True)
+            board.side_groups[self.group.name] = group_from_handle(made)
+        return board.side_groups[self.group.name]
+
+    def _board(self, phase: str) -> FailureBoard:
+        """The failure board, unless it says that the job has ended."""
+        board = failure_board()
+        if board.ended:
+            raise self._failure(phase, board, board.ended, "the process groups are aborted")
+        return board
 
     def _issue(self, phase: str, tensor: Tensor, start: Callable[[], Work | None]) -> Callable[[], None]:
-        name, board = self.group.name, failure_board()
-        if name not in board.identified:
+        board = self._board(phase)
+        if self.group.name not in board.identified:
             self._exchange_identities(board, tensor.device)
         self.note(f"issue {phase}")
-        board.issued[name] += 1
-        number = board.issued[name]
-        with self._error_context(phase, board, number), record_function(f"{ISSUE}{phase}"):
+        with self._error_context(phase, board), record_function(f"{ISSUE}{phase}"):
             work = start()
 
         def wait() -> None:
-            with self._error_context(phase, board, number), record_function(f"{WAIT}{phase}"):
-                if work is not None and tensor.device.type != "cpu":
-                    work.wait()  # this only queues
+            with self._error_context(phase, board), record_function(f"{WAIT}{phase}"):
+                if work is None:
                     return
-                if work is not None:
-                    self._wait_polling(work, board, number)
-            board.handled[name] = max(board.handled.get(name, 0), number)
+                if only_queues(tensor.device):
+                    work.wait()
+                    board.queue(self.group, f"{self.layer}, {phase}", tensor.device)
+                else:
+                    self._wait_polling(work, board, f"{self.layer}, {phase}")
+            if board.ended:
+                self._board(phase)
 
         return wait
 
-    def _wait_polling(self, work: Work, board: FailureBoard, number: int) -> None:
+    def _wait_polling(self, work: Work, board: FailureBoard, place: str) -> None:
         while True:
             try:
                 work.wait(timedelta(seconds=POLL_INTERVAL_S))
@@ -169,16 +236,18 @@ class Channel:
                 if work.is_completed():
                     work.wait()
                     return
-            if board.cannot_complete(self.group, number):
+            if board.cannot_complete(self.group, place):
                 raise RuntimeError("another rank has failed")
 
     def _exchange_identities(self, board: FailureBoard, device: torch.device) -> None:
         """Exchange who the group's processes are before its first collective: later the store may be gone."""
         board.identified.add(self.group.name)
         everybody = torch.empty(self.group.size, 3, dtype=torch.int64, device=device)
-        self.all_gather(everybody, torch.tensor([identity()], device=device), "exchange of process identities")()
-        for rank, (space, pid, started) in zip(self.group.ranks, everybody.tolist(), strict=True):
-            board.identities[rank] = (space, pid, started)
+        phase = "exchange of process identities"
+        self.all_gather(everybody, torch.tensor([identity()], device=device), phase)()
+        (found,) = self.to_host(phase, everybody)()
+        for i, rank in enumerate(self.group.ranks):
+            board.identities[rank] = (found[3 * i], found[3 * i + 1], found[3 * i + 2])
 
     def where(self, phase: str) -> str:
         """Name this rank, the layer and the phase, for a message."""
@@ -186,28 +255,52 @@ class Channel:
 
     def error_context(self, phase: str) -> AbstractContextManager[None]:
         """`with channel.error_context(phase):` name the error of other code's collective."""
-        board = failure_board()
-        return self._error_context(phase, board, board.issued[self.group.name])
+        return self._error_context(phase, failure_board())
 
     @contextmanager
-    def _error_context(self, phase: str, board: FailureBoard, number: int) -> Iterator[None]:
+    def _error_context(self, phase: str, board: FailureBoard) -> Iterator[None]:
         """Turn a collective's RuntimeError into one that names rank, layer, phase and the ranks that are missing."""
         try:
             yield
         except ExpertParallelError:
             raise
         except RuntimeError as error:
-            place = f"{self.layer}, {phase}"
-            board.report(place)
-            cause = board.find_cause(self.group, number)
-            board.report(place, cause)
-            reason = cause or board.describe_places(self.group, place)
+            reason = board.ended or board.explain(self.group, f"{self.layer}, {phase}")
             board.mark_handled()
-            message = f"{self.where(phase)}: {reason} ({_first_line(error) or type(error).__name__})"
-            logger.error(message)  # at once: a launcher may end this process before its traceback is printed
-            failure = ExpertParallelError(message)
-            failure.was_reported = True  # type: ignore[attr-defined]
-            raise failure from error
+            raise self._failure(phase, board, reason, _first_line(error) or type(error).__name__) from error
+
+    def _failure(self, phase: str, board: FailureBoard, reason: str, detail: str) -> ExpertParallelError:
+        message = f"{self.where(phase)}: {reason} (step {board.step}; {detail})"
+        logger.error(message)  # at once: a launcher may end this process before its traceback is printed
+        return _reported(ExpertParallelError(message))
+
+
+def only_queues(device: torch.device) -> bool:
+    """Return whether waiting for a collective of tensors on this device only queues work there."""
+    return device.type != "cpu"
+
+
+def end_step(layer: str, device: torch.device) -> None:
+    """Compare what the ranks have done in this step, where it was not compared at once. Called on every rank.
+
+    The comparison is read at the end of the next step, so that no rank waits for it.
+
+    Raises:
+        ConfigurationMismatch: on the ranks of a group that did not all do the same in the step before.
+    """
+    board = failure_board()
+    changed = [schedule for schedule in board.schedules.values() if schedule.rolling != schedule.compared]
+    if not changed:
+        return
+    board.step += 1
+    comparisons, board.comparisons = board.comparisons, []
+    for compare in comparisons:
+        compare()
+    for schedule in sorted(changed, key=lambda schedule: schedule.group.name):
+        mine, calls = schedule.rolling, schedule.cut()
+        if only_queues(device):
+            channel = Channel(group=schedule.group, layer=layer)
+            board.comparisons.append(channel._compare_late(mine, calls, device))
 
 
 class report_failure:
@@ -220,44 +313,41 @@ class report_failure:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, _trace: object) -> None:
-        if error is None or hasattr(error, "was_reported") or ends_recomputation(error):
+        if error is None or hasattr(error, "was_reported") or ends_recomputation(error) or not knows_ranks():
             return
-        error.was_reported = True  # type: ignore[attr-defined]
-        if not dist.is_initialized():
-            return
+        _reported(error)
         board = failure_board()
-        board.report(self.layer, f"rank {dist.get_rank()} failed with {type(error).__name__}: {_first_line(error)}")
+        if board.ended and isinstance(error, Exception):  # it has read what an aborted collective left
+            raise _reported(ExpertParallelError(f"rank {board.rank}, {self.layer}: {board.ended}")) from error
+        board.report(self.layer, f"rank {board.rank} failed with {type(error).__name__}: {_first_line(error)}")
+        board.stay()
         board.mark_handled()
+
+
+def _reported(error: Error) -> Error:
+    """The error, marked as one that the other ranks know of."""
+    error.was_reported = True  # type: ignore[attr-defined]
+    return error
 
 
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "")
 
 
-def to_host(*tensors: Tensor) -> Callable[[], list[list[int]]]:
-    """Start copying integer tensors to the host; what it returns waits for that copy alone and gives their elements.
-
-    On a GPU the copy is one, into pinned memory, on a stream of its own behind what is queued now.
-    """
+def copy_to_host(tensors: Sequence[Tensor]) -> tuple[Callable[[], bool], Callable[[], list[list[int]]]]:
+    """Start the copy of `Channel.to_host`: (whether it has arrived, the elements by tensor)."""
     sizes = [tensor.numel() for tensor in tensors]
     packed = torch.cat([tensor.reshape(-1).to(torch.int64) for tensor in tensors])
     if packed.device.type != "cuda":
-        host, done = packed, None
-    else:
-        host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
-        side = _copy_stream(packed.device)
-        side.wait_stream(torch.cuda.current_stream(packed.device))
-        with torch.cuda.stream(side):
-            host.copy_(packed, non_blocking=True)
-            done = side.record_event()
-        packed.record_stream(side)
-
-    def read() -> list[list[int]]:
-        if done is not None:
-            done.synchronize()
-        return [part.tolist() for part in host.split(sizes)]
-
-    return read
+        return lambda: True, lambda: [part.tolist() for part in packed.split(sizes)]
+    host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+    side = _copy_stream(packed.device)
+    side.wait_stream(torch.cuda.current_stream(packed.device))
+    with torch.cuda.stream(side):
+        host.copy_(packed, non_blocking=True)
+        done = side.record_event()
+    packed.record_stream(side)
+    return done.query, lambda: [part.tolist() for part in host.split(sizes)]
 
 
 @cache

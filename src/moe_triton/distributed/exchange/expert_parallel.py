@@ -31,7 +31,12 @@ from moe_triton.distributed.exchange.stages import (
     Stage,
 )
 from moe_triton.distributed.exchange.telemetry import metered_exchange, metered_experts
-from moe_triton.distributed.exchange.tensor_parallel import gather_tokens, slice_tokens, sum_slices_gradients
+from moe_triton.distributed.exchange.tensor_parallel import (
+    SliceSizes,
+    gather_tokens,
+    slice_tokens,
+    sum_slices_gradients,
+)
 from moe_triton.distributed.exchange.transport import Shape
 from moe_triton.distributed.expert_groups import all_ep_groups, expert_groups, two_levels
 from moe_triton.distributed.groups import Group, ParallelGroups, number_of_ranks
@@ -189,8 +194,9 @@ class ExpertParallel:
         if self.ep.size == 1:
             return num_tokens
         most = torch.tensor([num_tokens], device=device)
-        self._channel(self.ep, layer).all_reduce(most, "exchange of the token counts", dist.ReduceOp.MAX)
-        return int(most.item())
+        channel, phase = self._channel(self.ep, layer), "exchange of the token counts"
+        channel.all_reduce(most, phase, dist.ReduceOp.MAX)
+        return channel.to_host(phase, most)()[0][0]
 
     def _token_limit(self, num_tokens: int, device: torch.device, layer: str) -> int | None:
         """The most tokens of any rank in this call; None where the exchange does not need it, or nobody said it."""
@@ -255,7 +261,7 @@ class ExpertParallel:
             refuse_plain_ddp(layer.name, layer.held(), self.has_copies_on)
             ids = layer.ids(dispatched)
             what = self._configuration(hidden, ids, experts, layer)
-            fingerprint = self._agree(what, layer.name, "forward", hidden.device)
+            schedule = self._agree(what, layer.name, "forward", hidden.device)
             num_tokens, tp = hidden.shape[0], self._channel(self.tp, layer.name)
             if self.tp.size > 1:
                 tp.agree({"tokens of the tp ranks": num_tokens}, "comparison of the number of tokens", hidden.device)
@@ -264,7 +270,7 @@ class ExpertParallel:
                 hidden, weights, ids = (slice_tokens(x, tp) for x in (hidden, weights, ids))
             shape = Shape(
                 num_experts=layer.num_experts, per_rank=-(-layer.num_experts // self.ep.size), chunks=self.chunks,
-                deduplicate=layer.deduplicate and self.deduplicate, backend=experts.backend, fingerprint=fingerprint,
+                deduplicate=layer.deduplicate and self.deduplicate, backend=experts.backend, schedule=schedule,
             )  # fmt: skip
             places = layer.capacity(limit) if self.mode == "capacity" and limit is not None else None
             limit = None if limit is None else -(-limit // self.tp.size)
@@ -320,16 +326,21 @@ class ExpertParallel:
         inner = metered_experts(experts, layer.meters, self.first_expert(layer.num_experts))
         if overlap_with is not None:
             overlap_with.meters = layer.meters
+        sizes = None
         if self.etp.size > 1:
             slices = self._channel(self.etp, f"{layer.name}, expert slices")
-            inner = exchange_over_slices(inner, shape, slices, None if levels else overlap_with)
+            are_equal = (
+                bool(levels) and self.make_exchange is self.own_exchange and self.own_exchange.has_fixed_sizes(places)
+            )
+            sizes = None if are_equal else SliceSizes(slices)
+            inner = exchange_over_slices(inner, shape, slices, sizes, None if levels else overlap_with)
         specs = [
             ExchangeSpec(
                 channel=self._channel(group, layer.name), shape=level, watch=self._overflows.watch, max_tokens=limit,
-                places=places, dispatch_dtype=self.dispatch_dtype,
-                overlap_with=overlap_with if group is levels[-1][0] else None,
+                places=places, dispatch_dtype=self.dispatch_dtype, slices=sizes if i == 0 else None,
+                overlap_with=overlap_with if i == len(levels) - 1 else None,
             )
-            for group, level in levels
+            for i, (group, level) in enumerate(levels)
         ]  # fmt: skip
         for spec in specs[:-1]:
             inner = self.own_exchange(inner, spec)
@@ -354,13 +365,14 @@ class ExpertParallel:
         }  # fmt: skip
 
     def _agree(self, what: Mapping[str, object], layer: str, direction: str, device: torch.device) -> int:
-        """The fingerprint of what is about to happen, once all ranks are known to be about to do the same."""
+        """The schedule of the expert-parallel group with what is about to happen; compared as `Channel.agree` says."""
         what = {"layer": str(layer), "direction": direction, **what}
-        phase, fingerprint = f"comparison of configurations ({direction})", 0
+        phase, schedule = f"comparison of configurations ({direction})", 0
         for group in (self.ep, self.etp, self.tp):
             if group.size > 1:
-                fingerprint = self._channel(group, layer).agree(what, phase, device)
-        return fingerprint
+                rolling = self._channel(group, layer).agree(what, phase, device)
+                schedule = rolling if group is self.ep else schedule
+        return schedule
 
     def __repr__(self) -> str:
         return f"ExpertParallel(ep={self.ep.size}, etp={self.etp.size}, mode={self.mode!r}, chunks={self.chunks})"

@@ -18,12 +18,15 @@ from moe_triton.records import Dispatch, ExpertCall, ExpertSpec, ExpertWeight, R
 
 @dataclass
 class LocalCall:
-    """One forward of the local experts: where its tensors are in Saved, its Dispatch, and what backward leaves."""
+    """One forward of the local experts: where its tensors are in Saved, and what backward leaves.
+
+    dispatched  of the four tensors of its Dispatch
+    """
 
     x: int
     weights: int
     preactivation: int
-    dispatched: Dispatch
+    dispatched: tuple[int, int, int, int]
     grad_out: Tensor | None = None
     gradients: RowGradients | None = None
 
@@ -70,13 +73,17 @@ class LocalExperts:
         self.note(f"experts {len(self.calls)}")
         call, keep = self._call(x, weights, dispatched, saved), saved.is_training and not self.recompute
         out, preactivation = self._experts(x.device).experts_forward(call, keep)
-        self.calls.append(LocalCall(saved.put(x), saved.put(weights), saved.put(preactivation), dispatched))
+        counts, offsets, source, position = map(
+            saved.put, (dispatched.counts, dispatched.offsets, dispatched.source, dispatched.position)
+        )
+        places = (counts, offsets, source, position)
+        self.calls.append(LocalCall(saved.put(x), saved.put(weights), saved.put(preactivation), places))
         return out
 
     def start_backward(self, call: int, grad: Tensor, saved: Saved) -> Callable[[], tuple[Tensor, Tensor]]:
         here = self.calls[call]
         self.note(f"row gradients {call}")
-        done = self._call(saved[here.x], saved[here.weights], here.dispatched, saved)
+        done = self._call(saved[here.x], saved[here.weights], _dispatch_of(here, saved), saved)
         rows = self._experts(grad.device).experts_backward_rows(done, grad, saved[here.preactivation], Wanted())
         here.grad_out, here.gradients = grad, rows
         assert rows.hidden is not None
@@ -107,10 +114,12 @@ class LocalExperts:
         gradients = [call.gradients for call in self.calls if call.gradients is not None]
         if len(self.calls) == 1:
             only = self.calls[0]
-            return self._call(saved[only.x], saved[only.weights], only.dispatched, saved), grad_outs[0], gradients[0]
+            only_dispatched = _dispatch_of(only, saved)
+            return self._call(saved[only.x], saved[only.weights], only_dispatched, saved), grad_outs[0], gradients[0]
         weights = torch.cat([saved[call.weights] for call in self.calls])
-        experts = torch.cat([chosen_experts(call.dispatched) for call in self.calls])
-        num_rows = sum(call.dispatched.source.shape[0] for call in self.calls)
+        parts = [_dispatch_of(call, saved) for call in self.calls]
+        experts = torch.cat([chosen_experts(dispatched) for dispatched in parts])
+        num_rows = sum(dispatched.source.shape[0] for dispatched in parts)
         whole = dispatch(experts, self.num_experts, backend=self.backend)
         merged = self._call(joined([saved[call.x] for call in self.calls]), weights, _shortened(whole, num_rows), saved)
         return (
@@ -119,22 +128,28 @@ class LocalExperts:
             RowGradients(
                 hidden=None,
                 weights=None,
-                preactivation=self._merged([g.preactivation for g in gradients], merged.dispatched, num_rows),
-                weighted_a=self._merged([g.weighted_a for g in gradients], merged.dispatched, num_rows),
+                preactivation=_merged(parts, [g.preactivation for g in gradients], merged.dispatched, num_rows),
+                weighted_a=_merged(parts, [g.weighted_a for g in gradients], merged.dispatched, num_rows),
             ),
         )
 
-    def _merged(self, parts: Sequence[Tensor], whole: Dispatch, num_rows: int) -> Tensor:
-        """The calls' rows in the order of their common Dispatch."""
-        out = parts[0].new_empty(num_rows + 1, parts[0].shape[1])  # one more for the rows past a call's end
-        first_slot = 0
-        for call, part in zip(self.calls, parts, strict=True):
-            source = call.dispatched.source.long()
-            if source.numel() > 0:
-                row = whole.position.reshape(-1)[(first_slot + source).clamp_min(0)].long()
-                out[torch.where(source >= 0, row, num_rows)] = part
-            first_slot += call.dispatched.position.numel()
-        return out[:num_rows]
+
+def _dispatch_of(call: LocalCall, saved: Saved) -> Dispatch:
+    counts, offsets, source, position = (saved[place] for place in call.dispatched)
+    return Dispatch(counts=counts, offsets=offsets, source=source, position=position)
+
+
+def _merged(calls: Sequence[Dispatch], parts: Sequence[Tensor], whole: Dispatch, num_rows: int) -> Tensor:
+    """The calls' rows in the order of their common Dispatch."""
+    out = parts[0].new_empty(num_rows + 1, parts[0].shape[1])  # one more for the rows past a call's end
+    first_slot = 0
+    for dispatched, part in zip(calls, parts, strict=True):
+        source = dispatched.source.long()
+        if source.numel() > 0:
+            row = whole.position.reshape(-1)[(first_slot + source).clamp_min(0)].long()
+            out[torch.where(source >= 0, row, num_rows)] = part
+        first_slot += dispatched.position.numel()
+    return out[:num_rows]
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from moe_triton.distributed.errors import ExpertParallelError
-from moe_triton.distributed.exchange.channel import Channel, to_host
+from moe_triton.distributed.exchange.channel import Channel
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Overflows:
         """
         flags = overflow.new_empty(channel.group.size)
         channel.all_gather(flags, overflow.reshape(1), "exchange of overflows")()
-        self.found.append((channel, limit, to_host(flags)))
+        self.found.append((channel, limit, channel.to_host("exchange of overflows", flags)))
         if overflow.device.type == "cpu":
             self.check()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,17 +14,23 @@ from moe_triton.distributed.exchange.channel import Channel
 from moe_triton.distributed.exchange.fp8_rows import pack_rows, unpack_rows
 from moe_triton.distributed.exchange.overlap import Deferred
 from moe_triton.distributed.exchange.stages import InnerStage, Saved
+from moe_triton.distributed.exchange.tails import parts_of, tail_of, tail_width
 from moe_triton.distributed.exchange.transport import Transport
 
-# ids, weights and the most (row, id) pairs -> the wait for the transport
-Planner = Callable[[Tensor, Tensor, int], Callable[[], Transport]]
+# ids, weights and the most (row, id) pairs -> the wait for the transport, which may compute something meanwhile
+Planner = Callable[[Tensor, Tensor, int], Callable[[Callable[[], None]], Transport]]
 
 
 @dataclass
 class ExchangeCall:
-    """One forward of an exchange: its transport, and which calls of the inner stage its chunks were."""
+    """One forward of an exchange: its transport, and which calls of the inner stage its chunks were.
+
+    The transport's tensors are in Saved, at `tokens` and `position`.
+    """
 
     transport: Transport
+    tokens: int
+    position: int
     inner_calls: range
 
 
@@ -33,8 +39,9 @@ class Exchange:
     """Sends rows to where their experts are, lets the inner stage compute there, and sums what comes back.
 
     The exchange of chunk i+1 is issued before chunk i is computed, and in backward a chunk's results leave before the
-    next chunk is computed. `overlap_with` is computed once, while the first chunk travels. With a `dispatch_dtype` of
-    fp8 the rows of forward travel as codes and scales; results and gradients travel as they are.
+    next chunk is computed. `overlap_with` is computed once: while the counts travel, where they do, else while the
+    first chunk does. With a `dispatch_dtype` of fp8 the rows of forward travel as codes and scales; results and
+    gradients travel as they are.
     """
 
     planner: Planner
@@ -47,37 +54,40 @@ class Exchange:
     inner_calls: int = 0
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, assignments: int, saved: Saved) -> Tensor:
-        transport = self.planner(ids, weights, assignments)()
+        transport = self.planner(ids, weights, assignments)(self._compute_beside)
         chunks, bounds = transport.chunks, transport.received_bounds
-        rows, packed = transport.expand(x if self.dispatch_dtype is None else pack_rows(x)), transport.packed()
-        arrived = rows.new_empty(bounds[-1], rows.shape[1])
-        arrived_packed = packed.new_empty(bounds[-1], packed.shape[1])
+        sent = x if self.dispatch_dtype is None else pack_rows(x)
+        width, message = sent.shape[1], transport.message(sent)
+        arrived = message.new_empty(bounds[-1], message.shape[1])
+        rows = x.new_empty(bounds[-1], x.shape[1])  # of all chunks in one buffer, so that nothing joins them later
         home = x.new_empty(transport.home_bounds[-1], x.shape[1])
 
-        def start(chunk: int) -> list[Callable[[], None]]:
-            return [
-                transport.start(packed, arrived_packed, chunk, f"ids of chunk {chunk}"),
-                transport.start(rows, arrived, chunk, f"rows of chunk {chunk}"),
-            ]
+        def start(chunk: int) -> Callable[[], None]:
+            return transport.start(message, arrived, chunk, f"rows of chunk {chunk}")
 
         pending, returning = [start(0)], []
-        if self.overlap_with is not None:
-            self.overlap_with.compute()
+        self._compute_beside()
         for chunk in range(chunks):
             if chunk + 1 < chunks:
                 pending.append(start(chunk + 1))
-            for wait in pending[chunk]:
-                wait()
+            pending[chunk]()
             here = slice(bounds[chunk], bounds[chunk + 1])
-            row_ids, row_weights = transport.unpacked(arrived_packed[here])
-            row_x = arrived[here]
-            row_x = row_x if self.dispatch_dtype is None else unpack_rows(row_x, x.shape[1], x.dtype)
-            y = self.inner.forward(row_x, row_ids, row_weights, transport.assignments[chunk], saved)
+            row_x = arrived[here, :width]
+            rows[here] = row_x if self.dispatch_dtype is None else unpack_rows(row_x, x.shape[1], x.dtype)
+            row_ids, row_weights = transport.ids_and_weights(arrived[here], width)
+            y = self.inner.forward(rows[here], row_ids, row_weights, transport.assignments[chunk], saved)
             returning.append(transport.start_back(y, home, chunk, f"results of chunk {chunk}"))
         for wait in returning:
             wait()
         first, self.inner_calls = self.inner_calls, self.inner_calls + chunks
-        self.calls.append(ExchangeCall(transport=transport, inner_calls=range(first, self.inner_calls)))
+        self.calls.append(
+            ExchangeCall(
+                transport=transport.without_tensors(),
+                tokens=saved.put(transport.tokens),
+                position=saved.put(transport.position),
+                inner_calls=range(first, self.inner_calls),
+            )
+        )
         return self._combine(home, transport)
 
     def forward_sorted(self, x: Tensor, weights: Tensor, counts: Tensor, starts: Tensor | None, saved: Saved) -> Tensor:
@@ -86,12 +96,12 @@ class Exchange:
 
     def start_backward(self, call: int, grad: Tensor, saved: Saved) -> Callable[[], tuple[Tensor, Tensor]]:
         """Issue all of backward's exchanges; what is returned waits for the last ones and sums up."""
-        here, transport = self.calls[call], self.calls[call].transport
-        chunks, bounds, home_rows = transport.chunks, transport.received_bounds, transport.home_bounds[-1]
+        here = self.calls[call]
+        transport = replace(here.transport, tokens=saved[here.tokens], position=saved[here.position])
+        chunks, bounds, d, weights = transport.chunks, transport.received_bounds, grad.shape[1], [transport.weights]
         rows = transport.expand(grad)
-        arrived = grad.new_empty(bounds[-1], grad.shape[1])
-        home = grad.new_empty(home_rows, grad.shape[1])
-        home_weights = transport.weights.new_empty(home_rows, transport.weights.shape[1])
+        arrived = grad.new_empty(bounds[-1], d)
+        home = grad.new_empty(transport.home_bounds[-1], d + tail_width(weights, grad.dtype))
 
         def start(chunk: int) -> Callable[[], None]:
             return transport.start(rows, arrived, chunk, f"output gradients of chunk {chunk}")
@@ -103,17 +113,20 @@ class Exchange:
             pending[chunk]()
             part = arrived[bounds[chunk] : bounds[chunk + 1]]
             grad_x, grad_weights = self.inner.start_backward(here.inner_calls[chunk], part, saved)()
-            returning += [
-                transport.start_back(grad_x, home, chunk, f"row gradients of chunk {chunk}"),
-                transport.start_back(grad_weights, home_weights, chunk, f"router weights' gradients of chunk {chunk}"),
-            ]
+            message = torch.cat([grad_x, tail_of([grad_weights], grad.dtype)], dim=1)
+            returning.append(transport.start_back(message, home, chunk, f"row gradients of chunk {chunk}"))
 
         def finish() -> tuple[Tensor, Tensor]:
             for wait in returning:
                 wait()
-            return self._combine(home, transport), transport.choice_gradients(home_weights)
+            (grad_weights,) = parts_of(home[:, d:], weights)
+            return self._combine(home[:, :d].contiguous(), transport), transport.choice_gradients(grad_weights)
 
         return finish
+
+    def _compute_beside(self) -> None:
+        if self.overlap_with is not None:
+            self.overlap_with.compute()
 
     def _combine(self, rows: Tensor, transport: Transport) -> Tensor:
         return runtime.experts_backend(self.backend, rows.device).combine_rows(rows, transport.position)

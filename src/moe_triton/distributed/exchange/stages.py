@@ -20,6 +20,7 @@ from moe_triton.dispatch import chosen_experts
 from moe_triton.distributed.exchange.channel import Channel
 from moe_triton.distributed.exchange.meter import ExchangeMeter
 from moe_triton.distributed.exchange.overlap import Deferred
+from moe_triton.distributed.exchange.tensor_parallel import SliceSizes
 from moe_triton.distributed.exchange.transport import Shape
 from moe_triton.distributed.groups import Group
 from moe_triton.records import Dispatch
@@ -122,6 +123,8 @@ class ExchangeSpec:
     places          of an expert in what one rank sends, in mode "capacity"
     dispatch_dtype  what rows are sent as in the forward pass; None: as they are
     overlap_with    may be computed while rows travel; what is not computed there is computed afterwards
+    slices          where ranks hold slices of the same experts: may be given the sizes of what arrives before it does,
+                    which saves an exchange of them for each chunk
     """
 
     channel: Channel
@@ -131,6 +134,7 @@ class ExchangeSpec:
     places: int | None = None
     dispatch_dtype: torch.dtype | None = None
     overlap_with: Deferred | None = None
+    slices: SliceSizes | None = None
 
     @property
     def group(self) -> Group:

@@ -2,7 +2,8 @@
 
 Shapes: T tokens here, K choices, E experts over P ranks, L = ceil(E / P) experts per rank (the last rank may have
 fewer), R rows sent from here. Rows lie by chunk, then by destination; what arrives lies by chunk, then by source.
-A row carries J ids (local to the receiver, -1 for none) and J weights: J = K where a token travels once per rank, or 1.
+A row carries J ids (local to the receiver, -1 for none) and J weights in its tail: J = K where a token travels once per
+rank, or 1.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import torch
 from torch import Tensor
 
 from moe_triton.dispatch import dispatch
-from moe_triton.distributed.errors import ConfigurationMismatch, ExpertParallelError
-from moe_triton.distributed.exchange.channel import Channel, to_host
+from moe_triton.distributed.errors import ExpertParallelError
+from moe_triton.distributed.exchange.channel import Channel
+from moe_triton.distributed.exchange.tails import parts_of, tail_of, tail_width
+from moe_triton.distributed.exchange.tensor_parallel import SliceSizes
 from moe_triton.records import Dispatch
 
 Wait = Callable[[], None]
@@ -31,7 +34,7 @@ class Shape:
     chunks: int
     deduplicate: bool
     backend: str
-    fingerprint: int  # of the configuration, checked against the other ranks' with every variable-size exchange
+    schedule: int  # hash of all that this rank has done, compared with every variable-size exchange
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,15 +102,26 @@ class Transport:
         sizes = self.received[chunk] if self.gathers else self.sent[chunk]
         return self.channel.all_to_all(arriving, rows.contiguous(), sizes, self.received[chunk], phase)
 
-    def packed(self) -> Tensor:
-        """Pack ids and weights into one [R, .] int32, so that they travel in one message."""
-        return torch.cat([self.ids, self.weights.contiguous().view(torch.int32)], dim=1)
+    def message(self, x_Td: Tensor) -> Tensor:
+        """Return the rows to send with their ids and weights as tails, [R, d + t]."""
+        d, parts = x_Td.shape[1], (self.ids, self.weights)
+        out = x_Td.new_empty(self.tokens.shape[0], d + tail_width(parts, x_Td.dtype))
+        if x_Td.shape[0] > 0:
+            torch.index_select(x_Td, 0, self.tokens, out=out[:, :d])
+        else:
+            out[:, :d] = 0
+        out[:, d:] = tail_of(parts, x_Td.dtype)
+        return out
 
-    def unpacked(self, packed: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the ids and weights of arrived rows."""
-        width = self.ids.shape[1]
-        bits = packed[:, width:].clone(memory_format=torch.contiguous_format)  # aligned, as fp64 has to be
-        return packed[:, :width], bits.view(self.weights.dtype)
+    def ids_and_weights(self, arrived: Tensor, hidden_size: int) -> tuple[Tensor, Tensor]:
+        """Return the ids and weights of arrived messages."""
+        ids, weights = parts_of(arrived[:, hidden_size:], (self.ids, self.weights))
+        return ids, weights
+
+    def without_tensors(self) -> Transport:
+        """Return the host's part of it, which alone may outlive the forward pass: autograd keeps the tensors."""
+        ids, weights = (x.new_empty(0, x.shape[1]) for x in (self.ids, self.weights))
+        return replace(self, tokens=ids, ids=ids, weights=weights, position=ids)
 
     def choice_gradients(self, home_RJ: Tensor) -> Tensor:
         """Return the router weights' gradients [T, K], from those of the returned rows' slots."""
@@ -116,53 +130,64 @@ class Transport:
         return slots[:, :, 0] if self.by_choice else slots.sum(1)  # a choice's slot is zero in all rows but one
 
 
-def plan_dropless(channel: Channel, ids: Tensor, weights: Tensor, shape: Shape) -> Callable[[], Transport]:
-    """Plan exactly the rows that are wanted. Starts the exchange of counts; what it returns waits for them on the host.
+def plan_dropless(
+    channel: Channel, ids: Tensor, weights: Tensor, shape: Shape, slices: SliceSizes | None = None
+) -> Callable[[Callable[[], None]], Transport]:
+    """Plan exactly the rows that are wanted. Starts the exchange of counts, and prepares what needs none.
 
-    ids [T, K]: global, -1 where nothing is to be computed. The one message to each rank holds the fingerprint, the
-    rows of each chunk, and the assignments of each of its experts by chunk.
+    What is returned calls its argument, a computation to make meanwhile, and then waits for the counts on the host.
+
+    ids [T, K]: global, -1 where nothing is to be computed. The message to each rank is [4]: the schedule, the number of
+    chunks, and the rows and assignments of the first chunk. It has this size whatever the ranks are about to do, so
+    that they can find out that they differ. The counts of further chunks follow it. slices: learn what arrives here.
     """
     num_ranks, chunks, top_k = channel.group.size, shape.chunks, ids.shape[1]
     owner_TK = _owner(ids, shape)
     chunk_T1 = (torch.arange(ids.shape[0], device=ids.device) * chunks // max(ids.shape[0], 1))[:, None]
     dispatched = _by_bucket(owner_TK, chunk_T1, num_ranks, shape)
     rows_CP = dispatched.offsets.diff().view(chunks, num_ranks)
-    slot = torch.where(ids >= 0, chunk_T1 * num_ranks * shape.per_rank + ids, chunks * num_ranks * shape.per_rank)
-    experts_CPL = torch.zeros(chunks * num_ranks * shape.per_rank + 1, dtype=torch.int32, device=ids.device)
-    experts_CPL.scatter_add_(0, slot.reshape(-1).long(), torch.ones_like(slot, dtype=torch.int32).reshape(-1))
-    experts_PCL = experts_CPL[:-1].view(chunks, num_ranks, shape.per_rank).transpose(0, 1)
-    message = torch.cat(
-        [
-            torch.full((num_ranks, 1), shape.fingerprint, dtype=torch.int32, device=ids.device),
-            rows_CP.T,
-            experts_PCL.reshape(num_ranks, -1),
-        ],
-        dim=1,
-    ).contiguous()
-    answer = torch.empty_like(message)
-    ones = [1] * num_ranks
-    channel.all_to_all(answer, message, ones, ones, "exchange of counts")()  # on a GPU this only queues
-    read = to_host(answer, rows_CP)
+    bucket = torch.where(owner_TK >= 0, chunk_T1 * num_ranks + owner_TK, chunks * num_ranks).reshape(-1).long()
+    assigned = torch.zeros(chunks * num_ranks + 1, dtype=torch.int32, device=ids.device)
+    assigned.scatter_add_(0, bucket, torch.ones_like(bucket, dtype=torch.int32))
+    counts_PC2 = torch.stack([rows_CP, assigned[:-1].view(chunks, num_ranks)], dim=2).transpose(0, 1)
+    header = torch.empty(num_ranks, 4, dtype=torch.int32, device=ids.device)
+    header[:, 0], header[:, 1], header[:, 2:] = shape.schedule, chunks, counts_PC2[:, 0]
+    phase, ones = "exchange of counts", [1] * num_ranks
+    headers = torch.empty_like(header)
+    channel.all_to_all(headers, header, ones, ones, phase)()  # on a GPU this only queues
+    read = channel.to_host(phase, headers, rows_CP)
+    if chunks > 1:
+        more = counts_PC2[:, 1:].reshape(num_ranks, -1).contiguous()
+        further = torch.empty_like(more)
+        channel.all_to_all(further, more, ones, ones, "exchange of further counts")()
+        read_further = channel.to_host("exchange of further counts", further)
+    if slices is not None:
+        arriving = headers[:, 2:] if chunks == 1 else torch.cat([headers[:, 2:], further], dim=1)
+        read_slices = slices.start(arriving.sum(0).view(chunks, 2))
+    source = dispatched.source.clamp_min(0).long()
+    tokens = source // top_k
+    row_ids, row_weights = _row_slots(ids, weights, owner_TK, tokens, source % top_k, shape)
 
-    def finish() -> Transport:
+    def finish(meanwhile: Callable[[], None]) -> Transport:
+        meanwhile()
         flat, sent = read()
-        width = message.shape[1]
-        answers = [flat[i : i + width] for i in range(0, len(flat), width)]
-        _check_fingerprints(channel, shape.fingerprint, [row[0] for row in answers])
-        received = [[row[1 + chunk] for row in answers] for chunk in range(chunks)]
-        experts = [row[1 + chunks :] for row in answers]
-        span = shape.per_rank
-        assigned = [[sum(row[c * span : (c + 1) * span]) for row in experts] for c in range(chunks)]
-        _check_counts(channel, received, assigned, top_k if shape.deduplicate else 1)
-        assignments = [sum(row) for row in assigned]
+        if any(flat[i : i + 2] != [shape.schedule, chunks] for i in range(0, len(flat), 4)):
+            raise channel.mismatch(phase, channel.calls())
+        counts = [[(rows, wanted)] for rows, wanted in zip(flat[2::4], flat[3::4], strict=True)]
+        if chunks > 1:
+            pairs = iter(read_further()[0])
+            for found in counts:
+                found += [(next(pairs), next(pairs)) for _ in range(chunks - 1)]
+        _check_counts(channel, counts, top_k if shape.deduplicate else 1)
+        if slices is not None:
+            read_slices()
         num_rows = sum(sent)
-        source = dispatched.source[:num_rows].long()
-        tokens = source // top_k
-        row_ids, row_weights = _row_slots(ids, weights, owner_TK, tokens, source % top_k, shape)
         return Transport(
-            channel=channel, tokens=tokens, ids=row_ids, weights=row_weights, position=dispatched.position,
-            sent=[sent[c * num_ranks : (c + 1) * num_ranks] for c in range(chunks)], received=received,
-            assignments=assignments, by_choice=not shape.deduplicate,
+            channel=channel, tokens=tokens[:num_rows], ids=row_ids[:num_rows], weights=row_weights[:num_rows],
+            position=dispatched.position, sent=[sent[c * num_ranks : (c + 1) * num_ranks] for c in range(chunks)],
+            received=[[found[c][0] for found in counts] for c in range(chunks)],
+            assignments=[sum(found[c][1] for found in counts) for c in range(chunks)],
+            by_choice=not shape.deduplicate,
         )  # fmt: skip
 
     return finish
@@ -309,21 +334,12 @@ def _fixed_rows(
     )  # fmt: skip
 
 
-def _check_counts(
-    channel: Channel, received: Sequence[Sequence[int]], assigned: Sequence[Sequence[int]], most: int
-) -> None:
+def _check_counts(channel: Channel, counts: Sequence[Sequence[tuple[int, int]]], most: int) -> None:
     """Every announced row has one to `most` assignments: rows that do not come would be whatever was in the memory."""
-    for rows, wanted in zip(received, assigned, strict=True):
-        for rank, num_rows, num_assigned in zip(channel.group.ranks, rows, wanted, strict=True):
+    for rank, found in zip(channel.group.ranks, counts, strict=True):
+        for num_rows, num_assigned in found:
             if not 0 <= num_rows <= num_assigned <= num_rows * most:
                 where = channel.where("exchange of counts")
                 raise ExpertParallelError(
                     f"{where}: rank {rank} announced {num_rows} rows for {num_assigned} assignments"
                 )
-
-
-def _check_fingerprints(channel: Channel, mine: int, theirs: Sequence[int]) -> None:
-    ranks = [rank for rank, value in zip(channel.group.ranks, theirs, strict=True) if value != mine]
-    if ranks:
-        where, others = channel.where("exchange of counts"), ", ".join(map(str, ranks))
-        raise ConfigurationMismatch(f"{where}: rank {others} runs another layer or another configuration")

@@ -95,7 +95,7 @@ def rebalance(
         tensors = list(_slot_tensors(module, optimizer))
         device = tensors[0].device
         if parallel.ep.size > 1:  # a rank without gradients or state would leave the others waiting
-            what = {"moved": [(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors]}
+            what = {"moved": tuple((tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors)}
             Channel(group=parallel.ep, layer=name).agree(what, "comparison of what moves with the experts", device)
         for tensor in tensors:
             _move(tensor, todo, new.slots_per_rank, parallel, name)

@@ -1,0 +1,159 @@
+"""Host work of an expert-parallel layer per direction, with 64 ranks and no communication.
+
+    python benchmarks/exchange_host_work.py [--ep N] [--repeats N] [--json]
+
+A process group of torch's backend "fake" sends nothing; here an all-to-all gives every rank what it sends, and waits
+only queue, as on a GPU. So what is timed is the host's: Python, and calls of operators on next to no data. "operators
+alone" repeats the same operators in a plain loop; the difference is Python's, and is what the limit is for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moe_triton.dispatch import dispatch
+from moe_triton.distributed import ExpertParallel, make_groups
+from moe_triton.distributed.exchange import channel, failure_board
+from moe_triton.distributed.exchange.stages import ExchangedLayer, Saved
+
+LIMIT_US = 60.0
+
+
+class Recorded(TorchDispatchMode):
+    """Keeps the operators that run, to run them again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Callable[[], object]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        self.calls.append(lambda: function(*args, **kwargs))
+        return function(*args, **kwargs)
+
+
+class Over:
+    """A collective that is over, and an event that has happened."""
+
+    def wait(self, timeout: object = None) -> None: ...
+
+    def record(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+def all_to_all(out: torch.Tensor, rows: torch.Tensor, *_: object, **__: object) -> Over:
+    if out.shape == rows.shape:
+        out.copy_(rows)
+    return Over()
+
+
+def median_us(function: Callable[[], object], repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return 1e6 * statistics.median(times)
+
+
+@dataclass
+class NoExperts:
+    """The innermost stage of an exchange, with next to nothing to do."""
+
+    num_experts: int
+    backend: str = "torch"
+
+    def description(self) -> Mapping[str, object]:
+        return {}
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, assignments: int, saved: Saved) -> Tensor:
+        self.weights = weights
+        return x
+
+    def start_backward(self, call: int, grad: Tensor, saved: Saved) -> Callable[[], tuple[Tensor, Tensor]]:
+        return lambda: (grad, self.weights)
+
+    def backward_weights(self, wanted: Sequence[bool], saved: Saved) -> Sequence[Tensor | None]:
+        return []
+
+
+def measure(ep: int, repeats: int) -> dict[str, dict[str, float]]:
+    """{direction: microseconds} of the exchange alone: its experts do nothing."""
+    num_experts, top_k, tokens, hidden = 4 * ep, 8, 16, 16
+    parallel = ExpertParallel(make_groups(ep=ep))
+    layer = ExchangedLayer(name="layer", num_experts=num_experts)
+    x = torch.randn(tokens, hidden, requires_grad=True)
+    ids = torch.rand(tokens, num_experts).topk(top_k).indices.int()
+    dispatched, weights = dispatch(ids, num_experts), torch.rand(tokens, top_k)
+
+    def forward() -> Tensor:
+        return parallel.exchange(x, weights, dispatched, NoExperts(4), [], layer)
+
+    found: dict[str, dict[str, float]] = {}
+    for direction in ("forward", "backward"):
+
+        def once(direction: str = direction) -> Callable[[], object]:
+            if direction == "forward":
+                return forward
+            out = forward()
+            grad = torch.ones_like(out)
+            return lambda: out.backward(grad)
+
+        for _ in range(3):
+            once()()
+        whole = statistics.median(median_us(once(), 1) for _ in range(repeats))
+        call = once()
+        with Recorded() as recorded:
+            call()
+        with torch.no_grad():
+            alone = median_us(lambda calls=recorded.calls: [call() for call in calls], repeats)
+        found[direction] = {
+            "whole": whole,
+            "operators alone": alone,
+            "python": whole - alone,
+            "operators": len(recorded.calls),
+        }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ep", type=int, default=64, help="ranks")
+    parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=arguments.ep)
+    with (
+        mock.patch.object(dist, "all_to_all_single", all_to_all),
+        mock.patch.object(channel, "all_gather_single", return_value=Over()),
+        mock.patch.object(channel, "only_queues", return_value=True),
+        mock.patch.object(failure_board, "device_event", return_value=Over()),
+        mock.patch.object(failure_board, "WATCH_INTERVAL_S", 1e9),
+    ):
+        found = measure(arguments.ep, arguments.repeats)
+    dist.destroy_process_group()
+    if arguments.json:
+        print(json.dumps(found))
+        return
+    print(f"{arguments.ep} ranks, microseconds per layer; the limit for Python is {LIMIT_US:.0f}")
+    for direction, times in found.items():
+        print(f"{direction:9}" + "".join(f"  {name} {value:.0f}" for name, value in times.items()))
+
+
+if __name__ == "__main__":
+    main()

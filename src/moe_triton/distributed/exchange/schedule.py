@@ -1,0 +1,51 @@
+"""What a rank has done on one group, as a hash that costs no message: ranks that have done the same have the same."""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from moe_triton.distributed.groups import Group
+
+MOST_CALLS = 1024  # of a step that are kept to say what differs
+
+
+def fingerprint_of(what: Mapping[str, object]) -> int:
+    """Return 31 bits that are the same on all ranks for the same names and values, which have to be hashable."""
+    return _fingerprint(tuple(what.items()))
+
+
+@lru_cache(maxsize=4096)  # layers do the same in every step
+def _fingerprint(items: tuple[tuple[str, object], ...]) -> int:
+    return zlib.crc32(repr(sorted(items)).encode()) & 0x7FFFFFFF
+
+
+@dataclass
+class Schedule:
+    """What this rank has done on a group since its default group was made, or since the ranks failed together.
+
+    rolling   hash of all of it, 31 bits
+    compared  the hash that was compared last
+    calls     since then
+    """
+
+    group: Group
+    rolling: int = 0
+    compared: int = 0
+    calls: deque[Mapping[str, object]] = field(default_factory=lambda: deque(maxlen=MOST_CALLS))
+
+    def add(self, what: Mapping[str, object], fingerprint: int) -> int:
+        """Add one call and return the new hash."""
+        self.calls.append(what)
+        self.rolling = zlib.crc32(fingerprint.to_bytes(4, "little"), self.rolling) & 0x7FFFFFFF
+        return self.rolling
+
+    def cut(self) -> list[Mapping[str, object]]:
+        """Begin a new step, and return the calls of the last one."""
+        calls = list(self.calls)
+        self.compared = self.rolling
+        self.calls.clear()
+        return calls

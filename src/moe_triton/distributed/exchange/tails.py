@@ -1,0 +1,36 @@
+"""Rows with a tail: what belongs to a row travels in its message, as bytes behind its elements."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _bytes_of(part: Tensor) -> Tensor:
+    """The bytes of a part [R, .] of any strides, by row."""
+    return part.contiguous().reshape(-1).view(torch.uint8).view(part.shape[0], part.shape[1] * part.dtype.itemsize)
+
+
+def tail_of(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return the bytes of parts [R, .] as elements [R, t] of another dtype, padded to whole ones."""
+    bytes_RB = torch.cat([_bytes_of(part) for part in parts], dim=1)
+    return F.pad(bytes_RB, (0, -bytes_RB.shape[1] % dtype.itemsize)).view(dtype)
+
+
+def tail_width(parts: Sequence[Tensor], dtype: torch.dtype) -> int:
+    """Return t: how many elements the tail takes."""
+    return -(-sum(part.shape[1] * part.dtype.itemsize for part in parts) // dtype.itemsize)
+
+
+def parts_of(tail: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Return the parts [R, .] of a tail [R, t], which have the widths and dtypes of `like`."""
+    bytes_RB, parts, start = _bytes_of(tail), [], 0
+    for part in like:
+        end = start + part.shape[1] * part.dtype.itemsize
+        # a copy is aligned, as fp64 has to be
+        parts.append(bytes_RB[:, start:end].reshape(-1).clone().view(part.dtype).view(tail.shape[0], part.shape[1]))
+        start = end
+    return parts
