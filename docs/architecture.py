@@ -29,7 +29,7 @@ PAGE = ROOT / "ARCHITECTURE.md"
 MARKED = re.compile(r"(<!-- ([^>]+?) \(docs/architecture\.py\) -->\n).*?(<!-- end -->)", re.DOTALL)
 CODE = (str(ROOT / "src" / "moe_triton"), str(ROOT / "kernels"))
 # The function that multiplies, by backend.
-PRODUCT = {"torch": ("backends/torch/experts_cpu.py", "_products"), "triton": ("moe_triton_kernels/up.py", "up")}
+PRODUCT = {"torch": ("backends/torch/products.py", "products"), "triton": ("moe_triton_kernels/up.py", "up")}
 WRAPPERS = ("torch_internals.py",)  # decorators, which decide nothing about the call
 # Folder -> its lines of Python at commit 5fc9d34, and where they are now.
 SIZES: dict[str, tuple[int, list[str]]] = {
