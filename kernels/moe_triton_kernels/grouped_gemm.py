@@ -20,6 +20,7 @@ import triton.language as tl
 
 from moe_triton_kernels.lora import add_product, add_steps, load_step
 from moe_triton_kernels.operands import load_columns, load_rows, number_columns, start_columns, start_rows
+from moe_triton_kernels.quantized import decode_columns, load_global_scale, load_scales
 
 
 @triton.jit
@@ -57,9 +58,15 @@ def rows_times_weight(rows, columns, added, size_k, DTYPE: tl.constexpr, EVEN_K:
     """
     BLOCK_K: tl.constexpr = TILE.BLOCK_K
     BY_TMA: tl.constexpr = rows.descriptor is not None and columns.descriptor is not None
+    QUANTIZED: tl.constexpr = columns.weight.scales is not None
     numbers, column_mask = number_columns(columns)
     a_at = start_rows(rows, BLOCK_K)
-    b_at, b_step = start_columns(columns, numbers, DTYPE, BLOCK_K)
+    if QUANTIZED:
+        # scales come a step ahead: there are too few of them in a block for asynchronous copies
+        scales = load_scales(columns, 0, size_k, BLOCK_K)
+        global_scale = load_global_scale(columns)
+    else:
+        b_at, b_step = start_columns(columns, numbers, DTYPE, BLOCK_K)
     k = tl.arange(0, BLOCK_K)
     acc = tl.zeros((TILE.BLOCK_M, columns.HALVES * columns.WIDTH), dtype=tl.float32)
     if added.PRESENT:
@@ -72,11 +79,15 @@ def rows_times_weight(rows, columns, added, size_k, DTYPE: tl.constexpr, EVEN_K:
     for block in tl.range(0, tl.cdiv(size_k, BLOCK_K)):
         inside = k < size_k - block * BLOCK_K
         a = load_rows(rows, a_at, inside, EVEN_K)
-        b = load_columns(columns, b_at, inside, column_mask, EVEN_K, BLOCK_K)
+        if QUANTIZED:
+            b = decode_columns(columns, block * BLOCK_K, size_k, scales, global_scale, DTYPE, EVEN_K, BLOCK_K)
+            scales = load_scales(columns, (block + 1) * BLOCK_K, size_k, BLOCK_K)
+        else:
+            b = load_columns(columns, b_at, inside, column_mask, EVEN_K, BLOCK_K)
+            b_at += b_step
         proxy_fence(TILE.FENCE and DTYPE.primitive_bitwidth == 16 and not BY_TMA)
         acc = tl.dot(a, b, acc, input_precision="ieee")
         a_at += BLOCK_K
-        b_at += b_step
     if added.PRESENT:
         if AHEAD:
             acc = add_product(acc, t, factor)

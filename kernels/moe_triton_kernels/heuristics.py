@@ -15,6 +15,8 @@ DECODED = ("up_gated", "up", "down")  # the kernels of a forward pass
 SHORT_K = {"down": 256, "d_hidden_gated": 768, "d_hidden": 768}  # up to which `two_programs` are ahead
 BUCKETS = (16, 32, 64, 128)  # rows per expert: up to 16, up to 32, up to 64, more; also the rows of a tile
 
+IN_LOOP_ROWS = 256
+
 
 def fit(block: int, size: int) -> int:
     """The block, no wider than the size needs (a power of two, 16 at least, as the matrix unit wants)."""
@@ -156,6 +158,15 @@ def adapter_tile(size_i: int, size_j: int, itemsize: int, architecture: str) -> 
         rows, stages = 32, 2
     blocks = [fit(64 if size == min(size_i, size_j) else wide, size) for size in (size_i, size_j)]
     return Config(block_m=blocks[0], block_n=blocks[1], block_k=rows, num_warps=4, num_stages=stages, programs_per_sm=2)
+
+
+def decodes_in_loop(rows_per_expert: float, *, block: int = 1, half: int | None = None) -> bool:
+    """Whether a product by quantised matrices decodes them in its main loop, rather than into memory beforehand.
+
+    block: columns that share a scale. half: columns of gate, where gate and up are the halves of a matrix: a block that
+    reaches from one into the other is not decoded in the loop.
+    """
+    return rows_per_expert <= IN_LOOP_ROWS and (half is None or half % block == 0)
 
 
 def d_weight_tile(itemsize: int, architecture: str) -> Config:

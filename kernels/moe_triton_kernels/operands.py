@@ -28,6 +28,7 @@ from moe_triton_kernels.launch import BLACKWELL, Config, target_of
 
 if TYPE_CHECKING:
     from moe_triton_kernels.lora import Adapter
+    from moe_triton_kernels.quantized import Scales
 
 ExpertParameter = Tensor | Sequence[Tensor]
 
@@ -42,6 +43,7 @@ class WeightArgument(NamedTuple):
     """The experts' matrices [k, columns] among a kernel's arguments.
 
     data          pointer to the stacked tensor, or to the int64 addresses of the experts' own
+    scales        what makes numbers of `data` where that is codes (a ScalesArgument of `quantized`); None elsewhere
     stride_e      elements from one expert to the next (0 for addresses)
     ALIGNMENT     bytes that divide every address
     UNIT          elements that divide stride_e and the stride between rows or columns (see `unit_of`)
@@ -49,6 +51,7 @@ class WeightArgument(NamedTuple):
     """
 
     data: Any
+    scales: Any
     stride_e: Any
     stride_k: Any
     stride_n: Any
@@ -96,6 +99,7 @@ class PerExpert:
     alignment  bytes that divide every address of a table
     held       the tensors that the addresses point to, kept alive with this record
     adapter    what is added to a product by these matrices, or None
+    scales     what makes numbers of the tensor where that is codes, or None
     """
 
     data: Tensor
@@ -104,6 +108,7 @@ class PerExpert:
     alignment: int
     held: tuple[Tensor, ...]
     adapter: Adapter | None = None
+    scales: Scales | None = None
 
     @property
     def is_table(self) -> bool:
@@ -111,13 +116,15 @@ class PerExpert:
 
     def transposed(self) -> PerExpert:
         """The same matrices with their two dimensions swapped; nothing moves."""
-        return replace(self, strides=self.strides[::-1])
+        scales = None if self.scales is None else self.scales.transposed()
+        return replace(self, strides=self.strides[::-1], scales=scales)
 
     def weight(self) -> WeightArgument:
         stride_k, stride_n = self.strides
         step = stride_n if stride_k == 1 else stride_k  # it may be 1 too, of a matrix with a single row or column
         constants = (*self.constants(step), tl.constexpr(stride_k == 1))
-        return WeightArgument(self.data, self.stride_e, stride_k, stride_n, *constants)
+        scales = None if self.scales is None else self.scales.argument()
+        return WeightArgument(self.data, scales, self.stride_e, stride_k, stride_n, *constants)
 
     def bias(self) -> BiasArgument:
         (stride_n,) = self.strides
@@ -174,6 +181,7 @@ def weight_descriptor(
     if (
         not config.descriptors
         or weight.is_table
+        or weight.scales is not None
         or not (by_k or (stride_n == 1 and halves == 1))
         or not is_describable(weight.data, config, size_k, weight.stride_e, row_stride)
         or matrix == 0
@@ -297,15 +305,20 @@ def load_rows(rows, cursor, inside, EVEN_K: tl.constexpr):
 
 
 @triton.jit
-def number_columns(columns):
-    """The columns' numbers in the expert's matrix, and which of them count."""
-    wide = tl.arange(0, columns.HALVES * columns.WIDTH)
+def number_columns(columns, BY: tl.constexpr = 1):
+    """The columns' numbers in the expert's matrix, and which of them count.
+
+    BY: of blocks of so many columns instead. A block does not reach from one half into the other.
+    """
+    WIDTH: tl.constexpr = columns.WIDTH // BY if columns.WIDTH > BY else 1
+    wide = tl.arange(0, columns.HALVES * WIDTH)
+    first, size = columns.first // BY, tl.cdiv(columns.size, BY)
     if columns.HALVES == 1:
-        numbers = columns.first + wide
-        return numbers, numbers < columns.size
+        numbers = first + wide
+        return numbers, numbers < size
     else:
-        inner = columns.first + wide % columns.WIDTH
-        return wide // columns.WIDTH * columns.size + inner, inner < columns.size
+        inner = first + wide % WIDTH
+        return wide // WIDTH * size + inner, inner < size
 
 
 @triton.jit

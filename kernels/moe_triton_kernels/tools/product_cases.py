@@ -70,6 +70,7 @@ def weight_types(
     """The types of a weight of aligned sizes and of its descriptor: what a launch on a GPU makes of it."""
     weight = WeightArgument(
         data="*i64" if addresses else f"*{shipped.dtype}",
+        scales=None,
         stride_e="i32",
         stride_k=1 if by_k else "i32",
         stride_n="i32" if by_k else 1,

@@ -8,25 +8,27 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from moe_triton.quantization import QuantizedWeight
 from moe_triton.records import (
     ExpertCall,
     ExpertSpec,
     Lora,
+    Projection,
     TiledDispatch,
     Wanted,
 )
-from moe_triton.reference import dequantized
 from moe_triton_kernels.activations import Activation
 from moe_triton_kernels.combine import combine
 from moe_triton_kernels.configs import choose_config
 from moe_triton_kernels.d_hidden import d_hidden, d_router_weights
 from moe_triton_kernels.d_weight import d_bias, d_weight
 from moe_triton_kernels.down import down
-from moe_triton_kernels.heuristics import BUCKETS, adapter_tile
+from moe_triton_kernels.heuristics import BUCKETS, adapter_tile, decodes_in_loop
 from moe_triton_kernels.launch import Config, target_of
 from moe_triton_kernels.lora import Adapter
 from moe_triton_kernels.narrow import narrow
 from moe_triton_kernels.operands import PerExpert, per_expert
+from moe_triton_kernels.quantized import decode, quantized_per_expert
 from moe_triton_kernels.tiles import TileTables, tile_tables
 from moe_triton_kernels.up import up
 
@@ -47,7 +49,7 @@ class Problem:
         self.activation = activation_of(spec, call.hidden.dtype)
         self.top_k, self.num_rows = call.dispatched.top_k, call.num_rows
         self.size_d, self.size_n = call.hidden_size, call.intermediate_size
-        gate_up, down = (per_expert(dequantized(p, call.hidden.dtype)) for p in parameters[:2])
+        gate_up, down = map(matrices, parameters[:2])
         self.gate_up = gate_up if spec.is_transposed else gate_up.transposed()
         self.down = down if spec.is_transposed else down.transposed()
         self.gate_up_bias = None if parameters.gate_up_bias is None else per_expert(parameters.gate_up_bias)
@@ -67,18 +69,32 @@ class Problem:
             d=self.size_d,
             n=self.size_n,
             dtype=self.hidden.dtype,
-            num_rows=rows_of_config(self.call) if op in ("up", "down") else self.num_rows,
+            num_rows=self.rows_of_config(op),
             num_experts=self.call.num_experts,
             architecture=target_of(self.hidden.device).architecture,
         )
 
+    def rows_of_config(self, op: str) -> int:
+        return rows_of_config(self.call) if op in ("up", "down") else self.num_rows
+
+    def read(self, projection: PerExpert, op: str) -> PerExpert:
+        """The projection as the kernel of this op reads it; a quantised one as codes, or decoded for this one use."""
+        if projection.scales is None:
+            return projection
+        half = self.size_n if op == "up" and self.spec.is_gated and self.spec.is_concatenated else None
+        rows_per_expert = self.rows_of_config(op) / max(self.call.num_experts, 1)
+        if decodes_in_loop(rows_per_expert, block=projection.scales.block[1], half=half):
+            return projection
+        return decode(projection, self.hidden.dtype)
+
     def up(self, tiles: TileTables, *, keep_a: bool, keep_h: bool) -> tuple[Tensor, Tensor]:
         """Activation [S, n] and pre-activation [S, 2n or n]; empty [0] where not kept."""
+        weight = self.read(self.gate_up, "up")
         return up(
             self.hidden,
             self.dispatched.source,
             tiles,
-            self.gate_up if (lora := self.gate_up_lora) is None else lora.forward(self.gate_up, self.t_gate_up(tiles)),
+            weight if (lora := self.gate_up_lora) is None else lora.forward(weight, self.t_gate_up(tiles)),
             self.gate_up_bias,
             size_n=self.size_n,
             top_k=self.top_k,
@@ -91,10 +107,11 @@ class Problem:
 
     def down_rows(self, a: Tensor, tiles: TileTables) -> Tensor:
         """Every row's output times its router weight [S, d]."""
+        weight = self.read(self.down, "down")
         return down(
             a,
             tiles,
-            self.down if (lora := self.down_lora) is None else lora.forward(self.down, self.t_down(a, tiles)),
+            weight if (lora := self.down_lora) is None else lora.forward(weight, self.t_down(a, tiles)),
             size_columns=self.size_d,
             config=self.config("down"),
             bias=self.down_bias,
@@ -110,7 +127,7 @@ class Problem:
             grad_out,
             self.dispatched.source,
             tiles,
-            self._backward(self.down, self.down_lora, u),
+            self._backward(self.down, self.down_lora, u, "d_hidden"),
             h,
             self.weights,
             size_n=self.size_n,
@@ -119,9 +136,8 @@ class Problem:
             config=self.config("d_hidden"),
         )
 
-    @staticmethod
-    def _backward(projection: PerExpert, lora: Factors | None, u: Tensor | None) -> PerExpert:
-        weight = projection.transposed()
+    def _backward(self, projection: PerExpert, lora: Factors | None, u: Tensor | None, op: str) -> PerExpert:
+        weight = self.read(projection.transposed(), op)
         return weight if lora is None or u is None else lora.backward(weight, u)
 
     def d_router_weights(self, shares: Tensor, grad_out: Tensor, tiles: TileTables) -> Tensor:
@@ -132,7 +148,7 @@ class Problem:
         return down(
             grad_h,
             tiles,
-            self._backward(self.gate_up, self.gate_up_lora, u),
+            self._backward(self.gate_up, self.gate_up_lora, u, "d_rows"),
             size_columns=self.size_d,
             config=self.config("d_rows"),
         )
@@ -239,6 +255,21 @@ class Problem:
             return values.new_zeros(self.call.num_experts, 0)
         source, offsets = self.dispatched.source, self.dispatched.offsets
         return d_bias(values, source, offsets, top_k=self.top_k, router_weights=router_weights)
+
+
+def matrices(projection: Projection) -> PerExpert:
+    """The projection's matrices as they are given, [out, in] or [in, out], for the kernels."""
+    if not isinstance(projection, QuantizedWeight):
+        return per_expert(projection)
+    found = quantized_per_expert(
+        projection.format,
+        projection.codes,
+        projection.scales,
+        projection.zeros,
+        projection.global_scale,
+        block=(projection.kind.rows, projection.group),
+    )
+    return found.transposed() if projection.is_transposed else found
 
 
 @lru_cache
