@@ -20,21 +20,21 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from moe_triton_kernels.arithmetic import cdiv
-from moe_triton_kernels.operands import Columns, PerExpert, expert_base, number_columns
+from moe_triton_kernels.operands import Columns, PerExpert, number_columns
 
 E2M1, E4M3, INTEGER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-VALUES = {"e2m1": E2M1, "e4m3": E4M3, "integer": INTEGER}
-FORMATS = {  # format -> value of a code, codes in a byte, zero point of integers that are symmetric
-    "mxfp4": ("e2m1", 2, 0),
-    "nvfp4": ("e2m1", 2, 0),
-    "fp8": ("e4m3", 1, 0),
-    "int8": ("integer", 1, 128),
-    "int4": ("integer", 2, 8),
+FORMATS = {  # format -> value of a code, codes in a word, zero point of integers that are symmetric
+    "mxfp4": (E2M1, 8, None),
+    "nvfp4": (E2M1, 8, None),
+    "fp8": (E4M3, 4, None),
+    "int8": (INTEGER, 4, 128),
+    "int4": (INTEGER, 8, 8),
 }
 DECODE_BLOCK = (128, 64)  # numbers of a program of `decode`, along `in` and along `out`
 
@@ -45,23 +45,23 @@ class ScalesArgument(NamedTuple):
     data            [E, blocks along k, blocks of columns]: floats, or bytes, which are e4m3 where there is a global
                     scale and E8M0 (2^(byte - 127), NaN for 255) where there is none
     zeros           zero points that lie as the scales do, or None
+    zero            the zero point where there are no `zeros`, or None (not a constant: LLVM would make fp32 products of it)
     global_scale    [E] fp32, or None
     VALUE           what a code stands for: E2M1, E4M3 or INTEGER
-    ZERO            the zero point where there are no `zeros`
-    BYTE_K, BYTE_N  codes of one byte along k and along the columns: 2 and 1, 1 and 2, or 1 and 1
+    PER_K, PER_N    codes of one word along k and along the columns: 1 along one of them, 4 or 8 along the other
     BLOCK_K, BLOCK_N  numbers of one scale along k and along the columns
     """
 
     data: Any
     zeros: Any
+    zero: Any
     global_scale: Any
     stride_e: Any
     stride_k: Any
     stride_n: Any
     VALUE: Any
-    ZERO: Any
-    BYTE_K: Any
-    BYTE_N: Any
+    PER_K: Any
+    PER_N: Any
     BLOCK_K: Any
     BLOCK_N: Any
 
@@ -72,9 +72,8 @@ class Scales:
 
     data, zeros, global_scale   as in `ScalesArgument`
     strides     of one expert's scales
-    value       a key of VALUES
-    zero        the zero point where there are no `zeros`
-    per_byte    codes of one byte
+    format      a key of FORMATS
+    per_word    codes of one word
     block       numbers of one scale
     size        numbers of one expert's matrix
     """
@@ -83,9 +82,8 @@ class Scales:
     zeros: Tensor | None
     global_scale: Tensor | None
     strides: tuple[int, int]
-    value: str
-    zero: int
-    per_byte: tuple[int, int]
+    format: str
+    per_word: tuple[int, int]
     block: tuple[int, int]
     size: tuple[int, int]
 
@@ -93,14 +91,15 @@ class Scales:
         return replace(
             self,
             strides=self.strides[::-1],
-            per_byte=self.per_byte[::-1],
+            per_word=self.per_word[::-1],
             block=self.block[::-1],
             size=self.size[::-1],
         )
 
     def argument(self) -> ScalesArgument:
-        constants = (VALUES[self.value], *map(tl.constexpr, (self.zero, *self.per_byte, *self.block)))
-        parts = (self.data, self.zeros, self.global_scale)
+        value, _, zero = FORMATS[self.format]
+        constants = (value, *map(tl.constexpr, (*self.per_word, *self.block)))
+        parts = (self.data, self.zeros, zero if self.zeros is None else None, self.global_scale)
         return ScalesArgument(*parts, self.data.stride(0), *self.strides, *constants)
 
 
@@ -116,42 +115,45 @@ def quantized_per_expert(
     """Make the parts of a quantised projection readable by a kernel, as matrices [out, in].
 
     codes [E, out, in] of one byte each, or [E, out, in/2]; scales and zeros [E, blocks along out, blocks along in];
-    global_scale [E] fp32; block: numbers of one scale along out and in. Nothing is copied, except what is not
-    contiguous along `in`.
+    global_scale [E] fp32; block: numbers of one scale along out and in. Codes that do not lie in words, four bytes
+    along `in`, are copied.
     """
-    value, per_byte, zero = FORMATS[format]
-    codes = codes.view(torch.uint8) if codes.stride(2) == 1 else codes.contiguous().view(torch.uint8)
-    scales = scales.contiguous()
+    per_word = FORMATS[format][1]
+    size = (codes.shape[1], codes.shape[2] * codes.element_size() * per_word // 4)
+    codes, scales = words_of(codes), scales.contiguous()
     return PerExpert(
         data=codes,
         stride_e=codes.stride(0),
         strides=codes.stride()[1:],
-        alignment=1,
+        alignment=4,
         held=(codes,),
         scales=Scales(
             data=scales if scales.dtype in (torch.float32, torch.bfloat16, torch.float16) else scales.view(torch.uint8),
             zeros=None if zeros is None else zeros.contiguous(),
             global_scale=None if global_scale is None else global_scale.contiguous(),
             strides=(scales.stride(1), scales.stride(2)),
-            value=value,
-            zero=zero,
-            per_byte=(1, per_byte),
+            format=format,
+            per_word=(1, per_word),
             block=block,
-            size=(codes.shape[1], codes.shape[2] * per_byte),
+            size=size,
         ),
     )
 
 
-@triton.jit
-def e2m1_values(codes):
-    """fp32 of codes of four bits; the bits of a code are placed in an fp32 number, whose exponent is 126 too low."""
-    bits = codes.to(tl.uint32)
-    return ((bits & 7) << 22 | (bits & 8) << 28).to(tl.float32, bitcast=True) * (2.0**126)
+def words_of(codes: Tensor) -> Tensor:
+    """The bytes of codes [E, out, .] as words of four; a copy where they do not lie as such, filled up with zeros."""
+    codes = codes.view(torch.uint8)
+    if codes.stride(2) != 1 or codes.data_ptr() % 4 or any(size % 4 for size in (codes.shape[2], *codes.stride()[:2])):
+        codes = F.pad(codes, (0, -codes.shape[2] % 4)).contiguous()
+    return codes.view(torch.int32)
 
 
 @triton.jit
 def e4m3_values(codes):
-    """fp32 of e4m3 in bytes, as `e2m1_values`; not every architecture has an instruction for it."""
+    """fp32 of e4m3 in bytes: the bits are placed in an fp32 number, whose exponent is then 120 too low.
+
+    Not every architecture has an instruction for it.
+    """
     bits = codes.to(tl.uint32)
     values = ((bits & 0x7F) << 20 | (bits & 0x80) << 24).to(tl.float32, bitcast=True) * (2.0**120)
     return tl.where((bits & 0x7F) == 0x7F, float("nan"), values)
@@ -166,20 +168,84 @@ def e8m0_values(codes):
 
 
 @triton.jit
-def integer_values(codes, zeros):
-    """fp32 of codes - zeros, both below 2^23: the code is the low end of the mantissa of 2^23, which is taken off."""
-    return (codes.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True) - (zeros + 8388608.0)
+def halves_of(words, TYPE: tl.constexpr):
+    """The numbers of a 16-bit type that are the lower and the upper half of every word."""
+    return words.to(tl.uint16).to(TYPE, bitcast=True), (words >> 16).to(tl.uint16).to(TYPE, bitcast=True)
 
 
 @triton.jit
-def code_values(codes, zeros, VALUE: tl.constexpr):
-    """fp32 of codes before scaling."""
-    if VALUE == E2M1:
-        return e2m1_values(codes)
-    elif VALUE == E4M3:
-        return e4m3_values(codes)
+def shifted(words, LEFT: tl.constexpr):
+    if LEFT >= 0:
+        return words << LEFT
     else:
-        return integer_values(codes, zeros)
+        return words >> -LEFT
+
+
+@triton.jit
+def word_values(words, zeros, FIRST: tl.constexpr, PER: tl.constexpr, VALUE: tl.constexpr, TYPE: tl.constexpr):
+    """What the codes FIRST and FIRST + PER / 2 of every word of PER stand for before scaling; TYPE: fp16 or bf16.
+
+    Both are made at once, in the halves of a word, and arithmetic on 16-bit numbers is done on two at once: a short
+    product has time for no more than a few instructions per number.
+    """
+    AT: tl.constexpr = FIRST * (32 // PER)  # where the code begins in each half
+    if VALUE == INTEGER:
+        # the code is the low end of the mantissa of 2^10, which is taken off
+        MASK: tl.constexpr = 0x000F000F if PER == 8 else 0x00FF00FF
+        low, high = halves_of(shifted(words, -AT) & MASK | 0x64006400, TYPE)
+        return low - (zeros + 1024.0), high - (zeros + 1024.0)
+    else:
+        # the bits of a code are placed in a number, whose exponent is then too low
+        if VALUE == E4M3:
+            bits = shifted(words, 7 - AT) & 0x3F803F80
+            bits |= (bits + 0x00800080) & 0x40004000  # a NaN has all bits; now all of the exponent's are set
+            TOO_LOW: tl.constexpr = 8
+        elif TYPE == tl.float16:
+            bits = shifted(words, 9 - AT) & 0x0E000E00
+            TOO_LOW: tl.constexpr = 14
+        else:
+            bits = shifted(words, 6 - AT) & 0x01C001C0
+            TOO_LOW: tl.constexpr = 126
+        low, high = halves_of(bits | shifted(words, 16 - 32 // PER - AT) & 0x80008000, TYPE)
+        power = tl.full([], 2.0**TOO_LOW, tl.float32).to(TYPE)
+        return low * power, high * power
+
+
+@triton.jit
+def scaled(values, factor, DTYPE: tl.constexpr):
+    """The product in fp32, rounded to DTYPE; in bf16 where both are: the factor is a power of two then."""
+    if values.dtype == factor.dtype:
+        return (values * factor).to(DTYPE)
+    else:
+        return (values.to(tl.float32) * factor).to(DTYPE)
+
+
+@triton.jit
+def scaled_pair(words, zeros, factor, FIRST: tl.constexpr, PER: tl.constexpr, VALUE: tl.constexpr, DTYPE: tl.constexpr):
+    """[., ., 2] in DTYPE: the two numbers of `word_values`."""
+    TYPE: tl.constexpr = tl.bfloat16 if factor.dtype == tl.bfloat16 else tl.float16
+    low, high = word_values(words, zeros, FIRST, PER, VALUE, TYPE)
+    return tl.join(scaled(low, factor, DTYPE), scaled(high, factor, DTYPE))
+
+
+@triton.jit
+def word_numbers(
+    words, zeros, factor, PER_K: tl.constexpr, PER_N: tl.constexpr, VALUE: tl.constexpr, DTYPE: tl.constexpr
+):
+    """[k, columns] in DTYPE of words of codes, which lie along k or along the columns."""
+    PER: tl.constexpr = PER_K * PER_N
+    # a number's place in its word is spelled out by the last dimensions, the highest bit first
+    first = scaled_pair(words, zeros, factor, 0, PER, VALUE, DTYPE)
+    second = scaled_pair(words, zeros, factor, 1, PER, VALUE, DTYPE)
+    if PER == 8:
+        first = tl.join(first, scaled_pair(words, zeros, factor, 2, PER, VALUE, DTYPE))
+        second = tl.join(second, scaled_pair(words, zeros, factor, 3, PER, VALUE, DTYPE))
+    numbers = tl.join(first, second)
+    if PER_K == 8:
+        numbers = numbers.permute(0, 2, 3, 4, 1)
+    elif PER_K == 4:
+        numbers = numbers.permute(0, 2, 3, 1)
+    return numbers.reshape(PER_K * words.shape[0], PER_N * words.shape[1])
 
 
 @triton.jit
@@ -223,42 +289,46 @@ def load_global_scale(columns):
 
 
 @triton.jit
-def decode_columns(columns, start, size_k, scales, global_scale, DTYPE: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr):
+def factors(columns, scales, global_scale, DTYPE: tl.constexpr):
+    """fp32 of loaded scales; bf16 of powers of two, where that is the type of the numbers: all products are exact."""
+    if columns.weight.scales.data.dtype.element_ty != tl.uint8:
+        return scales.to(tl.float32)
+    elif columns.weight.scales.global_scale is not None:
+        return e4m3_values(scales) * global_scale
+    elif DTYPE == tl.bfloat16:
+        return e8m0_values(scales).to(tl.bfloat16)
+    else:
+        return e8m0_values(scales)
+
+
+@triton.jit
+def decode_columns(
+    columns, start, size_k, scales, global_scale, DTYPE: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """[BLOCK_K, HALVES * WIDTH] of DTYPE from k = `start` on by quantised `Columns`; 0 past size_k. EVEN_K: all is.
 
     scales, global_scale: of `load_scales` at the same `start`, and of `load_global_scale`.
     """
-    BYTE_K: tl.constexpr = columns.weight.scales.BYTE_K
-    BYTE_N: tl.constexpr = columns.weight.scales.BYTE_N
-    WIDTH: tl.constexpr = columns.HALVES * columns.WIDTH
-    n, inside_n = number_columns(columns, BYTE_N)
-    k = start // BYTE_K + tl.arange(0, BLOCK_K // BYTE_K)
-    cells = expert_base(columns.weight, columns.expert, tl.uint8) + n.to(tl.int64)[None, :] * columns.weight.stride_n
-    cells += k.to(tl.int64)[:, None] * columns.weight.stride_k
+    PER_K: tl.constexpr = columns.weight.scales.PER_K
+    PER_N: tl.constexpr = columns.weight.scales.PER_N
+    ROWS: tl.constexpr = BLOCK_K // PER_K
+    WIDTH: tl.constexpr = columns.HALVES * columns.WIDTH // PER_N
+    n, inside_n = number_columns(columns, PER_N)
+    k = start // PER_K + tl.arange(0, ROWS)
+    cells = columns.weight.data + columns.expert.to(tl.int64) * columns.weight.stride_e
+    cells += n.to(tl.int64)[None, :] * columns.weight.stride_n + k.to(tl.int64)[:, None] * columns.weight.stride_k
     mask = inside_n[None, :]
     if not EVEN_K:
-        mask = mask & (k < tl.cdiv(size_k, BYTE_K))[:, None]
-    codes = tl.load(cells, mask=mask, other=0)
-    if columns.weight.scales.data.dtype.element_ty != tl.uint8:
-        factor = scales[0].to(tl.float32)
-    elif columns.weight.scales.global_scale is None:
-        factor = e8m0_values(scales[0])
+        mask = mask & (k < tl.cdiv(size_k, PER_K))[:, None]
+    words = tl.load(cells, mask=mask, other=0).to(tl.uint32, bitcast=True)
+    factor = spread(factors(columns, scales[0], global_scale, DTYPE), ROWS, WIDTH)
+    if columns.weight.scales.VALUE != INTEGER:
+        zeros = None
+    elif columns.weight.scales.zeros is None:
+        zeros = columns.weight.scales.zero.to(tl.float16)
     else:
-        factor = e4m3_values(scales[0]) * global_scale
-    factor = spread(factor, BLOCK_K // BYTE_K, WIDTH // BYTE_N)
-    if columns.weight.scales.zeros is None:
-        zeros = columns.weight.scales.ZERO
-    else:
-        zeros = spread(scales[1].to(tl.float32), BLOCK_K // BYTE_K, WIDTH // BYTE_N)
-    if BYTE_K * BYTE_N == 1:
-        return (code_values(codes, zeros, columns.weight.scales.VALUE) * factor).to(DTYPE)
-    else:
-        low = (code_values(codes & 15, zeros, columns.weight.scales.VALUE) * factor).to(DTYPE)
-        high = (code_values(codes >> 4, zeros, columns.weight.scales.VALUE) * factor).to(DTYPE)
-        pairs = tl.join(low, high)
-        if BYTE_K == 2:
-            pairs = pairs.permute(0, 2, 1)
-        return pairs.reshape(BLOCK_K, WIDTH)
+        zeros = spread(scales[1].to(tl.float16), ROWS, WIDTH)
+    return word_numbers(words, zeros, factor, PER_K, PER_N, columns.weight.scales.VALUE, DTYPE)
 
 
 @triton.jit
@@ -297,7 +367,9 @@ def decode(weight: PerExpert, dtype: torch.dtype) -> PerExpert:
     by_k = weight.strides[0] == 1
     size_k, size_columns = scales.size
     num_experts = weight.data.shape[0]
-    out = torch.empty((num_experts, *(scales.size[::-1] if by_k else scales.size)), dtype=dtype, device=weight.data.device)
+    out = torch.empty(
+        (num_experts, *(scales.size[::-1] if by_k else scales.size)), dtype=dtype, device=weight.data.device
+    )
     strides = (1, size_k) if by_k else (size_columns, 1)
     block_k, block_n = DECODE_BLOCK if by_k else DECODE_BLOCK[::-1]
     if out.numel() > 0:
@@ -305,5 +377,10 @@ def decode(weight: PerExpert, dtype: torch.dtype) -> PerExpert:
             weight.weight(), out, *strides, size_k, size_columns, BLOCK_K=block_k, BLOCK_N=block_n
         )
     return PerExpert(
-        data=out, stride_e=out.stride(0), strides=strides, alignment=out.element_size(), held=(out,), adapter=weight.adapter
+        data=out,
+        stride_e=out.stride(0),
+        strides=strides,
+        alignment=out.element_size(),
+        held=(out,),
+        adapter=weight.adapter,
     )

@@ -23,7 +23,7 @@ from moe_triton_kernels.configs import choose_config
 from moe_triton_kernels.d_hidden import d_hidden, d_router_weights
 from moe_triton_kernels.d_weight import d_bias, d_weight
 from moe_triton_kernels.down import down
-from moe_triton_kernels.heuristics import BUCKETS, adapter_tile, decodes_in_loop
+from moe_triton_kernels.heuristics import BUCKETS, adapter_tile, decodes_in_loop, over_codes
 from moe_triton_kernels.launch import Config, target_of
 from moe_triton_kernels.lora import Adapter
 from moe_triton_kernels.narrow import narrow
@@ -62,9 +62,10 @@ class Problem:
             return self.dispatched.tiles
         return tile_tables(self.dispatched.offsets, self.num_rows)
 
-    def config(self, op: str) -> Config:
+    def config(self, op: str, weight: PerExpert | None = None) -> Config:
+        """How the kernel of this op is launched; weight: what it multiplies by."""
         gated = "_gated" if self.spec.is_gated and op in ("up", "d_hidden") else ""
-        return choose_config(
+        config = choose_config(
             op + gated,
             d=self.size_d,
             n=self.size_n,
@@ -73,6 +74,7 @@ class Problem:
             num_experts=self.call.num_experts,
             architecture=target_of(self.hidden.device).architecture,
         )
+        return config if weight is None or weight.scales is None else over_codes(config)
 
     def rows_of_config(self, op: str) -> int:
         return rows_of_config(self.call) if op in ("up", "down") else self.num_rows
@@ -83,7 +85,8 @@ class Problem:
             return projection
         half = self.size_n if op == "up" and self.spec.is_gated and self.spec.is_concatenated else None
         rows_per_expert = self.rows_of_config(op) / max(self.call.num_experts, 1)
-        if decodes_in_loop(rows_per_expert, block=projection.scales.block[1], half=half):
+        scales, itemsize = projection.scales, self.hidden.element_size()
+        if decodes_in_loop(scales.format, rows_per_expert, itemsize, block=scales.block[1], half=half):
             return projection
         return decode(projection, self.hidden.dtype)
 
@@ -102,7 +105,7 @@ class Problem:
             is_concatenated=self.spec.is_concatenated,
             keep_activation=keep_a,
             keep_preactivation=keep_h,
-            config=self.config("up"),
+            config=self.config("up", weight),
         )
 
     def down_rows(self, a: Tensor, tiles: TileTables) -> Tensor:
@@ -113,7 +116,7 @@ class Problem:
             tiles,
             weight if (lora := self.down_lora) is None else lora.forward(weight, self.t_down(a, tiles)),
             size_columns=self.size_d,
-            config=self.config("down"),
+            config=self.config("down", weight),
             bias=self.down_bias,
             router_weights=self.weights,
             source=self.dispatched.source,
@@ -123,17 +126,18 @@ class Problem:
         self, grad_out: Tensor, h: Tensor, tiles: TileTables, u: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Weighted activation [S, n], pre-activation's gradient, and shares of the router weights' gradient."""
+        weight = self._backward(self.down, self.down_lora, u, "d_hidden")
         return d_hidden(
             grad_out,
             self.dispatched.source,
             tiles,
-            self._backward(self.down, self.down_lora, u, "d_hidden"),
+            weight,
             h,
             self.weights,
             size_n=self.size_n,
             activation=self.activation,
             is_concatenated=self.spec.is_concatenated,
-            config=self.config("d_hidden"),
+            config=self.config("d_hidden", weight),
         )
 
     def _backward(self, projection: PerExpert, lora: Factors | None, u: Tensor | None, op: str) -> PerExpert:
@@ -145,12 +149,13 @@ class Problem:
 
     def d_rows(self, grad_h: Tensor, tiles: TileTables, u: Tensor | None = None) -> Tensor:
         """Every row's gradient of its token [S, d]."""
+        weight = self._backward(self.gate_up, self.gate_up_lora, u, "d_rows")
         return down(
             grad_h,
             tiles,
-            self._backward(self.gate_up, self.gate_up_lora, u, "d_rows"),
+            weight,
             size_columns=self.size_d,
-            config=self.config("d_rows"),
+            config=self.config("d_rows", weight),
         )
 
     def combine(self, rows: Tensor) -> Tensor:
