@@ -58,10 +58,9 @@ def rows_times_weight(rows, columns, added, size_k, DTYPE: tl.constexpr, EVEN_K:
     """
     BLOCK_K: tl.constexpr = TILE.BLOCK_K
     BY_TMA: tl.constexpr = rows.descriptor is not None and columns.descriptor is not None
-    QUANTIZED: tl.constexpr = columns.weight.scales is not None
     numbers, column_mask = number_columns(columns)
     a_at = start_rows(rows, BLOCK_K)
-    if QUANTIZED:
+    if columns.weight.QUANTIZED:
         # scales come a step ahead: there are too few of them in a block for asynchronous copies
         scales = load_scales(columns, 0, size_k, BLOCK_K)
         global_scale = load_global_scale(columns)
@@ -79,7 +78,7 @@ def rows_times_weight(rows, columns, added, size_k, DTYPE: tl.constexpr, EVEN_K:
     for block in tl.range(0, tl.cdiv(size_k, BLOCK_K)):
         inside = k < size_k - block * BLOCK_K
         a = load_rows(rows, a_at, inside, EVEN_K)
-        if QUANTIZED:
+        if columns.weight.QUANTIZED:
             b = decode_columns(columns, block * BLOCK_K, size_k, scales, global_scale, DTYPE, EVEN_K, BLOCK_K)
             scales = load_scales(columns, (block + 1) * BLOCK_K, size_k, BLOCK_K)
         else:

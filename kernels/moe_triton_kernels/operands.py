@@ -43,11 +43,12 @@ class WeightArgument(NamedTuple):
     """The experts' matrices [k, columns] among a kernel's arguments.
 
     data          pointer to the stacked tensor, or to the int64 addresses of the experts' own
-    scales        what makes numbers of `data` where that is codes (a ScalesArgument of `quantized`); None elsewhere
+    scales        what makes numbers of `data` where that is codes (a ScalesArgument of `quantized`), else 0
     stride_e      elements from one expert to the next (0 for addresses)
     ALIGNMENT     bytes that divide every address
     UNIT          elements that divide stride_e and the stride between rows or columns (see `unit_of`)
     K_CONTIGUOUS  stride_k is 1
+    QUANTIZED     `data` is codes
     """
 
     data: Any
@@ -58,6 +59,7 @@ class WeightArgument(NamedTuple):
     ALIGNMENT: Any
     UNIT: Any
     K_CONTIGUOUS: Any
+    QUANTIZED: Any
 
 
 class BiasArgument(NamedTuple):
@@ -122,8 +124,9 @@ class PerExpert:
     def weight(self) -> WeightArgument:
         stride_k, stride_n = self.strides
         step = stride_n if stride_k == 1 else stride_k  # it may be 1 too, of a matrix with a single row or column
-        constants = (*self.constants(step), tl.constexpr(stride_k == 1))
-        scales = None if self.scales is None else self.scales.argument()
+        is_quantized = self.scales is not None
+        constants = (*self.constants(step), tl.constexpr(stride_k == 1), tl.constexpr(is_quantized))
+        scales = tl.constexpr(0) if self.scales is None else self.scales.argument()
         return WeightArgument(self.data, scales, self.stride_e, stride_k, stride_n, *constants)
 
     def bias(self) -> BiasArgument:

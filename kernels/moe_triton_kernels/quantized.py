@@ -30,9 +30,9 @@ from moe_triton_kernels.operands import Columns, PerExpert, number_columns
 
 E2M1, E4M3, INTEGER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 FORMATS = {  # format -> value of a code, codes in a word, zero point of integers that are symmetric
-    "mxfp4": (E2M1, 8, None),
-    "nvfp4": (E2M1, 8, None),
-    "fp8": (E4M3, 4, None),
+    "mxfp4": (E2M1, 8, 0),
+    "nvfp4": (E2M1, 8, 0),
+    "fp8": (E4M3, 4, 0),
     "int8": (INTEGER, 4, 128),
     "int4": (INTEGER, 8, 8),
 }
@@ -42,11 +42,13 @@ DECODE_BLOCK = (128, 64)  # numbers of a program of `decode`, along `in` and alo
 class ScalesArgument(NamedTuple):
     """What makes numbers of the codes of a WeightArgument [k, columns], among a kernel's arguments.
 
-    data            [E, blocks along k, blocks of columns]: floats, or bytes, which are e4m3 where there is a global
-                    scale and E8M0 (2^(byte - 127), NaN for 255) where there is none
-    zeros           zero points that lie as the scales do, or None
-    zero            the zero point where there are no `zeros`, or None (not a constant: LLVM would make fp32 products of it)
-    global_scale    [E] fp32, or None
+    What a format has not is some tensor or number that is not read: Triton 3.6 takes no None this deep in a record.
+
+    data            [E, blocks along k, blocks of columns]: floats, or bytes, which are e4m3 where HAS_GLOBAL and E8M0
+                    (2^(byte - 127), NaN for 255) where not
+    zeros           zero points that lie as the scales do, where HAS_ZEROS
+    zero            else the zero point of all; were it a constant, it would be subtracted in fp32, one by one
+    global_scale    [E] fp32, where HAS_GLOBAL
     VALUE           what a code stands for: E2M1, E4M3 or INTEGER
     PER_K, PER_N    codes of one word along k and along the columns: 1 along one of them, 4 or 8 along the other
     BLOCK_K, BLOCK_N  numbers of one scale along k and along the columns
@@ -64,6 +66,8 @@ class ScalesArgument(NamedTuple):
     PER_N: Any
     BLOCK_K: Any
     BLOCK_N: Any
+    HAS_ZEROS: Any
+    HAS_GLOBAL: Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +102,10 @@ class Scales:
 
     def argument(self) -> ScalesArgument:
         value, _, zero = FORMATS[self.format]
-        constants = (value, *map(tl.constexpr, (*self.per_word, *self.block)))
-        parts = (self.data, self.zeros, zero if self.zeros is None else None, self.global_scale)
+        has = (self.zeros is not None, self.global_scale is not None)
+        constants = (value, *map(tl.constexpr, (*self.per_word, *self.block, *has)))
+        zeros, global_scale = (self.data if part is None else part for part in (self.zeros, self.global_scale))
+        parts = (self.data, zeros, zero, global_scale)
         return ScalesArgument(*parts, self.data.stride(0), *self.strides, *constants)
 
 
@@ -200,12 +206,12 @@ def word_values(words, zeros, FIRST: tl.constexpr, PER: tl.constexpr, VALUE: tl.
             bits = shifted(words, 7 - AT) & 0x3F803F80
             bits |= (bits + 0x00800080) & 0x40004000  # a NaN has all bits; now all of the exponent's are set
             TOO_LOW: tl.constexpr = 8
-        elif TYPE == tl.float16:
-            bits = shifted(words, 9 - AT) & 0x0E000E00
-            TOO_LOW: tl.constexpr = 14
-        else:
+        elif TYPE.is_bf16():
             bits = shifted(words, 6 - AT) & 0x01C001C0
             TOO_LOW: tl.constexpr = 126
+        else:
+            bits = shifted(words, 9 - AT) & 0x0E000E00
+            TOO_LOW: tl.constexpr = 14
         low, high = halves_of(bits | shifted(words, 16 - 32 // PER - AT) & 0x80008000, TYPE)
         power = tl.full([], 2.0**TOO_LOW, tl.float32).to(TYPE)
         return low * power, high * power
@@ -223,7 +229,7 @@ def scaled(values, factor, DTYPE: tl.constexpr):
 @triton.jit
 def scaled_pair(words, zeros, factor, FIRST: tl.constexpr, PER: tl.constexpr, VALUE: tl.constexpr, DTYPE: tl.constexpr):
     """[., ., 2] in DTYPE: the two numbers of `word_values`."""
-    TYPE: tl.constexpr = tl.bfloat16 if factor.dtype == tl.bfloat16 else tl.float16
+    TYPE: tl.constexpr = tl.bfloat16 if factor.dtype.is_bf16() else tl.float16
     low, high = word_values(words, zeros, FIRST, PER, VALUE, TYPE)
     return tl.join(scaled(low, factor, DTYPE), scaled(high, factor, DTYPE))
 
@@ -273,19 +279,19 @@ def load_blocks(columns, parts, start, size_k, BLOCK_K: tl.constexpr):
 def load_scales(columns, start, size_k, BLOCK_K: tl.constexpr):
     """What `decode_columns` needs beside the codes, as it is in memory: scales, and zero points where there are any."""
     scales = load_blocks(columns, columns.weight.scales.data, start, size_k, BLOCK_K)
-    if columns.weight.scales.zeros is None:
-        return (scales,)
-    else:
+    if columns.weight.scales.HAS_ZEROS:
         return scales, load_blocks(columns, columns.weight.scales.zeros, start, size_k, BLOCK_K)
+    else:
+        return (scales,)
 
 
 @triton.jit
 def load_global_scale(columns):
     """The expert's global scale; 1 where the format has none."""
-    if columns.weight.scales.global_scale is None:
-        return 1.0
-    else:
+    if columns.weight.scales.HAS_GLOBAL:
         return tl.load(columns.weight.scales.global_scale + columns.expert)
+    else:
+        return 1.0
 
 
 @triton.jit
@@ -293,9 +299,9 @@ def factors(columns, scales, global_scale, DTYPE: tl.constexpr):
     """fp32 of loaded scales; bf16 of powers of two, where that is the type of the numbers: all products are exact."""
     if columns.weight.scales.data.dtype.element_ty != tl.uint8:
         return scales.to(tl.float32)
-    elif columns.weight.scales.global_scale is not None:
+    elif columns.weight.scales.HAS_GLOBAL:
         return e4m3_values(scales) * global_scale
-    elif DTYPE == tl.bfloat16:
+    elif DTYPE.is_bf16():
         return e8m0_values(scales).to(tl.bfloat16)
     else:
         return e8m0_values(scales)
@@ -324,17 +330,17 @@ def decode_columns(
     factor = spread(factors(columns, scales[0], global_scale, DTYPE), ROWS, WIDTH)
     if columns.weight.scales.VALUE != INTEGER:
         zeros = None
-    elif columns.weight.scales.zeros is None:
-        zeros = columns.weight.scales.zero.to(tl.float16)
-    else:
+    elif columns.weight.scales.HAS_ZEROS:
         zeros = spread(scales[1].to(tl.float16), ROWS, WIDTH)
+    else:
+        zeros = columns.weight.scales.zero.to(tl.float16)
     return word_numbers(words, zeros, factor, PER_K, PER_N, columns.weight.scales.VALUE, DTYPE)
 
 
 @triton.jit
 def decode_kernel(
-    weight,  # per expert [k, columns], codes
     out,  # [E, k, columns]
+    weight,  # per expert [k, columns], codes
     stride_k,  # of out
     stride_n,  # of out
     size_k,
@@ -374,7 +380,7 @@ def decode(weight: PerExpert, dtype: torch.dtype) -> PerExpert:
     block_k, block_n = DECODE_BLOCK if by_k else DECODE_BLOCK[::-1]
     if out.numel() > 0:
         decode_kernel[(cdiv(size_k, block_k), cdiv(size_columns, block_n), num_experts)](
-            weight.weight(), out, *strides, size_k, size_columns, BLOCK_K=block_k, BLOCK_N=block_n
+            out, weight.weight(), *strides, size_k, size_columns, BLOCK_K=block_k, BLOCK_N=block_n
         )
     return PerExpert(
         data=out,

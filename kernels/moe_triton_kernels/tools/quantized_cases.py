@@ -57,8 +57,8 @@ def decode_case(format: str) -> Case:
         name=f"decode_{format}",
         fn=decode_kernel,
         signature={
-            "weight": weight,
             "out": "*bf16",
+            "weight": weight,
             "stride_k": 1 if by_k else "i32",
             "stride_n": "i32" if by_k else 1,
             "size_k": "i32",
@@ -71,13 +71,15 @@ def decode_case(format: str) -> Case:
 
 def codes_type(format: str, *, by_k: bool, has_zeros: bool = False) -> WeightArgument:
     """The types of quantised matrices [k, columns], whose codes lie along k or along the columns."""
-    value, per_word, zero = FORMATS[format]
+    value, per_word, _ = FORMATS[format]
     along = slice(None, None, -1 if by_k else 1)
+    data = "*fp32" if format in ("fp8", "int4", "int8") else "*u8"
+    has_global = format == "nvfp4"
     scales = ScalesArgument(
-        data="*fp32" if format in ("fp8", "int4", "int8") else "*u8",
-        zeros="*u8" if has_zeros else None,
-        zero=None if zero is None or has_zeros else "i32",
-        global_scale="*fp32" if format == "nvfp4" else None,
+        data=data,
+        zeros="*u8" if has_zeros else data,
+        zero="i32",
+        global_scale="*fp32" if has_global else data,
         stride_e="i32",
         stride_k=1 if by_k else "i32",
         stride_n="i32" if by_k else 1,
@@ -86,6 +88,8 @@ def codes_type(format: str, *, by_k: bool, has_zeros: bool = False) -> WeightArg
         PER_N=1 if by_k else per_word,
         BLOCK_K=BLOCKS[format][along][0],
         BLOCK_N=BLOCKS[format][along][1],
+        HAS_ZEROS=has_zeros,
+        HAS_GLOBAL=has_global,
     )
     return WeightArgument(
         data="*i32",
@@ -96,6 +100,7 @@ def codes_type(format: str, *, by_k: bool, has_zeros: bool = False) -> WeightArg
         ALIGNMENT=4,
         UNIT=1,
         K_CONTIGUOUS=by_k,
+        QUANTIZED=True,
     )
 
 

@@ -21,7 +21,7 @@ from moe_triton.benchmarking.report import plain_console
 from moe_triton.cli.arguments import EXIT_FAULT, EXIT_NO_GPU, SHAPE, checked, fail, pick, pick_model
 from moe_triton.cli.display import StepDisplay
 from moe_triton_kernels.tools.case import Case, leaves
-from moe_triton_kernels.tools.floors import DEVICES, FLOORS, ITEMSIZE, Device, Shape
+from moe_triton_kernels.tools.floors import DEVICES, FLOORS, ITEMSIZE, PACKED_BITS, Device, Shape
 from moe_triton_kernels.tools.occupancy import resident_programs
 
 if TYPE_CHECKING:
@@ -156,6 +156,11 @@ def float_type(case: Case) -> str | None:
     return next((kind[1:] for kind in types if kind in ("*bf16", "*fp16", "*fp32")), None)
 
 
+def format_of(case: Case) -> str | None:
+    """The format of the projections that a kernel reads as codes, which its name has among the last parts."""
+    return next((part for part in case.name.split("_") if part in PACKED_BITS), None)
+
+
 def compile_all(arch: str, cases: Sequence[Case], jobs: int, on_step: Any) -> dict[str, Report]:
     from moe_triton_kernels.tools.offline import compile_parallel
 
@@ -188,7 +193,7 @@ def describe(case: Case, report: Report | None, arch: str, shape: Shape, device:
     gated = shape.gated
     if (activation := case.constants.get("ACTIVATION")) is not None:
         config["ACTIVATION"], gated = str(activation), activation.is_gated
-    own = replace(shape, dtype=float_type(case) or shape.dtype, gated=gated)
+    own = replace(shape, dtype=float_type(case) or shape.dtype, gated=gated, format=format_of(case))
     name = floor_name(case.name)
     work = None if name is None else FLOORS[name](own)
     counts = ("registers", "spills", "shared_bytes", "loop", "wgmma", "mma", "cp_async", "tma")
@@ -216,6 +221,7 @@ def describe(case: Case, report: Report | None, arch: str, shape: Shape, device:
 
 def is_chosen(case: Case, arch: str, shape: Shape) -> bool | None:
     from moe_triton_kernels.configs import OPS, choose_config
+    from moe_triton_kernels.heuristics import over_codes
     from moe_triton_kernels.launch import pipeline_stages, tile_of
 
     ops = [op for op in OPS if case.name.startswith(f"{op}_{shape.dtype}_")]
@@ -230,6 +236,8 @@ def is_chosen(case: Case, arch: str, shape: Shape) -> bool | None:
         num_experts=shape.experts,
         architecture=arch,
     )
+    if shape.format is not None:
+        config = over_codes(config)
     wanted = (tile_of(arch, config), config.num_warps, pipeline_stages(arch, config), config.maxnreg)
     return (case.signature["TILE"], case.num_warps, case.num_stages, case.maxnreg) == wanted
 
