@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from moe_triton.checks import FLOATS
 from moe_triton.experts import moe_mlp
-from moe_triton.integrations import peft
+from moe_triton.integrations import fp8_experts, peft
 from moe_triton.integrations.called_gate import called_gate_mlp
 from moe_triton.integrations.experts_interface import KEY
 from moe_triton.layers.quantized import QuantizedProjection, projection_of
@@ -60,6 +60,8 @@ LIMITED_GATES = {
     "minimax_m3_vl.MiniMaxM3VLExperts": LimitedGate("gpt_oss", "swiglu_limit", "swiglu_alpha"),
     "openai_privacy_filter.OpenAIPrivacyFilterExperts": LimitedGate("gpt_oss", "limit", "alpha"),
 }
+# The gate of FP8Experts with a limit, without alpha and with it.
+FP8_GATES = (LimitedGate("swiglu", "limit"), LimitedGate("gpt_oss", "swiglu_limit", "swiglu_alpha"))
 
 
 class Fused(NamedTuple):
@@ -100,6 +102,7 @@ def register() -> str:
             "moe_triton.integrations.transformers needs transformers >= 5 (pip install moe-triton[hf])"
         ) from error
     ALL_EXPERTS_FUNCTIONS.register(KEY, experts_forward)
+    fp8_experts.register(experts_forward)
     peft.install()
     return KEY
 
@@ -119,7 +122,12 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
         raise ValueError(f"{type(module).__name__}: {reason}")
     has_bias = _flag(module, "has_bias")
     up_name, down_name = projection_names(module)
-    up_proj, down_proj = projection_of(module, up_name), projection_of(module, down_name)
+    up_proj, down_proj = (
+        fp8_experts.quantized_projection(module, name)
+        if fp8_experts.has_codes(module, name)
+        else projection_of(module, name)
+        for name in (up_name, down_name)
+    )
     compute = up_proj.dtype if isinstance(up_proj, Tensor) else hidden_states.dtype
     up_bias = getattr(module, f"{up_name}_bias").to(compute) if has_bias else None
     down_bias = module.down_proj_bias.to(compute) if has_bias else None
@@ -213,6 +221,11 @@ def obstacle(module: nn.Module) -> str | None:
         tensor = getattr(module, name, None)
         if isinstance(tensor, QuantizedProjection):
             continue
+        if fp8_experts.has_codes(module, name):
+            reason = fp8_experts.obstacle(module, name)
+            if reason is not None:
+                return reason
+            continue
         if not isinstance(tensor, Tensor):
             return f"{name}: got {type(tensor).__name__}, wanted a Tensor"
         if tensor.dtype not in FLOATS:
@@ -248,7 +261,14 @@ def fused_activation(module: nn.Module) -> Fused | None:
     where = dotted_name(gate)
     if where == DEFAULT_GATE:
         return Fused(GATED[pointwise]) if pointwise in GATED else None
-    known = LIMITED_GATES.get(_short_name(where))
+    if where == fp8_experts.GATE:
+        if getattr(module, "gate_softcap", None) is not None:
+            return None
+        if getattr(module, "limit", None) is None:
+            return Fused(GATED[pointwise]) if pointwise in GATED else None
+        known = FP8_GATES[getattr(module, "swiglu_alpha", None) is not None]
+    else:
+        known = LIMITED_GATES.get(_short_name(where))
     if known is None or _flag(module, "is_concatenated") != known.is_concatenated:
         return None
     if hasattr(module, "act_fn") and pointwise != "silu":
@@ -324,7 +344,8 @@ def computes(gate: Any, known: LimitedGate, limit: Any, alpha: Any) -> bool:
 def _tried(gate: Any, known: LimitedGate, limit: float, alpha: float | None) -> bool:
     with real_tensors(), torch.no_grad():
         numbers = (3 * limit * torch.arange(256, dtype=torch.float64, device="cpu").sin()).view(16, 16)
-        module = SimpleNamespace(**{known.limit: limit, known.alpha or "": alpha}, act_fn=F.silu)
+        fields = {"gate_softcap": None, "swiglu_alpha": None, known.limit: limit, known.alpha or "": alpha}
+        module = SimpleNamespace(**fields, act_fn=F.silu)
         expected = activate(numbers, known.activation, known.is_concatenated, limit, alpha)
         return torch.allclose(gate(module, numbers), expected, rtol=1e-12, atol=0)
 
