@@ -179,9 +179,12 @@ def decodes_in_loop(
     return in_loop <= beforehand and (half is None or half % block == 0)
 
 
-def over_codes(config: Config) -> Config:
-    """The configuration of the same product by codes: decoding them takes registers, which more warps have."""
-    return replace(config, num_warps=8) if config.block_m == 32 and config.num_warps == 4 else config
+def over_codes(op: str, config: Config) -> Config:
+    """The configuration of the same product by codes: decoding takes registers, so a thread has fewer columns."""
+    if config.block_m == 32 and config.num_warps == 4:
+        return replace(config, num_warps=8)
+    is_wide = config.block_n * (2 if op == "up_gated" else 1) == 256
+    return replace(config, block_n=config.block_n // 2) if is_wide else config
 
 
 def d_weight_tile(itemsize: int, architecture: str) -> Config:

@@ -202,16 +202,14 @@ def word_values(words, zeros, FIRST: tl.constexpr, PER: tl.constexpr, VALUE: tl.
         return low - (zeros + 1024.0), high - (zeros + 1024.0)
     else:
         # the bits of a code are placed in a number, whose exponent is then too low
+        TOO_LOW: tl.constexpr = 8 if VALUE == E4M3 else (126 if TYPE.is_bf16() else 14)
         if VALUE == E4M3:
             bits = shifted(words, 7 - AT) & 0x3F803F80
             bits |= (bits + 0x00800080) & 0x40004000  # a NaN has all bits; now all of the exponent's are set
-            TOO_LOW: tl.constexpr = 8
         elif TYPE.is_bf16():
             bits = shifted(words, 6 - AT) & 0x01C001C0
-            TOO_LOW: tl.constexpr = 126
         else:
             bits = shifted(words, 9 - AT) & 0x0E000E00
-            TOO_LOW: tl.constexpr = 14
         low, high = halves_of(bits | shifted(words, 16 - 32 // PER - AT) & 0x80008000, TYPE)
         power = tl.full([], 2.0**TOO_LOW, tl.float32).to(TYPE)
         return low * power, high * power

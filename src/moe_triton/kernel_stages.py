@@ -92,7 +92,8 @@ def decoding_in_words(
     format: str, spec: ExpertSpec, dtype: torch.dtype, *, n: int, block: int, rows_per_expert: float
 ) -> str:
     """Where the kernels decode quantised projections; block: columns of the up projection that share a scale."""
-    in_loop, in_memory = [], []
+    in_loop: list[str] = []
+    in_memory: list[str] = []
     for op in ("up", "down", "d_hidden", "d_rows"):
         is_fixed = spec.batch_invariant and op in ("up", "down")
         rows = BUCKETS[-1] + 1 if is_fixed else rows_per_expert

@@ -231,3 +231,19 @@ def test_the_commit_is_that_of_the_source(monkeypatch):
 
     monkeypatch.setattr(environment.subprocess, "run", untracked)
     assert environment.commit() is None
+
+
+def test_formats(tmp_path):
+    shape = ["--tokens", "4", "--hidden", "64", "--intermediate", "32", "--experts", "4", "--top-k", "2"]
+    file = tmp_path / "b.json"
+    done = run(
+        *shape, *QUICK, "--dtype", "float32", "--format", "mxfp4,int4", "--providers", "auto", "--json", str(file)
+    )
+    assert done.exit_code == 0, done.output
+    assert "moe_triton (torch, int4)" in done.stdout
+    runs = json.loads(file.read_text())["runs"]
+    assert [(one["case"]["format"], one["mode"]) for one in runs] == [("mxfp4", "forward"), ("int4", "forward")]
+    for wrong in (["--mode", "full"], ["--stages"]):
+        refused = run(*shape, *QUICK, "--format", "mxfp4", *wrong)
+        assert refused.exit_code == EXIT_USAGE
+        assert "format: got it with another mode than forward" in refused.stderr

@@ -114,7 +114,10 @@ def test_a_block_of_scales_stays_within_gate_or_up() -> None:
     assert not decodes_in_loop("fp8", 1, 2, block=128, half=192)
 
 
-def test_more_warps_over_codes() -> None:
+def test_fewer_columns_of_a_thread_over_codes() -> None:
     tile = Config(block_m=32, block_n=64, block_k=64, num_warps=4, num_stages=4)
-    assert over_codes(tile).num_warps == 8
-    assert over_codes(replace(tile, block_m=64)).num_warps == 4
+    assert over_codes("down", tile) == replace(tile, num_warps=8)
+    wide = replace(tile, block_m=128, block_n=256, num_warps=8)
+    assert over_codes("d_rows", wide) == replace(wide, block_n=128)
+    half = replace(wide, block_n=128)
+    assert (over_codes("up_gated", half).block_n, over_codes("down", half).block_n) == (64, 128)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from moe_triton_kernels.activations import GATED
+from moe_triton_kernels.heuristics import over_codes
 from moe_triton_kernels.launch import HOPPER
 from moe_triton_kernels.operands import WeightArgument
 from moe_triton_kernels.quantized import DECODE_BLOCK, FORMATS, ScalesArgument, decode_kernel
@@ -34,6 +35,7 @@ def quantized_cases(arch: str, shipped: Sequence[Shipped]) -> list[Case]:
 
     By default two of them on Hopper, and one elsewhere.
     """
+    shipped = [replace(entry, config=over_codes(entry.op, entry.config)) for entry in shipped]
     products = [*up_cases(arch, shipped), *down_cases(arch, shipped), *d_hidden_cases(arch, shipped)]
     cases = []
     for op, rows, format, has_zeros in VARIANTS:
@@ -41,7 +43,7 @@ def quantized_cases(arch: str, shipped: Sequence[Shipped]) -> list[Case]:
         found = next(
             case for case in products if case.name.startswith(f"{op}_bf16_{rows}x") and case.name.endswith(ending)
         )
-        case = over_codes(found, format, by_k=op in ("up_gated", "down"), has_zeros=has_zeros)
+        case = by_codes(found, format, arch, by_k=op in ("up_gated", "down"), has_zeros=has_zeros)
         cases.append(
             replace(case, sample=(op, rows) in (("up_gated", 16), ("d_hidden_gated", 128))[: 1 + (arch in HOPPER)])
         )
@@ -72,7 +74,7 @@ def decode_case(format: str) -> Case:
 def codes_type(format: str, *, by_k: bool, has_zeros: bool = False) -> WeightArgument:
     """The types of quantised matrices [k, columns], whose codes lie along k or along the columns."""
     value, per_word, _ = FORMATS[format]
-    along = slice(None, None, -1 if by_k else 1)
+    block = BLOCKS[format][::-1] if by_k else BLOCKS[format]
     data = "*fp32" if format in ("fp8", "int4", "int8") else "*u8"
     has_global = format == "nvfp4"
     scales = ScalesArgument(
@@ -86,8 +88,8 @@ def codes_type(format: str, *, by_k: bool, has_zeros: bool = False) -> WeightArg
         VALUE=value.value,
         PER_K=per_word if by_k else 1,
         PER_N=1 if by_k else per_word,
-        BLOCK_K=BLOCKS[format][along][0],
-        BLOCK_N=BLOCKS[format][along][1],
+        BLOCK_K=block[0],
+        BLOCK_N=block[1],
         HAS_ZEROS=has_zeros,
         HAS_GLOBAL=has_global,
     )
@@ -104,17 +106,16 @@ def codes_type(format: str, *, by_k: bool, has_zeros: bool = False) -> WeightArg
     )
 
 
-def over_codes(case: Case, format: str, *, by_k: bool, has_zeros: bool = False) -> Case:
-    """The same product by a quantised projection, in the configuration that it then has."""
+def by_codes(case: Case, format: str, arch: str, *, by_k: bool, has_zeros: bool = False) -> Case:
+    """The same product by a quantised projection."""
     weight = codes_type(format, by_k=by_k, has_zeros=has_zeros)
     signature = {**case.signature, "weight": weight, "descriptor": None}
     has_rows = signature.get("a_descriptor") is not None
-    rows = signature["TILE"].BLOCK_M
+    wants = [want for want in case.wants if want != "tma" or has_rows]
     return replace(
         case,
         name=f"{case.name}_{format}{'_zeros' * has_zeros}",
         signature=signature,
-        num_warps=8 if rows == 32 else case.num_warps,  # heuristics.over_codes
         aligned=sorted({*(case.aligned or ()), *pointers_of({"weight": weight})}),
-        wants=[want for want in case.wants if want != "tma" or has_rows],
+        wants=list(dict.fromkeys([*wants, "cp_async"] if arch in HOPPER else wants)),  # codes come by pointers
     )

@@ -227,8 +227,9 @@ def is_chosen(case: Case, arch: str, shape: Shape) -> bool | None:
     ops = [op for op in OPS if case.name.startswith(f"{op}_{shape.dtype}_")]
     if not ops:
         return None
+    op = max(ops, key=len)
     config = choose_config(
-        max(ops, key=len),
+        op,
         d=shape.hidden,
         n=shape.intermediate,
         dtype=DTYPES[shape.dtype],
@@ -237,7 +238,7 @@ def is_chosen(case: Case, arch: str, shape: Shape) -> bool | None:
         architecture=arch,
     )
     if shape.format is not None:
-        config = over_codes(config)
+        config = over_codes(op, config)
     wanted = (tile_of(arch, config), config.num_warps, pipeline_stages(arch, config), config.maxnreg)
     return (case.signature["TILE"], case.num_warps, case.num_stages, case.maxnreg) == wanted
 

@@ -63,8 +63,8 @@ def obstacle(module: nn.Module, name: str) -> str | None:
         halves = scales.shape[1]  # gate and up have a scale of their own
         if scales.shape[2] == 1 and (halves == 1 or (halves == 2 and weight.shape[1] % (2 * BLOCK) == 0)):
             return None
-        wanted = "one scale for each of gate and up, of a multiple of 128 rows each"
-        return f"{name}_scale_inv: got shape {list(scales.shape)} for {list(weight.shape)}, wanted {wanted}"
+        which = "one scale for each of gate and up, of a multiple of 128 rows each"
+        return f"{name}_scale_inv: got shape {list(scales.shape)} for {list(weight.shape)}, wanted {which}"
     if tuple(block_size) != (BLOCK, BLOCK):
         return f"block_size: got {tuple(block_size)}, wanted ({BLOCK}, {BLOCK})"
     wanted = [len(weight), *(-(-size // BLOCK) for size in weight.shape[1:])]

@@ -261,6 +261,7 @@ def fused_activation(module: nn.Module) -> Fused | None:
     where = dotted_name(gate)
     if where == DEFAULT_GATE:
         return Fused(GATED[pointwise]) if pointwise in GATED else None
+    known: LimitedGate | None
     if where == fp8_experts.GATE:
         if getattr(module, "gate_softcap", None) is not None:
             return None

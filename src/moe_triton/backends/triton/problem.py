@@ -64,9 +64,9 @@ class Problem:
 
     def config(self, op: str, weight: PerExpert | None = None) -> Config:
         """How the kernel of this op is launched; weight: what it multiplies by."""
-        gated = "_gated" if self.spec.is_gated and op in ("up", "d_hidden") else ""
+        name = f"{op}_gated" if self.spec.is_gated and op in ("up", "d_hidden") else op
         config = choose_config(
-            op + gated,
+            name,
             d=self.size_d,
             n=self.size_n,
             dtype=self.hidden.dtype,
@@ -74,7 +74,7 @@ class Problem:
             num_experts=self.call.num_experts,
             architecture=target_of(self.hidden.device).architecture,
         )
-        return config if weight is None or weight.scales is None else over_codes(config)
+        return config if weight is None or weight.scales is None else over_codes(name, config)
 
     def rows_of_config(self, op: str) -> int:
         return rows_of_config(self.call) if op in ("up", "down") else self.num_rows
