@@ -3,7 +3,8 @@
     PYTHONPATH=src:kernels python benchmarks/quantization_error.py    # writes results/quantization/error.json
 
 Signal to quantisation noise, 20 log10(|y| / |y - y'|), of the weights, of a layer's output and of the gradient of its
-input, all for Gaussian numbers in float64: only the weights are quantised.
+input, all for Gaussian numbers in float64: only the weights are quantised. For products in fp8 (`MoE(fp8=True)`) that
+of one product and of the experts, with the gradients of the projections; all of the experts' inputs are in bf16.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from moe_triton import QuantizedWeight, moe_mlp
 from moe_triton.benchmarking.environment import environment
+from moe_triton.quantization.fp8 import GROUP, rounded
 
 OUT = Path(__file__).parent / "results" / "quantization" / "error.json"
 FORMATS: dict[str, dict[str, Any]] = {
@@ -74,16 +76,51 @@ def measure() -> list[dict[str, Any]]:
     return rows
 
 
+def one_product() -> dict[str, Any]:
+    """x W^T and its gradients."""
+    x, weight, dy = torch.randn(T, D), torch.randn(N, D), torch.randn(T, N)
+    in_blocks = rounded(weight, GROUP, GROUP)
+    return {
+        "what": "one product in fp8",
+        "output_db": sqnr(rounded(x, 1, GROUP) @ in_blocks.T, x @ weight.T),
+        "grad_hidden_db": sqnr(rounded(dy, 1, GROUP) @ in_blocks, dy @ weight),
+        "grad_projections_db": sqnr(rounded(dy, GROUP, 1).T @ rounded(x, GROUP, 1), dy.T @ x),
+    }
+
+
+def measure_fp8() -> list[dict[str, Any]]:
+    torch.manual_seed(0)
+    rows = [one_product()]
+    shapes = ((T, D), (E, 2 * N, D), (E, D, N))
+    x, up, down = (torch.randn(shape).div(shape[-1] ** (0.5 * (len(shape) - 2))).bfloat16() for shape in shapes)
+    ids, weights, grad = torch.rand(T, E).topk(K).indices, torch.rand(T, K), torch.randn(T, D).bfloat16()
+
+    def results(dtype: torch.dtype, **options: Any) -> list[Tensor]:
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in (x, up, down)]
+        out = moe_mlp(leaves[0], ids, weights.to(torch.promote_types(dtype, torch.float32)), *leaves[1:], **options)
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
+
+    exact = results(torch.float64, backend="reference")
+    for name, fp8 in (("experts in fp8", True), ("experts in bf16", False)):
+        found = results(torch.bfloat16, backend="torch", fp8=fp8)
+        out, dx, *projections = (sqnr(a.double(), b) for a, b in zip(found, exact, strict=True))
+        rows.append({"what": name, "output_db": out, "grad_hidden_db": dx, "grad_projections_db": min(projections)})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=OUT, help="the file to write")
     out = parser.parse_args().out
     shape = {"tokens": T, "hidden": D, "intermediate": N, "experts": E, "top_k": K}
     found = {"environment": environment(torch.device("cpu")), "shape": shape, "rows": measure()}
+    found["fp8_products"] = measure_fp8()
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     for row in found["rows"]:
         print(f"{row['format']:20} {row['bits']:6.3f} bits  output {row['output_db']:5.1f} dB")
+    for row in found["fp8_products"]:
+        print(f"{row['what']:20}              output {row['output_db']:5.1f} dB")
 
 
 if __name__ == "__main__":

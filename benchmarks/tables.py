@@ -1,4 +1,5 @@
-"""Makes every table of figures in README.md, docs/ and benchmarks/README.md from the files in benchmarks/results/.
+"""Makes the tables of figures in README.md, docs/ and benchmarks/README.md, and the charts in docs/assets/, from the
+files in benchmarks/results/; and docs/cli.md and docs/api.md, from the parser and the public names.
 
     PYTHONPATH=src:kernels python benchmarks/tables.py           # writes the documents
     PYTHONPATH=src:kernels python benchmarks/tables.py --check   # exits with 1, and names those that would change
@@ -23,25 +24,35 @@ from statistics import mean, stdev
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "docs")]
 
+from figures import Bar, Panel, bar_chart, layer_flow  # noqa: E402
+from fp8_curves import table as fp8_table  # noqa: E402
 from gpu_benches.page import gpu_table, markdown, number, page  # noqa: E402
+from reference_pages import api_page, cli_page  # noqa: E402
 
 from moe_triton.benchmarking.report import MODE_NAMES, factor, milliseconds, spread_cell, three_digits, write_text  # noqa: E402
-from moe_triton.benchmarking.results import read_results  # noqa: E402
+from moe_triton.benchmarking.results import Run, read_results  # noqa: E402
 from moe_triton.benchmarking.timing import Spread  # noqa: E402
 from moe_triton.simulate.published import validate  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "benchmarks" / "README.md"
+DOCS = ROOT / "docs"
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 MARKED = re.compile(r"(<!-- table: (.+?) \(benchmarks/tables\.py\) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 PUBLISHED = {  # what a point of `published.validate` measures -> and where
-    "DeepEP normal dispatch": "DeepEP dispatch, bandwidth, 3 kinds of node, EP8 to EP32",
+    "DeepEP normal dispatch": "DeepEP dispatch, bandwidth, three kinds of node, EP8 to EP32",
+    "DeepEP normal combine": "DeepEP V2 combine, bandwidth, EP8 to EP32",
+    "DeepEP with 24 SMs": "DeepEP V2 on 24 SMs, both ways, EP8 on B200",
     "DeepEP low-latency dispatch": "DeepEP low-latency dispatch, EP8 to EP256",
     "DeepEP low-latency combine": "DeepEP low-latency combine, EP8 to EP256",
     "NCCL all-to-all, 8 x B300": "NCCL all-to-all on 8 x B300, 4 to 32 MB",
     "SonicMoE backward, H100": "SonicMoE backward kernels on H100, twelve shapes",
+    "LigerCute forward, H200": "LigerCute layer forward on H200, EP2 to EP8, two models",
+    "LigerCute backward, H200": "LigerCute layer backward on H200, EP2 to EP8, two models",
+    "Megatron step, GB200": "Megatron-Bridge, whole step on GB200, three models",
+    "Megatron step, GB300": "Megatron-Bridge, whole step on GB300, three models",
 }
 KINDS = {"moe": "mixture of experts", "dense": "dense"}
 
@@ -86,18 +97,54 @@ def seeds() -> str:
     return "\n".join(lines)
 
 
+PEERS = {"hf-eager": "over eager", "hf-grouped_mm": "over grouped_mm", "deepspeed": "over DeepSpeed"}
+LABELS = {"hf-eager": "eager", "hf-grouped_mm": "grouped_mm", "deepspeed": "DeepSpeed"}
+
+
+def cpu_runs(modes: Sequence[str]) -> list[Run]:
+    """The runs of the CPU suite in these modes in which ours was measured."""
+    runs = read_results(RESULTS / "cpu" / "cpu-2-cores.json", "cpu").runs
+    return [run for run in runs if run.mode in modes and run.ours is not None and run.row(run.ours).time_s is not None]
+
+
+def cpu_table(modes: Sequence[str]) -> str:
+    rows = []
+    for run in cpu_runs(modes):
+        own = run.row(run.ours)
+        shape = run.case.title().replace("float32", "fp32").replace("bfloat16", "bf16")
+        speedups = [f"{factor(run.speedups[name].p50)}x" if name in run.speedups else "" for name in PEERS]
+        passes = [MODE_NAMES[run.mode]] if len(modes) > 1 else []
+        rows.append([shape, *passes, milliseconds(own.time_s.p50), number(own.of["roof"].p50), *speedups])
+    return markdown(["shape", *(["pass"] if len(modes) > 1 else []), "ms", "of roof", *PEERS.values()], rows)
+
+
 def cpu_suite() -> str:
     """The forward and the whole step of the CPU suite; everything else is in the file."""
-    peers = {"hf-eager": "over eager", "hf-grouped_mm": "over grouped_mm", "deepspeed": "over DeepSpeed"}
-    rows = []
-    for run in read_results(RESULTS / "cpu" / "cpu-2-cores.json", "cpu").runs:
-        own = None if run.ours is None else run.row(run.ours)
-        if own is None or own.time_s is None or run.mode == "backward":
-            continue
-        shape = run.case.title().replace("float32", "fp32").replace("bfloat16", "bf16")
-        speedups = [f"{factor(run.speedups[name].p50)}x" if name in run.speedups else "" for name in peers]
-        rows.append([shape, MODE_NAMES[run.mode], milliseconds(own.time_s.p50), number(own.of["roof"].p50), *speedups])
-    return markdown(["shape", "pass", "ms", "of roof", *peers.values()], rows)
+    return cpu_table(["forward", "full"])
+
+
+def cpu_steps() -> str:
+    """The whole steps alone."""
+    return cpu_table(["full"])
+
+
+def speed_chart() -> str:
+    """How near each provider comes to the roof in a whole step, by dtype."""
+    panels = {"float32": Panel("float32", {}), "bfloat16": Panel("bfloat16", {})}
+    for run in cpu_runs(["full"]):
+        own = run.row(run.ours)
+        bars = [Bar("moe_triton", own.of["roof"].p50, number(own.of["roof"].p50))]
+        for name, label in LABELS.items():
+            if name in run.speedups:
+                share = run.row(name).of["roof"].p50
+                bars.append(Bar(label, share, f"{number(share)} (ours {factor(run.speedups[name].p50)}x)"))
+        sizes = run.case.title().partition(": ")[2].rpartition(" ")[0]
+        panels[run.case.dtype].groups[sizes] = bars
+    axis = "Forward and backward of the block on two CPU cores, as a share of the roof: longer is faster"
+    return bar_chart(list(panels.values()), axis=axis, limit="roof", ours="moe_triton")
+
+
+FIGURES: dict[str, Callable[[], str]] = {"layer.svg": layer_flow, "speed.svg": speed_chart}
 
 
 def expert_parallel() -> str:
@@ -178,6 +225,51 @@ def colossalai_digits() -> str:
     return markdown([*headings, f"seconds on {', '.join(processes)}"], rows)
 
 
+def words(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose cells are words, all to the left."""
+    return markdown(headings, rows).replace("--:|", "---|")
+
+
+def comparison() -> str:
+    """The peers beside us in short, from docs/comparison.json; "-" is what was not found."""
+    found = json.loads((ROOT / "docs" / "comparison.json").read_text(encoding="utf-8"))
+    names = [peer["name"] for peer in found["peers"]]
+    rows = [
+        [row["feature"], row["found"], *(row["peers"].get(name, {}).get("found", "-") for name in names)]
+        for row in found["rows"]
+    ]
+    return words(["", "moe_triton", *names], rows)
+
+
+def comparison_sources() -> str:
+    """Every cell of the comparison with what was found and where."""
+    found = json.loads((ROOT / "docs" / "comparison.json").read_text(encoding="utf-8"))
+    parts = []
+    for row in found["rows"]:
+        parts += [f"### {row['feature'][0].upper()}{row['feature'][1:]}", "", f"**moe_triton**: {row['ours']}"]
+        parts += [f"See [{row['page']}]({row['page']}).", ""]
+        cells = [[name, cell["found"], f"[{cell['text']}]({cell['source']})"] for name, cell in row["peers"].items()]
+        if cells:
+            parts += [words(["peer", "", "what, and where we read it"], cells), ""]
+        missing = [peer["name"] for peer in found["peers"] if peer["name"] not in row["peers"]]
+        if missing:
+            parts += [f"Not found: {', '.join(missing)}.", ""]
+    return "\n".join(parts).rstrip()
+
+
+def comparison_peers() -> str:
+    found = json.loads((ROOT / "docs" / "comparison.json").read_text(encoding="utf-8"))
+    rows = [
+        [
+            f"[{peer['name']}]({peer['repository']})",
+            peer["what"],
+            f"`{peer['commit']}`, of {peer['date']}" if peer["commit"] else "single files, at the commits in the links",
+        ]
+        for peer in found["peers"]
+    ]
+    return words(["peer", "what it is", f"commit that we read on {found['read']}"], rows)
+
+
 def gpu() -> str:
     """The runs of `make gpu`: the layer in short."""
     return gpu_table(RESULTS)
@@ -196,6 +288,18 @@ def quantization_error() -> str:
     return markdown(headings, rows)
 
 
+def fp8_error() -> str:
+    rows = [
+        [row["what"], *(f"{row[key]:.1f}" for key in ("output_db", "grad_hidden_db", "grad_projections_db"))]
+        for row in load("quantization/error.json")["fp8_products"]
+    ]
+    return markdown(["", "output, dB", "gradient of x, dB", "gradient of a projection, dB"], rows)
+
+
+def fp8_curves() -> str:
+    return fp8_table(load("fp8/curves.json"))
+
+
 def cost_model() -> str:
     """What `moe-triton simulate --validate` finds where nothing was fitted."""
     errors: dict[str, list[float]] = {}
@@ -210,14 +314,20 @@ TABLES: dict[str, Callable[[], str]] = {
     "learning rates": learning_rates,
     "seeds": seeds,
     "CPU suite": cpu_suite,
+    "CPU steps": cpu_steps,
     "expert parallel": expert_parallel,
     "DeepSpeed layer": deepspeed_layer,
     "DeepSpeed groups": deepspeed_groups,
     "Colossal-AI drawbacks": colossalai_drawbacks,
     "Colossal-AI digits": colossalai_digits,
     "quantisation error": quantization_error,
+    "fp8 error": fp8_error,
+    "fp8 curves": fp8_curves,
     "cost model": cost_model,
     "GPU": gpu,
+    "comparison": comparison,
+    "comparison sources": comparison_sources,
+    "comparison peers": comparison_peers,
 }
 
 
@@ -238,15 +348,19 @@ def filled(text: str) -> str:
 
 
 def wanted() -> dict[Path, str]:
-    """Every document with what it should be."""
-    return {PAGE: page(RESULTS)} | {path: filled(path.read_text(encoding="utf-8")) for path in DOCUMENTS}
+    """Every document and figure with what it should be."""
+    documents = {path: filled(path.read_text(encoding="utf-8")) for path in DOCUMENTS}
+    documents |= {PAGE: page(RESULTS), DOCS / "cli.md": cli_page(), DOCS / "api.md": api_page()}
+    return documents | {DOCS / "assets" / name: draw() for name, draw in FIGURES.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tables", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where something would change")
     options = parser.parse_args(arguments)
-    stale = {path: text for path, text in wanted().items() if path.read_text(encoding="utf-8") != text}
+    stale = {
+        path: text for path, text in wanted().items() if not path.exists() or path.read_text(encoding="utf-8") != text
+    }
     for path, text in stale.items():
         if not options.check:
             write_text(path, text)

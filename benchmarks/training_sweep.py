@@ -31,11 +31,15 @@ from moe_triton.training.loop import evaluate, train_model
 RESULTS = Path(__file__).parent / "results" / "training"
 RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 SEEDS = (0, 1, 2)
-OF_A_RUN = ("model", "seed", "lr", "router")  # what tells the runs of a file apart
+OF_A_RUN = ("model", "seed", "lr", "router", "dtype", "fp8")  # what tells the runs of a file apart
+LATER = {name: getattr(TrainConfig, name) for name in ("router", "dtype", "fp8")}  # older results are of the defaults
 
 
-def run(kind: str, settings: dict[str, Any], part: str) -> dict[str, Any]:
-    """One training and its loss on one part of the text: the held-out part is left alone while rates are chosen."""
+def run(kind: str, settings: dict[str, Any], part: str, points: int = 0) -> dict[str, Any]:
+    """One training and its loss on one part of the text: the held-out part is left alone while rates are chosen.
+
+    points: into how many parts of the steps the curve of the training loss is cut, each with its mean; 0: no curve.
+    """
     config = TrainConfig(**settings)
     torch.set_num_threads(config.threads)
     corpus = load_corpus(None, config.seq_len)
@@ -55,12 +59,15 @@ def run(kind: str, settings: dict[str, Any], part: str) -> dict[str, Any]:
         "model": kind,
         "seed": config.seed,
         "lr": config.peak_lr(kind),
-        "router": config.router,
+        **{name: getattr(config, name) for name in LATER},
         f"{part}_loss": evaluate(model, getattr(corpus, part), config),
         "train_loss_of_last_tenth": mean(record["train_loss"] for record in last),
         "parameters": total,
         "active_parameters": active,
     }
+    if points:
+        losses = torch.tensor([record["train_loss"] for record in records])
+        found["curve"] = [round(piece.mean().item(), 4) for piece in losses.tensor_split(points)]
     return found if kind == "dense" else {**found, **load_of(last, config)}
 
 
@@ -77,34 +84,40 @@ def load_of(records: list[dict[str, Any]], config: TrainConfig) -> dict[str, flo
 
 
 def identity(found: dict[str, Any]) -> tuple[Any, ...]:
-    """What tells a run apart; results that are older than `--router` are of the default one."""
-    return tuple({"router": TrainConfig.router, **found}[name] for name in OF_A_RUN)
+    """What tells a run apart."""
+    return tuple({**LATER, **found}[name] for name in OF_A_RUN)
 
 
 def run_all(
-    path: Path, jobs: list[tuple[str, dict[str, Any]]], part: str, *, workers: int = 2, **common: Any
+    path: Path, jobs: list[tuple[str, dict[str, Any]]], part: str, *, workers: int = 2, points: int = 0, **common: Any
 ) -> dict[str, Any]:
-    """Runs what `path` does not hold yet, some at a time, and writes it after each run; all runs have `common`."""
+    """Runs what `path` does not hold yet, some at a time, and writes it after each run; all runs have `common`.
+
+    points: of the curve of the training loss (`run`).
+    """
     config = TrainConfig(**common)
     jobs = [(kind, {**common, **settings}) for kind, settings in jobs]
     facts = {"processor": this_processor().name, **circumstances(config, load_corpus(None, config.seq_len))}
-    for name in ("seed", "lr", "dense_lr", "router"):  # each run has its own
+    for name in ("seed", "lr", "dense_lr", *LATER):  # each run has its own
         del facts["config"][name]
     results: dict[str, Any] = {**facts, "runs": []}
     if path.exists():
         results = json.loads(path.read_text(encoding="utf-8"))
         settings = {**facts["config"], **results["config"]}  # one that is newer than the file was at its default
+        for name in LATER:
+            settings.pop(name, None)
         if settings != facts["config"] or results["data"] != facts["data"]:
             raise SystemExit(f"{path} holds results of other settings or another text: move it away first")
     done = {identity(found) for found in results["runs"]}
-    left = [
-        (kind, settings)
-        for kind, settings in jobs
-        if (kind, (made := TrainConfig(**settings)).seed, made.peak_lr(kind), made.router) not in done
-    ]
+
+    def planned(kind: str, settings: dict[str, Any]) -> dict[str, Any]:
+        made = TrainConfig(**settings)
+        return {**made.as_dict(), "model": kind, "lr": made.peak_lr(kind)}
+
+    left = [(kind, settings) for kind, settings in jobs if identity(planned(kind, settings)) not in done]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        futures = [pool.submit(run, kind, settings, part) for kind, settings in left]
+        futures = [pool.submit(run, kind, settings, part, points) for kind, settings in left]
         for future in concurrent.futures.as_completed(futures):
             found = future.result()
             print(json.dumps(found), flush=True)

@@ -37,8 +37,8 @@ class Block(nn.Module):
         return self.last(x + y), l_aux
 
 
-def train(MoE: type[nn.Module]) -> list[float]:
-    """The mean loss over all ranks, step by step."""
+def train(MoE: type[nn.Module], name: str) -> list[float]:
+    """The mean loss over all ranks, step by step; rank 0 prints some of them."""
     torch.manual_seed(0)
     model = Block(MoE)
     config = {
@@ -61,6 +61,8 @@ def train(MoE: type[nn.Module]) -> list[float]:
         mean = loss.detach().clone()
         dist.all_reduce(mean)
         losses.append(mean.item() / dist.get_world_size())
+        if dist.get_rank() == 0 and step % 20 == 0:
+            print(f"{name}: step {step} of {steps}, loss {losses[-1]:.6f}", flush=True)
     return losses
 
 
@@ -69,11 +71,11 @@ def main() -> None:
 
     from deepspeed.moe.layer import MoE
 
-    theirs = train(MoE)
+    theirs = train(MoE, "deepspeed")
 
     from moe_triton.compat.deepspeed.layer import MoE
 
-    ours = train(MoE)
+    ours = train(MoE, "moe_triton")
 
     if dist.get_rank() == 0:
         print("step   deepspeed   moe_triton")

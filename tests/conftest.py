@@ -30,9 +30,10 @@ SLOW_FOLDERS = ("benchmarking", "benchmarks", "checkpoint", "cli", "training")
 OWN_PROCESSES = {"tests.helpers.faults", "tests.helpers.ranks.fork_context", "tests.helpers.ranks.started"}
 
 if importlib.util.find_spec("triton"):
-    from tests.helpers.interpreter import compute_in_bf16
+    from tests.helpers.interpreter import compute_in_bf16, convert_fp8
 
     compute_in_bf16()
+    convert_fp8()
 torch.set_num_threads(1 if os.environ.get("PYTEST_XDIST_WORKER") else 2)
 
 
@@ -73,6 +74,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("ranks")
         if imports_a_peer(item.path):
             item.add_marker("peer")
+
+
+@pytest.fixture(autouse=True)
+def wide_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables have all of their columns, whatever the terminal; tests of narrow ones ask for their width."""
+    monkeypatch.setenv("COLUMNS", "240")
 
 
 @pytest.fixture(autouse=True)

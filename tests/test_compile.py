@@ -18,6 +18,12 @@ from tests.layers.test_choices import RULES
 from tests.layers.test_choices import make as make_layer_with
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled_before() -> None:
+    """Compilations of other tests in this process count towards dynamo's limit of 8 for a function."""
+    torch.compiler.reset()
+
+
 def run(layer, function, x):
     layer.zero_grad()
     x.grad = None
@@ -103,7 +109,6 @@ def test_no_recompilation_when_only_the_token_count_changes():
 
 
 def test_random_numbers_for_a_symbolic_number_of_tokens():
-    torch.compiler.reset()
     router = Router(16, 8, 2, jitter=0.1, gumbel=True, backend="torch")
     layer = MoE(16, 12, 8, 2, router=router, capacity_factor=0.7, drop_policy="random", backend="torch")
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -121,7 +126,6 @@ FACTORS = (1.5, 1.25, 1.0, 0.5, 0.3, 2.0, 1.1, 0.7, 0.9, 1.7, 3.0, 0.1)  # more 
 
 @pytest.mark.parametrize(("backend", "dynamic"), [("aot_eager", True), ("aot_eager", None), ("inductor", None)])
 def test_a_capacity_factor_on_a_schedule_is_compiled_once_more_at_most(backend, dynamic):
-    torch.compiler.reset()
     layer = MoE(16, 12, 8, 2, capacity_factor=1.5, min_capacity=0, backend="torch")
     seen = []
 

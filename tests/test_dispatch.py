@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import moe_triton
 from moe_triton import reference
+from moe_triton.dispatch import sorted_dispatch
 from tests.helpers.compare import assert_close
 
 BACKENDS = ["torch", "triton"]
@@ -151,3 +152,27 @@ def test_a_capacity_beyond_int64_keeps_all(backend, factor):
 def test_bad_capacity_factor_is_named(factor, error):
     with pytest.raises(error, match="capacity_factor"):
         moe_triton.expert_capacity(8, 2, 1, factor)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), counts=st.lists(st.integers(0, 4), min_size=1, max_size=5))
+def test_rows_in_expert_order(data, counts):
+    """As a dispatch of their ids, wherever the experts' runs lie."""
+    gaps = data.draw(st.lists(st.integers(0, 2), min_size=len(counts), max_size=len(counts)))
+    order = data.draw(st.permutations(range(len(counts))))
+    ids, starts = [], torch.zeros(len(counts), dtype=torch.int64)
+    for expert in order:
+        starts[expert] = len(ids)
+        ids += [expert] * counts[expert] + [-1] * gaps[expert]
+    found = sorted_dispatch(torch.tensor(counts), len(ids), starts)
+    experts = torch.tensor(ids, dtype=torch.int32).view(-1, 1)
+    assert_same(found, reference.dispatch(experts, len(counts)))
+    in_a_row = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(torch.tensor(counts))
+    rest = in_a_row.new_full((2,), -1)
+    found = sorted_dispatch(torch.tensor(counts, dtype=torch.int32), len(in_a_row) + 2)
+    assert_same(found, reference.dispatch(torch.cat([in_a_row, rest])[:, None], len(counts)))
+
+
+def test_counts_beyond_the_rows_are_cut():
+    found = sorted_dispatch(torch.tensor([2, 5]), 4)
+    assert_same(found, reference.dispatch(torch.tensor([[0], [0], [1], [1]]), 2))

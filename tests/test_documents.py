@@ -36,8 +36,6 @@ BEFORE = {
     "README.md": """
 from tests.helpers.families import tiny_model
 model = tiny_model("mixtral")
-x, logits, bias = torch.randn(32, 16), torch.randn(32, 64), torch.zeros(64)
-gate_up, down = torch.randn(64, 16, 16), torch.randn(64, 16, 8)
 """,
     "docs/checkpoints.md": """
 model = moe_triton.MoE(16, 8, num_experts=4, top_k=2)
@@ -46,6 +44,10 @@ optimizer = torch.optim.AdamW(model.parameters())
     "docs/colossalai.md": """
 images = torch.rand(4, 3, 224, 224)
 train_data = test_data = [(images, torch.tensor([0, 1, 2, 3]))]
+""",
+    "docs/distributed.md": """
+from moe_triton.distributed import ExpertParallel
+groups = None
 """,
     "docs/finetuning.md": """
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -72,6 +74,7 @@ from tests.helpers.families import tiny_model
 model = tiny_model("mixtral").train()
 tokens, mask = torch.randint(2, 64, (2, 6)), torch.ones(2, 6, dtype=torch.long)
 dataset = [{"input_ids": row, "labels": row} for row in torch.randint(2, 64, (20, 6))]
+group = None
 class run:
     log = staticmethod(lambda numbers, step: None)
 """,
@@ -84,13 +87,26 @@ from transformers import AutoModelForCausalLM
 from tests.helpers.families import tiny_model
 name = "tiny"
 tiny_model("mixtral").save_pretrained(name)
+tokens = torch.randint(0, 64, (2, 8))
+dataset = [{"input_ids": row, "labels": row} for row in torch.randint(0, 64, (8, 8))]
 """,
 }
+ONE_RANK = """dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)"""
 SMALLER = {  # what one process on a CPU cannot do, or not quickly
     "docs/colossalai.md": {
         "size=2": "size=1",
         "capacity_factor=1.2": "capacity_factor=1.2, depth=1",
         "epochs=10": "epochs=1",
+    },
+    "docs/transformers.md": {
+        'dist.init_process_group("nccl")': ONE_RANK,
+        'device="cuda"': 'device="cpu"',
+        'output_dir="run", ': 'output_dir="run", report_to=[], use_cpu=True, ',
+    },
+    "docs/distributed.md": {
+        '"cuda", (2, 4, 2, 1)': '"cpu", (1, 1, 1, 1)',
+        '"cuda", (2, 1, 8)': '"cpu", (1, 1, 1)',
+        "dense = init": f"{ONE_RANK}\ndense = init",
     },
     "docs/finetuning.md": {'output_dir="run", ': 'output_dir="run", report_to=[], use_cpu=True, '},
 }
@@ -121,6 +137,8 @@ def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.Monkey
     finally:
         if page == "docs/colossalai.md":
             forget()
+        elif torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def test_every_python_block_is_run_or_listed() -> None:
@@ -186,6 +204,10 @@ def split(line: str) -> list[str]:
     return ["moe-triton", *words[3:]] if words[:3] == ["python", "-m", "moe_triton"] else words
 
 
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
 LINES = sorted({line for page in NAMES for line in command_lines(page)})
 
 
@@ -215,7 +237,10 @@ def test_make_targets_exist() -> None:
             assert name in targets, f"{page}: make {name}"
 
 
-@pytest.mark.parametrize("page", [*NAMES, "ARCHITECTURE.md", "CONTRIBUTING.md"])
+OTHERS = ["ARCHITECTURE.md", "CONTRIBUTING.md", "RELEASING.md", "SECURITY.md", "examples/README.md"]
+
+
+@pytest.mark.parametrize("page", [*NAMES, *OTHERS])
 def test_links_and_paths_exist(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):

@@ -95,7 +95,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     from moe_triton import runtime
     from moe_triton.backends.torch import experts_device
 
-    monkeypatch.setattr(runtime, "experts_backend", lambda name, device: experts_device)
+    monkeypatch.setattr(runtime, "experts_backend", lambda name, device, fp8: experts_device)
     return "torch"
 
 

@@ -37,6 +37,22 @@ def test_the_kernels_and_configurations_are_those_that_run(bias):
     assert {p.origin for p in found.parts if p.config} == {"heuristic"}
 
 
+@pytest.mark.parametrize(("tokens", "route", "dispatch"), [
+    (4, "small_route_kernel", "small_dispatch_kernel"),
+    (400, "top-k kernels", "small_dispatch_kernel"),
+    (1000, "top-k kernels", "permutation kernels"),
+])  # fmt: skip
+def test_few_tokens_take_fewer_launches(tokens, route, dispatch):
+    (found,) = explain((tokens, 32, 16, 4, 2), device="cpu", backend="triton")
+    assert route in found.parts[1].runs
+    assert dispatch in found.parts[2].runs
+    case = Case(tokens=tokens, hidden=32, intermediate=16, experts=4, top_k=2)
+    if tokens < 100:
+        stages = open_layer(make_workload(case, torch.device("cpu")), "triton").stages
+        assert stages[2].kernel == "triton.dispatch.build_small_dispatch"
+        assert stages[2].floors == ("small_dispatch",)
+
+
 def test_a_schedule_is_named(monkeypatch):
     entry = Config(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=4, gluon="ping_pong")
     monkeypatch.setattr(kernel_stages, "find_config", lambda op, **_: Found(entry, "user table", {}))
@@ -61,6 +77,21 @@ def test_a_module_names_its_layers():
     assert "a: T=4096" in str(first)
     (reference,) = explain(moe_triton.MoE(8, 4, 4, backend="reference"))
     assert reference.backend == "reference"
+
+
+def test_products_in_fp8(monkeypatch):
+    def parts(backend):
+        return {p.step: p for p in explain(moe_triton.MoE(8, 4, 4, fp8=True, backend=backend))[0].parts}
+
+    emulated = parts("torch")
+    assert list(emulated) == ["gate", "route", "dispatch", "experts, both passes"]
+    assert emulated["experts, both passes"].runs.startswith("fp8 emulated")
+    found = parts("triton")
+    assert "quantize_rows_kernel" in found["operands in fp8"].runs
+    assert found["d_weight_up (backward)"].runs == "fp8_d_weight_kernel"
+    assert found["up"].config.startswith("32x128x128")
+    monkeypatch.setattr("moe_triton.backends.triton.experts_fp8.fp8_supported", lambda architecture: False)
+    assert parts("triton") == {**emulated, **{step: found[step] for step in ("gate", "route", "dispatch")}}
 
 
 def test_adapters_over_a_frozen_base():

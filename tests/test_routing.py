@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -319,3 +323,42 @@ def test_gumbel_noise_samples_the_softmax():
 def test_bad_arguments_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         moe_triton.route(**({"logits": torch.zeros(4, 8), "top_k": 2} | arguments))
+
+
+# Sums that are computed when they are read ---------------------------------------------------------------------------
+
+
+def unsummed(**options):
+    torch.manual_seed(3)
+    router = moe_triton.Router(12, 6, 2, backend="torch", **options).eval()
+    x = torch.randn(5, 12)
+    with torch.no_grad():
+        lazy = router(x)
+    return lazy, router(x.requires_grad_())
+
+
+@pytest.mark.parametrize("options", [{}, {"score": "sigmoid", "scale": 2.5}, {"score": "topk_softmax"}])
+def test_inference_computes_the_sums_when_one_is_read(options):
+    lazy, whole = unsummed(**options)
+    assert "counts" not in vars(lazy)
+    assert torch.equal(lazy.z_sum, whole.z_sum)
+    for name in ("experts", "weights", "counts", "score_sums", "num_tokens"):
+        assert torch.equal(getattr(lazy, name), getattr(whole, name)), name
+    assert lazy.counts is lazy.counts
+    assert lazy.sequences is None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        lazy.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("copied", [replace, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_routing_without_sums_yet_can_be_copied(copied):
+    lazy, whole = unsummed()
+    assert torch.equal(copied(lazy).score_sums, whole.score_sums)
+
+
+def test_a_public_call_computes_the_sums_at_once():
+    logits = torch.randn(4, 6)
+    routing = moe_triton.route(logits, 2)
+    logits.zero_()  # the caller's own
+    assert routing.z_sum > 0
+    assert "counts" in vars(routing)

@@ -18,7 +18,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import moe_triton
 from moe_triton.integrations import transformers as hf
-from tests.helpers.compare import assert_close
+from tests.helpers.compare import assert_close, relative_rms
 from tests.helpers.families import COMMON, FAMILIES, VOCAB, experts_modules, only_ours, tiny_model
 
 swap_module = importlib.import_module("moe_triton.swap")  # moe_triton.swap is the function
@@ -70,6 +70,35 @@ def test_the_backend_reaches_the_experts(monkeypatch):
     moe_triton.swap(model)
     model(token_ids())
     assert asked == ["reference", "reference", "auto", "auto"]
+
+
+def test_fp8_reaches_the_experts():
+    model = tiny_model("mixtral")
+    plain = model(token_ids()).logits
+    assert "fused, swiglu, in fp8" in moe_triton.swap(model, fp8=True).swapped[0].action
+    rounded = model(token_ids()).logits
+    assert 1e-3 < relative_rms(rounded, plain) < 0.1
+    rounded.square().sum().backward()
+    assert all(module.gate_up_proj.grad.any() for module in experts_modules(model))
+    assert moe_triton.explain(model)[0].parts[-1].runs.startswith("fp8 emulated")
+    with pytest.raises(ValueError, match="was swapped with fp8=True, wanted experts whose products are not in fp8"):
+        moe_triton.quantize(model, "int4")
+    moe_triton.swap(model)
+    assert_close(model(token_ids()).logits, plain)
+
+
+def test_what_has_no_fp8_is_left_alone():
+    model = tiny_model("mixtral")
+    moe_triton.swap(model)
+    _, called = experts_modules(model)
+    moe_triton.quantize(model.model.layers[0], "fp8")
+    called._apply_gate = MethodType(lambda self, gate_up: torch.relu(gate_up.chunk(2, -1)[0]), called)
+    report = moe_triton.swap(model, fp8=True)
+    assert report.swapped == []
+    assert [entry.reason.partition(",")[0] for entry in report.skipped] == [
+        "fp8: got True for quantised projections",
+        "fp8: got True for a gate that has to be called",
+    ]
 
 
 def test_the_models_own_switch_undoes_it():
@@ -222,7 +251,7 @@ def test_a_dense_model_is_left_in_peace():
     model = LlamaForCausalLM(LlamaConfig(**COMMON, intermediate_size=40))
     report = moe_triton.swap(model)
     assert report.swapped == report.skipped == []
-    assert str(report) == "moe_triton.swap: 0 swapped, 0 left alone"
+    assert str(report) == "moe_triton.swap: found no mixture-of-experts layers, and changed nothing"
 
 
 def test_the_report_is_readable():

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -89,6 +90,29 @@ def test_a_busy_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
     torch_internals.keep_gpu_busy(7)
     assert slept == [7]
+
+
+def test_symmetric_memory(world, monkeypatch):
+    assert torch_internals.symmetric_memory_problem(torch.device("cpu")) == "needs a CUDA GPU"
+    device, made = torch.device("cuda", 0), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(symmetric, "is_nvshmem_available", lambda: False)
+    assert torch_internals.symmetric_memory_problem(device) == "needs NVSHMEM, which torch does not find"
+    monkeypatch.setattr(symmetric, "is_nvshmem_available", lambda: True)
+    monkeypatch.setattr(symmetric, "get_backend", lambda device: "CUDA")
+    assert "torch's symmetric memory uses CUDA" in torch_internals.symmetric_memory_problem(device)
+    monkeypatch.setattr(symmetric, "get_backend", lambda device: "NVSHMEM")
+    assert torch_internals.symmetric_memory_problem(device) is None
+    monkeypatch.setattr(symmetric, "empty", lambda *size, dtype, device: torch.zeros(size, dtype=dtype))
+    monkeypatch.setattr(symmetric, "rendezvous", lambda tensor, group: made.append((tensor.shape, group)))
+    torch_internals.symmetric_empty((2, 3), torch.uint8, device, world)
+    assert made == [((2, 3), world)]
+    operations = torch.ops.symm_mem.all_to_all_vdev_2d, torch.ops.symm_mem.all_to_all_vdev_2d_offset
+    names = [[argument.name for argument in operation.default._schema.arguments] for operation in operations]
+    assert names == [
+        ["input", "out", "in_splits", "out_splits_offsets", "group_name", "major_align"],
+        ["input", "out", "in_splits_offsets", "out_splits_offsets", "group_name"],
+    ]
 
 
 def test_recomputation():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import moe_triton
 from gpu_checks.setting import Setting, Skipped, poisoned, warp_specialized
-from moe_triton import MoE, reference
+from moe_triton import MoE, reference, runtime
 from moe_triton.benchmarking.cases import SKEWS, Case, make_workload
 from moe_triton.benchmarking.providers import PROVIDERS
 from moe_triton.benchmarking.ways import Runnable
@@ -195,6 +195,27 @@ def buckets(dtype: torch.dtype, part: Part = WHOLE) -> Callable[[Setting], str]:
         return f"{count} problems in {name_of(dtype)}"
 
     return run_buckets
+
+
+def fp8(setting: Setting) -> str:
+    """Products of codes against their emulation in fp32: the output and all gradients, with and without adapters."""
+    sizes = ((24, 20),) if setting.tiny else ((512, 384), (320, 200), (256, 128))
+    count = 0
+    for d, n in sizes:
+        for dtype in (torch.bfloat16, torch.float16)[: 1 if setting.tiny else 2]:
+            spec = ExpertSpec(fp8=True, is_transposed=bool(count % 2))
+            choices = random_choices(9 if setting.tiny else 700, 2, 8)
+            problem = make_problem(
+                choices, 8, spec=spec, ranks=(16, 8) if count % 3 == 1 else None, d=d, n=n, dtype=dtype
+            )
+            wanted = run(problem, runtime.experts_backend("torch", setting.device, fp8=True))
+            with poisoned():
+                found = run(problem, runtime.experts_backend("triton", setting.device, fp8=True))
+            assert found.keys() == wanted.keys()
+            for name, value in found.items():  # a sum in another order may give an operand next to a tie another code
+                assert_close(value, wanted[name], tolerance=2 * TOLERANCE[torch.bfloat16])
+            count += 1
+    return f"{count} problems"
 
 
 def gluon(schedule: str, part: Part = WHOLE) -> Callable[[Setting], str]:

@@ -177,6 +177,7 @@ def prove_steps() -> list[Listed]:
         "no_host_sync": behaviour.no_host_sync,
         "cuda_graph": behaviour.cuda_graph,
         "routing": numerics.routing,
+        "fp8": numerics.fp8,
         "determinism": behaviour.determinism,
         "compile": behaviour.compiled,
         "dispatch": numerics.dispatch,

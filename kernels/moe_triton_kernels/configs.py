@@ -27,7 +27,10 @@ TABLE = Path(__file__).with_name("configs.json")
 
 def bucket_of(rows_per_expert: float) -> int:
     """The smallest bucket that holds the average number of rows per expert; the last one is open-ended."""
-    return next((bucket for bucket in BUCKETS if rows_per_expert <= bucket), BUCKETS[-1])
+    for bucket in BUCKETS:
+        if rows_per_expert <= bucket:
+            return bucket
+    return BUCKETS[-1]
 
 
 @cache

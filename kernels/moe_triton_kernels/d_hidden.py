@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_triton_kernels.activations import Activation, is_gated
+from moe_triton_kernels.fp8 import RowCodes, Scales, operand_of
 from moe_triton_kernels.gluon.schedules import why_unsupported
 from moe_triton_kernels.grouped_gemm import rows_times_weight, split_columns, tile_order
 from moe_triton_kernels.launch import Config, launch_options, persistent_grid
@@ -45,25 +46,26 @@ def h_cells(
 
 @triton.jit(do_not_specialize=["num_slots"])
 def d_hidden_kernel(
-    grad_out,  # [T, d]
+    grad_out,  # [T, d], or its codes [T, padded d]
     source,  # [S]
     weight,  # per expert [d, n]
     descriptor,  # of weight, or None
     adapter,  # of weight, or None
+    scales,  # of grad_out and weight, or None
     h,  # [S, n] or [S, 2n]
     router_weights,  # [T * K]
     weighted_a,  # [S, n]
     grad_h,  # like h
     shares,  # [num_n, S] fp32
     tiles,
-    sizes,  # d by n
+    sizes,  # d, or padded d, by n
     num_slots,
     TOP_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
     CONCATENATED: tl.constexpr,
     TILE,
 ):
-    DTYPE: tl.constexpr = grad_out.dtype.element_ty
+    DTYPE: tl.constexpr = grad_h.dtype.element_ty
     GATED: tl.constexpr = is_gated(ACTIVATION)
     HALVES: tl.constexpr = 2 if GATED and CONCATENATED else 1
     COLUMNS_PER_HALF: tl.constexpr = 2 if GATED and not CONCATENATED else 1  # of H, side by side, for one column of A
@@ -80,14 +82,16 @@ def d_hidden_kernel(
         rows = first_row + tl.arange(0, TILE.BLOCK_M)
         row_mask = rows < end_row
         slots = tl.load(source + rows, mask=row_mask, other=0)  # rows past the end compute token 0 and store nothing
+        tokens = slots // TOP_K
         n0 = tile_n * TILE.BLOCK_N
         if AHEAD:
             h_at, h_mask = h_cells(rows, row_mask, n0, size_n, 0, PART, HALVES, COLUMNS_PER_HALF)
             next_parts = load_parts(h + h_at, size_n, h_mask, HALVES)
         acc = rows_times_weight(
-            Rows(grad_out + (slots // TOP_K).to(tl.int64) * size_d, None, None),
+            Rows(grad_out + tokens.to(tl.int64) * size_d, None, None),
             Columns(weight, descriptor, expert, n0, size_n, 1, TILE.BLOCK_N),
             Added(adapter, rows, row_mask, adapter is not None),
+            Scales(scales, tokens, scales is not None),
             size_d,
             DTYPE,
             sizes.EVEN_K,
@@ -114,14 +118,15 @@ def d_hidden_kernel(
             tl.store(grad_at, grad_parts[0], mask=h_mask)
             if HALVES == 2:
                 tl.store(grad_at + size_n, grad_parts[1], mask=h_mask)
-            value = value.to(DTYPE).to(tl.float32)  # forward multiplied the rounded A by W2
+            if scales is None:
+                value = value.to(DTYPE).to(tl.float32)  # forward multiplied the rounded A by W2
             share += tl.sum(blocks[i] * value, 1)
             tl.store(a_rows[:, None] + inner[None, :], (value * scale).to(DTYPE), mask=mask)
         tl.store(shares + tile_n.to(tl.int64) * num_slots + rows, share, mask=row_mask)
 
 
 def d_hidden(
-    grad_out: Tensor,
+    grad_out: Tensor | RowCodes,
     source: Tensor,
     tiles: TileTables,
     weight: PerExpert,
@@ -135,19 +140,21 @@ def d_hidden(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """w*A [S, n] and dH (like h) in grad_out's dtype, and the shares of <dA, A>, [column tiles, S] fp32.
 
-    grad_out [T, d] contiguous; weight: the down projection per expert as [d, n], any strides; h [S, 2n] or [S, n] as
-    `up` made it; router_weights [T, K] contiguous. Rows past offsets[E] are neither read nor written.
+    grad_out [T, d] contiguous, or its codes where weight is codes; weight: the down projection per expert as [d, n],
+    any strides; h [S, 2n] or [S, n] as `up` made it; router_weights [T, K] contiguous. Rows past offsets[E] are neither
+    read nor written.
     """
+    values, scales = operand_of(grad_out, weight, size_n)
     reason = why_unsupported(
         config.gluon,
-        grad_out,
+        values,
         weight,
         None,
         size_columns=size_n,
         is_concatenated=is_concatenated or not activation.is_gated,
         derivative=activation,
     )
-    if reason is None:
+    if isinstance(grad_out, Tensor) and reason is None:
         from moe_triton_kernels.gluon import d_hidden as warp_specialized  # imports Gluon, which is experimental
 
         return warp_specialized.d_hidden(
@@ -161,30 +168,31 @@ def d_hidden(
             activation=activation,
             config=config,
         )
-    num_slots, size_d = source.shape[0], grad_out.shape[1]
-    weighted_a = grad_out.new_empty((num_slots, size_n))
+    num_slots, size_d = source.shape[0], values.shape[1]
+    weighted_a = h.new_empty((num_slots, size_n))
     grad_h = torch.empty_like(h)
     num_n = triton.cdiv(size_n, config.block_n)
-    shares = grad_out.new_empty((num_n, num_slots), dtype=torch.float32)
+    shares = h.new_empty((num_n, num_slots), dtype=torch.float32)
     table, max_tiles = tiles.select(config.block_m)
-    d_hidden_kernel[persistent_grid(grad_out.device, max_tiles * num_n, config)](
-        grad_out,
+    d_hidden_kernel[persistent_grid(h.device, max_tiles * num_n, config)](
+        values,
         source,
         weight.weight(),
         weight_descriptor(weight, config, size_k=size_d, size_columns=size_n, halves=1, block_n=config.block_n),
         None if weight.adapter is None else weight.adapter.argument(),
+        scales,
         h,
         router_weights,
         weighted_a,
         grad_h,
         shares,
         table,
-        sizes_argument(grad_out, size_d, size_n, config),
+        sizes_argument(values, size_d, size_n, config),
         num_slots,
         TOP_K=router_weights.shape[1],
         ACTIVATION=activation,
         CONCATENATED=is_concatenated,
-        **launch_options(grad_out.device, config),
+        **launch_options(h.device, config),
     )
     return weighted_a, grad_h, shares
 

@@ -134,6 +134,34 @@ def sum_over_rows(left, right, source, first_row, end_row, TOP_K: tl.constexpr, 
 
 
 @triton.jit
+def take_unit(state, unit, num_split):
+    """The unit that a program does after this one."""
+    if num_split > 0:  # units differ in length: whoever is free takes the next one
+        next_unit = tl.num_programs(0) + tl.atomic_add(state + NEXT_UNIT, 1, sem="relaxed")
+    else:
+        next_unit = unit + tl.num_programs(0)
+    return next_unit
+
+
+@triton.jit
+def store_gradient(acc, out, partials, expert, piece, num_split, i0, j0, size_i, size_j, TILE):
+    """Write a tile of the expert's gradient, or of the partial result of this piece of a split expert."""
+    PARTS: tl.constexpr = TILE.PARTS
+    PART: tl.constexpr = TILE.BLOCK_N // PARTS
+    i = i0 + tl.arange(0, TILE.BLOCK_M)
+    blocks = split_columns(acc, PARTS)
+    for part in tl.static_range(PARTS):
+        columns = j0 + part * PART + tl.arange(0, PART)
+        mask = (i < size_i)[:, None] & (columns < size_j)[None, :]
+        cells = i.to(tl.int64)[:, None] * size_j + columns[None, :]
+        if piece < num_split:
+            tl.store(partials + piece.to(tl.int64) * size_i * size_j + cells, blocks[part], mask=mask)
+        else:
+            value = blocks[part].to(out.dtype.element_ty)
+            tl.store(out + expert.to(tl.int64) * size_i * size_j + cells, value, mask=mask)
+
+
+@triton.jit
 def d_weight_kernel(
     left,  # [S, size_i], or [T, size_i] gathered
     right,  # [S, size_j], or [T, size_j] gathered
@@ -153,11 +181,8 @@ def d_weight_kernel(
     NARROW: tl.constexpr,  # 8 divides both sizes, and the gathered matrix has less than 2^31 times 8 elements
     TILE,
 ):
-    DTYPE: tl.constexpr = out.dtype.element_ty
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
-    PARTS: tl.constexpr = TILE.PARTS
-    PART: tl.constexpr = BLOCK_N // PARTS
     size_i, size_j = in_units(size_i, UNIT), in_units(size_j, UNIT)
     num_i = tl.cdiv(size_i, BLOCK_M)
     num_j = tl.cdiv(size_j, BLOCK_N)
@@ -166,10 +191,7 @@ def d_weight_kernel(
     num_split = tl.load(state + NUM_SPLIT_PIECES)
     unit = tl.program_id(0)
     while unit < num_units:
-        if num_split > 0:  # units differ in length: whoever is free takes the next one
-            next_unit = tl.num_programs(0) + tl.atomic_add(state + NEXT_UNIT, 1, sem="relaxed")
-        else:
-            next_unit = unit + tl.num_programs(0)
+        next_unit = take_unit(state, unit, num_split)
         piece = unit // per_piece
         tile_i, tile_j = tile_order(unit % per_piece, num_i, num_j, TILE.GROUP)
         expert, first_row, end_row = load_piece(pieces, piece)
@@ -192,16 +214,7 @@ def d_weight_kernel(
             NARROW,
             TILE,
         )
-        i = i0 + tl.arange(0, BLOCK_M)
-        blocks = split_columns(acc, PARTS)
-        for part in tl.static_range(PARTS):
-            columns = j0 + part * PART + tl.arange(0, PART)
-            mask = (i < size_i)[:, None] & (columns < size_j)[None, :]
-            cells = i.to(tl.int64)[:, None] * size_j + columns[None, :]
-            if piece < num_split:
-                tl.store(partials + piece.to(tl.int64) * size_i * size_j + cells, blocks[part], mask=mask)
-            else:
-                tl.store(out + expert.to(tl.int64) * size_i * size_j + cells, blocks[part].to(DTYPE), mask=mask)
+        store_gradient(acc, out, partials, expert, piece, num_split, i0, j0, size_i, size_j, TILE)
         unit = next_unit
 
 

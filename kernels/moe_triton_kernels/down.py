@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_triton_kernels.arithmetic import cdiv
+from moe_triton_kernels.fp8 import RowCodes, Scales, operand_of
 from moe_triton_kernels.gluon.schedules import why_unsupported
 from moe_triton_kernels.grouped_gemm import rows_times_weight, split_columns, tile_order
 from moe_triton_kernels.launch import Config, launch_options, persistent_grid
@@ -31,20 +32,21 @@ from moe_triton_kernels.tiles import TileTables, load_tile
 
 @triton.jit
 def down_kernel(
-    a,  # [S, k]
+    a,  # [S, k], or its codes [S, padded k]
     a_descriptor,  # of a, or None
     weight,  # per expert [k, columns]
     descriptor,  # of weight, or None
     bias,  # per expert [columns], or None
     adapter,  # of weight, or None
+    scales,  # of a and weight, or None
     router_weights,  # [T * K], or None
     source,  # [S], or None
     out,  # [S, columns]
     tiles,
-    sizes,  # k by columns
+    sizes,  # k, or padded k, by columns
     TILE,
 ):
-    DTYPE: tl.constexpr = a.dtype.element_ty
+    DTYPE: tl.constexpr = out.dtype.element_ty
     PARTS: tl.constexpr = TILE.PARTS
     PART: tl.constexpr = TILE.BLOCK_N // PARTS
     size_k, size_columns = in_units(sizes.k, sizes.UNIT), in_units(sizes.columns, sizes.UNIT)
@@ -56,10 +58,12 @@ def down_kernel(
         rows = first_row + tl.arange(0, TILE.BLOCK_M)
         row_mask = rows < end_row
         n0 = tile_n * TILE.BLOCK_N
+        inside_rows = tl.minimum(rows, end_row - 1)
         acc = rows_times_weight(
-            Rows(a + tl.minimum(rows, end_row - 1).to(tl.int64) * size_k, a_descriptor, first_row),
+            Rows(a + inside_rows.to(tl.int64) * size_k, a_descriptor, first_row),
             Columns(weight, descriptor, expert, n0, size_columns, 1, TILE.BLOCK_N),
             Added(adapter, rows, row_mask, adapter is not None),
+            Scales(scales, inside_rows, scales is not None),
             size_k,
             DTYPE,
             sizes.EVEN_K,
@@ -81,7 +85,7 @@ def down_kernel(
 
 
 def down(
-    a: Tensor,
+    a: Tensor | RowCodes,
     tiles: TileTables,
     weight: PerExpert,
     *,
@@ -93,11 +97,13 @@ def down(
 ) -> Tensor:
     """out[row] = (a[row] weight[e] + bias[e]) * w[source[row]] for the rows of every expert e: [S, columns], a's dtype.
 
-    a [S, k] contiguous, rows in expert order; weight: per expert [k, columns], any strides; router_weights [T, K]
-    contiguous, read at source[row] (None: no factor; `source` is then not needed). Rows past offsets[E]
-    are not written, and change nothing.
+    a [S, k] contiguous, or its codes where weight is codes, rows in expert order; weight: per expert [k, columns], any
+    strides; router_weights [T, K] contiguous, read at source[row] (None: no factor; `source` is then not needed). Rows
+    past offsets[E] are not written, and change nothing.
     """
-    if why_unsupported(config.gluon, a, weight, bias, size_columns=size_columns) is None:
+    values, scales = operand_of(a, weight, size_columns)
+    reason = why_unsupported(config.gluon, values, weight, bias, size_columns=size_columns)
+    if isinstance(a, Tensor) and reason is None:
         from moe_triton_kernels.gluon import down as warp_specialized  # imports Gluon, which is experimental
 
         return warp_specialized.down(
@@ -110,21 +116,22 @@ def down(
             router_weights=router_weights,
             source=source,
         )
-    num_rows, size_k = a.shape
-    out = a.new_empty((num_rows, size_columns))
+    num_rows, size_k = values.shape
+    out = values.new_empty((num_rows, size_columns), dtype=a.dtype)
     table, max_tiles = tiles.select(config.block_m)
-    down_kernel[persistent_grid(a.device, max_tiles * cdiv(size_columns, config.block_n), config)](
-        a,
-        rows_descriptor(a, config, block=[config.block_m, config.block_k], size_k=size_k),
+    down_kernel[persistent_grid(values.device, max_tiles * cdiv(size_columns, config.block_n), config)](
+        values,
+        rows_descriptor(values, config, block=[config.block_m, config.block_k], size_k=size_k),
         weight.weight(),
         weight_descriptor(weight, config, size_k=size_k, size_columns=size_columns, halves=1, block_n=config.block_n),
         None if bias is None else bias.bias(),
         None if weight.adapter is None else weight.adapter.argument(),
+        scales,
         router_weights,
         source,
         out,
         table,
-        sizes_argument(a, size_k, size_columns, config),
-        **launch_options(a.device, config),
+        sizes_argument(values, size_k, size_columns, config),
+        **launch_options(values.device, config),
     )
     return out

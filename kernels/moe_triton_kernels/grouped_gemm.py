@@ -18,6 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moe_triton_kernels.fp8 import GROUP, load_column_scales, start_scales
 from moe_triton_kernels.lora import add_product, add_steps, load_step
 from moe_triton_kernels.operands import load_columns, load_rows, number_columns, start_columns, start_rows
 from moe_triton_kernels.quantized import decode_columns, load_global_scale, load_scales
@@ -51,10 +52,10 @@ def proxy_fence(FENCE: tl.constexpr):
 
 
 @triton.jit
-def rows_times_weight(rows, columns, added, size_k, DTYPE: tl.constexpr, EVEN_K: tl.constexpr, TILE):
-    """fp32 [BLOCK_M, HALVES * WIDTH]: the product of `Rows` and `Columns` of DTYPE, size_k the contraction.
+def rows_times_weight(rows, columns, added, scales, size_k, DTYPE: tl.constexpr, EVEN_K: tl.constexpr, TILE):
+    """fp32 [BLOCK_M, HALVES * WIDTH]: the product of `Rows` and `Columns`, size_k the contraction.
 
-    added: what is `Added` to it by an adapter.
+    added: what is `Added` to it by an adapter, in DTYPE. scales: the `Scales` of operands that are codes of 8 bits.
     """
     BLOCK_K: tl.constexpr = TILE.BLOCK_K
     BY_TMA: tl.constexpr = rows.descriptor is not None and columns.descriptor is not None
@@ -62,7 +63,7 @@ def rows_times_weight(rows, columns, added, size_k, DTYPE: tl.constexpr, EVEN_K:
     a_at = start_rows(rows, BLOCK_K)
     if columns.weight.QUANTIZED:
         # scales come a step ahead: there are too few of them in a block for asynchronous copies
-        scales = load_scales(columns, 0, size_k, BLOCK_K)
+        code_scales = load_scales(columns, 0, size_k, BLOCK_K)
         global_scale = load_global_scale(columns)
     else:
         b_at, b_step = start_columns(columns, numbers, DTYPE, BLOCK_K)
@@ -75,17 +76,28 @@ def rows_times_weight(rows, columns, added, size_k, DTYPE: tl.constexpr, EVEN_K:
         AHEAD: tl.constexpr = 1 if added.adapter.BLOCK <= 32 and IS_CHEAP else 0
         if AHEAD:
             t, factor = load_step(added, 0, columns, numbers, column_mask, DTYPE)
+    if scales.PRESENT:
+        tl.static_assert(BLOCK_K == GROUP)
+        row_scales, block_scales = start_scales(scales, columns, size_k)
+        stride_k, stride_n = scales.argument.stride_k, scales.argument.stride_n
+        EVEN: tl.constexpr = scales.argument.EVEN
     for block in tl.range(0, tl.cdiv(size_k, BLOCK_K)):
         inside = k < size_k - block * BLOCK_K
         a = load_rows(rows, a_at, inside, EVEN_K)
         if columns.weight.QUANTIZED:
-            b = decode_columns(columns, block * BLOCK_K, size_k, scales, global_scale, DTYPE, EVEN_K, BLOCK_K)
-            scales = load_scales(columns, (block + 1) * BLOCK_K, size_k, BLOCK_K)
+            b = decode_columns(columns, block * BLOCK_K, size_k, code_scales, global_scale, DTYPE, EVEN_K, BLOCK_K)
+            code_scales = load_scales(columns, (block + 1) * BLOCK_K, size_k, BLOCK_K)
         else:
             b = load_columns(columns, b_at, inside, column_mask, EVEN_K, BLOCK_K)
             b_at += b_step
-        proxy_fence(TILE.FENCE and DTYPE.primitive_bitwidth == 16 and not BY_TMA)
-        acc = tl.dot(a, b, acc, input_precision="ieee")
+        if scales.PRESENT:
+            row_scale = tl.load(row_scales + block)
+            column_scale = load_column_scales(block_scales + block * stride_k, stride_n, columns, EVEN)
+            proxy_fence(TILE.FENCE and not BY_TMA)
+            acc += tl.dot(a, b) * (row_scale[:, None] * column_scale)
+        else:
+            proxy_fence(TILE.FENCE and DTYPE.primitive_bitwidth == 16 and not BY_TMA)
+            acc = tl.dot(a, b, acc, input_precision="ieee")
         a_at += BLOCK_K
     if added.PRESENT:
         if AHEAD:

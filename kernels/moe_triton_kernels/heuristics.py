@@ -26,7 +26,12 @@ def fit(block: int, size: int) -> int:
 
 @lru_cache(maxsize=1024)
 def heuristic(op: str, d: int, n: int, itemsize: int, architecture: str, bucket: int) -> Config:
-    """Tiles as large as the accumulator registers allow without a spill; shorter ones where experts have few rows."""
+    """Tiles as large as the accumulator registers allow without a spill; shorter ones where experts have few rows.
+
+    Of an item of one byte: those of products of codes (see `fp8`).
+    """
+    if itemsize == 1:
+        return fp8_tile(op, architecture, bucket)
     if architecture == "interpreter":
         return Config(block_m=16, block_n=16, block_k=16, num_warps=4, num_stages=1, group=2)
     width, contraction = (d, n) if op in ("down", "d_rows") else (n, d)
@@ -110,6 +115,27 @@ def large_tile(op: str, architecture: str) -> Config:
     # half of that, and memory answers in about 0.8 us: 2 steps cover it, or 3 of the short ones.
     stages = (5 if block_n == 128 and op != "up_gated" else 4) if wide else 3
     return Config(block_m=128, block_n=block_n, block_k=64, num_warps=8, num_stages=stages, parts=parts)
+
+
+def fp8_tile(op: str, architecture: str, bucket: int) -> Config:
+    """For products of codes: 128 of the contraction a step, and a tile's columns within two blocks of scales.
+
+    A partial sum has as many registers as the accumulator, which so is half as large as that of other products. The
+    tile of up holds whole groups of its activation. wgmma takes 64 rows at least; of two programs with so many, one
+    multiplies while the other adds its partial sum.
+    """
+    if architecture == "interpreter":
+        return Config(block_m=32, block_n=128, block_k=128, num_warps=4, num_stages=1, group=2)
+    short = op == "up_gated" or (op != "d_weight" and bucket < BUCKETS[-1])
+    parts = {"down": 2, "d_rows": 2, "d_hidden": 4, "d_hidden_gated": 4}.get(op, 1)
+    config = Config(
+        block_m=64 if short else 128, block_n=128, block_k=128, num_warps=8, num_stages=6, parts=parts,
+        descriptors=architecture in HOPPER + BLACKWELL,
+    )  # fmt: skip
+    if short and op != "up_gated":
+        config = replace(config, num_warps=4, num_stages=4, programs_per_sm=2)
+    columns = config.block_n * (2 if op == "up_gated" else 1)
+    return fit_shared_memory(config, (config.block_m + columns) * config.block_k, architecture)
 
 
 def small_tile(op: str, bucket: int) -> Config:

@@ -106,9 +106,16 @@ def tile_of(architecture: str, config: Config) -> Tile:
     )
 
 
+@lru_cache(maxsize=4096, typed=True)
 def constants(values: Constants) -> Constants:
     """The NamedTuple as an argument of a kernel that is compiled for its values."""
     return type(values)(*map(tl.constexpr, values))
+
+
+@lru_cache(maxsize=4096, typed=True)
+def constant(value: Any) -> tl.constexpr:
+    """One value that a kernel is compiled for."""
+    return tl.constexpr(value)
 
 
 def pipeline_stages(architecture: str, config: Config) -> int:
@@ -118,7 +125,11 @@ def pipeline_stages(architecture: str, config: Config) -> int:
 
 def launch_options(device: torch.device, config: Config) -> dict[str, Any]:
     """The keyword arguments of a launch that follow from the configuration: TILE, num_warps, num_stages, maxnreg."""
-    architecture = target_of(device).architecture
+    return _options(target_of(device).architecture, config, compiler_fences())
+
+
+@lru_cache(maxsize=1024)
+def _options(architecture: str, config: Config, _fences: bool) -> dict[str, Any]:
     return {
         "TILE": constants(tile_of(architecture, config)),
         "num_warps": config.num_warps,

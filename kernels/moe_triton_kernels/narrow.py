@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_triton_kernels.configs import bucket_of
+from moe_triton_kernels.fp8 import Scales
 from moe_triton_kernels.grouped_gemm import rows_times_weight, tile_order
 from moe_triton_kernels.heuristics import narrow_tile
 from moe_triton_kernels.launch import launch_options, persistent_grid, target_of
@@ -45,6 +46,7 @@ def narrow_kernel(
             Rows(x + index.to(tl.int64) * size_k, None, None),
             Columns(weight, None, expert, n0, rank, 1, TILE.BLOCK_N),
             Added(None, rows, row_mask, False),
+            Scales(None, rows, False),
             size_k,
             DTYPE,
             sizes.EVEN_K,

@@ -14,7 +14,8 @@ time. By TMA one thread asks for a whole block, so that the loop computes no add
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -24,26 +25,28 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_triton_kernels.address_tables import address_table
-from moe_triton_kernels.launch import BLACKWELL, Config, target_of
+from moe_triton_kernels.launch import BLACKWELL, Config, constant, target_of
 
 if TYPE_CHECKING:
     from moe_triton_kernels.lora import Adapter
-    from moe_triton_kernels.quantized import Scales
+    from moe_triton_kernels.quantized import Decoding
 
 ExpertParameter = Tensor | Sequence[Tensor]
 
 
 def unit_of(itemsize: int, *sizes: int) -> int:
     """Elements in 16 bytes, where they divide every size; 1 where they do not, or where Triton sees that 16 does."""
-    unit = 16 // itemsize
-    return unit if any(size % 16 for size in sizes) and not any(size % unit for size in sizes) else 1
+    unit, together = 16 // itemsize, 0
+    for size in sizes:
+        together |= size  # a power of two divides it where it divides every size
+    return unit if together % 16 and not together % unit else 1
 
 
 class WeightArgument(NamedTuple):
     """The experts' matrices [k, columns] among a kernel's arguments.
 
     data          pointer to the stacked tensor, or to the int64 addresses of the experts' own
-    scales        what makes numbers of `data` where that is codes (a ScalesArgument of `quantized`), else 0
+    decoding      what makes numbers of `data` where that is codes (a DecodingArgument of `quantized`), else 0
     stride_e      elements from one expert to the next (0 for addresses)
     ALIGNMENT     bytes that divide every address
     UNIT          elements that divide stride_e and the stride between rows or columns (see `unit_of`)
@@ -52,7 +55,7 @@ class WeightArgument(NamedTuple):
     """
 
     data: Any
-    scales: Any
+    decoding: Any
     stride_e: Any
     stride_k: Any
     stride_n: Any
@@ -88,7 +91,7 @@ class SizesArgument(NamedTuple):
 def sizes_argument(rows: Tensor, size_k: int, size_columns: int, config: Config) -> SizesArgument:
     """The sizes of a product of these rows, or of rows like these."""
     unit = unit_of(rows.element_size(), size_k, size_columns)
-    return SizesArgument(size_k, size_columns, tl.constexpr(unit), tl.constexpr(size_k % config.block_k == 0))
+    return SizesArgument(size_k, size_columns, constant(unit), constant(size_k % config.block_k == 0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +104,8 @@ class PerExpert:
     alignment  bytes that divide every address of a table
     held       the tensors that the addresses point to, kept alive with this record
     adapter    what is added to a product by these matrices, or None
-    scales     what makes numbers of the tensor where that is codes, or None
+    decoding   what makes numbers of the tensor where that is codes, or None
+    scales     where these are codes of 8 bits, their scales: [E, blocks of k, blocks of columns] (see `fp8`)
     """
 
     data: Tensor
@@ -110,7 +114,8 @@ class PerExpert:
     alignment: int
     held: tuple[Tensor, ...]
     adapter: Adapter | None = None
-    scales: Scales | None = None
+    scales: Tensor | None = None
+    decoding: Decoding | None = None
 
     @property
     def is_table(self) -> bool:
@@ -118,16 +123,23 @@ class PerExpert:
 
     def transposed(self) -> PerExpert:
         """The same matrices with their two dimensions swapped; nothing moves."""
-        scales = None if self.scales is None else self.scales.transposed()
-        return replace(self, strides=self.strides[::-1], scales=scales)
+        return PerExpert(
+            data=self.data,
+            stride_e=self.stride_e,
+            strides=self.strides[::-1],
+            alignment=self.alignment,
+            held=self.held,
+            adapter=self.adapter,
+            decoding=None if self.decoding is None else self.decoding.transposed(),
+        )
 
     def weight(self) -> WeightArgument:
         stride_k, stride_n = self.strides
         step = stride_n if stride_k == 1 else stride_k  # it may be 1 too, of a matrix with a single row or column
-        is_quantized = self.scales is not None
-        constants = (*self.constants(step), tl.constexpr(stride_k == 1), tl.constexpr(is_quantized))
-        scales = tl.constexpr(0) if self.scales is None else self.scales.argument()
-        return WeightArgument(self.data, scales, self.stride_e, stride_k, stride_n, *constants)
+        is_quantized = self.decoding is not None
+        constants = (*self.constants(step), constant(stride_k == 1), constant(is_quantized))
+        decoding = constant(0) if self.decoding is None else self.decoding.argument()
+        return WeightArgument(self.data, decoding, self.stride_e, stride_k, stride_n, *constants)
 
     def bias(self) -> BiasArgument:
         (stride_n,) = self.strides
@@ -136,7 +148,7 @@ class PerExpert:
     def constants(self, *steps: int) -> tuple[tl.constexpr, tl.constexpr]:
         """ALIGNMENT and UNIT, which divides these strides and that from one expert to the next."""
         unit = unit_of(self.held[0].element_size(), self.stride_e, *steps)
-        return tl.constexpr(self.alignment), tl.constexpr(unit)
+        return constant(self.alignment), constant(unit)
 
 
 def per_expert(parameter: ExpertParameter) -> PerExpert:
@@ -184,7 +196,7 @@ def weight_descriptor(
     if (
         not config.descriptors
         or weight.is_table
-        or weight.scales is not None
+        or weight.decoding is not None
         or not (by_k or (stride_n == 1 and halves == 1))
         or not is_describable(weight.data, config, size_k, weight.stride_e, row_stride)
         or matrix == 0
@@ -195,7 +207,23 @@ def weight_descriptor(
         return None
     shape = [weight.data.shape[0], halves, rows, width]
     strides = [weight.stride_e, matrix, row_stride, 1]
-    return TensorDescriptor(weight.data, shape, strides, descriptor_block(config, by_k, halves, block_n))
+    return _described(weight.data, shape, strides, descriptor_block(config, by_k, halves, block_n))
+
+
+def _described(base: Tensor, shape: list[int], strides: list[int], block: list[int]) -> TensorDescriptor:
+    """The descriptor of an aligned tensor: Triton checks each layout once, which takes microseconds."""
+    made = object.__new__(TensorDescriptor)
+    made.__dict__.update(_checked_layout(base.dtype, tuple(shape), tuple(strides), tuple(block)).__dict__, base=base)
+    return made
+
+
+@lru_cache(maxsize=1024)
+def _checked_layout(
+    dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...]
+) -> TensorDescriptor:
+    """A descriptor of this layout, without memory."""
+    empty = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    return TensorDescriptor(empty, list(shape), list(strides), list(block))
 
 
 def rows_descriptor(
@@ -208,7 +236,7 @@ def rows_descriptor(
     """
     if not config.descriptors or not is_describable(rows, config, size_k, rows.shape[1]) or rows.numel() == 0:
         return None
-    return TensorDescriptor(rows, list(rows.shape), [rows.shape[1], 1], block)
+    return _described(rows, list(rows.shape), [rows.shape[1], 1], block)
 
 
 def is_describable(tensor: Tensor, config: Config, size_k: int | None, *steps: int) -> bool:

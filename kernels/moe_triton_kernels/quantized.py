@@ -39,7 +39,7 @@ FORMATS = {  # format -> value of a code, codes in a word, zero point of integer
 DECODE_BLOCK = (128, 64)  # numbers of a program of `decode`, along `in` and along `out`
 
 
-class ScalesArgument(NamedTuple):
+class DecodingArgument(NamedTuple):
     """What makes numbers of the codes of a WeightArgument [k, columns], among a kernel's arguments.
 
     What a format has not is some tensor or number that is not read: Triton 3.6 takes no None this deep in a record.
@@ -71,10 +71,10 @@ class ScalesArgument(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scales:
+class Decoding:
     """What makes numbers of the codes of a `PerExpert`; pairs are along the two dimensions of its matrices.
 
-    data, zeros, global_scale   as in `ScalesArgument`
+    data, zeros, global_scale   as in `DecodingArgument`
     strides     of one expert's scales
     format      a key of FORMATS
     per_word    codes of one word
@@ -91,7 +91,7 @@ class Scales:
     block: tuple[int, int]
     size: tuple[int, int]
 
-    def transposed(self) -> Scales:
+    def transposed(self) -> Decoding:
         return replace(
             self,
             strides=self.strides[::-1],
@@ -100,13 +100,13 @@ class Scales:
             size=self.size[::-1],
         )
 
-    def argument(self) -> ScalesArgument:
+    def argument(self) -> DecodingArgument:
         value, _, zero = FORMATS[self.format]
         has = (self.zeros is not None, self.global_scale is not None)
         constants = (value, *map(tl.constexpr, (*self.per_word, *self.block, *has)))
         zeros, global_scale = (self.data if part is None else part for part in (self.zeros, self.global_scale))
         parts = (self.data, zeros, zero, global_scale)
-        return ScalesArgument(*parts, self.data.stride(0), *self.strides, *constants)
+        return DecodingArgument(*parts, self.data.stride(0), *self.strides, *constants)
 
 
 def quantized_per_expert(
@@ -133,7 +133,7 @@ def quantized_per_expert(
         strides=codes.stride()[1:],
         alignment=4,
         held=(codes,),
-        scales=Scales(
+        decoding=Decoding(
             data=scales if scales.dtype in (torch.float32, torch.bfloat16, torch.float16) else scales.view(torch.uint8),
             zeros=None if zeros is None else zeros.contiguous(),
             global_scale=None if global_scale is None else global_scale.contiguous(),
@@ -263,22 +263,22 @@ def spread(blocks, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 @triton.jit
 def load_blocks(columns, parts, start, size_k, BLOCK_K: tl.constexpr):
     """Of the scales, or of the zero points, those of a block of BLOCK_K from `start` on by `Columns`; 0 outside."""
-    STEP: tl.constexpr = columns.weight.scales.BLOCK_K
+    STEP: tl.constexpr = columns.weight.decoding.BLOCK_K
     COUNT: tl.constexpr = BLOCK_K // STEP if BLOCK_K > STEP else 1
-    n, inside_n = number_columns(columns, columns.weight.scales.BLOCK_N)
+    n, inside_n = number_columns(columns, columns.weight.decoding.BLOCK_N)
     k = start // STEP + tl.arange(0, COUNT)
-    first = parts + columns.expert.to(tl.int64) * columns.weight.scales.stride_e
-    cells = first + n.to(tl.int64)[None, :] * columns.weight.scales.stride_n
-    cells += k.to(tl.int64)[:, None] * columns.weight.scales.stride_k
+    first = parts + columns.expert.to(tl.int64) * columns.weight.decoding.stride_e
+    cells = first + n.to(tl.int64)[None, :] * columns.weight.decoding.stride_n
+    cells += k.to(tl.int64)[:, None] * columns.weight.decoding.stride_k
     return tl.load(cells, mask=(k < tl.cdiv(size_k, STEP))[:, None] & inside_n[None, :], other=0)
 
 
 @triton.jit
 def load_scales(columns, start, size_k, BLOCK_K: tl.constexpr):
     """What `decode_columns` needs beside the codes, as it is in memory: scales, and zero points where there are any."""
-    scales = load_blocks(columns, columns.weight.scales.data, start, size_k, BLOCK_K)
-    if columns.weight.scales.HAS_ZEROS:
-        return scales, load_blocks(columns, columns.weight.scales.zeros, start, size_k, BLOCK_K)
+    scales = load_blocks(columns, columns.weight.decoding.data, start, size_k, BLOCK_K)
+    if columns.weight.decoding.HAS_ZEROS:
+        return scales, load_blocks(columns, columns.weight.decoding.zeros, start, size_k, BLOCK_K)
     else:
         return (scales,)
 
@@ -286,8 +286,8 @@ def load_scales(columns, start, size_k, BLOCK_K: tl.constexpr):
 @triton.jit
 def load_global_scale(columns):
     """The expert's global scale; 1 where the format has none."""
-    if columns.weight.scales.HAS_GLOBAL:
-        return tl.load(columns.weight.scales.global_scale + columns.expert)
+    if columns.weight.decoding.HAS_GLOBAL:
+        return tl.load(columns.weight.decoding.global_scale + columns.expert)
     else:
         return 1.0
 
@@ -295,9 +295,9 @@ def load_global_scale(columns):
 @triton.jit
 def factors(columns, scales, global_scale, DTYPE: tl.constexpr):
     """fp32 of loaded scales; bf16 of powers of two, where that is the type of the numbers: all products are exact."""
-    if columns.weight.scales.data.dtype.element_ty != tl.uint8:
+    if columns.weight.decoding.data.dtype.element_ty != tl.uint8:
         return scales.to(tl.float32)
-    elif columns.weight.scales.HAS_GLOBAL:
+    elif columns.weight.decoding.HAS_GLOBAL:
         return e4m3_values(scales) * global_scale
     elif DTYPE.is_bf16():
         return e8m0_values(scales).to(tl.bfloat16)
@@ -313,8 +313,8 @@ def decode_columns(
 
     scales, global_scale: of `load_scales` at the same `start`, and of `load_global_scale`.
     """
-    PER_K: tl.constexpr = columns.weight.scales.PER_K
-    PER_N: tl.constexpr = columns.weight.scales.PER_N
+    PER_K: tl.constexpr = columns.weight.decoding.PER_K
+    PER_N: tl.constexpr = columns.weight.decoding.PER_N
     ROWS: tl.constexpr = BLOCK_K // PER_K
     WIDTH: tl.constexpr = columns.HALVES * columns.WIDTH // PER_N
     n, inside_n = number_columns(columns, PER_N)
@@ -326,13 +326,13 @@ def decode_columns(
         mask = mask & (k < tl.cdiv(size_k, PER_K))[:, None]
     words = tl.load(cells, mask=mask, other=0).to(tl.uint32, bitcast=True)
     factor = spread(factors(columns, scales[0], global_scale, DTYPE), ROWS, WIDTH)
-    if columns.weight.scales.VALUE != INTEGER:
+    if columns.weight.decoding.VALUE != INTEGER:
         zeros = None
-    elif columns.weight.scales.HAS_ZEROS:
+    elif columns.weight.decoding.HAS_ZEROS:
         zeros = spread(scales[1].to(tl.float16), ROWS, WIDTH)
     else:
-        zeros = columns.weight.scales.zero.to(tl.float16)
-    return word_numbers(words, zeros, factor, PER_K, PER_N, columns.weight.scales.VALUE, DTYPE)
+        zeros = columns.weight.decoding.zero.to(tl.float16)
+    return word_numbers(words, zeros, factor, PER_K, PER_N, columns.weight.decoding.VALUE, DTYPE)
 
 
 @triton.jit
@@ -366,13 +366,13 @@ def decode_kernel(
 
 def decode(weight: PerExpert, dtype: torch.dtype) -> PerExpert:
     """All numbers of quantised matrices [k, columns], in memory of their own that lies as the codes do."""
-    scales = weight.scales
-    assert scales is not None
+    decoding = weight.decoding
+    assert decoding is not None
     by_k = weight.strides[0] == 1
-    size_k, size_columns = scales.size
+    size_k, size_columns = decoding.size
     num_experts = weight.data.shape[0]
     out = torch.empty(
-        (num_experts, *(scales.size[::-1] if by_k else scales.size)), dtype=dtype, device=weight.data.device
+        (num_experts, *(decoding.size[::-1] if by_k else decoding.size)), dtype=dtype, device=weight.data.device
     )
     strides = (1, size_k) if by_k else (size_columns, 1)
     block_k, block_n = DECODE_BLOCK if by_k else DECODE_BLOCK[::-1]

@@ -8,6 +8,7 @@ Shapes: T tokens, E experts, K choices, B sequences with sums of their own, P pr
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -102,24 +103,12 @@ def mask_groups(scores, LIMIT, LANES):
     )
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
-def topk_kernel(
-    logits,  # [T, E]
-    bias,  # [E], or None
-    noise,  # [T, E], or None
-    token_mask,  # [T], or None
-    given,  # [T, K], or None
-    experts,  # [T, K]
-    weights,  # [T, K]
-    partials,
-    num_tokens,  # of a sequence, on which a row of the grid [B, P] works
-    scale,
-    RULE,
-    LIMIT,
-    LANES,
-    PACKED: tl.constexpr,
-):
-    """Experts and weights of every token; counts, score sums and z sum of this program's tokens.
+@triton.jit
+def choose_experts(
+    logits, bias, noise, token_mask, given, experts, weights, partials, num_tokens, scale,
+    RULE, LIMIT, LANES, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Experts and weights of every token; counts, score sums and z sum of this program's tokens. See `topk_kernel`.
 
     `expert` maps lanes to experts and `inside` marks the real ones.
     PACKED: keys are 16-bit logits, so the index fits below the score and one maximum finds both.
@@ -223,6 +212,30 @@ def topk_kernel(
     tl.store(partials.z + program, tl.sum(z_sums, 0))
 
 
+@triton.jit(do_not_specialize=["num_tokens"])
+def topk_kernel(
+    logits,  # [T, E]
+    bias,  # [E], or None
+    noise,  # [T, E], or None
+    token_mask,  # [T], or None
+    given,  # [T, K], or None
+    experts,  # [T, K]
+    weights,  # [T, K]
+    partials,
+    num_tokens,  # of a sequence, on which a row of the grid [B, P] works
+    scale,
+    RULE,
+    LIMIT,
+    LANES,
+    PACKED: tl.constexpr,
+):
+    """Every program's part of `choose_experts`."""
+    choose_experts(
+        logits, bias, noise, token_mask, given, experts, weights, partials, num_tokens, scale,
+        RULE, LIMIT, LANES, PACKED,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["num_partials"])
 def sum_partials_kernel(
     partials, counts, score_sums, z_sums, num_partials,
@@ -249,6 +262,7 @@ def sum_partials_kernel(
         tl.store(z_sums + sequence, tl.sum(z, 0))
 
 
+@lru_cache(maxsize=1024)
 def lanes_of(num_experts: int, top_k: int, num_groups: int = 1) -> Lanes:
     """As many tokens at a time as let [tokens, experts] and [tokens, choices] fit in a program's registers."""
     groups, members = next_power_of_2(num_groups), next_power_of_2(num_experts // num_groups)
@@ -279,9 +293,71 @@ def rule_of(num_experts: int, options: TopK) -> Rule:
     return Rule(num_experts, options.weightless, options.top_k, SCORES[options.score], options.normalize)
 
 
+@lru_cache(maxsize=1024)
 def limit_of(options: TopK) -> GroupLimit:
     top2 = options.num_groups > 1 and options.group_score == "top2_sum"
     return GroupLimit(options.num_groups, options.top_groups, TOP2=top2)
+
+
+@lru_cache(maxsize=1024)
+def choice_constants(num_experts: int, options: TopK, packed: bool) -> dict[str, Any]:
+    """What `choose_experts` is compiled for. `packed`: the keys are logits, of 16 bits."""
+    return {
+        "RULE": constants(rule_of(num_experts, options)),
+        "LIMIT": constants(limit_of(options)),
+        "LANES": constants(lanes_of(num_experts, options.top_k, options.num_groups)),
+        "PACKED": packed,
+    }
+
+
+def programs_of(num_tokens: int, num_experts: int, options: TopK) -> int:
+    """The programs for each sequence of a choice among `num_tokens` tokens in all."""
+    lanes = lanes_of(num_experts, options.top_k, options.num_groups)
+    tiles = cdiv(num_tokens // options.sequences, lanes.BLOCK_T)
+    if options.sequences == 1 and tiles <= FEW_TILES:
+        return 1
+    return min(tiles, max(1, MAX_PROGRAMS // options.sequences))
+
+
+class Choice(NamedTuple):
+    """Tensors of a choice: what is read, in the order of the kernel's arguments, and what is written."""
+
+    read: tuple[Tensor | None, ...]
+    experts: Tensor
+    weights: Tensor
+    partials: PartialSums
+    constants: dict[str, Any]
+
+    def sums(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return counts, scores and z of the only program."""
+        return self.partials.counts[0, 0], self.partials.scores[0, 0], self.partials.z[0, 0]
+
+
+def choice_of(
+    logits: Tensor,
+    options: TopK,
+    programs: int,
+    choice_bias: Tensor | None,
+    noise: Tensor | None,
+    token_mask: Tensor | None,
+    given: Tensor | None,
+) -> Choice:
+    """Make the arguments of `choose_experts`; for what they are see `topk_forward`."""
+    (num_tokens, num_experts), device = logits.shape, logits.device
+    optional = (choice_bias, noise, token_mask, given)
+    shape = (options.sequences, programs)
+    by_logit = noise is None and choice_bias is None and not limit_of(options).TOP2
+    return Choice(
+        read=(logits.contiguous(), *(None if x is None else x.contiguous() for x in optional)),
+        experts=torch.empty((num_tokens, options.top_k), dtype=torch.int32, device=device),
+        weights=torch.empty((num_tokens, options.top_k), dtype=torch.float32, device=device),
+        partials=PartialSums(
+            counts=torch.empty((*shape, num_experts), dtype=torch.int32, device=device),
+            scores=torch.empty((*shape, num_experts), dtype=torch.float32, device=device),
+            z=torch.empty(shape, dtype=torch.float32, device=device),
+        ),
+        constants=choice_constants(num_experts, options, by_logit and logits.dtype != torch.float32),
+    )
 
 
 def topk_forward(
@@ -303,42 +379,19 @@ def topk_forward(
     """
     num_tokens, num_experts = logits.shape
     sequences, device = options.sequences, logits.device
-    experts = torch.empty((num_tokens, options.top_k), dtype=torch.int32, device=device)
-    weights = torch.empty((num_tokens, options.top_k), dtype=torch.float32, device=device)
     of_experts = (num_experts,) if sequences == 1 else (sequences, num_experts)
+    programs = programs_of(num_tokens, num_experts, options)
+    choice = choice_of(logits, options, programs, choice_bias, noise, token_mask, given)
+    experts, weights, partials = choice.experts, choice.weights, choice.partials
     if num_tokens == 0:
         zeros = torch.zeros(of_experts, dtype=torch.float32, device=device)
         return experts, weights, zeros.int(), zeros, torch.zeros((), dtype=torch.float32, device=device)
-    limit = limit_of(options)
-    lanes = lanes_of(num_experts, options.top_k, options.num_groups)
-    by_logit = noise is None and choice_bias is None and not limit.TOP2
-    length = num_tokens // sequences
-    tiles = cdiv(length, lanes.BLOCK_T)
-    programs = 1 if sequences == 1 and tiles <= FEW_TILES else min(tiles, max(1, MAX_PROGRAMS // sequences))
-    partials = PartialSums(
-        counts=torch.empty((sequences, programs, num_experts), dtype=torch.int32, device=device),
-        scores=torch.empty((sequences, programs, num_experts), dtype=torch.float32, device=device),
-        z=torch.empty((sequences, programs), dtype=torch.float32, device=device),
-    )
     topk_kernel[(sequences, programs)](
-        logits.contiguous(),
-        None if choice_bias is None else choice_bias.contiguous(),
-        None if noise is None else noise.contiguous(),
-        None if token_mask is None else token_mask.contiguous(),
-        None if given is None else given.contiguous(),
-        experts,
-        weights,
-        partials,
-        length,
-        float(options.scale),
-        RULE=constants(rule_of(num_experts, options)),
-        LIMIT=constants(limit),
-        LANES=constants(lanes),
-        PACKED=by_logit and logits.dtype != torch.float32,
-        num_warps=NUM_WARPS,
-    )
+        *choice.read, experts, weights, partials, num_tokens // sequences, float(options.scale),
+        **choice.constants, num_warps=NUM_WARPS,
+    )  # fmt: skip
     if sequences == programs == 1:
-        return experts, weights, partials.counts[0, 0], partials.scores[0, 0], partials.z[0, 0]
+        return experts, weights, *choice.sums()
     counts = torch.empty(of_experts, dtype=torch.int32, device=device)
     score_sums = torch.empty(of_experts, dtype=torch.float32, device=device)
     z_sums = torch.empty(sequences, dtype=torch.float32, device=device)

@@ -6,6 +6,10 @@ tokens the kernels of a layer take as long as their launches, and one program is
 
 from __future__ import annotations
 
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -20,39 +24,44 @@ CHUNK = 32  # table entries that are compared with all experts at a time
 NUM_WARPS = 8
 
 
-@triton.jit(do_not_specialize=["num_slots"])
-def small_dispatch_kernel(
-    experts, counts, offsets, source, position, table, num_tiles, num_slots,
+class FewRows(NamedTuple):
+    """What a small dispatch writes beside the counts: offsets, source, position, and the tables of all tile sizes."""
+
+    offsets: Any
+    source: Any
+    position: Any
+    table: Any
+    num_tiles: Any
+
+
+@triton.jit
+def place_few(
+    experts, total, rows, num_slots,
     NUM_EXPERTS: tl.constexpr, SIZES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """See `small_dispatch`."""
+    """Every slot's row, every row's slot and the tile tables, by one program, given each expert's `total` [BLOCK_E]."""
     e = tl.arange(0, BLOCK_E)
-    blocks = tl.cdiv(num_slots, BLOCK)
-    total = tl.zeros((BLOCK_E,), tl.int32)
-    for i in range(blocks):
-        _, expert, _ = load_block(experts, None, 0, i, num_slots, 1, NUM_EXPERTS, False, BLOCK)
-        total += count_block(expert, BLOCK_E)
     ends = tl.cumsum(total)
     num_rows = tl.sum(total)
-    tl.store(counts + e, total, mask=e < NUM_EXPERTS)
-    tl.store(offsets, 0)
-    tl.store(offsets + 1 + e, ends, mask=e < NUM_EXPERTS)
+    tl.store(rows.offsets, 0)
+    tl.store(rows.offsets + 1 + e, ends, mask=e < NUM_EXPERTS)
 
     next_row = ends - total
-    for i in range(blocks):
+    for i in range(tl.cdiv(num_slots, BLOCK)):
         slot, expert, exists = load_block(experts, None, 0, i, num_slots, 1, NUM_EXPERTS, False, BLOCK)
         row = tl.gather(next_row, tl.maximum(expert, 0), 0) + earlier_equals(expert, BLOCK)
-        tl.store(position + slot, tl.where(expert >= 0, row, -1), mask=exists)
-        tl.store(source + row, slot.to(tl.int32), mask=expert >= 0)
-        tl.store(source + slot, -1, mask=exists & (slot >= num_rows))
+        tl.store(rows.position + slot, tl.where(expert >= 0, row, -1), mask=exists)
+        tl.store(rows.source + row, slot.to(tl.int32), mask=expert >= 0)
+        tl.store(rows.source + slot, -1, mask=exists & (slot >= num_rows))
         next_row += count_block(expert, BLOCK_E)
 
+    table = rows.table
     for i in tl.static_range(len(SIZES)):
         size = SIZES[i]
         tiles = tl.cdiv(total, size)
         last = tl.cumsum(tiles)
         here = tl.sum(tiles)
-        tl.store(num_tiles + i, here)
+        tl.store(rows.num_tiles + i, here)
         for start in range(0, here, CHUNK):
             tile = start + tl.arange(0, CHUNK)
             expert = tl.sum((last[None, :] <= tile[:, None]).to(tl.int32), 1)  # as many have all their tiles before
@@ -65,25 +74,65 @@ def small_dispatch_kernel(
         table += 2 * (most + most % 2)  # spaced
 
 
+@triton.jit(do_not_specialize=["num_slots"])
+def small_dispatch_kernel(
+    experts, counts, rows, num_slots,
+    NUM_EXPERTS: tl.constexpr, SIZES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """See `small_dispatch`."""
+    e = tl.arange(0, BLOCK_E)
+    total = tl.zeros((BLOCK_E,), tl.int32)
+    for i in range(tl.cdiv(num_slots, BLOCK)):
+        _, expert, _ = load_block(experts, None, 0, i, num_slots, 1, NUM_EXPERTS, False, BLOCK)
+        total += count_block(expert, BLOCK_E)
+    tl.store(counts + e, total, mask=e < NUM_EXPERTS)
+    place_few(experts, total, rows, num_slots, NUM_EXPERTS, SIZES, BLOCK, BLOCK_E, CHUNK)
+
+
+class FewTiles(NamedTuple):
+    """The most tiles of every size for a few rows, and where their tables begin and end among all entries."""
+
+    lengths: tuple[int, ...]
+    starts: tuple[int, ...]
+    size: int
+
+
+@lru_cache(maxsize=4096)
+def few_tiles(num_slots: int, num_experts: int) -> FewTiles:
+    lengths = tuple(max_tiles(num_slots, num_experts, block_m) for block_m in BLOCK_SIZES)
+    starts = (0, *accumulate(map(spaced, lengths)))
+    return FewTiles(lengths, starts[:-1], starts[-1])
+
+
+def few_rows(shape: tuple[int, int], num_experts: int, device: torch.device) -> tuple[FewRows, TileTables]:
+    """Memory for the rows of choices of this shape [T, K], and their tile tables as they will be."""
+    num_slots = shape[0] * shape[1]
+    tiles = few_tiles(num_slots, num_experts)
+    offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
+    rows = FewRows(
+        offsets=offsets,
+        source=torch.empty(num_slots, dtype=torch.int32, device=device),
+        position=torch.empty(shape, dtype=torch.int32, device=device),
+        table=torch.empty((tiles.size, 2), dtype=torch.int32, device=device),
+        num_tiles=torch.empty(len(BLOCK_SIZES), dtype=torch.int32, device=device),
+    )
+    tables = tuple(
+        rows.table[start : start + length] for start, length in zip(tiles.starts, tiles.lengths, strict=True)
+    )
+    return rows, TileTables(offsets=offsets, block_sizes=BLOCK_SIZES, num_tiles=rows.num_tiles, tables=tables)
+
+
 def small_dispatch(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor, TileTables]:
     """Compute `permutation.permute` without a capacity, and `tiles.tile_tables` of its offsets, in one launch.
 
     experts [T, K] with 1 to MAX_SLOTS assignments -> counts [E], offsets [E+1], source [S], position [T, K] and tables.
     """
-    num_slots, device = experts.numel(), experts.device
-    lengths = [max_tiles(num_slots, num_experts, block_m) for block_m in BLOCK_SIZES]
-    places = [spaced(length) for length in lengths]
-    counts = torch.empty(num_experts, dtype=torch.int32, device=device)
-    offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
-    source = torch.empty(num_slots, dtype=torch.int32, device=device)
-    position = torch.empty(experts.shape, dtype=torch.int32, device=device)
-    table = torch.empty((sum(places), 2), dtype=torch.int32, device=device)
-    num_tiles = torch.empty(len(BLOCK_SIZES), dtype=torch.int32, device=device)
+    num_tokens, top_k = experts.shape
+    rows, tiles = few_rows((num_tokens, top_k), num_experts, experts.device)
+    counts = torch.empty(num_experts, dtype=torch.int32, device=experts.device)
     small_dispatch_kernel[(1,)](
-        experts.contiguous(), counts, offsets, source, position, table, num_tiles, num_slots,
+        experts.contiguous(), counts, rows, num_tokens * top_k,
         NUM_EXPERTS=num_experts, SIZES=BLOCK_SIZES, BLOCK=BLOCK, BLOCK_E=block_experts(num_experts), CHUNK=CHUNK,
         num_warps=NUM_WARPS,
     )  # fmt: skip
-    tables = tuple(part[:length] for part, length in zip(table.split(places), lengths, strict=True))
-    tiles = TileTables(offsets=offsets, block_sizes=BLOCK_SIZES, num_tiles=num_tiles, tables=tables)
-    return counts, offsets, source, position, tiles
+    return counts, rows.offsets, rows.source, rows.position, tiles

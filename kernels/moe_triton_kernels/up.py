@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe_triton_kernels.activations import Activation, is_gated
 from moe_triton_kernels.arithmetic import cdiv
+from moe_triton_kernels.fp8 import Operand, Scales, new_rows, operand_of
 from moe_triton_kernels.gluon.schedules import why_unsupported
 from moe_triton_kernels.grouped_gemm import rows_times_weight, tile_order
 from moe_triton_kernels.launch import Config, launch_options, persistent_grid
@@ -28,27 +29,30 @@ from moe_triton_kernels.operands import (
     weight_descriptor,
 )
 from moe_triton_kernels.preactivation import activate, part_blocks, round_parts, split_pair
+from moe_triton_kernels.quantize import store_group
 from moe_triton_kernels.tiles import TileTables, load_tile
 
 
 @triton.jit
 def up_kernel(
-    x,  # [T, d]
+    x,  # [T, d], or its codes [T, padded d]
     source,  # [S]
     weight,  # per expert [d, n] or [d, 2n]
     descriptor,  # of weight, or None
     bias,  # per expert [n] or [2n], or None
     adapter,  # of weight, or None
-    a,  # [S, n], or None
+    scales,  # of x and weight, or None
+    a,  # [S, n], or its codes [S, padded n], or None
+    a_scales,  # of a, or None
     h,  # [S, n] or [S, 2n], or None
     tiles,
-    sizes,  # d by n
+    sizes,  # d, or padded d, by n
     TOP_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
     CONCATENATED: tl.constexpr,
     TILE,
 ):
-    DTYPE: tl.constexpr = x.dtype.element_ty
+    DTYPE: tl.constexpr = x.dtype.element_ty if scales is None else scales.DTYPE.value
     GATED: tl.constexpr = is_gated(ACTIVATION)
     HALVES: tl.constexpr = 2 if GATED and CONCATENATED else 1
     COLUMNS_PER_HALF: tl.constexpr = 2 if GATED and not CONCATENATED else 1  # of H, side by side, for one column of A
@@ -62,10 +66,11 @@ def up_kernel(
         expert, first_row, end_row = load_tile(tiles.table, tiles.offsets, tile_m, TILE.BLOCK_M)
         rows = first_row + tl.arange(0, TILE.BLOCK_M)
         row_mask = rows < end_row
-        slots = tl.load(source + rows, mask=row_mask, other=0)  # rows past the end compute token 0 and store nothing
+        # rows past the end compute token 0 and store nothing
+        tokens = tl.load(source + rows, mask=row_mask, other=0) // TOP_K
         n0 = tile_n * TILE.BLOCK_N
         acc = rows_times_weight(
-            Rows(x + (slots // TOP_K).to(tl.int64) * size_d, None, None),
+            Rows(x + tokens.to(tl.int64) * size_d, None, None),
             Columns(
                 weight,
                 descriptor,
@@ -76,6 +81,7 @@ def up_kernel(
                 TILE.BLOCK_N * COLUMNS_PER_HALF,
             ),
             Added(adapter, rows, row_mask, adapter is not None),
+            Scales(scales, tokens, scales is not None),
             size_d,
             DTYPE,
             sizes.EVEN_K,
@@ -96,13 +102,17 @@ def up_kernel(
             if a is not None:
                 value = activate(split_pair(parts, ACTIVATION, HALVES), ACTIVATION)
                 inner = n0 + i * PART + tl.arange(0, PART)
-                a_mask = row_mask[:, None] & (inner < size_n)[None, :]
-                a_rows = a + rows.to(tl.int64) * size_n
-                tl.store(a_rows[:, None] + inner[None, :], value.to(DTYPE), mask=a_mask)
+                if a_scales is None:
+                    a_mask = row_mask[:, None] & (inner < size_n)[None, :]
+                    a_rows = a + rows.to(tl.int64) * size_n
+                    tl.store(a_rows[:, None] + inner[None, :], value.to(DTYPE), mask=a_mask)
+                else:
+                    value = tl.where((inner < size_n)[None, :], value, 0.0)
+                    store_group(value, a, a_scales, rows, row_mask, tile_n, size_n)
 
 
 def up(
-    x: Tensor,
+    x: Operand,
     source: Tensor,
     tiles: TileTables,
     weight: PerExpert,
@@ -115,23 +125,25 @@ def up(
     keep_activation: bool,
     keep_preactivation: bool,
     config: Config,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Operand, Tensor]:
     """A [S, n] and the pre-activation H [S, 2n] ([S, n] ungated), in x's dtype; an empty [0] tensor for one not kept.
 
     x [T, d] contiguous; source [S] int32, row -> token*top_k + choice; weight: per expert [d, 2n] or [d, n], any
     strides. H's columns lie as the weight's do: [gate | up], or g0, u0, g1, u1, ... where not `is_concatenated`.
-    Rows past offsets[E] are not written.
+    Rows past offsets[E] are not written. With codes of x and of the weight, A is codes too, of the activation in fp32;
+    block_n and block_k are then 128, and parts 1.
     """
+    values, scales = operand_of(x, weight, size_n)
     reason = why_unsupported(
         config.gluon,
-        x,
+        values,
         weight,
         bias,
         size_columns=size_n,
         projections=2 if activation.is_gated else 1,
         is_concatenated=is_concatenated or not activation.is_gated,
     )
-    if reason is None:
+    if isinstance(x, Tensor) and reason is None:
         from moe_triton_kernels.gluon import up as warp_specialized  # imports Gluon, which is experimental
 
         return warp_specialized.up(
@@ -147,9 +159,11 @@ def up(
             keep_preactivation=keep_preactivation,
             config=config,
         )
-    num_rows, size_d = source.shape[0], x.shape[1]
-    a = x.new_empty((num_rows, size_n) if keep_activation else 0)
-    h = x.new_empty((num_rows, 2 * size_n if activation.is_gated else size_n) if keep_preactivation else 0)
+    num_rows, size_d = source.shape[0], values.shape[1]
+    a = new_rows(x, num_rows, size_n, keep=keep_activation)
+    width = 2 * size_n if activation.is_gated else size_n
+    h = values.new_empty((num_rows, width) if keep_preactivation else 0, dtype=x.dtype)
+    a_values, a_scales = (a, None) if isinstance(a, Tensor) else (a.codes, a.scales)
     table, max_tiles = tiles.select(config.block_m)
     columns_per_half = 2 if activation.is_gated and not is_concatenated else 1
     descriptor = weight_descriptor(
@@ -160,20 +174,22 @@ def up(
         halves=2 if activation.is_gated and is_concatenated else 1,
         block_n=columns_per_half * config.block_n,
     )
-    up_kernel[persistent_grid(x.device, max_tiles * cdiv(size_n, config.block_n), config)](
-        x,
+    up_kernel[persistent_grid(values.device, max_tiles * cdiv(size_n, config.block_n), config)](
+        values,
         source,
         weight.weight(),
         descriptor,
         None if bias is None else bias.bias(),
         None if weight.adapter is None else weight.adapter.argument(),
-        a if keep_activation else None,
+        scales,
+        a_values if keep_activation else None,
+        a_scales,
         h if keep_preactivation else None,
         table,
-        sizes_argument(x, size_d, size_n, config),
+        sizes_argument(values, size_d, size_n, config),
         TOP_K=top_k,
         ACTIVATION=activation,
         CONCATENATED=is_concatenated,
-        **launch_options(x.device, config),
+        **launch_options(values.device, config),
     )
     return a, h

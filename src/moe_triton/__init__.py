@@ -5,6 +5,7 @@ from moe_triton.dispatch import dispatch, expert_capacity, renormalize
 from moe_triton.distributed import export_safetensors
 from moe_triton.experts import moe_experts, moe_mlp
 from moe_triton.explain import Explanation, explain
+from moe_triton.integrations.pretrained import load_pretrained
 from moe_triton.integrations.upcycling import upcycle
 from moe_triton.layers import (
     BalanceAccumulator,
@@ -51,6 +52,7 @@ __all__ = [
     "explain",
     "export_safetensors",
     "load_balance_loss",
+    "load_pretrained",
     "load_statistics",
     "moe_experts",
     "moe_mlp",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,26 +20,30 @@ def check_tensor(
     value: object,
     *,
     shape: Sequence[int | str] | None = None,
-    dtypes: Iterable[torch.dtype] | None = None,
+    dtypes: Sequence[torch.dtype] | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
     """`value` as a Tensor; a str in `shape` stands for any size and is only used to say what was wanted."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, wanted a Tensor")
-    if shape is not None:
-        fits = value.dim() == len(shape) and all(
-            isinstance(w, str) or g == w for g, w in zip(value.shape, shape, strict=True)
-        )
-        if not fits:
-            wanted = ", ".join(str(w) for w in shape)
-            raise ValueError(f"{name}: got shape {list(value.shape)}, wanted [{wanted}]")
+    if shape is not None and not _fits(value.shape, shape):
+        wanted = ", ".join(str(w) for w in shape)
+        raise ValueError(f"{name}: got shape {list(value.shape)}, wanted [{wanted}]")
     if value.layout is not torch.strided:
         raise TypeError(f"{name}: got layout {value.layout}, wanted {torch.strided}")
-    if dtypes is not None and value.dtype not in (allowed := tuple(dtypes)):
-        raise TypeError(f"{name}: got dtype {value.dtype}, wanted {' or '.join(str(d) for d in allowed)}")
+    if dtypes is not None and value.dtype not in dtypes:
+        raise TypeError(f"{name}: got dtype {value.dtype}, wanted {' or '.join(str(d) for d in dtypes)}")
     if device is not None and value.device != device:
         raise ValueError(f"{name}: got device {value.device}, wanted {device}")
     return value
+
+
+def _fits(shape: Sequence[int], wanted: Sequence[int | str]) -> bool:
+    return len(shape) == len(wanted) and all(map(_fits_one, shape, wanted))
+
+
+def _fits_one(size: int, wanted: int | str) -> bool:
+    return size == wanted or isinstance(wanted, str)
 
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moe_triton import reference, runtime
@@ -171,6 +172,24 @@ def renormalize(weights: Tensor, dispatch: Dispatch) -> Tensor:
     The sum is clamped at the dtype's eps, so that a token without survivors gets zeros (DeepSpeed's top-2 and top-k).
     """
     return reference.renormalize(weights, dispatch)
+
+
+def sorted_dispatch(counts: Tensor, num_rows: int, starts: Tensor | None = None) -> Dispatch:
+    """Return the Dispatch of rows that lie in expert order already, as T = `num_rows` tokens with K = 1. No host sync.
+
+    counts [E] int32 or int64: the rows of each expert. starts [E]: the first row of each; None where the experts' rows
+    follow each other without gaps. Rows of no expert are skipped. Counts beyond `num_rows` are cut there.
+    """
+    offsets = F.pad(counts.cumsum(0), (1, 0)).clamp_max(num_rows).int()
+    rows = torch.arange(num_rows, dtype=torch.int32, device=counts.device)
+    source = rows
+    if starts is not None:
+        expert = torch.searchsorted(offsets[1:].contiguous(), rows, right=True).clamp_max(counts.shape[0] - 1)
+        source = (starts.int()[expert] + rows - offsets[expert]).clamp_max(num_rows - 1)
+    source = torch.where(rows < offsets[-1], source, -1)
+    position = torch.full((num_rows + 1,), -1, dtype=torch.int32, device=counts.device)
+    position[torch.where(source >= 0, source, num_rows).long()] = torch.where(source >= 0, rows, -1)
+    return Dispatch(counts=offsets.diff(), offsets=offsets, source=source, position=position[:num_rows, None])
 
 
 def chosen_experts(dispatched: Dispatch) -> Tensor:

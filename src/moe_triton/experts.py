@@ -51,6 +51,7 @@ def moe_mlp(
     is_transposed: bool = False,
     is_concatenated: bool = True,
     capacity: int | None = None,
+    fp8: bool = False,
     recompute: bool = False,
     backend: str = "auto",
 ) -> Tensor:
@@ -77,6 +78,10 @@ def moe_mlp(
         is_transposed: the projections are [E, d, 2n] and [E, n, d].
         is_concatenated: False when gate and up alternate (g0, u0, g1, u1, ...).
         capacity: assignments that one expert keeps, the earliest tokens first; None keeps all.
+        fp8: round both operands of every product with a projection, in forward and backward, to e4m3 with one scale for
+            128 numbers (128 x 128 of a projection), as DeepSeek-V3 trains (arXiv 2412.19437; `moe_triton.reference.fp8`
+            is the definition). Parameters, what is kept for backward and gradients stay in their dtype. Not for float64
+            and quantised projections.
         recompute: keep only the hidden states for backward and compute the pre-activation again there.
         backend: "auto", "triton", "torch" or "reference".
 
@@ -100,9 +105,12 @@ def moe_mlp(
         activation_alpha=activation_alpha,
         is_transposed=is_transposed,
         is_concatenated=is_concatenated,
+        fp8=fp8,
     )
-    _check_weights("top_k_weights", top_k_weights, hidden_states, top_k_index.shape[1], backend)
-    _check_parameters(parameters, num_experts, spec, hidden_states)
+    check_activation(activation, activation_limit, activation_alpha)
+    dtypes = _dtypes(hidden_states, backend)
+    _check_weights("top_k_weights", top_k_weights, hidden_states, top_k_index.shape[1], dtypes)
+    _check_parameters(parameters, num_experts, spec, hidden_states, dtypes)
     check_adapters(parameters, spec, hidden_states.device, gate_up_lora=gate_up_lora, down_lora=down_lora)
     dispatched = dispatch(top_k_index, num_experts, capacity=capacity, backend=backend)
     call = ExpertCall(
@@ -127,6 +135,7 @@ def moe_experts(
     down_lora: Adapters = None,
     is_transposed: bool = False,
     is_concatenated: bool = True,
+    fp8: bool = False,
     recompute: bool = False,
     backend: str = "auto",
 ) -> Tensor:
@@ -146,9 +155,11 @@ def moe_experts(
         activation_alpha=activation_alpha,
         is_transposed=is_transposed,
         is_concatenated=is_concatenated,
+        fp8=fp8,
     )
     if not isinstance(dispatched, Dispatch):
         raise TypeError(f"dispatched: got {type(dispatched).__name__}, wanted a Dispatch from moe_triton.dispatch")
+    check_activation(activation, activation_limit, activation_alpha)
     call = ExpertCall(hidden=hidden_states, weights=weights, dispatched=dispatched, parameters=parameters, spec=spec)
     check_call(call, backend, "weights")
     check_adapters(parameters, spec, hidden_states.device, gate_up_lora=gate_up_lora, down_lora=down_lora)
@@ -156,31 +167,41 @@ def moe_experts(
 
 
 def check_call(call: ExpertCall, backend: str, weights_name: str = "top_k_weights") -> None:
-    """Raise ValueError or TypeError for whatever can be wrong with a call, before the first launch."""
+    """Raise ValueError or TypeError for whatever can be wrong with a call of a valid spec, before the first launch."""
     num_tokens, top_k = call.dispatched.position.shape
     device = call.dispatched.position.device
     check_tensor("hidden_states", call.hidden, shape=(num_tokens, "d"), dtypes=FLOATS, device=device)
-    _check_weights(weights_name, call.weights, call.hidden, top_k, backend)
-    _check_parameters(call.parameters, call.num_experts, call.spec, call.hidden)
+    dtypes = _dtypes(call.hidden, backend)
+    _check_weights(weights_name, call.weights, call.hidden, top_k, dtypes)
+    _check_parameters(call.parameters, call.num_experts, call.spec, call.hidden, dtypes)
 
 
-def _check_weights(name: str, weights: Tensor, hidden_states: Tensor, top_k: int, backend: str) -> None:
-    dtype, device = hidden_states.dtype, hidden_states.device
-    runtime.choose(backend, device, runtime.autocast_dtype(device) or dtype)
-    dtypes = _dtypes(hidden_states)
-    dtypes = dtypes if dtype in (torch.float32, torch.float64) else (*dtypes, torch.float32)
-    check_tensor(name, weights, shape=(hidden_states.shape[0], top_k), dtypes=dtypes, device=device)
-
-
-def _dtypes(hidden_states: Tensor) -> tuple[torch.dtype, ...]:
+def _dtypes(hidden_states: Tensor, backend: str) -> tuple[torch.dtype, ...]:
     """What may go with these hidden states: under autocast everything, since it is cast."""
-    return (hidden_states.dtype,) if runtime.autocast_dtype(hidden_states.device) is None else FLOATS
+    compute = runtime.autocast_dtype(hidden_states.device)
+    runtime.choose(backend, hidden_states.device, compute or hidden_states.dtype)  # raises where it cannot run
+    return (hidden_states.dtype,) if compute is None else FLOATS
 
 
-def _check_parameters(parameters: ExpertParameters, num_experts: int, spec: ExpertSpec, hidden_states: Tensor) -> None:
-    check_activation(spec.activation, spec.activation_limit, spec.activation_alpha)
-    width, device, dtypes = hidden_states.shape[1], hidden_states.device, _dtypes(hidden_states)
+def _check_weights(
+    name: str, weights: Tensor, hidden_states: Tensor, top_k: int, dtypes: tuple[torch.dtype, ...]
+) -> None:
+    dtypes = dtypes if hidden_states.dtype in (torch.float32, torch.float64) else (*dtypes, torch.float32)
+    shape = (hidden_states.shape[0], top_k)
+    check_tensor(name, weights, shape=shape, dtypes=dtypes, device=hidden_states.device)
+
+
+def _check_parameters(
+    parameters: ExpertParameters,
+    num_experts: int,
+    spec: ExpertSpec,
+    hidden_states: Tensor,
+    dtypes: tuple[torch.dtype, ...],
+) -> None:
+    width, device = hidden_states.shape[1], hidden_states.device
     gate_up_proj, down_proj, gate_up_bias, down_bias = parameters[:4]
+    if spec.fp8:
+        _check_fp8(hidden_states, gate_up_proj=gate_up_proj, down_proj=down_proj)
     rows = _matrix_shape("gate_up_proj", gate_up_proj)[1 if spec.is_transposed else 0]
     if spec.is_gated and rows % 2:
         raise ValueError(f"gate_up_proj: got {rows} rows of gate and up, wanted an even number for {spec.activation!r}")
@@ -196,6 +217,15 @@ def _check_parameters(parameters: ExpertParameters, num_experts: int, spec: Expe
         check_expert_tensors("down_bias", down_bias, num_experts, (width,), dtypes, device)
 
 
+def _check_fp8(hidden_states: Tensor, **projections: Projection) -> None:
+    """Raise for what has no fp8 products."""
+    if (runtime.autocast_dtype(hidden_states.device) or hidden_states.dtype) == torch.float64:
+        raise TypeError("hidden_states: got dtype torch.float64 with fp8=True, wanted float32, float16 or bfloat16")
+    for name, projection in projections.items():
+        if isinstance(projection, QuantizedWeight):
+            raise TypeError(f"{name}: got a QuantizedWeight with fp8=True, wanted a projection in a float dtype")
+
+
 def check_activation(activation: str, limit: float | None, alpha: float | None) -> None:
     """Raise for an unknown activation, and for a limit or an alpha that it does not take."""
     check_choice("activation", activation, ACTIVATIONS)
@@ -207,6 +237,8 @@ def check_activation(activation: str, limit: float | None, alpha: float | None) 
 
 
 def _matrix_shape(name: str, projection: Projection) -> tuple[int, int]:
+    if isinstance(projection, Tensor) and projection.dim() == 3:
+        return projection.shape[1], projection.shape[2]
     if count_experts(name, projection) > 0:
         first = projection if isinstance(projection, QuantizedWeight) else projection[0]
         if isinstance(first, QuantizedWeight) or (isinstance(first, Tensor) and first.dim() == 2):
@@ -219,6 +251,8 @@ def with_adapters(call: ExpertCall, gate_up: Adapters, down: Adapters) -> Expert
 
     Several of one projection become one, of the sum of their ranks; each has its own gradients.
     """
+    if not gate_up and not down:
+        return call
     dtype = runtime.autocast_dtype(call.hidden.device) or call.hidden.dtype
     parameters, spec = call.parameters, call.spec
     if (one := _joined(gate_up, dtype)) is not None:
@@ -285,14 +319,14 @@ def check_expert_tensors(
     device: torch.device,
 ) -> None:
     """One stacked tensor [E, *shape], a sequence of E tensors of `shape`, or a quantised weight of that shape."""
+    if isinstance(value, Tensor):
+        check_tensor(name, value, shape=(num_experts, *shape), dtypes=dtypes, device=device)
+        return
     if isinstance(value, QuantizedWeight):
         if value.shape != (num_experts, *shape):
             raise ValueError(f"{name}: got shape {list(value.shape)}, wanted {[num_experts, *shape]}")
         if value.device != device:
             raise ValueError(f"{name}: got device {value.device}, wanted {device}")
-        return
-    if isinstance(value, Tensor):
-        check_tensor(name, value, shape=(num_experts, *shape), dtypes=dtypes, device=device)
         return
     count = count_experts(name, value)
     if count != num_experts:

@@ -43,6 +43,17 @@ class Part:
     origin: str = ""
 
 
+EMULATED = Part(
+    step="experts, both passes",
+    runs="fp8 emulated: operands rounded to e4m3 and multiplied in fp32, an expert at a time, for which the host reads "
+    "the offsets once a pass",
+)
+OPERANDS = Part(
+    step="operands in fp8",
+    runs="quantize_rows_kernel and quantize_weight_kernel; quantize_columns_kernel (backward); activations by up",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
     """What will run for one layer. str() gives it in words.
@@ -130,7 +141,7 @@ def explain_layer(name: str, layer: MoE, tokens: int, device: torch.device | str
         name, shape, dtype_of(weight, layer.router), where, experts.backend, experts.spec.activation,
         has_bias=experts.down_proj_bias is not None, recompute=experts.recompute, frozen=frozen_stages(experts),
         ranks={name: lora.a.shape[1] for name in PROJECTIONS if (lora := experts.lora(name)) is not None},
-        batch_invariant=layer.batch_invariant,
+        batch_invariant=layer.batch_invariant, fp8=experts.spec.fp8,
     )  # fmt: skip
     found = replace(found, parts=(*found.parts, *_more_parts(layer, hidden)))
     return with_format(found, weight, experts.spec)
@@ -212,7 +223,7 @@ def explain_routed(layer: RoutedLayer, tokens: int, device: torch.device | str |
     name = "swiglu" if activation is None else activation.activation
     found = describe(
         layer.name, shape, dtype, where, getattr(experts, "moe_triton_backend", "auto"), name,
-        has_bias=experts.has_bias,
+        has_bias=experts.has_bias, fp8=getattr(experts, "moe_triton_fp8", False),
     )  # fmt: skip
     rest = [part for part in found.parts if part.step not in ("gate", "route")]
     if activation is None and found.backend != "reference":
@@ -236,17 +247,18 @@ def describe(
     recompute: bool = False,
     frozen: Sequence[str] = (),
     batch_invariant: bool = False,
+    fp8: bool = False,
     ranks: Mapping[str, int] = MappingProxyType({}),
 ) -> Explanation:
     choice = runtime.choose(backend, device, dtype)
     if choice.name == "triton":
         parts = [
             part
-            for part in triton_parts(shape, dtype, device, activation in GATED, has_bias, batch_invariant)
+            for part in triton_parts(shape, dtype, device, activation in GATED, has_bias, batch_invariant, fp8)
             if part.step.removesuffix(" (backward)") not in frozen
         ]
     elif choice.name == "torch":
-        parts = torch_parts(device)
+        parts = torch_parts(device, fp8)
     else:
         parts = [Part(step="everything", runs="moe_triton.reference, under plain autograd")]
     if ranks:
@@ -268,18 +280,21 @@ def describe(
 def cpu_experts() -> str:
     chosen = choose_policy(this_processor())
     return (
-        "blocks of rows that stay in cache, an expert's or those of neighbours in one batched product; the rows of the "
-        f"very call decide. Products: {chosen.policy} ({chosen.reason})"
+        "blocks of rows that stay in cache: an expert's, or those of neighbours in one batched product or one call of "
+        f"F.grouped_mm; the rows of the very call decide. Products: {chosen.policy} ({chosen.reason})"
     )
 
 
-def torch_parts(device: torch.device) -> list[Part]:
+def torch_parts(device: torch.device, fp8: bool = False) -> list[Part]:
     is_cpu = device.type == "cpu"
     return [
         Part(step="gate", runs="torch linear in fp32 (fp64 for fp64 parameters)"),
-        Part(step="route", runs="torch.topk over 64-bit keys (exact, ties to the lower index)"),
+        Part(
+            step="route",
+            runs="a stable sort of few keys, else torch.topk over 64-bit keys (exact, ties to the lower index)",
+        ),
         Part(step="dispatch", runs="a stable radix sort of the choices" if is_cpu else "torch.sort of the choices"),
-        Part(step="experts, both passes", runs=cpu_experts() if is_cpu else DEVICE_EXPERTS),
+        EMULATED if fp8 else Part(step="experts, both passes", runs=cpu_experts() if is_cpu else DEVICE_EXPERTS),
     ]
 
 
@@ -290,33 +305,49 @@ def triton_parts(
     is_gated: bool,
     has_bias: bool,
     batch_invariant: bool = False,
+    fp8: bool = False,
 ) -> list[Part]:
     tokens, d, n, num_experts, top_k = shape
+    from moe_triton.backends.triton.experts_fp8 import runs_kernels
     from moe_triton.kernel_stages import FORWARD, KERNELS, chosen_configs, kernel_in_words  # need Triton
+    from moe_triton_kernels.fp8 import CODES
     from moe_triton_kernels.heuristics import BUCKETS
     from moe_triton_kernels.launch import target_of
 
     def by_stage(num_rows: int) -> dict[str, dict[str, Any]]:
         chosen = chosen_configs(
-            d=d, n=n, dtype=dtype, num_rows=num_rows, num_experts=num_experts, is_gated=is_gated,
+            d=d, n=n, dtype=CODES if fp8 else dtype, num_rows=num_rows, num_experts=num_experts, is_gated=is_gated,
             architecture=target_of(device).architecture,
         )  # fmt: skip
         return {stage: found for found in chosen for stage in found["stages"]}
 
+    parts = [Part(step="gate", runs="torch linear in fp32"), *_routing_parts(tokens, num_experts, top_k)]
+    if fp8 and not runs_kernels(device):
+        return [*parts, EMULATED]
     config = by_stage(tokens * top_k)
     if batch_invariant:  # one configuration of up and down, whatever the rows
         fixed = by_stage(BUCKETS[-1] * num_experts + 1)
         config |= {stage: fixed[stage] for stage in ("up", "down")}
-    parts = [
-        Part(step="gate", runs="torch linear in fp32"),
-        Part(step="route", runs="top-k kernels"),
-        Part(step="dispatch", runs="permutation kernels"),
-    ]
+    if fp8:
+        parts.append(OPERANDS)
     for stage, kernel in KERNELS.items():
         if stage.startswith("d_bias") and not has_bias:
             continue
         known = config.get(stage, {"config": "", "from": "", "fields": None})
         step = f"{stage.removesuffix('_backward')} (backward)" if stage not in FORWARD else stage
-        runs = kernel_in_words(kernel, known["fields"])
+        runs = kernel_in_words(f"fp8_{kernel}" if fp8 and stage.startswith("d_weight") else kernel, known["fields"])
         parts.append(Part(step=step, runs=runs, config=known["config"], origin=known["from"]))
     return parts
+
+
+def _routing_parts(tokens: int, num_experts: int, top_k: int) -> list[Part]:
+    """What runs before the experts where nothing is dropped; for few tokens it takes fewer launches."""
+    from moe_triton_kernels import small_dispatch, small_route  # need Triton
+    from moe_triton_kernels.routing import TopK
+
+    route, dispatch = "top-k kernels", "permutation kernels"
+    if tokens * top_k <= small_dispatch.MAX_SLOTS:
+        dispatch = "small_dispatch_kernel, with the tile tables of inference"
+    if small_route.is_small(tokens, num_experts, TopK(top_k)):
+        route = "top-k kernel; in inference small_route_kernel, with the dispatch and its tile tables"
+    return [Part(step="route", runs=route), Part(step="dispatch", runs=dispatch)]

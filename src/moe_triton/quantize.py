@@ -92,6 +92,8 @@ def _quantized(
         names, is_transposed = ("gate_up_proj", "down_proj"), False
     else:
         names, is_transposed = hf.projection_names(module), hf.is_transposed(module)
+        if getattr(module, "moe_triton_fp8", False):
+            raise ValueError(f"model: {name} was swapped with fp8=True, wanted experts whose products are not in fp8")
     weights = {}
     for part in names:
         parameter = projection_of(module, part)

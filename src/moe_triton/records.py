@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -43,8 +43,9 @@ class ExpertSpec:
     Default layout: gate_up_proj [E, 2n, d] ([E, n, d] when ungated), down_proj [E, d, n]. `is_transposed` swaps the
     last two dimensions of both. `is_concatenated=False` means that gate and up alternate: g0, u0, g1, u1, ...
     The scalings multiply the adapters' part of a product. With `batch_invariant` an output's bits depend on its own
-    token alone (`moe_triton.batch_invariant`). activation_limit and activation_alpha are those of
-    `moe_triton.moe_mlp`; None stands for the activation's own.
+    token alone (`moe_triton.batch_invariant`). With `fp8` the products with the projections and those for
+    their gradients have operands in e4m3 (`moe_triton.reference.fp8`). activation_limit and activation_alpha are those
+    of `moe_triton.moe_mlp`; None stands for the activation's own.
     """
 
     activation: str = "swiglu"
@@ -53,6 +54,7 @@ class ExpertSpec:
     is_transposed: bool = False
     is_concatenated: bool = True
     batch_invariant: bool = False
+    fp8: bool = False
     gate_up_scaling: float = 1.0
     down_scaling: float = 1.0
 
@@ -92,6 +94,7 @@ class Routing:
     sequences   counts, score_sums and num_tokens of each sequence; None where `route` was not asked for several
     hidden      [T, d] what `Router` was given, for whoever takes it next: the gate then adds its gradient to theirs in
                 one pass; None where there was no gate
+    dispatched  what `dispatched_to` returns; None where routing made no Dispatch
     """
 
     experts: Tensor
@@ -102,6 +105,39 @@ class Routing:
     num_tokens: Tensor
     sequences: SequenceSums | None = None
     hidden: Tensor | None = None
+    dispatched: TiledDispatch | None = None
+
+    def dispatched_to(self, num_experts: int) -> TiledDispatch | None:
+        """Return the Dispatch of these very choices to all of so many experts, where the backend made it with them."""
+        found = self.dispatched
+        return (
+            found if found is not None and found.experts is self.experts and found.num_experts == num_experts else None
+        )
+
+    @classmethod
+    def unsummed(
+        cls,
+        *,
+        experts: Tensor,
+        weights: Tensor,
+        hidden: Tensor | None,
+        sums: Callable[[], Sequence[Tensor]],
+        dispatched: TiledDispatch | None = None,
+    ) -> Routing:
+        """Make a Routing whose `SUMS` come from `sums`, called when the first of them is read: most often never."""
+        made = object.__new__(cls)
+        made.__dict__.update(experts=experts, weights=weights, hidden=hidden, dispatched=dispatched, _sums=sums)
+        return made
+
+    def __getattr__(self, name: str) -> Any:  # of what is not there, or not yet
+        sums = self.__dict__.get("_sums")
+        if sums is None or name not in SUMS:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        self.__dict__.update(zip(SUMS, sums(), strict=True))
+        return self.__dict__[name]
+
+
+SUMS = ("counts", "score_sums", "z_sum", "num_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,10 +168,12 @@ class Dispatch:
 class TiledDispatch(Dispatch):
     """A Dispatch with what its backend made along with it for its kernels.
 
-    tiles  the `TileTables` of the triton backend
+    tiles    the `TileTables` of the triton backend
+    experts  the choices that it was made of, where routing made it along with them; nothing is dropped
     """
 
     tiles: Any
+    experts: Tensor | None = None
 
 
 # All experts' tensors of one kind: stacked [E, ...], or one tensor per expert.

@@ -5,14 +5,16 @@ Definition: `moe_triton.reference.route`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from moe_triton import reference, runtime
-from moe_triton.autograd.routing import run_route
+from moe_triton.autograd.routing import run_inference, run_route
 from moe_triton.checks import FLOATS, INTEGERS, MASKS, check_choice, check_int, check_number, check_tensor
 from moe_triton.records import GROUP_SCORES, SCORES, RouterSpec, Routing
 
@@ -188,9 +190,20 @@ def route_by_spec(
             logits, spec, choice_bias=choice_bias, noise=noise, token_mask=token_mask, given=given
         )
         return replace(routing, hidden=hidden)
+    if hidden is not None and token_mask is None:  # nobody changes the gate's logits before the sums are read
+        found = run_inference(logits, choice_bias, noise, given, spec, name)
+        if found is not None:
+            sums = partial(_with_num_valid, found.sums, logits, spec)
+            return Routing.unsummed(
+                experts=found.experts, weights=found.weights, hidden=hidden, dispatched=found.dispatched, sums=sums
+            )
     weights, score_sums, z_sum, experts, counts = run_route(logits, choice_bias, noise, token_mask, given, spec, name)
-    sums = (counts, score_sums, z_sum, _num_valid(logits, spec, token_mask))
-    return replace(reference.routing_of(experts, weights, *sums), hidden=hidden)
+    num_valid = _num_valid(logits, spec, token_mask)
+    return reference.routing_of(experts, weights, counts, score_sums, z_sum, num_valid, hidden)
+
+
+def _with_num_valid(sums: Callable[[], tuple[Tensor, ...]], logits: Tensor, spec: RouterSpec) -> tuple[Tensor, ...]:
+    return (*sums(), _num_valid(logits, spec, None))
 
 
 def _num_valid(logits: Tensor, spec: RouterSpec, token_mask: Tensor | None) -> Tensor:

@@ -24,6 +24,7 @@ from moe_triton.torch_internals import constant_while_compiling
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+NOTHING = contextlib.nullcontext()
 OLDEST_CAPABILITY = (8, 0)  # asynchronous copies and bf16 matrix instructions
 
 
@@ -42,16 +43,27 @@ def installed_version(package: str) -> str | None:
         return None
 
 
+def check_matplotlib() -> None:
+    """Raise ImportError, with the command that installs it, where matplotlib is missing: only charts need it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("charts need matplotlib, which is not installed: pip install 'moe-triton[plot]'")
+
+
 def interpreting() -> bool:
     """Return whether Triton runs its kernels in its interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+@cache
+def _not_a_gpu(type_: str) -> str:
+    return f"the Triton kernels need a CUDA or ROCm GPU; the tensors are on {type_}"
 
 
 @constant_while_compiling
 def _unfit_gpu(device: torch.device) -> str | None:
     """Return why the kernels cannot run on this device; None when they can."""
     if device.type != "cuda":
-        return f"the Triton kernels need a CUDA or ROCm GPU; the tensors are on {device.type}"
+        return _not_a_gpu(device.type)
     if not TRITON_INSTALLED:
         return "Triton is not installed"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
@@ -113,12 +125,22 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Return `torch.autocast(enabled=False)`; where it is off already, or the device is meta, what does nothing."""
     is_off = autocast_dtype(device) is None
-    return contextlib.nullcontext() if is_off else torch.autocast(device.type, enabled=False)
+    return NOTHING if is_off else torch.autocast(device.type, enabled=False)
 
 
-class plain_maths:
-    """Set what an implementation runs under: no autograd, no autocast, and the tensor's GPU as the current one."""
+def plain_maths(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Return what an implementation runs under: no autograd, no autocast, and the tensor's GPU as the current one.
 
+    Where all of that is so already, it is what does nothing: the parts take microseconds, as long as a launch.
+    """
+    device = tensor.device
+    is_plain = not torch.is_grad_enabled() and autocast_dtype(device) is None
+    if is_plain and (device.type != "cuda" or device.index == torch.cuda.current_device()):
+        return NOTHING
+    return _PlainMaths(tensor)
+
+
+class _PlainMaths:
     def __init__(self, tensor: torch.Tensor) -> None:
         self.parts = (torch.no_grad(), without_autocast(tensor.device), torch.cuda.device_of(tensor))
 
@@ -179,8 +201,10 @@ def dispatch_backend(name: str) -> DispatchBackend:
     return cast(DispatchBackend, _module(f"{name}.dispatch"))
 
 
-def experts_backend(name: str, device: torch.device) -> ExpertsBackend:
-    """Return the implementation of the experts by backend "torch" or "triton" on a device."""
+def experts_backend(name: str, device: torch.device, *, fp8: bool = False) -> ExpertsBackend:
+    """Return the implementation of the experts by backend "torch" or "triton" on a device; with fp8 products or not."""
+    if fp8:
+        return cast(ExpertsBackend, _module(f"{name}.experts_fp8"))
     if name == "torch":
         return cast(ExpertsBackend, _module("torch.experts_cpu" if device.type == "cpu" else "torch.experts_device"))
     return cast(ExpertsBackend, _module(f"{name}.experts"))

@@ -12,10 +12,13 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from moe_triton.checks import check_choice
+from moe_triton.distributed.exchange.expert_parallel import ExpertParallel
+from moe_triton.distributed.holders import StackedExperts
 from moe_triton.integrations import peft
 from moe_triton.integrations import transformers as hf
 from moe_triton.integrations.experts_interface import implementation, registry
 from moe_triton.layers import Experts, MoE
+from moe_triton.layers.quantized import QuantizedProjection
 from moe_triton.runtime import BACKENDS
 
 
@@ -43,6 +46,8 @@ class SwapReport:
     skipped: list[Skipped]
 
     def __str__(self) -> str:
+        if not self.swapped and not self.skipped:
+            return "moe_triton.swap: found no mixture-of-experts layers, and changed nothing"
         lines = [f"moe_triton.swap: {len(self.swapped)} swapped, {len(self.skipped)} left alone"]
         groups: tuple[tuple[str, Sequence[tuple[str, str, str]]], ...] = (("+", self.swapped), ("-", self.skipped))
         for mark, entries in groups:
@@ -50,40 +55,60 @@ class SwapReport:
         return "\n".join(lines)
 
 
-def swap(model: nn.Module, *, backend: str = "auto") -> SwapReport:
+class How(NamedTuple):
+    """What `swap` was asked for."""
+
+    backend: str
+    expert_parallel: ExpertParallel | None
+    fp8: bool
+
+
+def swap(
+    model: nn.Module, *, backend: str = "auto", expert_parallel: ExpertParallel | None = None, fp8: bool = False
+) -> SwapReport:
     """Let the MoE blocks of `model` run on moe_triton, in place. Weights and state-dict keys stay as they are.
 
     It recognises the experts modules of transformers (those with its experts interface), in a whole model, in a part of
     one, or alone. A whole model is switched by its own `set_experts_implementation`. Then each experts module is
     checked: one that the switch does not reach, or that has no model above it, gets its own config that says
     "moe_triton". `model.set_experts_implementation("eager")` undoes the former. Calling swap again changes
-    nothing but the backend.
+    nothing but the backend and whether products are in fp8.
 
     DeepSpeed's MoE layers (deepspeed.moe.layer.MoE) are replaced by `moe_triton.compat.deepspeed`'s, which take over
-    their parameters as they are.
+    their parameters as they are. The experts of DeepSpeed's AutoEP (GroupedExperts) run on ours where they are.
 
     Args:
         model: any Module.
         backend: "auto", "triton", "torch" or "reference", for every swapped module.
+        expert_parallel: over which ranks the experts of transformers' modules are spread: every rank keeps its own of
+            them, and then passes its own batch. Whatever else the model has is on every rank. Give it a model on the
+            meta device, and `moe_triton.load_pretrained` its weights, so that no rank ever holds all experts. Make the
+            optimizer afterwards: the projections are new parameters.
+        fp8: compute the products of transformers' experts in fp8 (`moe_triton.moe_mlp`), for training; the parameters
+            stay in their dtype. Experts whose gate we do not know, quantised ones and DeepSpeed's layers are left alone
+            then.
 
     Returns:
         SwapReport with `.swapped` and `.skipped`, lists of (name, kind, what was done or the reason). A module that
         looks like a mixture of experts but is unknown is listed in the latter.
 
     Raises:
-        TypeError: model is no Module. ValueError: an unknown backend.
+        TypeError: model is no Module, expert_parallel no ExpertParallel. ValueError: an unknown backend; experts that
+        cannot be spread as asked.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
     check_choice("backend", backend, BACKENDS)
+    if expert_parallel is not None and not isinstance(expert_parallel, ExpertParallel):
+        raise TypeError(f"expert_parallel: got {type(expert_parallel).__name__}, wanted an ExpertParallel or None")
+    how, report = How(backend, expert_parallel, fp8), SwapReport([], [])
     peft.install()
-    report = SwapReport([], [])
     handled: list[str] = []  # names of the modules that are dealt with, together with all below them
     for name, module in list(model.named_modules()):  # a recogniser may replace modules
         if any(_is_below(name, root) for root in handled):
             continue
         for recognizer in RECOGNIZERS:
-            entry = recognizer(model, name, module, backend)
+            entry = recognizer(model, name, module, how)
             if entry is not None:
                 handled.append(name)
                 if isinstance(entry, Swapped):
@@ -99,39 +124,48 @@ def swap(model: nn.Module, *, backend: str = "auto") -> SwapReport:
     return report
 
 
-# Recognisers: (model, name, module, backend) -> None for a module that is not theirs, else what became of it. ---------
+# Recognisers: (model, name, module, how) -> None for a module that is not theirs, else what became of it. ---------
 
 
-def transformers_experts(model: nn.Module, name: str, module: nn.Module, backend: str) -> Swapped | Skipped | None:
+def transformers_experts(model: nn.Module, name: str, module: nn.Module, how: How) -> Swapped | Skipped | None:
     """Switch an experts module whose class has transformers' `use_experts_implementation`."""
     if registry(module) is None:
         return None
-    reason = _obstacle(module)
+    reason = _obstacle(module, how)
     if reason is not None:
         return Skipped(name, _kind(module), reason)
     key = hf.register()
     if implementation(module) != key:
         whole = _outermost_pretrained(model, name)
         # its switch affects all experts: one that cannot run ours would raise at its next forward
-        if whole is not None and not any(registry(m) is not None and _obstacle(m) for m in whole.modules()):
+        if whole is not None and not any(registry(m) is not None and _obstacle(m, how) for m in whole.modules()):
             whole.set_experts_implementation(key)
     if implementation(module) != key:
         module.config = copy.copy(module.config)
         # PreTrainedConfig's public setter also writes to the sub-configs, which the copy shares with the original
         internal = hasattr(module.config, "_experts_implementation_internal")
         setattr(module.config, f"_experts_implementation{'_internal' if internal else ''}", key)
-    module.moe_triton_backend = backend  # type: ignore[assignment]
+    module.moe_triton_backend, module.moe_triton_fp8 = how.backend, how.fp8  # type: ignore[assignment]
+    if how.expert_parallel is not None:
+        hf.spread_experts(module, how.expert_parallel)
     activation = hf.fused_activation(module)
     size_l, size_d = hf.latent_sizes(module)
-    how = f"fused, {activation}" if activation else "our products, with the module's own gate called between them"
+    runs = (
+        f"fused, {activation}{', in fp8' if how.fp8 else ''}"
+        if activation
+        else "our products, with the module's own gate called between them"
+    )
     if getattr(module, "has_post_expert_norm", False):
-        how += ", then its post_expert_norm"
+        runs += ", then its post_expert_norm"
     if size_l != size_d:
-        how += f", in a latent space of {size_l} of {size_d} numbers"
-    return Swapped(name, _kind(module), f"experts_implementation={key!r}, backend={backend!r}: {how}")
+        runs += f", in a latent space of {size_l} of {size_d} numbers"
+    if isinstance(module, StackedExperts):
+        here = module.local_experts
+        runs += f", experts {here[0]} to {here[-1]} of {module.num_experts} on this rank"
+    return Swapped(name, _kind(module), f"experts_implementation={key!r}, backend={how.backend!r}: {runs}")
 
 
-def deepspeed_layer(model: nn.Module, name: str, module: nn.Module, backend: str) -> Swapped | Skipped | None:
+def deepspeed_layer(model: nn.Module, name: str, module: nn.Module, how: How) -> Swapped | Skipped | None:
     """Replace DeepSpeed's MoE by ours. Nothing of DeepSpeed is imported before such a layer is met."""
     upstream = sys.modules.get("deepspeed.moe.layer")
     if upstream is None or not isinstance(module, upstream.MoE):
@@ -139,21 +173,40 @@ def deepspeed_layer(model: nn.Module, name: str, module: nn.Module, backend: str
     from moe_triton.compat.deepspeed import convert
 
     reason = convert.obstacle(module)
+    if reason is None and how.fp8:
+        reason = NO_FP8
     if reason is None and name == "":
         reason = "is the model itself: there is nothing above it to put another layer into"
     if reason is not None:
         return Skipped(name, _kind(module), reason)
-    layer = convert.from_upstream(module, backend)
+    layer = convert.from_upstream(module, how.backend)
     for parent in list(model.modules()):  # a shared layer is replaced wherever it is
         for key, child in parent._modules.items():
             if child is module:
                 parent._modules[key] = layer
     mlp = layer.deepspeed_moe.experts.mlp
-    how = "called one by one" if mlp is None else f"fused, {mlp.activation}"
-    return Swapped(name, _kind(module), f"moe_triton.compat.deepspeed.layer.MoE, backend={backend!r}: experts {how}")
+    runs = "called one by one" if mlp is None else f"fused, {mlp.activation}"
+    return Swapped(
+        name, _kind(module), f"moe_triton.compat.deepspeed.layer.MoE, backend={how.backend!r}: experts {runs}"
+    )
 
 
-def own(model: nn.Module, name: str, module: nn.Module, backend: str) -> Skipped | None:
+def deepspeed_grouped_experts(model: nn.Module, name: str, module: nn.Module, how: How) -> Swapped | Skipped | None:
+    """Switch the experts of a layer that DeepSpeed's AutoEP has made, after `deepspeed.initialize`."""
+    upstream = getattr(sys.modules.get("deepspeed.moe.ep_experts"), "GroupedExperts", None)
+    if upstream is None or not isinstance(module, upstream):
+        return None
+    from moe_triton.compat.deepspeed import auto_ep
+
+    reason = NO_FP8 if how.fp8 else auto_ep.obstacle(module)
+    if reason is not None:
+        return Skipped(name, _kind(module), reason)
+    auto_ep.use_ours(module, how.backend)
+    fused = auto_ep.ACTIVATIONS[module.activation][0]
+    return Swapped(name, _kind(module), f"moe_triton.compat.deepspeed.auto_ep, backend={how.backend!r}: fused, {fused}")
+
+
+def own(model: nn.Module, name: str, module: nn.Module, how: How) -> Skipped | None:
     """Leave a layer of ours as it is."""
     compat = sys.modules.get("moe_triton.compat.deepspeed.layer")
     if isinstance(module, (MoE, Experts)) or (compat is not None and isinstance(module, compat.MoE)):
@@ -161,7 +214,7 @@ def own(model: nn.Module, name: str, module: nn.Module, backend: str) -> Skipped
     return None
 
 
-def unknown_experts(model: nn.Module, name: str, module: nn.Module, backend: str) -> Skipped | None:
+def unknown_experts(model: nn.Module, name: str, module: nn.Module, how: How) -> Skipped | None:
     """List stacked weights, or a list of modules, called experts that no recogniser above knows."""
     if not EXPERTS.search(type(module).__name__) and not EXPERTS.search(name.rpartition(".")[2]):
         return None
@@ -176,23 +229,30 @@ RECOGNIZERS = (
     own,
     transformers_experts,
     deepspeed_layer,
+    deepspeed_grouped_experts,
     unknown_experts,
 )  # the first that recognises a module handles it
 
 EXPERTS = re.compile(r"[Ee]xperts?([A-Z]|$)")
 BLOCK = re.compile(r"(MoE|Moe|MOE|MixtureOfExperts)(Block|Layer)?$")
+NO_FP8 = "fp8: got True, which is for experts of transformers' interface and for MoE(fp8=True)"
 UNKNOWN = "looks like a mixture of experts, but its class has no interface that moe_triton knows"
 
 
 # What we know of transformers' modules --------------------------------------------------------------------------------
 
 
-def _obstacle(module: nn.Module) -> str | None:
+def _obstacle(module: nn.Module, how: How) -> str | None:
     """Return why this module, which dispatches, cannot run our experts; None where it can."""
     hf.register()
     if hf.KEY not in registry(module):
         return f"its class looks its implementation up in a registry of its own ({type(registry(module)).__name__})"
-    return hf.obstacle(module)
+    reason = hf.obstacle(module)
+    if reason is None and how.fp8 and hf.fused_activation(module) is None:
+        reason = "fp8: got True for a gate that has to be called, wanted one that moe_triton fuses"
+    if reason is None and how.fp8 and isinstance(module.down_proj, QuantizedProjection):
+        reason = "fp8: got True for quantised projections, wanted ones in a float dtype"
+    return reason
 
 
 def _outermost_pretrained(model: nn.Module, name: str) -> Any:

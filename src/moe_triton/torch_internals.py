@@ -7,7 +7,7 @@ and 2.14.1, on CPUs.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from functools import cache, wraps
@@ -184,6 +184,31 @@ def inside_fsdp1(module: nn.Module) -> nn.Module:
 def is_fsdp2_class(cls: type) -> bool:
     """Return whether FSDP2 has made this class, which it gives to the modules that it shards."""
     return hasattr(cls, "_get_fsdp_state")
+
+
+def symmetric_memory_problem(device: torch.device) -> str | None:
+    """Return why NVSHMEM's symmetric memory, which `all_to_all_vdev_2d` needs, cannot be used; None where it can."""
+    import torch.distributed._symmetric_memory as symmetric
+
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return "needs a CUDA GPU"
+    if not symmetric.is_nvshmem_available():
+        return "needs NVSHMEM, which torch does not find"
+    if (backend := symmetric.get_backend(device)) != "NVSHMEM":
+        return f"needs TORCH_SYMMMEM=NVSHMEM in the environment; torch's symmetric memory uses {backend}"
+    return None
+
+
+def symmetric_empty(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup | None
+) -> Tensor:
+    """Return symmetric memory of a group; every rank calls, with equal arguments."""
+    import torch.distributed._symmetric_memory as symmetric
+
+    assert group is not None
+    memory = symmetric.empty(*shape, dtype=dtype, device=device)
+    symmetric.rendezvous(memory, group)
+    return memory
 
 
 LANES = 64  # elements that torch's vectorised kernels take at a time, in 16 bits; half as many in fp32

@@ -199,20 +199,35 @@ def test_results_are_on_disk_before_they_replace_the_old_ones(tmp_path, monkeypa
 
 
 def test_slower_cells_are_listed_worst_first():
-    old = [run_of(CASE, "forward"), run_of(CASE, "full"), run_of(CASE, "backward")]
-    new = [run_of(CASE, "forward", ours_s=1.04), run_of(CASE, "full", ours_s=1.2, peer_s=3.0)]
+    old = [run_of(CASE, mode) for mode in ("forward", "full", "backward")]
+    new = [run_of(CASE, "forward", ours_s=1.1, again_s=1.1), run_of(CASE, "full", ours_s=1.2, again_s=1.2, peer_s=3.0)]
     found = comparing.compare(old, new, 0.05)
-    assert [(c.label, c.mode) for c in found.slower] == [("a <peer>", "full"), ("moe_triton (torch)", "full")]
-    assert found.slower[0].ratio == pytest.approx(1.5)
-    assert found.slower[0].machine == pytest.approx(1.0)
-    slower_machine = comparing.compare([run_of(CASE, "full")], [run_of(CASE, "full", dense_s=1.25)], 0.05)
-    assert [c.machine for c in slower_machine.changes] == [pytest.approx(2.5)] * 2  # new over old, as `ratio`
+    assert [(c.label, c.mode) for c in found.slower] == [("moe_triton (torch)", mode) for mode in ("full", "forward")]
+    assert found.slower[0].ratio == pytest.approx(1.2)
+    assert [(c.label, c.ratio) for c in found.peers] == [("a <peer>", pytest.approx(1.5))]
     assert found.compared == 4  # limits, the self-check and who has no times are not compared
     assert found.missing == [f"{CASE.title()}, backward"]
     assert comparing.compare(old, new, 0.6).slower == []
     text = "\n".join(report.comparison_lines(found))
-    assert "2 of 4 times are more than 5% slower" in text
+    assert "2 of our 2 times are more than 5% slower" in text
+    assert "which fails nothing" in text
     assert "+50.0%" in text
+
+
+def test_a_slower_machine_is_not_a_slower_layer():
+    old = [run_of(CASE, "full")]
+    all_slower = comparing.compare(old, [run_of(CASE, "full", 2.5, 2.5, 5.0, dense_s=1.25)], 0.05)
+    assert [c.machine for c in all_slower.changes] == [pytest.approx(2.5)] * 2  # new over old, as `ratio`
+    assert all_slower.slower == all_slower.peers == []
+    ours_alone = comparing.compare(old, [run_of(CASE, "full", 2.5, 2.5, 2.0, dense_s=0.5)], 0.05)
+    assert len(ours_alone.slower) == 1
+
+
+def test_nothing_is_concluded_from_a_cell_that_is_not_steady():
+    found = comparing.compare([run_of(CASE, "full")], [run_of(CASE, "full", ours_s=1.2, again_s=1.3)], 0.05)
+    assert found.slower == []
+    assert [c.mode for c in found.inconclusive] == ["full"]
+    assert "inconclusive" in "\n".join(report.comparison_lines(found))
 
 
 def test_compare_exits_by_what_it_finds(tmp_path, measured):
@@ -221,7 +236,7 @@ def test_compare_exits_by_what_it_finds(tmp_path, measured):
     assert invoke(*arguments).exit_code == 0
     done = invoke(*arguments, "--compare", str(path))
     assert done.exit_code == 0, done.output
-    assert "none of 2 times is more than 5% slower" in done.stdout
+    assert "none of our 1 times are more than 5% slower" in done.stdout
 
     content = json.loads(path.read_text())
     content["runs"][0]["rows"][0]["time_s"]["p50"] *= 0.8
@@ -292,7 +307,7 @@ def test_the_report_is_one_whole_page():
         "NOT STEADY: 1 of 3 cells",
         "moe-triton bench --suite cpu",
         "a CPU",
-        "none of 6 times",
+        "none of our 3 times",
         "abababab",
         "1e-07",
     ):

@@ -27,7 +27,7 @@ def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     ways = record["ways"]
     assert list(ways) == ["frozen", "lora", "deltas", "grouped_mm", "eager"]
     assert ways["lora"]["saved_bytes"] == ways["frozen"]["saved_bytes"]
-    assert all(way["error"] < 2e-6 for name, way in ways.items() if name != "frozen")  # PEFT's gradients included
+    assert all(way["error"] < 1e-6 for name, way in ways.items() if name != "frozen")  # PEFT's gradients included
     assert ways["deltas"]["saved_bytes"] > ways["frozen"]["saved_bytes"]
     assert record["peft"]
     assert capsys.readouterr().out.count("\n") == 2 + len(ways) + 1

@@ -43,6 +43,7 @@ def test_no_figures_are_written_by_hand(path: Path) -> None:
 @pytest.fixture
 def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The results and two documents, in a folder of their own."""
+    (tmp_path / "assets").mkdir()
     shutil.copytree(tables.RESULTS, tmp_path / "results")
     documents = [tmp_path / "training.md", tmp_path / "page.md"]
     shutil.copy(tables.ROOT / "docs" / "training.md", documents[0])
@@ -51,9 +52,11 @@ def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("ROOT", tmp_path),
         ("RESULTS", tmp_path / "results"),
         ("PAGE", documents[1]),
+        ("DOCS", tmp_path),
         ("DOCUMENTS", documents[:1]),
     ):
         monkeypatch.setattr(tables, name, value)
+    tables.main([])
     return tmp_path
 
 

@@ -27,11 +27,13 @@ def test_info_json():
     cpu = {path["dtype"]: path for path in facts["backends"] if path["device"] == "cpu"}
     assert set(cpu) == {"bfloat16", "float16", "float32", "float64"}
     assert all(path["backend"] == "torch" and path["reason"] for path in cpu.values())
+    assert facts["exchanges"]["DeepEP"] == "the package deep_ep is not installed"
+    assert next(iter(facts["exchanges"].values())) is None
 
 
 def test_info_table_and_module_entry():
     done = subprocess.run([sys.executable, "-m", "moe_triton", "info"], capture_output=True, text=True, check=True)
-    for word in ("torch", "triton", "cpu", "bfloat16", "backend"):
+    for word in ("torch", "triton", "cpu", "bfloat16", "backend", "DeepEP: the package deep_ep is not installed"):
         assert word in done.stdout
     assert "\x1b" not in done.stdout  # plain text when it is not a terminal
 

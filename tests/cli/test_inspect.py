@@ -107,6 +107,8 @@ def test_the_floor_of_a_kernel_follows_its_name_and_its_dtype() -> None:
         "topk_qwen3": "topk",
         "permutation_keep_by_key": "permutation_keep",
         "d_router_weights": "d_router_weights",
+        "up_gated_fp8e4nv_64x128x128_even": "fp8_up",
+        "d_weight_fp8e4nv_128x128x128_even": "fp8_d_weight_up",
         "upside_down": None,
     }
     assert {name: floor_name(name) for name in expected} == expected
@@ -119,6 +121,9 @@ def test_the_floor_of_a_kernel_follows_its_name_and_its_dtype() -> None:
 
     assert row("up_gated_fp32")["bytes"] == 2 * row("up_gated_bf16")["bytes"]
     assert row("up_gated_bf16")["flops"] == 2 * row("up_bf16")["flops"]
+    assert row("up_gated_fp8e4nv")["flops"] == row("up_gated_bf16")["flops"]
+    assert row("up_gated_fp8e4nv")["bytes"] < 0.6 * row("up_gated_bf16")["bytes"]
+    assert row("up_gated_fp8e4nv")["chosen"]
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -213,7 +218,7 @@ def test_dtype_filters_the_experts_kernels_only(compiled: dict[str, Report | Non
     assert names["bf16"] == names["fp16"]
     assert not any("_fp32_" in name and not name.startswith("topk") for name in names["bf16"])
     assert not any("_bf16_" in name for name in names["fp32"])
-    starts = ("topk", "permutation", "tile", "d_router", "row_", "small_dispatch", "address_table")
+    starts = ("topk", "permutation", "tile", "d_router", "row_", "small_dispatch", "small_route", "address_table")
     routing = {name for name in names["bf16"] if name.startswith(starts)}
     assert routing == names["bf16"] & names["fp32"]
 

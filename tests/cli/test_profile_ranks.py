@@ -40,6 +40,7 @@ def test_two_processes(tmp_path):
         "experts over 2 processes, mode dropless, 2 chunks",
         "exposed ms",
         "waiting for",
+        "rows of the busiest rank: ",
     ):
         assert text in done.stdout
     exchange = json.loads((tmp_path / "profile.json").read_text())["exchange"]
@@ -47,6 +48,7 @@ def test_two_processes(tmp_path):
     assert [rank["tokens"] for rank in exchange["ranks"]] == [15, 15]
     for number, rank in enumerate(exchange["ranks"]):
         assert rank["rank"] == number
+        assert 0 < rank["rows"] <= 30  # at most one of every token
         assert 0 < rank["exposed_s"] <= rank["exchange_s"] <= rank["step_s"]
         assert rank["overlap"] == pytest.approx(1 - rank["exposed_s"] / rank["exchange_s"])
         assert 0.9 * rank["exposed_s"] <= sum(rank["waits"].values()) <= rank["step_s"]

@@ -183,7 +183,10 @@ def fsdp_disagreeing(rule: str) -> None:
 HOW = ("apply_fsdp2", "apply_fsdp2 with blocks", "fully_shard", "FSDP1")
 
 
-@pytest.mark.parametrize(("sizes", "rule"), products(sizes=({"ep": 4}, {"ep": 2}), rule=("sum", "mean")))
+@pytest.mark.parametrize(
+    ("sizes", "rule"),
+    products(sizes=({"ep": 4}, {"ep": 2}, {"ep": 2, "dp_replicate": 2}, {"dp_replicate": 2}), rule=("sum", "mean")),
+)
 def test_fsdp2(four_ranks, sizes, rule):
     four_ranks.run(fsdp, sizes, rule)
 

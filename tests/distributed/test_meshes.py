@@ -1,4 +1,5 @@
-"""A DeviceMesh given to ExpertParallel: every dimension with other tokens counts, or is refused."""
+"""DeviceMeshes: given to ExpertParallel, every dimension with other tokens counts, or is refused; as a pair they are
+the groups of all kinds."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ import pytest
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from moe_triton.distributed import ExpertParallel
+from moe_triton.distributed import ExpertParallel, ParallelGroups, make_groups
+from moe_triton.distributed.rank_tables import KINDS
 
 WRONG = {
     "a dense name": ((2, 2), ("dp", "ep"), None, "'dp': 2"),
@@ -68,3 +70,59 @@ def test_known_dimensions(four_ranks, case):
 def test_flattened_and_partial_meshes(four_ranks):
     four_ranks.run(flattened)
     four_ranks.run(of_some_ranks)
+
+
+PAIRS = {
+    "torchtitan": (
+        {"dp_replicate": 1, "fsdp": 4, "tp": 1},
+        {"dp_replicate": 1, "efsdp": 2, "ep": 2, "etp": 1},
+        {"ep": 2},
+    ),
+    "HSDP": ({"dp_replicate": 2, "dp_shard": 2}, {"dp_replicate": 2, "ep": 2}, {"dp_replicate": 2, "ep": 2}),
+    "context": ({"dp_shard": 2, "cp": 2}, {"ep": 4}, {"ep": 4}),
+    "tensor parallel": ({"dp": 2, "tp": 2}, {"efsdp": 2, "ep": 2}, {"ep": 2, "tp": 2}),
+    "stages": ({"pp": 2, "dp": 2}, {"pp": 2, "ep": 2}, {"pp": 2, "ep": 2}),
+}
+
+
+def from_a_pair(dense: dict, experts: dict, sizes: dict) -> None:
+    """Groups and meshes are those of `make_groups`, and a dimension's own process group is used."""
+    meshes = {
+        name: init_device_mesh("cpu", tuple(shape.values()), mesh_dim_names=tuple(shape))
+        for name, shape in (("dense", dense), ("experts", experts))
+    }
+    found, wanted = ParallelGroups.from_meshes(**meshes), make_groups(**sizes)
+    for kind in KINDS:
+        assert getattr(found, kind).ranks == getattr(wanted, kind).ranks, kind
+        assert getattr(found, kind).rank == getattr(wanted, kind).rank, kind
+    if found.ep.size < 4:
+        assert found.ep.handle is meshes["experts"].get_group("ep")
+    assert torch.equal(found.dp_mesh.mesh, wanted.dp_mesh.mesh)
+    assert torch.equal(found.edp_mesh.mesh, wanted.edp_mesh.mesh)
+    assert found.dp_mesh.mesh_dim_names == (("dp_replicate", "dp_shard") if sizes.get("dp_replicate") else ("dp",))
+    total = torch.ones(1)
+    torch.distributed.all_reduce(total, group=found.dp.handle)
+    assert total == found.dp.size
+    assert ExpertParallel(found).ep is found.ep
+
+
+def from_wrong_pairs() -> None:
+    dense, experts = (init_device_mesh("cpu", (2, 2), mesh_dim_names=names) for names in (("dp", "cp"), ("x", "ep")))
+    with pytest.raises(ValueError, match=r"experts: .* the 2 ranks of 'x' share"):
+        ParallelGroups.from_meshes(dense=dense, experts=experts)
+    assert ParallelGroups.from_meshes(dense=dense, experts=experts, names={"x": "edp"}).edp.size == 2
+    with pytest.raises(ValueError, match=r"dense: got a mesh of the 2 ranks|dense: got those of 2 ranks"):
+        ParallelGroups.from_meshes(dense=dense["dp"], experts=experts["ep"])
+    with pytest.raises(ValueError, match="wanted one called 'ep'"):
+        ParallelGroups.from_meshes(dense=dense, experts=experts, names={"x": "edp", "ep": "etp"})
+    with pytest.raises(TypeError, match="dense: got int, wanted a DeviceMesh"):
+        ParallelGroups.from_meshes(dense=4, experts=experts)
+
+
+@pytest.mark.parametrize("case", list(PAIRS))
+def test_a_pair_of_meshes(four_ranks, case):
+    four_ranks.run(from_a_pair, *PAIRS[case])
+
+
+def test_pairs_that_say_too_little(four_ranks):
+    four_ranks.run(from_wrong_pairs)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_triton.distributed import plan
-from moe_triton.distributed.rank_tables import KINDS, ORDERS
+from moe_triton.distributed.rank_tables import KINDS, ORDERS, mesh_tables
 
 
 def test_deepspeed_data_and_expert_parallel():
@@ -72,7 +73,7 @@ def test_every_kind_covers_the_world_once(sizes, copies, order):
 
 def test_four_thousand_ranks():
     tables = plan(4096, pp=4, tp=4, ep=64, etp=2)
-    assert [len(getattr(tables, kind)[0]) for kind in KINDS] == [256, 4, 4, 64, 8, 2]
+    assert [len(getattr(tables, kind)[0]) for kind in KINDS] == [256, 4, 4, 64, 8, 2, 1, 256, 1, 8]
 
 
 @pytest.mark.parametrize(
@@ -89,3 +90,83 @@ def test_four_thousand_ranks():
 def test_bad_sizes(arguments, message):
     with pytest.raises(ValueError, match=message):
         plan(**arguments)
+
+
+@pytest.mark.parametrize("order", ["ep-consecutive", "data-before-expert"])
+def test_replicas_of_shards_are_runs_of_ranks(order):
+    tables = plan(16, pp=2, ep=2, dp_replicate=2, order=order)
+    assert tables.dp_shard == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
+    assert tables.dp_replicate[:4] == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    shards = [[0, 2], [4, 6], [1, 3], [5, 7]] if order == "ep-consecutive" else [[0, 1], [4, 5], [2, 3], [6, 7]]
+    assert sorted(tables.edp_shard)[:4] == sorted(shards)
+    assert sorted(tables.edp_replicate)[:4] == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    with pytest.raises(ValueError, match=r"world: got 8, wanted a multiple of dp_replicate\*pp\*ep\*etp = 16"):
+        plan(8, ep=8, dp_replicate=2)
+
+
+def as_mesh(**sizes: int) -> tuple[np.ndarray, tuple[str, ...]]:
+    return np.arange(np.prod(list(sizes.values()))).reshape(*sizes.values()), tuple(sizes)
+
+
+DENSE = {"pp": 2, "dp_replicate": 2, "dp_shard": 2, "cp": 2, "tp": 2}
+
+
+@pytest.mark.parametrize(
+    ("dense", "experts", "sizes"),
+    [
+        (DENSE, {"pp": 2, "dp_replicate": 2, "efsdp": 2, "ep": 4}, {"pp": 2, "dp_replicate": 2, "tp": 2, "ep": 4}),
+        (DENSE, {"pp": 2, "dp_replicate": 2, "efsdp": 1, "ep": 4, "etp": 2}, {**DENSE, "ep": 4, "etp": 2}),
+        (DENSE, {"pp": 2, "dp_replicate": 2, "dp_shard_in_ep": 4, "ep": 1, "tp": 2}, {**DENSE, "ep": 1, "etp": 2}),
+        ({"fsdp": 8}, {"ep": 8}, {"ep": 8}),
+        ({"dp_replicate": 4, "tp": 2}, {"dp_replicate": 4, "ep": 2}, {"tp": 2, "ep": 2, "dp_replicate": 4}),
+    ],
+    ids=["torchtitan", "slices", "slices as tp", "one dimension", "replicas only"],
+)
+def test_meshes_have_the_tables_of_the_plan(dense, experts, sizes):
+    sizes = {name: size for name, size in sizes.items() if name not in ("dp_shard", "cp")}
+    (dense_ranks, dense_names), (expert_ranks, expert_names) = as_mesh(**dense), as_mesh(**experts)
+    found = mesh_tables(dense_ranks, dense_names, expert_ranks, expert_names)
+    wanted = plan(dense_ranks.size, **sizes)
+    assert {kind: getattr(found, kind) for kind in KINDS} == {kind: getattr(wanted, kind) for kind in KINDS}
+    assert (found.replicas, found.dense.shape, found.moe.shape) == (
+        wanted.replicas,
+        wanted.dense.shape,
+        wanted.moe.shape,
+    )
+
+
+def test_dimensions_in_another_order():
+    """Replicas inside of the shards, and context parallelism outside of them."""
+    found = mesh_tables(*as_mesh(cp=2, dp=2, dp_replicate=2), *as_mesh(ep=4, dp_replicate=2))
+    assert found.dp == [list(range(8))]
+    assert found.dp_shard == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert found.edp == found.edp_replicate == found.dp_replicate == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+WRONG = {
+    "unknown": ({"data": 4}, {"ep": 4}, {}, "dense: .*what the 4 ranks of 'data' share, wanted names={'data': one of"),
+    "unknown experts": ({"dp": 4}, {"x": 2, "ep": 2}, {}, "experts: .*what the 2 ranks of 'x' share"),
+    "of the other mesh": ({"ep": 4}, {"ep": 4}, {}, "dense: .*what the 4 ranks of 'ep' share"),
+    "a bad meaning": ({"a": 4}, {"ep": 4}, {"a": "ep"}, "dense: .*'a' share"),
+    "no such dimension": ({"dp": 4}, {"ep": 4}, {"b": "dp"}, "names: got 'b', wanted dimensions of the meshes"),
+    "stages": ({"pp": 2, "dp": 2}, {"ep": 2, "pp": 2}, {}, "experts: got a mesh whose pp does not divide"),
+    "replicas": ({"dp_replicate": 2, "dp": 2}, {"ep": 4}, {}, "experts: .*pp and dp_replicate does not divide"),
+    "other ranks": ({"dp": 4}, {"ep": 8}, {}, "experts: got a mesh whose pp does not divide"),
+}
+
+
+@pytest.mark.parametrize("case", list(WRONG))
+def test_meshes_that_say_too_little(case):
+    dense, experts, names, message = WRONG[case]
+    with pytest.raises(ValueError, match=message):
+        mesh_tables(*as_mesh(**dense), *as_mesh(**experts), names)
+
+
+def test_meshes_of_some_ranks_or_in_no_order():
+    ranks, names = as_mesh(ep=4)
+    with pytest.raises(ValueError, match=r"dense: got a mesh of the 4 ranks \[4, 5, 6, 7\], wanted one of all ranks"):
+        mesh_tables(ranks + 4, ("dp",), ranks + 4, names)
+    with pytest.raises(ValueError, match="experts: got a mesh whose ranks do not ascend along 'ep'"):
+        mesh_tables(ranks, ("dp",), ranks[::-1], names)
+    with pytest.raises(ValueError, match="dense: got a mesh without names"):
+        mesh_tables(ranks, (), ranks, names)

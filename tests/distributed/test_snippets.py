@@ -1,4 +1,4 @@
-"""The training loops of README and docs/distributed.md, as they stand there, on four ranks against one process."""
+"""The training loops of README and docs/, as they stand there, on four ranks against one process."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from moe_triton import MoE
 from moe_triton.distributed import make_groups
@@ -17,7 +18,7 @@ from tests.helpers.compare import assert_close
 
 ROOT = Path(__file__).parents[2]
 HIDDEN, STEPS = 16, 3
-LOOPS = {"README.md": 1, "docs/distributed.md": 2}  # how many loops over batches there are
+LOOPS = {"README.md": 1, "docs/many_gpus.md": 2, "docs/distributed.md": 2}  # how many loops over batches there are
 SMALLER = {"2048, 768, num_experts=128, top_k=8,": f"{HIDDEN}, 24, num_experts=8, top_k=3, dtype=torch.float64,"}
 
 
@@ -47,7 +48,8 @@ def trained(code: str, tokens: list[int]) -> tuple[list[Tensor], list[Tensor]]:
         for x, y in batches(sum(tokens)):
             yield x[here], y[here]
             losses.append(names["loss"].detach())
-            gradients.append(names["layer"].router.weight.grad.clone())
+            gradient = names["layer"].router.weight.grad.clone()
+            gradients.append(gradient.full_tensor() if isinstance(gradient, DTensor) else gradient)  # FSDP2
 
     names = {"torch": torch, "F": F, "MoE": MoE, "batches": mine(), "elements_of_all_ranks": sum(tokens) * HIDDEN}
     torch.manual_seed(0)

@@ -1,7 +1,9 @@
-"""bf16 in Triton's interpreter, which keeps it as the 16 bits of an integer and computes with that integer.
+"""bf16 and fp8 in Triton's interpreter, which keeps them as integers.
 
-`compute_in_bf16` makes it compute as the hardware does: a product has exact fp32 terms and an fp32 sum, elementwise
-arithmetic widens its operands and rounds its result, and a conversion from fp32 rounds to the nearest, ties to even.
+`compute_in_bf16` makes it compute with bf16 as the hardware does: a product has exact fp32 terms and an fp32 sum,
+elementwise arithmetic widens its operands and rounds its result, and a conversion from fp32 rounds to the nearest, ties
+to even. `convert_fp8` does so for conversions from fp32 to e4m3 and back, of which the interpreter's own are wrong at
+ties, where a mantissa overflows, and for NaN; what is too large becomes the largest number, as on an NVIDIA GPU.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -32,6 +35,37 @@ def is_bf16(handle: TensorHandle) -> bool:
 
 def wide(handle: TensorHandle) -> TensorHandle:
     return TensorHandle(widened(handle.data), tl.float32) if is_bf16(handle) else handle
+
+
+E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()  # the values of all codes
+
+
+def encoded(values: np.ndarray) -> np.ndarray:
+    """The codes of the e4m3 nearest to each fp32 value; the largest one for what is larger, a NaN for a NaN."""
+    return torch.tensor(values).clamp(E4M3[0x80 | 0x7E], E4M3[0x7E]).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+
+def convert_fp8() -> None:
+    """Patch the interpreter of this process."""
+    convert, dot = InterpreterBuilder.create_fp_to_fp, InterpreterBuilder.create_dot
+
+    def decoded(handle: TensorHandle) -> TensorHandle:
+        is_code = handle.dtype.scalar == tl.float8e4nv
+        return TensorHandle(E4M3[handle.data], tl.float32) if is_code else handle
+
+    def create_fp_to_fp(self: Any, src: TensorHandle, dst_type: Any, rounding_mode: Any) -> TensorHandle:
+        types = (src.dtype.scalar, dst_type.scalar)
+        if types == (tl.float8e4nv, tl.float32):
+            return decoded(src)
+        if types == (tl.float32, tl.float8e4nv):
+            return TensorHandle(encoded(src.data), tl.float8e4nv)
+        return convert(self, src, dst_type, rounding_mode)
+
+    def create_dot(self: Any, a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:
+        return dot(self, decoded(a), decoded(b), *rest)
+
+    for patch in (create_fp_to_fp, create_dot):
+        setattr(InterpreterBuilder, patch.__name__, patch)
 
 
 def compute_in_bf16() -> None:

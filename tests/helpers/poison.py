@@ -20,6 +20,8 @@ def poison(tensor: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def poisoned() -> Iterator[None]:
     """Memory that torch hands out uninitialised is full of NaN, and of large negative integers."""
+    with torch.device("cpu"):
+        torch.empty(0)  # torch.device as a context lists the functions that it affects at its first use: the real ones
     with pytest.MonkeyPatch.context() as patch:
         owners = ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty"), (torch, "empty_strided"))
         for owner, name in owners:

@@ -109,3 +109,51 @@ def fsdp2(folder: Path, experts_apart: bool) -> None:
 @pytest.mark.parametrize("experts_apart", [False, True])
 def test_fsdp2(two_ranks, expected, experts_apart):
     two_ranks.run(fsdp2, expected, experts_apart)
+
+
+def own_layer() -> None:
+    """A layer of ours over ranks: every rank has the adapters of all experts."""
+    import peft
+
+    from moe_triton import MoE
+    from moe_triton.distributed import ExpertParallel, make_groups, reduce_gradients
+    from moe_triton.integrations.peft import install
+
+    install()
+    groups, draw = make_groups(ep=2), torch.Generator().manual_seed(3)
+    x, grad = (torch.randn(12, 16, dtype=torch.float64, generator=draw) for _ in range(2))
+    grads = []
+    for parallel, here in (
+        (None, slice(None)),
+        (ExpertParallel(groups), slice(6 * groups.dp.rank, 6 + 6 * groups.dp.rank)),
+    ):
+        torch.manual_seed(0)
+        layer = MoE(16, 8, 4, top_k=2, expert_parallel=parallel, dtype=torch.float64)
+        model = with_adapters(torch.nn.ModuleDict({"moe": layer}))
+        assert isinstance(model.base_model.model.moe.experts, peft.tuners.lora.layer.ParamWrapper)
+        ((model.base_model.model.moe(x[here]).output * grad[here]).sum() / (1 if parallel is None else 0.5)).backward()
+        if parallel is not None:
+            reduce_gradients(model)
+        grads.append({name: p.grad for name, p in trained(model).items()})
+    assert grads[0].keys() == grads[1].keys()
+    for name, wanted in grads[0].items():
+        assert relative_rms(grads[1][name], wanted) <= 1e-12, name
+
+
+def test_our_own_layer_over_ranks(two_ranks):
+    two_ranks.run(own_layer)
+
+
+def cut_experts() -> None:
+    from moe_triton import MoE
+    from moe_triton.distributed import ExpertParallel, make_groups
+    from moe_triton.integrations.peft import install
+
+    install()
+    layer = MoE(16, 8, 4, top_k=2, expert_parallel=ExpertParallel(make_groups(etp=2)))
+    with pytest.raises(ValueError, match="target_parameters: got experts cut into 2 slices"):
+        with_adapters(torch.nn.ModuleDict({"moe": layer}))
+
+
+def test_adapters_of_slices_are_refused(two_ranks):
+    two_ranks.run(cut_experts)

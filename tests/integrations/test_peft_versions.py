@@ -85,10 +85,11 @@ def as_delivered(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
     def deliver(version: str) -> None:
         ours.install()
-        activate, update, merge = peft_layers.ParamWrapper._moe_triton
-        monkeypatch.setattr(peft_layers.ParamWrapper, "_activate_lora", activate)
-        monkeypatch.setattr(peft_layers.ParamWrapper, "update_layer", update)
-        monkeypatch.setattr(peft_layers.ParamWrapper, "merge", merge)
+        own = peft_layers.ParamWrapper._moe_triton
+        monkeypatch.setattr(peft_layers.ParamWrapper, "_activate_lora", own.activate)
+        monkeypatch.setattr(peft_layers.ParamWrapper, "update_layer", own.update)
+        monkeypatch.setattr(peft_layers.ParamWrapper, "merge", own.merge)
+        monkeypatch.setattr(peft_layers.ParamWrapper, "_get_in_out_features", own.sizes)
         monkeypatch.delattr(peft_layers.ParamWrapper, "_moe_triton")
         monkeypatch.setattr(peft, "__version__", version)
 

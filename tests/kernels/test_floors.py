@@ -10,7 +10,7 @@ import torch
 from moe_triton import QuantizedWeight
 from moe_triton_kernels.tiles import BLOCK_SIZES
 from moe_triton_kernels.tools import floors
-from moe_triton_kernels.tools.floors import DEVICES, EXPERTS_BACKWARD, EXPERTS_FORWARD, FLOORS, Shape, Work
+from moe_triton_kernels.tools.floors import DEVICES, EXPERTS_BACKWARD, EXPERTS_FORWARD, FLOORS, FP8_FLOORS, Shape, Work
 
 # T = 6, d = 8, n = 4, E = 5, K = 2: S = 12, X 48, rows 96, A 48, W2 160 elements
 SMALL = Shape(tokens=6, hidden=8, intermediate=4, experts=5, top_k=2)
@@ -42,15 +42,37 @@ BY_HAND = {  # kernel: (FLOPs, bytes) in bf16, gated
     "permutation_place": (0, 4 * (36 + 11)),
     "tile_tables": (0, 4 * (6 + 4 + 2 * 4 * 5)),  # 12 rows over 5 experts: one tile each, whatever its size
     "small_dispatch": (0, 4 * (36 + 11 + 4 + 2 * 4 * 5)),
+    "small_route": (0, 4 * (30 + 48 + 15 + 2 + 4 + 2 * 4 * 5)),
     "address_table": (0, 8 * 5),
     "row_pieces": (0, 4 * (6 + 3 * 5)),  # offsets; expert, first row and end of each
     "sum_pieces": (0, 4),
 }
 
 
-@pytest.mark.parametrize("kernel", FLOORS)
+# the same shape in fp8: X and A 48 codes and 4 * 1 bytes of scales, rows and dH 96 codes, W2 160, W1 320
+FP8_BY_HAND = {
+    "fp8_up": (1536, 96 + 4 + 320 + 4 + 2 * 96),  # of X and A together the scales of one group
+    "fp8_down": (768, 48 + 4 + 160 + 4 + 2 * 96),
+    "fp8_d_hidden": (768, 48 + 4 + 160 + 4 + 2 * (96 + 96 + 48)),
+    "fp8_d_rows": (1536, 96 + 4 + 320 + 4 + 2 * 96),
+    "fp8_d_weight_down": (768, 96 + 4 + 48 + 4 + 2 * 160),
+    "fp8_d_weight_up": (1536, 96 + 4 + 96 + 4 + 2 * 320),
+    "quantize_rows": (0, 2 * 48 + 48 + 4),
+    "quantize_columns": (0, 2 * 48 + 96 + 4),
+    "quantize_weight": (0, 3 * 320 + 320 + 4),
+    "tile_offsets": (0, 4 * 12),
+}
+
+
+@pytest.mark.parametrize("kernel", [*FLOORS, *FP8_FLOORS])
 def test_by_hand(kernel: str) -> None:
-    assert FLOORS[kernel](SMALL) == Work(flops=BY_HAND[kernel][0], bytes=BY_HAND[kernel][1])
+    flops, bytes_ = (BY_HAND | FP8_BY_HAND)[kernel]
+    assert (FLOORS | FP8_FLOORS)[kernel](SMALL) == Work(flops=flops, bytes=bytes_)
+
+
+def test_products_of_codes_have_twice_the_flops() -> None:
+    assert DEVICES["h100"].flops("fp8") == pytest.approx(2 * DEVICES["h100"].flops("bf16"), rel=1e-3)
+    assert DEVICES["a100"].flops("fp8") == DEVICES["a100"].flops("bf16")  # which has no such products
 
 
 def test_the_published_sums() -> None:

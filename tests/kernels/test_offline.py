@@ -147,6 +147,18 @@ def test_adapters_compile_without_spills_and_in_order() -> None:
         assert report.tma == without.tma
 
 
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+def test_products_of_codes_compile_to_those_of_the_matrix_unit(arch: str) -> None:
+    reports = {report.kernel: report for report in compile_apart(arch, ["fp8"])}
+    cases = {case.name: case for case in offline.collect_cases(arch, ["fp8"])}
+    assert [(name, gates) for name, case in cases.items() if (gates := broken_gates(case, reports[name]))] == []
+    products = [report for name, report in reports.items() if "_fp8e4nv_" in name]
+    assert len(products) >= 8
+    for report in products:
+        assert report.fp8 == report.wgmma + report.mma > 0, report
+        assert (report.wgmma > 0) == (arch == "sm_90"), report
+
+
 def test_the_other_targets_compile_within_their_shared_memory() -> None:
     for arch in sorted(set(offline.TARGETS) - set(MAIN_TARGETS)):
         reports = compile_apart(arch, ["down"])
@@ -207,6 +219,16 @@ def test_samples_are_a_part_of_all_cases() -> None:
     assert {case.name for case in sample} <= {case.name for case in every}
     names = [case.name for case in every]
     assert len(names) == len(set(names))
+
+
+def test_two_parts_of_the_files_are_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts: list[list[str]] = []
+    monkeypatch.setattr(offline, "collect_cases", lambda arch, modules, every: parts.append(list(modules)) or [])
+    for arguments in ("--modules=lora,narrow", "--without=lora,narrow", "--all"):
+        assert offline.main(["--arch=sm_90", arguments]) == 0
+    assert sorted(parts[0] + parts[1]) == sorted(parts[2])
+    with pytest.raises(SystemExit):
+        offline.main(["--arch=sm_90", "--without=nothing"])
 
 
 def test_named_cases_in_several_processes() -> None:

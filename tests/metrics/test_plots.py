@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 from torch import nn
@@ -39,3 +41,13 @@ def test_the_map_of_layers_and_experts(tmp_path):
     assert is_blue.sum() > 100
     with pytest.raises(ValueError, match="reading: got nothing"):
         plot_load_map({}, tmp_path / "x.png")
+
+
+def test_without_matplotlib_one_line_says_what_to_install(tmp_path, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "matplotlib" else real(name, *more)
+    )
+    for draw in (lambda path: plot_load([], path), lambda path: plot_load_map({}, path)):
+        with pytest.raises(ImportError, match=r"charts need matplotlib.*pip install 'moe-triton\[plot\]'"):
+            draw(tmp_path / "x.png")

@@ -77,6 +77,28 @@ def test_expert_counts_and_what_the_capacity_keeps() -> None:
     assert kept == []
 
 
+@pytest.mark.parametrize("fp8", [False, True])
+def test_products_in_bf16_and_fp8(fp8: bool) -> None:
+    """Parameters, gradients and logits stay in fp32, and the loss falls."""
+    config = dataclasses.replace(TINY, dtype="bfloat16", fp8=fp8)
+    model = LanguageModel(config, "moe")
+    assert [block.feed_forward.experts.spec.fp8 for block in model.blocks] == [fp8, fp8]
+    optimizer, tokens = make_optimizer(model, config), torch.randint(0, 256, (2, 25))
+    losses = [train_step(model, optimizer, tokens, 0.01, 1.0)["train_loss"] for _ in range(5)]
+    assert losses == sorted(losses, reverse=True)
+    found = [model(tokens[:, :-1]).logits, *model.parameters(), *(p.grad for p in model.parameters())]
+    assert {x.dtype for x in found} == {torch.float32}
+    wide = LanguageModel(TINY, "moe")
+    wide.load_state_dict(model.state_dict())
+    error = (wide(tokens[:, :-1]).logits - found[0]).norm() / found[0].norm()
+    assert (0.004 if fp8 else 0.0005) < error < 0.1
+
+
+def test_fp8_is_not_for_float64() -> None:
+    with pytest.raises(ValueError, match="fp8: got True with dtype 'float64', wanted 'float32' or 'bfloat16'"):
+        dataclasses.replace(TINY, dtype="float64", fp8=True)
+
+
 def test_evaluation_drops_nothing() -> None:
     tokens = torch.randint(0, 256, (2, 24))
     torch.manual_seed(1)

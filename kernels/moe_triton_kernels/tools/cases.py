@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Sequence
 
-from moe_triton_kernels.tools import dispatch_cases, lora_cases, product_cases, quantized_cases
+from moe_triton_kernels.tools import dispatch_cases, fp8_cases, lora_cases, product_cases, quantized_cases
 from moe_triton_kernels.tools.case import Case
 from moe_triton_kernels.tools.shipped import Shipped, shipped_configs
 
@@ -23,11 +23,12 @@ OTHERS: dict[str, Callable[[], Iterable[Case]]] = {
     "routing": dispatch_cases.routing_cases,
     "permutation": dispatch_cases.permutation_cases,
     "small_dispatch": dispatch_cases.small_dispatch_cases,
+    "small_route": dispatch_cases.small_route_cases,
     "tiles": dispatch_cases.tiles_cases,
     "row_pieces": dispatch_cases.row_pieces_cases,
     "combine": dispatch_cases.combine_cases,
 }
-MODULES = (*PRODUCTS, "gate", *OTHERS, "gluon")
+MODULES = (*PRODUCTS, "fp8", "gate", *OTHERS, "gluon")
 
 
 def module_cases(module: str, arch: str) -> Iterable[Case]:
@@ -38,6 +39,8 @@ def module_cases(module: str, arch: str) -> Iterable[Case]:
         return OTHERS[module]()
     if module == "gate":
         return dispatch_cases.gate_cases(arch)
+    if module == "fp8":
+        return fp8_cases.fp8_cases(arch)
     if arch != "sm_90":
         return []
     # imported only here, because it imports Gluon, which is experimental

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from moe_triton_kernels import (
@@ -14,6 +15,7 @@ from moe_triton_kernels import (
     routing_backward,
     row_pieces,
     small_dispatch,
+    small_route,
     tiles,
 )
 from moe_triton_kernels.tools.case import Case
@@ -98,14 +100,16 @@ def permutation_cases() -> Iterator[Case]:
     yield Case(name="permutation_keep_by_key", fn=permutation.keep_kernel, signature=types, constexprs=by_key)
 
 
+FEW_ROWS = small_dispatch.FewRows(*["*i32"] * 5)
+
+
 def small_dispatch_cases() -> list[Case]:
-    names = ("experts", "counts", "offsets", "source", "position", "table", "num_tiles")
     sizes = {"SIZES": tiles.BLOCK_SIZES, "BLOCK": small_dispatch.BLOCK, "CHUNK": small_dispatch.CHUNK}
     return [
         Case(
             name=f"small_dispatch_E{num_experts}",
             fn=small_dispatch.small_dispatch_kernel,
-            signature={**dict.fromkeys(names, "*i32"), "num_slots": "i32"},
+            signature={"experts": "*i32", "counts": "*i32", "rows": FEW_ROWS, "num_slots": "i32"},
             constexprs=sizes | {"NUM_EXPERTS": num_experts, "BLOCK_E": permutation.block_experts(num_experts)},
             num_warps=small_dispatch.NUM_WARPS,
             sample=num_experts == 128,
@@ -151,6 +155,21 @@ def routing_cases() -> Iterator[Case]:
         yield Case(name=f"topk_{name}", fn=routing.topk_kernel, signature=signature, constexprs=packed, **options)
         kernel = routing_backward.topk_backward_kernel
         yield Case(name=f"topk_backward_{name}", fn=kernel, signature=backward, **options)
+
+
+def small_route_cases() -> Iterator[Case]:
+    """The choices of `routing_cases`, with their rows placed in the same launch."""
+    for case in routing_cases():
+        if case.fn is routing.topk_kernel:
+            place = {"SIZES": tiles.BLOCK_SIZES, "BLOCK": small_route.BLOCK, "CHUNK": small_dispatch.CHUNK}
+            place["BLOCK_E"] = permutation.block_experts(case.signature["RULE"].NUM_EXPERTS)
+            yield replace(
+                case,
+                name=case.name.replace("topk", "small_route"),
+                fn=small_route.small_route_kernel,
+                signature={**case.signature, "rows": FEW_ROWS, "num_slots": "i32"},
+                constexprs={**case.constexprs, **place},
+            )
 
 
 def row_pieces_cases() -> list[Case]:

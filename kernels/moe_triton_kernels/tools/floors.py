@@ -23,7 +23,11 @@ for a gated activation, 1 for an ungated one:
     decode            0        bits/8 fEnd + sfEnd           codes and scales of W1 -> numbers
 
 Where projections are quantised, `PACKED_BITS` take the place of the 8s bits of each of their elements in up, down,
-d_hidden and d_rows. An adapter's part of up, down, d_hidden and d_rows, r in d or n of their work, is left out.
+d_hidden and d_rows.
+
+In fp8 (`FP8_FLOORS`), codes have one byte, and four more for each group of 128 (rows) or 16384 (weights).
+
+An adapter's part of up, down, d_hidden and d_rows, r in d or n of their work, is left out.
 Row indices and router weights (a few bytes per row) are left out where whole rows move, and make up the rest.
 """
 
@@ -120,23 +124,34 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """What a GPU can do: FLOP/s of dense 16-bit and of fp32 products, bytes/s of main memory, and who says so."""
+    """What a GPU can do: FLOP/s of dense 8-bit, 16-bit and fp32 products, bytes/s of main memory, and who says so.
+
+    flops_8 is flops_16 where there are no such products.
+    """
 
     name: str
+    flops_8: float
     flops_16: float
     flops_32: float
     bandwidth: float
     source: str
 
     def flops(self, dtype: str) -> float:
-        return self.flops_32 if dtype == "fp32" else self.flops_16
+        return {"fp8": self.flops_8, "fp32": self.flops_32}.get(dtype, self.flops_16)
 
 
 def _device(name: str, gpu: Gpu) -> Device:
     flops, bandwidth = gpu.measured or (gpu.fp16_flops, gpu.bandwidth)
-    measured = "measured: 8192^3 bf16 product, device copy; fp32: "
+    measured = "measured: 8192^3 bf16 product, device copy; fp32, fp8: "
     source = f"{measured if gpu.measured else ''}data-sheet peak, {gpu.product}"
-    return Device(name=name, flops_16=flops, flops_32=gpu.fp32_flops, bandwidth=bandwidth, source=source)
+    return Device(
+        name=name,
+        flops_8=gpu.fp8_flops or flops,
+        flops_16=flops,
+        flops_32=gpu.fp32_flops,
+        bandwidth=bandwidth,
+        source=source,
+    )
 
 
 DEVICES = {name: _device(name, gpu) for name, gpu in GPUS.items()}
@@ -207,6 +222,10 @@ FLOORS: dict[str, Callable[[Shape], Work]] = {
     "tile_tables": lambda s: _values(s.experts + 1 + len(TILE_SIZES) + 2 * _tiles(s)),
     # the whole permutation and the tile tables, without reading the offsets again
     "small_dispatch": lambda s: _values(3 * s.rows + 2 * s.experts + 1 + len(TILE_SIZES) + 2 * _tiles(s)),
+    # logits -> what topk and small_dispatch write, the counts once
+    "small_route": lambda s: _values(
+        s.tokens * s.experts + 4 * s.rows + 3 * s.experts + 2 + len(TILE_SIZES) + 2 * _tiles(s)
+    ),
     # a whole table: one address of 8 bytes for every expert
     "address_table": lambda s: _values(2 * s.experts),
     # offsets -> the pieces of every expert's rows: one each (expert, first row, end), where they spread evenly
@@ -235,6 +254,41 @@ FLOORS: dict[str, Callable[[Shape], Work]] = {
     "d_bias_gathered": lambda s: Work(
         flops=0, bytes=s.itemsize * (s.tokens + s.experts) * s.hidden + 2 * INDEX * s.rows
     ),
+}
+
+
+def _codes(elements: int, group: int = 128) -> int:
+    """Bytes of codes and of their fp32 scales."""
+    return elements + 4 * -(-elements // group)
+
+
+def _fp8_product(shape: Shape, factor: int, codes: int, elements: int) -> Work:
+    """A product of rows of so many codes by `factor` * n * d weights of each expert; 16-bit elements move too."""
+    weights = _codes(factor * shape.w2, 128**2)
+    return Work(flops=_product(shape, factor, 0).flops, bytes=_codes(codes) + weights + shape.itemsize * elements)
+
+
+def _fp8_gradient(shape: Shape, factor: int) -> Work:
+    """Of rows [S, d] and rows [S, factor * n], both codes."""
+    codes = _codes(shape.y) + _codes(factor * shape.a)
+    return Work(flops=_product(shape, factor, 0).flops, bytes=codes + shape.itemsize * factor * shape.w2)
+
+
+FP8_FLOORS: dict[str, Callable[[Shape], Work]] = {
+    # codes of X and W1 -> H, codes of A
+    "fp8_up": lambda s: _fp8_product(s, s.factor, s.x + s.a, s.factor * s.a),
+    "fp8_down": lambda s: _fp8_product(s, 1, s.a, s.y),
+    "fp8_d_hidden": lambda s: _fp8_product(s, 1, s.x, (2 * s.factor + 1) * s.a),
+    "fp8_d_rows": lambda s: _fp8_product(s, s.factor, s.factor * s.a, s.y),
+    "fp8_d_weight_down": lambda s: _fp8_gradient(s, 1),
+    "fp8_d_weight_up": lambda s: _fp8_gradient(s, s.factor),
+    # X -> codes; X -> codes of every expert's rows; W1 -> codes for both directions
+    "quantize_rows": lambda s: Work(flops=0, bytes=s.itemsize * s.x + _codes(s.x)),
+    "quantize_columns": lambda s: Work(flops=0, bytes=s.itemsize * s.x + _codes(s.y)),
+    "quantize_weight": lambda s: Work(
+        flops=0, bytes=(s.itemsize + 1) * s.factor * s.w2 + _codes(s.factor * s.w2, 128**2)
+    ),
+    "tile_offsets": lambda s: _values(2 * (s.experts + 1)),
 }
 EXPERTS_FORWARD = ("up", "down", "combine")
 EXPERTS_BACKWARD = ("d_hidden", "d_router_weights", "d_weight_down", "d_weight_up", "d_rows", "combine")

@@ -107,7 +107,7 @@ def with_adapter(case: Case, rank: int) -> Case:
     unit = unit_of(2 if dtype == "*bf16" else 4, rank)
     factor = WeightArgument(
         data=dtype,
-        scales=0,
+        decoding=0,
         stride_e="i32",
         stride_k=1 if is_forward else "i32",
         stride_n="i32" if is_forward else 1,

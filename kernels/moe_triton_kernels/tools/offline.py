@@ -26,7 +26,7 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from moe_triton_kernels.launch import register_limit, shared_limit
 from moe_triton_kernels.tools.case import Case, leaves
-from moe_triton_kernels.tools.cases import collect_cases
+from moe_triton_kernels.tools.cases import MODULES, collect_cases
 from moe_triton_kernels.tools.order import order_faults
 
 TARGETS = {
@@ -43,6 +43,7 @@ class Report:
     spills        bytes of stack per thread (0 when nothing was spilled)
     shared_bytes  shared memory per program, in bytes
     wgmma, mma    Hopper's warpgroup products; every other matrix instruction (mma.sync, tcgen05, mfma)
+    fp8           those of either kind that multiply codes of 8 bits (NVIDIA)
     cp_async, tma asynchronous copies to shared memory by pointers; by descriptors
     setmaxnreg    changes of a warpgroup's share of the registers: warp specialization
     proxy_fence   fences between the generic and the asynchronous proxy
@@ -57,6 +58,7 @@ class Report:
     shared_bytes: int
     wgmma: int = 0
     mma: int = 0
+    fp8: int = 0
     cp_async: int = 0
     tma: int = 0
     setmaxnreg: int = 0
@@ -69,6 +71,7 @@ PATTERNS = {
     "ptx": {
         "wgmma": r"\bwgmma\.mma_async",
         "mma": r"\b(?:mma\.sync|tcgen05\.mma)",
+        "fp8": r"\b(?:wgmma\.mma_async|mma\.sync)\S*\.e4m3|\btcgen05\.mma\S*(?:f8f6f4)",
         "cp_async": r"\bcp\.async\.c[ag]\.shared",
         "tma": r"\bcp\.async\.bulk\.tensor",
         "setmaxnreg": r"\bsetmaxnreg",
@@ -281,12 +284,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--arch", choices=list(TARGETS), help="all of them if left out")
     parser.add_argument("--modules", help="comma-separated names of kernel files; all of them if left out")
+    parser.add_argument("--without", default="", help="comma-separated names of kernel files to leave out")
     parser.add_argument("--all", action="store_true", help="every shipped configuration, not only the sample")
     parser.add_argument("--only", help="comma-separated names of cases: these instead of the sample")
     parser.add_argument("--gate", action="store_true", help="fail where a kernel breaks `broken_gates`")
     parser.add_argument("--json", action="store_true", help="one JSON object per kernel instead of a line of text")
     options = parser.parse_args(arguments)
-    modules = None if options.modules is None else options.modules.split(",")
+    modules = list(MODULES) if options.modules is None else options.modules.split(",")
+    left_out = [name for name in options.without.split(",") if name]
+    if unknown := [name for name in left_out if name not in MODULES]:
+        parser.error(f"without: got {', '.join(unknown)}, wanted some of {', '.join(MODULES)}")
+    modules = [name for name in modules if name not in left_out]
     failures = 0
     for arch in TARGETS if options.arch is None else [options.arch]:
         for case in named_cases(collect_cases(arch, modules, options.all or options.only is not None), options.only):

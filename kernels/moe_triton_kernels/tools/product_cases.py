@@ -29,6 +29,8 @@ def main_loop_instructions(shipped: Shipped, arch: str, num_descriptors: int) ->
         wants.append("cp_async")
     if shipped.dtype != "fp32":
         wants.append("wgmma" if arch == "sm_90" and shipped.config.block_m >= 64 else "mma")
+    if shipped.dtype == "fp8e4nv":
+        wants.append("fp8")
     return wants
 
 
@@ -70,7 +72,7 @@ def weight_types(
     """The types of a weight of aligned sizes and of its descriptor: what a launch on a GPU makes of it."""
     weight = WeightArgument(
         data="*i64" if addresses else f"*{shipped.dtype}",
-        scales=0,
+        decoding=0,
         stride_e="i32",
         stride_k=1 if by_k else "i32",
         stride_n="i32" if by_k else 1,
@@ -131,6 +133,8 @@ def up_cases(arch: str, shipped: Sequence[Shipped]) -> list[Case]:
                     "tiles": TILES,
                     "sizes": sizes_type(is_even=not transposed),
                     "adapter": None,
+                    "scales": None,
+                    "a_scales": None,
                     "bias": bias_type(entry.dtype, addresses) if bias else None,
                     **weight,
                 },
@@ -168,6 +172,7 @@ def down_cases(arch: str, shipped: Sequence[Shipped]) -> list[Case]:
                     "tiles": TILES,
                     "sizes": sizes_type(is_even=not addresses),
                     "adapter": None,
+                    "scales": None,
                     "a_descriptor": rows_type(entry, [entry.config.block_m, entry.config.block_k]),
                     **weight,
                 },
@@ -204,6 +209,7 @@ def d_hidden_cases(arch: str, shipped: Sequence[Shipped]) -> list[Case]:
                     "tiles": TILES,
                     "sizes": sizes_type(is_even=not addresses),
                     "adapter": None,
+                    "scales": None,
                     **weight_types(entry, addresses=addresses, by_k=transposed, block_n=entry.config.block_n),
                 },
                 sample=number == 0,

@@ -9,7 +9,7 @@ from moe_triton_kernels.activations import GATED
 from moe_triton_kernels.heuristics import over_codes
 from moe_triton_kernels.launch import HOPPER
 from moe_triton_kernels.operands import WeightArgument
-from moe_triton_kernels.quantized import DECODE_BLOCK, FORMATS, ScalesArgument, decode_kernel
+from moe_triton_kernels.quantized import DECODE_BLOCK, FORMATS, DecodingArgument, decode_kernel
 from moe_triton_kernels.tools.case import Case, pointers_of
 from moe_triton_kernels.tools.product_cases import d_hidden_cases, down_cases, up_cases
 from moe_triton_kernels.tools.shipped import Shipped
@@ -77,7 +77,7 @@ def codes_type(format: str, *, by_k: bool, has_zeros: bool = False) -> WeightArg
     block = BLOCKS[format][::-1] if by_k else BLOCKS[format]
     data = "*fp32" if format in ("fp8", "int4", "int8") else "*u8"
     has_global = format == "nvfp4"
-    scales = ScalesArgument(
+    decoding = DecodingArgument(
         data=data,
         zeros="*u8" if has_zeros else data,
         zero="i32",
@@ -95,7 +95,7 @@ def codes_type(format: str, *, by_k: bool, has_zeros: bool = False) -> WeightArg
     )
     return WeightArgument(
         data="*i32",
-        scales=scales,
+        decoding=decoding,
         stride_e="i32",
         stride_k=1 if by_k else "i32",
         stride_n="i32" if by_k else 1,

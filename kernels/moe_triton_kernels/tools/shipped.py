@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +13,7 @@ from moe_triton_kernels.launch import Config
 from moe_triton_kernels.tools.models import LAYERS
 
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+CODES = {torch.float8_e4m3fn: "fp8e4nv"}
 SIZES = tuple(dict.fromkeys((layer.hidden, layer.intermediate) for layer in LAYERS))  # (d, n)
 
 
@@ -24,19 +26,19 @@ class Shipped:
     config: Config
 
 
-def shipped_configs(architecture: str) -> list[Shipped]:
+def shipped_configs(architecture: str, types: Mapping[torch.dtype, str] = TYPES) -> list[Shipped]:
     """Every configuration of the table and of the heuristic at the sizes of common models, without repetitions.
 
     fp16 shares bf16's configurations. The first entry of an op is the one of large bf16 problems.
     """
     found: dict[Shipped, None] = {}
     for op in OPS:
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype, name in types.items():
             for bucket in reversed(BUCKETS):
                 for d, n in sorted(SIZES, reverse=True):  # the largest first
                     config = choose_config(
                         op, d=d, n=n, dtype=dtype, num_rows=bucket, num_experts=1, architecture=architecture
                     )
                     plain = replace(config, gluon=None)  # the Gluon kernels list their own cases
-                    found[Shipped(op=op, dtype=TYPES[dtype], config=plain)] = None
+                    found[Shipped(op=op, dtype=name, config=plain)] = None
     return list(found)

@@ -19,6 +19,7 @@ from moe_triton.autograd.flat import ROWS, Form, call_of, flatten_gradients, for
 from moe_triton.autograd.transforms import TransformedGradient, call_per_sample, refuse_jvp
 from moe_triton.quantization import QuantizedWeight
 from moe_triton.records import ExpertCall, ExpertParameters, ExpertSpec, Wanted
+from moe_triton.reference import fp8
 from moe_triton.torch_internals import has_no_data, is_transforming
 
 
@@ -31,13 +32,17 @@ def run_experts(call: ExpertCall, *, recompute: bool = False, backend: str = "au
     name = runtime.choose(backend, call.hidden.device, call.hidden.dtype).name
     if call.spec.batch_invariant:
         runtime.refuse_reference(name)
+    is_compiling, is_plain = torch.compiler.is_compiling(), name != "reference" and not torch.is_grad_enabled()
+    if is_plain and not is_compiling and not is_transforming():
+        return _without_gradient(call, name).to(dtype)
     with runtime.without_autocast(call.hidden.device):
         if name == "reference":
-            return reference.moe_experts(call).to(dtype)
+            define = fp8.moe_experts if call.spec.fp8 else reference.moe_experts
+            return define(call).to(dtype)
         tensors, form = tensors_of(call), form_of(call.parameters)
         training = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
         keep = training and not recompute
-        if torch.compiler.is_compiling():
+        if is_compiling:
             out, _ = _experts_op(tensors, form, *_fields(call.spec), name, keep)
         elif is_transforming():
             out, _ = _TransformedExperts.apply(form, call.spec, name, keep, *tensors)
@@ -53,7 +58,7 @@ def _without_gradient(call: ExpertCall, backend: str) -> Tensor:
     if has_no_data(call.hidden):
         return _experts_op(tensors_of(call), form_of(call.parameters), *_fields(call.spec), backend, False)[0]
     with runtime.plain_maths(call.hidden):
-        return runtime.experts_backend(backend, call.hidden.device).experts_forward(call, False)[0]
+        return runtime.experts_backend(backend, call.hidden.device, fp8=call.spec.fp8).experts_forward(call, False)[0]
 
 
 def in_context(call: ExpertCall) -> ExpertCall:
@@ -106,7 +111,7 @@ def _gradients(
         return _experts_backward_op(grad_out, preactivation, tensors, form, *_fields(spec), backend, list(wanted))
     call = call_of(tensors, form, spec)
     with runtime.plain_maths(grad_out):
-        found = runtime.experts_backend(backend, grad_out.device).experts_backward(
+        found = runtime.experts_backend(backend, grad_out.device, fp8=spec.fp8).experts_backward(
             call, grad_out, preactivation, wanted
         )
     flat = [found.hidden, found.weights, *flatten_gradients(found[2:], form)]
@@ -137,7 +142,7 @@ class _Experts(torch.autograd.Function):
             output = _experts_op(tensors, form, *_fields(spec), backend, keep)
         else:
             with runtime.plain_maths(hidden):
-                experts = runtime.experts_backend(backend, hidden.device)
+                experts = runtime.experts_backend(backend, hidden.device, fp8=spec.fp8)
                 output = experts.experts_forward(call_of(tensors, form, spec), keep)
         if ctx is not None:
             _save(ctx, (form, spec, backend, keep, *tensors), output)

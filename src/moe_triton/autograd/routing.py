@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from moe_triton import runtime
 from moe_triton.autograd.transforms import TransformedGradient, call_per_sample, refuse_jvp
-from moe_triton.records import RouterSpec
+from moe_triton.records import RouterSpec, TiledDispatch
 from moe_triton.reference import wide
 from moe_triton.torch_internals import has_no_data, is_transforming
 
@@ -43,6 +45,40 @@ def run_route(
     return _forward(logits, spec, choice_bias, noise, token_mask, given, backend)
 
 
+def run_inference(
+    logits: Tensor,
+    choice_bias: Tensor | None,
+    noise: Tensor | None,
+    given: Tensor | None,
+    spec: RouterSpec,
+    backend: str,
+) -> Inference | None:
+    """Route where nothing is differentiated, compiled or transformed; None elsewhere, and where that saves nothing."""
+    if torch.compiler.is_compiling() or is_transforming() or has_no_data(logits):
+        return None
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return None
+    with runtime.plain_maths(logits):
+        routing = runtime.routing_backend(backend)
+        found = routing.route_and_dispatch(logits, spec, choice_bias, noise, None, given)
+        if found is not None:
+            (experts, weights, *sums), dispatched = found
+            return Inference(experts, weights, partial(tuple, sums), dispatched)
+        if spec.sequences > 1 or logits.device.type != "cpu":  # on a GPU a graph may be captured
+            return None
+        later = routing.route_unsummed(logits, spec, choice_bias, noise, None, given)
+        return None if later is None else Inference(*later)
+
+
+class Inference(NamedTuple):
+    """Experts, weights, what gives (counts, score_sums, z_sum), and the Dispatch where there is one already."""
+
+    experts: Tensor
+    weights: Tensor
+    sums: Callable[[], tuple[Tensor, ...]]
+    dispatched: TiledDispatch | None = None
+
+
 def _fields(spec: RouterSpec) -> tuple[Any, ...]:
     """A custom op takes plain values only, in the order of the record; `_spec` is the way back."""
     return tuple(getattr(spec, name) for name in FIELDS)
@@ -68,20 +104,28 @@ def _forward(
 
 
 def _backward(
-    grad_weights: Tensor,
-    grad_score_sums: Tensor,
-    grad_z_sum: Tensor,
+    grad_weights: Tensor | None,
+    grad_score_sums: Tensor | None,
+    grad_z_sum: Tensor | None,
     logits: Tensor,
     experts: Tensor,
     spec: RouterSpec,
     backend: str,
+    *,
+    all_real: bool = False,
 ) -> Tensor:
+    """The gradient of the logits; a gradient that is None is zeros."""
+    if grad_weights is None:
+        grad_weights = logits.new_zeros(experts.shape, dtype=wide(logits.dtype))
     if has_no_data(logits):
-        grads = (grad_weights, grad_score_sums, grad_z_sum)
-        return _route_backward_op(*grads, logits, experts, *_fields(spec), backend)
+        of_experts = (logits.shape[1],) if spec.sequences == 1 else (spec.sequences, logits.shape[1])
+        if grad_score_sums is None:
+            grad_score_sums = grad_weights.new_zeros(of_experts)
+        grad_z_sum = grad_weights.new_zeros(()) if grad_z_sum is None else grad_z_sum
+        return _route_backward_op(grad_weights, grad_score_sums, grad_z_sum, logits, experts, *_fields(spec), backend)
     with runtime.plain_maths(logits):
         return runtime.routing_backend(backend).route_backward(
-            grad_weights, grad_score_sums, grad_z_sum, logits, experts, spec
+            grad_weights, grad_score_sums, grad_z_sum, logits, experts, spec, all_real=all_real
         )
 
 
@@ -95,13 +139,17 @@ class _Route(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         output = _run(*inputs)
         _save(ctx, inputs, output)
+        ctx.set_materialize_grads(False)  # most often there is no loss of the sums
         return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(grad is None for grad in grads[:3]):
+            return (None, *NO_GRADIENT)
         logits, experts = ctx.saved_tensors
-        grad = _backward(grads[0], grads[1], grads[2], logits, experts, ctx.spec, ctx.name)
+        spec, name = ctx.spec, ctx.name
+        grad = _backward(grads[0], grads[1], grads[2], logits, experts, spec, name, all_real=ctx.all_real)
         return (grad, *NO_GRADIENT)
 
 
@@ -118,7 +166,8 @@ def _run(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, *_, ctx.spec, ctx.name = inputs
+    logits, _, _, token_mask, given, ctx.spec, ctx.name = inputs
+    ctx.all_real = token_mask is None and given is None and not ctx.spec.weightless
     experts, counts = output[3:]
     ctx.mark_non_differentiable(experts, counts)
     ctx.save_for_backward(logits, experts)
@@ -136,7 +185,7 @@ class _TransformedRoute(_Route):
         return call_per_sample(_TransformedRoute.apply, info, in_dims, args)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         spec, name = ctx.spec, ctx.name
 
         def gradient(

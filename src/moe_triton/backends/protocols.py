@@ -5,6 +5,7 @@ Tensors are on one device and may have any strides; nothing is differentiated. D
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
@@ -18,6 +19,7 @@ from moe_triton.records import (
     ParameterGradients,
     RouterSpec,
     RowGradients,
+    TiledDispatch,
     Wanted,
 )
 
@@ -51,16 +53,43 @@ class RoutingBackend(Protocol):
         Counts and score sums are [B, E] where B = `spec.sequences` > 1. given: what `reference.given_choices` returned.
         """
 
+    def route_and_dispatch(
+        self,
+        logits: Tensor,
+        spec: RouterSpec,
+        choice_bias: Tensor | None,
+        noise: Tensor | None,
+        token_mask: Tensor | None,
+        given: Tensor | None = None,
+    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], TiledDispatch] | None:
+        """Return what `route_forward` does, and a Dispatch without a capacity, from one launch; None: it takes more."""
+
+    def route_unsummed(
+        self,
+        logits: Tensor,
+        spec: RouterSpec,
+        choice_bias: Tensor | None,
+        noise: Tensor | None,
+        token_mask: Tensor | None,
+        given: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Callable[[], tuple[Tensor, Tensor, Tensor]]] | None:
+        """Return experts, weights, and what computes counts and sums, if ever; None where all of it is made at once."""
+
     def route_backward(
         self,
         grad_weights: Tensor,
-        grad_score_sums: Tensor,
-        grad_z_sum: Tensor,
+        grad_score_sums: Tensor | None,
+        grad_z_sum: Tensor | None,
         logits: Tensor,
         experts: Tensor,
         spec: RouterSpec,
+        *,
+        all_real: bool = False,
     ) -> Tensor:
-        """Return the gradient of the logits [T, E], from those of the three differentiable outputs."""
+        """Return the gradient of the logits [T, E], from those of the three differentiable outputs; None: zeros.
+
+        all_real: every choice is of an expert that has a weight, so that there is nothing to mask.
+        """
 
 
 class DispatchBackend(Protocol):
@@ -82,7 +111,7 @@ class DispatchBackend(Protocol):
 
 
 class ExpertsBackend(Protocol):
-    """Module `experts`; in the torch backend `experts_cpu` and `experts_device`."""
+    """Module `experts`, in the torch backend `experts_cpu` and `experts_device`; `experts_fp8` for fp8 products."""
 
     def experts_forward(self, call: ExpertCall, keep_preactivation: bool) -> tuple[Tensor, Tensor]:
         """Return (out [T, d], pre-activation [S, 2n] or [S, n]) in hidden's dtype; the second empty [0] if not kept."""
@@ -112,14 +141,16 @@ class ExpertsBackend(Protocol):
 if TYPE_CHECKING:  # mypy holds the modules against the protocols
     from moe_triton.backends.torch import dispatch as torch_dispatch
     from moe_triton.backends.torch import experts_cpu, experts_device
+    from moe_triton.backends.torch import experts_fp8 as torch_fp8
     from moe_triton.backends.torch import gate as torch_gate
     from moe_triton.backends.torch import routing as torch_routing
     from moe_triton.backends.triton import dispatch as triton_dispatch
     from moe_triton.backends.triton import experts as triton_experts
+    from moe_triton.backends.triton import experts_fp8 as triton_fp8
     from moe_triton.backends.triton import gate as triton_gate
     from moe_triton.backends.triton import routing as triton_routing
 
     GATE: tuple[GateBackend, ...] = (torch_gate, triton_gate)
     ROUTING: tuple[RoutingBackend, ...] = (torch_routing, triton_routing)
     DISPATCH: tuple[DispatchBackend, ...] = (torch_dispatch, triton_dispatch)
-    EXPERTS: tuple[ExpertsBackend, ...] = (experts_cpu, experts_device, triton_experts)
+    EXPERTS: tuple[ExpertsBackend, ...] = (experts_cpu, experts_device, triton_experts, torch_fp8, triton_fp8)

@@ -1,4 +1,4 @@
-"""What became slower between two results: cell by cell, provider by provider."""
+"""What became slower between two results: cell by cell, our times by themselves and the peers' for information."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ class Change:
     title: str
     mode: str
     label: str
+    is_ours: bool
     old_s: float
     new_s: float
     machine: float | None
@@ -26,13 +27,17 @@ class Change:
     def ratio(self) -> float:
         return self.new_s / self.old_s
 
+    @property
+    def relative(self) -> float:
+        """The ratio over that of the dense product, which was timed beside the provider both times."""
+        return self.ratio / (self.machine or 1.0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """slower: beyond the limit, worst first. compared: number of times compared. missing: cells of OLD not here."""
+    """The changes of two results, and the cells of the older one that are missing in the newer one."""
 
     changes: list[Change]
-    slower: list[Change]
     missing: list[str]
     fail_over: float
 
@@ -40,9 +45,31 @@ class Comparison:
     def compared(self) -> int:
         return len(self.changes)
 
+    @property
+    def ours(self) -> list[Change]:
+        return [change for change in self.changes if change.is_ours]
+
+    @property
+    def slower(self) -> list[Change]:
+        """Ours, beyond the limit relative to the dense product, in steady cells; worst first."""
+        return self._beyond([change for change in self.ours if change.is_steady])
+
+    @property
+    def inconclusive(self) -> list[Change]:
+        """Ours, beyond the limit where the same provider differed from itself by more than the self-check allows."""
+        return self._beyond([change for change in self.ours if not change.is_steady])
+
+    @property
+    def peers(self) -> list[Change]:
+        """Peers beyond the limit."""
+        return self._beyond([change for change in self.changes if not change.is_ours])
+
+    def _beyond(self, changes: list[Change]) -> list[Change]:
+        return sorted((c for c in changes if c.relative > 1 + self.fail_over), key=lambda c: -c.relative)
+
 
 def compare(old: Sequence[Run], new: Sequence[Run], fail_over: float) -> Comparison:
-    """Every provider of `new` that `old` measured in the same cell; slower is new > (1 + fail_over) * old."""
+    """Relate every provider of `new` that `old` measured in the same cell."""
     before = {(run.case, run.mode): run for run in old}
     here = {(run.case, run.mode) for run in new}
     changes = []
@@ -59,15 +86,15 @@ def compare(old: Sequence[Run], new: Sequence[Run], fail_over: float) -> Compari
                     title=run.case.title(),
                     mode=run.mode,
                     label=row.label,
+                    is_ours=row.kind == "ours",
                     old_s=past.time_s.p50,
                     new_s=row.time_s.p50,
                     machine=machine_change(earlier, run),
                     is_steady=run.is_steady and earlier.is_steady,
                 )
             )
-    slower = sorted((c for c in changes if c.ratio > 1 + fail_over), key=lambda c: -c.ratio)
     missing = [f"{case.title()}, {mode}" for case, mode in before if (case, mode) not in here]
-    return Comparison(changes=changes, slower=slower, missing=missing, fail_over=fail_over)
+    return Comparison(changes=changes, missing=missing, fail_over=fail_over)
 
 
 def machine_change(old: Run, new: Run) -> float | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from moe_triton.benchmarking.profiling import PREFIX, WARM_UP, record, span
 from moe_triton.distributed import ExpertParallel, make_groups
 from moe_triton.distributed.exchange.channel import WAIT
 from moe_triton.layers import MoE
+from moe_triton.metrics import LoadMonitor
 
 Interval = tuple[float, float]
 STEP = "step"
@@ -32,7 +33,10 @@ RANGE, GPU_RANGE = "user_annotation", "gpu_user_annotation"  # the trace's categ
 
 @dataclass(frozen=True, kw_only=True)
 class RankExchange:
-    """One rank's seconds per step (forward and backward). waits: seconds by phase; tokens: this rank's."""
+    """One rank's seconds per step (forward and backward). waits: seconds by phase; tokens: this rank's.
+
+    rows: those that come to this rank's experts in one step.
+    """
 
     rank: int
     tokens: int
@@ -40,6 +44,7 @@ class RankExchange:
     exchange_s: float
     exposed_s: float
     waits: dict[str, float]
+    rows: int = 0
 
     @property
     def overlap(self) -> float:
@@ -131,7 +136,11 @@ def profile_exchange(
         step()
     path = out / f"trace-rank-{groups.rank}.json"
     record(step, steps, device, path)
-    mine = read_exchange(path, device, steps, groups.rank, tokens)
+    with LoadMonitor(layer) as monitor:
+        step()
+    (statistics,) = monitor.read().values()
+    rows = statistics.exchange.rows[0] if statistics.exchange is not None else 0
+    mine = replace(read_exchange(path, device, steps, groups.rank, tokens), rows=rows)
     everybody: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everybody, mine)
     return everybody

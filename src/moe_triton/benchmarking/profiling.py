@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
+import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +29,8 @@ from moe_triton.training.config import TrainConfig
 from moe_triton.training.loop import make_optimizer, train_step
 from moe_triton.training.model import Attention, LanguageModel
 
+# of a profiler that starts or ends; the second where a driver's counters cannot be read
+OWN_LINE = re.compile(rb"USDT:|.*\bcode 35\b")
 WARM_UP = 2  # calls of everything before the profiler looks
 PREFIX = "moe::"  # of our ranges in a trace
 OPERATORS = {
@@ -93,14 +99,16 @@ def record(step: Callable[[], None], steps: int, device: torch.device, path: Pat
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     # backward in this thread, too: a range counts the kernels that its own thread launches
-    with (
-        torch.autograd.set_multithreading_enabled(False),
-        torch.profiler.profile(activities=activities, profile_memory=True, record_shapes=True) as prof,
-    ):
+    prof = torch.profiler.profile(activities=activities, profile_memory=True, record_shapes=True)
+    with torch.autograd.set_multithreading_enabled(False):
+        with without_own_lines():
+            prof.start()
         for _ in range(steps):
             step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+        with without_own_lines():
+            prof.stop()
     # a range shows up on the device too
     events = [event for event in prof.events() or () if event.device_type == torch.autograd.DeviceType.CPU]
     seconds: dict[str, list[float]] = {}
@@ -116,6 +124,23 @@ def record(step: Callable[[], None], steps: int, device: torch.device, path: Pat
     memory, ranges = read_trace(path, device)
     inside = {} if device.type == "cuda" else operators_inside(events)
     return Trace(seconds=seconds, path=path, memory=memory, ranges=ranges, inside=inside)
+
+
+@contextlib.contextmanager
+def without_own_lines() -> Iterator[None]:
+    """Holds back what the profiler's library writes to stderr of itself; other lines come when the context ends."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            held.seek(0)
+            others = [line for line in held.read().splitlines(keepends=True) if not OWN_LINE.match(line)]
+            os.write(2, b"".join(others))
+            os.close(stderr)
 
 
 def operators_inside(events: Sequence[Any]) -> dict[str, dict[str, float]]:

@@ -12,16 +12,17 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
-from moe_triton.benchmarking.comparing import Comparison
+from moe_triton.benchmarking.comparing import Change, Comparison
 from moe_triton.benchmarking.environment import caption
 from moe_triton.benchmarking.results import SELF_CHECK_LIMIT, Row, Run
+from moe_triton.benchmarking.text_tables import plain_console, print_table
 from moe_triton.benchmarking.timing import Spread
 from moe_triton.files import replace_file
 
+MISSING = "not installed"
 MODE_NAMES = {"forward": "forward", "backward": "backward", "full": "forward+backward"}
-PLAIN_WIDTH = 240  # wide enough that nothing wraps where there is no terminal
+STYLES = {"ours": "bold", "limit": "dim", "check": "dim"}  # in a terminal, by kind of row
 
 
 def write_text(path: Path, text: str) -> None:
@@ -29,11 +30,14 @@ def write_text(path: Path, text: str) -> None:
     replace_file(path, [text.encode()])
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def json_text(content: dict[str, Any]) -> str:
+    """Return indented JSON with a list of numbers on one line: the raw times would fill it with line breaks."""
     text = json.dumps(content, indent=1)
-    # a list of numbers on one line: the raw times would fill the file with line breaks
-    text = re.sub(r"\[\s+([-+.\deE,\s]|null)+\]", lambda found: re.sub(r"\s+", " ", found.group()), text)
-    write_text(path, text + "\n")
+    return re.sub(r"\[\s+([-+.\deE,\s]|null)+\]", lambda found: re.sub(r"\s+", " ", found.group()), text)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    write_text(path, json_text(content) + "\n")
 
 
 def three_digits(value: float) -> str:
@@ -117,43 +121,21 @@ def cells(run: Run, row: Row, unit: tuple[str, float], speedup: str) -> list[str
     ]
 
 
-def table(run: Run, unit: tuple[str, float], plain: bool) -> Table:
-    """One run."""
-    shown = Table(title=headline(run), title_justify="left", box=None if plain else Table().box)
-    names = columns(run, unit, "error out" if run.mode == "forward" else "error out / grad")
-    for name in names:
-        is_text = name in (names[0], *names[-2:])
-        shown.add_column(name, justify="left" if is_text else "right", no_wrap=name != "note")
-    for row in run.rows:
-        style = {"ours": "bold", "limit": "dim", "check": "dim"}.get(row.kind)
-        words = cells(run, row, unit, speedup_cell(run.speedups.get(row.name)))
-        shown.add_row(*words, style="red" if row in run.faults else style)
-    return shown
-
-
-def plain_console() -> Console:
-    """A console that does not wrap where there is no terminal."""
-    console = Console()
-    return console if console.is_terminal else Console(width=PLAIN_WIDTH, no_color=True, highlight=False)
-
-
-def print_table(
-    console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[str] = ()
-) -> None:
-    """Prints a table: numbers to the right, the columns that `text` names to the left; lines in a terminal only."""
-    shown = Table(box=Table().box if console.is_terminal else None)
-    for name in columns:
-        shown.add_column(name, justify="left" if name in text else "right")
-    for cells in rows:
-        shown.add_row(*cells)
-    console.print(shown)
-
-
 def print_runs(runs: Sequence[Run], console: Console | None = None) -> None:
+    """Print a table for each run; peers that are not installed come in one line below."""
     console = plain_console() if console is None else console
     unit = speed_unit(runs)
     for run in runs:
-        console.print(table(run, unit, plain=not console.is_terminal))
+        names = columns(run, unit, "error out" if run.mode == "forward" else "error out / grad")
+        rows = [row for row in run.rows if row.status != MISSING]
+        shown = [cells(run, row, unit, speedup_cell(run.speedups.get(row.name))) for row in rows]
+        styles = {i: "red" if row in run.faults else STYLES.get(row.kind, "") for i, row in enumerate(rows)}
+        bounds = [name for name in names if name.startswith("of ")]
+        less = [name for name in names if "MiB" in name] + [*reversed(bounds[1:]), names[2]]
+        less += [] if run.faults else [names[-2]]
+        print_table(console, names, shown, (names[0], *names[-2:]), less, styles, title=headline(run))
+        if missing := [row.label for row in run.rows if row.status == MISSING]:
+            console.print(f"  {MISSING}: {', '.join(missing)}", highlight=False)
         console.print()
 
 
@@ -199,22 +181,28 @@ def self_check_line(runs: Sequence[Run]) -> str:
 
 
 def comparison_lines(found: Comparison) -> list[str]:
-    """What became slower, worst first, and how much the machine itself changed."""
+    """Say what of ours became slower, worst first, what is inconclusive, and how much the machine itself changed."""
     limit = f"{found.fail_over * 100:g}%"
-    if not found.slower:
-        lines = [f"compare: none of {found.compared} times is more than {limit} slower"]
-    else:
-        lines = [f"compare: {len(found.slower)} of {found.compared} times are more than {limit} slower"]
-    for change in found.slower:
-        times = f"{milliseconds(change.old_s)} -> {milliseconds(change.new_s)} ms"
-        machine = "" if change.machine is None else f"; a dense product {change.machine - 1:+.1%}"
-        noise = "" if change.is_steady else "; the self-check was beyond its limit"
-        where = f"{change.label}, {change.title}, {MODE_NAMES[change.mode]}"
-        lines.append(f"  {change.ratio - 1:+.1%}  {where}: {times}{machine}{noise}")
+    lines = [f"compare: {len(found.slower) or 'none'} of our {len(found.ours)} times are more than {limit} slower"]
+    lines += [f"  {change_line(change)}" for change in found.slower]
+    if found.inconclusive:
+        lines.append(f"  inconclusive, the machine was not steady in {len(found.inconclusive)} cells:")
+        lines += [f"    {change_line(change)}" for change in found.inconclusive]
+    if found.peers:
+        lines.append(f"  peers that are more than {limit} slower, which fails nothing:")
+        lines += [f"    {change_line(change)}" for change in found.peers]
     if found.missing:
         lines.append(f"  not compared, {len(found.missing)} cells of the old file that were not measured now:")
         lines += [f"    {title}" for title in found.missing]
     return lines
+
+
+def change_line(change: Change) -> str:
+    """One change in words: relative to the dense product where both files have its time."""
+    times = f"{milliseconds(change.old_s)} -> {milliseconds(change.new_s)} ms"
+    machine = "" if change.machine is None else f", a dense product {change.machine - 1:+.1%}"
+    where = f"{change.label}, {change.title}, {MODE_NAMES[change.mode]}"
+    return f"{change.relative - 1:+.1%}  {where}: {times}{machine}"
 
 
 CSV_FIELDS = (

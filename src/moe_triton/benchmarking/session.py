@@ -80,7 +80,11 @@ class Session:
     def stages(self) -> list[StageTable]:
         return [cell for cell in self.cells() if isinstance(cell, StageTable)]
 
+    def document(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        stages = [asdict(table) for table in self.stages]
+        return {**document(self.runs, self.facts, self.settings), STAGES: stages}
+
     def write(self) -> None:
         if self.path is not None:
-            content = document(self.runs, self.facts, self.settings)
-            write_json(self.path, {**content, STAGES: [asdict(table) for table in self.stages]})
+            write_json(self.path, self.document())

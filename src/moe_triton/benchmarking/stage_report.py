@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from moe_triton.benchmarking.report import milliseconds, plain_console, print_table, spread_cell, three_digits
+from moe_triton.benchmarking.report import milliseconds, spread_cell, three_digits
 from moe_triton.benchmarking.stages import PASSES, StageRow, StageTable, middle
+from moe_triton.benchmarking.text_tables import plain_console, print_table
 
 STAGE_HEADER = ("stage", "ms", "share", "GFLOP", "MB", "floor ms", "of floor", "kernel, configuration")
 
@@ -52,6 +53,6 @@ def print_stages(tables: Sequence[StageTable], console: Console | None = None) -
     for found in tables:
         console.print(f"stages: {found.title}", highlight=False, soft_wrap=True)
         rows = [stage_cells(row) for row in found.stages]
-        print_table(console, STAGE_HEADER, rows, text=(STAGE_HEADER[0], STAGE_HEADER[-1]))
+        print_table(console, STAGE_HEADER, rows, (STAGE_HEADER[0], STAGE_HEADER[-1]), less=("GFLOP", "MB"))
         console.print("\n".join(stage_summary(found)), highlight=False, soft_wrap=True)
         console.print()

@@ -129,12 +129,16 @@ def open_layer(workload: Workload, backend: str = "auto") -> Opened:
     def build_dispatch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return dispatching.build_dispatch(experts, case.experts, None, 1, False, None)
 
+    def build_small_dispatch() -> Dispatch | None:
+        return dispatching.build_small_dispatch(experts, case.experts)
+
     def route_backward() -> Tensor:
         return routing.route_backward(grad_weights, *zeros, logits, experts, spec)
 
     with runtime.plain_maths(x):
         logits = gate_forward()
         experts, weights, _, score_sums, z_sum = route_forward()
+        is_small = build_small_dispatch() is not None
         counts, offsets, source, position = build_dispatch()
         dispatched = Dispatch(counts=counts, offsets=offsets, source=source, position=position)
         inner = expert_stages(name, workload.call(weights, dispatched), workload.grad_out)
@@ -157,7 +161,12 @@ def open_layer(workload: Workload, backend: str = "auto") -> Opened:
     outer = [
         Stage(name="gate", kernel=f"{name}.gate.gate_forward" if is_narrow else "linear", call=gate_forward),
         Stage(name="route", kernel=f"{name}.routing.route_forward", floors=("topk",), call=route_forward),
-        Stage(name="dispatch", kernel=f"{name}.dispatch.build_dispatch", floors=("permutation",), call=build_dispatch),
+        Stage(
+            name="dispatch",
+            kernel=f"{name}.dispatch.{'build_small_dispatch' if is_small else 'build_dispatch'}",
+            floors=("small_dispatch" if is_small else "permutation",),
+            call=build_small_dispatch if is_small else build_dispatch,
+        ),
     ]
     backward_gate = f"{name}.gate.gate_backward" if is_narrow else "two products"
     behind = [

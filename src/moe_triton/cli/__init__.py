@@ -18,9 +18,20 @@ from moe_triton.cli.train import train
 from moe_triton.cli.tune import tune
 from moe_triton.runtime import installed_version
 
+START = """\
+moe-triton {version}: a mixture-of-experts runtime for PyTorch
+
+  moe-triton bench               our layer beside its peers, on this machine
+  moe-triton profile             where the time of a layer goes
+  moe-triton train --out demo    trains a small language model, and writes a report
+
+In Python: moe_triton.swap(model) lets a model's experts run on moe_triton.
+More commands and all options: moe-triton --help"""
+
 app = typer.Typer(
-    name="moe-triton", help="A mixture-of-experts runtime for PyTorch.", no_args_is_help=True, add_completion=False,
+    name="moe-triton", help="A mixture-of-experts runtime for PyTorch.", invoke_without_command=True,
     pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="rich" if sys.stdout.isatty() else None,  # boxes in a terminal only
 )  # fmt: skip
 app.command()(info)
 app.command()(bench)
@@ -39,11 +50,14 @@ def print_version(wanted: bool) -> None:
 
 @app.callback()
 def root(
+    ctx: typer.Context,
     show_version: Annotated[
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version, and stop.")
     ] = False,
 ) -> None:
     """A mixture-of-experts runtime for PyTorch."""
+    if ctx.invoked_subcommand is None:
+        print(START.format(version=installed_version("moe-triton")))
 
 
 def main() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -15,6 +16,7 @@ import torch
 import typer
 
 from moe_triton import runtime
+from moe_triton.benchmarking import report
 from moe_triton.benchmarking.cases import DTYPES, PRESETS, Case
 from moe_triton.checks import check_threads
 from moe_triton.files import Locked, locked
@@ -41,6 +43,7 @@ Bias = Annotated[bool, typer.Option("--bias", help="Give the experts biases.")]
 DeviceName = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: torch's.")]
 Seed = Annotated[int, typer.Option(help="Of the random tensors.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value instead; words go to stderr.")]
 
 
 class Unmeasurable(Exception):
@@ -54,11 +57,21 @@ def fail(command: str, message: str, code: int) -> NoReturn:
 
 
 @contextlib.contextmanager
+def json_instead(wanted: bool) -> Iterator[Callable[[Any], None]]:
+    """Gives a function that takes a command's result: printed as JSON where `wanted`, all other output on stderr."""
+    found: list[Any] = []
+    with contextlib.redirect_stdout(sys.stderr if wanted else sys.stdout):
+        yield found.append
+    if wanted and found:
+        print(report.json_text(found[-1]))
+
+
+@contextlib.contextmanager
 def checked(command: str, writes: Path | None = None) -> Iterator[None]:
     """Ends the command where an argument is wrong, needs another machine, or the directory cannot be written to."""
     try:
         yield
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         fail(command, str(error), EXIT_USAGE)
     except Unmeasurable as reason:
         fail(command, f"not measured on this machine: {reason}", EXIT_NO_GPU)
@@ -179,6 +192,8 @@ def check_outputs(outputs: Sequence[tuple[str, Path | None]]) -> None:
     for option, path in outputs:
         if path is None:
             continue
+        if option == "--chart":
+            runtime.check_matplotlib()
         if path.is_dir():
             raise ValueError(f"{option}: {path} is a directory, wanted a file")
         if not path.parent.is_dir():

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -26,8 +26,9 @@ from moe_triton.benchmarking.timing import CACHES, make_timer
 from moe_triton.benchmarking.ways import WAYS
 from moe_triton.cli import arguments
 from moe_triton.cli.arguments import EXIT_FAULT, EXIT_INTERRUPTED, EXIT_SLOWER, EXIT_USAGE, fail, pick_several
-from moe_triton.cli.display import StepDisplay
+from moe_triton.cli.display import StepDisplay, duration
 from moe_triton.quantization.formats import FORMATS
+from moe_triton.runtime import installed_version
 
 CELL_S = 1.6  # about how long a cell takes, in budgets: checks, and slow peers that need more
 
@@ -75,7 +76,9 @@ def bench(
     report_dir: Annotated[
         Path | None, typer.Option("--report", help="A folder: report.html, results.json, results.csv, charts.")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything, raw times included.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write everything, raw times included; - prints it, and no tables.")
+    ] = None,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Write a line per cell and provider.")] = None,
     chart_file: Annotated[Path | None, typer.Option("--chart", help="Write a PNG chart.")] = None,
     markdown_file: Annotated[Path | None, typer.Option("--markdown", help="Write a Markdown table.")] = None,
@@ -91,15 +94,18 @@ def bench(
     """Measure our layer beside its peers and the limits of this machine.
 
     Every provider is a whole MoE block over the same weights, and is checked against a float64 reference first. With
-    --report or --json an interrupted run goes on where it was when the same command is given again.
+    --report or --json an interrupted run goes on where it was when the same command is given again. With --compare our
+    times count, relative to the dense product of the same run; where the machine was not steady nothing is concluded.
     Exit code: 0; 1 when a result is wrong or a provider breaks; 2 for bad arguments; 3 when a GPU is needed; 4 when
-    --compare finds something slower.
+    --compare finds us slower.
     """
     if show_list:
         print_list()
         return
     shape = dict(zip(arguments.SHAPE, (tokens, hidden, intermediate, experts, top_k), strict=True))
     overrides = {"skew": skew, "activation": activation, "bias": bias or None}
+    prints_json = json_file == Path("-")
+    json_file = None if prints_json else json_file
     files = {"--json": json_file, "--csv": csv_file, "--chart": chart_file, "--markdown": markdown_file}
     if report_dir is not None and json_file is None:
         json_file = report_dir / "results.json"
@@ -135,13 +141,16 @@ def bench(
         if not fresh:
             session.resume()
 
+    show = (lambda _: None) if prints_json else show_tables
     try:
         measure_all(session, chosen, where, modes, ways, names, stages)
     except KeyboardInterrupt:
         show(session)
         done = f"{len(session.cells())} of {len(session.order)} cells are done"
-        kept = f"; the same command goes on from {json_file}" if json_file is not None else ""
-        fail("bench", f"interrupted: {done}{kept}", EXIT_INTERRUPTED)
+        kept = "with --report DIR an interrupted run goes on where it was"
+        if json_file is not None:
+            kept = f"the same command goes on from {json_file}"
+        fail("bench", f"interrupted: {done}; {kept}", EXIT_INTERRUPTED)
     except OSError as error:
         show(session)
         fail("bench", f"cannot write {json_file}: {error.strerror}; what was there before is intact", EXIT_FAULT)
@@ -152,7 +161,9 @@ def bench(
     comparison = None
     if old is not None:
         comparison = comparing.compare(old.runs, session.runs, share)
-        print("\n".join(report.comparison_lines(comparison)))
+        print("\n".join(report.comparison_lines(comparison)), file=sys.stderr if prints_json else sys.stdout)
+    if prints_json:
+        print(report.json_text(session.document()))
     try:
         session.write()
         write(session, csv_file, chart_file, markdown_file)
@@ -210,6 +221,7 @@ def measure_all(
             file=sys.stderr,
         )
     budget, seed, cache = (session.settings[name] for name in ("budget_s", "seed", "cache"))
+    print(opening(cases, kinds, len(keys) - there, budget, session.facts), file=sys.stderr)
     display = StepDisplay(len(keys) - there, CELL_S * budget)
     with display as on_step:
         for case in cases:
@@ -230,7 +242,14 @@ def measure_all(
                 display.finish_cell()
 
 
-def show(session: Session) -> None:
+def opening(cases: Sequence[Case], kinds: Sequence[str], cells: int, budget: float, facts: dict[str, Any]) -> str:
+    """What is going to happen, and about how long it takes."""
+    shapes, device = len(cases), facts["device"]["name"]
+    what = f"{shapes} shape{'s' * (shapes != 1)} x {', '.join(kinds)}, {cells} cell{'s' * (cells != 1)} on {device}"
+    return f"bench: {what}: about {duration(cells * CELL_S * budget)} (--budget {budget:g}); Ctrl-C shows what is done"
+
+
+def show_tables(session: Session) -> None:
     """The tables of the finished cells."""
     report.print_runs(session.runs)
     print_stages(session.stages)
@@ -253,9 +272,10 @@ def write_report(folder: Path, session: Session, comparison: Comparison | None) 
     """report.html, results.csv and a chart per mode; results.json is there already."""
     runs, facts = session.runs, session.facts
     report.write_text(folder / "results.csv", report.csv_table(runs))
-    for mode in dict.fromkeys(run.mode for run in runs):
+    for mode in dict.fromkeys(run.mode for run in runs) if installed_version("matplotlib") else ():
         chart.draw(folder / f"chart-{mode}.png", [run for run in runs if run.mode == mode], facts)
     command = session.settings["command"]
     html = page.render(runs, facts, command, stages=session.stages, comparison=comparison)
     report.write_text(folder / "report.html", html)
-    print(f"report: {folder / 'report.html'}")
+    charts = "" if installed_version("matplotlib") else " (no PNG charts: they need matplotlib, moe-triton[plot])"
+    print(f"report: {folder / 'report.html'}{charts}")

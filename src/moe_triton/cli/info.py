@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
+import torch.distributed as dist
 import typer
 
 from moe_triton import runtime
 from moe_triton.backends.torch.cpu import choose_policy
 from moe_triton.backends.torch.processor import this_processor
 from moe_triton.benchmarking.environment import devices
+from moe_triton.benchmarking.text_tables import plain_console, print_table
 from moe_triton.cli.arguments import EXIT_FAULT, fail
+from moe_triton.distributed.exchange.deep_ep import deep_ep_problem
 from moe_triton.runtime import installed_version
+from moe_triton.torch_internals import symmetric_memory_problem
 
 PACKAGES = ("moe-triton", "torch", "triton", "transformers", "deepspeed", "einops", "numpy", "safetensors")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -44,6 +49,16 @@ def collect() -> dict[str, Any]:
         "backends": paths,
         "tables": tables(found),
         "cpu_policy": cpu_policy(),
+        "exchanges": exchanges(),
+    }
+
+
+def exchanges() -> dict[str, str | None]:
+    """What can move rows under expert parallelism here: the name in `moe_triton.distributed`, and why it cannot run."""
+    return {
+        "the package's own, over torch.distributed": None if dist.is_available() else "torch has no torch.distributed",
+        "DeepEP": deep_ep_problem(),
+        "SymmetricMemory": symmetric_memory_problem(torch.device("cuda")),
     }
 
 
@@ -107,28 +122,28 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON ob
 
 
 def print_facts(facts: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    console = plain_console()
 
-    console = Console()
-    versions = Table("package", "version", title="Versions")
-    for name, found in facts["versions"].items():
-        versions.add_row(name, found or "not installed")
-    console.print(versions)
-    hardware = Table("device", "name", "capability", title=f"Devices ({facts['platform']})")
-    for device in facts["devices"]:
-        capability = ", ".join(device.get("instruction_sets", [])) or device["capability"]
-        hardware.add_row(device["device"], device["name"], capability)
-    console.print(hardware)
-    paths = Table("device", "dtype", "backend", "why", title="What backend='auto' runs")
-    for path in facts["backends"]:
-        paths.add_row(path["device"], path["dtype"], path["backend"], path["reason"])
-    console.print(paths)
+    def show(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+        print_table(console, columns, rows, text=columns, title=title)
+
+    versions = [(name, found or "not installed") for name, found in facts["versions"].items()]
+    show("Versions", ("package", "version"), versions)
+    hardware = [(d["device"], d["name"], ", ".join(d.get("instruction_sets", [])) or d["capability"])
+                for d in facts["devices"]]  # fmt: skip
+    show(f"Devices ({facts['platform']})", ("device", "name", "capability"), hardware)
+    paths = [(path["device"], path["dtype"], path["backend"]) for path in facts["backends"]]
+    show("What backend='auto' runs", ("device", "dtype", "backend"), paths)
+    for reason in dict.fromkeys(path["reason"] for path in facts["backends"]):
+        where = [f"{p['device']} {p['dtype']}" for p in facts["backends"] if p["reason"] == reason]
+        console.print(f"  {', '.join(where)}: {reason}", highlight=False)
     if "error" not in facts["cpu_policy"]:
         policy = facts["cpu_policy"]
         line = f"Products on the CPU: {policy['policy']} ({policy['reason']})."
         console.print(line, highlight=False, soft_wrap=True)
     if facts["tables"] is not None and "error" not in facts["tables"]:
         console.print(tables_line(facts["tables"]), highlight=False, soft_wrap=True)
+    words = [f"{name}: {problem or 'can run'}" for name, problem in facts["exchanges"].items()]
+    console.print(f"Exchanges of expert parallelism: {'; '.join(words)}.", highlight=False, soft_wrap=True)
     if facts["triton_interpreter"]:
         console.print("TRITON_INTERPRET is set: backend='triton' runs the kernels on CPU tensors, slowly.")

@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
-from rich.table import Table
 
 from moe_triton import runtime
 from moe_triton.benchmarking.cases import PRESETS
-from moe_triton.benchmarking.report import plain_console
+from moe_triton.benchmarking.text_tables import plain_console, print_table
 from moe_triton.cli.arguments import EXIT_FAULT, EXIT_NO_GPU, SHAPE, checked, fail, pick, pick_model
 from moe_triton.cli.display import StepDisplay
 from moe_triton_kernels.tools.case import Case, leaves
-from moe_triton_kernels.tools.floors import DEVICES, FLOORS, ITEMSIZE, PACKED_BITS, Device, Shape
+from moe_triton_kernels.tools.floors import DEVICES, FLOORS, FP8_FLOORS, ITEMSIZE, PACKED_BITS, Device, Shape
 from moe_triton_kernels.tools.occupancy import resident_programs
 
 if TYPE_CHECKING:
@@ -32,6 +31,7 @@ ARCHITECTURES = {
     "sm_80": "a100", "sm_86": "a40", "sm_89": "l40s", "sm_90": "h200", "sm_100": "b200", "sm_103": "b300",
     "sm_120": "rtx-pro-6000", "gfx942": "mi300x", "gfx950": "mi355x",
 }  # fmt: skip
+CODES = "fp8e4nv"  # in the names of kernels that multiply codes of 8 bits
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NUMBERS = (  # heading, entry of a row, its unit, digits
     *(("regs", "registers", 1, 0), ("spills", "spills", 1, 0), ("shared KiB", "shared_bytes", 1024, 1)),
@@ -40,6 +40,8 @@ NUMBERS = (  # heading, entry of a row, its unit, digits
     *(("per SM", "resident_blocks", 1, 0), ("GFLOP", "flops", 1e9, 0), ("MB", "bytes", 1e6, 0)),
     ("floor us", "floor_us", 1, 1),
 )
+ALL_FLOORS = FLOORS | FP8_FLOORS
+LESS = ("GFLOP", "MB", "cp.async", "shared KiB", "mma", "wgmma", "tma", "loop")  # what a narrow table does without
 DEFAULT_MODEL = "qwen3-30b"
 
 
@@ -135,25 +137,31 @@ def pick_cases(arch: str, kernel: str | None, dtype: str | None) -> list[Case]:
 
 
 def floor_name(kernel: str) -> str | None:
-    """The entry of FLOORS that a case's name begins with: the longest. None for a kernel without one."""
+    """The entry of ALL_FLOORS that a case's name begins with: the longest. None for a kernel without one."""
 
+    if f"_{CODES}_" in kernel:
+        return f"fp8_{floor_name(kernel.replace(CODES, 'bf16'))}"
     if kernel.startswith("d_weight_"):  # in the default layout dW2 = dO^T (w A) gathers left, dW1 = dH^T X right
         return "d_weight_down" if kernel.endswith("_gather_left") else "d_weight_up"
-    names = [name for name in FLOORS if kernel == name or kernel.startswith(f"{name}_")]
+    names = [name for name in ALL_FLOORS if kernel == name or kernel.startswith(f"{name}_")]
     return max(names, key=len, default=None)
 
 
 def is_routing(case: Case) -> bool:
     """Whether the kernel knows router weights and indices only: these are fp32 and int32, whatever the model is."""
     name = floor_name(case.name) or ""
-    return name == "d_router_weights" or name.startswith(("topk", "permutation", "tile_tables", "row_pieces"))
+    return name == "d_router_weights" or name.startswith(
+        ("topk", "permutation", "tile_tables", "tile_offsets", "row_pieces")
+    )
 
 
 def float_type(case: Case) -> str | None:
-    """Triton's name of the first floating-point tensor among the arguments."""
+    """Triton's name of the first floating-point tensor among the arguments; beside codes, of the first 16-bit one."""
 
-    types = (kind for name in case.fn.arg_names for _, _, kind in leaves(name, case.signature.get(name), ()))
-    return next((kind[1:] for kind in types if kind in ("*bf16", "*fp16", "*fp32")), None)
+    types = [kind for name in case.fn.arg_names for _, _, kind in leaves(name, case.signature.get(name), ())]
+    known = [kind[1:] for kind in types if kind in ("*bf16", "*fp16", "*fp32")]
+    narrow = [kind for kind in known if kind != "fp32"]
+    return next(iter(narrow if narrow and f"*{CODES}" in types else known), None)
 
 
 def format_of(case: Case) -> str | None:
@@ -195,7 +203,8 @@ def describe(case: Case, report: Report | None, arch: str, shape: Shape, device:
         config["ACTIVATION"], gated = str(activation), activation.is_gated
     own = replace(shape, dtype=float_type(case) or shape.dtype, gated=gated, format=format_of(case))
     name = floor_name(case.name)
-    work = None if name is None else FLOORS[name](own)
+    work = None if name is None else ALL_FLOORS[name](own)
+    stored = CODES if f"_{CODES}_" in case.name else own.dtype
     counts = ("registers", "spills", "shared_bytes", "loop", "wgmma", "mma", "cp_async", "tma")
     resident = None
     if report is not None:
@@ -210,21 +219,22 @@ def describe(case: Case, report: Report | None, arch: str, shape: Shape, device:
         "config": {**config, "num_warps": case.num_warps, "num_stages": case.num_stages},
         **{count: None if report is None else getattr(report, count) for count in counts},
         "resident_blocks": resident,
-        "chosen": is_chosen(case, arch, own),
+        "chosen": is_chosen(case, arch, own, stored),
         "device": device.name,
         "flops": None if work is None else work.flops,
         "bytes": None if work is None else work.bytes,
-        "floor_us": None if work is None else work.floor_s(device, own.dtype) * 1e6,
+        "floor_us": None if work is None else work.floor_s(device, "fp8" if stored == CODES else stored) * 1e6,
         "gate": ["does not compile"] if report is None else broken_gates(case, report),
     }
 
 
-def is_chosen(case: Case, arch: str, shape: Shape) -> bool | None:
+def is_chosen(case: Case, arch: str, shape: Shape, dtype: str) -> bool | None:
+    """Whether the shape runs with the case's configuration where the operands of products have this dtype."""
     from moe_triton_kernels.configs import OPS, choose_config
     from moe_triton_kernels.heuristics import over_codes
     from moe_triton_kernels.launch import pipeline_stages, tile_of
 
-    ops = [op for op in OPS if case.name.startswith(f"{op}_{shape.dtype}_")]
+    ops = [op for op in OPS if case.name.startswith(f"{op}_{dtype}_")]
     if not ops:
         return None
     op = max(ops, key=len)
@@ -232,7 +242,7 @@ def is_chosen(case: Case, arch: str, shape: Shape) -> bool | None:
         op,
         d=shape.hidden,
         n=shape.intermediate,
-        dtype=DTYPES[shape.dtype],
+        dtype=torch.float8_e4m3fn if dtype == CODES else DTYPES[dtype],
         num_rows=shape.rows,
         num_experts=shape.experts,
         architecture=arch,
@@ -247,15 +257,10 @@ def print_tables(rows: Sequence[dict[str, Any]], shape: Shape, devices: dict[str
     console = plain_console()
     sizes = f"T={shape.tokens} d={shape.hidden} n={shape.intermediate} E={shape.experts} K={shape.top_k}"
     for arch, device in devices.items():
-        table = Table(title=f"{arch}: floors at {sizes} on {device.name} ({device.source}); * what it runs with")
-        table.add_column("kernel", no_wrap=True)
-        for heading, *_ in NUMBERS:
-            table.add_column(heading, justify="right")
-        table.add_column("gate")
-        for row in rows:
-            if row["arch"] == arch:
-                table.add_row(*cells(row))
-        console.print(table)
+        title = f"{arch}: floors at {sizes} on {device.name} ({device.source}); * what it runs with"
+        columns = ("kernel", *(heading for heading, *_ in NUMBERS), "gate")
+        shown = [cells(row) for row in rows if row["arch"] == arch]
+        print_table(console, columns, shown, ("kernel", "gate"), LESS, title=title)
     broken = sum(bool(row["gate"]) for row in rows)
     console.print(f"{len(rows)} configurations, {broken or 'no'} broken gate{'s' * (broken != 1)}", highlight=False)
 

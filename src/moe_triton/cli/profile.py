@@ -18,9 +18,11 @@ from moe_triton.benchmarking.cases import PRESETS, Case, Workload, make_workload
 from moe_triton.benchmarking.environment import environment
 from moe_triton.benchmarking.memory_chart import draw_memory
 from moe_triton.benchmarking.providers import PROVIDERS
-from moe_triton.benchmarking.report import milliseconds, plain_console, print_table, three_digits, write_json
+from moe_triton.benchmarking.report import milliseconds, three_digits, write_json
 from moe_triton.benchmarking.results import first_line
 from moe_triton.benchmarking.stage_report import print_stages
+from moe_triton.benchmarking.stages import StageTable
+from moe_triton.benchmarking.text_tables import plain_console, print_table
 from moe_triton.benchmarking.timing import make_timer, ready
 from moe_triton.benchmarking.ways import Runnable
 from moe_triton.cli import arguments
@@ -31,10 +33,12 @@ from moe_triton.metrics import load_statistics
 from moe_triton.training.config import TrainConfig
 from moe_triton.training.workers import check_exchange
 
+NEAR_FLOOR = 0.9  # of the floor's time over a stage's: what a search would gain is less than what it costs
 DEFAULT_MODELS = {"cpu": "cpu-fine", "cuda": "Qwen3-30B-A3B"}
 
 
 def profile(
+    ctx: typer.Context,
     out: Annotated[Path, typer.Option(help="A folder: trace.json, memory.png, profile.json.")] = Path("profile"),
     model: Annotated[
         str | None, typer.Option(help="A layer by name: cpu-fine, cpu-coarse, cpu-decode, OLMoE, Qwen3-30B-A3B, ...")
@@ -64,6 +68,7 @@ def profile(
     budget: Annotated[float, typer.Option(help="Seconds for the two speeds that floors need, or per --kernel.")] = 3.0,
     threads: arguments.Threads = None,
     seed: arguments.Seed = 0,
+    as_json: arguments.AsJson = False,
 ) -> None:
     """Where the time goes: every stage with its share, FLOPs, bytes, floor, kernel and configuration.
 
@@ -72,6 +77,7 @@ def profile(
     Under torchrun the layer's experts are spread over the processes: the exchange, its overlap, and a trace per rank.
     Exit code: 0; 1 when a file cannot be written; 2 for bad arguments; 3 when a GPU is needed.
     """
+    give = ctx.with_resource(arguments.json_instead(as_json))
     shape = dict(zip(SHAPE, (tokens, hidden, intermediate, experts, top_k), strict=True))
     overrides = {"dtype": dtype, "skew": skew, "activation": activation, "bias": bias or None}
     with checked("profile", out):
@@ -98,7 +104,7 @@ def profile(
             )
             arguments.check_backend(backend, where, torch.float32)
             arguments.make_directory(out, "--out")
-            profile_training_step(out, where, config, steps)
+            give(profile_training_step(out, where, config, steps))
             return
         case = pick_case(model, shape, {k: v for k, v in overrides.items() if v is not None}, where)
         arguments.check_backend(backend, where, case.torch_dtype)
@@ -106,11 +112,13 @@ def profile(
         check_exchange(mode, chunks)
         arguments.make_directory(out, "--out")
         if processes > 1:
-            profile_over_ranks(out, case, where, backend, mode, chunks, steps, seed)
+            found: Any = profile_over_ranks(out, case, where, backend, mode, chunks, steps, seed)
         elif kernel is not None:
-            profile_kernel(kernel, case, where, budget, seed)
+            found = profile_kernel(kernel, case, where, budget, seed)
         else:
-            profile_one_layer(out, case, where, backend, steps, budget, seed)
+            found = profile_one_layer(out, case, where, backend, steps, budget, seed)
+        if found is not None:
+            give(found)
 
 
 def pick_case(model: str | None, shape: dict[str, int | None], overrides: dict[str, Any], device: torch.device) -> Case:
@@ -125,7 +133,7 @@ def pick_case(model: str | None, shape: dict[str, int | None], overrides: dict[s
 
 def profile_one_layer(
     out: Path, case: Case, device: torch.device, backend: str, steps: int, budget: float, seed: int
-) -> None:
+) -> dict[str, Any]:
     with StepDisplay() as on_step:
         on_step(f"{case.title()}: making tensors", 0.0)
         workload = make_workload(case, device, seed)
@@ -145,9 +153,22 @@ def profile_one_layer(
     load = {"counts": found.counts, **statistics._asdict()}
     content = {"stages": asdict(found.table), "inside": found.trace.inside, "load": load}
     title = f"{case.title()}, backend {found.table.backend}: memory of one step, stage by stage"
-    files = write_profile(out, device, found.trace, content, "gate", title)
+    record, files = write_profile(out, device, found.trace, content, "gate", title)
     print(proton_line(out, workload, backend, steps))
     print(files)
+    print(next_step(found.table, case, device))
+    return record
+
+
+def next_step(table: StageTable, case: Case, device: torch.device) -> str:
+    """What to try next, in one sentence."""
+    sizes = " ".join(f"--{name.replace('_', '-')} {getattr(case, name)}" for name in SHAPE)
+    furthest = table.furthest
+    if furthest is None or furthest.of_floor is None or furthest.of_floor.p50 > NEAR_FLOOR:
+        return "next: every stage is near its floor; fewer bytes or operations are what is left (a lower dtype, a mask)"
+    if device.type == "cpu":
+        return "next: moe-triton tune --cpu measures which products are fastest on this processor"
+    return f"next: moe-triton tune {sizes} --dtype {case.dtype} searches faster configurations, most of all for {furthest.full_name}"  # noqa: E501 (a sentence)
 
 
 def print_inside(inside: dict[str, dict[str, float]], steps: int) -> None:
@@ -163,18 +184,20 @@ def print_inside(inside: dict[str, dict[str, float]], steps: int) -> None:
 
 def write_profile(
     out: Path, device: torch.device, trace: profiling.Trace, content: dict[str, Any], first: str, title: str
-) -> str:
-    """profile.json and memory.png, of the step that begins with the range `first`; what there is, in words."""
-    drawn = draw_memory(out / "memory.png", trace, first, title)
+) -> tuple[dict[str, Any], str]:
+    """profile.json and memory.png, of the step that begins with the range `first`; the former, and what there is."""
+    has_matplotlib = runtime.installed_version("matplotlib") is not None
+    drawn = has_matplotlib and draw_memory(out / "memory.png", trace, first, title)
     peak = max((m.bytes for m in trace.memory), default=0)
     record = {"schema": "moe-triton-profile/1", **environment(device), **content, "peak_bytes": peak}
     write_json(out / "profile.json", record)
-    picture = f", {out}/memory.png" if drawn else ""
+    without = "" if has_matplotlib else "; no memory.png, which needs matplotlib: moe-triton[plot]"
+    picture = f", {out}/memory.png" if drawn else without
     memory = f"memory: at most {peak / 2**20:.3g} MiB beyond what was held before{picture}"
     lines = [memory, f"trace: {out / 'trace.json'} (open it at ui.perfetto.dev)"]
     if not torch.cuda.is_available():
         lines.append("not measured on this machine, for want of a GPU: kernels' own times, NVTX ranges for nsys")
-    return "\n".join(lines)
+    return record, "\n".join(lines)
 
 
 def proton_line(out: Path, workload: Workload, backend: str, steps: int) -> str:
@@ -197,7 +220,7 @@ def proton_line(out: Path, workload: Workload, backend: str, steps: int) -> str:
     return f"proton: {out / 'proton.hatchet'} (proton-viewer -m time/ms {out / 'proton.hatchet'})"
 
 
-def profile_training_step(out: Path, device: torch.device, config: TrainConfig, steps: int) -> None:
+def profile_training_step(out: Path, device: torch.device, config: TrainConfig, steps: int) -> dict[str, Any]:
     with StepDisplay() as on_step:
         on_step(f"{steps} training steps under the profiler", 0.3)
         found = profiling.profile_step(config, steps=steps, path=out / "trace.json")
@@ -215,10 +238,12 @@ def profile_training_step(out: Path, device: torch.device, config: TrainConfig, 
     content = {"config": config.as_dict(), "step_s": found.step_s, "parts": parts, "load": found.load}
     content["dropped"] = found.dropped
     title = "a training step: memory, forward by module"
-    print(write_profile(out, device, found.trace, content, "step", title))
+    record, files = write_profile(out, device, found.trace, content, "step", title)
+    print(files)
+    return record
 
 
-def profile_kernel(name: str, case: Case, device: torch.device, budget: float, seed: int) -> None:
+def profile_kernel(name: str, case: Case, device: torch.device, budget: float, seed: int) -> list[dict[str, Any]]:
     """The kernel with every configuration that ships for this device and dtype, fastest first."""
     from moe_triton.benchmarking import kernel_search  # needs Triton
 
@@ -246,3 +271,4 @@ def profile_kernel(name: str, case: Case, device: torch.device, budget: float, s
     print_table(plain_console(), columns, rows, text=("configuration", "note"))
     if device.type == "cpu":
         print("these are times of Triton's interpreter: they say nothing about a GPU", file=sys.stderr)
+    return [asdict(row) for row in found]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from textwrap import fill
 from typing import Annotated, Any
@@ -16,20 +15,19 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_triton.benchmarking.chart import save
-from moe_triton.benchmarking.report import plain_console
 from moe_triton.cli.arguments import check_outputs, checked, pick, pick_model, split
 from moe_triton.simulate.cost_model import MAX_GPUS, Prediction, Workload, predict
 from moe_triton.simulate.presets import DEVICES, MODELS, NETWORKS, Device, Network
 from moe_triton.simulate.published import Point, validate
 
 SCHEMA = "moe-triton-simulate/1"
-NOTE = "Predictions of a cost model, not measurements."
-PLAIN_WIDTH = 200  # wide enough that nothing wraps where there is no terminal
-TABLE_WIDTH = 108  # no column is cut off, not even in a narrower terminal
+UNKNOWN = "This model cannot know this package's speed on GPUs, or NCCL's beyond one node."
+NOTE = f"{UNKNOWN} Predictions of a cost model, not measurements."
+WIDTH = 80  # whatever the terminal: a wider table would say no more
 BAR = 60  # characters of the longest bar of the text chart
-COLUMNS = (
-    *("GPUs", "EP", "EDP", "rows/expert", "dispatch ms", "experts ms", "combine ms"),
-    *("exchange", "overlap", "step ms", "tokens/s/GPU", "efficiency", "GB/GPU"),
+COLUMNS = (  # of the table, each in up to three lines
+    *("GPUs", "EP", "EDP", "rows/\nexpert", "dis-\npatch\nms", "ex-\nperts\nms", "com-\nbine\nms"),
+    *("ex-\nchange", "over-\nlap", "step\nms", "tokens\n/s/GPU", "effi-\nciency", "GB\n/GPU"),
 )
 PARTS = {  # of a step: field -> (name, letter in the text chart, colour in the PNG)
     "dense_s": ("dense", "d", "#b8c4cc"),
@@ -58,7 +56,7 @@ def simulate(
     ] = "bfloat16",
     skew: Annotated[float, typer.Option(help="lambda: load of the busiest rank over the mean.")] = 1.0,
     mode: Annotated[str, typer.Option(help="forward or train.")] = "train",
-    exchange: Annotated[str, typer.Option(help="direct, nccl, deduplicated or hierarchical.")] = "deduplicated",
+    exchange: Annotated[str, typer.Option(help="nccl, direct, deduplicated or hierarchical.")] = "nccl",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
     chart_file: Annotated[Path | None, typer.Option("--chart", help="Write a PNG chart.")] = None,
     check: Annotated[
@@ -68,8 +66,9 @@ def simulate(
 ) -> None:
     """Predict step time and efficiency of expert parallelism with a cost model; nothing is measured.
 
-    A step is one batch through the whole model, everything but the routed experts replicated on every GPU; the
-    optimizer's update, recomputation and pipeline or tensor parallelism are not in it.
+    It cannot know this package's speed on GPUs, or NCCL's beyond one node: neither was measured. A step is one batch
+    through the whole model, everything but the routed experts replicated on every GPU; the optimizer's update,
+    recomputation and pipeline or tensor parallelism are not in it.
     Exit code: 0; 2 for bad arguments.
     """
 
@@ -128,12 +127,10 @@ def milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:.0f}"
 
 
-def predictions_table(found: Sequence[Prediction], efficiency: Sequence[float], plain: bool) -> Table:
-    shown = Table(box=None, pad_edge=False)
-    for name in COLUMNS:
-        # broken in a terminal, which is narrow; one line where a program may read it
-        heading = name if plain else name.replace(" ", "\n").replace("/", "/\n")
-        shown.add_column(heading, justify="right", no_wrap=True)
+def predictions_table(found: Sequence[Prediction], efficiency: Sequence[float]) -> Table:
+    shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in COLUMNS:
+        shown.add_column(heading, justify="right", no_wrap=True, vertical="bottom")
     for one, share in zip(found, efficiency, strict=True):
         times = (milliseconds(t) for t in (one.dispatch_s, one.experts_s, one.combine_s))
         shown.add_row(
@@ -169,31 +166,35 @@ def text_chart(found: Sequence[Prediction]) -> list[str]:
 def print_predictions(
     work: Workload, device: Device, network: Network, found: Sequence[Prediction], efficiency: Sequence[float]
 ) -> None:
-    plain = not sys.stdout.isatty()
-    width = PLAIN_WIDTH if plain else max(shutil.get_terminal_size().columns, TABLE_WIDTH)
-    console = Console(width=width, highlight=False, markup=False)
-    console.print(title(work, device, network))
-    console.print(predictions_table(found, efficiency, plain))
+    say(NOTE)
+    say(title(work, device, network))
+    Console(width=WIDTH, highlight=False, markup=False).print(predictions_table(found, efficiency))
     way = "forward and backward" if work.mode == "train" else "forward"
-    console.print(f"dispatch, experts, combine: one MoE layer, {way}, as if nothing overlapped.")
-    console.print("exchange: share of the step in which only rows travel. overlap: share of the exchange that hides.")
-    console.print(
+    say(f"dispatch, experts, combine: one MoE layer, {way}, as if nothing overlapped.")
+    say("exchange: share of the step in which only rows travel. overlap: share of the exchange that hides.")
+    say(
         "efficiency: tokens/s/GPU over those of one GPU with all experts, above 1 where more rows per expert pay more "
         "than the exchange costs."
     )
     if not all(one.fits for one in found):
         what = "parameters, gradients and Adam's states" if work.mode == "train" else "parameters"
-        console.print(f"!: the {what} exceed the {device.memory_bytes / 1e9:.0f} GB of a GPU.")
-    console.print(f"\nstep ms by part: {', '.join(f'{letter} {name}' for name, letter, _ in PARTS.values())}")
-    for line in text_chart(found):
-        console.print(line)
-    console.print(f"\n{NOTE} Its errors against published ones: moe-triton simulate --validate")
+        say(f"!: the {what} exceed the {device.memory_bytes / 1e9:.0f} GB of a GPU.")
+    print()
+    say(f"step ms by part: {', '.join(f'{letter} {name}' for name, letter, _ in PARTS.values())}")
+    print("\n".join(text_chart(found)))
+    print("\nIts errors against published measurements: moe-triton simulate --validate")
+
+
+def say(text: str) -> None:
+    """Print prose, wrapped."""
+    print(fill(text, WIDTH))
 
 
 def print_presets() -> None:
     for kind, table in (("preset", MODELS), ("device", DEVICES), ("network", NETWORKS)):
         for name, entry in table.items():
-            print(f"{kind:8} {name:15} {entry.source}")
+            head = f"{kind:8} {name:15} "
+            print(fill(head + entry.source, WIDTH, subsequent_indent=" " * len(head)))
 
 
 def worst(points: Sequence[Point]) -> dict[str, float]:
@@ -211,18 +212,21 @@ def print_validation(as_json: bool) -> None:
         rows = [{**asdict(point), "error": point.error} for point in points]
         print(json.dumps({"schema": SCHEMA, "points": rows, "worst_error": worst(points)}, indent=1))
         return
-    console = plain_console()
-    shown = Table("measured", "case", box=None, pad_edge=False)
-    for name in ("published", "predicted", "error"):
-        shown.add_column(name, justify="right", no_wrap=True)
-    shown.add_column("")
-    for point in points:
-        numbers = (f"{point.published:g} {point.unit}", f"{point.predicted:.4g}", f"{point.error:+.1%}")
-        shown.add_row(point.what, point.case, *numbers, "fitted" if point.fitted else "")
-    console.print(shown)
-    console.print("\nLargest error where nothing was fitted:")
+    say(NOTE)
+    for what, group in groupby(points, key=lambda point: point.what):
+        found = list(group)
+        heading = f"{what}, {found[0].unit}"
+        print(f"\n{heading:42} {'published':>10} {'predicted':>10}  error")
+        for point in found:
+            numbers = f"{whole(point.published):>10} {whole(point.predicted):>10} {point.error:>+7.1%}"
+            print(f"  {point.case:40} {numbers}{'  fitted' if point.fitted else ''}")
+    print("\nLargest error where nothing was fitted:")
     for what, error in worst(points).items():
-        console.print(f"  {what}: {error:.1%}")
+        print(f"  {what}: {error:.1%}")
+
+
+def whole(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def draw(path: Path, heading: str, found: Sequence[Prediction], efficiency: Sequence[float]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import fields
 from pathlib import Path
@@ -22,7 +23,8 @@ DEFAULTS = TrainConfig()
 def setting(name: str, text: str) -> Any:
     """The option of a `TrainConfig` field; unset, it takes the saved run's value on resume and else the default."""
     default = getattr(DEFAULTS, name)
-    return typer.Option(f"--{name.replace('_', '-')}", help=f"{text} (default: {default})", show_default=False)
+    words = "a GPU where there is one" if name == "device" else default
+    return typer.Option(f"--{name.replace('_', '-')}", help=f"{text} (default: {words})", show_default=False)
 
 
 def train(
@@ -71,12 +73,19 @@ def train(
     z_loss_weight: Annotated[float | None, setting("z_loss_weight", "Of the router's z loss.")] = None,
     weight_decay: Annotated[float | None, setting("weight_decay", "Of AdamW, on matrices.")] = None,
     grad_clip: Annotated[float | None, setting("grad_clip", "Largest gradient norm.")] = None,
-    dtype: Annotated[str | None, setting("dtype", "float32, or float64 to compare runs to the last digits.")] = None,
+    dtype: Annotated[
+        str | None, setting("dtype", "float32; float64 to compare runs to the last digits; bfloat16: products in bf16.")
+    ] = None,
+    fp8: Annotated[bool | None, setting("fp8", "Compute the experts' products in fp8; CPUs emulate it.")] = None,
     backend: Annotated[str | None, setting("backend", "auto, triton, torch or reference.")] = None,
     device: Annotated[str | None, setting("device", "cpu, cuda, cuda:1, ...")] = None,
     threads: Annotated[int | None, setting("threads", "CPU threads; more help larger models.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print summary.json at the end, and nothing else.")] = False,
 ) -> None:
-    """Train a small mixture-of-experts language model on the bytes of a text, and write a report."""
+    """Train a small mixture-of-experts language model on the bytes of a text, and write a report.
+
+    Exit code: 0; 1 when another process fails; 2 for bad arguments; 130 when interrupted (--resume goes on).
+    """
     options = {field.name: ctx.params[field.name] for field in fields(TrainConfig)}
     options["data"] = None if data is None else str(data.absolute())
     try:
@@ -90,7 +99,7 @@ def train(
             ep=ep,
             ep_mode=ep_mode,
             ep_chunks=ep_chunks,
-            console=Console(),
+            console=Console(stderr=as_json),
         )
     except TrainingError as error:
         fail("train", str(error), EXIT_USAGE)
@@ -99,6 +108,9 @@ def train(
     except KeyboardInterrupt:
         fail("train", f"interrupted; go on with: moe-triton train --out {out} --resume", EXIT_INTERRUPTED)
     if os.environ.get("RANK", "0") != "0":
+        return
+    if as_json:
+        typer.echo(json.dumps(summary, indent=1))
         return
     typer.echo(f"report: {out / 'report.html'}")
     typer.echo(f"held-out loss: {', '.join(held_out(summary))}")

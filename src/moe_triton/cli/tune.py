@@ -14,7 +14,7 @@ import typer
 from moe_triton import runtime
 from moe_triton.benchmarking.cases import Case
 from moe_triton.benchmarking.environment import environment, source_digest
-from moe_triton.benchmarking.report import plain_console, print_table
+from moe_triton.benchmarking.text_tables import plain_console, print_table
 from moe_triton.cli import arguments
 from moe_triton.cli.arguments import EXIT_FAULT, EXIT_INTERRUPTED, EXIT_NO_GPU, SHAPE, Unmeasurable, checked, fail
 from moe_triton.cli.display import StepDisplay
@@ -44,7 +44,8 @@ def tune(
     device: Annotated[str, typer.Option(help="auto, cuda or cuda:N; cpu only in Triton's interpreter.")] = "auto",
     arch: Annotated[str, typer.Option(help=f"With --dry-run: {', '.join(ARCHITECTURES)}.")] = "sm_90",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List the first candidates and what they compile to; needs no GPU.")
+        bool,
+        typer.Option("--dry-run", help="List the first candidates and what they compile to; needs no GPU."),
     ] = False,
     cpu: Annotated[
         bool,
@@ -52,6 +53,7 @@ def tune(
     ] = False,
     threads: arguments.Threads = None,
     seed: arguments.Seed = 0,
+    as_json: arguments.AsJson = False,
 ) -> None:
     """Search faster kernel configurations for given shapes, verify them, and keep the faster ones in a table.
 
@@ -60,10 +62,11 @@ def tune(
     file is --table, $MOE_TRITON_CPU_POLICY or ~/.config/moe_triton/cpu.json.
     Exit code: 0; 1 when a file cannot be written; 2 for bad arguments; 3 when a GPU is needed.
     """
+    give = ctx.with_resource(arguments.json_instead(as_json))
     if cpu:
         from moe_triton.cli.tune_cpu import run_tune_cpu
 
-        run_tune_cpu(ctx, table, budget, threads)
+        give(run_tune_cpu(ctx, table, budget, threads))
         return
     if not runtime.TRITON_INSTALLED:
         fail("tune", "Triton is not installed: there is nothing to tune", EXIT_NO_GPU)
@@ -73,16 +76,20 @@ def tune(
     shape = dict(zip(SHAPE, (tokens, hidden, intermediate, experts, top_k), strict=True))
     with checked("tune"):
         where = arguments.pick_device(device)
-        if suite is None and all(value is None for value in shape.values()):
+        is_given = suite is not None or any(value is not None for value in shape.values())
+        if not is_given and not dry_run:
             raise ValueError(f"suite: missing; name one (see moe-triton bench --list), or give {', '.join(shape)}")
-        cases = arguments.pick_cases(suite, shape, dtype, {}, torch.device("cuda"))  # here or not: a dry run needs none
+        # here or not: a dry run needs no GPU
+        cases = arguments.pick_cases(suite if is_given else "models", shape, dtype, {}, torch.device("cuda"))
+        if not is_given:
+            cases = cases[:1]
         names = list(STAGES_OF) if ops is None else arguments.pick_several(ops, "ops", tuple(STAGES_OF))
         arguments.check_settings(budget, threads, seed, [])
         if not 0 <= candidate_s < float("inf"):
             raise ValueError(f"candidate-seconds: got {candidate_s}, wanted seconds >= 0")
         if dry_run:
             arguments.pick(arch, "arch", ARCHITECTURES, arch)
-            dry(tuning.problems_of(cases, names, arch), budget)
+            give(dry(tuning.problems_of(cases, names, arch), budget))
             return
         architecture = measurable(where, cases)
         path = table_path(table)
@@ -96,7 +103,7 @@ def tune(
     problems = tuning.problems_of(cases, names, architecture)
     settings = tuning.Settings(device=where, seed=seed, threads=threads, candidate_s=candidate_s)
     try:
-        run(problems, progress, settings, budget, path, entries, facts)
+        give({"table": str(path), "entries": run(problems, progress, settings, budget, path, entries, facts)})
     except KeyboardInterrupt:
         fail("tune", f"interrupted; the same command goes on from {progress.path}", EXIT_INTERRUPTED)
     except OSError as error:
@@ -135,8 +142,11 @@ def run(
     path: Path,
     entries: list[dict[str, Any]],
     facts: dict[str, Any],
-) -> None:
-    """Every problem in turn, each with an equal share of the time that is left; the table is written after each."""
+) -> list[dict[str, Any]]:
+    """Every problem in turn, each with an equal share of the time that is left; the table is written after each.
+
+    Returns the table's entries.
+    """
     from moe_triton.benchmarking import tuning
 
     begin = time.monotonic()
@@ -167,6 +177,7 @@ def run(
 
     if path != user_table_path():
         print(f"to use it: export MOE_TRITON_TABLE={path}")
+    return entries
 
 
 def summary(problem: Problem, state: Any, ratio: float, is_better: bool) -> str:
@@ -182,8 +193,9 @@ def summary(problem: Problem, state: Any, ratio: float, is_better: bool) -> str:
     return f"{problem.title()}: {better} ({counts}{end})"
 
 
-def dry(problems: list[Problem], budget: float) -> None:
+def dry(problems: list[Problem], budget: float) -> list[dict[str, str]]:
     """The configuration that runs today and its neighbours, compiled for an architecture that may not be here."""
+    every: list[dict[str, str]] = []
     from moe_triton.benchmarking import tuning
     from moe_triton.kernel_stages import chosen_config, in_words
     from moe_triton_kernels.tools.search import neighbours
@@ -212,5 +224,7 @@ def dry(problems: list[Problem], budget: float) -> None:
         else:
             rows = [[in_words(config), "", "", "", "not compiled: the budget is spent"] for config in configs]
         columns = ("configuration", "registers", "spills", "shared bytes", "offline gates")
-        print_table(console, columns, rows, text=(columns[0], columns[-1]))
+        print_table(console, columns, rows, text=(columns[0], columns[-1]), less=("shared bytes", "spills"))
         print()
+        every += [{"problem": problem.title(), **dict(zip(columns, row, strict=True))} for row in rows]
+    return every

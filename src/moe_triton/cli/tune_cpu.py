@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import typer
@@ -11,13 +12,14 @@ from moe_triton.backends.torch.cpu import policy_path, read_policies
 from moe_triton.backends.torch.processor import this_processor
 from moe_triton.benchmarking.cpu_tuning import CASES, TIE, Tuned, keep, tune_cpu
 from moe_triton.benchmarking.environment import now
+from moe_triton.benchmarking.text_tables import plain_console, print_table
 from moe_triton.cli import arguments
 from moe_triton.cli.arguments import EXIT_FAULT, EXIT_INTERRUPTED, checked, fail
 from moe_triton.cli.display import StepDisplay
 
 
-def run_tune_cpu(ctx: typer.Context, file: Path | None, budget: float, threads: int | None) -> None:
-    """Time every policy, print what was found, and keep it."""
+def run_tune_cpu(ctx: typer.Context, file: Path | None, budget: float, threads: int | None) -> dict[str, Any]:
+    """Time every policy, print what was found, and keep it; returns that as plain values."""
     path = file or policy_path()
     with checked("tune", path.parent):
         arguments.check_settings(budget, threads, 0, [])
@@ -38,18 +40,18 @@ def run_tune_cpu(ctx: typer.Context, file: Path | None, budget: float, threads: 
     except OSError as error:
         fail("tune", f"cannot write to {path.parent}: {error.strerror}; what was there before is intact", EXIT_FAULT)
     print_tuned(found, path)
+    ratios = {policy: found.ratio(policy) for policy in found.times}
+    return {"policy": found.policy, "times_the_tables": ratios, "file": str(path)}
 
 
 def print_tuned(found: Tuned, path: Path) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
+    console = plain_console()
     title = f"{this_processor()}, {torch.get_num_threads()} threads: time over {found.table}'s, forward+backward"
-    table = Table("policy", *(case.title() for case in CASES), "all", title=title)
-    for policy, times in found.times.items():
-        table.add_row(policy, *(f"{time:.2f}" for time in times), f"{found.ratio(policy):.2f}")
-    console.print(table)
+    rows = [
+        (case.title(), *(f"{times[index]:.2f}" for times in found.times.values())) for index, case in enumerate(CASES)
+    ]
+    rows.append(("all", *(f"{found.ratio(policy):.2f}" for policy in found.times)))
+    print_table(console, ("shape", *found.times), rows, text=("shape",), title=title)
     why = "the table's" if found.policy == found.table else f"{1 / found.ratio(found.policy):.2f} times as fast"
     console.print(
         f"{found.policy} ({why}; another one has to be {TIE:g} times as fast) is kept in {path}, for this processor, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -19,13 +20,16 @@ def apply_fsdp2(
 ) -> nn.Module:
     """Shard the experts over the ranks that hold the same ones, and everything else over the data-parallel ranks.
 
+    With groups of several replicas, `make_groups(dp_replicate=)`, both are sharded inside a replica, and the shards'
+    gradients reduced over the replicas (HSDP).
+
     FSDP2 averages gradients over the ranks that it shards over. For experts these are the edp copies, but their
     gradients hold the tokens of all dp ranks: the average is ep times too large. Here experts are summed over edp and
     divided by dp.
 
     Args:
         model: changed in place, and returned.
-        groups: from `make_groups`, the ones the layers' ExpertParallel was made from.
+        groups: from `make_groups` or `ParallelGroups.from_meshes`, the ones the layers' ExpertParallel was made from.
         blocks: modules to shard as units of their own, such as the transformer's layers, innermost first.
         rule: "mean": for losses that are means over a rank's tokens, and `ExpertParallel(loss_reduction="mean")`, as
             both are by default. "sum": for losses that sum over ranks, and `loss_reduction="sum"`.
@@ -45,7 +49,10 @@ def apply_fsdp2(
         if not isinstance(module, StackedExperts) or module.gradient_scale is None:
             raise TypeError(f"model: got {type(module).__name__} at {name!r}, wanted Experts with a gradient_scale")
         module.gradient_scale = scale
-        fully_shard(module, mesh=groups.moe_mesh["edp"], **arguments)
+        own = arguments
+        if module.casts_inputs and (policy := arguments.get("mp_policy")) is not None:
+            own = {**arguments, "mp_policy": replace(policy, cast_forward_inputs=False)}
+        fully_shard(module, mesh=groups.edp_mesh, **own)
     for block in (*blocks, model):
         fully_shard(block, mesh=groups.dp_mesh, **arguments)
         if rule == "sum" and groups.dp.size > 1:

@@ -33,12 +33,15 @@ class StackedExperts(ExpertHolder):
     placement         which expert each slot of each rank holds, where hot experts have replicas; else None
     gradient_scale    what the module multiplies its parameters' gradients by; None: it does not, and FSDP2 is refused
     sliced_dimensions what expert tensor parallelism slices: parameter -> (dimension, parts); None: unknown
+    casts_inputs      whether the module itself casts what it is given, and FSDP2 has to leave it alone: the router
+                      weights may have another dtype than the experts
     """
 
     num_experts: int
     placement: Placement | None = None
     physical_to_logical: Tensor | None
     gradient_scale: float | None = None
+    casts_inputs: bool = False
 
     @property
     def sliced_dimensions(self) -> Mapping[str, tuple[int, int]] | None:

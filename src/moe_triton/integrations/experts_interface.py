@@ -16,10 +16,13 @@ def registry(module: nn.Module) -> Any:
 
 def registry_of(cls: Any) -> Any:
     """Return the registry of a class's forward: a free variable of the wrapper that transformers' decorator puts on."""
-    code = getattr(cls.forward, "__code__", None)
-    if code is None or "experts_interface" not in code.co_freevars:
-        return None
-    return cls.forward.__closure__[code.co_freevars.index("experts_interface")].cell_contents
+    forward = cls.forward
+    while forward is not None:
+        code = getattr(forward, "__code__", None)
+        if code is not None and "experts_interface" in code.co_freevars:
+            return forward.__closure__[code.co_freevars.index("experts_interface")].cell_contents
+        forward = getattr(forward, "__wrapped__", None)
+    return None
 
 
 def implementation(module: nn.Module) -> str | None:

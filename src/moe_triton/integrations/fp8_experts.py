@@ -28,6 +28,22 @@ def has_codes(module: nn.Module, name: str) -> bool:
     return has_scales and isinstance(weight, Tensor) and weight.element_size() == 1
 
 
+def codes_of(module: nn.Module, name: str) -> QuantizedWeight | None:
+    """Return a projection over its codes; None where it has none."""
+    return quantized_projection(module, name) if has_codes(module, name) else None
+
+
+def gate_name(module: nn.Module, name: str, plain: str) -> str:
+    """Return the name of a gate, that of FP8Experts by what the module's settings make of it; plain: without any."""
+    if name != GATE:
+        return name
+    if getattr(module, "gate_softcap", None) is not None:
+        return GATE
+    if getattr(module, "limit", None) is None:
+        return plain
+    return "FP8Experts" if getattr(module, "swiglu_alpha", None) is None else "FP8Experts, alpha"
+
+
 def quantized_projection(module: nn.Module, name: str) -> QuantizedWeight:
     """Return a projection of FP8Experts over the module's own codes.
 
@@ -48,7 +64,9 @@ def quantized_projection(module: nn.Module, name: str) -> QuantizedWeight:
 
 
 def obstacle(module: nn.Module, name: str) -> str | None:
-    """Return why a projection of codes cannot run here, or None."""
+    """Return why a projection of codes cannot run here, or None; also None where it has no codes."""
+    if not has_codes(module, name):
+        return None
     weight: Tensor = getattr(module, name)
     scales: Tensor = getattr(module, f"{name}_scale_inv")
     if weight.dtype == torch.int8:

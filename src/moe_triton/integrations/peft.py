@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_triton.checks import FLOATS
+from moe_triton.distributed.holders import StackedExperts
 from moe_triton.integrations.experts_interface import KEY, implementation, registry_of
 from moe_triton.layers import Experts
 from moe_triton.layers.quantized import QuantizedProjection
@@ -110,6 +111,15 @@ class _OwnExperts(torch.autograd.Function):
 # The patch ------------------------------------------------------------------------------------------------------------
 
 
+class _Own(NamedTuple):
+    """What PEFT's ParamWrapper does by itself."""
+
+    activate: Callable[..., Any]
+    update: Callable[..., Any]
+    merge: Callable[..., Any]
+    sizes: Callable[..., Any]
+
+
 def install() -> None:
     """Let PEFT's ParamWrapper hand its factors to our experts, where peft is imported. Once or more often.
 
@@ -120,7 +130,9 @@ def install() -> None:
     wrapper: Any = getattr(layer, "ParamWrapper", None)
     if wrapper is None or hasattr(wrapper, "_moe_triton"):
         return
-    wrapper._moe_triton = (wrapper._activate_lora, wrapper.update_layer, wrapper.merge)
+    wrapper._moe_triton = _Own(
+        wrapper._activate_lora, wrapper.update_layer, wrapper.merge, wrapper._get_in_out_features
+    )
     (low, high), version = CHECKED, peft_version()
     if not _numbers(low) <= _numbers(version) < _numbers(high):
         warnings.warn(
@@ -130,6 +142,7 @@ def install() -> None:
         )
         return
     wrapper._activate_lora, wrapper.update_layer, wrapper.merge = _activate_lora, _update_layer, _merge
+    wrapper._get_in_out_features = _get_in_out_features
     model = sys.modules["peft.tuners.lora.model"]
     if hasattr(model, "get_tp_plan_and_mesh"):  # since 0.21.2
         model.get_tp_plan_and_mesh = _without_experts(model.get_tp_plan_and_mesh)  # type: ignore[attr-defined]
@@ -143,15 +156,15 @@ def _activate_lora(self: Any, active_adapters: list[str]) -> Iterator[None]:
         with _lending(self, names):
             yield
     else:
-        activate, *_ = self._moe_triton
-        with activate(self, active_adapters):
+        with self._moe_triton.activate(self, active_adapters):
             yield
 
 
 def _update_layer(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
     """Do what PEFT does, and refuse an adapter for our experts whose packing cannot be known."""
-    _, update, _ = self._moe_triton
-    update(self, adapter_name, *args, **kwargs)
+    if (slices := _etp_size(self.get_base_layer())) > 1:
+        raise ValueError(f"target_parameters: got experts cut into {slices} slices, wanted ExpertParallel with etp=1")
+    self._moe_triton.update(self, adapter_name, *args, **kwargs)
     if takes_factors(self.get_base_layer(), self.parameter_name):
         _unpacked(self, adapter_name, getattr(kwargs.get("config"), "peft_version", None) or peft_version())
 
@@ -160,8 +173,26 @@ def _merge(self: Any, *args: Any, **kwargs: Any) -> None:
     """Do what PEFT does, and refuse projections that are no floats."""
     if isinstance(self.get_base_layer()._modules.get(self.parameter_name), QuantizedProjection):
         raise ValueError("merge: got quantised projections, wanted projections in a float dtype")
-    *_, merge = self._moe_triton
-    merge(self, *args, **kwargs)
+    if is_spread(self.get_base_layer()):
+        raise ValueError("merge: got experts over ranks, wanted to save the adapters and to merge them in one process")
+    self._moe_triton.merge(self, *args, **kwargs)
+
+
+def _get_in_out_features(self: Any, module: nn.Module) -> Any:
+    """Do what PEFT does, with an adapter for every expert of all ranks, though a parameter has those of one."""
+    found = self._moe_triton.sizes(self, module)
+    if is_spread(experts := self.get_base_layer()):
+        self.num_experts = experts.num_experts
+    return found
+
+
+def is_spread(module: Any) -> bool:
+    """Return whether an `ExpertParallel` spreads this module's experts."""
+    return isinstance(module, StackedExperts) and module.expert_parallel is not None
+
+
+def _etp_size(module: Any) -> int:
+    return module.expert_parallel.etp.size if is_spread(module) else 1
 
 
 def peft_version() -> str:
@@ -183,10 +214,7 @@ def _without_experts(plan_and_mesh: Callable[[Any, str], Any]) -> Callable[[Any,
 
 def takes_factors(module: nn.Module, name: str) -> bool:
     """Whether the module runs on our experts and `name` is a parameter of theirs that adapters may have."""
-    if isinstance(module, Experts):
-        ours = module.expert_parallel is None
-    else:
-        ours = implementation(module) == KEY and _finds_ours(type(module))
+    ours = isinstance(module, Experts) or (implementation(module) == KEY and _finds_ours(type(module)))
     if ours and name in PROJECTIONS and isinstance(module._modules.get(name), QuantizedProjection):
         return True
     parameter: Any = module._parameters.get(name)
@@ -214,11 +242,14 @@ def _lending(wrapper: Any, names: list[str]) -> Iterator[None]:
     """The wrapper's adapters on its experts module, as long as this lasts. Wrappers of other parameters add theirs."""
     experts, parameter = wrapper.get_base_layer(), wrapper.get_param()
     # a DTensor outside of FSDP2's own units is what expert parallelism has spread
-    is_spread = hasattr(parameter, "device_mesh") and not is_fsdp2_class(type(experts))
+    is_sharded = hasattr(parameter, "device_mesh") and not is_fsdp2_class(type(experts))
     adapters = []
     for key in names:
         factors = _unpacked(wrapper, key)
-        a, b = (_own(factor, parameter) for factor in factors) if is_spread else factors
+        if is_spread(experts):  # every rank has all adapters, as a dense parameter: its gradient is summed as theirs
+            a, b = (factor[own_rows(experts.local_experts)] for factor in factors)
+        else:
+            a, b = (_own(factor, parameter) for factor in factors) if is_sharded else factors
         adapters.append(Lora(a, b, wrapper.scaling[key]))
     before = lent_lora(experts)
     experts.lent_lora = {**before, wrapper.parameter_name: adapters}
@@ -228,6 +259,11 @@ def _lending(wrapper: Any, names: list[str]) -> Iterator[None]:
         experts.lent_lora = before
 
 
+def own_rows(experts: Sequence[int]) -> slice | list[int]:
+    """Return the index of these experts' rows in [E, ...]."""
+    return slice(experts.start, experts.stop) if isinstance(experts, range) else list(experts)
+
+
 def lent_lora(experts: Any) -> dict[str, list[Lora]]:
     """Return the adapters that an experts module has in this call, by the name of the parameter."""
     return getattr(experts, "lent_lora", {})
@@ -235,10 +271,11 @@ def lent_lora(experts: Any) -> dict[str, list[Lora]]:
 
 def _unpacked(wrapper: Any, key: str, version: str = CHECKED[0]) -> tuple[Tensor, Tensor]:
     experts, parameter = wrapper.get_base_layer(), wrapper.get_param()
+    num_experts = experts.num_experts if is_spread(experts) else parameter.shape[0]
     return unpack(
         wrapper.lora_A[key].weight,
         wrapper.lora_B[key].weight,
-        tuple(parameter.shape),
+        (num_experts, *parameter.shape[1:]),
         is_transposed=getattr(experts, "is_transposed", False),
         version=version,
     )

@@ -19,11 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_triton.checks import FLOATS
-from moe_triton.experts import moe_mlp
+from moe_triton.dispatch import dispatch
+from moe_triton.distributed.exchange.expert_parallel import ExpertParallel, unless_alone
+from moe_triton.experts import moe_mlp, with_adapters
 from moe_triton.integrations import fp8_experts, peft
 from moe_triton.integrations.called_gate import called_gate_mlp
 from moe_triton.integrations.experts_interface import KEY
+from moe_triton.integrations.spread_experts import SpreadExperts, compute_over_ranks, scaled, spread
 from moe_triton.layers.quantized import QuantizedProjection, projection_of
+from moe_triton.records import ExpertCall, ExpertParameters, ExpertSpec
 from moe_triton.reference import activate, wide
 from moe_triton.torch_internals import constant_while_compiling, real_tensors
 
@@ -53,6 +57,8 @@ class LimitedGate(NamedTuple):
 # Gates that cut their input, by "family.Class". What they compute is tried before we go by the name.
 LIMITED_GATES = {
     "deepseek_v4.DeepseekV4Experts": LimitedGate("swiglu", "limit"),
+    "FP8Experts": LimitedGate("swiglu", "limit"),
+    "FP8Experts, alpha": LimitedGate("gpt_oss", "swiglu_limit", "swiglu_alpha"),
     "glm5_next.Glm5NextTextExperts": LimitedGate("swiglu", "swiglu_limit"),
     "gpt_oss.GptOssExperts": LimitedGate("gpt_oss", "limit", "alpha", is_concatenated=False),
     "hy_v4.HYV4Experts": LimitedGate("swiglu", "swiglu_limit"),
@@ -60,8 +66,6 @@ LIMITED_GATES = {
     "minimax_m3_vl.MiniMaxM3VLExperts": LimitedGate("gpt_oss", "swiglu_limit", "swiglu_alpha"),
     "openai_privacy_filter.OpenAIPrivacyFilterExperts": LimitedGate("gpt_oss", "limit", "alpha"),
 }
-# The gate of FP8Experts with a limit, without alpha and with it.
-FP8_GATES = (LimitedGate("swiglu", "limit"), LimitedGate("gpt_oss", "swiglu_limit", "swiglu_alpha"))
 
 
 class Fused(NamedTuple):
@@ -117,29 +121,28 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
 
     Raises ValueError where `obstacle` names one.
     """
-    reason = obstacle(module)
-    if reason is not None:
+    if (reason := obstacle(module)) is not None:
         raise ValueError(f"{type(module).__name__}: {reason}")
-    has_bias = _flag(module, "has_bias")
     up_name, down_name = projection_names(module)
     up_proj, down_proj = (
-        fp8_experts.quantized_projection(module, name)
-        if fp8_experts.has_codes(module, name)
-        else projection_of(module, name)
+        fp8_experts.codes_of(module, name) or scaled(module, projection_of(module, name))
         for name in (up_name, down_name)
     )
     compute = up_proj.dtype if isinstance(up_proj, Tensor) else hidden_states.dtype
-    up_bias = getattr(module, f"{up_name}_bias").to(compute) if has_bias else None
-    down_bias = module.down_proj_bias.to(compute) if has_bias else None
+    up_bias = down_bias = None
+    if _flag(module, "has_bias"):
+        names = (f"{up_name}_bias", f"{down_name}_bias")
+        up_bias, down_bias = (scaled(module, getattr(module, name)).to(compute) for name in names)
     down_proj = down_proj.to(compute) if isinstance(down_proj, Tensor) else down_proj
     if compute == torch.float64 or top_k_weights.dtype not in (compute, torch.float32):
         top_k_weights = top_k_weights.to(wide(compute))
     if "parametrizations" in module._modules:  # PEFT was imported after `register`: the next forward gets factors
         peft.install()
     adapters = peft.lent_lora(module)
-    up_lora, down_lora = adapters.get(up_name), adapters.get("down_proj")
-    is_transposed = _flag(module, "is_transposed")
+    up_lora, down_lora = adapters.get(up_name, []), adapters.get(down_name, [])
+    is_transposed, is_concatenated = (_flag(module, name) for name in ("is_transposed", "is_concatenated"))
     backend = getattr(module, "moe_triton_backend", "auto")  # what `moe_triton.swap` was asked for
+    fp8 = getattr(module, "moe_triton_fp8", False)
     x = hidden_states.to(compute)
     activation = fused_activation(module)
 
@@ -157,7 +160,8 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
                 gate_up_lora=up_lora,
                 down_lora=down_lora,
                 is_transposed=is_transposed,
-                is_concatenated=_flag(module, "is_concatenated"),
+                is_concatenated=is_concatenated,
+                fp8=fp8,
                 backend=backend,
             )
         return called_gate_mlp(
@@ -175,10 +179,28 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
             backend=backend,
         )
 
-    if _flag(module, "has_post_expert_norm"):
-        out = _normalised(experts, module.post_expert_norm, x, top_k_index, top_k_weights, len(up_proj))
+    def normalised(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        return _normalised(experts, module.post_expert_norm, x, index, weights, len(up_proj))
+
+    run = normalised if _flag(module, "has_post_expert_norm") else experts
+    if (parallel := unless_alone(getattr(module, "expert_parallel", None))) is None:
+        return run(x, top_k_index, top_k_weights).to(hidden_states.dtype)
+    call = ExpertCall(
+        hidden=x,
+        weights=top_k_weights,
+        dispatched=dispatch(top_k_index, module.num_experts, backend=backend),
+        parameters=ExpertParameters(up_proj, down_proj, up_bias, down_bias),
+        spec=ExpertSpec(
+            **(activation._asdict() if activation else {}),
+            is_transposed=is_transposed,
+            is_concatenated=is_concatenated,
+            fp8=fp8,
+        ),
+    )
+    if is_fused(module):
+        out = parallel.run(with_adapters(call, up_lora, down_lora), module.exchanged_layer)
     else:
-        out = experts(x, top_k_index, top_k_weights)
+        out = compute_over_ranks(module, call, parallel, run, [*up_lora, *down_lora])
     return out.to(hidden_states.dtype)
 
 
@@ -204,6 +226,35 @@ def _normalised(
     return (rows_TKd * weights[..., None]).sum(1)
 
 
+def spread_experts(module: nn.Module, parallel: ExpertParallel) -> None:
+    """Let every rank of `parallel` keep its own experts of a module, with its own batch. Once or more often.
+
+    Raises ValueError for what cannot be spread, with the reason.
+    """
+    kind = type(module).__name__
+    if isinstance(module, SpreadExperts):
+        if module.expert_parallel is not parallel:
+            raise ValueError(f"expert_parallel: got another one for {kind} that is spread already, wanted the same")
+        return
+    if parallel.redundant_experts or parallel.mode == "capacity":
+        got = "redundant_experts" if parallel.redundant_experts else "mode 'capacity'"
+        raise ValueError(f"expert_parallel: got {got} for {kind}, wanted another mode without them")
+    if parallel.etp.size > 1 and not is_fused(module):
+        raise ValueError(
+            f"expert_parallel: got {parallel.etp.size} expert slices for {kind}, whose gate or norm is called on whole "
+            "rows; wanted etp=1"
+        )
+    projections = projection_names(module)
+    names = [*projections, *(f"{name}_bias" for name in projections if _flag(module, "has_bias"))]
+    for name in names:
+        parameter = module._parameters.get(name)
+        if parameter is None or hasattr(parameter, "device_mesh"):
+            raise ValueError(
+                f"{name}: got {type(getattr(module, name)).__name__}, wanted a plain parameter with all experts"
+            )
+    spread(module, parallel, names)
+
+
 def obstacle(module: nn.Module) -> str | None:
     """Return why our experts cannot replace this module's (an unknown flag, unexpected weights), or None."""
     for name in unknown_flags(type(module)):
@@ -214,17 +265,13 @@ def obstacle(module: nn.Module) -> str | None:
     norm = getattr(module, "post_expert_norm", None)
     if _flag(module, "has_post_expert_norm") and not callable(norm):
         return f"post_expert_norm: got {type(norm).__name__}, wanted a function of rows"
-    names = list(projection_names(module))
-    if _flag(module, "has_bias"):
-        names += [f"{name}_bias" for name in names]
+    projections = projection_names(module)
+    names = [*projections, *(f"{name}_bias" for name in projections if _flag(module, "has_bias"))]
     for name in names:
         tensor = getattr(module, name, None)
-        if isinstance(tensor, QuantizedProjection):
-            continue
-        if fp8_experts.has_codes(module, name):
-            reason = fp8_experts.obstacle(module, name)
-            if reason is not None:
-                return reason
+        if (reason := fp8_experts.obstacle(module, name)) is not None:
+            return reason
+        if isinstance(tensor, QuantizedProjection) or fp8_experts.has_codes(module, name):
             continue
         if not isinstance(tensor, Tensor):
             return f"{name}: got {type(tensor).__name__}, wanted a Tensor"
@@ -234,6 +281,11 @@ def obstacle(module: nn.Module) -> str | None:
             each = "vector" if name.endswith("_bias") else "matrix"
             return f"{name}: got shape {list(tensor.shape)}, wanted one {each} per expert"
     return None
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Return whether the experts are one operation: with a gate that we know, and no norm before the router weights."""
+    return fused_activation(module) is not None and not _flag(module, "has_post_expert_norm")
 
 
 def projection_names(module: nn.Module) -> tuple[str, str]:
@@ -258,18 +310,10 @@ def fused_activation(module: nn.Module) -> Fused | None:
         return None
     cls: Any = type(module)
     gate = cls._apply_gate
-    where = dotted_name(gate)
+    where = fp8_experts.gate_name(module, dotted_name(gate), DEFAULT_GATE)
     if where == DEFAULT_GATE:
         return Fused(GATED[pointwise]) if pointwise in GATED else None
-    known: LimitedGate | None
-    if where == fp8_experts.GATE:
-        if getattr(module, "gate_softcap", None) is not None:
-            return None
-        if getattr(module, "limit", None) is None:
-            return Fused(GATED[pointwise]) if pointwise in GATED else None
-        known = FP8_GATES[getattr(module, "swiglu_alpha", None) is not None]
-    else:
-        known = LIMITED_GATES.get(_short_name(where))
+    known = LIMITED_GATES.get(_short_name(where) or where)
     if known is None or _flag(module, "is_concatenated") != known.is_concatenated:
         return None
     if hasattr(module, "act_fn") and pointwise != "silu":

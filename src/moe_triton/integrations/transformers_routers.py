@@ -108,6 +108,16 @@ def num_local_experts(experts: Any) -> int:
     return int(experts.num_experts if hasattr(experts, "num_experts") else experts.down_proj.shape[0])
 
 
+def num_counted_experts(experts: Any, num_experts: int | None) -> int:
+    """Return over how many experts the ids go that a module is called with; `num_experts`: of all ranks, if known.
+
+    transformers gives a module that takes the tokens to other ranks the ids of all ranks (`ep_dispatch_experts`), and
+    one that is called with a share of them those of its own experts.
+    """
+    dispatches = getattr(vars(experts).get("forward"), "__qualname__", "").startswith("EpDispatchExpertsParallel.")
+    return num_experts if dispatches and num_experts is not None else num_local_experts(experts)
+
+
 def name_without_wrappers(name: str) -> str:
     """Return the dotted name that a module had before PEFT wrapped it."""
     return re.sub(r"(\.base_layer)+$", "", name)

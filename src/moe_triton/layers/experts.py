@@ -15,6 +15,7 @@ from moe_triton.autograd.experts import run_experts
 from moe_triton.checks import check_int
 from moe_triton.distributed.checkpoint.global_tensors import as_global, expert_layout
 from moe_triton.distributed.exchange.expert_parallel import ExpertParallel, unless_alone
+from moe_triton.distributed.exchange.meter import ExchangeMeter
 from moe_triton.distributed.exchange.overlap import Deferred
 from moe_triton.distributed.exchange.stages import ExchangedLayer
 from moe_triton.distributed.holders import StackedExperts
@@ -45,6 +46,7 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
     values however the experts are spread. With `expert_parallel` E is the number of the local experts, and n that of
     their local slice: under expert tensor parallelism each rank has n / etp columns of gate, of up and of down. With
     `ExpertParallel(redundant_experts=R)` a rank holds (E + R) / ep slots; `placement` says which expert is in each.
+    With `fp8` the products are in fp8 (`moe_triton.moe_mlp`), and the parameters stay in their dtype.
     `add_lora` adds adapters.
     """
 
@@ -58,6 +60,7 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
         activation_limit: float | None = None,
         activation_alpha: float | None = None,
         bias: bool = False,
+        fp8: bool = False,
         recompute: bool = False,
         expert_parallel: ExpertParallel | None = None,
         backend: str = "auto",
@@ -70,7 +73,7 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
         check_int("num_experts", num_experts, low=1)
         check_activation(activation, activation_limit, activation_alpha)
         self.spec = ExpertSpec(
-            activation=activation, activation_limit=activation_limit, activation_alpha=activation_alpha
+            activation=activation, activation_limit=activation_limit, activation_alpha=activation_alpha, fp8=fp8
         )
         self.recompute = recompute
         self.backend = backend
@@ -78,6 +81,7 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
         self.intermediate_size = intermediate_size
         self.expert_parallel = expert_parallel
         self.gradient_scale: float = 1.0  # apply_fsdp2 corrects FSDP2's average by it
+        self.lent_meters: tuple[ExchangeMeter, ...] = ()  # of the call that is running
         if expert_parallel is not None:
             slices = expert_parallel.etp.size
             if intermediate_size % slices:
@@ -187,6 +191,8 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
     def check_quantizable(self) -> None:
         """Raise ValueError for projections that `moe_triton.quantize` cannot replace."""
         self.refuse_shards("quantize")
+        if self.spec.fp8:
+            raise ValueError("quantize: got experts with fp8=True, wanted ones whose products are not in fp8")
         if self.is_quantized or self.lora_is_merged:
             what = "quantised projections" if self.is_quantized else "merged adapters"
             raise ValueError(f"quantize: got experts with {what}, wanted projections as they were made")
@@ -213,10 +219,10 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
         )
 
     def _scaled_lora(self, projection: str) -> list[Lora]:
-        """Its own adapter, and those that are lent for this call."""
-        own = self.lora(projection)
-        adapters = [*([] if own is None else [own]), *self.lent_lora.get(f"{projection}_proj", ())]
-        return [Lora(self._scaled(lora.a), self._scaled(lora.b), lora.scaling) for lora in adapters]
+        """Its own adapter, and those that are lent for this call, which are dense parameters."""
+        own, lent = self.lora(projection), self.lent_lora.get(f"{projection}_proj", ())
+        scaled = [] if own is None else [Lora(self._scaled(own.a), self._scaled(own.b), own.scaling)]
+        return [*scaled, *lent]
 
     def forward(
         self,
@@ -244,9 +250,10 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
         if hidden_states.dtype != dtype and autocast_dtype(hidden_states.device) is None:
             raise TypeError(f"hidden_states: got dtype {hidden_states.dtype}, wanted {dtype}, the layer's own")
         gate_up_lora, down_lora = self._scaled_lora("gate_up"), self._scaled_lora("down")
-        device = hidden_states.device
-        check_adapters(call.parameters, self.spec, device, gate_up_lora=gate_up_lora, down_lora=down_lora)
-        call = with_adapters(call, gate_up_lora, down_lora)
+        if gate_up_lora or down_lora:
+            device = hidden_states.device
+            check_adapters(call.parameters, self.spec, device, gate_up_lora=gate_up_lora, down_lora=down_lora)
+            call = with_adapters(call, gate_up_lora, down_lora)
         self.count_load(dispatched.counts)
         if (parallel := unless_alone(self.expert_parallel)) is None:
             check_call(call, self.backend)
@@ -257,6 +264,7 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
             backend=self.backend,
             capacity=capacity,
             held=self.held_parameters,
+            meters=self.lent_meters,
         )
         if self.placement is not None:
             self.placement = self.placement.to(hidden_states.device)
@@ -270,7 +278,8 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
         spec, sizes = self.spec, f"{num_local}{of} x ({hidden_size}, {intermediate_size})"
         limit = "" if spec.limit is None else f", activation_limit={spec.limit}"
         alpha = "" if spec.alpha == 1 else f", activation_alpha={spec.alpha}"
-        return f"{sizes}, activation={spec.activation}{limit}{alpha}{self.lora_repr()}"
+        fp8 = ", fp8" if spec.fp8 else ""
+        return f"{sizes}, activation={spec.activation}{limit}{alpha}{fp8}{self.lora_repr()}"
 
 
 class ScaleGradient(torch.autograd.Function):

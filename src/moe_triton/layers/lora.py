@@ -96,8 +96,8 @@ class TakesLora(nn.Module):
 
     def lora(self, projection: str) -> Lora | None:
         """Return the adapter of "gate_up" or "down"; None where there is none or it is merged."""
-        a, b = getattr(self, f"{projection}_lora_a"), getattr(self, f"{projection}_lora_b")
-        return None if a is None or b is None else Lora(a, b, self.lora_scaling)
+        a = getattr(self, f"{projection}_lora_a")
+        return None if a is None else Lora(a, getattr(self, f"{projection}_lora_b"), self.lora_scaling)
 
     def merge_lora(self) -> None:
         """Add scaling * B A to the projections, and take the adapters out until `unmerge_lora` puts them back.

@@ -18,7 +18,7 @@ from moe_triton.distributed.exchange.expert_parallel import ExpertParallel, unle
 from moe_triton.distributed.exchange.overlap import Deferred
 from moe_triton.layers.experts import Experts, FeedForward, Uncast, casts_inputs
 from moe_triton.layers.router import Router
-from moe_triton.records import PRIORITIES, Routing, SequenceSums
+from moe_triton.records import PRIORITIES, Dispatch, Routing, SequenceSums
 from moe_triton.runtime import BACKENDS, batch_invariant
 from moe_triton.torch_internals import never_compiled, runs_as_it_is
 
@@ -76,6 +76,8 @@ class MoE(nn.Module):
             parallelism; `moe_triton.BalanceAccumulator` makes it the whole global batch.
         sequence_loss_weight: factor of the load-balance loss of each sequence by itself, which are the last but one
             dimension of the input (DeepSeek-V3).
+        fp8: compute the experts' products in fp8, in training and in eval; see `moe_triton.moe_mlp`. The router, the
+            shared and the residual expert are as without.
         recompute: keep only the hidden states of the experts for backward, and compute their first product again there.
         batch_invariant: compute every forward of this layer inside `moe_triton.batch_invariant`.
         expert_parallel: spread the experts over ranks (`moe_triton.distributed.ExpertParallel`); None keeps all here.
@@ -112,6 +114,7 @@ class MoE(nn.Module):
         aux_loss_weight: float = 0.0,
         z_loss_weight: float = 0.0,
         sequence_loss_weight: float = 0.0,
+        fp8: bool = False,
         recompute: bool = False,
         batch_invariant: bool = False,
         expert_parallel: ExpertParallel | None = None,
@@ -187,6 +190,7 @@ class MoE(nn.Module):
             activation_limit=activation_limit,
             activation_alpha=activation_alpha,
             bias=bias,
+            fp8=fp8,
             recompute=recompute,
             expert_parallel=expert_parallel,
             backend=backend,
@@ -260,7 +264,7 @@ class MoE(nn.Module):
         check_tensor("hidden_states", hidden_states, dtypes=FLOATS)
         if hidden_states.dim() < 1 or hidden_states.shape[-1] != self.hidden_size:
             raise ValueError(f"hidden_states: got shape {list(hidden_states.shape)}, wanted [..., {self.hidden_size}]")
-        x = hidden_states.reshape(-1, self.hidden_size)
+        x = hidden_states if hidden_states.dim() == 2 else hidden_states.reshape(-1, self.hidden_size)
         if token_mask is not None:
             shape, device = hidden_states.shape[:-1], hidden_states.device
             check_tensor("token_mask", token_mask, shape=shape, dtypes=MASKS, device=device)
@@ -268,7 +272,8 @@ class MoE(nn.Module):
             masked = token_mask.logical_not()[:, None]
             x = x.masked_fill(masked, 0)  # 0 * NaN would be NaN, in a gradient of a weight too
         num_tokens = x.shape[0]
-        groups = 1 if self.capacity(num_tokens) is None else self.capacity_groups
+        is_dropless = self.capacity(num_tokens) is None
+        groups = 1 if is_dropless else self.capacity_groups
         if num_tokens % groups:
             raise ValueError(
                 f"capacity_groups: got {self.capacity_groups}, wanted a divisor of the {num_tokens} tokens"
@@ -282,15 +287,17 @@ class MoE(nn.Module):
             raise TypeError(f"router: returned {type(routing).__name__}, wanted a Routing")
         if routing.hidden is not None and runs_as_it_is(self.router, Router):
             x = routing.hidden  # the gate adds its gradient to that of all that follows
-        dispatched = dispatch(
-            routing.experts,
-            self.num_experts,
-            capacity=self.capacity(num_tokens // groups),
-            capacity_groups=groups,
-            priority=self.drop_policy,
-            weights=routing.weights,
-            backend=self.backend,
-        )
+        dispatched: Dispatch | None = routing.dispatched_to(self.num_experts) if is_dropless else None
+        if dispatched is None:
+            dispatched = dispatch(
+                routing.experts,
+                self.num_experts,
+                capacity=None if is_dropless else self.capacity(num_tokens // groups),
+                capacity_groups=groups,
+                priority=self.drop_policy,
+                weights=routing.weights,
+                backend=self.backend,
+            )
         weights = renormalize(routing.weights, dispatched) if self.renormalize else routing.weights
         shared = None
         if self.shared_expert is not None and unless_alone(self.parallel) is not None:
@@ -314,8 +321,9 @@ class MoE(nn.Module):
             out = out * mix[:, 0:1] + self.residual_mlp(x) * mix[:, 1:]
         if token_mask is not None:
             out = out.masked_fill(masked, 0)
+        out = out.to(hidden_states.dtype)
         return MoEOutput(
-            output=out.to(hidden_states.dtype).reshape(hidden_states.shape),
+            output=out if hidden_states.dim() == 2 else out.reshape(hidden_states.shape),
             aux_loss=self.aux_loss(routing),
             expert_counts=dispatched.counts.long(),
         )
@@ -337,7 +345,7 @@ class MoE(nn.Module):
 
         With the counts and the number of tokens of all ranks, and this one's sums, the losses are sums of shares.
         """
-        loss = torch.zeros_like(routing.z_sum)
+        loss = routing.weights.new_zeros(())
         if not self.aux_loss_weight and not self.z_loss_weight and not self.sequence_loss_weight:
             return loss
         counts, num_tokens, parallel = routing.counts, routing.num_tokens, self.parallel

@@ -248,7 +248,7 @@ class Router(CountsLoad):
         )
         if self.bias_update == "quantile" and self.training:
             self.count_load(self._required_biases(logits, noise, token_mask))
-        else:
+        elif self.load is not None:
             self.count_load(routing.counts)
         return routing
 

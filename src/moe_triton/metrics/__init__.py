@@ -7,9 +7,10 @@ that are at hand already (`MoEOutput.expert_counts`). Sinks write a reading; `pl
 from moe_triton.metrics.monitor import LoadMonitor
 from moe_triton.metrics.plots import plot_load, plot_load_map
 from moe_triton.metrics.sinks import JsonlSink, TensorBoardSink, WandbSink, load_scalars
-from moe_triton.metrics.statistics import LoadStatistics, load_statistics
+from moe_triton.metrics.statistics import ExchangeStatistics, LoadStatistics, load_statistics
 
 __all__ = [
+    "ExchangeStatistics",
     "JsonlSink",
     "LoadMonitor",
     "LoadStatistics",

@@ -12,16 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from moe_triton.checks import check_choice
+from moe_triton.distributed.exchange.expert_parallel import unless_alone
+from moe_triton.distributed.exchange.meter import ExchangeMeter
 from moe_triton.integrations.experts_interface import registry
 from moe_triton.integrations.transformers_routers import (
     RoutedLayer,
     name_without_wrappers,
-    num_local_experts,
+    num_counted_experts,
     routed_layers,
     router_scores,
 )
 from moe_triton.layers import Experts, MoE
-from moe_triton.metrics.statistics import LoadStatistics, load_statistics
+from moe_triton.metrics.statistics import ExchangeStatistics, LoadStatistics, exchange_statistics, load_statistics
 from moe_triton.records import Dispatch, Routing
 from moe_triton.torch_internals import recomputing
 
@@ -41,9 +43,11 @@ class LoadMonitor:
     swapped or not. Give it the model that is called, after PEFT has changed it: where a transformers model is called
     with an attention mask [batch, positions], padding does not count.
 
+    Where experts are spread over ranks, the rows that come to this rank and the time of the exchange are counted too.
+
     Training and evaluation are counted apart, by the `training` flag of the experts. Only the forwards of the model
-    itself count: a recomputation under activation checkpointing does not count again. Under transformers' expert
-    parallelism each rank counts for the experts that it holds, without the balance. `close` removes the hooks.
+    itself count: a recomputation under activation checkpointing does not count again. Over ranks each counts what its
+    own tokens are given, of all experts; ranks with the same batch count the same. `close` removes the hooks.
     ValueError for a model without such layers.
     """
 
@@ -66,6 +70,7 @@ class LoadMonitor:
         self.totals: dict[tuple[str, str], Tensor] = {}  # by mode and layer: [2E + EXTRA] float64
         self.token_mask: Tensor | None = None  # of the forward that is running: [batch, positions]
         # bound, so that a copy of the model counts in a copy of the monitor, and can be pickled
+        self.meters: dict[tuple[str, str], ExchangeMeter] = {}  # by mode and layer, where its rows travel
         before: list[tuple[nn.Module, Callable[..., None]]] = []
         after: list[tuple[nn.Module, Callable[..., None]]] = []
         before += [(module, partial(self._count, name)) for name, module in own.items()]
@@ -75,11 +80,18 @@ class LoadMonitor:
             for name, module in modules.items()
             if isinstance(module, MoE)
         ]
-        after += [(layer.router, partial(self._score_foreign, layer)) for layer in routed_layers(model)]
+        layers = routed_layers(model)
+        self.num_experts = {layer.name: layer.num_experts for layer in layers}  # over all ranks
+        after += [(layer.router, partial(self._score_foreign, layer)) for layer in layers]
         if foreign:
             before.append((model, self._begin))
         self.handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in before]
         self.handles += [module.register_forward_hook(hook) for module, hook in after]
+        self.handles += [
+            module.register_forward_hook(take_back_meters, always_call=True)
+            for module in own.values()
+            if unless_alone(module.expert_parallel) is not None
+        ]
 
     # Hooks --------------------------------------------------------------------------------------------------------
 
@@ -89,6 +101,10 @@ class LoadMonitor:
 
     def _count(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         dispatched = next(x for x in (*args, *kwargs.values()) if isinstance(x, Dispatch))
+        assert isinstance(module, Experts)
+        if unless_alone(module.expert_parallel) is not None:
+            meter = self.meters.setdefault((MODES[not module.training], name), ExchangeMeter())
+            module.lent_meters = (*module.lent_meters, meter)
         if not recomputing():
             self._add(name, module, dispatched.num_experts, dispatched.counts, kept=dispatched.offsets[-1])
 
@@ -96,7 +112,7 @@ class LoadMonitor:
         if recomputing():
             return
         ids = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
-        num_experts = num_local_experts(module)
+        num_experts = num_counted_experts(module, self.num_experts.get(name))
         counts = self._counts_of(ids.detach(), num_experts)
         self._add(name, module, num_experts, counts, kept=counts.sum())
 
@@ -118,7 +134,7 @@ class LoadMonitor:
             self._add(name, module, size, scores=scores, tokens=routing.num_tokens, z=z)
 
     def _score_foreign(self, layer: RoutedLayer, module: nn.Module, args: Any, output: Any) -> None:
-        size = num_local_experts(layer.experts)
+        size = num_counted_experts(layer.experts, layer.num_experts)
         found = None if recomputing() or size != layer.num_experts else self._sums_of(layer, output)
         if found is not None:
             scores, tokens, z = found
@@ -186,11 +202,27 @@ class LoadMonitor:
                 wanted = float(counts.sum())
                 balance = len(counts) * float(counts @ scores) / (wanted * num_tokens) if wanted > 0 else None
                 mean_z = None if torch.isnan(z) else float(z) / num_tokens
-            found[name] = load_statistics(counts.long(), int(counts.sum() - kept), balance, mean_z)
+            statistics = load_statistics(counts.long(), int(counts.sum() - kept), balance, mean_z)
+            found[name] = statistics._replace(exchange=self._exchange(name, mode, group, total.device))
         if reset:
+            for key in [key for key in self.meters if mode in (None, key[0])]:
+                del self.meters[key]
             for key in [key for key in self.totals if mode in (None, key[0])]:
                 del self.totals[key]
         return found
+
+    def _exchange(self, name: str, mode: str | None, group: Any, device: torch.device) -> ExchangeStatistics | None:
+        """The exchange's statistics of a layer, over the ranks of the group."""
+        read = [self.meters[key, name].read() for key in MODES if mode in (None, key) and (key, name) in self.meters]
+        if not read:
+            return None
+        mine = [sum(rows for rows, _ in read), sum(seconds for _, seconds in read)]
+        ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
+        both = torch.zeros(2, ranks, dtype=torch.float64, device=device)
+        both[:, rank] = torch.tensor(mine, dtype=torch.float64)
+        if group is not None:
+            torch.distributed.all_reduce(both, group=group)
+        return exchange_statistics(*both.tolist())
 
     def counts(self, mode: str | None = None) -> dict[str, Tensor]:
         """Return each layer's wanted assignments [E] int64 since the last reset, on the device; nothing waits."""
@@ -215,6 +247,11 @@ class LoadMonitor:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def take_back_meters(module: Experts, args: Any, output: Any) -> None:
+    """End the call that the meters were lent for, also one that has failed."""
+    module.lent_meters = ()
 
 
 def split_total(total: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moe_triton.metrics.statistics import LoadStatistics
+from moe_triton.runtime import check_matplotlib
 
 
 def plot_load(history: Sequence[Mapping[str, LoadStatistics]], path: str | Path) -> None:
     """Write a PNG of what `LoadMonitor.read` gave over time: busiest and idlest expert, entropy and dropped share.
 
-    One curve per layer. ValueError for an empty history.
+    One curve per layer. ValueError for an empty history, ImportError without matplotlib.
     """
+    check_matplotlib()
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -50,8 +52,10 @@ def plot_load(history: Sequence[Mapping[str, LoadStatistics]], path: str | Path)
 def plot_load_map(reading: Mapping[str, LoadStatistics], path: str | Path) -> None:
     """Write a PNG of one reading of `LoadMonitor.read`: layers x experts, coloured by load, on a scale of powers of 2.
 
-    White is the mean load, red above it and blue below; grey with a cross is no load. ValueError for an empty reading.
+    White is the mean load, red above it and blue below; grey with a cross is no load. ValueError for an empty
+    reading, ImportError without matplotlib.
     """
+    check_matplotlib()
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 

@@ -17,13 +17,25 @@ Sink = Callable[[Reading, int, str], None]
 
 
 def load_scalars(reading: Reading, prefix: str = "moe") -> dict[str, float]:
-    """Return a reading as numbers by name, "<prefix>/<layer>/<statistic>"; what is not known is left out."""
-    return {
-        f"{prefix}/{layer}/{name}": float(value)
-        for layer, statistics in reading.items()
-        for name, value in statistics._asdict().items()
-        if isinstance(value, (int, float))
-    }
+    """Return a reading as numbers by name, "<prefix>/<layer>/<statistic>"; what is not known is left out.
+
+    Of the ranks' rows and seconds the largest: "received_rows", "exchange_s", and "rank_imbalance".
+    """
+    found: dict[str, float] = {}
+    for layer, statistics in reading.items():
+        values = statistics._asdict()
+        if (exchange := values.pop("exchange")) is not None:
+            values |= {"received_rows": max(exchange.rows), "exchange_s": max(exchange.seconds)}
+            values["rank_imbalance"] = exchange.imbalance
+        known = {name: float(value) for name, value in values.items() if isinstance(value, (int, float))}
+        found |= {f"{prefix}/{layer}/{name}": value for name, value in known.items()}
+    return found
+
+
+def as_json(statistics: LoadStatistics) -> dict[str, Any]:
+    """Return statistics as plain values."""
+    exchange = statistics.exchange
+    return {**statistics._asdict(), "exchange": None if exchange is None else exchange._asdict()}
 
 
 class JsonlSink:
@@ -33,7 +45,7 @@ class JsonlSink:
         self.path = Path(path)
 
     def __call__(self, reading: Reading, step: int, mode: str = "train") -> None:
-        layers = {name: statistics._asdict() for name, statistics in reading.items()}
+        layers = {name: as_json(statistics) for name, statistics in reading.items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "mode": mode, "layers": layers}) + "\n")
 

@@ -3,11 +3,33 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
 from moe_triton.checks import INTEGERS, check_int, check_tensor
+
+
+class ExchangeStatistics(NamedTuple):
+    """What one layer's exchange did under expert parallelism, by rank: of the group that was read over, or this one.
+
+    rows       that came to the rank's experts; a token of another rank comes once for all of its choices there
+    seconds    of forward and backward in which the rank computes neither experts nor the shared expert: what the
+               exchange costs, waiting for later ranks included
+    imbalance  rows of the busiest rank over the mean of the ranks; None for one rank, whose share is not known
+    """
+
+    rows: tuple[int, ...]
+    seconds: tuple[float, ...]
+    imbalance: float | None
+
+
+def exchange_statistics(rows: Sequence[float], seconds: Sequence[float]) -> ExchangeStatistics:
+    """Return the statistics of the ranks' rows and seconds. No rows at all count as even."""
+    total = sum(rows)
+    imbalance = None if len(rows) == 1 else max(rows) * len(rows) / total if total > 0 else 1.0
+    return ExchangeStatistics(tuple(int(row) for row in rows), tuple(seconds), imbalance)
 
 
 class LoadStatistics(NamedTuple):
@@ -22,6 +44,7 @@ class LoadStatistics(NamedTuple):
     balance        `load_balance_loss` of this layer alone, 1 when load and scores are even; None where it is not known
     z              `z_loss`, the mean of logsumexp(logits)**2; None where it is not known
     loads          of every expert
+    exchange       where the experts are spread over ranks; else None
     """
 
     assignments: int
@@ -34,6 +57,7 @@ class LoadStatistics(NamedTuple):
     balance: float | None = None
     z: float | None = None
     loads: tuple[float, ...] = ()
+    exchange: ExchangeStatistics | None = None
 
     @property
     def dead_experts(self) -> list[int]:
@@ -43,9 +67,14 @@ class LoadStatistics(NamedTuple):
     def __str__(self) -> str:
         dropped = "" if self.dropped is None else f", dropped {self.dropped:.2%}"
         balance = "" if self.balance is None else f", balance {self.balance:.3f}"
+        exchange = ""
+        if self.exchange is not None:
+            exchange = f", exchange {max(self.exchange.seconds) * 1e3:.3g} ms"
+            if self.exchange.imbalance is not None:
+                exchange += f", busiest rank {self.exchange.imbalance:.2f} of the mean rows"
         return (
             f"load {self.min_load:.2f} to {self.max_load:.2f} of the mean, entropy {self.entropy:.3f}, "
-            f"{self.idle} idle{dropped}{balance}"
+            f"{self.idle} idle{dropped}{balance}{exchange}"
         )
 
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moe_triton.checks import FLOATS, check_choice, check_tensor
-from moe_triton.quantization import formats
+from moe_triton.quantization import formats, fp8
 from moe_triton.quantization.formats import E2M1_MAX, E4M3_MAX, FORMATS, Format
 
 PARTS = ("codes", "scales", "zeros", "global_scale")
@@ -263,13 +262,8 @@ def _parts(part: slice, size: int, block: int, per_element: int) -> tuple[slice,
 
 def _quantize_one(weight: Tensor, kind: Format, group: int, symmetric: bool) -> dict[str, Tensor]:
     """The parts of one expert [out, in] fp32."""
-    rows, columns = weight.shape
     if kind.name == "fp8":
-        padded = F.pad(weight, (0, -columns % group, 0, -rows % kind.rows))
-        blocks = padded.unflatten(0, (-1, kind.rows)).unflatten(2, (-1, group))  # [row blocks, 128, column blocks, 128]
-        scales = _no_zeros(blocks.abs().amax((1, 3)) / E4M3_MAX)
-        codes = (blocks / scales[:, None, :, None]).clamp(-E4M3_MAX, E4M3_MAX).flatten(2).flatten(0, 1)
-        return {"codes": codes[:rows, :columns].to(torch.float8_e4m3fn), "scales": scales}
+        return dict(zip(("codes", "scales"), fp8.quantize(weight, kind.rows, group), strict=True))
     blocks = weight.unflatten(1, (-1, group))  # [rows, groups, group]
     if kind.is_integer:
         return _quantize_integers(blocks, kind, symmetric)

@@ -34,7 +34,7 @@ EPS = 1e-20  # keeps a normalisation finite when every chosen score underflowed
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of router maths: fp32, or the model's own where that is wider."""
-    return torch.promote_types(dtype, torch.float32)
+    return dtype if dtype == torch.float64 else torch.float32
 
 
 def gate(hidden_Td: Tensor, weight_Ed: Tensor, bias_E: Tensor | None = None) -> Tensor:
@@ -104,22 +104,31 @@ def unless_empty(given_TK: Tensor, experts_TK: Tensor) -> Tensor:
     return torch.where((given_TK != -1).any(-1, keepdim=True), given_TK.to(experts_TK.dtype), experts_TK)
 
 
-def normalised_and_chosen(logits_TE: Tensor, experts_TK: Tensor, spec: RouterSpec) -> tuple[Tensor, Tensor]:
+def normalised_and_chosen(
+    logits_TE: Tensor, experts_TK: Tensor, spec: RouterSpec, *, all_real: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return the scores divided by each token's sum [T, E], and the weights [T, K] before `normalize` and `scale`.
 
-    The weights are 0 where there is no expert, and for the last `spec.weightless` experts.
+    The weights are 0 where there is no expert, and for the last `spec.weightless` experts. `all_real` says that none of
+    the choices is such a one, so that nothing need be masked.
     """
     scores_TE = router_scores(logits_TE, spec.score)
-    has_none_TK = (experts_TK < 0) | (experts_TK >= logits_TE.shape[1] - spec.weightless)
-    ids_TK = experts_TK.masked_fill(has_none_TK, 0)
+    has_none_TK = None
+    ids_TK = experts_TK
+    if not all_real:
+        has_none_TK = (experts_TK < 0) | (experts_TK >= logits_TE.shape[1] - spec.weightless)
+        ids_TK = experts_TK.masked_fill(has_none_TK, 0)
     if spec.score == "topk_softmax":
-        chosen_TK = logits_TE.gather(1, ids_TK).masked_fill(has_none_TK, float("-inf"))
-        chosen_TK = chosen_TK.masked_fill(has_none_TK.all(-1, keepdim=True), 0.0).softmax(-1)
+        chosen_TK = logits_TE.gather(1, ids_TK)
+        if has_none_TK is not None:
+            chosen_TK = chosen_TK.masked_fill(has_none_TK, float("-inf"))
+            chosen_TK = chosen_TK.masked_fill(has_none_TK.all(-1, keepdim=True), 0.0)
+        chosen_TK = chosen_TK.softmax(-1)
     else:
         chosen_TK = scores_TE.gather(1, ids_TK)
     if spec.score in ("sigmoid", "sqrt_softplus"):
         scores_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + EPS)
-    return scores_TE, chosen_TK.masked_fill(has_none_TK, 0.0)
+    return scores_TE, chosen_TK if has_none_TK is None else chosen_TK.masked_fill(has_none_TK, 0.0)
 
 
 def route(
@@ -172,7 +181,13 @@ def route(
 
 
 def routing_of(
-    experts: Tensor, weights: Tensor, counts: Tensor, score_sums: Tensor, z_sum: Tensor, num_tokens: Tensor
+    experts: Tensor,
+    weights: Tensor,
+    counts: Tensor,
+    score_sums: Tensor,
+    z_sum: Tensor,
+    num_tokens: Tensor,
+    hidden: Tensor | None = None,
 ) -> Routing:
     """Return the record of counts and score sums [E], and of the number of tokens []; or of [B, E] and [B]."""
     sequences = None
@@ -187,6 +202,7 @@ def routing_of(
         z_sum=z_sum,
         num_tokens=num_tokens,
         sequences=sequences,
+        hidden=hidden,
     )
 
 

@@ -28,7 +28,9 @@ MAX_GPUS = 4096
 ACTIVATION_BYTES = 2  # hidden rows, combined rows and gradients are bf16 or fp16 whatever the products' dtype
 SCALE_BLOCK = 128  # values that share one fp32 scale in a float8 row (DeepEP, DeepSeek-V3: arXiv 2412.19437, 3.3.2)
 TILE = 128  # rows of a grouped GEMM's largest tile
-HOST_SYNC_S = 10e-6  # assumed: the host reads the split sizes once per exchange
+# The host reads the sizes once per layer and forward: wake-up, about 16 small index kernels of 8 us, and the launch of
+# the rows. Estimated at 150 to 250 us from the operations of a forward pass on a CPU; not measured on a GPU.
+HOST_SYNC_S = 200e-6
 CHUNK_OVERHEAD_S = 10e-6  # assumed: launches per chunk
 
 
@@ -41,8 +43,9 @@ class Workload:
     dispatch_dtype  of the rows sent to the experts in the forward pass; all other rows are 2 bytes a value
     skew            lambda >= 1; a rank cannot hold more than everything, so that at most P of it counts
     chunks          D: pieces in which exchange and experts overlap
-    exchange        direct: a row per assignment, all sent at once (DeepEP's low-latency kernels);
-                    nccl: a row per (token, rank), peer after peer;
+    exchange        nccl: a row per (token, rank), peer after peer, as `ExpertParallel` sends by default;
+                    direct: a row per assignment, all sent at once, with no sizes read before (DeepEP's low-latency
+                    kernels, `SymmetricMemory`);
                     deduplicated: a row per (token, node) over the network, then one per (token, rank) within the node;
                     hierarchical: a row per assignment, regrouped within the node, then sent node to node (Tutel)
     """
@@ -55,7 +58,7 @@ class Workload:
     skew: float = 1.0
     chunks: int = 1
     mode: str = "train"
-    exchange: str = "deduplicated"
+    exchange: str = "nccl"
 
     def __post_init__(self) -> None:
         check_int("tokens", self.tokens, low=1)
@@ -194,9 +197,9 @@ def exchange_time(
     return latency + skew * max(within / network.node_rate, beyond / network.nic_rate)
 
 
-def counts_time(model: Model, chunks: int, ep: int, network: Network) -> float:
-    """The exchange of int32 counts [P, chunks, E/P] and the host's reading them; 0 on one rank."""
-    if ep == 1:
+def counts_time(exchange: str, model: Model, chunks: int, ep: int, network: Network) -> float:
+    """The exchange of int32 counts [P, chunks, E/P] and the host's reading them; 0 on one rank and where none are."""
+    if ep == 1 or exchange == "direct":
         return 0.0
     rate = network.nic_rate if ep > network.gpus_per_node else network.node_rate
     return network.latency_s + 4 * chunks * model.experts / rate + HOST_SYNC_S
@@ -282,7 +285,9 @@ def layer_times(work: Workload, device: Device, network: Network, ep: int) -> li
         return LayerTime(counts_s=counts, dispatch_s=dispatch, experts_s=experts, combine_s=combine, total_s=total)
 
     plain = send("bfloat16")
-    found = [layer(counts_time(model, chunks, ep, network), send(work.dispatch_dtype), compute[0], plain)]
+    found = [
+        layer(counts_time(work.exchange, model, chunks, ep, network), send(work.dispatch_dtype), compute[0], plain)
+    ]
     return [*found, layer(0.0, plain, compute[1], plain)] if train else found
 
 

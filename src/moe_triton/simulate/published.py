@@ -1,15 +1,29 @@
 """The cost model beside published measurements: what it is fitted on, and how far its predictions are from the rest.
 
 DeepEP's V1 numbers were measured on H800s with a 400 Gb/s NIC each (its docs/legacy.md), the V2 ones on Hopper and
-Blackwell nodes (its README.md), here taken to be H100s and B200s: 7168 hidden values, 8 of 256 experts. SonicMoE's are
-H100 TFLOP/s read off the plots of arXiv 2512.14080, within 5 TFLOP/s.
+Blackwell nodes (its README.md at dd758ca of 2026-07-14, read 2026-11-29), here taken to be H100s and B200s: 7168 hidden
+values, 8 of 256 experts. SonicMoE's are H100 TFLOP/s read off the plots of arXiv 2512.14080, within 5 TFLOP/s.
+
+LigerCute's are the figures over the bars of liger_cute_kernels/assets/hopper_gpu_scaling.png in linkedin/Liger-Kernel
+(at ead96b6 of 2026-08-21, read 2026-11-29): one layer over 2, 4 and 8 H200s, bf16, 8192 tokens per rank, its exchange
+inside the kernels. Megatron's are whole training steps of NVIDIA-NeMo/Megatron-Bridge, docs/performance-summary.md,
+container 25.11 (at 00b7660, read 2026-11-29): tokens per second and GPU on 8 to 256 GPUs, with up to 8 pipeline stages.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from moe_triton.simulate.cost_model import distinct_groups, exchange_bytes, exchange_time, experts_time, row_bytes
+from moe_triton.simulate.cost_model import (
+    Workload,
+    distinct_groups,
+    exchange_bytes,
+    exchange_time,
+    experts_time,
+    layer_times,
+    predict,
+    row_bytes,
+)
 from moe_triton.simulate.presets import DEVICES, MODELS, NETWORKS, Device, Model, Network
 from moe_triton_kernels.tools.models import SONIC, Layer
 
@@ -28,7 +42,34 @@ NORMAL_GBS = (
     ("h800-ib400", 64, 51),
     ("nvlink4-ib400", 16, 90),
     ("nvlink4-ib400", 32, 61),
+    ("nvlink5-ib400", 16, 90),
     ("nvlink5-ib400", 8, 726),
+)
+# the same of V2's combine; and of both with fewer SMs (24 in place of 64), of which the model knows nothing
+COMBINE_GBS = (
+    ("nvlink4-ib400", 16, 81),
+    ("nvlink4-ib400", 32, 61),
+    ("nvlink5-ib400", 16, 91),
+    ("nvlink5-ib400", 8, 740),
+)
+FEWER_SMS_GBS = {"dispatch": 643, "combine": 675}  # on nvlink5-ib400, EP8
+# preset -> EP -> forward and backward TFLOP/s
+LIGER_CUTE_TFLOPS = {
+    "qwen3-30b-a3b": {2: (307, 215), 4: (274, 207), 8: (238, 211)},
+    "mixtral-8x7b": {2: (534, 384), 4: (548, 398), 8: (533, 400)},
+}
+LIGER_CUTE_TOKENS = 8192
+GRACE_FLOPS = {"bfloat16": 2500e12, "float16": 2500e12, "float8": 5000e12}  # a GPU of GB200 and GB300, by data sheet
+# (system, preset, GPUs, EP, dtype, sequences per micro-batch of 4096 tokens, tokens per second and GPU)
+MEGATRON = (
+    ("GB200", "deepseek-v3", 256, 64, "bfloat16", 1, 3139),
+    ("GB200", "deepseek-v3", 256, 32, "float8", 1, 4018),
+    ("GB200", "qwen3-235b-a22b", 256, 32, "bfloat16", 1, 4916),
+    ("GB200", "qwen3-30b-a3b", 8, 8, "float8", 4, 23766),
+    ("GB300", "deepseek-v3", 256, 32, "bfloat16", 1, 3848),
+    ("GB300", "deepseek-v3", 256, 32, "float8", 1, 4357),
+    ("GB300", "qwen3-235b-a22b", 256, 16, "bfloat16", 2, 6131),
+    ("GB300", "qwen3-30b-a3b", 8, 8, "float8", 4, 28934),
 )
 NCCL_US = {2: 50.7, 4: 51.1, 8: 83.0, 16: 101.8, 32: 99.7, 64: 154.5}  # MB per rank -> microseconds on 8 x B300, coarse
 # forward and backward TFLOP/s of the shapes of SONIC, in their order
@@ -64,7 +105,10 @@ def groups_of(nodes: float) -> Model:
 
 
 def normal_gbs(network: Network, ep: int) -> float:
-    """Logical GB/s at the bottleneck of a deduplicated dispatch in float8 as DeepEP counts them, own rows included."""
+    """Logical GB/s at the bottleneck of a deduplicated exchange as DeepEP counts them, own rows included.
+
+    Without latencies the format of the rows does not matter: dispatch in float8 and combine in bfloat16 are alike.
+    """
     nodes = max(1.0, ep / network.gpus_per_node)
     model = groups_of(nodes)
     row = row_bytes(model.hidden, "float8")
@@ -133,6 +177,26 @@ def fit_gemm() -> float:
     return min(range(50, 100), key=worst) / 100
 
 
+def liger_cute_tflops(preset: str, ep: int) -> tuple[float, float]:
+    """Forward and backward TFLOP/s of one layer whose exchange is cut up finely and overlaps the experts."""
+    work = Workload(model=MODELS[preset], tokens=LIGER_CUTE_TOKENS, exchange="direct", chunks=8)
+    forward, backward = (time.total_s for time in layer_times(work, DEVICES["h200"], NETWORKS["nvlink4-ib400"], ep))
+    model = MODELS[preset]
+    flops = 6 * LIGER_CUTE_TOKENS * model.top_k * model.intermediate * model.hidden / 1e12
+    return flops / forward, 2 * flops / backward
+
+
+def megatron_speed(preset: str, gpus: int, ep: int, dtype: str, sequences: int) -> float:
+    """Tokens per second and GPU of a step of many micro-batches: the sums of the gradients, once a step, are left out.
+
+    Neither are pipelines, recomputation and the optimizer in the model. MXFP8 is taken for float8.
+    """
+    device = replace(DEVICES["b200"], peak_flops=GRACE_FLOPS)
+    work = Workload(model=MODELS[preset], tokens=4096 * sequences, sequence=4096, dtype=dtype, exchange="direct")
+    step = predict(work, device, NETWORKS["nvl72-ib400"], gpus, ep)
+    return work.tokens / (step.step_s - step.exposed_reductions_s)
+
+
 def validate() -> list[Point]:
     """Fits the model anew and predicts every published point, the fitted ones included."""
     points = []
@@ -145,6 +209,12 @@ def validate() -> list[Point]:
         network = replace(NETWORKS[name], node_efficiency=node, nic_efficiency=nic)
         fitted = name == "h800-ib400" and ep in (8, 64)
         add("DeepEP normal dispatch", f"EP{ep} {name}", "GB/s", speed, normal_gbs(network, ep), fitted)
+    for name, ep, speed in COMBINE_GBS:
+        network = replace(NETWORKS[name], node_efficiency=node, nic_efficiency=nic)
+        add("DeepEP normal combine", f"EP{ep} {name}", "GB/s", speed, normal_gbs(network, ep), False)
+    for way, speed in FEWER_SMS_GBS.items():
+        network = replace(NETWORKS["nvlink5-ib400"], node_efficiency=node, nic_efficiency=nic)
+        add("DeepEP with 24 SMs", f"{way} EP8 {network.name}", "GB/s", speed, normal_gbs(network, 8), False)
     network = fit_latency(replace(NETWORKS["h800-ib400"], node_efficiency=node, nic_efficiency=nic))
     for what, row in LOW_LATENCY_US.items():
         for ep, time in row.items():
@@ -157,7 +227,16 @@ def validate() -> list[Point]:
     device = replace(DEVICES["h100"], gemm_efficiency=fit_gemm())
     for index, way in enumerate(("forward", "backward")):
         for (tokens, layer), speeds in zip(SONIC_SHAPES, SONIC_TFLOPS, strict=True):
-            case = f"T={tokens} d={layer.hidden} n={layer.intermediate} E={layer.experts} K={layer.top_k}"
+            case = f"T{tokens} d{layer.hidden} n{layer.intermediate} E{layer.experts} K{layer.top_k}"
             predicted = sonic_tflops(tokens, layer, device)[index]
             add(f"SonicMoE {way}, H100", case, "TFLOP/s", speeds[index], predicted, index == 0)
+    for preset, speeds_of in LIGER_CUTE_TFLOPS.items():
+        for ep, speeds in speeds_of.items():
+            for way, speed, predicted in zip(
+                ("forward", "backward"), speeds, liger_cute_tflops(preset, ep), strict=True
+            ):
+                add(f"LigerCute {way}, H200", f"EP{ep} {preset}", "TFLOP/s", speed, predicted, False)
+    for system, preset, gpus, ep, dtype, sequences, speed in MEGATRON:
+        predicted = megatron_speed(preset, gpus, ep, dtype, sequences)
+        add(f"Megatron step, {system}", f"{preset} {dtype} EP{ep} x{gpus}", "tokens/s", speed, predicted, False)
     return points

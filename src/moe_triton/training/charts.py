@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import base64
-import io
 import math
+import struct
+import zlib
 from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
@@ -49,9 +50,16 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def line_chart(
-    curves: Sequence[Curve], *, label: str, low: float, high: float, percent: bool = False, title: str = ""
+    curves: Sequence[Curve],
+    *,
+    label: str,
+    low: float,
+    high: float,
+    percent: bool = False,
+    log: bool = False,
+    title: str = "",
 ) -> str:
-    """Draw an SVG of curves over steps; what lies outside [low, high] is cut off."""
+    """Draw an SVG of curves over steps; what lies outside [low, high] is cut off. log: a logarithmic scale, low > 0."""
     steps = max(len(curve.values) for curve in curves)
     high = max(high, low + 1e-6)
     inner_width, inner_height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
@@ -60,9 +68,13 @@ def line_chart(
         return LEFT + inner_width * (step - 1) / max(steps - 1, 1)
 
     def y(value: float) -> float:
+        if log:
+            return TOP + inner_height * math.log(high / max(value, 1e-9)) / math.log(high / low)
         return TOP + inner_height * (high - value) / (high - low)
 
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title or label)}">']
+    parts = [
+        f'<div class="scroll"><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title or label)}">'
+    ]
     for value in ticks(low, high):
         text = f"{value:.3g}%" if percent else f"{value:.4g}"
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
@@ -89,30 +101,44 @@ def line_chart(
         line = f'x1="{WIDTH - 190}" x2="{WIDTH - 166}" y1="{top}" y2="{top}"'
         parts.append(f'<line {line} stroke="{curve.color}" stroke-width="3"/>')
         parts.append(f'<text x="{WIDTH - 158}" y="{top + 4}">{escape(curve.name)}</text>')
-    return "".join([*parts, "</svg>"])
+    return "".join([*parts, "</svg></div>"])
+
+
+def ramp_colors(shares: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """Return the colors [..., 3] of RAMP, evenly spaced and joined by straight lines; below 0 and above 1 its ends."""
+    stops = np.array([[int(color[at : at + 2], 16) for at in (1, 3, 5)] for color in RAMP])
+    places = np.linspace(0, 1, len(RAMP))
+    return np.stack([np.interp(shares, places, channel) for channel in stops.T], -1).round().astype(np.uint8)
+
+
+def png(pixels: NDArray[np.uint8]) -> bytes:
+    """Encode [height, width, 3] as a PNG (RFC 2083): 8 bits a channel, no filter."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width, _ = pixels.shape
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def heat_map(load: NDArray[np.float64], high: float, title: str) -> str:
     """Draw an SVG of the load [steps, E] (1 = the mean) with one row per expert; colors go from 0 to `high`."""
-    from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.image import imsave
-
     columns = min(COLUMNS, len(load))
     binned = np.stack([chunk.mean(0) for chunk in np.array_split(load, columns)], axis=1)  # [E, columns]
-    image = io.BytesIO()
-    imsave(image, binned, vmin=0, vmax=high, cmap=LinearSegmentedColormap.from_list("load", RAMP), format="png")
-    data = base64.b64encode(image.getbuffer()).decode()
+    data = base64.b64encode(png(ramp_colors(binned / high))).decode()
     rows = binned.shape[0]
     height = max(60, min(12 * rows, 240))
     inner_width = WIDTH - LEFT - RIGHT
     return (
-        f'<svg viewBox="0 0 {WIDTH} {height + 24}" role="img" aria-label="{escape(title)}">'
+        f'<div class="scroll"><svg viewBox="0 0 {WIDTH} {height + 24}" role="img" aria-label="{escape(title)}">'
         f'<image x="{LEFT}" y="4" width="{inner_width}" height="{height}" preserveAspectRatio="none" '
         f'style="image-rendering: pixelated" href="data:image/png;base64,{data}"/>'
         f'<text x="{LEFT - 8}" y="14" text-anchor="end">0</text>'
         f'<text x="{LEFT - 8}" y="{height + 2}" text-anchor="end">{rows - 1}</text>'
         f'<text x="{LEFT}" y="{height + 20}">{escape(title)}</text>'
-        f'<text x="{WIDTH - RIGHT}" y="{height + 20}" text-anchor="end">steps 1 to {len(load)}</text></svg>'
+        f'<text x="{WIDTH - RIGHT}" y="{height + 20}" text-anchor="end">steps 1 to {len(load)}</text></svg></div>'
     )
 
 

@@ -13,7 +13,12 @@ from moe_triton.runtime import BACKENDS, check_usable
 from moe_triton.training.routers import ROUTERS
 
 KINDS = ("moe", "dense")  # of models
-DTYPES = ("float32", "float64")
+DTYPES = ("float32", "float64", "bfloat16")
+
+
+def default_device() -> str:
+    """Return "cuda" where there is a GPU, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,8 +40,10 @@ class TrainConfig:
     aux_loss_weight, z_loss_weight   factors of the load-balance and z losses (`moe_triton.losses`)
     weight_decay         of AdamW, on matrices only
     grad_clip            largest global gradient norm
-    dtype                of the model: "float32", or "float64" to compare runs whose sums have another order
-    backend, device      see `moe_triton.MoE`; any torch device
+    dtype                of the model: "float32", or "float64" to compare runs whose sums have another order; "bfloat16"
+                         for float32 parameters and products in bf16 (autocast)
+    fp8                  whether the experts' products are in fp8 (`moe_triton.moe_mlp`); not with float64
+    backend, device      see `moe_triton.MoE`; any torch device, by default a GPU where there is one
     threads              of torch on the CPU. The default model is too small to gain much from a second one, and on a
                          busy machine threads wait for each other; their number also changes the last bits
     data                 path of the text; None: the source of the Python standard library
@@ -64,8 +71,9 @@ class TrainConfig:
     weight_decay: float = 0.1
     grad_clip: float = 1.0
     dtype: str = "float32"
+    fp8: bool = False
     backend: str = "auto"
-    device: str = "cpu"
+    device: str = dataclasses.field(default_factory=default_device)
     threads: int = 1
     data: str | None = None
 
@@ -96,6 +104,8 @@ class TrainConfig:
         if self.router in ("quantile_bias", "token_rounding") and self.top_k == self.num_experts:
             raise ValueError(f"router: got {self.router!r} with top_k={self.top_k} of as many experts, wanted fewer")
         check_choice("dtype", self.dtype, DTYPES)
+        if self.fp8 and self.dtype == "float64":
+            raise ValueError("fp8: got True with dtype 'float64', wanted 'float32' or 'bfloat16'")
         check_choice("backend", self.backend, BACKENDS)
 
     @property

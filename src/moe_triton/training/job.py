@@ -16,7 +16,7 @@ from rich.console import Console
 
 from moe_triton.runtime import installed_version
 from moe_triton.training.checkpoint import Checkpoint, read_checkpoint, restore
-from moe_triton.training.config import KINDS, TrainConfig, check_machine
+from moe_triton.training.config import KINDS, TrainConfig, check_machine, default_device
 from moe_triton.training.data import Corpus, evaluation_windows, load_corpus
 from moe_triton.training.display import Display
 from moe_triton.training.errors import TrainingError
@@ -79,7 +79,7 @@ def run_job(
     """
     if checkpoint_every < 1:
         raise TrainingError(f"checkpoint_every: got {checkpoint_every}, wanted at least 1")
-    device = str(options.get("device", TrainConfig.device))
+    device = str(options.get("device") or saved_device(out, resume) or default_device())
     with started_workers(ep, ep_mode, ep_chunks, device) as workers, contextlib.ExitStack() as lock:
         with workers.together():  # the first process holds the lock of the directory, before it looks into it
             is_new = not out.is_dir()
@@ -204,6 +204,12 @@ def saved_checkpoints(out: Path, resume: bool) -> dict[str, Checkpoint]:
     return saved if resume else {}
 
 
+def saved_device(out: Path, resume: bool) -> str | None:
+    """Return the device of the run to continue; None where there is none."""
+    found = read_checkpoint(run_files(out, "moe").checkpoint) if resume else None
+    return None if found is None else found.config.device
+
+
 def has_contents(path: Path) -> bool:
     """Return whether writing the file would lose anything."""
     return path.exists() and (not path.is_file() or path.stat().st_size > 0)
@@ -224,7 +230,11 @@ def settings(options: Mapping[str, Any], saved: Mapping[str, Checkpoint], out: P
         given = getattr(config, name)
         if given != value and name != "data":  # the text itself is compared, not its path
             option = name.replace("_", "-")
-            raise TrainingError(f"--{option}: got {given}, but the run in {out} that --resume continues has {value}")
+            why = "; its learning rates are made for that many: a longer run is a new one, in another --out"
+            raise TrainingError(
+                f"--{option}: got {given}, but the run in {out} that --resume continues has {value}"
+                + why * (name == "steps")
+            )
     return config
 
 
@@ -233,7 +243,8 @@ def train_kind(run: Run, kind: str) -> LanguageModel:
     saved, steps = run.saved.get(kind), run.config.steps
     done = 0 if saved is None else saved.step
     if saved is not None:
-        run.console.print(f"{kind}: going on after step {done} of {steps}", highlight=False)
+        is_over = " (it is finished; for more steps, start a new run in another --out)" if done == steps else ""
+        run.console.print(f"{kind}: going on after step {done} of {steps}{is_over}", highlight=False, soft_wrap=True)
     options: dict[str, Any] = {}
     if kind == "moe" and run.dense is not None:
         options["start"] = partial(upcycle_into, dense=run.dense)

@@ -95,7 +95,8 @@ class LanguageModel(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
         self.head = nn.Linear(config.hidden_size, VOCABULARY, bias=False)
         self.reset_parameters()
-        self.to(getattr(torch, config.dtype))
+        self.computes_in_bf16 = config.dtype == "bfloat16"
+        self.to(torch.float32 if self.computes_in_bf16 else getattr(torch, config.dtype))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -107,7 +108,11 @@ class LanguageModel(nn.Module):
                 weight.mul_(scale)
 
     def forward(self, tokens: Tensor) -> LanguageModelOutput:
-        """tokens [B, S] int64 -> the logits of every next byte."""
+        """tokens [B, S] int64 -> the logits of every next byte, in the parameters' dtype."""
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.computes_in_bf16):
+            return self._forward(tokens)
+
+    def _forward(self, tokens: Tensor) -> LanguageModelOutput:
         x = self.embedding(tokens)
         cos, sin = rotary_table(tokens.shape[1], self.head_size, x.device)
         layers: list[MoEOutput] = []
@@ -115,7 +120,7 @@ class LanguageModel(nn.Module):
             x, out = block(x, cos, sin, tokens)
             if out is not None:
                 layers.append(out)
-        logits = self.head(self.norm(x))
+        logits = self.head(self.norm(x)).to(x.dtype)
         if not layers:
             return LanguageModelOutput(logits, logits.new_zeros(()), tokens.new_zeros(len(self.blocks), 0))
         aux_loss = torch.stack([layer.aux_loss for layer in layers]).mean()
@@ -160,6 +165,7 @@ def feed_forward(
         config.num_experts,
         top_k,
         router=router,
+        fp8=config.fp8,
         expert_parallel=parallel,
         backend=config.backend,
         **layer,

@@ -30,6 +30,11 @@ svg { width: 100%; height: auto; display: block; margin: 8px 0; } svg text { fon
 .bar span { display: inline-block; width: 160px; height: 10px; border: 1px solid #e5e7eb; }
 pre { background: #f9fafb; border: 1px solid #e5e7eb; border-radius: 6px; padding: 14px; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13px; }
 pre .prompt { color: #9ca3af; }
+.scroll { overflow-x: auto; }
+@media (max-width: 640px) {
+  body { margin: 16px auto; padding: 0 14px; font-size: 15px; } .scroll svg { min-width: 620px; } svg text { font-size: 14px; }
+  th, td { padding: 5px 6px; font-size: 14px; }
+}
 """  # noqa: E501 (a style sheet)
 
 
@@ -49,6 +54,7 @@ def render_report(summary: Mapping[str, Any], history: Mapping[str, list[dict[st
     body = "".join(f"<section><h2>{escape(title)}</h2>{content}</section>" for title, content in sections)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>moe-triton train</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{STYLE}</style></head><body><h1>moe-triton train</h1><p>{headline(summary)}</p>{body}</body></html>\n"
     )
 
@@ -68,7 +74,7 @@ def headline(summary: Mapping[str, Any]) -> str:
 def table(header: Iterable[str], rows: Iterable[Iterable[str]], css: str = "") -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<table class="{css}"><tr>{head}</tr>{body}</table>'
+    return f'<div class="scroll"><table class="{css}"><tr>{head}</tr>{body}</table></div>'
 
 
 def results_table(summary: Mapping[str, Any], kinds: list[str]) -> str:
@@ -98,11 +104,10 @@ def loss_chart(history: Mapping[str, list[dict[str, Any]]]) -> str:
         losses = [record["train_loss"] for record in records]
         curves.append(Curve(NAMES[kind], COLORS[kind], losses, faint=True))
         curves.append(Curve(NAMES[kind], COLORS[kind], smooth(losses, len(losses) / 100)))
-    bold = [curve.values for curve in curves if not curve.faint]
-    low = min(min(values) for values in bold)
-    high = max(values[len(values) // 12] for values in bold)  # the first steps would flatten all the rest
-    low, high = low - 0.05 * (high - low), high + 0.02
-    return line_chart(curves, label="nats per byte; bold: moving average", low=low, high=high, title="training loss")
+    shown = [value for curve in curves for value in curve.values if math.isfinite(value)]
+    low, high = 0.98 * min(shown, default=1.0), 1.02 * max(shown, default=1.0)
+    label = "nats per byte, on a logarithmic scale; bold: moving average"
+    return line_chart(curves, label=label, low=low, high=high, log=True, title="training loss")
 
 
 def load_section(records: list[dict[str, Any]]) -> str:

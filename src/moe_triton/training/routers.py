@@ -48,7 +48,7 @@ ROUTERS: dict[str, Callable[[TrainConfig], RouterSetup]] = {
     "topk_softmax": lambda config: RouterSetup({"score": "topk_softmax"}, {}),
     "sigmoid": lambda config: RouterSetup({"score": "sigmoid"}, {}),
     "sqrt_softplus": lambda config: RouterSetup({"score": "sqrt_softplus"}, {}),
-    "groups": lambda config: RouterSetup({"num_groups": 4, "top_groups": 2}, {}),
+    "groups": lambda config: RouterSetup({"num_groups": 4, "top_groups": 2, "group_score": "top2_sum"}, {}),
     "per_sequence": lambda config: RouterSetup({}, {**NO_LOSS, "sequence_loss_weight": config.aux_loss_weight}),
     "sign_bias": lambda config: RouterSetup({"score": "sigmoid", "choice_bias": True}, NO_LOSS),
     "quantile_bias": lambda config: RouterSetup(

@@ -21,7 +21,7 @@ def test_blocks_cover_every_row_once(sizes: list[int]) -> None:
     for policy in (CpuPolicy(shapes_recur=False, num_threads=2), CpuPolicy(shapes_recur=True)):
         for most_batched_rows in (0, 32, 320):
             check_blocks(blocks.cut(bounds, policy, most_batched_rows), policy, sizes, bounds)
-            check_layout(blocks.Layout(bounds, policy, most_batched_rows))
+            check_layout(blocks.Layout(torch.tensor(bounds), policy, most_batched_rows))
 
 
 def check_blocks(found: list[blocks.Block], policy: CpuPolicy, sizes: list[int], bounds: list[int]) -> None:
@@ -58,8 +58,14 @@ def check_blocks(found: list[blocks.Block], policy: CpuPolicy, sizes: list[int],
 
 
 def check_layout(layout: blocks.Layout) -> None:
-    kept = len(layout.place_of_row)
-    assert torch.equal(layout.row_of_place[layout.place_of_row], torch.arange(kept))
+    kept = layout.num_rows
+    if layout.place_of_row is not None and layout.row_of_place is not None:
+        assert torch.equal(layout.row_of_place[layout.place_of_row], torch.arange(kept))
+    else:
+        assert layout.num_places == kept
+    place_of_row = layout.rows(torch.arange(layout.num_places))
+    assert torch.equal(place_of_row.unique(), place_of_row)
+    assert len(place_of_row) == kept
     values = torch.randn(kept, 3)
     there_and_back = torch.full_like(values, float("nan"))
     for index, block in enumerate(layout.blocks):

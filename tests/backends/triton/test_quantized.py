@@ -74,7 +74,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     original = triton_problem.decode
 
     def spy(weight: Any, dtype: torch.dtype) -> Any:
-        found.append(weight.scales.format)
+        found.append(weight.decoding.format)
         return original(weight, dtype)
 
     monkeypatch.setattr(triton_problem, "decode", spy)

@@ -20,6 +20,7 @@ from moe_triton.distributed import (
     ConfigurationMismatch,
     ExpertParallel,
     ExpertParallelError,
+    SymmetricMemory,
     make_groups,
     reduce_gradients,
     save_checkpoint,
@@ -156,6 +157,8 @@ WRONG_EXCHANGES = {
     "max_tokens_per_rank": {"mode": "bounded", "max_tokens_per_rank": 8},
     "max_rows_per_pair": {"mode": "bounded", "max_rows_per_pair": 3},
     "ranks_per_node": {"ranks_per_node": 2},
+    "exchange": {"exchange": SymmetricMemory()},
+    "dispatch_dtype": {"dispatch_dtype": torch.float8_e4m3fn},
 }
 
 

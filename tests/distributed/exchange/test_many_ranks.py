@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,9 @@ from torch.testing._internal.distributed.multi_threaded_pg import (
 )
 
 from moe_triton import MoE
-from moe_triton.distributed import ExpertParallel, make_groups, plan
+from moe_triton.distributed import ExpertParallel, GroupOptions, make_groups, plan
+from moe_triton.distributed import groups as groups_module
+from moe_triton.distributed.groups import control_group
 from tests.helpers.compare import assert_close
 
 HIDDEN, INTERMEDIATE, TOP_K = 8, 4, 3
@@ -109,6 +112,70 @@ def test_plans_of_4096_ranks():
         groups = getattr(tables, kind)
         assert {len(group) for group in groups} == {size}
         assert sorted(rank for group in groups for rank in group) == list(range(4096))
+
+
+SIZES = {"pp": 4, "tp": 8, "ep": 64, "dp_replicate": 2}
+MADE = ("dp", "tp", "pp", "ep", "edp", "dp_replicate", "dp_shard", "edp_shard")  # edp_replicate is dp_replicate
+
+
+def test_groups_are_made_once(world_of_4096, monkeypatch):
+    made: list[tuple[int, ...]] = []
+    original = dist.new_group
+
+    def new_group(ranks, **options):
+        made.append(tuple(ranks))
+        return original(ranks, **options)
+
+    monkeypatch.setattr(dist, "new_group", new_group)
+    tables = make_groups(**SIZES).tables
+    assert len(made) == 1 + sum(len(getattr(tables, kind)) for kind in MADE)
+    assert len(set(made)) == len(made)
+    make_groups(**SIZES)
+    assert len(set(made)) == len(made)
+
+
+def test_nccl_splits_the_world_once_for_a_kind(world_of_4096, monkeypatch):
+    splits = {}
+
+    def split_group(*, split_ranks, group_desc, **options):
+        splits[group_desc] = split_ranks
+        return dist.group.WORLD
+
+    monkeypatch.setattr(groups_module, "_is_splittable", lambda: True)
+    monkeypatch.setattr(dist, "split_group", split_group)
+    tables = make_groups(**SIZES).tables
+    assert splits == {f"moe_triton {kind}": getattr(tables, kind) for kind in MADE}
+
+
+def test_options_of_groups(world_of_4096, monkeypatch):
+    calls = []
+    monkeypatch.setattr(groups_module, "device_type", lambda: "cuda")
+    monkeypatch.setattr(groups_module, "default_timeout", lambda: timedelta(seconds=9))
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(Options=lambda **given: given), raising=False)
+    original = dist.new_group
+
+    def new_group(ranks, *, pg_options=None, **options):
+        calls.append((len(ranks), pg_options, options.get("group_desc")))
+        return original(ranks, **options)
+
+    monkeypatch.setattr(dist, "new_group", new_group)
+    urgent = GroupOptions(high_priority=True, description="tokens")
+    groups = make_groups(ep=4096, options={"ep": urgent, "dp": GroupOptions(description="unused")})
+    assert (4096, {"is_high_priority_stream": True}, "tokens") in calls, "not the default group, whose is normal"
+    assert groups.dp.handle is dist.group.WORLD
+    assert groups.ep.handle is not dist.group.WORLD
+    assert groups.control.handle is dist.group.WORLD
+    with pytest.raises(ValueError, match="options: got 'expert'"):
+        make_groups(options={"expert": urgent})
+
+
+def test_objects_travel_beside_nccl(world_of_4096, monkeypatch):
+    monkeypatch.setattr(dist, "get_backend_config", lambda group=None: "cuda:nccl")
+    made = []
+    monkeypatch.setattr(dist, "new_group", lambda ranks=None, **options: made.append(options) or dist.group.WORLD)
+    control_group()
+    control_group()
+    assert [options["backend"] for options in made] == ["gloo"]
 
 
 def test_groups_and_meshes_of_4096_ranks(world_of_4096):

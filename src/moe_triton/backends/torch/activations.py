@@ -91,11 +91,11 @@ def _halves(h_SN: Tensor, spec: ExpertSpec) -> tuple[Tensor, Tensor]:
 
 def _pointwise(x: Tensor, name: str) -> Tensor:
     if name == "silu":
-        return aten.silu(x)
+        return F.silu(x)
     if name == "gelu":
-        return aten.gelu(x)
+        return F.gelu(x)
     if name == "gelu_tanh":
-        return aten.gelu(x, approximate="tanh")
+        return F.gelu(x, approximate="tanh")
     return x.relu() if name == "relu" else x.relu().square_()
 
 

@@ -8,6 +8,7 @@ one and who share the cost of all other calls. Rows are computed at their places
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -48,27 +49,50 @@ class Layout:
     """All blocks, and the index from rows to places.
 
     blocks         in the dispatch's order
+    num_rows       kept
     num_places     of all blocks together
-    place_of_row   [kept]
-    row_of_place   [num_places]; row 0 in the padding
+    place_of_row   [num_rows]; None where every row is at the place of its number
+    row_of_place   [num_places]; row 0 in the padding; None as above
+    groups         whether `F.grouped_mm` takes the weights
     """
 
-    def __init__(self, bounds: Sequence[int], policy: CpuPolicy, most_batched_rows: int) -> None:
-        """bounds: the offsets [E+1]. most_batched_rows: the policy's; 0 also where the weights are not stacked."""
-        self.policy = policy
-        self.blocks = cut(bounds, policy, most_batched_rows)
+    def __init__(
+        self,
+        offsets: Tensor,
+        policy: CpuPolicy,
+        most_batched_rows: int,
+        flops_per_row: float = math.inf,
+        *,
+        shared_rows: int = 0,
+        groups: bool = False,
+    ) -> None:
+        """offsets: [E+1]. most_batched_rows: the policy's; 0 also where the weights are not stacked.
+
+        flops_per_row: of the larger product; for `CpuPolicy.padded`. shared_rows: see `cut`.
+        """
+        bounds: list[int] = offsets.tolist()
+        self.offsets, self.policy = offsets, policy
+        self.blocks = cut(bounds, policy, most_batched_rows, flops_per_row, shared_rows)
+        self.num_rows = bounds[-1]
         self.num_places = self.blocks[-1].places.stop if self.blocks else 0
-        self.place_of_row = self.row_of_place = torch.arange(bounds[-1])
+        self.place_of_row: Tensor | None = None
+        self.row_of_place: Tensor | None = None
+        self.groups = groups
         self._padding_of: dict[int, Tensor] = {}
-        if self.num_places > bounds[-1]:
+        if self.num_places > self.num_rows:
             shift = [0] * (len(bounds) - 1)
             for block in self.blocks:
                 for e, part in block.parts:
                     shift[e] = block.places.start + part.start - bounds[e]
-            rows = self.row_of_place
+            rows = torch.arange(self.num_rows)
             self.place_of_row = rows + torch.tensor(shift).repeat_interleave(torch.tensor(bounds).diff())
             self.row_of_place = rows.new_zeros(self.num_places)
             self.row_of_place[self.place_of_row] = rows
+
+    @property
+    def is_one_block(self) -> bool:
+        """Whether there is one block, without padding."""
+        return len(self.blocks) == 1 and self.place_of_row is None
 
     def clear(self, index: int, values: Tensor) -> Tensor:
         """Zeros, in place, in the padding of block `index`, if a product over all places will read it.
@@ -87,6 +111,7 @@ class Layout:
     def _padding(self, index: int) -> Tensor:
         """The places of block `index` that no row has, counted from its first."""
         if index not in self._padding_of:
+            assert self.place_of_row is not None
             block = self.blocks[index]
             is_padding = torch.ones(block.size, dtype=torch.bool)
             is_padding[self.place_of_row[block.rows] - block.places.start] = False
@@ -98,59 +123,72 @@ class Layout:
         block = self.blocks[index]
         if not block.is_padded:
             return row_values[block.rows]
+        assert self.row_of_place is not None
         return self.clear(index, row_values.index_select(0, self.row_of_place[block.places]))
 
     def collect(self, index: int, place_values: Tensor, out: Tensor) -> None:
         """Writes to the rows of `out` what is at the places of block `index`."""
         block = self.blocks[index]
         if block.is_padded:
+            assert self.place_of_row is not None
             place = self.place_of_row[block.rows] - block.places.start
             torch.index_select(place_values, 0, place, out=out[block.rows])
         else:
             out[block.rows] = place_values
 
+    def rows(self, place_values: Tensor) -> Tensor:
+        """Return the values of all rows, of those at all places."""
+        return place_values if self.place_of_row is None else place_values.index_select(0, self.place_of_row)
+
     def places(self, position: Tensor) -> Tensor:
         """A dispatch's position [T, K] with places instead of rows; -1 finds the place after the last."""
-        if self.num_places == len(self.place_of_row):
+        if self.place_of_row is None:
             return position.remainder(self.num_places + 1)
         return torch.cat([self.place_of_row, self.place_of_row.new_tensor([self.num_places])])[position]
 
 
-def cut(bounds: Sequence[int], policy: CpuPolicy, most_batched_rows: int) -> list[Block]:
-    """Return the blocks; every row is in one, and all of an expert's rows are in the same."""
+def cut(
+    bounds: Sequence[int],
+    policy: CpuPolicy,
+    most_batched_rows: int,
+    flops_per_row: float = math.inf,
+    shared_rows: int = 0,
+) -> list[Block]:
+    """Return the blocks; every row is in one, and all of an expert's rows are in the same.
+
+    shared_rows: of a block whose experts have products of their own at most, where that is more than the policy's.
+    """
+    shared_rows = max(shared_rows, policy.shared_block_rows)
     sizes = [end - start for start, end in pairwise(bounds)]
     blocks: list[Block] = []
     e = 0
     while e < len(sizes):
-        place = blocks[-1].places.stop if blocks else 0
-        stop = _batch_end(sizes, e, policy, most_batched_rows)
+        stop = _batch_end(sizes, e, policy, most_batched_rows) if most_batched_rows else e + 1
         if stop > e + 1:
+            place = blocks[-1].places.stop if blocks else 0
             blocks.append(_batched(bounds, range(e, stop), place, policy))
         elif sizes[e] > 0:
-            block = _alone(bounds, e, place, policy)
-            shares = bool(blocks) and _may_share(blocks[-1], block, policy)
-            blocks.append(_shared(blocks.pop(), block) if shares else block)
+            rows = slice(bounds[e], bounds[e + 1])
+            _add_alone(blocks, rows, policy.padded(sizes[e], flops_per_row=flops_per_row), e, shared_rows)
         e = stop
     return blocks
 
 
-def _alone(bounds: Sequence[int], expert: int, place: int, policy: CpuPolicy) -> Block:
-    """Return the block of one expert, which begins at `place`."""
-    rows = slice(bounds[expert], bounds[expert + 1])
-    size = policy.padded(rows.stop - rows.start)
-    return Block(rows, slice(place, place + size), [(expert, slice(0, size))])
+def _add_alone(blocks: list[Block], rows: slice, size: int, expert: int, shared_rows: int) -> None:
+    """Add an expert with products of its own over `size` places: to the last block if it may share it, else alone."""
+    last = blocks[-1] if blocks else None
+    if last is not None and size == rows.stop - rows.start and _may_share(last, size, shared_rows):
+        last.parts.append((expert, slice(last.size, last.size + size)))
+        last.rows = slice(last.rows.start, rows.stop)
+        last.places = slice(last.places.start, last.places.stop + size)
+    else:
+        place = 0 if last is None else last.places.stop
+        blocks.append(Block(rows, slice(place, place + size), [(expert, slice(0, size))]))
 
 
-def _shared(first: Block, second: Block) -> Block:
-    """Return the block of the experts of both, whose products stay their own."""
-    later = [(e, slice(first.size + part.start, first.size + part.stop)) for e, part in second.parts]
-    rows = slice(first.rows.start, second.rows.stop)
-    return Block(rows, slice(first.places.start, second.places.stop), [*first.parts, *later])
-
-
-def _may_share(first: Block, second: Block, policy: CpuPolicy) -> bool:
-    is_full = first.size + second.size > policy.shared_block_rows
-    return first.batch is None and not (first.is_padded or second.is_padded or is_full)
+def _may_share(last: Block, size: int, shared_rows: int) -> bool:
+    """Whether an expert that needs no padding may join the block."""
+    return last.batch is None and not last.is_padded and last.size + size <= shared_rows
 
 
 def _batched(bounds: Sequence[int], experts: range, place: int, policy: CpuPolicy) -> Block:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -28,7 +29,7 @@ class CpuPolicy:
 
     shapes_recur        whether a product of a new shape costs the compilation of a kernel
     linear              by dtype, oneDNN's product where it is faster than torch.mm
-    linear_from         the fewest FLOPs of a product that it is used for: a call costs 12 us more than one of torch.mm
+    linear_from         the fewest FLOPs of a product that it is used for: each call packs the matrix anew
     most_batched_rows   by dtype, up to how many rows (forward, backward) an expert may share one batched product with
                         its neighbours; not at all in other dtypes
     row_quantum         of what number the rows of a product are a multiple where shapes should recur
@@ -43,7 +44,7 @@ class CpuPolicy:
 
     shapes_recur: bool
     linear: Mapping[torch.dtype, Callable[..., Tensor]] = field(default_factory=dict)
-    linear_from: int = 1 << 22
+    linear_from: int = 1 << 24
     most_batched_rows: Mapping[torch.dtype, tuple[int, int]] = field(default_factory=dict)
     row_quantum: int = 16
     shared_block_rows: int = 256
@@ -64,13 +65,18 @@ class CpuPolicy:
             return 0  # without threads MKL's batches gain nothing that pays for padding
         return self.most_batched_rows.get(dtype, (0, 0))[backward]
 
-    def padded(self, num_rows: int, *, batched: bool = False) -> int:
-        """Return the number of rows to compute for `num_rows`, which recurs where shapes should."""
+    def padded(self, num_rows: int, *, batched: bool = False, flops_per_row: float = math.inf) -> int:
+        """Return the number of rows to compute for `num_rows`, which recurs where shapes should.
+
+        flops_per_row: of the larger product of these rows, where torch.mm multiplies what is below `linear_from`: it
+        compiles nothing.
+        """
         if self.fixed_rows:
             return -(-num_rows // self.fixed_rows) * self.fixed_rows
         if not self.shapes_recur or (num_rows <= self.row_quantum and not batched):
             return num_rows
-        return -(-num_rows // self.row_quantum) * self.row_quantum
+        size = -(-num_rows // self.row_quantum) * self.row_quantum
+        return num_rows if not batched and size * flops_per_row < self.linear_from else size
 
     def product(
         self, left_mk: Tensor, right_nk: Tensor, bias_n: Tensor | None = None, out: Tensor | None = None
@@ -90,6 +96,10 @@ class CpuPolicy:
         if more_n:
             y_mn = y_mn[:, :size_n] if out is None else out.copy_(y_mn[:, :size_n])
         return y_mn
+
+    def by_mm(self, dtype: torch.dtype, flops: float) -> bool:
+        """Return whether torch.mm computes a product of so many FLOPs."""
+        return not self.fixed_rows and (dtype not in self.linear or flops < self.linear_from)
 
     def _product(self, left_mk: Tensor, right_nk: Tensor, bias_n: Tensor | None, out: Tensor | None) -> Tensor:
         """`product` in one call of a library."""
@@ -246,3 +256,16 @@ def batched_product(
     """Compute left @ right.T + bias for each of C."""
     y_Cmn = torch.bmm(left_Cmk, right_Cnk.mT, out=out)
     return y_Cmn if bias_Cn is None else y_Cmn.add_(bias_Cn[:, None])
+
+
+GROUPED_DTYPES = (torch.float32, torch.bfloat16)  # that `F.grouped_mm` takes on a CPU
+
+
+def is_aligned(left_SI: Tensor, right_GIO: Tensor) -> bool:
+    """Return whether `F.grouped_mm` takes these and returns dense rows: everything lies in steps of 16 bytes."""
+    unit = 16 // left_SI.element_size()
+    step_e, step_i, step_o = right_GIO.stride()
+    is_dense = left_SI.stride(1) == 1 and (step_i == 1 or step_o == 1)
+    steps = left_SI.stride(0) | step_e | (step_o if step_i == 1 else step_i)
+    addresses = left_SI.data_ptr() | right_GIO.data_ptr()
+    return is_dense and (steps | right_GIO.shape[2]) % unit == 0 and addresses % 16 == 0

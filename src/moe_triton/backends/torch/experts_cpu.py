@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from typing import cast
 
 import torch
@@ -16,25 +16,37 @@ from moe_triton.backends.torch.activations import (
     activate_for_backward,
 )
 from moe_triton.backends.torch.blocks import Block, Layout
-from moe_triton.backends.torch.cpu import CpuPolicy, batched_product, invariant_policy, this_cpu
-from moe_triton.backends.torch.decoded import Decoded
-from moe_triton.backends.torch.memory import empty
+from moe_triton.backends.torch.cpu import (
+    GROUPED_DTYPES,
+    CpuPolicy,
+    invariant_policy,
+    this_cpu,
+)
+from moe_triton.backends.torch.memory import LARGE, empty
+from moe_triton.backends.torch.products import (
+    add_products,
+    affine,
+    all_outer_products,
+    matrices,
+    narrow,
+    outer_products,
+    products,
+    readable,
+    transposed,
+)
 from moe_triton.backends.torch.rows import row_slots, scatter_to_slots, sum_rows
-from moe_triton.quantization import QuantizedWeight
 from moe_triton.records import (
     ExpertCall,
     ExpertGradients,
-    ExpertSpec,
     ExpertWeight,
     Lora,
     ParameterGradients,
-    Projection,
     RowGradients,
     Wanted,
     as_given,
 )
 
-Matrices = Callable[[int | slice], Tensor]  # expert -> its projection as [out, in]; or several experts'
+SHARED_ELEMENTS = 1 << 18  # of the input and the pre-activation of a block of narrow rows: a megabyte of fp32
 
 
 def experts_forward(
@@ -45,20 +57,25 @@ def experts_forward(
     The definition is `moe_triton.reference.moe_experts`.
     """
     hidden, spec, layout, parameters = call.hidden, call.spec, _layout(call, policy, backward=False), call.parameters
-    up, down = (_matrices(p, spec, hidden.dtype) for p in parameters[:2])
-    up_lora, down_lora = _readable(call.gate_up_lora), _readable(call.down_lora)
-    tokens, weights = row_slots(call, layout.row_of_place)
+    up, down = (matrices(p, spec, hidden.dtype) for p in parameters[:2])
+    up_lora, down_lora = readable(call.gate_up_lora), readable(call.down_lora)
+    tokens, weights = row_slots(call, layout.num_rows, layout.row_of_place)
+    if layout.is_one_block and layout.num_rows == call.num_rows:
+        h = affine(layout, layout.blocks[0], hidden.index_select(0, tokens), up, parameters.gate_up_bias, up_lora)
+        a = activate_by_full_vectors(h, spec) if spec.batch_invariant else activate(h, spec)
+        y = affine(layout, layout.blocks[0], a, down, parameters.down_bias, down_lora).mul_(weights)
+        return sum_rows(y, call.dispatched.position), h if keep_preactivation else hidden.new_empty(0)
     y = empty((layout.num_places + 1, call.hidden_size), hidden.dtype)
     kept = empty((call.num_rows, call.width), hidden.dtype) if keep_preactivation else None
     for index, block in enumerate(layout.blocks):
         here = block.places
         x = hidden.index_select(0, tokens[here])  # a padding row is some token's here, and nothing reads its results
         h_out = None if kept is None or block.is_padded else kept[block.rows]
-        h = _affine(layout, block, x, up, parameters.gate_up_bias, up_lora, h_out)
+        h = affine(layout, block, x, up, parameters.gate_up_bias, up_lora, h_out)
         if kept is not None and h_out is None:
             layout.collect(index, h, kept)
         a = activate_by_full_vectors(h, spec) if spec.batch_invariant else activate(h, spec)
-        rows = _affine(layout, block, a, down, parameters.down_bias, down_lora)
+        rows = affine(layout, block, a, down, parameters.down_bias, down_lora)
         torch.mul(rows, weights[here], out=y[here])
     out = sum_rows(y, layout.places(call.dispatched.position), zero_row=layout.num_places)
     return out, hidden.new_empty(0) if kept is None else kept
@@ -138,7 +155,7 @@ class BlockBuffers:
 
     def __init__(self, layout: Layout, call: ExpertCall, grad_out: Tensor) -> None:
         self._layout, self._hidden, self._grad_out = layout, call.hidden, grad_out
-        self._tokens, self.weights = row_slots(call, layout.row_of_place)
+        self._tokens, self.weights = row_slots(call, layout.num_rows, layout.row_of_place)
         most = max((block.size for block in layout.blocks), default=0)
         widths = (call.hidden_size, call.hidden_size, call.intermediate_size, call.width)
         self.x, self.dy, self.weighted_a, self.dh = (empty((most, width), call.hidden.dtype) for width in widths)
@@ -158,9 +175,9 @@ class RowsPass:
 
     def __init__(self, call: ExpertCall, layout: Layout, preactivation: Tensor, wanted: Wanted) -> None:
         self.call, self.layout, self.preactivation = call, layout, preactivation
-        up, down = (_matrices(p, call.spec, call.hidden.dtype) for p in call.parameters[:2])
-        self.up, self.up_back, self.down_back = up, _transposed(up), _transposed(down)
-        self.up_lora, self.down_lora = _readable(call.gate_up_lora), _readable(call.down_lora)
+        up, down = (matrices(p, call.spec, call.hidden.dtype) for p in call.parameters[:2])
+        self.up, self.up_back, self.down_back = up, transposed(up), transposed(down)
+        self.up_lora, self.down_lora = readable(call.gate_up_lora), readable(call.down_lora)
         shape = (layout.num_places + 1, call.hidden_size)
         self.dx = empty(shape, call.hidden.dtype) if wanted.hidden else None
         self.dw = call.weights.new_empty(layout.num_places) if wanted.weights else None
@@ -175,13 +192,13 @@ class RowsPass:
         if self.preactivation.numel() > 0:
             h = self.layout.spread(index, self.preactivation)
         else:
-            h = _affine(self.layout, block, x, self.up, parameters.gate_up_bias, self.up_lora)
+            h = affine(self.layout, block, x, self.up, parameters.gate_up_bias, self.up_lora)
             h = self.layout.clear(index, h)
         a, activated_gate = activate_for_backward(h, spec)
-        da = _products(self.layout, block, dy, self.down_back)
+        da = products(self.layout, block, dy, self.down_back)
         if self.down_lora is not None:
-            work.down_u = _narrow(self.layout, block, dy, self.down_lora.b.mT, self.down_lora.scaling)
-            _add_products(self.layout, block, work.down_u, self.down_lora.a.mT, da)
+            work.down_u = narrow(self.layout, block, dy, self.down_lora.b.mT)
+            add_products(self.layout, block, work.down_u, self.down_lora.a.mT, da)
         if self.dw is not None:
             self.dw[here] = torch.linalg.vecdot(da, a)
             if parameters.down_bias is not None:
@@ -191,11 +208,13 @@ class RowsPass:
             torch.mul(a, w, out=weighted_a)
         activate_backward(da.mul_(w), h, activated_gate, spec, dh)
         if self.dx is not None:
-            dx = _products(self.layout, block, dh, self.up_back, out=self.dx[here])
-            if self.up_lora is not None:
-                work.up_u = _narrow(self.layout, block, dh, self.up_lora.b.mT, self.up_lora.scaling)
-                _add_products(self.layout, block, work.up_u, self.up_lora.a.mT, dx)
-                _copy_to(self.dx[here], dx)
+            if self.up_lora is None:
+                products(self.layout, block, dh, self.up_back, out=self.dx[here])
+            else:
+                dx = products(self.layout, block, dh, self.up_back)
+                work.up_u = narrow(self.layout, block, dh, self.up_lora.b.mT)
+                add_products(self.layout, block, work.up_u, self.up_lora.a.mT, dx)
+                self.dx[here] = dx
 
     def results(self) -> tuple[Tensor | None, Tensor | None]:
         layout, call = self.layout, self.call
@@ -203,7 +222,7 @@ class RowsPass:
             None
             if self.dx is None
             else sum_rows(self.dx, layout.places(call.dispatched.position), zero_row=layout.num_places),
-            None if self.dw is None else scatter_to_slots(call, self.dw.index_select(0, layout.place_of_row)),
+            None if self.dw is None else scatter_to_slots(call, layout.rows(self.dw)),
         )
 
 
@@ -212,10 +231,13 @@ class WeightsPass:
 
     def __init__(self, call: ExpertCall, layout: Layout, wanted: Wanted) -> None:
         self.spec, self.layout, self.parameters = call.spec, layout, call.parameters
-        self.up_lora, self.down_lora = _readable(call.gate_up_lora), _readable(call.down_lora)
+        self.scalings = (call.spec.gate_up_scaling, call.spec.down_scaling)
+        self.up_lora, self.down_lora = readable(call.gate_up_lora), readable(call.down_lora)
+        self.wanted = wanted.of(self.parameters)
+        in_one_call = _makes_gradients_in_one_call(call, layout)
         self.grads = [
-            _gradient(cast(ExpertWeight, p), layout.blocks) if want else None
-            for p, want in zip(self.parameters, wanted.of(self.parameters)[2:], strict=True)
+            _gradient(cast(ExpertWeight, p), layout.blocks) if want and not (in_one_call and i < 2) else None
+            for i, (p, want) in enumerate(zip(self.parameters, self.wanted[2:], strict=True))
         ]
 
     def run(self, index: int, work: BlockBuffers) -> None:
@@ -224,13 +246,17 @@ class WeightsPass:
         grad_up, grad_down, grad_up_bias, grad_down_bias, *grad_loras = self.grads
         x, dy, weighted_a, dh = (buffer[: block.size] for buffer in (work.x, work.dy, work.weighted_a, work.dh))
         if grad_down is not None:
-            _outer_products(self.layout, block, *self._as_laid_out(weighted_a, dy), grad_down)
+            outer_products(self.layout, block, *self._as_laid_out(weighted_a, dy), grad_down)
+        elif self.wanted.down:
+            self.grads[1] = all_outer_products(self.layout, *self._as_laid_out(weighted_a, dy))
         if grad_down_bias is not None:
             weighted_dy = dy * work.weights[block.places]
             for e, part in block.parts:
                 grad_down_bias[e] = weighted_dy[part].sum(0)
         if grad_up is not None:
-            _outer_products(self.layout, block, *self._as_laid_out(x, dh), grad_up)
+            outer_products(self.layout, block, *self._as_laid_out(x, dh), grad_up)
+        elif self.wanted.gate_up:
+            self.grads[0] = all_outer_products(self.layout, *self._as_laid_out(x, dh))
         if grad_up_bias is not None:
             for e, part in block.parts:
                 grad_up_bias[e] = dh[part].sum(0)
@@ -251,16 +277,19 @@ class WeightsPass:
         if lora is None:
             return
         if grad_a is not None:
-            u = _narrow(self.layout, block, dy, lora.b.mT, lora.scaling) if u is None else u
-            _outer_products(self.layout, block, u, x, grad_a)
+            u = narrow(self.layout, block, dy, lora.b.mT) if u is None else u
+            outer_products(self.layout, block, u, x, grad_a)
         if grad_b is not None:
-            _outer_products(self.layout, block, dy, _narrow(self.layout, block, x, lora.a, lora.scaling), grad_b)
+            outer_products(self.layout, block, dy, narrow(self.layout, block, x, lora.a), grad_b)
 
     def _as_laid_out(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
         """The factors of a projection's gradient, first the one that gives its first dimension."""
         return (x, dy) if self.spec.is_transposed else (dy, x)
 
     def results(self) -> ParameterGradients:
+        for grad_b, scaling in zip(self.grads[5::2], self.scalings, strict=True):
+            if grad_b is not None and scaling != 1.0:
+                grad_b.mul_(scaling)
         return ParameterGradients(*(as_given(p, g) for p, g in zip(self.parameters, self.grads, strict=True)))
 
 
@@ -268,125 +297,25 @@ def _layout(call: ExpertCall, policy: CpuPolicy | None, *, backward: bool) -> La
     if call.spec.batch_invariant and not backward:
         policy = invariant_policy()
     policy = policy or this_cpu()
-    are_stacked = all(p is None or isinstance(p, Tensor) for p in call.parameters)
-    most = policy.most_batched(call.hidden.dtype, backward=backward) if are_stacked else 0
-    return Layout(call.dispatched.offsets.tolist(), policy, most)
+    are_stacked = all(isinstance(p, Tensor) for p in call.parameters if p is not None)
+    dtype = call.hidden.dtype
+    most = policy.most_batched(dtype, backward=backward) if are_stacked else 0
+    flops_per_row = 2 * call.width * call.hidden_size if dtype in policy.linear else math.inf
+    groups = are_stacked and dtype in GROUPED_DTYPES and not policy.fixed_rows
+    shared_rows = SHARED_ELEMENTS // max(call.width + call.hidden_size, 1)
+    return Layout(call.dispatched.offsets, policy, most, flops_per_row, shared_rows=shared_rows, groups=groups)
 
 
-def _matrices(projection: Projection, spec: ExpertSpec, dtype: torch.dtype) -> Matrices | Decoded:
-    """The projections as [out, in], views; quantised ones are decoded to `dtype`."""
-    if isinstance(projection, QuantizedWeight):
-        return Decoded(projection.mT if spec.is_transposed else projection, dtype)
-    of = cast(Tensor, projection)  # what is not stacked is never sliced
-    return (lambda e: of[e].mT) if spec.is_transposed else (lambda e: of[e])
-
-
-def _transposed(matrices: Matrices | Decoded) -> Matrices | Decoded:
-    return matrices.mT if isinstance(matrices, Decoded) else lambda e: matrices(e).mT
-
-
-def _products(
-    layout: Layout,
-    block: Block,
-    x_mI: Tensor,
-    weight: Matrices | Decoded,
-    biases: ExpertWeight | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """x @ weight(e).T + bias[e] for the rows of every expert e of the block, [m, O]; `out`: see `CpuPolicy.product`."""
-    if block.batch is not None and not isinstance(weight, Decoded):
-        count = block.batch.stop - block.batch.start
-        x_CmI = x_mI.view(count, -1, x_mI.shape[1])
-        bias_CO = cast(Tensor, biases)[block.batch] if biases is not None else None
-        out_CmO = None if out is None else out.view(count, -1, out.shape[1])
-        return batched_product(x_CmI, weight(block.batch), bias_CO, out_CmO).flatten(0, 1)
-    if len(block.parts) == 1:
-        e = block.parts[0][0]
-        return _product(layout.policy, x_mI, weight, e, biases, out)
-    if out is None:
-        size = weight.size_out if isinstance(weight, Decoded) else weight(block.parts[0][0]).shape[0]
-        out = x_mI.new_empty(x_mI.shape[0], size)
-    for e, part in block.parts:
-        _product(layout.policy, x_mI[part], weight, e, biases, out[part])
-    return out
-
-
-def _product(
-    policy: CpuPolicy,
-    x_mI: Tensor,
-    weight: Matrices | Decoded,
-    expert: int,
-    biases: ExpertWeight | None,
-    out: Tensor | None,
-) -> Tensor:
-    """x @ weight(expert).T + bias[expert] for the rows of one expert; `out`: see `CpuPolicy.product`."""
-    bias = None if biases is None else biases[expert]
-    if isinstance(weight, Decoded):
-        return weight.product(policy, x_mI, expert, bias, out)
-    return policy.product(x_mI, weight(expert), bias, out)
-
-
-def _affine(
-    layout: Layout,
-    block: Block,
-    x_mI: Tensor,
-    weight: Matrices | Decoded,
-    biases: ExpertWeight | None,
-    lora: Lora | None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """`_products` with the adapter's part: + scaling * (x @ a(e).T) @ b(e).T."""
-    y_mO = _products(layout, block, x_mI, weight, biases, out)
-    if lora is not None:
-        _add_products(layout, block, _narrow(layout, block, x_mI, lora.a, lora.scaling), lora.b, y_mO)
-        if out is not None:
-            _copy_to(out, y_mO)
-    return y_mO
-
-
-def _narrow(layout: Layout, block: Block, x_mI: Tensor, factor_ErI: Tensor, scaling: float) -> Tensor:
-    """scaling * x @ factor[e].T for the rows of every expert e of the block, [m, r]."""
-    t_mr = _products(layout, block, x_mI, lambda e: factor_ErI[e])
-    return t_mr if scaling == 1.0 else t_mr.mul_(scaling)
-
-
-def _add_products(layout: Layout, block: Block, t_mr: Tensor, factor_EOr: Tensor, y_mO: Tensor) -> None:
-    """y += t @ factor[e].T for the rows of every expert e of the block."""
-    if block.batch is not None:
-        count = block.batch.stop - block.batch.start
-        t_Cmr, y_CmO = (rows.view(count, -1, rows.shape[1]) for rows in (t_mr, y_mO))
-        y_CmO.baddbmm_(t_Cmr, factor_EOr[block.batch].mT)
-        return
-    for e, part in block.parts:
-        if layout.policy.fixed_rows:
-            y_mO[part] += layout.policy.product(t_mr[part], factor_EOr[e])
-        else:
-            y_mO[part].addmm_(t_mr[part], factor_EOr[e].mT)
-
-
-def _copy_to(out: Tensor, values: Tensor) -> None:
-    """Writes values to out, unless they are there."""
-    if values.data_ptr() != out.data_ptr():
-        out.copy_(values)
-
-
-def _readable(lora: Lora | None) -> Lora | None:
-    """The adapter with factors that a product reads as they lie; PEFT's b has neither dimension contiguous."""
-    if lora is None:
-        return None
-    a, b = (x if 1 in x.stride()[1:] else x.contiguous() for x in (lora.a, lora.b))
-    return Lora(a, b, lora.scaling)
-
-
-def _outer_products(layout: Layout, block: Block, left: Tensor, right: Tensor, grad: Tensor) -> None:
-    """Writes left.T @ right over the rows of every expert of the block."""
-    if block.batch is not None and layout.policy.shapes_recur:
-        count = block.batch.stop - block.batch.start
-        left_Cmo, right_Cmi = (rows.view(count, -1, rows.shape[1]) for rows in (left, right))
-        batched_product(left_Cmo.mT, right_Cmi.mT, out=grad[block.batch])
-        return
-    for e, part in block.parts:  # a batch would gain less here than summing over the padding costs
-        layout.policy.product(left[part].T, right[part].T, out=grad[e])
+def _makes_gradients_in_one_call(call: ExpertCall, layout: Layout) -> bool:
+    """Whether `all_outer_products` makes the projections' gradients, with the bits of torch.mm for each expert."""
+    if not (layout.groups and layout.is_one_block):
+        return False
+    sizes = call.hidden_size, call.width, call.intermediate_size
+    matrix = call.hidden_size * call.width
+    most_rows = max(part.stop - part.start for _, part in layout.blocks[0].parts)
+    flops, dtype = 2 * matrix * most_rows, call.hidden.dtype
+    is_small = call.num_experts * matrix * dtype.itemsize < LARGE  # a larger one gets used memory: see `empty`
+    return is_small and layout.policy.by_mm(dtype, flops) and not any(size * dtype.itemsize % 16 for size in sizes)
 
 
 def _gradient(weights: ExpertWeight | None, blocks: list[Block]) -> Tensor | None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from moe_triton.records import RouterSpec
 from moe_triton.reference import EPS, choice_keys, normalised_and_chosen, router_scores, unless_empty, wide
 
+SORTED_ELEMENTS = 4096  # of so few keys a whole sort takes less time than the operations that spare it
+
 
 def top_choices(keys_TE: Tensor, top_k: int) -> Tensor:
     """Indices [T, K] int64 of the K highest keys, highest first; the lower index wins a tie."""
-    if keys_TE.dtype != torch.float32:
+    if keys_TE.dtype != torch.float32 or keys_TE.numel() <= SORTED_ELEMENTS:
         return keys_TE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     # torch.topk breaks ties as it likes, so ties are made impossible: fp32 bits above, the reversed index below.
     # Adding 0.0 turns -0.0 into 0.0; flipping a negative number's lower bits makes the bits sort like the floats.
@@ -34,30 +39,57 @@ def route_forward(
     The floats are fp32, or fp64 for fp64 logits. A token that `token_mask` [T] leaves out has experts -1 and adds
     nothing to any sum. With B sequences, counts and score sums are [B, E]. Definition: `moe_triton.reference.route`.
     """
-    num_experts = logits.shape[1]
+    experts, weights, sums = route_unsummed(logits, spec, choice_bias, noise, token_mask, given)
+    return experts, weights, *sums()
+
+
+def route_unsummed(
+    logits: Tensor,
+    spec: RouterSpec,
+    choice_bias: Tensor | None,
+    noise: Tensor | None,
+    token_mask: Tensor | None,
+    given: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Callable[[], tuple[Tensor, Tensor, Tensor]]]:
+    """Return the experts and weights of `route_forward`, and what computes its sums."""
     logits_TE = logits.to(wide(logits.dtype))
     experts_TK = top_choices(choice_keys(logits_TE, spec, choice_bias, noise), spec.top_k)
+    all_real = given is None and not spec.weightless
     if given is not None:
         experts_TK = unless_empty(given, experts_TK)
-    probs_TE, weights_TK = normalised_and_chosen(logits_TE, experts_TK, spec)
+    probs_TE, weights_TK = normalised_and_chosen(logits_TE, experts_TK, spec, all_real=all_real)
     if spec.normalize:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + EPS)
-    weights_TK = weights_TK * spec.scale
+    if spec.scale != 1.0:
+        weights_TK = weights_TK * spec.scale
+    if token_mask is not None:
+        skipped_T1 = ~token_mask.bool()[:, None]
+        experts_TK = experts_TK.masked_fill(skipped_T1, -1)
+        weights_TK = weights_TK.masked_fill(skipped_T1, 0.0)
+        probs_TE = probs_TE.masked_fill(skipped_T1, 0.0)
+    return experts_TK.int(), weights_TK, partial(_sums, logits_TE, spec, token_mask, experts_TK, probs_TE)
+
+
+def route_and_dispatch(*_inputs: object) -> None:
+    """Return None: there are no launches to save."""
+
+
+def _sums(
+    logits_TE: Tensor, spec: RouterSpec, token_mask: Tensor | None, experts_TK: Tensor, probs_TE: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Counts [E] int32, score_sums [E] and z_sum []; the first two [B, E] for B sequences."""
+    num_experts = logits_TE.shape[1]
     z_T = logits_TE.logsumexp(-1).square()
     if token_mask is not None:
-        skipped_T = ~token_mask.bool()
-        experts_TK = experts_TK.masked_fill(skipped_T[:, None], -1)
-        weights_TK = weights_TK.masked_fill(skipped_T[:, None], 0.0)
-        probs_TE = probs_TE.masked_fill(skipped_T[:, None], 0.0)
-        z_T = z_T.masked_fill(skipped_T, 0.0)
+        z_T = z_T.masked_fill(~token_mask.bool(), 0.0)
     flat = experts_TK.masked_fill(experts_TK < 0, num_experts).reshape(spec.sequences, -1)
     # Integer adds commute, so scatter_add_ is deterministic; bin E takes the choices that are none.
-    counts = torch.zeros(spec.sequences, num_experts + 1, dtype=torch.int32, device=logits.device)
+    counts = torch.zeros(spec.sequences, num_experts + 1, dtype=torch.int32, device=logits_TE.device)
     counts.scatter_add_(1, flat, torch.ones_like(flat, dtype=torch.int32))
-    counts, score_sums = counts[:, :num_experts], probs_TE.view(*shape_of_sums(logits, spec)).sum(1)
+    counts, score_sums = counts[:, :num_experts], probs_TE.view(*shape_of_sums(logits_TE, spec)).sum(1)
     if spec.sequences == 1:
         counts, score_sums = counts[0], score_sums[0]
-    return experts_TK.int(), weights_TK, counts.contiguous(), score_sums, z_T.sum()
+    return counts.contiguous(), score_sums, z_T.sum()
 
 
 def shape_of_sums(logits: Tensor, spec: RouterSpec) -> tuple[int, int, int]:
@@ -66,27 +98,40 @@ def shape_of_sums(logits: Tensor, spec: RouterSpec) -> tuple[int, int, int]:
 
 
 def route_backward(
-    grad_weights: Tensor, grad_score_sums: Tensor, grad_z_sum: Tensor, logits: Tensor, experts: Tensor, spec: RouterSpec
+    grad_weights: Tensor,
+    grad_score_sums: Tensor | None,
+    grad_z_sum: Tensor | None,
+    logits: Tensor,
+    experts: Tensor,
+    spec: RouterSpec,
+    *,
+    all_real: bool = False,
 ) -> Tensor:
     """Gradient of the logits, [T, E] in their dtype; zeros for the tokens whose experts are -1.
 
-    grad_weights [T, K], grad_score_sums [E] and grad_z_sum [] are the gradients of the three differentiable outputs.
+    grad_weights [T, K], grad_score_sums [E] and grad_z_sum [] are the gradients of the three differentiable outputs;
+    None stands for zeros. all_real: every choice is of an expert that has a weight.
     """
     num_experts = logits.shape[1]
     logits_TE = logits.to(wide(logits.dtype))
     experts_TK = experts.long()
     grad_raw_TK = grad_weights.to(logits_TE.dtype) * spec.scale
-    probs_TE, raw_TK = normalised_and_chosen(logits_TE, experts_TK, spec)
+    probs_TE, raw_TK = normalised_and_chosen(logits_TE, experts_TK, spec, all_real=all_real)
     if spec.normalize:  # w = raw / sum(raw)
         total_T1 = raw_TK.sum(-1, keepdim=True) + EPS
         mean_T1 = (grad_raw_TK * raw_TK).sum(-1, keepdim=True) / total_T1
         grad_raw_TK = (grad_raw_TK - mean_T1) / total_T1
-    has_none_TK = (experts_TK < 0) | (experts_TK >= num_experts - spec.weightless)
-    grad_raw_TK = grad_raw_TK.masked_fill(has_none_TK, 0.0)
-    ids_TK = experts_TK.masked_fill(has_none_TK, 0)
+    ids_TK = experts_TK
+    if not all_real:
+        has_none_TK = (experts_TK < 0) | (experts_TK >= num_experts - spec.weightless)
+        grad_raw_TK = grad_raw_TK.masked_fill(has_none_TK, 0.0)
+        ids_TK = experts_TK.masked_fill(has_none_TK, 0)
 
-    grad_probs_BE = grad_score_sums.to(logits_TE.dtype).reshape(spec.sequences, 1, num_experts)
-    grad_probs_TE = grad_probs_BE.expand(shape_of_sums(logits, spec)).reshape(logits.shape)
+    if grad_score_sums is None:
+        grad_probs_TE = torch.zeros_like(logits_TE)
+    else:
+        grad_probs_BE = grad_score_sums.to(logits_TE.dtype).reshape(spec.sequences, 1, num_experts)
+        grad_probs_TE = grad_probs_BE.expand(shape_of_sums(logits, spec)).reshape(logits.shape)
     softmax_TE = probs_TE
     if spec.score in ("sigmoid", "sqrt_softplus"):
         softmax_TE = logits_TE.softmax(-1)
@@ -104,9 +149,11 @@ def route_backward(
         grad_TE = grad_TE.scatter_add(1, ids_TK, _softmax_backward(grad_raw_TK, raw_TK))
     else:
         grad_TE = _softmax_backward(grad_probs_TE.scatter_add(1, ids_TK, grad_raw_TK), softmax_TE)
-    # d logsumexp(l)**2 / dl = 2 * logsumexp(l) * softmax(l)
-    grad_TE = grad_TE + 2 * grad_z_sum.to(logits_TE.dtype) * logits_TE.logsumexp(-1, keepdim=True) * softmax_TE
-    return grad_TE.masked_fill((experts == -1).all(-1, keepdim=True), 0.0).to(logits.dtype)
+    if grad_z_sum is not None:  # d logsumexp(l)**2 / dl = 2 * logsumexp(l) * softmax(l)
+        grad_TE = grad_TE + 2 * grad_z_sum.to(logits_TE.dtype) * logits_TE.logsumexp(-1, keepdim=True) * softmax_TE
+    if not all_real:
+        grad_TE = grad_TE.masked_fill((experts == -1).all(-1, keepdim=True), 0.0)
+    return grad_TE.to(logits.dtype)
 
 
 def _softmax_backward(grad: Tensor, probs: Tensor) -> Tensor:

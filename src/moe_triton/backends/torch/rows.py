@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moe_triton.records import ExpertCall
 
 
-def row_slots(call: ExpertCall, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Token [.] and router weight [., 1] of the Dispatch's `rows`."""
-    slots = call.dispatched.source.index_select(0, rows)
-    return slots // call.dispatched.top_k, call.weights.reshape(-1).index_select(0, slots)[:, None]
+def row_slots(call: ExpertCall, num_rows: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Token [.] and router weight [., 1] of the Dispatch's first `num_rows` rows, or of these `rows`."""
+    source = call.dispatched.source
+    slots = source if num_rows == call.num_rows else source[:num_rows]
+    if rows is not None:
+        slots = source.index_select(0, rows)
+    tokens = torch.from_numpy(slots.numpy() // call.dispatched.top_k)  # in half the time of torch's division
+    return tokens, call.weights.reshape(-1, 1).index_select(0, slots)
 
 
 def scatter_to_slots(call: ExpertCall, row_values: Tensor) -> Tensor:
@@ -22,12 +25,17 @@ def scatter_to_slots(call: ExpertCall, row_values: Tensor) -> Tensor:
     return out
 
 
-def sum_rows(rows: Tensor, position: Tensor, zero_row: int) -> Tensor:
+def sum_rows(rows: Tensor, position: Tensor, zero_row: int | None = None) -> Tensor:
     """Sum of each token's rows, in choice order, accumulated in fp32 (fp64 for fp64), on the CPU.
 
-    Row `zero_row`, which must come after all others, is set to zeros and stands in for the choices that have none.
+    Row `zero_row`, which must come after all others, is set to zeros and stands in for the choices that have none;
+    None where every choice has a row.
     """
+    num_tokens, top_k = position.shape
     if position.numel() == 0 or rows.shape[1] == 0:
-        return rows.new_zeros(position.shape[0], rows.shape[1])
-    rows[zero_row] = 0
-    return F.embedding_bag(position.remainder(zero_row + 1), rows, mode="sum")  # -1 becomes zero_row
+        return rows.new_zeros(num_tokens, rows.shape[1])
+    if zero_row is not None:
+        rows[zero_row] = 0
+        position = position.remainder(zero_row + 1)  # -1 becomes zero_row
+    starts = torch.arange(0, num_tokens * top_k, top_k, dtype=position.dtype)
+    return torch.embedding_bag(rows, position.reshape(-1), starts)[0]

@@ -11,7 +11,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from moe_triton.backends.triton.problem import Problem, check_dtype
+from moe_triton.backends.triton.fp8_problem import problem_of
+from moe_triton.backends.triton.problem import check_dtype
 from moe_triton.records import (
     ExpertCall,
     ExpertGradients,
@@ -36,7 +37,7 @@ def experts_forward(call: ExpertCall, keep_preactivation: bool) -> tuple[Tensor,
     The bits of `out` do not depend on `keep_preactivation`. Rows of H past offsets[E] are not written.
     Raises TypeError on a dtype other than float32, float16 and bfloat16.
     """
-    problem = Problem(call)
+    problem = problem_of(call)
     if problem.num_rows == 0:
         return torch.zeros_like(call.hidden), call.hidden.new_zeros((0, call.width) if keep_preactivation else 0)
     tiles = problem.tiles()
@@ -55,7 +56,7 @@ def experts_backward(call: ExpertCall, grad_out: Tensor, preactivation: Tensor, 
 
 def experts_backward_rows(call: ExpertCall, grad_out: Tensor, preactivation: Tensor, wanted: Wanted) -> RowGradients:
     """Compute the first half of `experts_backward`: what a sender waits for, and what the second half needs of it."""
-    problem, hidden = Problem(call), call.hidden
+    problem, hidden = problem_of(call), call.hidden
     if problem.num_rows == 0:
         return RowGradients(
             hidden=torch.zeros_like(hidden) if wanted.hidden else None,
@@ -85,7 +86,7 @@ def experts_backward_weights(
     call: ExpertCall, grad_out: Tensor, row_grads: RowGradients, wanted: Wanted
 ) -> ParameterGradients:
     """Compute the second half of `experts_backward`."""
-    problem, given, wanted = Problem(call), call.parameters, wanted.of(call.parameters)
+    problem, given, wanted = problem_of(call), call.parameters, wanted.of(call.parameters)
     if problem.num_rows == 0:
         return ParameterGradients(
             *(zeros_like(cast(ExpertWeight, p)) if want else None for p, want in zip(given, wanted[2:], strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from moe_triton_kernels.configs import choose_config
 from moe_triton_kernels.d_hidden import d_hidden, d_router_weights
 from moe_triton_kernels.d_weight import d_bias, d_weight
 from moe_triton_kernels.down import down
+from moe_triton_kernels.fp8 import RowCodes
 from moe_triton_kernels.heuristics import BUCKETS, adapter_tile, decodes_in_loop, over_codes
 from moe_triton_kernels.launch import Config, target_of
 from moe_triton_kernels.lora import Adapter
@@ -62,6 +64,22 @@ class Problem:
             return self.dispatched.tiles
         return tile_tables(self.dispatched.offsets, self.num_rows)
 
+    @property
+    def operand_dtype(self) -> torch.dtype:
+        """The dtype of what the products multiply."""
+        return self.hidden.dtype
+
+    def gate_up_operand(self, *, back: bool = False) -> PerExpert:
+        """The projection as the product reads it, or with `back` as the one for the gradient of its input does."""
+        return self.gate_up.transposed() if back else self.gate_up
+
+    def down_operand(self, *, back: bool = False) -> PerExpert:
+        return self.down.transposed() if back else self.down
+
+    def rows_operand(self, x: Tensor) -> Tensor | RowCodes:
+        """Rows, contiguous, as a product with a projection reads them."""
+        return x
+
     def config(self, op: str, weight: PerExpert | None = None) -> Config:
         """How the kernel of this op is launched; weight: what it multiplies by."""
         name = f"{op}_gated" if self.spec.is_gated and op in ("up", "d_hidden") else op
@@ -69,35 +87,35 @@ class Problem:
             name,
             d=self.size_d,
             n=self.size_n,
-            dtype=self.hidden.dtype,
+            dtype=self.operand_dtype,
             num_rows=self.rows_of_config(op),
             num_experts=self.call.num_experts,
             architecture=target_of(self.hidden.device).architecture,
         )
-        return config if weight is None or weight.scales is None else over_codes(name, config)
+        return config if weight is None or weight.decoding is None else over_codes(name, config)
 
     def rows_of_config(self, op: str) -> int:
         return rows_of_config(self.call) if op in ("up", "down") else self.num_rows
 
     def read(self, projection: PerExpert, op: str) -> PerExpert:
         """The projection as the kernel of this op reads it; a quantised one as codes, or decoded for this one use."""
-        if projection.scales is None:
+        if projection.decoding is None:
             return projection
         half = self.size_n if op == "up" and self.spec.is_gated and self.spec.is_concatenated else None
         rows_per_expert = self.rows_of_config(op) / max(self.call.num_experts, 1)
-        scales, itemsize = projection.scales, self.hidden.element_size()
-        if decodes_in_loop(scales.format, rows_per_expert, itemsize, block=scales.block[1], half=half):
+        decoding, itemsize = projection.decoding, self.hidden.element_size()
+        if decodes_in_loop(decoding.format, rows_per_expert, itemsize, block=decoding.block[1], half=half):
             return projection
         return decode(projection, self.hidden.dtype)
 
-    def up(self, tiles: TileTables, *, keep_a: bool, keep_h: bool) -> tuple[Tensor, Tensor]:
-        """Activation [S, n] and pre-activation [S, 2n or n]; empty [0] where not kept."""
-        weight = self.read(self.gate_up, "up")
+    def up(self, tiles: TileTables, *, keep_a: bool, keep_h: bool) -> tuple[Any, Tensor]:
+        """The activation [S, n] for `down_rows`, and the pre-activation [S, 2n or n]; empty [0] where not kept."""
+        weight, lora = self.read(self.gate_up_operand(), "up"), self.gate_up_lora
         return up(
-            self.hidden,
+            self.rows_operand(self.hidden),
             self.dispatched.source,
             tiles,
-            weight if (lora := self.gate_up_lora) is None else lora.forward(weight, self.t_gate_up(tiles)),
+            weight if lora is None else lora.forward(weight, self.t_gate_up(tiles)),
             self.gate_up_bias,
             size_n=self.size_n,
             top_k=self.top_k,
@@ -108,13 +126,17 @@ class Problem:
             config=self.config("up", weight),
         )
 
-    def down_rows(self, a: Tensor, tiles: TileTables) -> Tensor:
+    def down_rows(self, a: Any, tiles: TileTables) -> Tensor:
         """Every row's output times its router weight [S, d]."""
-        weight = self.read(self.down, "down")
+        return self._down_rows(a, a, tiles)
+
+    def _down_rows(self, a: Tensor | RowCodes, of_adapter: Tensor, tiles: TileTables) -> Tensor:
+        """The same of the activation as the product and as the adapter reads it."""
+        weight, lora = self.read(self.down_operand(), "down"), self.down_lora
         return down(
             a,
             tiles,
-            weight if (lora := self.down_lora) is None else lora.forward(weight, self.t_down(a, tiles)),
+            weight if lora is None else lora.forward(weight, self.t_down(of_adapter, tiles)),
             size_columns=self.size_d,
             config=self.config("down", weight),
             bias=self.down_bias,
@@ -126,9 +148,9 @@ class Problem:
         self, grad_out: Tensor, h: Tensor, tiles: TileTables, u: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Weighted activation [S, n], pre-activation's gradient, and shares of the router weights' gradient."""
-        weight = self._backward(self.down, self.down_lora, u, "d_hidden")
+        weight = self._backward(self.down_operand(back=True), self.down_lora, u, "d_hidden")
         return d_hidden(
-            grad_out,
+            self.rows_operand(grad_out),
             self.dispatched.source,
             tiles,
             weight,
@@ -141,7 +163,7 @@ class Problem:
         )
 
     def _backward(self, projection: PerExpert, lora: Factors | None, u: Tensor | None, op: str) -> PerExpert:
-        weight = self.read(projection.transposed(), op)
+        weight = self.read(projection, op)
         return weight if lora is None or u is None else lora.backward(weight, u)
 
     def d_router_weights(self, shares: Tensor, grad_out: Tensor, tiles: TileTables) -> Tensor:
@@ -149,9 +171,9 @@ class Problem:
 
     def d_rows(self, grad_h: Tensor, tiles: TileTables, u: Tensor | None = None) -> Tensor:
         """Every row's gradient of its token [S, d]."""
-        weight = self._backward(self.gate_up, self.gate_up_lora, u, "d_rows")
+        weight = self._backward(self.gate_up_operand(back=True), self.gate_up_lora, u, "d_rows")
         return down(
-            grad_h,
+            self.rows_operand(grad_h),
             tiles,
             weight,
             size_columns=self.size_d,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from torch import Tensor
 
-from moe_triton.records import RouterSpec
+from moe_triton.records import RouterSpec, TiledDispatch
 from moe_triton_kernels.routing import TopK, topk_forward
 from moe_triton_kernels.routing_backward import topk_backward
+from moe_triton_kernels.small_route import is_small, small_route
 
 
 def route_forward(
@@ -23,12 +26,50 @@ def route_forward(
     )
 
 
+def route_and_dispatch(
+    logits: Tensor,
+    spec: RouterSpec,
+    choice_bias: Tensor | None,
+    noise: Tensor | None,
+    token_mask: Tensor | None,
+    given: Tensor | None = None,
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], TiledDispatch] | None:
+    """Return what `route_forward` does, and the Dispatch of all choices, from one launch; None where they are many."""
+    num_tokens, num_experts = logits.shape
+    options = options_of(spec)
+    if not is_small(num_tokens, num_experts, options):
+        return None
+    routed, (offsets, source, position, tiles) = small_route(
+        logits, options, choice_bias=choice_bias, noise=noise, token_mask=token_mask, given=given
+    )
+    return routed, TiledDispatch(
+        counts=routed[2], offsets=offsets, source=source, position=position, tiles=tiles, experts=routed[0]
+    )
+
+
+def route_unsummed(*_inputs: object) -> None:
+    """Return None: the kernel makes the sums along with the choice."""
+
+
 def route_backward(
-    grad_weights: Tensor, grad_score_sums: Tensor, grad_z_sum: Tensor, logits: Tensor, experts: Tensor, spec: RouterSpec
+    grad_weights: Tensor,
+    grad_score_sums: Tensor | None,
+    grad_z_sum: Tensor | None,
+    logits: Tensor,
+    experts: Tensor,
+    spec: RouterSpec,
+    *,
+    all_real: bool = False,
 ) -> Tensor:
     """The gradient of the logits [T, E] in their dtype; zeros for masked tokens, whose experts are -1."""
+    if grad_score_sums is None:
+        shape = (logits.shape[1],) if spec.sequences == 1 else (spec.sequences, logits.shape[1])
+        grad_score_sums = grad_weights.new_zeros(shape)
+    if grad_z_sum is None:
+        grad_z_sum = grad_weights.new_zeros(())
     return topk_backward(grad_weights, grad_score_sums, grad_z_sum, logits, experts, options_of(spec))
 
 
+@lru_cache(maxsize=1024)
 def options_of(spec: RouterSpec) -> TopK:
     return TopK(*(getattr(spec, name) for name in TopK._fields))

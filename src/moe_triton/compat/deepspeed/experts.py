@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from moe_triton.checks import check_int
 from moe_triton.compat.deepspeed import groups
 from moe_triton.compat.mlps import MLP, is_tampered, recognise
-from moe_triton.compat.opaque import OpaqueCall, call_one_by_one, compute_experts
+from moe_triton.compat.opaque import call_one_by_one, compute_experts
 from moe_triton.distributed import ExpertParallel
+from moe_triton.distributed.exchange.opaque_experts import OpaqueCall
 from moe_triton.distributed.exchange.stages import ExchangedLayer
 from moe_triton.records import Dispatch, ExpertCall, ExpertParameters, ExpertSpec
 

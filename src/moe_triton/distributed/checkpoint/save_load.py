@@ -59,6 +59,7 @@ def save_checkpoint(
     path = Path(folder)
     team = Team.of(group, f"save_checkpoint to {path}")
     tensors: Tensors = {}
+    kept: dict[str, Any] = {}  # not among what the ranks compare: the first rank's is saved
 
     def collect() -> dict[str, Any]:
         mine = model_tensors(model)
@@ -67,16 +68,16 @@ def save_checkpoint(
         if optimizer is not None:
             described, state = describe(optimizer, mine)
             tensors.update(state)
+        kept["extra"] = encode("extra", dict(extra or {}))
         return {
             "tensors": {key: _spec(tensor) for key, tensor in tensors.items()},
             "experts": {name: _experts(name, module) for name, module in named_experts(model).items()},
             "optimizer": described,
-            "extra": encode("extra", dict(extra or {})),
         }
 
-    found = team.each("collecting the tensors", collect)
+    found = team.distinct("collecting the tensors", collect)
     try:
-        contents = _merged(found)
+        contents = {**_merged(found), **kept}
     except ValueError as error:
         raise CheckpointError(f"{team.task}: {error}") from error
     data = team.first("making a folder", lambda: _new_folder(path))
@@ -98,7 +99,7 @@ def _write(path: Path, data: str, tensors: Tensors, contents: dict[str, Any], te
         files = {name: path / data / name for name in written}
         return {name: {"bytes": f.stat().st_size, "crc32": file_checksum(f)} for name, f in files.items()}
 
-    files = {name: entry for part in team.each("checking the files", measure) for name, entry in part.items()}
+    files = {name: entry for part in team.gather("checking the files", measure) for name, entry in part.items()}
 
     def switch() -> None:
         for name, entry in files.items():
@@ -158,12 +159,12 @@ def load_checkpoint(
         _check_fit(tensors, manifest, path)
         return list(tensors)
 
-    known = {key for keys in team.each("comparing with the model", prepare) for key in keys}
+    known = {key for keys in team.distinct("comparing with the model", prepare).values() for key in keys}
     saved = manifest.tensors if optimizer is not None else [key for key in manifest.tensors if key.startswith("model.")]
     if unexpected := sorted(set(saved) - known):
         raise CheckpointError(f"{team.task}: {path / NAME} has {_some(unexpected)}, which the model has not")
     mine = sorted(manifest.files)[team.group.rank :: team.group.size]
-    team.each("checking the files", lambda: _verify(path / manifest.data, mine, manifest))
+    team.run("checking the files", lambda: _verify(path / manifest.data, mine, manifest))
 
     from moe_triton.distributed.checkpoint import storage
 
@@ -185,13 +186,16 @@ def _experts(name: str, module: StackedExperts) -> dict[str, Any]:
     return found
 
 
-def _merged(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the ranks save, together. Raises ValueError where two of them do not agree."""
+def _merged(found: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+    """What the ranks save, together. Raises ValueError where two of them do not agree.
+
+    `found` has what they save by rank, of equal ones only the first.
+    """
     tensors: dict[str, Any] = {}
     experts: dict[str, Any] = {}
     state: dict[str, Any] = {}
     first = found[0]["optimizer"]
-    for rank, mine in enumerate(found):
+    for rank, mine in found.items():
         _add("", tensors, mine["tensors"], rank)
         _add("experts of ", experts, mine["experts"], rank)
         theirs = mine["optimizer"]
@@ -206,14 +210,14 @@ def _merged(found: list[dict[str, Any]]) -> dict[str, Any]:
                 raise ValueError(f"optimizer: its kind or settings on rank {rank} are not those on rank 0")
     optimizer = None
     if first is not None:
-        lists = [[group["names"] for group in mine["optimizer"]["groups"]] for mine in found]
+        lists = [[group["names"] for group in mine["optimizer"]["groups"]] for mine in found.values()]
         groups = [
             {"names": list(dict.fromkeys(name for names in lists for name in names[i])), "settings": group["settings"]}
             for i, group in enumerate(first["groups"])
         ]
         state = {name: entries for name, entries in state.items() if entries}
         optimizer = {"kind": first["kind"], "groups": groups, "state": state}
-    return {"tensors": tensors, "experts": experts, "optimizer": optimizer, "extra": found[0]["extra"]}
+    return {"tensors": tensors, "experts": experts, "optimizer": optimizer}
 
 
 def _add(what: str, all_ranks: dict[str, Any], mine: dict[str, Any], rank: int) -> None:

@@ -19,7 +19,7 @@ from torch.profiler import record_function
 
 from moe_triton.distributed.errors import ConfigurationMismatch, ExpertParallelError
 from moe_triton.distributed.exchange.failure_board import FailureBoard, failure_board, identity, logger
-from moe_triton.distributed.groups import Group, all_gather_single, device_type
+from moe_triton.distributed.groups import Group, all_gather_single, device_type, has_cpu_backend
 from moe_triton.torch_internals import ends_recomputation
 
 Listener = Callable[[str], None]
@@ -73,14 +73,14 @@ class Channel:
         """Reduce over the ranks, in place, and wait for it; a sum by default."""
         self._issue(phase, tensor, lambda: dist.all_reduce(tensor, op, group=self.group.handle, async_op=True))()
 
-    def broadcast(self, tensor: Tensor, phase: str) -> None:
-        """Send the first rank's tensor to all, in place, and wait for it."""
-        source, handle = self.group.ranks[0], self.group.handle
+    def broadcast(self, tensor: Tensor, phase: str, source: int = 0) -> None:
+        """Send the tensor of a rank of the group, by default of the first, to all, in place, and wait for it."""
+        source, handle = self.group.ranks[source], self.group.handle
         self._issue(phase, tensor, lambda: dist.broadcast(tensor, source, group=handle, async_op=True))()
 
     def gather_objects(self, value: object, phase: str) -> list[object]:
         """Return every rank's small Python value, in rank order."""
-        device = torch.device(device_type())
+        device = self.object_device
         mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(device)
         lengths = torch.empty(self.group.size, dtype=torch.int64, device=device)
         self.all_gather(lengths, torch.tensor([mine.numel()], device=device), phase)()
@@ -88,6 +88,22 @@ class Channel:
         padded = torch.empty(self.group.size, max(sizes), dtype=torch.uint8, device=device)
         self.all_gather(padded.view(-1), F.pad(mine, (0, max(sizes) - mine.numel())), phase)()
         return [pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(padded.cpu(), sizes, strict=True)]
+
+    def broadcast_object(self, value: object, phase: str, source: int) -> object:
+        """Return the Python value that a rank of the group, by its number there, has; those of others are not read."""
+        device, is_source = self.object_device, self.group.rank == source
+        mine = bytearray(pickle.dumps(value)) if is_source else bytearray(1)
+        size = torch.tensor([len(mine)], device=device)
+        self.broadcast(size, phase, source)
+        data = torch.frombuffer(mine, dtype=torch.uint8).to(device)
+        data = data if is_source else torch.empty(int(size.item()), dtype=torch.uint8, device=device)
+        self.broadcast(data, phase, source)
+        return value if is_source else pickle.loads(data.cpu().numpy().tobytes())
+
+    @property
+    def object_device(self) -> torch.device:
+        """Where Python values travel: on CPUs, unless the group has collectives of other devices only."""
+        return torch.device("cpu" if has_cpu_backend(self.group.handle) else device_type())
 
     def agree(self, what: Mapping[str, object], phase: str, device: torch.device) -> int:
         """Return a fingerprint of `what` the ranks are about to do, once it is known to be the same on all of them.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,18 +15,24 @@ from moe_triton import runtime
 from moe_triton.autograd.experts import in_context
 from moe_triton.autograd.flat import flatten, form_of
 from moe_triton.checks import check_choice, check_int
-from moe_triton.distributed.errors import ExpertParallelError
-from moe_triton.distributed.exchange import transport as transports
-from moe_triton.distributed.exchange.channel import Channel, Listener, report_failure, to_host
+from moe_triton.distributed.exchange.all_to_all import AllToAll, exchange_over_slices
+from moe_triton.distributed.exchange.channel import Channel, Listener, report_failure
 from moe_triton.distributed.exchange.function import Exchanged
 from moe_triton.distributed.exchange.layer_names import new_layer_name
 from moe_triton.distributed.exchange.local_experts import LocalExperts
+from moe_triton.distributed.exchange.overflow import Overflows
 from moe_triton.distributed.exchange.overlap import Deferred
 from moe_triton.distributed.exchange.plain_ddp import refuse_plain_ddp
-from moe_triton.distributed.exchange.rows import Exchange, Planner
-from moe_triton.distributed.exchange.stages import ExchangedLayer, InnermostStage, Stage
+from moe_triton.distributed.exchange.stages import (
+    ExchangedLayer,
+    ExchangeSpec,
+    InnermostStage,
+    MakeExchange,
+    Stage,
+)
+from moe_triton.distributed.exchange.telemetry import metered_exchange, metered_experts
 from moe_triton.distributed.exchange.tensor_parallel import gather_tokens, slice_tokens, sum_slices_gradients
-from moe_triton.distributed.exchange.transport import Shape, Transport
+from moe_triton.distributed.exchange.transport import Shape
 from moe_triton.distributed.expert_groups import all_ep_groups, expert_groups, two_levels
 from moe_triton.distributed.groups import Group, ParallelGroups, number_of_ranks
 from moe_triton.records import Dispatch, ExpertCall, matrix_shape
@@ -33,6 +40,8 @@ from moe_triton.torch_internals import never_compiled
 
 MODES = ("dropless", "capacity", "bounded", "allgather")
 LOSS_REDUCTIONS = ("sum", "mean")
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the repr of functions and objects
+DISPATCH_DTYPES = (None, torch.float8_e4m3fn)
 
 
 class ExpertParallel:
@@ -68,6 +77,11 @@ class ExpertParallel:
         loss_reduction: how the ranks' losses make the global one. "mean": they average to it, as every rank's mean over
             its own tokens does, and so do the layers' aux_loss. "sum": they sum to it, as losses divided by the tokens
             of all ranks do. The rule of what reduces the gradients has to be the same.
+        exchange: what moves the rows: `DeepEP`, `SymmetricMemory`, or a `MakeExchange` of yours. None: the package's
+            own exchange over torch.distributed; mode, chunks, deduplicate and ranks_per_node are its options.
+        dispatch_dtype: torch.float8_e4m3fn sends the rows of the forward pass as e4m3 codes with an fp32 scale per 128
+            numbers (DeepSeek-V3); the experts compute with what they stand for. Results and all gradients travel in the
+            dtype of the hidden states, and the gradient passes the rounding as if it were the identity.
         always_exchange: exchange in a group of one as well: to test and to measure the path where there is one rank.
         listener: called with a word for every step, as it is issued; for tests and profiling.
 
@@ -87,6 +101,8 @@ class ExpertParallel:
         ranks_per_node: int | None = None,
         redundant_experts: int = 0,
         loss_reduction: str = "mean",
+        exchange: MakeExchange | None = None,
+        dispatch_dtype: torch.dtype | None = None,
         always_exchange: bool = False,
         listener: Listener | None = None,
     ) -> None:
@@ -99,6 +115,16 @@ class ExpertParallel:
             check_int("max_rows_per_pair", max_rows_per_pair, low=1)
             if mode != "bounded":
                 raise ValueError(f"max_rows_per_pair: got {max_rows_per_pair} with mode {mode!r}, wanted 'bounded'")
+        if dispatch_dtype not in DISPATCH_DTYPES:
+            raise ValueError(f"dispatch_dtype: got {dispatch_dtype}, wanted torch.float8_e4m3fn or None")
+        if exchange is not None:
+            own = {"mode": (mode, "dropless"), "chunks": (chunks, 1), "deduplicate": (deduplicate, True)}
+            for name, (got, wanted) in {**own, "ranks_per_node": (ranks_per_node, None)}.items():
+                if got != wanted:
+                    raise ValueError(f"{name}: got {got!r} with exchange={exchange!r}, wanted {wanted!r}")
+        self.own_exchange = AllToAll(mode=mode, max_rows_per_pair=max_rows_per_pair)
+        self.make_exchange: MakeExchange = self.own_exchange if exchange is None else exchange
+        self.dispatch_dtype = dispatch_dtype
         self.mode, self.chunks, self.deduplicate = mode, chunks, deduplicate
         self.max_tokens_per_rank, self.max_rows_per_pair = max_tokens_per_rank, max_rows_per_pair
         self.loss_reduction, self.listener = loss_reduction, listener
@@ -114,7 +140,7 @@ class ExpertParallel:
         if ranks_per_node is not None:
             self.between_nodes, self.in_node = two_levels(groups, every_ep, ranks_per_node, mode)
         self._all_ranks = tuple(sorted(rank for ranks in every_ep for rank in ranks))
-        self._overflows: list[tuple[str, Callable[[], list[list[int]]]]] = []
+        self._overflows = Overflows()
 
     @property
     def is_alone(self) -> bool:
@@ -152,7 +178,7 @@ class ExpertParallel:
 
     def __getstate__(self) -> dict[str, object]:
         """Return what can be pickled: neither process groups (see `Group`) nor the listener."""
-        return {**vars(self), "listener": None, "_overflows": []}
+        return {**vars(self), "listener": None, "_overflows": Overflows()}
 
     def most_tokens(self, num_tokens: int, device: torch.device, layer: str) -> int:
         """Return the most tokens that any rank passes in this call: as the user said, or asked of the others."""
@@ -165,6 +191,12 @@ class ExpertParallel:
         most = torch.tensor([num_tokens], device=device)
         self._channel(self.ep, layer).all_reduce(most, "exchange of the token counts", dist.ReduceOp.MAX)
         return int(most.item())
+
+    def _token_limit(self, num_tokens: int, device: torch.device, layer: str) -> int | None:
+        """The most tokens of any rank in this call; None where the exchange does not need it, or nobody said it."""
+        is_own = self.make_exchange is self.own_exchange
+        unknown = self.mode == "dropless" if is_own else self.max_tokens_per_rank is None
+        return None if unknown else self.most_tokens(num_tokens, device, layer)
 
     def first_expert(self, num_experts: int) -> int:
         """What the ids that reach this rank's experts count from."""
@@ -227,15 +259,16 @@ class ExpertParallel:
             num_tokens, tp = hidden.shape[0], self._channel(self.tp, layer.name)
             if self.tp.size > 1:
                 tp.agree({"tokens of the tp ranks": num_tokens}, "comparison of the number of tokens", hidden.device)
-            limit = self.most_tokens(num_tokens, hidden.device, layer.name) if self.mode != "dropless" else 0
+            limit = self._token_limit(num_tokens, hidden.device, layer.name)
             if self.tp.size > 1:  # the tp ranks hold the same tokens: each sends a share of them
                 hidden, weights, ids = (slice_tokens(x, tp) for x in (hidden, weights, ids))
             shape = Shape(
                 num_experts=layer.num_experts, per_rank=-(-layer.num_experts // self.ep.size), chunks=self.chunks,
                 deduplicate=layer.deduplicate and self.deduplicate, backend=experts.backend, fingerprint=fingerprint,
             )  # fmt: skip
-            places = layer.capacity(limit) if self.mode == "capacity" else None
-            stage = self._stages(experts, shape, layer.name, -(-limit // self.tp.size), places, overlap_with)
+            places = layer.capacity(limit) if self.mode == "capacity" and limit is not None else None
+            limit = None if limit is None else -(-limit // self.tp.size)
+            stage = self._stages(experts, shape, layer, limit, places, overlap_with)
             is_training = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, weights, *parameters))
 
             def before_backward() -> report_failure:
@@ -247,14 +280,7 @@ class ExpertParallel:
 
     def check(self) -> None:
         """Raise for the rows that found no room in an earlier call; waits for the device."""
-        overflows, self._overflows = self._overflows, []
-        for layer, read in overflows:
-            ranks = [self.ep.ranks[i] for i, flag in enumerate(read()[0]) if flag]
-            if ranks:
-                raise ExpertParallelError(
-                    f"{layer}: rank {', '.join(map(str, ranks))} had more rows for another rank than "
-                    f"max_rows_per_pair={self.max_rows_per_pair}; they were left out"
-                )
+        self._overflows.check()
 
     @never_compiled
     def global_counts(self, counts: Tensor, num_tokens: Tensor, layer: str) -> tuple[Tensor, Tensor]:
@@ -281,66 +307,34 @@ class ExpertParallel:
         self,
         experts: InnermostStage,
         shape: Shape,
-        layer: str,
-        limit: int,
+        layer: ExchangedLayer,
+        limit: int | None,
         places: int | None,
         overlap_with: Deferred | None,
     ) -> Stage:
         """The local experts, inside the exchange over their slices, inside the exchange over their ranks."""
-        stage: Stage = experts
-        if self.etp.size > 1:
-            stage = self._over_slices(stage, shape, layer)
         levels = [(self.in_node, shape)] if self.ep.size > 1 or self.always_exchange else []
         if self.between_nodes.size > 1:
             node = replace(shape, per_rank=shape.per_rank * self.in_node.size)
             levels = [(self.in_node, replace(shape, chunks=1)), (self.between_nodes, node)]
-        for group, level in levels:
-            channel = self._channel(group, layer)
-            planner = self._planner(channel, level, limit, places)
-            stage = Exchange(planner=planner, inner=stage, channel=channel, backend=shape.backend)
-        if isinstance(stage, Exchange):
-            stage.overlap_with = overlap_with
-        return stage
-
-    def _over_slices(self, stage: Stage, shape: Shape, layer: str) -> Exchange:
-        """Every slice of an expert sees the rows of all the slices' ranks; the partial sums are added at home."""
-        channel = self._channel(self.etp, f"{layer}, expert slices")
-        whole = replace(shape, chunks=1, per_rank=shape.num_experts)
-
-        def planner(ids: Tensor, weights: Tensor, assignments: int) -> Callable[[], Transport]:
-            sizes = torch.tensor([ids.shape[0], assignments], device=ids.device)
-            channel.all_reduce(sizes, "exchange of the row counts", dist.ReduceOp.MAX)
-            rows, most = sizes.tolist()
-            transport = transports.plan_allgather(channel, ids, weights, whole, max_tokens=rows, assignments=most)
-            return lambda: transport
-
-        return Exchange(planner=planner, inner=stage, channel=channel, backend=shape.backend)
-
-    def _planner(self, channel: Channel, shape: Shape, limit: int, places: int | None) -> Planner:
-        def planner(ids: Tensor, weights: Tensor, _assignments: int) -> Callable[[], Transport]:
-            if self.mode == "dropless" or (self.mode == "capacity" and places is None):
-                return transports.plan_dropless(channel, ids, weights, shape)
-            if places is not None:
-                transport = transports.plan_capacity(channel, ids, weights, shape, capacity=places)
-            elif self.mode == "bounded":
-                transport, overflow = transports.plan_bounded(
-                    channel, ids, weights, shape, max_tokens=limit, max_rows=self.max_rows_per_pair
-                )
-                if self.max_rows_per_pair is not None:
-                    self._watch(channel, overflow)
-            else:
-                transport = transports.plan_allgather(channel, ids, weights, shape, max_tokens=limit)
-            return lambda: transport
-
-        return planner
-
-    def _watch(self, channel: Channel, overflow: Tensor) -> None:
-        """Let every rank know whether rows were left out anywhere, without waiting for the device."""
-        flags = overflow.new_empty(channel.group.size)
-        channel.all_gather(flags, overflow.reshape(1), "exchange of overflows")()
-        self._overflows.append((channel.layer, to_host(flags)))
-        if overflow.device.type == "cpu":
-            self.check()
+        inner = metered_experts(experts, layer.meters, self.first_expert(layer.num_experts))
+        if overlap_with is not None:
+            overlap_with.meters = layer.meters
+        if self.etp.size > 1:
+            slices = self._channel(self.etp, f"{layer.name}, expert slices")
+            inner = exchange_over_slices(inner, shape, slices, None if levels else overlap_with)
+        specs = [
+            ExchangeSpec(
+                channel=self._channel(group, layer.name), shape=level, watch=self._overflows.watch, max_tokens=limit,
+                places=places, dispatch_dtype=self.dispatch_dtype,
+                overlap_with=overlap_with if group is levels[-1][0] else None,
+            )
+            for group, level in levels
+        ]  # fmt: skip
+        for spec in specs[:-1]:
+            inner = self.own_exchange(inner, spec)
+        outermost = self.make_exchange(inner, specs[-1]) if specs else inner
+        return metered_exchange(outermost, layer.meters)
 
     def _configuration(
         self, hidden: Tensor, ids: Tensor, experts: InnermostStage, layer: ExchangedLayer
@@ -355,6 +349,7 @@ class ExpertParallel:
             "chunks": self.chunks, "deduplicate": deduplicate, "max_tokens_per_rank": self.max_tokens_per_rank,
             "max_rows_per_pair": self.max_rows_per_pair, "ranks_per_node": self.in_node.size,
             "backend": experts.backend, "capacity": even, "loss_reduction": self.loss_reduction,
+            "exchange": ADDRESS.sub("", repr(self.make_exchange)), "dispatch_dtype": str(self.dispatch_dtype),
             **experts.description(),
         }  # fmt: skip
 

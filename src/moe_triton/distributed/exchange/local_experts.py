@@ -10,7 +10,8 @@ from torch import Tensor
 
 from moe_triton import runtime
 from moe_triton.autograd.flat import Form, flatten_gradients, split, unflatten
-from moe_triton.dispatch import chosen_experts, dispatch
+from moe_triton.backends.protocols import ExpertsBackend
+from moe_triton.dispatch import chosen_experts, dispatch, sorted_dispatch
 from moe_triton.distributed.exchange.stages import Saved
 from moe_triton.records import Dispatch, ExpertCall, ExpertSpec, ExpertWeight, RowGradients, Wanted
 
@@ -51,15 +52,24 @@ class LocalExperts:
     def description(self) -> Mapping[str, object]:
         gate = {"activation_limit": self.spec.limit, "activation_alpha": self.spec.alpha}
         has_adapters = self.form[4:]  # a and b of both projections
-        return {"activation": self.spec.activation, **gate, "width": self.width, "has_adapters": has_adapters}
+        what = {"activation": self.spec.activation, **gate, "fp8": self.spec.fp8}
+        return {**what, "width": self.width, "has_adapters": has_adapters}
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, assignments: int, saved: Saved) -> Tensor:
         local = ids - self.first_expert
         local = torch.where((local >= 0) & (local < self.num_experts), local, -1)
         dispatched = _shortened(dispatch(local, self.num_experts, backend=self.backend), assignments)
+        return self._forward(x, weights, dispatched, saved)
+
+    def forward_sorted(self, x: Tensor, weights: Tensor, counts: Tensor, starts: Tensor | None, saved: Saved) -> Tensor:
+        here = slice(self.num_experts)  # the last rank may have fewer experts than the others
+        starts = None if starts is None else starts[here]
+        return self._forward(x, weights, sorted_dispatch(counts[here], x.shape[0], starts), saved)
+
+    def _forward(self, x: Tensor, weights: Tensor, dispatched: Dispatch, saved: Saved) -> Tensor:
         self.note(f"experts {len(self.calls)}")
         call, keep = self._call(x, weights, dispatched, saved), saved.is_training and not self.recompute
-        out, preactivation = runtime.experts_backend(self.backend, x.device).experts_forward(call, keep)
+        out, preactivation = self._experts(x.device).experts_forward(call, keep)
         self.calls.append(LocalCall(saved.put(x), saved.put(weights), saved.put(preactivation), dispatched))
         return out
 
@@ -67,8 +77,7 @@ class LocalExperts:
         here = self.calls[call]
         self.note(f"row gradients {call}")
         done = self._call(saved[here.x], saved[here.weights], here.dispatched, saved)
-        backend = runtime.experts_backend(self.backend, grad.device)
-        rows = backend.experts_backward_rows(done, grad, saved[here.preactivation], Wanted())
+        rows = self._experts(grad.device).experts_backward_rows(done, grad, saved[here.preactivation], Wanted())
         here.grad_out, here.gradients = grad, rows
         assert rows.hidden is not None
         assert rows.weights is not None
@@ -80,8 +89,11 @@ class LocalExperts:
         self.note("weight gradients")
         call, grad_out, rows = self._all_calls(saved)
         groups = Wanted(False, False, *(any(group) for group in split(wanted, self.form)))
-        backend = runtime.experts_backend(self.backend, grad_out.device)
-        return flatten_gradients(backend.experts_backward_weights(call, grad_out, rows, groups), self.form)
+        found = self._experts(grad_out.device).experts_backward_weights(call, grad_out, rows, groups)
+        return flatten_gradients(found, self.form)
+
+    def _experts(self, device: torch.device) -> ExpertsBackend:
+        return runtime.experts_backend(self.backend, device, fp8=self.spec.fp8)
 
     def _call(self, x: Tensor, weights: Tensor, dispatched: Dispatch, saved: Saved) -> ExpertCall:
         parameters = unflatten(saved.parameters, self.form)

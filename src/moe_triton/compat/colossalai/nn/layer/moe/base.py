@@ -13,9 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from moe_triton.compat.colossalai.context.moe_context import MoeParallelInfo
-from moe_triton.compat.opaque import Compute, OpaqueCall, compute_experts
+from moe_triton.compat.opaque import compute_experts
 from moe_triton.distributed import ExpertParallel
 from moe_triton.distributed.exchange.expert_parallel import unless_alone
+from moe_triton.distributed.exchange.opaque_experts import Compute, OpaqueCall
 from moe_triton.distributed.exchange.stages import ExchangedLayer
 from moe_triton.distributed.holders import StackedExperts
 from moe_triton.records import Dispatch, ExpertCall

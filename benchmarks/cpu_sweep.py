@@ -1,0 +1,153 @@
+"""From one token to thousands on a CPU: our layer beside every peer, as a table, a chart and JSON.
+
+    python benchmarks/cpu_sweep.py                              # all of it in at most ten minutes
+    python benchmarks/cpu_sweep.py --tokens 1,4 --budget 60     # some numbers of tokens, in a minute
+
+Three layers: a tiny one, where the cost of a call is all there is, and those of two published models. The budget is for
+all cells; a cell that needs much more than its share for one round is left out, and the table says so. What counts is
+the median of the rounds' ratios, peer over ours; 3% is a tie. Run it on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_triton.benchmarking.cases import Case
+from moe_triton.benchmarking.environment import caption, environment
+from moe_triton.benchmarking.providers import PROVIDERS
+from moe_triton.benchmarking.report import write_json
+from moe_triton.benchmarking.results import Run
+from moe_triton.benchmarking.runner import measure_case
+from moe_triton.files import replace_file
+from moe_triton_kernels.tools.models import Layer
+
+RESULTS = Path(__file__).parent / "results" / "cpu"
+LAYERS = {  # by their config.json at huggingface.co, but for the first
+    "tiny": Layer(64, 64, 8, 2),
+    "Granite-3.1-1B-A400M": Layer(1024, 512, 32, 8),
+    "OLMoE": Layer(2048, 1024, 64, 8),
+}
+TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
+MODES = ("forward", "full")
+PEERS = ("grouped_mm", "hf-eager", "hf-grouped_mm", "deepspeed")
+TIE = 0.03
+SLOW_FLOPS = 20e9  # per second and thread, of a slow peer: what a round takes at most is reckoned with it
+
+
+def fits(case: Case, mode: str, seconds: float) -> bool:
+    """Whether every provider can run the case once in so many seconds, also where it is slow."""
+    return (len(PEERS) + 2) * case.flops(mode) / (SLOW_FLOPS * torch.get_num_threads()) <= seconds
+
+
+def measure(cases: Sequence[Case], budget_s: float, threads: int) -> tuple[list[Run], list[dict[str, Any]]]:
+    """The runs, and the cells that were left out."""
+    torch.set_num_threads(threads)
+    end = time.monotonic() + budget_s
+    names = ["auto", *PEERS]
+    runs: list[Run] = []
+    left_out: list[dict[str, Any]] = []
+    for index, case in enumerate(cases):
+        share = max(0.0, end - time.monotonic()) / (len(cases) - index) / len(MODES)
+        modes = [mode for mode in MODES if fits(case, mode, 4 * share)]
+        left_out += [{**asdict(case), "mode": mode} for mode in MODES if mode not in modes]
+        # half of a cell's share is for the checks against float64, which come first
+        runs += measure_case(case, device=torch.device("cpu"), modes=modes, names=names, budget_s=share / 2)
+        print(f"{case.title()}: {end - time.monotonic():.0f} s left", flush=True)
+    return runs, left_out
+
+
+def verdict(run: Run) -> str:
+    """How the nearest peer does: "1.42x, hf-eager", with "tie" and "behind" where it is no lead."""
+    if not run.speedups:
+        return "no peer"
+    name, found = min(run.speedups.items(), key=lambda item: item[1].p50)
+    word = "" if found.p50 > 1 + TIE else " tie" if found.p50 >= 1 - TIE else " behind"
+    return f"{found.p50:.2f}x{word}, {name}"
+
+
+def table(runs: Sequence[Run], left_out: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
+    """Markdown: for every cell our time, and how many times as long every peer takes."""
+    lines = [
+        f"{caption(facts)}. Our time, and each peer's over it; the median of rounds in turns. 3% is a tie.",
+        "",
+        f"| layer | T | pass | ours, ms | {' | '.join(PEERS)} | nearest |",
+        f"|---|--:|---|--:|{'--:|' * len(PEERS)}---|",
+    ]
+    for run in runs:
+        own = run.row(run.ours or "")
+        ours = "failed" if own is None or own.time_s is None else f"{1e3 * own.time_s.p50:.3g}"
+        cells = [f"{run.speedups[name].p50:.2f}" if name in run.speedups else "-" for name in PEERS]
+        steady = "" if run.is_steady else " (not steady)"
+        cell = f"| {run.case.name} | {run.case.tokens} | {run.mode} | {ours} | {' | '.join(cells)} |"
+        lines.append(f"{cell} {verdict(run)}{steady} |")
+    for cell in left_out:
+        note = "not measured: a round takes more than its share of the budget"
+        lines.append(f"| {cell['name']} | {cell['tokens']} | {cell['mode']} |{' |' * (len(PEERS) + 1)} {note} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(path: Path, runs: Sequence[Run], facts: dict[str, Any]) -> None:
+    """Each peer's time over ours by the number of tokens, a panel for every layer and pass."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    panels = figure.subplots(len(MODES), len(LAYERS), sharex=True, squeeze=False)
+    for row, mode in enumerate(MODES):
+        for axes, name in zip(panels[row], LAYERS, strict=True):
+            own = [run for run in runs if run.case.name == name and run.mode == mode]
+            for peer in PEERS:
+                points = [(run.case.tokens, run.speedups[peer].p50) for run in own if peer in run.speedups]
+                if points:
+                    axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=PROVIDERS[peer].label)
+            axes.axhline(1, color="black", linewidth=0.8)
+            axes.set(xscale="log", yscale="log")
+            axes.set_title(f"{name}, {mode}", fontsize=9, loc="left")
+            axes.tick_params(labelsize=8)
+    panels[0][0].legend(fontsize=7)
+    figure.supxlabel("tokens", fontsize=9)
+    figure.supylabel("peer's time over ours", fontsize=9)
+    figure.suptitle(caption(facts), fontsize=8)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    replace_file(path, [picture.getvalue()])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="numbers of tokens, comma-separated")
+    parser.add_argument("--layers", default=",".join(LAYERS), help=f"some of {', '.join(LAYERS)}")
+    parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
+    parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
+    parser.add_argument("--budget", type=float, default=540.0, help="seconds in all (default: 540)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of cpu-sweep.json, .md and .png")
+    options = parser.parse_args(arguments)
+    cases = [
+        Case(
+            tokens=int(tokens), hidden=layer.hidden, intermediate=layer.intermediate, experts=layer.experts,
+            top_k=layer.top_k, dtype=options.dtype, name=name,
+        )
+        for name, layer in ((name, LAYERS[name]) for name in options.layers.split(","))
+        for tokens in options.tokens.split(",")
+    ]  # fmt: skip
+    runs, left_out = measure(cases, options.budget, options.threads)
+    facts = environment(torch.device("cpu"))
+    options.out.mkdir(parents=True, exist_ok=True)
+    settings = {name: getattr(options, name) for name in ("dtype", "threads", "budget")}
+    record = {"environment": facts, "settings": settings, "runs": list(map(asdict, runs)), "left_out": left_out}
+    write_json(options.out / "cpu-sweep.json", record)
+    text = table(runs, left_out, facts)
+    replace_file(options.out / "cpu-sweep.md", [text.encode()])
+    draw(options.out / "cpu-sweep.png", runs, facts)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""The language model of `moe-triton train` in fp32, in bf16, and with its experts in fp8, three seeds each.
+
+    python benchmarks/fp8_curves.py            # all runs
+    python benchmarks/fp8_curves.py --report   # the table and the chart of what is there
+
+Writes curves.json run by run, and goes on from there when it is started again; then curves.png, and prints the table
+that benchmarks/tables.py puts into docs/low_precision.md. The runs of a seed have the same first weights and the same
+batches; where the experts are in fp8, all else is in bf16. Those in fp32 show what other rounding does by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from training_sweep import SEEDS, run_all
+
+from moe_triton.files import replace_file
+
+RESULTS = Path(__file__).parent / "results" / "fp8"
+STEPS = 600
+POINTS = 60  # of a curve
+# groups of 128 are whole in both products, and the default learning rate is for half this width
+SIZES = {
+    "hidden_size": 128, "intermediate_size": 128, "num_heads": 4, "num_experts": 8, "batch_size": 16, "lr": 8e-3,
+}  # fmt: skip
+NAMES = {("float32", False): "fp32", ("bfloat16", False): "bf16", ("bfloat16", True): "fp8"}  # by dtype and `fp8`
+COLORS = {"fp32": "#8a8a8a", "bf16": "#1f6f8b", "fp8": "#c8553d"}
+Runs = dict[str, dict[int, dict[str, Any]]]  # by name and seed
+
+
+def runs_of(results: dict[str, Any]) -> Runs:
+    found: Runs = {name: {} for name in NAMES.values()}
+    for run in results["runs"]:
+        found[NAMES[run["dtype"], run["fp8"]]][run["seed"]] = run
+    return found
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: the held-out losses of every seed and their means, and the differences to bf16 in percent."""
+    runs, config = runs_of(results), results["config"]
+    lines = ["| seed | bf16, held-out loss in nats per byte | experts in fp8 | all in fp32 |", "|---|--:|--:|--:|"]
+    order = ("bf16", "fp8", "fp32")
+    seeds = sorted(set.intersection(*(set(runs[name]) for name in order)))
+    losses = {seed: [runs[name][seed]["held_out_loss"] for name in order] for seed in seeds}
+    for label, (base, *others) in [
+        *losses.items(),
+        ("mean", [mean(column) for column in zip(*losses.values(), strict=True)]),
+    ]:
+        cells = [f"{base:.4f}", *(f"{loss:.4f} ({loss / base - 1:+.2%})" for loss in others)]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"{config['steps']} steps of {config['batch_size']} sequences of {config['seq_len']} bytes;"
+        f" {config['num_layers']} layers, d = {config['hidden_size']}, n = {config['intermediate_size']},"
+        f" {config['num_experts']} experts, {config['top_k']} per token,"
+        f" {results['runs'][0]['parameters']:,} parameters.",
+        f"{results['processor']} ({results['machine']}), torch {results['versions']['torch']}; fp8 is emulated there.",
+    ]
+    return "\n".join(lines)
+
+
+def draw(path: Path, runs: Runs, steps: int) -> None:
+    """Training loss of every run over the steps, and beside it the differences of the means to bf16 in percent."""
+    import io
+
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    curves = {name: [run["curve"] for run in by_seed.values()] for name, by_seed in runs.items()}
+    means = {name: [mean(values) for values in zip(*found, strict=True)] for name, found in curves.items()}
+    number = len(means["bf16"])
+    middles = [(index + 0.5) * steps / number for index in range(number)]
+    for name, color in COLORS.items():
+        for curve in curves[name]:
+            left.plot(middles, curve, color=color, alpha=0.25, linewidth=0.8)
+        left.plot(middles, means[name], color=color, label=f"{name}, mean of {len(curves[name])}", linewidth=1.6)
+        if name != "bf16":
+            percent = [100 * (here / base - 1) for here, base in zip(means[name], means["bf16"], strict=True)]
+            right.plot(middles, percent, color=color, label=f"{name} over bf16")
+    right.axhline(0, color="black", linewidth=0.6)
+    right.axhspan(-0.5, 0.5, color="black", alpha=0.06)
+    left.set_title("training loss (nats per byte)", fontsize=9, loc="left")
+    right.set_title("difference of the means (%); grey: 0.5%", fontsize=9, loc="left")
+    for axes in (left, right):
+        axes.legend(fontsize=8, frameon=False)
+        axes.set_xlabel("step", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    replace_file(path, [picture.getvalue()])
+
+
+def report(out: Path) -> None:
+    results = json.loads((out / "curves.json").read_text(encoding="utf-8"))
+    draw(out / "curves.png", runs_of(results), results["config"]["steps"])
+    print(table(results))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps of a run (default: {STEPS})")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
+    parser.add_argument("--report", action="store_true", help="train nothing")
+    options = parser.parse_args()
+    if not options.report:
+        options.out.mkdir(parents=True, exist_ok=True)
+        jobs = [("moe", {"seed": seed, "dtype": dtype, "fp8": fp8}) for seed in SEEDS for dtype, fp8 in NAMES]
+        common: dict[str, Any] = {"steps": options.steps, **SIZES}
+        run_all(options.out / "curves.json", jobs, "held_out", workers=options.jobs, points=POINTS, **common)
+    report(options.out)
+
+
+if __name__ == "__main__":
+    main()

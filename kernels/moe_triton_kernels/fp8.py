@@ -1,0 +1,188 @@
+"""Products in fp8 as DeepSeek-V3 trains (arXiv 2412.19437, section 3.3): their operands, and the scales in a kernel.
+
+A code is a float8_e4m3fn, and 128 or 128 x 128 of them share a scale in fp32: max |x| / 448 of those that it stands
+for, or 1 where that is 0. code = x / scale, rounded to the nearest, ties to even, so x is about code * scale. A NaN or
+an infinity makes the whole group NaN. `quantize` makes
+
+    `RowCodes`     groups of 128 along a row: an operand that is contracted along its rows
+    `WeightCodes`  blocks of 128 x 128 of the experts' matrices; one scale serves both directions
+    `ColumnCodes`  groups of 128 of an expert's rows, from its first one on, for each column: both sides of a
+                   gradient of the experts' matrices
+
+The matrix unit of Hopper reads codes that are contiguous along the contraction only. So ColumnCodes are transposed,
+WeightCodes are written once for each direction, and all are padded with zeros to a multiple of 128 along the
+contraction, where nothing is masked then.
+
+A product adds the scaled partial sum of each 128 of the contraction in fp32 (`grouped_gemm.rows_times_weight`), because
+Hopper's own sums of codes have about 14 bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar, final
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moe_triton_kernels.arithmetic import cdiv
+from moe_triton_kernels.operands import PerExpert
+
+CODES = torch.float8_e4m3fn
+GROUP = tl.constexpr(128)
+# with products of e4m3 in the matrix unit; elsewhere fp8 is emulated
+ARCHITECTURES = ("sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "interpreter")
+TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def fp8_supported(architecture: str) -> bool:
+    """Return whether kernels multiply codes on this architecture ("sm_90", "gfx942", "interpreter", ...)."""
+    return architecture in ARCHITECTURES
+
+
+def padded(size: int) -> int:
+    """`size` rounded up to whole groups."""
+    return cdiv(size, GROUP.value) * GROUP.value
+
+
+@final  # so that none is a Tensor
+@dataclass(frozen=True, kw_only=True)
+class RowCodes:
+    """Rows [R, size] in groups of 128 along each row.
+
+    codes   [R, padded size] float8_e4m3fn; those past the size are 0
+    scales  [R, padded size / 128] fp32
+    dtype   of the rows
+    """
+
+    codes: Tensor
+    scales: Tensor
+    dtype: torch.dtype
+
+    @classmethod
+    def empty(cls, num_rows: int, size: int, dtype: torch.dtype, device: torch.device) -> RowCodes:
+        width = padded(size)
+        return cls(
+            codes=torch.empty((num_rows, width), dtype=CODES, device=device),
+            scales=torch.empty((num_rows, width // GROUP.value), dtype=torch.float32, device=device),
+            dtype=dtype,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnCodes:
+    """Rows [S, size] in expert order, for each column in groups of 128 of an expert's rows, transposed.
+
+    codes   [size, 128 * tiles] float8_e4m3fn: those of tile t (of 128 rows in `TileTables`) from 128 * t on; those past
+            an expert's last row are 0
+    scales  [tiles, size] fp32
+    dtype   of the rows
+
+    Neither is written past the number of tiles.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightCodes:
+    """The experts' matrices [k, columns] in blocks of 128 x 128, as the products of both directions read them.
+
+    forward   for rows [., k] times the matrices: codes [E, columns, padded k]
+    backward  for rows [., columns] times their transposes: codes [E, k, padded columns]
+    """
+
+    forward: PerExpert
+    backward: PerExpert
+
+
+class ScalesArgument(NamedTuple):
+    """The scales of a product's operands among a kernel's arguments.
+
+    rows                          pointer to [R, blocks of k]
+    weight                        pointer to [E, blocks of k, blocks of columns]
+    stride_e, stride_k, stride_n  its strides
+    EVEN                          128 divides the columns (of each half, where there are two)
+    DTYPE                         Triton's type of what the rows' codes stand for
+    """
+
+    rows: Any
+    weight: Any
+    stride_e: Any
+    stride_k: Any
+    stride_n: Any
+    EVEN: Any
+    DTYPE: Any
+
+
+Operand = TypeVar("Operand", Tensor, RowCodes)
+
+
+def operand_of(rows: Tensor | RowCodes, weight: PerExpert, size_columns: int) -> tuple[Tensor, ScalesArgument | None]:
+    """The matrix that a product reads as its left side, and the scales of both sides where they are codes.
+
+    ValueError where one side is codes and the other is not.
+    """
+    if isinstance(rows, Tensor) and weight.scales is None:
+        return rows, None
+    if isinstance(rows, Tensor) or weight.scales is None:
+        kinds = ("rows", "codes") if isinstance(rows, Tensor) else ("codes", "rows")
+        raise ValueError("weight: got {1} together with {0}, wanted codes for codes".format(*kinds))
+    constants = (size_columns % GROUP.value == 0, TRITON_TYPES[rows.dtype])
+    return rows.codes, ScalesArgument(
+        rows.scales, weight.scales, *weight.scales.stride(), *map(tl.constexpr, constants)
+    )
+
+
+def new_rows(like: Operand, num_rows: int, size: int, *, keep: bool) -> Operand:
+    """Memory for rows [num_rows, size] of the same kind and dtype; empty where they are not kept."""
+    if isinstance(like, Tensor):
+        return like.new_empty((num_rows, size) if keep else 0)
+    return RowCodes.empty(num_rows if keep else 0, size, like.dtype, like.codes.device)
+
+
+class Scales(NamedTuple):
+    """The scales of a product of codes in a kernel: a ScalesArgument or None, and the numbers of the rows [BLOCK_M].
+
+    PRESENT is whether there are any: see `lora.Added`.
+    """
+
+    argument: Any
+    rows: Any
+    PRESENT: Any
+
+
+@triton.jit
+def start_scales(scales, columns, size_k):
+    """Pointers to the scales of the first 128 of k: of the rows [BLOCK_M], and of the expert's first block."""
+    rows = scales.argument.rows + scales.rows.to(tl.int64) * (size_k // GROUP)
+    return rows, scales.argument.weight + columns.expert.to(tl.int64) * scales.argument.stride_e
+
+
+@triton.jit
+def load_column_scales(at, stride_n, columns, EVEN: tl.constexpr):
+    """The scales of the columns in one block of k, whose first scale is at `at`: a number, or [1, columns] of them.
+
+    The columns lie in at most three blocks, since their first one is a multiple of the tile's width: numbers that every
+    thread has take no registers of the accumulator's size.
+    """
+    WIDE: tl.constexpr = columns.HALVES * columns.WIDTH
+    tl.static_assert(columns.WIDTH % GROUP == 0 or (columns.HALVES == 1 and GROUP % columns.WIDTH == 0))
+    tl.static_assert(WIDE <= 2 * GROUP)
+    left = tl.load(at + columns.first // GROUP * stride_n)
+    if WIDE <= GROUP:
+        return left
+    else:
+        end = columns.size * columns.HALVES
+        second = columns.first + (columns.size if columns.HALVES == 2 else GROUP)
+        block = second // GROUP
+        right = tl.load(at + block * stride_n, mask=second < end, other=0.0)
+        wide = tl.arange(0, WIDE)
+        if columns.HALVES == 2 and not EVEN:
+            beyond = tl.load(at + (block + 1) * stride_n, mask=(block + 1) * GROUP < end, other=0.0)
+            right = tl.where(wide < (block + 2) * GROUP - second, right, beyond)
+        return tl.where(wide < GROUP, left, right)[None, :]

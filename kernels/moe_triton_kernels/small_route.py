@@ -1,0 +1,69 @@
+"""Top-k, permutation and tile tables in one launch, by one program, for a few tokens: decoding.
+
+What `routing` and `small_dispatch` compute in two launches, with the same device functions, in the same order and with
+as many warps for the choice, so that its bits are the same. The second half reads what the first half has written.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moe_triton_kernels.permutation import block_experts
+from moe_triton_kernels.routing import NUM_WARPS, TopK, choice_of, choose_experts, programs_of
+from moe_triton_kernels.small_dispatch import CHUNK, few_rows, place_few
+from moe_triton_kernels.tiles import BLOCK_SIZES, TileTables
+
+MAX_SLOTS = 512  # S up to which one warp places rows in less time than a further launch takes [estimated, not measured]
+BLOCK = 32  # slots compared with each other at a time, by one warp
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_slots"])
+def small_route_kernel(
+    logits, bias, noise, token_mask, given, experts, weights, partials, rows, num_tokens, num_slots, scale,
+    RULE, LIMIT, LANES, PACKED: tl.constexpr,
+    SIZES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """See `small_route`."""
+    choose_experts(
+        logits, bias, noise, token_mask, given, experts, weights, partials, num_tokens, scale,
+        RULE, LIMIT, LANES, PACKED,
+    )  # fmt: skip
+    tl.debug_barrier()  # other threads read the experts and the counts
+    NUM_EXPERTS: tl.constexpr = RULE.NUM_EXPERTS
+    e = tl.arange(0, BLOCK_E)
+    total = tl.load(partials.counts + e, mask=e < NUM_EXPERTS, other=0)
+    place_few(experts, total, rows, num_slots, NUM_EXPERTS, SIZES, BLOCK, BLOCK_E, CHUNK)
+
+
+def is_small(num_tokens: int, num_experts: int, options: TopK) -> bool:
+    """Whether `small_route` takes so many tokens."""
+    few = 0 < num_tokens * options.top_k <= MAX_SLOTS
+    return few and options.sequences == 1 == programs_of(num_tokens, num_experts, options)
+
+
+def small_route(
+    logits: Tensor,
+    options: TopK,
+    *,
+    choice_bias: Tensor | None = None,
+    noise: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    given: Tensor | None = None,
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, TileTables]]:
+    """Compute `routing.topk_forward`, and of its experts `small_dispatch`, in one launch; where `is_small`.
+
+    Returns the five of `topk_forward`, whose counts are the dispatch's too; and offsets, source, position and tables.
+    """
+    num_tokens, num_experts = logits.shape
+    choice = choice_of(logits, options, 1, choice_bias, noise, token_mask, given)
+    rows, tiles = few_rows((num_tokens, options.top_k), num_experts, logits.device)
+    small_route_kernel[(1,)](
+        *choice.read, choice.experts, choice.weights, choice.partials, rows,
+        num_tokens, num_tokens * options.top_k, float(options.scale),
+        **choice.constants, SIZES=BLOCK_SIZES, BLOCK=BLOCK, BLOCK_E=block_experts(num_experts), CHUNK=CHUNK,
+        num_warps=NUM_WARPS,
+    )  # fmt: skip
+    routed = (choice.experts, choice.weights, *choice.sums())
+    return routed, (rows.offsets, rows.source, rows.position, tiles)

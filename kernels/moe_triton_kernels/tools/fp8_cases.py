@@ -1,0 +1,139 @@
+"""What is compiled for fp8: the products of codes at their configurations, and the kernels that make the codes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import triton.language as tl
+
+from moe_triton_kernels.activations import GATED_CASES, UNGATED_CASES
+from moe_triton_kernels.d_hidden import d_hidden_kernel
+from moe_triton_kernels.down import down_kernel
+from moe_triton_kernels.fp8 import ScalesArgument, fp8_supported
+from moe_triton_kernels.fp8_d_weight import fp8_d_weight_kernel, tile_offsets_kernel
+from moe_triton_kernels.operands import WeightArgument
+from moe_triton_kernels.quantize import (
+    BLOCK_COLUMNS,
+    BLOCK_ROWS,
+    quantize_columns_kernel,
+    quantize_rows_kernel,
+    quantize_weight_kernel,
+)
+from moe_triton_kernels.tools.case import Case, pointers_of
+from moe_triton_kernels.tools.product_cases import (
+    TILES,
+    bias_type,
+    only_of_down,
+    product_case,
+    rows_type,
+    sizes_type,
+    weight_types,
+)
+from moe_triton_kernels.tools.shipped import CODES, Shipped, shipped_configs
+from moe_triton_kernels.up import up_kernel
+
+STORED = "*bf16"  # the rows' dtype
+
+
+def fp8_cases(arch: str) -> list[Case]:
+    """Every configuration of a product of codes, and the kernels that make codes."""
+    if not fp8_supported(arch):
+        return []
+    entries = shipped_configs(arch, CODES)
+    gated = next(entry for entry in entries if entry.op == "up_gated")
+    cases = [fp8_case(entry, arch) for entry in entries]
+    cases += [fp8_case(gated, arch, is_even=False), fp8_case(gated, arch, is_concatenated=False)]
+    return [*cases, *quantize_cases()]
+
+
+def fp8_case(entry: Shipped, arch: str, *, is_even: bool = True, is_concatenated: bool = True) -> Case:
+    """A product of codes; `is_even`: 128 divides the columns. Large blocks of gated experts are in the sample."""
+    variant = "uneven" if not is_even else "even" if is_concatenated else "pairs"
+    options: dict[str, Any] = {"variant": variant, "sample": entry.op not in ("up", "d_hidden") and is_even}
+    if entry.op == "d_weight":
+        return product_case(fp8_d_weight_kernel, entry, arch, signature=gradient_types(entry), **options)
+    scales = ScalesArgument(
+        rows="*fp32", weight="*fp32", stride_e="i32", stride_k="i32", stride_n=1, EVEN=is_even, DTYPE=tl.bfloat16
+    )
+    is_gated = entry.op.endswith("_gated")
+    halves = 2 if entry.op == "up_gated" and is_concatenated else 1
+    block_n = entry.config.block_n * (1 if is_concatenated else 2)
+    signature: dict[str, Any] = {"source": "*i32", "tiles": TILES, "sizes": sizes_type(is_even=True), "scales": scales}
+    signature |= weight_types(entry, addresses=False, by_k=True, halves=halves, block_n=block_n) | {"adapter": None}
+    if entry.op in ("down", "d_rows"):
+        block = [entry.config.block_m, entry.config.block_k]
+        signature |= {"a": "*fp8e4nv", "a_descriptor": rows_type(entry, block), "out": STORED, **only_of_down(entry.op)}
+        signature["bias"] = bias_type(STORED[1:]) if entry.op == "down" else None
+        return product_case(down_kernel, entry, arch, signature=signature, **options)
+    options |= {"TOP_K": 8, "ACTIVATION": (GATED_CASES if is_gated else UNGATED_CASES)[0]}
+    options["CONCATENATED"] = is_concatenated
+    if entry.op.startswith("up"):
+        signature |= {"x": "*fp8e4nv", "a": "*fp8e4nv", "a_scales": "*fp32", "h": STORED, "bias": None}
+        return product_case(up_kernel, entry, arch, signature=signature, **options)
+    signature |= dict.fromkeys(("h", "weighted_a", "grad_h"), STORED) | {"grad_out": "*fp8e4nv"}
+    signature |= dict.fromkeys(("router_weights", "shares"), "*fp32")
+    return product_case(d_hidden_kernel, entry, arch, signature=signature, **options)
+
+
+def gradient_types(entry: Shipped) -> dict[str, Any]:
+    config = entry.config
+    return {
+        **dict.fromkeys(("left", "right"), "*fp8e4nv"),
+        **dict.fromkeys(("left_scales", "right_scales", "partials"), "*fp32"),
+        **dict.fromkeys(("pieces", "state"), "*i32"),
+        "left_descriptor": rows_type(entry, [config.block_m, config.block_k]),
+        "right_descriptor": rows_type(entry, [config.block_n, config.block_k]),
+        "out": STORED,
+        "width": "i32",
+    }
+
+
+def quantize_cases() -> Iterator[Case]:
+    """Of rows in bf16 and of weights in fp32, with sizes that are multiples of 16."""
+    codes, scales = "*fp8e4nv", "*fp32"
+    rows = {"x": STORED, "codes": codes, "scales": scales, "size": "i32"}
+    weight = WeightArgument(
+        data="*fp32",
+        decoding=0,
+        stride_e="i32",
+        stride_k=1,
+        stride_n="i32",
+        ALIGNMENT=16,
+        UNIT=1,
+        K_CONTIGUOUS=True,
+        QUANTIZED=False,
+    )
+    signatures: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
+        "quantize_rows": (quantize_rows_kernel, rows | {"num_rows": "i32"}, {"BLOCK_R": BLOCK_ROWS}),
+        "quantize_columns": (
+            quantize_columns_kernel,
+            rows | {"source": "*i32", "tiles": TILES, "width": "i32"},
+            {"TOP_K": 8, "BLOCK_C": BLOCK_COLUMNS},
+        ),
+        "quantize_weight": (
+            quantize_weight_kernel,
+            {"weight": weight, "forward": codes, "backward": codes, "scales": scales}
+            | dict.fromkeys(("size_k", "size_columns"), "i32"),
+            {"DTYPE": tl.float32},
+        ),
+        "tile_offsets": (
+            tile_offsets_kernel,
+            {"offsets": "*i32", "tile_offsets": "*i32", "num_experts": "i32"},
+            {"BLOCK_E": 128},
+        ),
+    }
+    for name, (fn, signature, constants) in signatures.items():
+        sizes = [size for size in ("size", "width", "size_k", "size_columns") if size in signature]
+        yield Case(
+            name=name,
+            fn=fn,
+            signature=signature,
+            constexprs=constants,
+            num_warps=8 if name == "quantize_weight" else 4,
+            aligned=[
+                *pointers_of(signature),
+                *sizes,
+                *(["weight.stride_e", "weight.stride_n"] * ("weight" in signature)),
+            ],
+        )
