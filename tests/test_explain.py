@@ -123,3 +123,16 @@ def test_adapters_over_a_frozen_base():
 def test_bad_arguments(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         explain(arguments, **options)
+
+
+def test_where_the_kernels_decode() -> None:
+    """In their main loops for few rows, to memory for many; n = 64: a block of fp8's scales holds gate and up."""
+    layer = moe_triton.MoE(128, 64, 8, 2, backend="triton", dtype=torch.bfloat16)
+    moe_triton.quantize(layer, "fp8")
+
+    def words(tokens: int) -> str:
+        (found,) = explain(layer, tokens=tokens)
+        return found.parts[-1].runs
+
+    assert words(16) == "decoded in the main loop of down, d_hidden, d_rows; decoded to memory for every up"
+    assert words(65536) == "decoded to memory for every up, down, d_hidden, d_rows"

@@ -21,6 +21,7 @@ import triton.language as tl
 from moe_triton_kernels.fp8 import GROUP, load_column_scales, start_scales
 from moe_triton_kernels.lora import add_product, add_steps, load_step
 from moe_triton_kernels.operands import load_columns, load_rows, number_columns, start_columns, start_rows
+from moe_triton_kernels.quantized import decode_columns, load_global_scale, load_scales
 
 
 @triton.jit
@@ -60,7 +61,12 @@ def rows_times_weight(rows, columns, added, scales, size_k, DTYPE: tl.constexpr,
     BY_TMA: tl.constexpr = rows.descriptor is not None and columns.descriptor is not None
     numbers, column_mask = number_columns(columns)
     a_at = start_rows(rows, BLOCK_K)
-    b_at, b_step = start_columns(columns, numbers, DTYPE, BLOCK_K)
+    if columns.weight.QUANTIZED:
+        # scales come a step ahead: there are too few of them in a block for asynchronous copies
+        code_scales = load_scales(columns, 0, size_k, BLOCK_K)
+        global_scale = load_global_scale(columns)
+    else:
+        b_at, b_step = start_columns(columns, numbers, DTYPE, BLOCK_K)
     k = tl.arange(0, BLOCK_K)
     acc = tl.zeros((TILE.BLOCK_M, columns.HALVES * columns.WIDTH), dtype=tl.float32)
     if added.PRESENT:
@@ -78,7 +84,12 @@ def rows_times_weight(rows, columns, added, scales, size_k, DTYPE: tl.constexpr,
     for block in tl.range(0, tl.cdiv(size_k, BLOCK_K)):
         inside = k < size_k - block * BLOCK_K
         a = load_rows(rows, a_at, inside, EVEN_K)
-        b = load_columns(columns, b_at, inside, column_mask, EVEN_K, BLOCK_K)
+        if columns.weight.QUANTIZED:
+            b = decode_columns(columns, block * BLOCK_K, size_k, code_scales, global_scale, DTYPE, EVEN_K, BLOCK_K)
+            code_scales = load_scales(columns, (block + 1) * BLOCK_K, size_k, BLOCK_K)
+        else:
+            b = load_columns(columns, b_at, inside, column_mask, EVEN_K, BLOCK_K)
+            b_at += b_step
         if scales.PRESENT:
             row_scale = tl.load(row_scales + block)
             column_scale = load_column_scales(block_scales + block * stride_k, stride_n, columns, EVEN)
@@ -88,7 +99,6 @@ def rows_times_weight(rows, columns, added, scales, size_k, DTYPE: tl.constexpr,
             proxy_fence(TILE.FENCE and DTYPE.primitive_bitwidth == 16 and not BY_TMA)
             acc = tl.dot(a, b, acc, input_precision="ieee")
         a_at += BLOCK_K
-        b_at += b_step
     if added.PRESENT:
         if AHEAD:
             acc = add_product(acc, t, factor)

@@ -15,6 +15,9 @@ DECODED = ("up_gated", "up", "down")  # the kernels of a forward pass
 SHORT_K = {"down": 256, "d_hidden_gated": 768, "d_hidden": 768}  # up to which `two_programs` are ahead
 BUCKETS = (16, 32, 64, 128)  # rows per expert: up to 16, up to 32, up to 64, more; also the rows of a tile
 
+# format -> instructions that decode a number in the main loop, by what they compile to for Hopper
+DECODING = {"mxfp4": 5, "nvfp4": 7, "fp8": 8, "int8": 7, "int4": 6}
+
 
 def fit(block: int, size: int) -> int:
     """The block, no wider than the size needs (a power of two, 16 at least, as the matrix unit wants)."""
@@ -182,6 +185,32 @@ def adapter_tile(size_i: int, size_j: int, itemsize: int, architecture: str) -> 
         rows, stages = 32, 2
     blocks = [fit(64 if size == min(size_i, size_j) else wide, size) for size in (size_i, size_j)]
     return Config(block_m=blocks[0], block_n=blocks[1], block_k=rows, num_warps=4, num_stages=stages, programs_per_sm=2)
+
+
+def decodes_in_loop(
+    format: str, rows_per_expert: float, itemsize: int, *, block: int = 1, half: int | None = None
+) -> bool:
+    """Whether a product by quantised matrices decodes them in its main loop, rather than into memory beforehand.
+
+    In the loop every tile of 128 rows decodes its expert's numbers again, DECODING[format] instructions each. Of these
+    an H200 issues 132 multiprocessors * 4 warps * 32 lanes * 1.755 GHz = 29.7e12 a second, here taken as seven tenths
+    of it. Beforehand, a number of `itemsize` bytes is written and read once more, at 4.3 TB/s; the codes are read
+    either way. For bf16 that is 0.93 ps, and 0.24 ps for mxfp4 in the loop: up to 3 tiles, or 384 rows, in the loop.
+
+    block: columns that share a scale. half: columns of gate, where gate and up are the halves of a matrix: a block that
+    reaches from one into the other is not decoded in the loop.
+    """
+    in_loop = max(1, -(-rows_per_expert // 128)) * DECODING[format] / (0.7 * 29.7e12)
+    beforehand = 2 * itemsize / 4.3e12
+    return in_loop <= beforehand and (half is None or half % block == 0)
+
+
+def over_codes(op: str, config: Config) -> Config:
+    """The configuration of the same product by codes: decoding takes registers, so a thread has fewer columns."""
+    if config.block_m == 32 and config.num_warps == 4:
+        return replace(config, num_warps=8)
+    is_wide = config.block_n * (2 if op == "up_gated" else 1) == 256
+    return replace(config, block_n=config.block_n // 2) if is_wide else config
 
 
 def d_weight_tile(itemsize: int, architecture: str) -> Config:

@@ -29,6 +29,7 @@ from moe_triton_kernels.launch import BLACKWELL, Config, constant, target_of
 
 if TYPE_CHECKING:
     from moe_triton_kernels.lora import Adapter
+    from moe_triton_kernels.quantized import Decoding
 
 ExpertParameter = Tensor | Sequence[Tensor]
 
@@ -45,19 +46,23 @@ class WeightArgument(NamedTuple):
     """The experts' matrices [k, columns] among a kernel's arguments.
 
     data          pointer to the stacked tensor, or to the int64 addresses of the experts' own
+    decoding      what makes numbers of `data` where that is codes (a DecodingArgument of `quantized`), else 0
     stride_e      elements from one expert to the next (0 for addresses)
     ALIGNMENT     bytes that divide every address
     UNIT          elements that divide stride_e and the stride between rows or columns (see `unit_of`)
     K_CONTIGUOUS  stride_k is 1
+    QUANTIZED     `data` is codes
     """
 
     data: Any
+    decoding: Any
     stride_e: Any
     stride_k: Any
     stride_n: Any
     ALIGNMENT: Any
     UNIT: Any
     K_CONTIGUOUS: Any
+    QUANTIZED: Any
 
 
 class BiasArgument(NamedTuple):
@@ -99,6 +104,7 @@ class PerExpert:
     alignment  bytes that divide every address of a table
     held       the tensors that the addresses point to, kept alive with this record
     adapter    what is added to a product by these matrices, or None
+    decoding   what makes numbers of the tensor where that is codes, or None
     scales     where these are codes of 8 bits, their scales: [E, blocks of k, blocks of columns] (see `fp8`)
     """
 
@@ -109,6 +115,7 @@ class PerExpert:
     held: tuple[Tensor, ...]
     adapter: Adapter | None = None
     scales: Tensor | None = None
+    decoding: Decoding | None = None
 
     @property
     def is_table(self) -> bool:
@@ -123,13 +130,16 @@ class PerExpert:
             alignment=self.alignment,
             held=self.held,
             adapter=self.adapter,
+            decoding=None if self.decoding is None else self.decoding.transposed(),
         )
 
     def weight(self) -> WeightArgument:
         stride_k, stride_n = self.strides
         step = stride_n if stride_k == 1 else stride_k  # it may be 1 too, of a matrix with a single row or column
-        constants = (*self.constants(step), constant(stride_k == 1))
-        return WeightArgument(self.data, self.stride_e, stride_k, stride_n, *constants)
+        is_quantized = self.decoding is not None
+        constants = (*self.constants(step), constant(stride_k == 1), constant(is_quantized))
+        decoding = constant(0) if self.decoding is None else self.decoding.argument()
+        return WeightArgument(self.data, decoding, self.stride_e, stride_k, stride_n, *constants)
 
     def bias(self) -> BiasArgument:
         (stride_n,) = self.strides
@@ -186,6 +196,7 @@ def weight_descriptor(
     if (
         not config.descriptors
         or weight.is_table
+        or weight.decoding is not None
         or not (by_k or (stride_n == 1 and halves == 1))
         or not is_describable(weight.data, config, size_k, weight.stride_e, row_stride)
         or matrix == 0
@@ -325,15 +336,20 @@ def load_rows(rows, cursor, inside, EVEN_K: tl.constexpr):
 
 
 @triton.jit
-def number_columns(columns):
-    """The columns' numbers in the expert's matrix, and which of them count."""
-    wide = tl.arange(0, columns.HALVES * columns.WIDTH)
+def number_columns(columns, BY: tl.constexpr = 1):
+    """The columns' numbers in the expert's matrix, and which of them count.
+
+    BY: of blocks of so many columns instead. A block does not reach from one half into the other.
+    """
+    WIDTH: tl.constexpr = columns.WIDTH // BY if columns.WIDTH > BY else 1
+    wide = tl.arange(0, columns.HALVES * WIDTH)
+    first, size = columns.first // BY, tl.cdiv(columns.size, BY)
     if columns.HALVES == 1:
-        numbers = columns.first + wide
-        return numbers, numbers < columns.size
+        numbers = first + wide
+        return numbers, numbers < size
     else:
-        inner = columns.first + wide % columns.WIDTH
-        return wide // columns.WIDTH * columns.size + inner, inner < columns.size
+        inner = first + wide % WIDTH
+        return wide // WIDTH * size + inner, inner < size
 
 
 @triton.jit

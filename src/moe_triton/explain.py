@@ -18,7 +18,7 @@ from moe_triton.integrations import transformers as hf
 from moe_triton.integrations.transformers_routers import RoutedLayer, num_local_experts, routed_layers
 from moe_triton.layers import Experts, MoE
 from moe_triton.layers.lora import PROJECTIONS
-from moe_triton.records import ACTIVATIONS, GATED
+from moe_triton.records import ACTIVATIONS, GATED, ExpertSpec
 
 DEFAULT_TOKENS = 4096
 DEVICE_EXPERTS = (
@@ -144,7 +144,7 @@ def explain_layer(name: str, layer: MoE, tokens: int, device: torch.device | str
         batch_invariant=layer.batch_invariant, fp8=experts.spec.fp8,
     )  # fmt: skip
     found = replace(found, parts=(*found.parts, *_more_parts(layer, hidden)))
-    return with_format(found, weight)
+    return with_format(found, weight, experts.spec)
 
 
 def _more_parts(layer: MoE, latent_size: int) -> Iterator[Part]:
@@ -166,12 +166,23 @@ def dtype_of(projection: Any, router: nn.Module) -> torch.dtype:
     return dtype
 
 
-def with_format(found: Explanation, projection: Any) -> Explanation:
+def with_format(found: Explanation, projection: Any, spec: ExpertSpec) -> Explanation:
     """Add what becomes of a quantised projection."""
     if isinstance(projection, Tensor):
         return found
-    in_cache = found.device.type == "cpu" and found.backend == "torch"
-    how = "decoded in parts that stay in cache" if in_cache else "decoded whole, for each product"
+    if found.backend == "triton":
+        from moe_triton.kernel_stages import decoding_in_words  # needs Triton
+
+        tokens, _, n, num_experts, top_k = found.shape
+        weight = projection.weight
+        block = weight.kind.rows if weight.is_transposed == spec.is_transposed else weight.group
+        how = decoding_in_words(
+            weight.format, spec, found.dtype, n=n, block=block, rows_per_expert=tokens * top_k / num_experts
+        )
+    elif found.device.type == "cpu" and found.backend == "torch":
+        how = "decoded in parts that stay in cache"
+    else:
+        how = "decoded whole, for each product"
     return replace(found, parts=(*found.parts, Part(step=f"projections in {projection.format}", runs=how)))
 
 
@@ -220,7 +231,8 @@ def explain_routed(layer: RoutedLayer, tokens: int, device: torch.device | str |
         rest.append(
             Part(step="experts, both passes", runs="products of torch, with the module's own gate between them")
         )
-    return with_format(replace(found, parts=(routing, *rest)), down)
+    layout = {"is_transposed": experts.is_transposed, "is_concatenated": getattr(experts, "is_concatenated", True)}
+    return with_format(replace(found, parts=(routing, *rest)), down, ExpertSpec(activation=name, **layout))
 
 
 def describe(

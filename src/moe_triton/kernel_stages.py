@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from moe_triton.records import ExpertSpec
 from moe_triton_kernels.configs import find_config, shipped_table, user_table, user_table_path
 from moe_triton_kernels.gluon.schedules import BLOCK_K, BLOCK_M, import_error, schedule_of
+from moe_triton_kernels.heuristics import BUCKETS, decodes_in_loop
 from moe_triton_kernels.launch import MAX_REGISTERS, Config
 
 # operation that has configurations -> the stages that run with its configuration
@@ -84,6 +86,23 @@ def chosen_configs(
         source = ", ".join(filter(None, (origin, chosen.stale(architecture))))
         found.append({"op": op, "stages": stages, "config": in_words(config), "fields": asdict(config), "from": source})
     return found
+
+
+def decoding_in_words(
+    format: str, spec: ExpertSpec, dtype: torch.dtype, *, n: int, block: int, rows_per_expert: float
+) -> str:
+    """Where the kernels decode quantised projections; block: columns of the up projection that share a scale."""
+    in_loop: list[str] = []
+    in_memory: list[str] = []
+    for op in ("up", "down", "d_hidden", "d_rows"):
+        is_fixed = spec.batch_invariant and op in ("up", "down")
+        rows = BUCKETS[-1] + 1 if is_fixed else rows_per_expert
+        half = n if op == "up" and spec.is_gated and spec.is_concatenated else None
+        is_in_loop = decodes_in_loop(format, rows, dtype.itemsize, block=block, half=half)
+        (in_loop if is_in_loop else in_memory).append(op)
+    words = [f"decoded in the main loop of {', '.join(in_loop)}"] if in_loop else []
+    words += [f"decoded to memory for every {', '.join(in_memory)}"] if in_memory else []
+    return "; ".join(words)
 
 
 def table_facts(architectures: Sequence[str]) -> dict[str, Any]:

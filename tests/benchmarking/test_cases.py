@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from moe_triton.backends.torch.processor import Processor
 from moe_triton.benchmarking import limits
 from moe_triton.benchmarking.cases import CPU_CASES, MODES, PRESETS, SKEWS, Case, make_workload
-from moe_triton.benchmarking.runner import expert_counts
+from moe_triton.benchmarking.runner import expert_counts, prepare
 from tests.helpers.compare import assert_close
 
 CPU = torch.device("cpu")
@@ -151,6 +151,7 @@ def test_the_floor_is_the_bytes_that_must_move():
     assert limits.floor_bytes(case, counts, "forward") == 2 * one
     assert limits.floor_bytes(case, counts, "backward") == (2 + 16) * one
     assert limits.floor_bytes(case, counts, "full") == (2 * 2 + 16) * one
+    assert limits.floor_bytes(replace(case, format="mxfp4"), counts, "forward") == 2 * one * 4.25 / 16
     found = limits.floor(make_workload(case, CPU), counts, "forward")
     assert found.scale * limits.CPU_BUFFER_BYTES == 2 * one
     assert found.call().item() == limits.CPU_BUFFER_BYTES // 4  # the sum really reads the buffer
@@ -168,3 +169,19 @@ def test_onednn_is_no_limit_for_bf16_where_the_cpu_has_none(monkeypatch):
     case = replace(SMALL, dtype="bfloat16")
     parts = [limits.dense_product(make_workload(case, CPU), "forward")]
     assert limits.fastest(parts)[1] == "torch.mm"
+
+
+def test_projections_in_a_format():
+    """Everybody works on the numbers that the codes stand for; only ours has the codes."""
+    case = replace(SMALL, intermediate=32, format="mxfp4")
+    workload = make_workload(case, CPU)
+    assert torch.equal(workload.down, workload.packed["down"].dequantize(torch.float32))
+    assert case.title().endswith("mxfp4")
+    found = prepare("auto", workload)
+    assert found.status == "ok"
+    assert found.block is not None
+    assert not found.block.is_trainable
+    assert set(found.errors) == {"output"}
+    assert found.label == "moe_triton (torch, mxfp4)"
+    with pytest.raises(ValueError, match="format: got 'int3'"):
+        replace(SMALL, format="int3")

@@ -242,3 +242,19 @@ def test_a_report_without_matplotlib_has_no_png(tmp_path, monkeypatch):
     assert "no PNG charts, which need matplotlib: moe-triton[plot]" in " ".join(done.stdout.split())
     assert {path.name for path in (tmp_path / "report").iterdir()} >= {"report.html", "results.csv", "results.json"}
     assert not list((tmp_path / "report").glob("*.png"))
+
+
+def test_formats(tmp_path):
+    shape = ["--tokens", "4", "--hidden", "64", "--intermediate", "32", "--experts", "4", "--top-k", "2"]
+    file = tmp_path / "b.json"
+    done = run(
+        *shape, *QUICK, "--dtype", "float32", "--format", "mxfp4,int4", "--providers", "auto", "--json", str(file)
+    )
+    assert done.exit_code == 0, done.output
+    assert "moe_triton (torch, int4)" in done.stdout
+    runs = json.loads(file.read_text())["runs"]
+    assert [(one["case"]["format"], one["mode"]) for one in runs] == [("mxfp4", "forward"), ("int4", "forward")]
+    for wrong in (["--mode", "full"], ["--stages"]):
+        refused = run(*shape, *QUICK, "--format", "mxfp4", *wrong)
+        assert refused.exit_code == EXIT_USAGE
+        assert "format: got it with another mode than forward" in refused.stderr

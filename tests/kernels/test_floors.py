@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
+from moe_triton import QuantizedWeight
 from moe_triton_kernels.tiles import BLOCK_SIZES
 from moe_triton_kernels.tools import floors
 from moe_triton_kernels.tools.floors import DEVICES, EXPERTS_BACKWARD, EXPERTS_FORWARD, FLOORS, FP8_FLOORS, Shape, Work
@@ -16,6 +18,7 @@ BY_HAND = {  # kernel: (FLOPs, bytes) in bf16, gated
     "up": (2 * 12 * 4 * 8 * 2, 2 * (48 + 320 + 96 + 48)),
     "down": (768, 2 * (48 + 160 + 96)),
     "combine": (0, 2 * (96 + 48)),
+    "decode": (0, 2 * 2 * 320),
     "d_hidden": (768, 2 * (48 + 160 + 96 + 96 + 48)),
     "d_weight_down": (768, 2 * (48 + 48 + 160)),
     "d_weight_up": (1536, 2 * (48 + 96 + 320)),
@@ -100,6 +103,26 @@ def test_ungated_and_wider_dtypes() -> None:
         assert FLOORS[kernel](wide) == FLOORS[kernel](SMALL)  # fp32 and int32, whatever the model is
 
 
+@pytest.mark.parametrize(("format", "bits"), [("mxfp4", 4 + 8 / 32), ("nvfp4", 4 + 8 / 16), ("fp8", 8 + 32 / 128**2)])
+def test_quantised_projections(format: str, bits: float) -> None:
+    """Their codes and scales take the place of two bytes an element, and nothing else changes."""
+    shape = Shape(tokens=4, hidden=2048, intermediate=1024, experts=16, top_k=2)
+    packed = replace(shape, format=format)
+    numbers = 16 * 2048 * 1024
+    for kernel, factor in (("up", 2), ("down", 1), ("d_hidden", 1), ("d_rows", 2)):
+        plain, found = FLOORS[kernel](shape), FLOORS[kernel](packed)
+        assert found.flops == plain.flops
+        assert plain.bytes - found.bytes == factor * numbers * (16 - bits) / 8
+    assert FLOORS["decode"](packed).bytes == 2 * numbers * (16 + bits) / 8
+    assert FLOORS["d_weight_up"](packed) == FLOORS["d_weight_up"](shape)
+
+
+def test_the_bits_of_integers_are_those_that_quantize_makes() -> None:
+    for format, bits in floors.PACKED_BITS.items():
+        weight = QuantizedWeight.quantize(torch.randn(1, 128, 128), format)
+        assert weight.nbytes * 8 == pytest.approx(bits * 128 * 128 + 32 * (format == "nvfp4"))
+
+
 def test_the_tile_tables_of_many_rows() -> None:
     shape = Shape(tokens=600, hidden=8, intermediate=4, experts=4, top_k=1)  # 150 rows: 10, 5, 3 and 2 tiles
     assert FLOORS["tile_tables"](shape).bytes == 4 * (5 + 4 + 2 * 4 * 20)
@@ -129,6 +152,7 @@ def test_every_device_says_where_its_numbers_are_from() -> None:
         ({"tokens": 0}, "tokens: got 0, wanted at least 1"),
         ({"top_k": 6}, "top_k: got 6, wanted at most 5"),
         ({"dtype": "fp8"}, "dtype: got 'fp8', wanted one of bf16, fp16, fp32"),
+        ({"format": "int3"}, "format: got 'int3', wanted one of mxfp4, nvfp4, fp8, int8, int4"),
     ],
 )
 def test_bad_shapes(change: dict[str, object], message: str) -> None:

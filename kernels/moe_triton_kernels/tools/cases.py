@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Sequence
 
-from moe_triton_kernels.tools import dispatch_cases, fp8_cases, lora_cases, product_cases
+from moe_triton_kernels.tools import dispatch_cases, fp8_cases, lora_cases, product_cases, quantized_cases
 from moe_triton_kernels.tools.case import Case
 from moe_triton_kernels.tools.shipped import Shipped, shipped_configs
 
@@ -16,6 +16,7 @@ PRODUCTS: dict[str, Callable[[str, Sequence[Shipped]], Iterable[Case]]] = {
     "d_weight": product_cases.d_weight_cases,
     "narrow": lora_cases.narrow_cases,
     "lora": lora_cases.adapter_cases,
+    "quantized": quantized_cases.quantized_cases,
 }
 OTHERS: dict[str, Callable[[], Iterable[Case]]] = {
     "address_tables": dispatch_cases.address_cases,

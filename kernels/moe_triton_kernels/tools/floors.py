@@ -20,6 +20,11 @@ for a gated activation, 1 for an ungated one:
     narrow_ordered    2Snr     sSn + sEnr + sSr              A, factor -> t (f times the rows where they are dH)
     d_adapter_...     as narrow: its operands and its result are the same three
 
+    decode            0        bits/8 fEnd + sfEnd           codes and scales of W1 -> numbers
+
+Where projections are quantised, `PACKED_BITS` take the place of the 8s bits of each of their elements in up, down,
+d_hidden and d_rows.
+
 In fp8 (`FP8_FLOORS`), codes have one byte, and four more for each group of 128 (rows) or 16384 (weights).
 
 An adapter's part of up, down, d_hidden and d_rows, r in d or n of their work, is left out.
@@ -35,12 +40,17 @@ from moe_triton_kernels.tools.gpus import GPUS, Gpu
 
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 INDEX = 4  # bytes of an int32 index, of a router weight and of a logit: the router computes in fp32
+# bits of a number with its share of the scales: those of int8 are fp32 for 128 numbers, those of int4 for 32
+PACKED_BITS = {"mxfp4": 4.25, "nvfp4": 4.5, "fp8": 8 + 32 / 128**2, "int8": 8.25, "int4": 5.0}
 TILE_SIZES = (16, 32, 64, 128)  # rows per tile of the tables
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """One MoE layer and its tokens; ValueError on sizes below 1, K above E, or another dtype than bf16, fp16, fp32."""
+    """One MoE layer and its tokens.
+
+    ValueError on sizes below 1, K above E, another dtype than bf16, fp16, fp32, and an unknown format.
+    """
 
     tokens: int
     hidden: int
@@ -50,6 +60,7 @@ class Shape:
     dtype: str = "bf16"
     gated: bool = True
     rank: int = 16  # of adapters
+    format: str | None = None  # of quantised projections
 
     def __post_init__(self) -> None:
         for name in ("tokens", "hidden", "intermediate", "experts", "top_k", "rank"):
@@ -59,6 +70,8 @@ class Shape:
             raise ValueError(f"top_k: got {self.top_k}, wanted at most {self.experts}, the experts")
         if self.dtype not in ITEMSIZE:
             raise ValueError(f"dtype: got {self.dtype!r}, wanted one of {', '.join(ITEMSIZE)}")
+        if self.format is not None and self.format not in PACKED_BITS:
+            raise ValueError(f"format: got {self.format!r}, wanted one of {', '.join(PACKED_BITS)}")
 
     @property
     def rows(self) -> int:
@@ -73,6 +86,10 @@ class Shape:
     @property
     def itemsize(self) -> int:
         return ITEMSIZE[self.dtype]
+
+    def packed(self, numbers: int) -> int:
+        """Bytes of so many numbers of the experts' projections."""
+        return self.itemsize * numbers if self.format is None else int(PACKED_BITS[self.format] * numbers / 8)
 
     @property
     def x(self) -> int:
@@ -152,10 +169,10 @@ class Work:
         return max(self.flops / device.flops(dtype), self.bytes / device.bandwidth)
 
 
-def _product(shape: Shape, factor: int, elements: int) -> Work:
-    """A grouped product of all rows with `factor` * n * d weights each, that moves this many elements."""
+def _product(shape: Shape, factor: int, elements: int, projection: int = 0) -> Work:
+    """A grouped product of all rows with `factor` * n * d weights each: it moves so many elements, and of weights."""
     flops = 2 * factor * shape.rows * shape.intermediate * shape.hidden
-    return Work(flops=flops, bytes=shape.itemsize * elements)
+    return Work(flops=flops, bytes=shape.itemsize * elements + shape.packed(projection))
 
 
 def _values(count: int) -> Work:
@@ -215,14 +232,16 @@ FLOORS: dict[str, Callable[[Shape], Work]] = {
     "row_pieces": lambda s: _values(4 * s.experts + 1),
     # how many experts are split is read: none, where rows spread evenly, and there is nothing to add
     "sum_pieces": lambda s: _values(1),
-    "up": lambda s: _product(s, s.factor, s.x + s.factor * (s.w2 + s.a) + s.a),
-    "down": lambda s: _product(s, 1, s.a + s.w2 + s.y),
+    "up": lambda s: _product(s, s.factor, s.x + s.factor * s.a + s.a, s.factor * s.w2),
+    "down": lambda s: _product(s, 1, s.a + s.y, s.w2),
     "combine": lambda s: _product(s, 0, s.y + s.x),
-    "d_hidden": lambda s: _product(s, 1, s.x + s.w2 + 2 * s.factor * s.a + s.a),
+    "d_hidden": lambda s: _product(s, 1, s.x + 2 * s.factor * s.a + s.a, s.w2),
     "d_router_weights": lambda s: _values(3 * s.rows),  # one share and one index per row -> one gradient per row
     "d_weight_down": lambda s: _product(s, 1, s.x + s.a + s.w2),
     "d_weight_up": lambda s: _product(s, s.factor, s.x + s.factor * (s.a + s.w2)),
-    "d_rows": lambda s: _product(s, s.factor, s.factor * (s.a + s.w2) + s.y),
+    "d_rows": lambda s: _product(s, s.factor, s.factor * s.a + s.y, s.factor * s.w2),
+    # codes and scales of W1 -> its numbers
+    "decode": lambda s: _product(s, 0, s.factor * s.w2, s.factor * s.w2),
     # X or dO, factor -> t or u; X or dO, u or t -> the factor's gradient
     "narrow_gathered": lambda s: _narrow(s, s.tokens, s.hidden),
     "d_adapter_gathered": lambda s: _narrow(s, s.tokens, s.hidden),

@@ -105,7 +105,15 @@ def quantize_cases() -> Iterator[Case]:
     codes, scales = "*fp8e4nv", "*fp32"
     rows = {"x": STORED, "codes": codes, "scales": scales, "size": "i32"}
     weight = WeightArgument(
-        data="*fp32", stride_e="i32", stride_k=1, stride_n="i32", ALIGNMENT=16, UNIT=1, K_CONTIGUOUS=True
+        data="*fp32",
+        decoding=0,
+        stride_e="i32",
+        stride_k=1,
+        stride_n="i32",
+        ALIGNMENT=16,
+        UNIT=1,
+        K_CONTIGUOUS=True,
+        QUANTIZED=False,
     )
     signatures: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
         "quantize_rows": (quantize_rows_kernel, rows | {"num_rows": "i32"}, {"BLOCK_R": BLOCK_ROWS}),

@@ -107,12 +107,14 @@ def with_adapter(case: Case, rank: int) -> Case:
     unit = unit_of(2 if dtype == "*bf16" else 4, rank)
     factor = WeightArgument(
         data=dtype,
+        decoding=0,
         stride_e="i32",
         stride_k=1 if is_forward else "i32",
         stride_n="i32" if is_forward else 1,
         ALIGNMENT=16,
         UNIT=unit if is_forward else 1,
         K_CONTIGUOUS=is_forward,
+        QUANTIZED=False,
     )
     block = step_block(rank, 2 if dtype == "*bf16" else 4)
     steps = max(rank, block) // block

@@ -72,12 +72,14 @@ def weight_types(
     """The types of a weight of aligned sizes and of its descriptor: what a launch on a GPU makes of it."""
     weight = WeightArgument(
         data="*i64" if addresses else f"*{shipped.dtype}",
+        decoding=0,
         stride_e="i32",
         stride_k=1 if by_k else "i32",
         stride_n="i32" if by_k else 1,
         ALIGNMENT=16,
         UNIT=1,
         K_CONTIGUOUS=by_k,
+        QUANTIZED=False,
     )
     if addresses or not shipped.config.descriptors or not (by_k or halves == 1):
         return {"weight": weight, "descriptor": None}

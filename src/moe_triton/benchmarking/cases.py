@@ -6,13 +6,16 @@ Shapes: T tokens, d hidden size, n expert intermediate size, E experts, K choice
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_triton.checks import check_choice, check_int
+from moe_triton.quantization import QuantizedWeight
+from moe_triton.quantization.formats import FORMATS
 from moe_triton.records import ACTIVATIONS, GATED, Dispatch, ExpertCall, ExpertParameters, ExpertSpec
 from moe_triton_kernels.tools import models
 from moe_triton_kernels.tools.floors import Shape
@@ -37,6 +40,8 @@ class Case:
             expert 0 is chosen by half of the tokens and by no other; "quarter-empty", a quarter of the experts gets no
             token.
         activation, bias: of the experts, as in `moe_triton.MoE`.
+        format: of quantised projections, as in `moe_triton.quantize`; None: they are in dtype. Only ours reads codes:
+            the others work on the numbers that these stand for.
         name: of the model or preset it stands for.
 
     Raises:
@@ -52,15 +57,18 @@ class Case:
     skew: str = "uniform"
     activation: str = "swiglu"
     bias: bool = False
+    format: str | None = None
     name: str = ""
 
     def __post_init__(self) -> None:
-        for field in ("tokens", "hidden", "intermediate", "experts"):
-            check_int(field, getattr(self, field), low=1)
+        for name in ("tokens", "hidden", "intermediate", "experts"):
+            check_int(name, getattr(self, name), low=1)
         check_int("top_k", self.top_k, low=1, high=self.experts)
         check_choice("dtype", self.dtype, tuple(DTYPES))
         check_choice("skew", self.skew, SKEWS)
         check_choice("activation", self.activation, ACTIVATIONS)
+        if self.format is not None:
+            check_choice("format", self.format, tuple(FORMATS))
         if self.experts > self.hidden:
             raise ValueError(
                 f"experts: got {self.experts}, wanted at most hidden = {self.hidden}: "
@@ -104,6 +112,7 @@ class Case:
         return Shape(
             tokens=self.tokens, hidden=self.hidden, intermediate=self.intermediate, experts=self.experts,
             top_k=self.top_k, dtype=SHORT_NAMES[self.dtype], gated=self.activation in GATED,
+            format=self.format,
         )  # fmt: skip
 
     def title(self) -> str:
@@ -113,6 +122,8 @@ class Case:
             extras.append(self.activation)
         if self.bias:
             extras.append("bias")
+        if self.format is not None:
+            extras.append(self.format)
         return " ".join([f"{self.name}:" if self.name else "", shape, *extras]).strip()
 
 
@@ -189,7 +200,8 @@ class Workload:
     """A case's tensors, all in its dtype and on one device; every provider works on these very weights.
 
     hidden, grad_out [T, d]; gate [E, d]; gate_up [E, 2n, d] ([E, n, d] when ungated), down [E, d, n] and their biases
-    [E, 2n] ([E, n]) and [E, d], or None.
+    [E, 2n] ([E, n]) and [E, d], or None. packed: what gate_up and down are the numbers of, by their names; {} where the
+    case has no format.
     """
 
     case: Case
@@ -200,6 +212,7 @@ class Workload:
     down: Tensor
     gate_up_bias: Tensor | None
     down_bias: Tensor | None
+    packed: Mapping[str, QuantizedWeight] = field(default_factory=dict)
 
     @property
     def spec(self) -> ExpertSpec:
@@ -262,10 +275,17 @@ def make_workload(case: Case, device: torch.device, seed: int = 0) -> Workload:
     hidden = normal(case.tokens, case.hidden)
     hidden += (wanted_logits(case, generator) - hidden @ gate_dE) @ gate_dE.T
     rows, inner = case.expert_rows, case.intermediate
+    projections = {
+        "gate_up": parameter(case.hidden, case.experts, rows, case.hidden),
+        "down": parameter(inner, case.experts, case.hidden, inner),
+    }
+    packed = {}
+    if case.format is not None:
+        packed = {name: QuantizedWeight.quantize(weight, case.format) for name, weight in projections.items()}
+        projections = {name: weight.dequantize(dtype) for name, weight in packed.items()}
     return Workload(
         case=case, hidden=hidden.to(dtype), grad_out=normal(case.tokens, case.hidden).to(dtype),
-        gate=gate_dE.T.contiguous().to(dtype), gate_up=parameter(case.hidden, case.experts, rows, case.hidden),
-        down=parameter(inner, case.experts, case.hidden, inner),
+        gate=gate_dE.T.contiguous().to(dtype), **projections, packed=packed,
         gate_up_bias=parameter(case.hidden, case.experts, rows) if case.bias else None,
         down_bias=parameter(inner, case.experts, case.hidden) if case.bias else None,
     )  # fmt: skip

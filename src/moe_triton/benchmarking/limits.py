@@ -133,7 +133,7 @@ def bandwidth_buffer(device: torch.device) -> Tensor:
 def floor_bytes(case: Case, counts: list[int], mode: str) -> int:
     """Bytes of weights that must move: each pass reads the touched experts' weights once, and backward writes every
     expert's gradient once."""
-    one = case.weight_elements * case.torch_dtype.itemsize
+    one = case.shape.packed(case.weight_elements)
     touched = sum(count > 0 for count in counts)
     return one * {"forward": touched, "backward": touched + case.experts, "full": 2 * touched + case.experts}[mode]
 

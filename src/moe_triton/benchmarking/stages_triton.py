@@ -22,8 +22,8 @@ class Chosen(Problem):
 
     chosen: Mapping[str, Config] = {}
 
-    def config(self, op: str) -> Config:
-        return self.chosen.get(op) or super().config(op)
+    def config(self, op: str, weight: PerExpert | None = None) -> Config:
+        return self.chosen.get(op) or super().config(op, weight)
 
     def why_plain(self, stage: str, config: Config) -> str | None:
         """Why a stage would run its plain kernel though its configuration names a schedule; None: it would not."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +28,7 @@ from moe_triton.benchmarking.ways import WAYS
 from moe_triton.cli import arguments
 from moe_triton.cli.arguments import EXIT_FAULT, EXIT_INTERRUPTED, EXIT_SLOWER, EXIT_USAGE, fail, pick_several
 from moe_triton.cli.display import StepDisplay, duration
+from moe_triton.quantization.formats import FORMATS
 
 CELL_S = 1.6  # about how long a cell takes, in budgets: checks, and slow peers that need more
 
@@ -50,9 +52,13 @@ def bench(
     skew: arguments.Skew = None,
     activation: arguments.Activation = None,
     bias: arguments.Bias = False,
+    format: Annotated[
+        str | None, typer.Option(help=f"Our projections in {', '.join(FORMATS)}, or several: forward only.")
+    ] = None,
     mode: Annotated[
-        str, typer.Option(help="forward (inference), backward, full (forward+backward); several with commas, or all.")
-    ] = "all",
+        str | None,
+        typer.Option(help="forward (inference), backward, full (forward+backward); several with commas. Default: all."),
+    ] = None,
     how: Annotated[str, typer.Option(help="eager, compile (torch.compile), graph (CUDA graph); or several.")] = "eager",
     providers: Annotated[
         str | None, typer.Option(help="Names with commas (see --list), ours first. Default: all that suit.")
@@ -106,6 +112,12 @@ def bench(
     with arguments.checked("bench"):
         where = arguments.pick_device(device)
         chosen = arguments.pick_cases(suite, shape, dtype, {k: v for k, v in overrides.items() if v is not None}, where)
+        if format is not None:
+            if mode not in (None, "forward") or stages:
+                raise ValueError("format: got it with another mode than forward, or with --stages, wanted it alone")
+            formats = pick_several(format, "format", tuple(FORMATS))
+            chosen, mode = [replace(case, format=name) for case in chosen for name in formats], "forward"
+        mode = mode or "all"
         if dtype is None and not any(shape.values()):
             chosen = without_slow_dtypes(chosen, where)
         modes = {"all": list(MODES), "both": ["forward", "full"]}.get(mode) or pick_several(mode, "mode", MODES)

@@ -20,7 +20,7 @@ from moe_triton.benchmarking.text_tables import plain_console, print_table
 from moe_triton.cli.arguments import EXIT_FAULT, EXIT_NO_GPU, SHAPE, checked, fail, pick, pick_model
 from moe_triton.cli.display import StepDisplay
 from moe_triton_kernels.tools.case import Case, leaves
-from moe_triton_kernels.tools.floors import DEVICES, FLOORS, FP8_FLOORS, ITEMSIZE, Device, Shape
+from moe_triton_kernels.tools.floors import DEVICES, FLOORS, FP8_FLOORS, ITEMSIZE, PACKED_BITS, Device, Shape
 from moe_triton_kernels.tools.occupancy import resident_programs
 
 if TYPE_CHECKING:
@@ -165,6 +165,11 @@ def float_type(case: Case) -> str | None:
     return next(iter(narrow if narrow and f"*{CODES}" in types else known), None)
 
 
+def format_of(case: Case) -> str | None:
+    """The format of the projections that a kernel reads as codes, which its name has among the last parts."""
+    return next((part for part in case.name.split("_") if part in PACKED_BITS), None)
+
+
 def compile_all(arch: str, cases: Sequence[Case], jobs: int, on_step: Any) -> dict[str, Report]:
     from moe_triton_kernels.tools.offline import compile_parallel
 
@@ -197,7 +202,7 @@ def describe(case: Case, report: Report | None, arch: str, shape: Shape, device:
     gated = shape.gated
     if (activation := case.constants.get("ACTIVATION")) is not None:
         config["ACTIVATION"], gated = str(activation), activation.is_gated
-    own = replace(shape, dtype=float_type(case) or shape.dtype, gated=gated)
+    own = replace(shape, dtype=float_type(case) or shape.dtype, gated=gated, format=format_of(case))
     name = floor_name(case.name)
     work = None if name is None else ALL_FLOORS[name](own)
     stored = CODES if f"_{CODES}_" in case.name else own.dtype
@@ -227,13 +232,15 @@ def describe(case: Case, report: Report | None, arch: str, shape: Shape, device:
 def is_chosen(case: Case, arch: str, shape: Shape, dtype: str) -> bool | None:
     """Whether the shape runs with the case's configuration where the operands of products have this dtype."""
     from moe_triton_kernels.configs import OPS, choose_config
+    from moe_triton_kernels.heuristics import over_codes
     from moe_triton_kernels.launch import pipeline_stages, tile_of
 
     ops = [op for op in OPS if case.name.startswith(f"{op}_{dtype}_")]
     if not ops:
         return None
+    op = max(ops, key=len)
     config = choose_config(
-        max(ops, key=len),
+        op,
         d=shape.hidden,
         n=shape.intermediate,
         dtype=torch.float8_e4m3fn if dtype == CODES else DTYPES[dtype],
@@ -241,6 +248,8 @@ def is_chosen(case: Case, arch: str, shape: Shape, dtype: str) -> bool | None:
         num_experts=shape.experts,
         architecture=arch,
     )
+    if shape.format is not None:
+        config = over_codes(op, config)
     wanted = (tile_of(arch, config), config.num_warps, pipeline_stages(arch, config), config.maxnreg)
     return (case.signature["TILE"], case.num_warps, case.num_stages, case.maxnreg) == wanted
 

@@ -22,7 +22,7 @@ from moe_triton.checks import FLOATS
 from moe_triton.dispatch import dispatch
 from moe_triton.distributed.exchange.expert_parallel import ExpertParallel, unless_alone
 from moe_triton.experts import moe_mlp, with_adapters
-from moe_triton.integrations import peft
+from moe_triton.integrations import fp8_experts, peft
 from moe_triton.integrations.called_gate import called_gate_mlp
 from moe_triton.integrations.experts_interface import KEY
 from moe_triton.integrations.spread_experts import SpreadExperts, compute_over_ranks, scaled, spread
@@ -57,6 +57,8 @@ class LimitedGate(NamedTuple):
 # Gates that cut their input, by "family.Class". What they compute is tried before we go by the name.
 LIMITED_GATES = {
     "deepseek_v4.DeepseekV4Experts": LimitedGate("swiglu", "limit"),
+    "FP8Experts": LimitedGate("swiglu", "limit"),
+    "FP8Experts, alpha": LimitedGate("gpt_oss", "swiglu_limit", "swiglu_alpha"),
     "glm5_next.Glm5NextTextExperts": LimitedGate("swiglu", "swiglu_limit"),
     "gpt_oss.GptOssExperts": LimitedGate("gpt_oss", "limit", "alpha", is_concatenated=False),
     "hy_v4.HYV4Experts": LimitedGate("swiglu", "swiglu_limit"),
@@ -104,6 +106,7 @@ def register() -> str:
             "moe_triton.integrations.transformers needs transformers >= 5 (pip install moe-triton[hf])"
         ) from error
     ALL_EXPERTS_FUNCTIONS.register(KEY, experts_forward)
+    fp8_experts.register(experts_forward)
     peft.install()
     return KEY
 
@@ -118,11 +121,13 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
 
     Raises ValueError where `obstacle` names one.
     """
-    reason = obstacle(module)
-    if reason is not None:
+    if (reason := obstacle(module)) is not None:
         raise ValueError(f"{type(module).__name__}: {reason}")
     up_name, down_name = projection_names(module)
-    up_proj, down_proj = (scaled(module, projection_of(module, name)) for name in (up_name, down_name))
+    up_proj, down_proj = (
+        fp8_experts.codes_of(module, name) or scaled(module, projection_of(module, name))
+        for name in (up_name, down_name)
+    )
     compute = up_proj.dtype if isinstance(up_proj, Tensor) else hidden_states.dtype
     up_bias = down_bias = None
     if _flag(module, "has_bias"):
@@ -239,9 +244,8 @@ def spread_experts(module: nn.Module, parallel: ExpertParallel) -> None:
             f"expert_parallel: got {parallel.etp.size} expert slices for {kind}, whose gate or norm is called on whole "
             "rows; wanted etp=1"
         )
-    names = list(projection_names(module))
-    if _flag(module, "has_bias"):
-        names += [f"{name}_bias" for name in names]
+    projections = projection_names(module)
+    names = [*projections, *(f"{name}_bias" for name in projections if _flag(module, "has_bias"))]
     for name in names:
         parameter = module._parameters.get(name)
         if parameter is None or hasattr(parameter, "device_mesh"):
@@ -261,12 +265,13 @@ def obstacle(module: nn.Module) -> str | None:
     norm = getattr(module, "post_expert_norm", None)
     if _flag(module, "has_post_expert_norm") and not callable(norm):
         return f"post_expert_norm: got {type(norm).__name__}, wanted a function of rows"
-    names = list(projection_names(module))
-    if _flag(module, "has_bias"):
-        names += [f"{name}_bias" for name in names]
+    projections = projection_names(module)
+    names = [*projections, *(f"{name}_bias" for name in projections if _flag(module, "has_bias"))]
     for name in names:
         tensor = getattr(module, name, None)
-        if isinstance(tensor, QuantizedProjection):
+        if (reason := fp8_experts.obstacle(module, name)) is not None:
+            return reason
+        if isinstance(tensor, QuantizedProjection) or fp8_experts.has_codes(module, name):
             continue
         if not isinstance(tensor, Tensor):
             return f"{name}: got {type(tensor).__name__}, wanted a Tensor"
@@ -305,10 +310,10 @@ def fused_activation(module: nn.Module) -> Fused | None:
         return None
     cls: Any = type(module)
     gate = cls._apply_gate
-    where = dotted_name(gate)
+    where = fp8_experts.gate_name(module, dotted_name(gate), DEFAULT_GATE)
     if where == DEFAULT_GATE:
         return Fused(GATED[pointwise]) if pointwise in GATED else None
-    known = LIMITED_GATES.get(_short_name(where))
+    known = LIMITED_GATES.get(_short_name(where) or where)
     if known is None or _flag(module, "is_concatenated") != known.is_concatenated:
         return None
     if hasattr(module, "act_fn") and pointwise != "silu":
@@ -384,7 +389,8 @@ def computes(gate: Any, known: LimitedGate, limit: Any, alpha: Any) -> bool:
 def _tried(gate: Any, known: LimitedGate, limit: float, alpha: float | None) -> bool:
     with real_tensors(), torch.no_grad():
         numbers = (3 * limit * torch.arange(256, dtype=torch.float64, device="cpu").sin()).view(16, 16)
-        module = SimpleNamespace(**{known.limit: limit, known.alpha or "": alpha}, act_fn=F.silu)
+        fields = {"gate_softcap": None, "swiglu_alpha": None, known.limit: limit, known.alpha or "": alpha}
+        module = SimpleNamespace(**fields, act_fn=F.silu)
         expected = activate(numbers, known.activation, known.is_concatenated, limit, alpha)
         return torch.allclose(gate(module, numbers), expected, rtol=1e-12, atol=0)
 

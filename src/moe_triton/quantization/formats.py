@@ -102,12 +102,19 @@ def values_of(codes: Tensor, kind: Format) -> Tensor:
     return found.view(torch.bfloat16).view(*codes.shape[:-1], -1)
 
 
+@cache
+def powers(device: torch.device) -> Tensor:
+    """Return the numbers of all E8M0 bytes, [256] fp32."""
+    exact = torch.ldexp(torch.ones(256), torch.arange(256) - E8M0_BIAS)
+    exact[E8M0_NAN] = float("nan")
+    return exact.to(device)
+
+
 def scales_of(scales: Tensor) -> Tensor:
     """Return scales in fp32, exactly; bytes are E8M0: 2^(byte - 127), and NaN for 255."""
     if scales.dtype != torch.uint8:
         return scales.float()
-    exact = torch.ldexp(torch.ones_like(scales, dtype=torch.float32), scales.int() - E8M0_BIAS)
-    return exact.masked_fill_(scales == E8M0_NAN, float("nan"))
+    return powers(scales.device).index_select(0, scales.flatten().int()).view(scales.shape)
 
 
 def nearest_e2m1(values: Tensor) -> Tensor:

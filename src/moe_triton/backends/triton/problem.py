@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_triton.quantization import QuantizedWeight
 from moe_triton.records import (
     ExpertCall,
     ExpertSpec,
     Lora,
+    Projection,
     TiledDispatch,
     Wanted,
 )
-from moe_triton.reference import dequantized
 from moe_triton_kernels.activations import Activation
 from moe_triton_kernels.combine import combine
 from moe_triton_kernels.configs import choose_config
@@ -24,11 +25,12 @@ from moe_triton_kernels.d_hidden import d_hidden, d_router_weights
 from moe_triton_kernels.d_weight import d_bias, d_weight
 from moe_triton_kernels.down import down
 from moe_triton_kernels.fp8 import RowCodes
-from moe_triton_kernels.heuristics import BUCKETS, adapter_tile
+from moe_triton_kernels.heuristics import BUCKETS, adapter_tile, decodes_in_loop, over_codes
 from moe_triton_kernels.launch import Config, target_of
 from moe_triton_kernels.lora import Adapter
 from moe_triton_kernels.narrow import narrow
 from moe_triton_kernels.operands import PerExpert, per_expert
+from moe_triton_kernels.quantized import decode, quantized_per_expert
 from moe_triton_kernels.tiles import TileTables, tile_tables
 from moe_triton_kernels.up import up
 
@@ -49,7 +51,7 @@ class Problem:
         self.activation = activation_of(spec, call.hidden.dtype)
         self.top_k, self.num_rows = call.dispatched.top_k, call.num_rows
         self.size_d, self.size_n = call.hidden_size, call.intermediate_size
-        gate_up, down = (per_expert(dequantized(p, call.hidden.dtype)) for p in parameters[:2])
+        gate_up, down = map(matrices, parameters[:2])
         self.gate_up = gate_up if spec.is_transposed else gate_up.transposed()
         self.down = down if spec.is_transposed else down.transposed()
         self.gate_up_bias = None if parameters.gate_up_bias is None else per_expert(parameters.gate_up_bias)
@@ -78,21 +80,37 @@ class Problem:
         """Rows, contiguous, as a product with a projection reads them."""
         return x
 
-    def config(self, op: str) -> Config:
-        gated = "_gated" if self.spec.is_gated and op in ("up", "d_hidden") else ""
-        return choose_config(
-            op + gated,
+    def config(self, op: str, weight: PerExpert | None = None) -> Config:
+        """How the kernel of this op is launched; weight: what it multiplies by."""
+        name = f"{op}_gated" if self.spec.is_gated and op in ("up", "d_hidden") else op
+        config = choose_config(
+            name,
             d=self.size_d,
             n=self.size_n,
             dtype=self.operand_dtype,
-            num_rows=rows_of_config(self.call) if op in ("up", "down") else self.num_rows,
+            num_rows=self.rows_of_config(op),
             num_experts=self.call.num_experts,
             architecture=target_of(self.hidden.device).architecture,
         )
+        return config if weight is None or weight.decoding is None else over_codes(name, config)
+
+    def rows_of_config(self, op: str) -> int:
+        return rows_of_config(self.call) if op in ("up", "down") else self.num_rows
+
+    def read(self, projection: PerExpert, op: str) -> PerExpert:
+        """The projection as the kernel of this op reads it; a quantised one as codes, or decoded for this one use."""
+        if projection.decoding is None:
+            return projection
+        half = self.size_n if op == "up" and self.spec.is_gated and self.spec.is_concatenated else None
+        rows_per_expert = self.rows_of_config(op) / max(self.call.num_experts, 1)
+        decoding, itemsize = projection.decoding, self.hidden.element_size()
+        if decodes_in_loop(decoding.format, rows_per_expert, itemsize, block=decoding.block[1], half=half):
+            return projection
+        return decode(projection, self.hidden.dtype)
 
     def up(self, tiles: TileTables, *, keep_a: bool, keep_h: bool) -> tuple[Any, Tensor]:
         """The activation [S, n] for `down_rows`, and the pre-activation [S, 2n or n]; empty [0] where not kept."""
-        weight, lora = self.gate_up_operand(), self.gate_up_lora
+        weight, lora = self.read(self.gate_up_operand(), "up"), self.gate_up_lora
         return up(
             self.rows_operand(self.hidden),
             self.dispatched.source,
@@ -105,7 +123,7 @@ class Problem:
             is_concatenated=self.spec.is_concatenated,
             keep_activation=keep_a,
             keep_preactivation=keep_h,
-            config=self.config("up"),
+            config=self.config("up", weight),
         )
 
     def down_rows(self, a: Any, tiles: TileTables) -> Tensor:
@@ -114,13 +132,13 @@ class Problem:
 
     def _down_rows(self, a: Tensor | RowCodes, of_adapter: Tensor, tiles: TileTables) -> Tensor:
         """The same of the activation as the product and as the adapter reads it."""
-        weight, lora = self.down_operand(), self.down_lora
+        weight, lora = self.read(self.down_operand(), "down"), self.down_lora
         return down(
             a,
             tiles,
             weight if lora is None else lora.forward(weight, self.t_down(of_adapter, tiles)),
             size_columns=self.size_d,
-            config=self.config("down"),
+            config=self.config("down", weight),
             bias=self.down_bias,
             router_weights=self.weights,
             source=self.dispatched.source,
@@ -130,21 +148,22 @@ class Problem:
         self, grad_out: Tensor, h: Tensor, tiles: TileTables, u: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Weighted activation [S, n], pre-activation's gradient, and shares of the router weights' gradient."""
+        weight = self._backward(self.down_operand(back=True), self.down_lora, u, "d_hidden")
         return d_hidden(
             self.rows_operand(grad_out),
             self.dispatched.source,
             tiles,
-            self._backward(self.down_operand(back=True), self.down_lora, u),
+            weight,
             h,
             self.weights,
             size_n=self.size_n,
             activation=self.activation,
             is_concatenated=self.spec.is_concatenated,
-            config=self.config("d_hidden"),
+            config=self.config("d_hidden", weight),
         )
 
-    @staticmethod
-    def _backward(weight: PerExpert, lora: Factors | None, u: Tensor | None) -> PerExpert:
+    def _backward(self, projection: PerExpert, lora: Factors | None, u: Tensor | None, op: str) -> PerExpert:
+        weight = self.read(projection, op)
         return weight if lora is None or u is None else lora.backward(weight, u)
 
     def d_router_weights(self, shares: Tensor, grad_out: Tensor, tiles: TileTables) -> Tensor:
@@ -152,12 +171,13 @@ class Problem:
 
     def d_rows(self, grad_h: Tensor, tiles: TileTables, u: Tensor | None = None) -> Tensor:
         """Every row's gradient of its token [S, d]."""
+        weight = self._backward(self.gate_up_operand(back=True), self.gate_up_lora, u, "d_rows")
         return down(
             self.rows_operand(grad_h),
             tiles,
-            self._backward(self.gate_up_operand(back=True), self.gate_up_lora, u),
+            weight,
             size_columns=self.size_d,
-            config=self.config("d_rows"),
+            config=self.config("d_rows", weight),
         )
 
     def combine(self, rows: Tensor) -> Tensor:
@@ -262,6 +282,21 @@ class Problem:
             return values.new_zeros(self.call.num_experts, 0)
         source, offsets = self.dispatched.source, self.dispatched.offsets
         return d_bias(values, source, offsets, top_k=self.top_k, router_weights=router_weights)
+
+
+def matrices(projection: Projection) -> PerExpert:
+    """The projection's matrices as they are given, [out, in] or [in, out], for the kernels."""
+    if not isinstance(projection, QuantizedWeight):
+        return per_expert(projection)
+    found = quantized_per_expert(
+        projection.format,
+        projection.codes,
+        projection.scales,
+        projection.zeros,
+        projection.global_scale,
+        block=(projection.kind.rows, projection.group),
+    )
+    return found.transposed() if projection.is_transposed else found
 
 
 @lru_cache

@@ -8,6 +8,7 @@ from moe_triton import runtime
 from moe_triton.benchmarking.cases import Workload
 from moe_triton.benchmarking.providers.block import Block, Unavailable, share
 from moe_triton.layers import MoE
+from moe_triton.layers.quantized import quantize_projection
 
 
 def ours(backend: str) -> Callable[[Workload], Block]:
@@ -26,11 +27,14 @@ def ours(backend: str) -> Callable[[Workload], Block]:
         for name, parameter in experts.items():
             projection, *bias = name.rsplit("_bias", 1)
             setattr(layer.experts, f"{projection}_proj{'_bias' if bias else ''}", parameter)
+        for name, weight in workload.packed.items():
+            quantize_projection(layer.experts, f"{name}_proj", weight)
         return Block(
             forward=lambda x: layer(x).output,
             choose=lambda x: layer.router(x).experts,
             parameters={"gate": layer.router.weight, **experts},
-            label=f"moe_triton ({chosen.name})",
+            is_trainable=not workload.packed,
+            label=f"moe_triton ({', '.join(filter(None, (chosen.name, case.format)))})",
         )
 
     return build
