@@ -10,20 +10,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_triton_kernels import small_dispatch
 from moe_triton_kernels.permutation import block_experts
 from moe_triton_kernels.routing import NUM_WARPS, TopK, choice_of, choose_experts, programs_of
-from moe_triton_kernels.small_dispatch import CHUNK, few_rows, place_few
+from moe_triton_kernels.small_dispatch import few_rows, place_few
 from moe_triton_kernels.tiles import BLOCK_SIZES, TileTables
 
 MAX_SLOTS = 512  # S up to which one warp places rows in less time than a further launch takes [estimated, not measured]
-BLOCK = 32  # slots compared with each other at a time, by one warp
+BLOCK = tl.constexpr(32)  # slots compared with each other at a time, by one warp
+CHUNK = tl.constexpr(small_dispatch.CHUNK)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_slots"])
+@triton.jit(do_not_specialize=["num_tokens"])
 def small_route_kernel(
-    logits, bias, noise, token_mask, given, experts, weights, partials, rows, num_tokens, num_slots, scale,
-    RULE, LIMIT, LANES, PACKED: tl.constexpr,
-    SIZES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr,
+    logits, bias, noise, token_mask, given, experts, weights, partials, rows, num_tokens, scale,
+    RULE, LIMIT, LANES, PACKED: tl.constexpr, SIZES: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """See `small_route`."""
     choose_experts(
@@ -34,7 +35,7 @@ def small_route_kernel(
     NUM_EXPERTS: tl.constexpr = RULE.NUM_EXPERTS
     e = tl.arange(0, BLOCK_E)
     total = tl.load(partials.counts + e, mask=e < NUM_EXPERTS, other=0)
-    place_few(experts, total, rows, num_slots, NUM_EXPERTS, SIZES, BLOCK, BLOCK_E, CHUNK)
+    place_few(experts, total, rows, num_tokens * RULE.TOP_K, NUM_EXPERTS, SIZES, BLOCK, BLOCK_E, CHUNK)
 
 
 def is_small(num_tokens: int, num_experts: int, options: TopK) -> bool:
@@ -61,9 +62,8 @@ def small_route(
     rows, tiles = few_rows((num_tokens, options.top_k), num_experts, logits.device)
     small_route_kernel[(1,)](
         *choice.read, choice.experts, choice.weights, choice.partials, rows,
-        num_tokens, num_tokens * options.top_k, float(options.scale),
-        **choice.constants, SIZES=BLOCK_SIZES, BLOCK=BLOCK, BLOCK_E=block_experts(num_experts), CHUNK=CHUNK,
-        num_warps=NUM_WARPS,
+        num_tokens, float(options.scale),
+        **choice.constants, SIZES=BLOCK_SIZES, BLOCK_E=block_experts(num_experts), num_warps=NUM_WARPS,
     )  # fmt: skip
     routed = (choice.experts, choice.weights, *choice.sums())
     return routed, (rows.offsets, rows.source, rows.position, tiles)

@@ -17,7 +17,8 @@ import triton.language as tl
 from moe_triton import reference
 from moe_triton.backends.torch import gate as by_torch
 from moe_triton.backends.triton import gate
-from moe_triton.backends.triton.routing import route_backward, route_forward
+from moe_triton.backends.triton.routing import route_and_dispatch, route_backward, route_forward
+from moe_triton.quantization import QuantizedWeight
 from moe_triton.records import ExpertSpec, GateWanted, RouterSpec
 from moe_triton_kernels import configs
 from moe_triton_kernels.d_weight import d_bias, d_weight
@@ -28,7 +29,7 @@ from tests.helpers.compare import TOLERANCE, assert_close
 from tests.helpers.guarded import guard_launches, guarded
 from tests.helpers.interpreter import compute_in_bf16
 from tests.helpers.poison import poisoned
-from tests.helpers.problems import check, make_problem, random_choices, run, with_inputs
+from tests.helpers.problems import check, make_problem, random_choices, replaced, run, with_inputs
 
 CONFIG = Config(block_m=16, block_n=16, block_k=16, num_warps=4, num_stages=1)
 
@@ -78,6 +79,32 @@ def run_small_dispatch() -> None:
     found, expected = small_dispatch(experts, 9), reference.dispatch(experts, 9)
     for tensor, name in zip(found[:4], ("counts", "offsets", "source", "position"), strict=True):
         assert torch.equal(tensor, getattr(expected, name)), name
+
+
+def run_small_route() -> None:
+    spec, logits = RouterSpec(top_k=2, normalize=True), torch.randn(7, 5)
+    found = route_and_dispatch(logits, spec, None, None, None, None)
+    assert found is not None
+    assert torch.equal(found[0][0], reference.route(logits, spec).experts)
+
+
+def run_codes() -> None:
+    """Quantised projections decoded in the loop, and into memory where a block of scales spans gate and up."""
+    for kind in ("mxfp4", "fp8"):
+        problem = make_problem(random_choices(13, 2, 4), 4, dtype=torch.bfloat16, d=96, n=32)
+        names = ("gate_up", "down")
+        codes = {name: QuantizedWeight.quantize(problem.inputs[name], kind) for name in names}
+        numbers = {name: weight.dequantize(torch.bfloat16) for name, weight in codes.items()}
+        found, expected = (
+            run(replace(problem, call=replaced(problem.call, **given), known={})) for given in (codes, numbers)
+        )
+        assert torch.equal(found["out"], expected["out"])
+
+
+def run_fp8() -> None:
+    problem = make_problem(random_choices(13, 2, 4), 4, spec=ExpertSpec(fp8=True), dtype=torch.bfloat16, d=96, n=40)
+    for name, found in run(problem).items():
+        assert found.isfinite().all(), name
 
 
 def run_experts(at_end: bool) -> None:
@@ -131,6 +158,9 @@ def main(side: str, planted: bool) -> None:
         run_routing()
         run_dispatch()
         run_small_dispatch()
+        run_small_route()
+        run_codes()
+        run_fp8()
         run_experts(at_end)
         run_pieces()
         run_gate()

@@ -26,10 +26,10 @@ def guarded_run(*arguments: str) -> tuple[int, list[str], str]:
 
 
 def kernels_of_the_package() -> set[str]:
-    """The names of our kernels, Gluon's apart, which the interpreter does not run."""
+    """The names of our kernels, without those that the interpreter does not run: Gluon's, and `tl.dot_scaled`."""
     trees = [ast.parse(path.read_text()) for path in Path(moe_triton_kernels.__path__[0]).glob("*.py")]
     functions = [node for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)]
-    return {function.name for function in functions if function.name.endswith("_kernel")}
+    return {function.name for function in functions if function.name.endswith("_kernel")} - {"mxfp8_rows_kernel"}
 
 
 @pytest.mark.parametrize("side", ["end", "start"])

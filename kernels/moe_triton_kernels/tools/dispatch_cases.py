@@ -161,14 +161,13 @@ def small_route_cases() -> Iterator[Case]:
     """The choices of `routing_cases`, with their rows placed in the same launch."""
     for case in routing_cases():
         if case.fn is routing.topk_kernel:
-            place = {"SIZES": tiles.BLOCK_SIZES, "BLOCK": small_route.BLOCK, "CHUNK": small_dispatch.CHUNK}
-            place["BLOCK_E"] = permutation.block_experts(case.signature["RULE"].NUM_EXPERTS)
+            block_e = permutation.block_experts(case.signature["RULE"].NUM_EXPERTS)
             yield replace(
                 case,
                 name=case.name.replace("topk", "small_route"),
                 fn=small_route.small_route_kernel,
-                signature={**case.signature, "rows": FEW_ROWS, "num_slots": "i32"},
-                constexprs={**case.constexprs, **place},
+                signature={**case.signature, "rows": FEW_ROWS},
+                constexprs={**case.constexprs, "SIZES": tiles.BLOCK_SIZES, "BLOCK_E": block_e},
             )
 
 

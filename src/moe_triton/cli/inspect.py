@@ -152,7 +152,7 @@ def is_routing(case: Case) -> bool:
     """Whether the kernel knows router weights and indices only: these are fp32 and int32, whatever the model is."""
     name = floor_name(case.name) or ""
     return name == "d_router_weights" or name.startswith(
-        ("topk", "permutation", "tile_tables", "tile_offsets", "row_pieces")
+        ("topk", "permutation", "tile_tables", "tile_offsets", "row_pieces", "small_")
     )
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_triton.backends.torch import experts_cpu, experts_device, grouped, memory
+from moe_triton.backends.torch import experts_cpu, experts_device, grouped, memory, products
 from moe_triton.backends.torch.cpu import CpuPolicy, make_policy
 from moe_triton.backends.torch.processor import this_processor
 from moe_triton.records import ACTIVATIONS, Dispatch, ExpertSpec
@@ -317,13 +317,13 @@ def test_used_memory_holds_garbage(way: str, dtype: torch.dtype, monkeypatch: py
 
 def test_only_stacked_weights_are_batched(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[torch.Size] = []
-    original = experts_cpu.batched_product
+    original = products.batched_product
 
     def spy(left: Tensor, *args: Tensor | None) -> Tensor:
         called.append(left.shape)
         return original(left, *args)
 
-    monkeypatch.setattr(experts_cpu, "batched_product", spy)
+    monkeypatch.setattr(products, "batched_product", spy)
     problem = make_problem(ragged_choices([20, 20, 20]), 3)
     for call, wanted in ((problem.call, 2), (as_sequences(problem.call), 0)):
         called.clear()

@@ -150,4 +150,6 @@ def outer_products(layout: Layout, block: Block, left: Tensor, right: Tensor, gr
 
 def all_outer_products(layout: Layout, left: Tensor, right: Tensor) -> Tensor:
     """left.T @ right over the rows of every expert, [E, ...]; zeros for those without rows."""
+    if left.shape[1] == 0 or right.shape[1] == 0:
+        return left.new_zeros(len(layout.offsets) - 1, left.shape[1], right.shape[1])
     return F.grouped_mm(left.T, right, offs=layout.offsets[1:])
