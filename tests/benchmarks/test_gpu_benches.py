@@ -45,6 +45,7 @@ NOT_MEASURED = {
     "small_dispatch",
     "small_route",
     "address_table",
+    "decode",
 }
 
 

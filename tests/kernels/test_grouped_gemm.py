@@ -315,7 +315,11 @@ def test_a_descriptor_where_the_layout_allows_it() -> None:
     assert form(matrices[:, :, ::2], True) is None
     plain = per_expert(matrices)
     assert weight_descriptor(plain, SMALL, size_k=8, size_columns=12, halves=1, block_n=32) is None
-    assert plain.weight() == (matrices, 96, 12, 1, 4, 4, False)
+    found = plain.weight()
+    assert found.data is matrices
+    assert (found.stride_e, found.stride_k, found.stride_n) == (96, 12, 1)
+    constants = (found.ALIGNMENT, found.UNIT, found.K_CONTIGUOUS, found.QUANTIZED)
+    assert [constant.value for constant in constants] == [4, 4, False, False]
 
 
 def test_rows_by_descriptor_where_the_layout_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
