@@ -3,11 +3,12 @@
     torchrun --nproc_per_node 2 examples/deepspeed_swap.py
 
 Two ranks share eight experts. The same seed makes the same weights, the same noise and the same random drops, so the
-two loss curves are the same but for rounding. Takes some seconds on a CPU. Needs deepspeed.
+two loss curves are the same but for rounding. Takes about a minute on a CPU. Needs deepspeed.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
 
 import deepspeed
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from deepspeed.utils import logger
 from torch import Tensor, nn
 
-hidden_size, num_experts, num_tokens, steps = 32, 8, 256, 60
+hidden_size, num_experts, num_tokens = 32, 8, 256
 logger.setLevel(logging.ERROR)
 
 
@@ -37,7 +38,7 @@ class Block(nn.Module):
         return self.last(x + y), l_aux
 
 
-def train(MoE: type[nn.Module], name: str) -> list[float]:
+def train(MoE: type[nn.Module], name: str, steps: int) -> list[float]:
     """The mean loss over all ranks, step by step; rank 0 prints some of them."""
     torch.manual_seed(0)
     model = Block(MoE)
@@ -67,15 +68,18 @@ def train(MoE: type[nn.Module], name: str) -> list[float]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=60)
+    steps = parser.parse_args().steps
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
 
     from deepspeed.moe.layer import MoE
 
-    theirs = train(MoE, "deepspeed")
+    theirs = train(MoE, "deepspeed", steps)
 
     from moe_triton.compat.deepspeed.layer import MoE
 
-    ours = train(MoE, "moe_triton")
+    ours = train(MoE, "moe_triton", steps)
 
     if dist.get_rank() == 0:
         print("step   deepspeed   moe_triton")
