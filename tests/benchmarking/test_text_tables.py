@@ -26,7 +26,7 @@ def test_what_is_left_out_first():
     assert (whole.columns, whole.rows, whole.notes) == (list(COLUMNS), [list(row) for row in ROWS], [])
     without_note = narrowed(whole.width() - 1)
     assert without_note.columns == list(COLUMNS[:-1])
-    assert without_note.notes == ["a peer: few samples"]
+    assert without_note.notes == ["a peer: few samples"]  # and no line for a note that is empty
     medians = narrowed(without_note.width() - 1)
     assert [row[1] for row in medians.rows] == ["12.3", "23.5"]
     less = narrowed(medians.width() - 1)

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 RANGE = re.compile(r" \([-\d.x]+\)$")  # the 20th to 80th percentile behind a median
+QUIET = ("", "ok")  # what is not worth a line of its own
 BETWEEN = 3  # columns that separate two cells, at most
 
 
@@ -47,7 +48,7 @@ def narrow(
     found = Narrowed(list(columns), [list(row) for row in rows])
     if found.width() > width and len(columns) > 1 and columns[-1] in text:
         notes = found.drop(columns[-1])
-        found.notes = [f"{row[0]}: {note}" for row, note in zip(found.rows, notes, strict=True) if note]
+        found.notes = [f"{row[0]}: {note}" for row, note in zip(found.rows, notes, strict=True) if note not in QUIET]
     if found.width() > width:
         found.rows = [[RANGE.sub("", cell) for cell in row] for row in found.rows]
     for name in less:

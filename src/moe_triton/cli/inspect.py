@@ -41,7 +41,7 @@ NUMBERS = (  # heading, entry of a row, its unit, digits
     ("floor us", "floor_us", 1, 1),
 )
 ALL_FLOORS = FLOORS | FP8_FLOORS
-LESS = ("GFLOP", "MB", "cp.async", "shared KiB", "mma", "wgmma", "tma", "loop")  # what a narrow table does without
+LESS = ("GFLOP", "MB", "cp.async", "shared KiB", "mma", "wgmma", "TMA", "loop")  # what a narrow table does without
 DEFAULT_MODEL = "qwen3-30b"
 
 
