@@ -18,7 +18,9 @@ from torch import Tensor
 
 from moe_triton_kernels.arithmetic import cdiv, next_power_of_2
 from moe_triton_kernels.launch import constants
-from moe_triton_kernels.scores import EPS, SCORES, SIGMOID, own_score, scores_of, scores_of_chosen, softmax_rows
+from moe_triton_kernels.scores import (
+    EPS, SCORES, SIGMOID, ordered_bits, own_score, scores_of, scores_of_chosen, softmax_rows,
+)  # fmt: skip
 
 TAKEN = tl.constexpr(-(2**31))  # below every score, -inf included
 INDEX_BITS = tl.constexpr(2**13 - 1)  # a 16-bit float has at least 13 zeros at the end of its fp32 pattern
@@ -66,13 +68,6 @@ class PartialSums(NamedTuple):
     counts: Any
     scores: Any
     z: Any
-
-
-@triton.jit
-def ordered_bits(x):
-    """fp32, not NaN -> int32 in the same order; -0.0 equals 0.0."""
-    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit

@@ -14,6 +14,13 @@ EPS = tl.constexpr(1e-20)  # keeps a normalisation finite when every chosen scor
 
 
 @triton.jit
+def ordered_bits(x):
+    """fp32, not NaN -> int32 in the same order; -0.0 equals 0.0."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
 def softmax_rows(x, valid):
     """Softmax of x [N, M] over its rows, and log(sum(exp(x))) [N]; zeros for the rows, all -inf, that are not valid."""
     most = tl.where(valid, tl.max(x, 1), 0.0)

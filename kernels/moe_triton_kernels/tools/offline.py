@@ -240,7 +240,7 @@ def compile_parallel(
 ) -> tuple[dict[str, Report], str]:
     """The reports of the named cases by name, compiled by `jobs` processes, and what the compiler said on stderr.
 
-    A case that does not compile is missing from the reports. `on_report` is told of every one as it comes, from the
+    A case that does not compile is missing from the reports. `on_report` gets every one as it comes, from the
     thread that waits for its process.
     """
     reports: dict[str, Report] = {}

@@ -24,6 +24,8 @@ from moe_triton.backends.torch.cpu import (
 )
 from moe_triton.backends.torch.memory import LARGE, empty
 from moe_triton.backends.torch.products import (
+    Adapters,
+    adapters_of,
     add_products,
     affine,
     all_outer_products,
@@ -31,7 +33,6 @@ from moe_triton.backends.torch.products import (
     narrow,
     outer_products,
     products,
-    readable,
     transposed,
 )
 from moe_triton.backends.torch.rows import row_slots, scatter_to_slots, sum_rows
@@ -58,7 +59,7 @@ def experts_forward(
     """
     hidden, spec, layout, parameters = call.hidden, call.spec, _layout(call, policy, backward=False), call.parameters
     up, down = (matrices(p, spec, hidden.dtype) for p in parameters[:2])
-    up_lora, down_lora = readable(call.gate_up_lora), readable(call.down_lora)
+    up_lora, down_lora = adapters_of(call)
     tokens, weights = row_slots(call, layout.num_rows, layout.row_of_place)
     # every choice has a row; a Dispatch that an exchange has shortened has fewer rows than choices
     if layout.is_one_block and layout.num_rows == call.num_rows == call.dispatched.position.numel():
@@ -92,8 +93,9 @@ def experts_backward(
     """
     layout = _layout(call, policy, backward=True)
     work = BlockBuffers(layout, call, grad_out)
-    rows = RowsPass(call, layout, preactivation, wanted)
-    weights = WeightsPass(call, layout, wanted)
+    adapters = adapters_of(call)
+    rows = RowsPass(call, layout, preactivation, wanted, adapters)
+    weights = WeightsPass(call, layout, wanted, adapters)
     for index in range(len(layout.blocks)):
         rows.run(index, work, need_a=wanted.down or wanted.down_lora_a or wanted.down_lora_b)
         weights.run(index, work)
@@ -106,7 +108,7 @@ def experts_backward_rows(
     """Compute the first half of `experts_backward`: what a sender waits for, and what the second half needs of it."""
     layout, dtype = _layout(call, policy, backward=True), call.hidden.dtype
     work = BlockBuffers(layout, call, grad_out)
-    rows = RowsPass(call, layout, preactivation, wanted)
+    rows = RowsPass(call, layout, preactivation, wanted, adapters_of(call))
     grad_h = empty((call.num_rows, call.width), dtype)
     weighted_a = empty((call.num_rows, call.intermediate_size), dtype)
     for index, block in enumerate(layout.blocks):
@@ -122,7 +124,7 @@ def experts_backward_weights(
     """Compute the second half of `experts_backward`."""
     layout = _layout(call, policy, backward=True)
     work = BlockBuffers(layout, call, grad_out)
-    weights = WeightsPass(call, layout, wanted)
+    weights = WeightsPass(call, layout, wanted, adapters_of(call))
     for index, block in enumerate(layout.blocks):
         work.load_tokens(index)
         work.dh[: block.size] = layout.spread(index, row_grads.preactivation)
@@ -174,11 +176,13 @@ class BlockBuffers:
 class RowsPass:
     """The gradients that belong to rows, block by block: of the hidden states and of the router's weights."""
 
-    def __init__(self, call: ExpertCall, layout: Layout, preactivation: Tensor, wanted: Wanted) -> None:
+    def __init__(
+        self, call: ExpertCall, layout: Layout, preactivation: Tensor, wanted: Wanted, adapters: Adapters
+    ) -> None:
         self.call, self.layout, self.preactivation = call, layout, preactivation
         up, down = (matrices(p, call.spec, call.hidden.dtype) for p in call.parameters[:2])
         self.up, self.up_back, self.down_back = up, transposed(up), transposed(down)
-        self.up_lora, self.down_lora = readable(call.gate_up_lora), readable(call.down_lora)
+        self.up_lora, self.down_lora = adapters
         shape = (layout.num_places + 1, call.hidden_size)
         self.dx = empty(shape, call.hidden.dtype) if wanted.hidden else None
         self.dw = call.weights.new_empty(layout.num_places) if wanted.weights else None
@@ -230,10 +234,10 @@ class RowsPass:
 class WeightsPass:
     """The gradients of the experts' parameters, block by block."""
 
-    def __init__(self, call: ExpertCall, layout: Layout, wanted: Wanted) -> None:
+    def __init__(self, call: ExpertCall, layout: Layout, wanted: Wanted, adapters: Adapters) -> None:
         self.spec, self.layout, self.parameters = call.spec, layout, call.parameters
         self.scalings = (call.spec.gate_up_scaling, call.spec.down_scaling)
-        self.up_lora, self.down_lora = readable(call.gate_up_lora), readable(call.down_lora)
+        self.up_lora, self.down_lora = adapters
         self.wanted = wanted.of(self.parameters)
         in_one_call = _makes_gradients_in_one_call(call, layout)
         self.grads = [

@@ -13,9 +13,10 @@ from moe_triton.backends.torch.blocks import Block, Layout
 from moe_triton.backends.torch.cpu import CpuPolicy, batched_product, is_aligned
 from moe_triton.backends.torch.decoded import Decoded
 from moe_triton.quantization import QuantizedWeight
-from moe_triton.records import ExpertSpec, ExpertWeight, Lora, Projection
+from moe_triton.records import ExpertCall, ExpertSpec, ExpertWeight, Lora, Projection
 
 Matrices = Callable[[int | slice], Tensor]  # expert -> its projection as [out, in]; or several experts'
+Adapters = tuple[Lora | None, Lora | None]  # of gate and up, and of down
 
 
 def matrices(projection: Projection, spec: ExpertSpec, dtype: torch.dtype) -> Matrices | Decoded:
@@ -129,7 +130,12 @@ def add_products(layout: Layout, block: Block, t_mr: Tensor, factor_EOr: Tensor,
             y_mO[part].addmm_(t_mr[part], factor_EOr[e].mT)
 
 
-def readable(lora: Lora | None) -> Lora | None:
+def adapters_of(call: ExpertCall) -> Adapters:
+    """Those of gate and up, and of down, as the products read them."""
+    return _readable(call.gate_up_lora), _readable(call.down_lora)
+
+
+def _readable(lora: Lora | None) -> Lora | None:
     """The adapter with factors that a product reads as they lie, and b scaled: PEFT's b has no contiguous dimension."""
     if lora is None:
         return None

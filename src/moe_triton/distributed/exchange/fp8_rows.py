@@ -11,14 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_triton.distributed.exchange.tails import as_bytes
 from moe_triton.quantization.formats import E4M3_MAX
 
 BLOCK = 128
-
-
-def as_bytes(x: Tensor) -> Tensor:
-    """Return contiguous rows [R, d] as [R, .] uint8; of no rows too, whose strides may be any."""
-    return x.reshape(-1).view(torch.uint8).view(x.shape[0], x.shape[1] * x.element_size())
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from moe_triton import runtime
 from moe_triton.dispatch import dispatch
-from moe_triton.distributed.exchange.fp8_rows import as_bytes, pack_rows, unpack_rows
+from moe_triton.distributed.exchange.fp8_rows import pack_rows, unpack_rows
 from moe_triton.distributed.exchange.stages import ExchangeSpec, InnerStage, Saved
+from moe_triton.distributed.exchange.tails import as_bytes
 from moe_triton.distributed.groups import Group
 from moe_triton.records import Dispatch
 from moe_triton.torch_internals import symmetric_empty, symmetric_memory_problem

@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def _bytes_of(part: Tensor) -> Tensor:
-    """The bytes of a part [R, .] of any strides, by row."""
+def as_bytes(part: Tensor) -> Tensor:
+    """Return the bytes [R, .] uint8 of a part [R, .] of any strides, by row; a view of contiguous rows."""
     return part.contiguous().reshape(-1).view(torch.uint8).view(part.shape[0], part.shape[1] * part.dtype.itemsize)
 
 
 def tail_of(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Return the bytes of parts [R, .] as elements [R, t] of another dtype, padded to whole ones."""
-    bytes_RB = torch.cat([_bytes_of(part) for part in parts], dim=1)
+    bytes_RB = torch.cat([as_bytes(part) for part in parts], dim=1)
     return F.pad(bytes_RB, (0, -bytes_RB.shape[1] % dtype.itemsize)).view(dtype)
 
 
@@ -27,7 +27,7 @@ def tail_width(parts: Sequence[Tensor], dtype: torch.dtype) -> int:
 
 def parts_of(tail: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Return the parts [R, .] of a tail [R, t], which have the widths and dtypes of `like`."""
-    bytes_RB, parts, start = _bytes_of(tail), [], 0
+    bytes_RB, parts, start = as_bytes(tail), [], 0
     for part in like:
         end = start + part.shape[1] * part.dtype.itemsize
         # a copy is aligned, as fp64 has to be
