@@ -19,7 +19,14 @@ from torch import Tensor
 from moe_triton_kernels.arithmetic import cdiv, next_power_of_2
 from moe_triton_kernels.launch import constants
 from moe_triton_kernels.scores import (
-    EPS, SCORES, SIGMOID, ordered_bits, own_score, scores_of, scores_of_chosen, softmax_rows,
+    EPS,
+    SCORES,
+    SIGMOID,
+    ordered_bits,
+    own_score,
+    scores_of,
+    scores_of_chosen,
+    softmax_rows,
 )  # fmt: skip
 
 TAKEN = tl.constexpr(-(2**31))  # below every score, -inf included
