@@ -22,6 +22,7 @@ from moe_triton_kernels.scores import (
     EPS,
     SCORES,
     SIGMOID,
+    first_of,
     ordered_bits,
     own_score,
     scores_of,
@@ -75,12 +76,6 @@ class PartialSums(NamedTuple):
     counts: Any
     scores: Any
     z: Any
-
-
-@triton.jit
-def first_of(keys, best, index, SIZE: tl.constexpr):
-    """The lowest index at which keys [N, SIZE] have their row's maximum `best` [N]."""
-    return tl.min(tl.where(keys == best[:, None], index, SIZE), 1)
 
 
 @triton.jit

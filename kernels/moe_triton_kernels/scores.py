@@ -21,6 +21,12 @@ def ordered_bits(x):
 
 
 @triton.jit
+def first_of(keys, best, index, SIZE: tl.constexpr):
+    """The lowest index at which keys [N, SIZE] have their row's maximum `best` [N]."""
+    return tl.min(tl.where(keys == best[:, None], index, SIZE), 1)
+
+
+@triton.jit
 def softmax_rows(x, valid):
     """Softmax of x [N, M] over its rows, and log(sum(exp(x))) [N]; zeros for the rows, all -inf, that are not valid."""
     most = tl.where(valid, tl.max(x, 1), 0.0)
