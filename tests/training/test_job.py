@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -11,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from moe_triton import cli
 from moe_triton.cli import app
-from moe_triton.training import TrainingError, job, loop, run_job
+from moe_triton.training import TrainingError, files, job, loop, run_job
 from moe_triton.training.files import read_metrics
+from tests.helpers.ranks import fork_context
 
 SIZES = {"batch_size": 2, "seq_len": 32, "num_layers": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 8,
          "num_experts": 4}  # fmt: skip
@@ -118,39 +121,47 @@ def test_the_dense_model_sees_the_same_bytes(finished: Path, tmp_path: Path, tex
     assert losses(tmp_path / "dense_metrics.jsonl") == losses(finished / "dense_metrics.jsonl")
 
 
+def start(function: Callable[..., None], *args: Any) -> Any:
+    """A process of its own, forked from one that has imported torch already."""
+    process = fork_context().Process(target=function, args=args, daemon=True)
+    process.start()
+    return process
+
+
+def train_until(victim: str, words: list[str]) -> None:
+    """`moe-triton train` that stops itself at step 6 of a model, so that a kill surely falls in the middle."""
+    write = files.MetricsFile.write
+
+    def stop(self: Any, record: dict[str, Any]) -> None:
+        write(self, record)
+        if record["step"] == 6 and self.path.name == victim:
+            time.sleep(600)
+
+    files.MetricsFile.write = stop
+    sys.argv = ["moe-triton", *words]
+    cli.main()
+
+
 @pytest.mark.parametrize("victim", ["metrics.jsonl", "dense_metrics.jsonl"])
 def test_killed_and_resumed_equals_uninterrupted(finished: Path, tmp_path: Path, text: Path, victim: str) -> None:
     """A real SIGKILL while the mixture of experts, or the dense model, is being trained."""
     out = tmp_path / "run"
     words = ["train", "--out", str(out), "--checkpoint-every", "4", "--compare-dense", "--data", str(text),
              *flags(**SIZES, steps=12)]  # fmt: skip
-    # The process stops itself at step 6 of the model in question, so that the kill surely falls in the middle.
-    program = (
-        "import sys, time\n"
-        "from moe_triton.training import files\n"
-        "write = files.MetricsFile.write\n"
-        "def stop(self, record):\n"
-        "    write(self, record)\n"
-        f"    if record['step'] == 6 and self.path.name == {victim!r}:\n"
-        "        time.sleep(600)\n"
-        "files.MetricsFile.write = stop\n"
-        "from moe_triton.cli import main\n"
-        "main()\n"
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-c", program, *words], env=environment, stdout=subprocess.DEVNULL)
+    process = start(train_until, victim, words)
     try:
         while not ((out / victim).exists() and len(read_metrics(out / victim)) == 6):
-            assert process.poll() is None, "the run ended before it could be killed"
+            assert process.is_alive(), "the run ended before it could be killed"
             time.sleep(0.05)
     finally:
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        process.kill()
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (out / "summary.json").exists()
 
     result = subprocess.run(
         [sys.executable, "-m", "moe_triton", "train", "--out", str(out), "--resume"],
-        env=environment, capture_output=True, text=True, check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     kind = "moe" if victim == "metrics.jsonl" else "dense"
     assert f"{kind}: going on after step 4 of 12" in result.stdout
@@ -162,6 +173,19 @@ def test_killed_and_resumed_equals_uninterrupted(finished: Path, tmp_path: Path,
     assert str(out / "report.html") in result.stdout
     moe, dense = (found[kind]["held_out_loss"] for kind in ("moe", "dense"))
     assert result.stdout.splitlines()[-1] == f"held-out loss: moe {moe:.4f}, dense {dense:.4f}"
+
+
+def die_in_a_save(out: Path, text: Path, module: str, name: str) -> None:
+    """SIGKILL where the save of step 20 calls a function."""
+    write = loop.write_checkpoint
+
+    def arm(checkpoint: Any, *rest: Any) -> None:
+        if checkpoint.step == 20:
+            setattr(importlib.import_module(module), name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+        write(checkpoint, *rest)
+
+    loop.write_checkpoint = arm
+    run_job(out, {**SIZES, "steps": 30, "data": str(text)})
 
 
 @pytest.mark.parametrize(
@@ -177,26 +201,9 @@ def test_killed_in_a_save_and_resumed_equals_uninterrupted(
 ) -> None:
     """SIGKILL inside the save of step 20, before the switch or behind it: the bits of 30 steps without a stop."""
     out = tmp_path / "run"
-    module, name = moment.rsplit(".", 1)
-    program = (
-        "import os, signal\n"
-        "from importlib import import_module\n"
-        "from pathlib import Path\n"
-        "from moe_triton.training import job, loop\n"
-        f"module = import_module({module!r})\n"
-        "def kill(*_, **__):\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "write = loop.write_checkpoint\n"
-        "def arm(checkpoint, *rest):\n"
-        "    if checkpoint.step == 20:\n"
-        f"        module.{name} = kill\n"
-        "    write(checkpoint, *rest)\n"
-        "loop.write_checkpoint = arm\n"
-        f"job.run_job(Path({str(out)!r}), { ({**SIZES, 'steps': 30, 'data': str(text)})!r})\n"
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, stdout=subprocess.DEVNULL, check=False)
-    assert done.returncode == -signal.SIGKILL
+    process = start(die_in_a_save, out, text, *moment.rsplit(".", 1))
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert len(read_metrics(out / "metrics.jsonl")) == 20
     result = command(out, "--resume")
     assert f"going on after step {after} of 30" in result.stdout
@@ -382,27 +389,27 @@ def test_a_run_that_failed_before_its_first_step_does_not_block_the_directory(tm
     assert [step for step, _ in losses(tmp_path / "a" / "metrics.jsonl")] == [1, 2]
 
 
+def hold(out: Path, holds: Any) -> None:
+    """A run that trains for ever, and says when it has its directory."""
+
+    def wait(*_: Any) -> None:
+        holds.set()
+        time.sleep(600)
+
+    job.train_and_report = wait
+    run_job(out, {}, resume=True)
+
+
 @pytest.mark.parametrize("exists", [True, False])
 def test_two_runs_in_one_directory_are_refused(finished: Path, tmp_path: Path, exists: bool) -> None:
     """The second one is told who is there, and changes nothing; a SIGKILL of the first one frees the directory."""
     out = tmp_path / "run"
     if exists:
         shutil.copytree(finished, out)
-    program = (
-        "import sys, time\n"
-        "from pathlib import Path\n"
-        "from moe_triton.training import job\n"
-        "def wait(*_):\n"
-        "    print('training', flush=True)\n"
-        "    time.sleep(600)\n"
-        "job.train_and_report = wait\n"
-        f"job.run_job(Path({str(out)!r}), {{}}, resume=True)\n"
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    first = subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True)
+    holds = fork_context().Event()
+    first = start(hold, out, holds)
     try:
-        assert first.stdout is not None
-        assert first.stdout.readline() == "training\n"
+        assert holds.wait(120)
         before = snapshot(out)
         result = command(out, "--resume")
         assert result.exit_code == 2
@@ -410,9 +417,9 @@ def test_two_runs_in_one_directory_are_refused(finished: Path, tmp_path: Path, e
         assert f"is training in {out}" in result.stderr
         assert snapshot(out) == before
     finally:
-        first.send_signal(signal.SIGKILL)
-        assert first.wait() == -signal.SIGKILL
-        first.stdout.close()
+        first.kill()
+        first.join()
+    assert first.exitcode == -signal.SIGKILL
     if exists:
         assert command(out, "--resume").exit_code == 0
         assert losses(out / "metrics.jsonl") == losses(finished / "metrics.jsonl")
