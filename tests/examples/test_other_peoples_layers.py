@@ -1,14 +1,12 @@
-"""The examples with transformers', DeepSpeed's and Colossal-AI's interfaces, in small."""
+"""The examples with transformers' and Colossal-AI's interfaces, in small."""
 
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 
 import transformers  # noqa: F401  (marks the file: it needs a peer)
 
-from tests.helpers.examples import EXAMPLES, run_example
+from tests.helpers.examples import run_example
 
 
 def test_transformers_mixtral():
@@ -23,10 +21,3 @@ def test_colossalai_widenet(tmp_path):
     printed = run_example("colossalai_widenet.py", "--epochs", "1", "--experts", "2", "--out", str(tmp_path))
     assert (tmp_path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert 0 < float(re.findall(r"accuracy ([\d.]+)", printed)[-1]) <= 100
-
-
-def test_deepspeed_swap():
-    program = [str(EXAMPLES / "deepspeed_swap.py"), "--steps", "3"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *program]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert float(re.search(r"largest relative difference over 3 steps: ([\d.e+-]+)", printed)[1]) < 1e-5
