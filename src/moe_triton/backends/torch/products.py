@@ -151,7 +151,7 @@ def outer_products(layout: Layout, block: Block, left: Tensor, right: Tensor, gr
         batched_product(left_Cmo.mT, right_Cmi.mT, out=grad[block.batch])
         return
     for e, part in block.parts:  # a batch would gain less here than summing over the padding costs
-        layout.policy.product(left[part].T, right[part].T, out=grad[e])
+        layout.policy.gradient(left[part], right[part], grad[e])
 
 
 def all_outer_products(layout: Layout, left: Tensor, right: Tensor) -> Tensor:
