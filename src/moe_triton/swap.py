@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ from moe_triton.distributed.exchange.expert_parallel import ExpertParallel
 from moe_triton.distributed.holders import StackedExperts
 from moe_triton.integrations import peft
 from moe_triton.integrations import transformers as hf
-from moe_triton.integrations.experts_interface import implementation, registry
+from moe_triton.integrations.experts_interface import implementation, registry, use_ours
 from moe_triton.layers import Experts, MoE
 from moe_triton.layers.quantized import QuantizedProjection
 from moe_triton.runtime import BACKENDS
@@ -138,13 +137,9 @@ def transformers_experts(model: nn.Module, name: str, module: nn.Module, how: Ho
     if implementation(module) != key:
         whole = _outermost_pretrained(model, name)
         # its switch affects all experts: one that cannot run ours would raise at its next forward
-        if whole is not None and not any(registry(m) is not None and _obstacle(m, how) for m in whole.modules()):
-            whole.set_experts_implementation(key)
-    if implementation(module) != key:
-        module.config = copy.copy(module.config)
-        # PreTrainedConfig's public setter also writes to the sub-configs, which the copy shares with the original
-        internal = hasattr(module.config, "_experts_implementation_internal")
-        setattr(module.config, f"_experts_implementation{'_internal' if internal else ''}", key)
+        if whole is not None and any(registry(m) is not None and _obstacle(m, how) for m in whole.modules()):
+            whole = None
+        use_ours(module, whole)
     module.moe_triton_backend, module.moe_triton_fp8 = how.backend, how.fp8  # type: ignore[assignment]
     if how.expert_parallel is not None:
         hf.spread_experts(module, how.expert_parallel)

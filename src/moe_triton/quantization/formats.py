@@ -19,6 +19,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from moe_triton.checks import check_choice
+
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by the lower three bits of a code; the fourth is the sign
 E2M1_MAX, E4M3_MAX = 6.0, 448.0
 E8M0_BIAS, E8M0_NAN = 127, 255
@@ -69,6 +71,16 @@ FORMATS = {
         Format(name="int4", bits=4, rows=1, groups=(32, 64, 128), codes=torch.uint8, scales=FLOAT_SCALES),
     )
 }
+
+
+def check_format(format: str, group: int | None, symmetric: bool) -> None:
+    """Raise ValueError for a format, a group or a symmetry that there is not."""
+    check_choice("format", format, tuple(FORMATS))
+    kind = FORMATS[format]
+    if group is not None and group not in kind.groups:
+        raise ValueError(f"group: got {group} for {format}, wanted {' or '.join(map(str, sorted(kind.groups)))}")
+    if not (symmetric or kind.is_integer):
+        raise ValueError(f"symmetric: got False for {format}, wanted True")
 
 
 def unpack(codes: Tensor) -> Tensor:
