@@ -38,6 +38,7 @@ KERNELS = {
     "d_bias_gathered": "d_bias_kernel",
 }
 FORWARD = ("tile_tables", "up", "down", "combine")
+OVER_CODES = {"up": "W1", "down": "W2", "d_hidden": "W2", "d_rows": "W1"}  # what reads projections, and which
 
 
 def in_words(config: Config | Mapping[str, Any]) -> str:
@@ -65,9 +66,13 @@ def full_name(op: str, is_gated: bool) -> str:
     return f"{op}_gated" if is_gated and op in ("up", "d_hidden") else op
 
 
-def chosen_config(op: str, d: int, n: int, dtype: torch.dtype, bucket: int, architecture: str) -> Config:
+def chosen_config(
+    op: str, d: int, n: int, dtype: torch.dtype, bucket: int, architecture: str, format: str | None
+) -> Config:
     """What runs an operation (by its name in tables) today, for experts with about `bucket` rows each."""
-    return find_config(op, d=d, n=n, dtype=dtype, num_rows=bucket, num_experts=1, architecture=architecture).config
+    return find_config(
+        op, d=d, n=n, dtype=dtype, num_rows=bucket, num_experts=1, architecture=architecture, format=format
+    ).config
 
 
 def chosen_configs(
@@ -88,17 +93,24 @@ def chosen_configs(
     return found
 
 
+def decoded_in_loop(
+    op: str, format: str, spec: ExpertSpec, dtype: torch.dtype, *, n: int, block: int, rows_per_expert: float
+) -> bool:
+    """Return whether the kernel of one of OVER_CODES decodes quantised projections itself; block: see below."""
+    is_fixed = spec.batch_invariant and op in ("up", "down")
+    rows = BUCKETS[-1] + 1 if is_fixed else rows_per_expert
+    half = n if op == "up" and spec.is_gated and spec.is_concatenated else None
+    return decodes_in_loop(format, rows, dtype.itemsize, block=block, half=half)
+
+
 def decoding_in_words(
     format: str, spec: ExpertSpec, dtype: torch.dtype, *, n: int, block: int, rows_per_expert: float
 ) -> str:
     """Where the kernels decode quantised projections; block: columns of the up projection that share a scale."""
     in_loop: list[str] = []
     in_memory: list[str] = []
-    for op in ("up", "down", "d_hidden", "d_rows"):
-        is_fixed = spec.batch_invariant and op in ("up", "down")
-        rows = BUCKETS[-1] + 1 if is_fixed else rows_per_expert
-        half = n if op == "up" and spec.is_gated and spec.is_concatenated else None
-        is_in_loop = decodes_in_loop(format, rows, dtype.itemsize, block=block, half=half)
+    for op in OVER_CODES:
+        is_in_loop = decoded_in_loop(op, format, spec, dtype, n=n, block=block, rows_per_expert=rows_per_expert)
         (in_loop if is_in_loop else in_memory).append(op)
     words = [f"decoded in the main loop of {', '.join(in_loop)}"] if in_loop else []
     words += [f"decoded to memory for every {', '.join(in_memory)}"] if in_memory else []

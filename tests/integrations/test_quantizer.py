@@ -144,6 +144,17 @@ def test_adapters_before_and_after_are_the_same():
     assert torch.equal(logits(after), logits(before))
 
 
+def test_a_config_that_two_models_share(tmp_path):
+    model = tiny_qwen3()
+    other = type(model)(model.config)
+    swap(model)
+    quantize(model, "mxfp4")
+    assert model.config is model.model.config
+    assert model.config.quantization_config.format == "mxfp4"
+    assert not hasattr(other.config, "quantization_config")
+    complete(saved(other, tmp_path))
+
+
 def test_experts_that_stay(tmp_path):
     kept = "model.layers.1.mlp.experts"
     config = MoeTritonConfig("int4", modules_to_not_convert=[kept])

@@ -19,6 +19,7 @@ BY_HAND = {  # kernel: (FLOPs, bytes) in bf16, gated
     "down": (768, 2 * (48 + 160 + 96)),
     "combine": (0, 2 * (96 + 48)),
     "decode": (0, 2 * 2 * 320),
+    "decode_down": (0, 2 * 2 * 160),
     "d_hidden": (768, 2 * (48 + 160 + 96 + 96 + 48)),
     "d_weight_down": (768, 2 * (48 + 48 + 160)),
     "d_weight_up": (1536, 2 * (48 + 96 + 320)),

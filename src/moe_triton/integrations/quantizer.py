@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -72,6 +73,10 @@ class MoeTritonHfQuantizer(HfQuantizer):
 
     def attach(self, model: Any) -> None:
         """Become the quantizer of a model whose experts are quantised already."""
+        given, own = model.config, copy.copy(model.config)  # other models may have been made from the same one
+        for module in model.modules():
+            if getattr(module, "config", None) is given:
+                module.config = own
         model.is_quantized, model.quantization_method, model.hf_quantizer = True, KEY, self
         self.postprocess_model(model)
 
