@@ -141,7 +141,7 @@ def explain_layer(name: str, layer: MoE, tokens: int, device: torch.device | str
         name, shape, dtype_of(weight, layer.router), where, experts.backend, experts.spec.activation,
         has_bias=experts.down_proj_bias is not None, recompute=experts.recompute, frozen=frozen_stages(experts),
         ranks={name: lora.a.shape[1] for name in PROJECTIONS if (lora := experts.lora(name)) is not None},
-        batch_invariant=layer.batch_invariant, fp8=experts.spec.fp8,
+        batch_invariant=layer.batch_invariant, fp8=experts.spec.fp8_mode,
     )  # fmt: skip
     found = replace(found, parts=(*found.parts, *_more_parts(layer, hidden)))
     return with_format(found, weight, experts.spec)
@@ -247,7 +247,7 @@ def describe(
     recompute: bool = False,
     frozen: Sequence[str] = (),
     batch_invariant: bool = False,
-    fp8: bool = False,
+    fp8: bool | str = False,
     ranks: Mapping[str, int] = MappingProxyType({}),
 ) -> Explanation:
     choice = runtime.choose(backend, device, dtype)
@@ -285,7 +285,7 @@ def cpu_experts() -> str:
     )
 
 
-def torch_parts(device: torch.device, fp8: bool = False) -> list[Part]:
+def torch_parts(device: torch.device, fp8: bool | str = False) -> list[Part]:
     is_cpu = device.type == "cpu"
     return [
         Part(step="gate", runs="torch linear in fp32 (fp64 for fp64 parameters)"),
@@ -305,7 +305,7 @@ def triton_parts(
     is_gated: bool,
     has_bias: bool,
     batch_invariant: bool = False,
-    fp8: bool = False,
+    fp8: bool | str = False,
 ) -> list[Part]:
     tokens, d, n, num_experts, top_k = shape
     from moe_triton.backends.triton.experts_fp8 import runs_kernels
@@ -322,7 +322,7 @@ def triton_parts(
         return {stage: found for found in chosen for stage in found["stages"]}
 
     parts = [Part(step="gate", runs="torch linear in fp32"), *_routing_parts(tokens, num_experts, top_k)]
-    if fp8 and not runs_kernels(device):
+    if fp8 == "mxfp8" or (fp8 and not runs_kernels(device)):
         return [*parts, EMULATED]
     config = by_stage(tokens * top_k)
     if batch_invariant:  # one configuration of up and down, whatever the rows

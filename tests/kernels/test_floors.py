@@ -59,6 +59,7 @@ FP8_BY_HAND = {
     "fp8_d_weight_down": (768, 96 + 4 + 48 + 4 + 2 * 160),
     "fp8_d_weight_up": (1536, 96 + 4 + 96 + 4 + 2 * 320),
     "mxfp8_rows": (1536, 416 + 13 + 2 * 96),
+    "quantize_mx": (0, 2 * 48 + 48 + 2),
     "quantize_rows": (0, 2 * 48 + 48 + 4),
     "quantize_columns": (0, 2 * 48 + 96 + 4),
     "quantize_weight": (0, 3 * 320 + 320 + 4),

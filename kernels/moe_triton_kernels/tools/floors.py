@@ -289,6 +289,7 @@ FP8_FLOORS: dict[str, Callable[[Shape], Work]] = {
         flops=_product(s, s.factor, 0).flops,
         bytes=s.factor * (s.a + s.w2) + -(-s.factor * (s.a + s.w2) // 32) + s.itemsize * s.y,
     ),
+    "quantize_mx": lambda s: Work(flops=0, bytes=(s.itemsize + 1) * s.x + -(-s.x // 32)),
     # X -> codes; X -> codes of every expert's rows; W1 -> codes for both directions
     "quantize_rows": lambda s: Work(flops=0, bytes=s.itemsize * s.x + _codes(s.x)),
     "quantize_columns": lambda s: Work(flops=0, bytes=s.itemsize * s.x + _codes(s.y)),

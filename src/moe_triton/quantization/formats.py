@@ -142,13 +142,13 @@ def nearest_e2m1(values: Tensor) -> Tensor:
     return codes | values.signbit().to(torch.uint8) << 3
 
 
-def e8m0_of(largest: Tensor) -> Tensor:
-    """Return the E8M0 scales of blocks by their largest magnitude: 2^(floor(log2(largest)) - 2), as OCP MX v1.0 does.
+def e8m0_of(largest: Tensor, top: int = 2) -> Tensor:
+    """Return the E8M0 scales of blocks by their largest magnitude: 2^(floor(log2(largest)) - top), as OCP MX v1.0 does.
 
-    2 is the exponent of 6, E2M1's largest number; what lies above 6 after scaling saturates. A block with a NaN or an
-    infinity gets the scale NaN, a block of zeros 2^-127.
+    top is the exponent of the largest number of a code: 2 for the 6 of E2M1, 8 for the 448 of e4m3. What lies above it
+    after scaling saturates. A block with a NaN or an infinity gets the scale NaN, a block of zeros 2^-127.
     """
     exponent = torch.frexp(largest)[1] - 1  # largest = m 2^exponent with m in [1, 2)
-    biased = (exponent - 2 + E8M0_BIAS).clamp(0, E8M0_NAN - 1)
+    biased = (exponent - top + E8M0_BIAS).clamp(0, E8M0_NAN - 1)
     biased = torch.where(largest > 0, biased, 0)
     return torch.where(largest.isfinite(), biased, E8M0_NAN).to(torch.uint8)
