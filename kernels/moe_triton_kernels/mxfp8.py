@@ -1,8 +1,8 @@
 """A grouped product in MXFP8 for Blackwell: e4m3 codes, 32 of which along the contraction share a power of two.
 
 The matrix unit applies the scales (E8M0: the exponent plus 127 in one byte), so that sums need no promotion
-(Open Compute Project, Microscaling Formats 1.0). `quantize_mx` makes the operands: 2^(floor(log2 of the largest) - 8)
-of each 32 numbers, which saturate at 448. The product is compiled for Blackwell only, and no backend calls it yet.
+(Open Compute Project, Microscaling Formats 1.0). `quantize_mx` makes the operands, with the smallest power of two by
+which none of 32 numbers is larger than 448. The product is compiled for Blackwell only, and no backend calls it yet.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from moe_triton_kernels.arithmetic import cdiv
 from moe_triton_kernels.fp8 import CODES, padded
 from moe_triton_kernels.grouped_gemm import tile_order
 from moe_triton_kernels.launch import Config, launch_options, persistent_grid
-from moe_triton_kernels.quantize import LARGEST, magnitude
+from moe_triton_kernels.quantize import magnitude
 from moe_triton_kernels.tiles import TileTables, load_tile
 
 GROUP = tl.constexpr(32)
-TOP = tl.constexpr(8)  # the exponent of 448
+TOP, FRACTION = tl.constexpr(8), tl.constexpr(0x600000)  # 448 is 2^8 times 1.75: the bits of the fraction
 BLOCK_ROWS, BLOCK_K = 32, 128  # of a program of quantize_mx
 
 
@@ -58,13 +58,13 @@ def quantize_mx_kernel(
     cells = x + matrix * stride_m + rows.to(tl.int64)[:, None] * stride_r + k.to(tl.int64)[None, :] * stride_k
     value = tl.load(cells, mask=inside[:, None] & (k < size_k)[None, :], other=0.0).to(tl.float32)
     groups = tl.reshape(value, (BLOCK_R * SCALES, GROUP))
-    exponent = tl.max(magnitude(groups), 1) >> 23  # biased by 127; 255 of a NaN and of an infinity
-    byte = tl.where(exponent == 255, 255, tl.maximum(exponent - TOP, 0))
+    largest = tl.max(magnitude(groups), 1)
+    exponent = largest >> 23  # biased by 127; 255 of a NaN and of an infinity
+    above = ((largest & 0x7FFFFF) > FRACTION).to(tl.int32)
+    byte = tl.where(exponent == 255, 255, tl.maximum(exponent - TOP + above, 0))
     # 2^(127 - byte), of which the bytes of finite numbers give no subnormal one
     factor = tl.where(byte == 255, 0x7FC00000, (254 - byte) << 23).to(tl.float32, bitcast=True)
-    scaled = groups * factor[:, None]
-    code = tl.where(scaled > LARGEST, LARGEST, tl.where(scaled < -LARGEST, -LARGEST, scaled))  # a NaN stays one
-    code = tl.reshape(code.to(tl.float8e4nv), (BLOCK_R, BLOCK_K))
+    code = tl.reshape((groups * factor[:, None]).to(tl.float8e4nv), (BLOCK_R, BLOCK_K))
     row = matrix * num_rows + rows
     blocks = tl.cdiv(size_k, BLOCK_K)
     tl.store(codes + row[:, None] * (blocks * BLOCK_K) + k[None, :], code, mask=inside[:, None])

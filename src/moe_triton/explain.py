@@ -171,19 +171,45 @@ def with_format(found: Explanation, projection: Any, spec: ExpertSpec) -> Explan
     if isinstance(projection, Tensor):
         return found
     if found.backend == "triton":
-        from moe_triton.kernel_stages import decoding_in_words  # needs Triton
+        from moe_triton.kernel_stages import decoded_in_loop, decoding_in_words  # need Triton
 
         tokens, _, n, num_experts, top_k = found.shape
         weight = projection.weight
         block = weight.kind.rows if weight.is_transposed == spec.is_transposed else weight.group
-        how = decoding_in_words(
+        in_loop = decoded_in_loop(
             weight.format, spec, found.dtype, n=n, block=block, rows_per_expert=tokens * top_k / num_experts
         )
+        found, how = over_codes(found, weight.format, spec, in_loop), decoding_in_words(in_loop)
     elif found.device.type == "cpu" and found.backend == "torch":
         how = "decoded in parts that stay in cache"
     else:
         how = "decoded whole, for each product"
     return replace(found, parts=(*found.parts, Part(step=f"projections in {projection.format}", runs=how)))
+
+
+def over_codes(found: Explanation, format: str, spec: ExpertSpec, in_loop: Sequence[str]) -> Explanation:
+    """Give the kernels that decode codes in their loop the configurations that they run with."""
+    from moe_triton.kernel_stages import KERNELS, chosen_configs, kernel_in_words  # need Triton
+    from moe_triton_kernels.heuristics import BUCKETS
+    from moe_triton_kernels.launch import target_of
+
+    tokens, d, n, num_experts, top_k = found.shape
+
+    def changed(part: Part) -> Part:
+        op = part.step.removesuffix(" (backward)")
+        if op not in in_loop:
+            return part
+        is_fixed = spec.batch_invariant and op in ("up", "down")
+        chosen = chosen_configs(
+            d=d, n=n, dtype=found.dtype, num_rows=BUCKETS[-1] * num_experts + 1 if is_fixed else tokens * top_k,
+            num_experts=num_experts, is_gated=spec.is_gated, architecture=target_of(found.device).architecture,
+            format=format,
+        )  # fmt: skip
+        own = next(entry for entry in chosen if entry["op"] == op)
+        runs = kernel_in_words(KERNELS[op], own["fields"])
+        return replace(part, runs=f"{runs}, which decodes", config=own["config"], origin=own["from"])
+
+    return replace(found, parts=tuple(map(changed, found.parts)))
 
 
 def frozen_stages(experts: Experts) -> tuple[str, ...]:

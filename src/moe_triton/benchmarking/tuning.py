@@ -78,8 +78,7 @@ def runs_on_its_own(case: Case, op: str) -> bool:
     """Whether an operation has an entry of its own for a case: with codes, if its kernel decodes them in its loop."""
     if case.format is None:
         return True
-    return op in OVER_CODES and decoded_in_loop(
-        op,
+    return op in decoded_in_loop(
         case.format,
         ExpertSpec(activation=case.activation),
         case.torch_dtype,

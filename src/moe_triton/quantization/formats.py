@@ -142,13 +142,27 @@ def nearest_e2m1(values: Tensor) -> Tensor:
     return codes | values.signbit().to(torch.uint8) << 3
 
 
-def e8m0_of(largest: Tensor, top: int = 2) -> Tensor:
-    """Return the E8M0 scales of blocks by their largest magnitude: 2^(floor(log2(largest)) - top), as OCP MX v1.0 does.
+def e8m0_of(largest: Tensor) -> Tensor:
+    """Return the E8M0 scales of blocks by their largest magnitude: 2^(floor(log2(largest)) - 2), as OCP MX v1.0 does.
 
-    top is the exponent of the largest number of a code: 2 for the 6 of E2M1, 8 for the 448 of e4m3. What lies above it
-    after scaling saturates. A block with a NaN or an infinity gets the scale NaN, a block of zeros 2^-127.
+    2 is the exponent of 6, E2M1's largest number; what lies above 6 after scaling saturates. A block with a NaN or an
+    infinity gets the scale NaN, a block of zeros 2^-127.
     """
     exponent = torch.frexp(largest)[1] - 1  # largest = m 2^exponent with m in [1, 2)
-    biased = (exponent - top + E8M0_BIAS).clamp(0, E8M0_NAN - 1)
+    return _e8m0(exponent - 2, largest)
+
+
+def e8m0_above(largest: Tensor) -> Tensor:
+    """Return the E8M0 scales of blocks of e4m3: the smallest power of two by which nothing is larger than 448.
+
+    OCP MX v1.0 leaves the choice open; so no number saturates, on which training depends (arXiv 2506.08027). What is
+    not finite, and zeros, as in `e8m0_of`.
+    """
+    mantissa, exponent = torch.frexp(largest)  # the mantissa is in [0.5, 1), and 448 is 0.875 * 2^9
+    return _e8m0(exponent - 9 + (mantissa > 0.875), largest)
+
+
+def _e8m0(exponent: Tensor, largest: Tensor) -> Tensor:
+    biased = (exponent + E8M0_BIAS).clamp(0, E8M0_NAN - 1)
     biased = torch.where(largest > 0, biased, 0)
     return torch.where(largest.isfinite(), biased, E8M0_NAN).to(torch.uint8)

@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_triton.quantization.formats import E4M3_MAX, e8m0_of, scales_of
+from moe_triton.quantization.formats import E4M3_MAX, e8m0_above, scales_of
 
 GROUP, MX_GROUP = 128, 32
-E4M3_TOP = 8  # the exponent of 448
 
 
 @dataclass(frozen=True)
@@ -54,14 +53,14 @@ MXFP8 = Recipe(MX_GROUP, 1, microscaled=True)
 def quantize(x: Tensor, rows: int, columns: int, *, microscaled: bool = False) -> tuple[Tensor, Tensor]:
     """Return the codes [..., R, C] float8_e4m3fn of x, and the scales [..., ceil(R/rows), ceil(C/columns)].
 
-    scale = amax / 448 of a group in fp32, and 1 where that is 0; microscaled: 2^(floor(log2(amax)) - 8) in E8M0, uint8.
-    code = x / scale rounded to the nearest, ties to even, and at most 448. All is computed in fp32. A NaN or an
-    infinity makes all numbers of its group NaN.
+    scale = amax / 448 of a group in fp32, and 1 where that is 0; microscaled: the power of two that is next above, as
+    uint8 (`formats.e8m0_above`). code = x / scale rounded to the nearest, ties to even. All is computed in fp32. A NaN
+    or an infinity makes all numbers of its group NaN.
     """
     size_r, size_c = x.shape[-2:]
     blocks = _blocks(x.float(), rows, columns)
     largest = blocks.abs().amax((-3, -1))
-    scales = e8m0_of(largest, E4M3_TOP) if microscaled else largest / E4M3_MAX
+    scales = e8m0_above(largest) if microscaled else largest / E4M3_MAX
     scales = scales if microscaled else torch.where(scales == 0, 1.0, scales)
     codes = (blocks / scales_of(scales)[..., :, None, :, None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return _whole(codes, size_r, size_c), scales
