@@ -2,9 +2,16 @@
 
     python benchmarks/host_overhead.py --tokens 1,8,64 --repeats 2000
 
-Every launch binds and specialises its arguments with Triton's own code for sm_90, and looks the compiled kernel up as
-Triton does; then it returns. What the driver takes for a launch is not in it; what torch takes on a CPU for
-an operation that would be on a GPU stands for that. "ours" is the same with launches that do nothing at all.
+Four times of a forward under `torch.no_grad`, medians in microseconds:
+
+forward  Every launch binds and specialises its arguments with Triton's own code for sm_90, and looks the compiled
+         kernel up as Triton does; then it returns. What the driver takes for a launch is not in it.
+python   The same with launches that do nothing at all.
+torch    Of that, torch's own operators: every call of torch that returns a tensor (allocations, views, casts) is
+         recorded once and then repeated by itself with the same arguments, on a CPU. Attributes of tensors, such as
+         shapes, are not among them.
+ours     python less torch: what this package adds to its operators and launches, with the calls of the three modules.
+floor    Of ours, what nothing can do without: three modules that call each other, and the recorded launches.
 """
 
 from __future__ import annotations
@@ -19,6 +26,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +36,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "kernels")]
 
 import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.overrides import TorchFunctionMode  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
@@ -46,10 +56,12 @@ class Launches:
         self.backend = make_backend(GPUTarget("cuda", 90, 32))
         self.binders: dict[Any, Any] = {}
         self.kernels: dict[Any, dict[str, object]] = {}
-        self.count, self.bind = 0, True
+        self.bind = True
+        self.seen: list[Callable[[], None]] | None = None
 
     def run(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        self.count += 1
+        if self.seen is not None:
+            self.seen.append(lambda: kernel[grid](*args, **kwargs))
         if not self.bind:
             return
         binder = self.binders.get(kernel)
@@ -87,17 +99,57 @@ def median_us(call: Callable[[], object], repeats: int) -> float:
     return statistics.median(times) / 1e3
 
 
+class Operators(TorchFunctionMode):
+    """Records the calls of torch that return a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Callable[[], object]] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        found = function(*args, **kwargs)
+        if isinstance(found, Tensor) or (type(found) in (tuple, list) and any(isinstance(x, Tensor) for x in found)):
+            self.calls.append(partial(function, *args, **kwargs))
+        return found
+
+
+class Chain(nn.Module):
+    """Calls another module, or in the end some functions."""
+
+    def __init__(self, then: nn.Module | list[Callable[[], object]]) -> None:
+        super().__init__()
+        self.then = then
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.then(x) if isinstance(self.then, nn.Module) else call_all(self.then, x)
+
+
+def call_all(functions: list[Callable[[], object]], x: Tensor) -> Tensor:
+    for function in functions:
+        function()
+    return x
+
+
 def measure(layer: MoE, tokens: int, launches: Launches, repeats: int) -> dict[str, float]:
-    """Launches of one forward, and its microseconds: as it is, and with launches that do nothing."""
+    """Launches of one forward, and the times that this file describes."""
     x = torch.randn(tokens, layer.hidden_size, dtype=torch.bfloat16)
     with torch.no_grad():
-        launches.bind, launches.count = True, 0
+        launches.bind = True
         layer(x)
-        count = launches.count
-        forward = median_us(lambda: layer(x), repeats)
+        launches.seen, operators = [], Operators()
+        with operators:
+            layer(x)
+        seen, launches.seen = launches.seen, None
+        chain = Chain(Chain(Chain(seen)))
+        times = {"forward": median_us(lambda: layer(x), repeats)}
         launches.bind = False
-        ours = median_us(lambda: layer(x), repeats)
-    return {"launches": count, "forward_us": round(forward, 1), "ours_us": round(ours, 1)}
+        times["python"] = median_us(lambda: layer(x), repeats)
+        times["torch"] = median_us(lambda: call_all(operators.calls, x), repeats)
+        times["floor"] = median_us(lambda: chain(x), repeats)
+    times["ours"] = times["python"] - times["torch"]
+    counts = {"launches": len(seen), "operators": len(operators.calls)}
+    return counts | {f"{name}_us": round(time, 1) for name, time in times.items()}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -118,7 +170,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{platform.processor() or platform.machine()}: {caption(facts)}")
     for tokens, row in found.items():
         print(
-            f"T={tokens}: {row['launches']} launches, {row['forward_us']} us a forward, {row['ours_us']} us of it ours"
+            f"T={tokens}: {row['launches']} launches, {row['operators']} operators of torch; forward {row['forward_us']} us"
+            f" (python {row['python_us']}, torch {row['torch_us']}, ours {row['ours_us']}, floor {row['floor_us']})"
         )
     if options.json is not None:
         options.json.write_text(json.dumps({"environment": facts, "forward": found}, indent=1) + "\n")

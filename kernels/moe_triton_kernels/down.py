@@ -102,8 +102,11 @@ def down(
     past offsets[E] are not written, and change nothing.
     """
     values, scales = operand_of(a, weight, size_columns)
-    reason = why_unsupported(config.gluon, values, weight, bias, size_columns=size_columns)
-    if isinstance(a, Tensor) and reason is None:
+    if (
+        config.gluon is not None
+        and isinstance(a, Tensor)
+        and why_unsupported(config.gluon, values, weight, bias, size_columns=size_columns) is None
+    ):
         from moe_triton_kernels.gluon import down as warp_specialized  # imports Gluon, which is experimental
 
         return warp_specialized.down(

@@ -134,16 +134,20 @@ def up(
     block_n and block_k are then 128, and parts 1.
     """
     values, scales = operand_of(x, weight, size_n)
-    reason = why_unsupported(
-        config.gluon,
-        values,
-        weight,
-        bias,
-        size_columns=size_n,
-        projections=2 if activation.is_gated else 1,
-        is_concatenated=is_concatenated or not activation.is_gated,
-    )
-    if isinstance(x, Tensor) and reason is None:
+    if (
+        config.gluon is not None
+        and isinstance(x, Tensor)
+        and why_unsupported(
+            config.gluon,
+            values,
+            weight,
+            bias,
+            size_columns=size_n,
+            projections=2 if activation.is_gated else 1,
+            is_concatenated=is_concatenated or not activation.is_gated,
+        )
+        is None
+    ):
         from moe_triton_kernels.gluon import up as warp_specialized  # imports Gluon, which is experimental
 
         return warp_specialized.up(

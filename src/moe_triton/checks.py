@@ -39,11 +39,9 @@ def check_tensor(
 
 
 def _fits(shape: Sequence[int], wanted: Sequence[int | str]) -> bool:
-    return len(shape) == len(wanted) and all(map(_fits_one, shape, wanted))
-
-
-def _fits_one(size: int, wanted: int | str) -> bool:
-    return size == wanted or isinstance(wanted, str)
+    if len(shape) != len(wanted):
+        return False
+    return not [size for size, want in zip(shape, wanted, strict=True) if size != want and not isinstance(want, str)]
 
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:

@@ -66,6 +66,11 @@ def _unfit_gpu(device: torch.device) -> str | None:
         return _not_a_gpu(device.type)
     if not TRITON_INSTALLED:
         return "Triton is not installed"
+    return _unfit_capability(device)
+
+
+@cache
+def _unfit_capability(device: torch.device) -> str | None:
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
         major, minor = torch.cuda.get_device_capability(device)
         return f"the Triton kernels need compute capability 8.0; the GPU has {major}.{minor}"

@@ -271,11 +271,11 @@ def test_addresses_are_kept_and_strides_are_made_equal() -> None:
     matrices = [torch.randn(4, 8, device=device) for _ in range(3)]
     parameter = per_expert(matrices)
     assert parameter.data.tolist() == [matrix.data_ptr() for matrix in matrices]
-    assert (parameter.is_table, parameter.alignment, parameter.strides) == (True, 16, (8, 1))
+    assert (parameter.is_table, parameter.layout.alignment, parameter.strides) == (True, 16, (8, 1))
     assert parameter.transposed().strides == (1, 8)
     assert per_expert(matrices).data is parameter.data  # no copy to the device in the next step
     odd = torch.randn(33, device=device)[1:].view(4, 8)
-    assert per_expert([*matrices, odd]).alignment == 4
+    assert per_expert([*matrices, odd]).layout.alignment == 4
     mixed = per_expert([matrices[0], torch.randn(8, 4, device=device).T])
     assert mixed.strides == (8, 1)
     assert mixed.held[0] is matrices[0]

@@ -321,7 +321,8 @@ class MoE(nn.Module):
             out = out * mix[:, 0:1] + self.residual_mlp(x) * mix[:, 1:]
         if token_mask is not None:
             out = out.masked_fill(masked, 0)
-        out = out.to(hidden_states.dtype)
+        if out.dtype != hidden_states.dtype:
+            out = out.to(hidden_states.dtype)
         return MoEOutput(
             output=out if hidden_states.dim() == 2 else out.reshape(hidden_states.shape),
             aux_loss=self.aux_loss(routing),
