@@ -20,7 +20,7 @@ import torch
 
 from moe_triton.backends.protocols import DispatchBackend, ExpertsBackend, GateBackend, RoutingBackend
 from moe_triton.checks import check_choice
-from moe_triton.torch_internals import constant_while_compiling
+from moe_triton.torch_internals import constant_while_compiling, is_autocast_anywhere
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -122,6 +122,8 @@ def check_table() -> None:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """Return the dtype that autocast computes with on this device; None where it is off, or does not exist (meta)."""
+    if not (torch.compiler.is_compiling() or is_autocast_anywhere()):
+        return None
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
