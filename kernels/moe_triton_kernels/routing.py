@@ -29,14 +29,15 @@ from moe_triton_kernels.scores import (
     scores_of_chosen,
     softmax_rows,
 )  # fmt: skip
+from moe_triton_kernels.small_dispatch import MAX_SLOTS
 
 TAKEN = tl.constexpr(-(2**31))  # below every score, -inf included
 INDEX_BITS = tl.constexpr(2**13 - 1)  # a 16-bit float has at least 13 zeros at the end of its fp32 pattern
 
 MAX_PROGRAMS = 2048  # a constant, not the number of processors: sums have the same order on every GPU
 TILE_ELEMENTS = 512
-FEW_TILES = 8  # one program takes so many, one after another, rather than leave sums to another launch [not measured]
-FEW_WARPS = 8  # of that program, where a tile of one warp does not hold all tokens
+FEW_WARPS = 8  # of the program that takes all tokens, where they are more than a tile of one warp but a few
+FEW_TILES = 8  # that it takes, one after another, rather than leave sums to another launch [estimated, not measured]
 SUM_PROGRAMS, SUM_EXPERTS, SUM_WARPS = 512, 8, 8  # the part of the partial sums that a program holds at a time
 NUM_WARPS = 1  # a token's experts lie in one warp, so that an arg-max needs no shared memory
 
@@ -325,7 +326,8 @@ def programs_of(num_tokens: int, num_experts: int, options: TopK) -> Programs:
     """The programs of a choice among `num_tokens` tokens in all."""
     lanes = lanes_of(num_experts, options.top_k, options.num_groups)
     tiles = cdiv(num_tokens // options.sequences, lanes.BLOCK_T)
-    if options.sequences == 1 and tiles <= FEW_TILES * FEW_WARPS:
+    is_few = num_tokens * options.top_k <= MAX_SLOTS and tiles <= FEW_TILES * FEW_WARPS
+    if options.sequences == 1 and (tiles <= 1 or is_few):
         return Programs(1, NUM_WARPS if tiles <= 1 else FEW_WARPS)
     return Programs(min(tiles, max(1, MAX_PROGRAMS // options.sequences)), NUM_WARPS)
 
@@ -351,14 +353,12 @@ def choice_of(
 ) -> Choice:
     """Make the arguments of `choose_experts`; for what they are see `topk_forward`."""
     (num_tokens, num_experts), device = logits.shape, logits.device
-    shape = (options.sequences, programs.number)
-    shape = () if shape == (1, 1) else shape  # then they are the sums
+    is_one = options.sequences == programs.number == 1  # its partial sums are the sums
+    shape = () if is_one else (options.sequences, programs.number)
+    optional = (choice_bias, noise, token_mask, given)
     by_logit = noise is None and choice_bias is None and not limit_of(options).TOP2
     return Choice(
-        read=tuple(
-            x if x is None or x.is_contiguous() else x.contiguous()
-            for x in (logits, choice_bias, noise, token_mask, given)
-        ),
+        read=(logits.contiguous(), *[x if x is None else x.contiguous() for x in optional]),
         experts=torch.empty((num_tokens, options.top_k), dtype=torch.int32, device=device),
         weights=torch.empty((num_tokens, options.top_k), dtype=torch.float32, device=device),
         partials=PartialSums(

@@ -7,11 +7,15 @@ Both halves walk through pieces: of tokens, adding up counts, and of slots, with
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from moe_triton_kernels import small_dispatch
+from moe_triton_kernels.launch import MAX_REGISTERS, register_limit, target_of
 from moe_triton_kernels.permutation import block_experts
 from moe_triton_kernels.routing import NUM_WARPS, TopK, choice_of, choose_experts, programs_of
 from moe_triton_kernels.small_dispatch import MAX_SLOTS, few_rows, place_few
@@ -43,9 +47,16 @@ def is_small(num_tokens: int, num_experts: int, options: TopK) -> bool:
     return few and options.sequences == 1 == programs_of(num_tokens, num_experts, options).number
 
 
-def block_of(num_warps: int) -> int:
-    """Slots that are compared with each other at a time; of 128, eight warps spill registers on sm_80."""
-    return 32 if num_warps == NUM_WARPS else 64
+@lru_cache(maxsize=1024)
+def place_constants(num_experts: int, num_warps: int) -> dict[str, Any]:
+    """What `place_few` is compiled for. Of 128 slots compared at a time, eight warps spill registers on sm_80."""
+    block = 32 if num_warps == NUM_WARPS else 64
+    return {"SIZES": BLOCK_SIZES, "BLOCK": block, "BLOCK_E": block_experts(num_experts)}
+
+
+def registers_of(num_warps: int) -> int:
+    """Registers per thread at most: without a limit, ptxas takes 128 for eight warps, and on sm_103 spills some."""
+    return MAX_REGISTERS if num_warps == NUM_WARPS else MAX_REGISTERS - 1
 
 
 def small_route(
@@ -65,11 +76,11 @@ def small_route(
     programs = programs_of(num_tokens, num_experts, options)
     choice = choice_of(logits, options, programs, choice_bias, noise, token_mask, given)
     rows, tiles = few_rows((num_tokens, options.top_k), num_experts, logits.device)
+    limit = register_limit(target_of(logits.device).architecture, registers_of(programs.num_warps))
     small_route_kernel[(1,)](
         *choice.read, choice.experts, choice.weights, choice.partials, rows,
         num_tokens, float(options.scale),
-        **choice.constants,
-        SIZES=BLOCK_SIZES, BLOCK=block_of(programs.num_warps), BLOCK_E=block_experts(num_experts),
+        **choice.constants, **place_constants(num_experts, programs.num_warps), **limit,
     )  # fmt: skip
     routed = (choice.experts, choice.weights, *choice.partials)
     return routed, (rows.offsets, rows.source, rows.position, tiles)

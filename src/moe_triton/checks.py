@@ -41,7 +41,10 @@ def check_tensor(
 def _fits(shape: Sequence[int], wanted: Sequence[int | str]) -> bool:
     if len(shape) != len(wanted):
         return False
-    return not [size for size, want in zip(shape, wanted, strict=True) if size != want and not isinstance(want, str)]
+    for size, want in zip(shape, wanted, strict=True):  # noqa: SIM110 -- all() takes twice as long
+        if size != want and not isinstance(want, str):
+            return False
+    return True
 
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:

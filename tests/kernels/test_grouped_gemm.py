@@ -23,15 +23,14 @@ from moe_triton_kernels import operands
 from moe_triton_kernels.activations import Activation
 from moe_triton_kernels.d_hidden import d_hidden, d_router_weights
 from moe_triton_kernels.d_weight import d_bias, d_weight
+from moe_triton_kernels.descriptors import rows_descriptor, weight_descriptor
 from moe_triton_kernels.down import down
 from moe_triton_kernels.grouped_gemm import tile_order
 from moe_triton_kernels.launch import Config, Target
 from moe_triton_kernels.operands import (
     PerExpert,
     per_expert,
-    rows_descriptor,
     unit_of,
-    weight_descriptor,
 )
 from moe_triton_kernels.tiles import tile_tables
 from moe_triton_kernels.up import up

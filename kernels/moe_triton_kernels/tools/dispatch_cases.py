@@ -164,16 +164,14 @@ def small_route_cases() -> Iterator[Case]:
     """The choices of `routing_cases`, with their rows placed in the same launch."""
     for case in routing_cases():
         if case.fn is routing.topk_kernel:
-            blocks = {
-                "BLOCK": small_route.block_of(case.num_warps),
-                "BLOCK_E": permutation.block_experts(case.signature["RULE"].NUM_EXPERTS),
-            }
+            places = small_route.place_constants(case.signature["RULE"].NUM_EXPERTS, case.num_warps)
             yield replace(
                 case,
                 name=case.name.replace("topk", "small_route"),
                 fn=small_route.small_route_kernel,
                 signature={**case.signature, "rows": FEW_ROWS},
-                constexprs={**case.constexprs, "SIZES": tiles.BLOCK_SIZES, **blocks},
+                constexprs={**case.constexprs, **places},
+                maxnreg=small_route.registers_of(case.num_warps),
             )
 
 
