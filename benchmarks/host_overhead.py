@@ -27,7 +27,7 @@ import platform
 import pstats
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,11 +60,11 @@ class Launches:
         self.binders: dict[Any, Any] = {}
         self.kernels: dict[Any, dict[str, object]] = {}
         self.bind = True
-        self.seen: list[Callable[[], None]] | None = None
+        self.seen: list[tuple[str, Callable[[], None]]] | None = None
 
     def run(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         if self.seen is not None:
-            self.seen.append(lambda: kernel[grid](*args, **kwargs))
+            self.seen.append((kernel.__name__, lambda: kernel[grid](*args, **kwargs)))
         if not self.bind:
             return
         binder = self.binders.get(kernel)
@@ -120,7 +120,7 @@ class Operators(TorchFunctionMode):
 class Chain(nn.Module):
     """Calls another module, or in the end some functions."""
 
-    def __init__(self, then: nn.Module | list[Callable[[], object]]) -> None:
+    def __init__(self, then: nn.Module | Sequence[Callable[[], object]]) -> None:
         super().__init__()
         self.then = then
 
@@ -128,7 +128,7 @@ class Chain(nn.Module):
         return self.then(x) if isinstance(self.then, nn.Module) else call_all(self.then, x)
 
 
-def call_all(functions: list[Callable[[], object]], x: Tensor) -> Tensor:
+def call_all(functions: Sequence[Callable[[], object]], x: Tensor) -> Tensor:
     for function in functions:
         function()
     return x
@@ -143,8 +143,8 @@ def count_calls(call: Callable[[], object]) -> int:
     return sum(event in ("call", "c_call") for event in events)
 
 
-def measure(layer: MoE, tokens: int, launches: Launches, repeats: int) -> dict[str, float]:
-    """Launches of one forward, and the times that this file describes."""
+def measure(layer: MoE, tokens: int, launches: Launches, repeats: int) -> dict[str, Any]:
+    """What this file describes, of a forward; the launches by their kernels."""
     x = torch.randn(tokens, layer.hidden_size, dtype=torch.bfloat16)
     with torch.no_grad():
         launches.bind = True
@@ -152,7 +152,8 @@ def measure(layer: MoE, tokens: int, launches: Launches, repeats: int) -> dict[s
         launches.seen, operators = [], Operators()
         with operators:
             layer(x)
-        seen, launches.seen = launches.seen, None
+        kernels, seen = zip(*launches.seen, strict=True)
+        launches.seen = None
         chain = Chain(Chain(Chain(seen)))
         times = {"forward": fastest_us(lambda: layer(x), repeats)}
         launches.bind = False
@@ -161,7 +162,7 @@ def measure(layer: MoE, tokens: int, launches: Launches, repeats: int) -> dict[s
         times["floor"] = fastest_us(lambda: chain(x), repeats)
         calls = count_calls(lambda: layer(x)) - count_calls(lambda: call_all(seen, x))
     times["ours"] = times["python"] - times["torch"]
-    counts = {"launches": len(seen), "operators": len(operators.calls), "calls": calls}
+    counts = {"launches": kernels, "operators": len(operators.calls), "calls": calls}
     return counts | {f"{name}_us": round(time, 1) for name, time in times.items()}
 
 
@@ -183,8 +184,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{platform.processor() or platform.machine()}: {caption(facts)}")
     for tokens, row in found.items():
         print(
-            f"T={tokens}: {row['launches']} launches, {row['operators']} operators of torch, {row['calls']} calls; "
-            f"forward {row['forward_us']} us "
+            f"T={tokens}: {len(row['launches'])} launches, {row['operators']} operators of torch, {row['calls']} calls;"
+            f" forward {row['forward_us']} us "
             f"(python {row['python_us']}, torch {row['torch_us']}, ours {row['ours_us']}, floor {row['floor_us']})"
         )
     if options.json is not None:
