@@ -69,6 +69,7 @@ def test_choice_of_backend(monkeypatch):
     assert runtime.choose("auto", torch.device("cuda", 0), torch.bfloat16).name == "triton"
     assert runtime.choose("auto", torch.device("cuda", 0), torch.float64).name == "torch"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    runtime._unfit_capability.cache_clear()
     assert "8.0; the GPU has 7.5" in runtime.choose("auto", torch.device("cuda", 0), torch.bfloat16).reason
 
 
