@@ -15,8 +15,9 @@ from moe_triton import runtime
 from moe_triton.autograd.experts import in_context
 from moe_triton.autograd.flat import flatten, form_of
 from moe_triton.checks import check_choice, check_int
-from moe_triton.distributed.exchange.all_to_all import AllToAll, exchange_over_slices
+from moe_triton.distributed.exchange.all_to_all import AllToAll, exchange_in_node, exchange_over_slices
 from moe_triton.distributed.exchange.channel import Channel, Listener, report_failure
+from moe_triton.distributed.exchange.counts import NodeCounts, SliceSizes
 from moe_triton.distributed.exchange.function import Exchanged
 from moe_triton.distributed.exchange.layer_names import new_layer_name
 from moe_triton.distributed.exchange.local_experts import LocalExperts
@@ -31,14 +32,9 @@ from moe_triton.distributed.exchange.stages import (
     Stage,
 )
 from moe_triton.distributed.exchange.telemetry import metered_exchange, metered_experts
-from moe_triton.distributed.exchange.tensor_parallel import (
-    SliceSizes,
-    gather_tokens,
-    slice_tokens,
-    sum_slices_gradients,
-)
+from moe_triton.distributed.exchange.tensor_parallel import gather_tokens, slice_tokens, sum_slices_gradients
 from moe_triton.distributed.exchange.transport import Shape
-from moe_triton.distributed.expert_groups import all_ep_groups, expert_groups, two_levels
+from moe_triton.distributed.expert_groups import ExpertGroups, all_ep_groups, expert_groups, two_levels
 from moe_triton.distributed.groups import Group, ParallelGroups, number_of_ranks
 from moe_triton.records import Dispatch, ExpertCall, matrix_shape
 from moe_triton.torch_internals import never_compiled
@@ -96,7 +92,7 @@ class ExpertParallel:
 
     def __init__(
         self,
-        group_or_mesh: dist.ProcessGroup | DeviceMesh | ParallelGroups | None = None,
+        group_or_mesh: dist.ProcessGroup | DeviceMesh | ParallelGroups | ExpertGroups | None = None,
         *,
         mode: str = "dropless",
         chunks: int = 1,
@@ -319,33 +315,32 @@ class ExpertParallel:
         overlap_with: Deferred | None,
     ) -> Stage:
         """The local experts, inside the exchange over their slices, inside the exchange over their ranks."""
-        levels = [(self.in_node, shape)] if self.ep.size > 1 or self.always_exchange else []
-        if self.between_nodes.size > 1:
-            node = replace(shape, per_rank=shape.per_rank * self.in_node.size)
-            levels = [(self.in_node, replace(shape, chunks=1)), (self.between_nodes, node)]
         inner = metered_experts(experts, layer.meters, self.first_expert(layer.num_experts))
+        exchanges = self.ep.size > 1 or self.always_exchange
         if overlap_with is not None:
             overlap_with.meters = layer.meters
         sizes = None
         if self.etp.size > 1:
             slices = self._channel(self.etp, f"{layer.name}, expert slices")
             are_equal = (
-                bool(levels) and self.make_exchange is self.own_exchange and self.own_exchange.has_fixed_sizes(places)
+                exchanges and self.make_exchange is self.own_exchange and self.own_exchange.has_fixed_sizes(places)
             )
             sizes = None if are_equal else SliceSizes(slices)
-            inner = exchange_over_slices(inner, shape, slices, sizes, None if levels else overlap_with)
-        specs = [
-            ExchangeSpec(
-                channel=self._channel(group, layer.name), shape=level, watch=self._overflows.watch, max_tokens=limit,
-                places=places, dispatch_dtype=self.dispatch_dtype, slices=sizes if i == 0 else None,
-                overlap_with=overlap_with if i == len(levels) - 1 else None,
-            )
-            for i, (group, level) in enumerate(levels)
-        ]  # fmt: skip
-        for spec in specs[:-1]:
-            inner = self.own_exchange(inner, spec)
-        outermost = self.make_exchange(inner, specs[-1]) if specs else inner
-        return metered_exchange(outermost, layer.meters)
+            inner = exchange_over_slices(inner, shape, slices, sizes, None if exchanges else overlap_with)
+        if not exchanges:
+            return metered_exchange(inner, layer.meters)
+        spec = ExchangeSpec(
+            channel=self._channel(self.in_node, layer.name), shape=shape, watch=self._overflows.watch,
+            max_tokens=limit, places=places, dispatch_dtype=self.dispatch_dtype, overlap_with=overlap_with,
+            slices=sizes,
+        )  # fmt: skip
+        if self.between_nodes.size > 1:
+            counts = NodeCounts(channel=spec.channel, schedule=shape.schedule, slices=sizes)
+            inner = exchange_in_node(inner, replace(spec, shape=replace(shape, chunks=1)), counts)
+            nodes = replace(shape, per_rank=shape.per_rank * self.in_node.size)
+            between = self._channel(self.between_nodes, layer.name)
+            spec = replace(spec, channel=between, shape=nodes, slices=None, node=counts)
+        return metered_exchange(self.make_exchange(inner, spec), layer.meters)
 
     def _configuration(
         self, hidden: Tensor, ids: Tensor, experts: InnermostStage, layer: ExchangedLayer

@@ -75,7 +75,7 @@ class Exchange:
             row_x = arrived[here, :width]
             rows[here] = row_x if self.dispatch_dtype is None else unpack_rows(row_x, x.shape[1], x.dtype)
             row_ids, row_weights = transport.ids_and_weights(arrived[here], width)
-            y = self.inner.forward(rows[here], row_ids, row_weights, transport.assignments[chunk], saved)
+            y = self.inner.forward(rows[here], row_ids, row_weights, transport.counts.assignments[chunk], saved)
             returning.append(transport.start_back(y, home, chunk, f"results of chunk {chunk}"))
         for wait in returning:
             wait()
