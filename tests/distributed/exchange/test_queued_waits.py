@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from moe_triton.distributed import ConfigurationMismatch, ExpertParallel, ExpertParallelError, reduce_gradients
+from moe_triton.distributed import ConfigurationMismatch, ExpertParallel, reduce_gradients
 from moe_triton.distributed.exchange.failure_board import failure_board
 from tests.helpers import faults
-from tests.helpers.faults import HIDDEN, Model, outcomes, step
+from tests.helpers.faults import HIDDEN, Model, step
 from tests.helpers.queued import start_anew, waits_only_queue
 from tests.helpers.ranks import Ranks, products, started
+from tests.helpers.schedule_faults import (
+    CASES,
+    DIFFERENCES,
+    FAILURES,
+    MODES,
+    STAYS,
+    VICTIM,
+    WORLD,
+    Raised,
+    differs,
+    fails,
+    rows,
+)
 
-WORLD, VICTIM = 3, 1
-MODES = {"dropless": {}, "bounded": {"mode": "bounded", "max_tokens_per_rank": 6}}
+PAGE = Path(__file__).parents[3] / "docs" / "distributed.md"
 
 
 @pytest.fixture(scope="module")
@@ -30,28 +40,7 @@ def three_ranks() -> Iterator[Ranks]:
         yield ranks
 
 
-def live(rank: int, mode: str, fault: str, seconds: float) -> None:
-    """A step in good health, then the victim's fault in the middle of the second."""
-    armed = False
-
-    def listen(event: str) -> None:
-        if not armed or rank != VICTIM or event != "row gradients 0":
-            return
-        if fault == "raises":
-            raise MemoryError("no memory left")
-        if fault == "sleeps":
-            time.sleep(faults.DEADLINE)
-        os.kill(os.getpid(), {"is killed": signal.SIGKILL, "is stopped": signal.SIGSTOP}[fault])
-
-    with waits_only_queue(seconds, ep=WORLD) as groups:
-        model = Model(ExpertParallel(groups, listener=listen, **MODES[mode]))
-        step(model)
-        armed = True
-        while True:
-            step(model)
-
-
-FAULTS = {
+CAUSES = {
     "is killed": "rank 1 has died",
     "raises": "rank 1 failed with MemoryError: no memory left",
     "sleeps": "rank 1 has done nothing since MoE layer 1, output gradients of chunk 0",
@@ -59,71 +48,41 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize(("mode", "fault"), products(mode=tuple(MODES), fault=tuple(FAULTS)))
+@pytest.mark.parametrize(("mode", "fault"), products(mode=tuple(MODES), fault=FAILURES))
 def test_a_rank_that_fails_is_named_by_all_others(mode, fault):
-    seconds = 60 if fault in ("is killed", "raises") else 5
-    stays = fault in ("sleeps", "is stopped")
-    found = outcomes(WORLD, live, mode, fault, seconds, without=VICTIM if stays else None)
-    for rank, outcome in enumerate(found):
+    found = fails(mode, fault, 5 if fault in STAYS else 60)
+    for rank, raised in enumerate(found):
         if rank != VICTIM:
-            assert outcome.code == 0
-            wanted = rf"ExpertParallelError: rank {rank}, (MoE layer \d|gradients), [^:]+: {FAULTS[fault]}.* \(step 2; "
-            assert re.match(wanted, outcome.error), outcome.error
+            wanted = rf"rank {rank}, (MoE layer \d|gradients), [^:]+: {CAUSES[fault]}.* \(step 2; "
+            assert raised.error == "ExpertParallelError"
+            assert re.match(wanted, raised.message), raised.message
     if fault == "raises":
-        assert found[VICTIM].error.startswith("MemoryError: no memory left")
+        assert (found[VICTIM].error, found[VICTIM].message) == ("MemoryError", "no memory left")
 
 
-def go_on(model: Model, parallel: ExpertParallel, fault: str) -> None:
-    """Three more steps, of which the victim does the first in its own way."""
-    is_other = dist.get_rank() == VICTIM
-    x = torch.randn(6, HIDDEN)
-    if is_other and "skips layer" in fault:
-        del model.layers[int(fault[-1])]
-    if is_other and fault == "other top_k":
-        for layer in model.layers:
-            layer.router.spec = replace(layer.router.spec, top_k=3)
-    if is_other and fault == "other chunks":
-        parallel.chunks = 3
-    if is_other and fault == "evaluates":
-        with torch.no_grad():
-            model(x)
-    if fault == "no backward":
-        loss = model(x)
-        if not is_other:
-            loss.backward()
-    for _ in range(3):
-        step(model)
-
-
-def one_goes_its_own_way(mode: str, fault: str) -> str:
-    """Every rank raises within the time-out. Returns its message."""
-    with waits_only_queue(3, ep=WORLD) as groups:
-        parallel = ExpertParallel(groups, **MODES[mode])
-        model = Model(parallel, top_k=2)
-        step(model)
-        names = [layer.experts.layer_name for layer in model.layers]
-        with pytest.raises(ExpertParallelError) as raised:
-            go_on(model, parallel, fault)
-        start_anew()
-    message = str(raised.value)
-    for i, name in enumerate(names):
-        message = re.sub(rf"{name}\b", f"layer {i}", message)
-    return message
-
-
-DIFFERENCES = ["skips layer 0", "skips layer 1", "other top_k", "other chunks", "evaluates", "no backward"]
-
-
-@pytest.mark.parametrize(("mode", "fault"), products(mode=tuple(MODES), fault=tuple(DIFFERENCES)))
+@pytest.mark.parametrize(("mode", "fault"), products(mode=tuple(MODES), fault=DIFFERENCES))
 def test_a_rank_that_does_something_else_is_named(three_ranks, mode, fault):
     """By what differs, or by where the others wait."""
     names = rf"on rank {VICTIM}\b|rank {VICTIM} (waits in|has done nothing since) layer"
     elsewhere = r"on rank [02]\b|ranks? [02](, 2)? (waits?|has done nothing since|have done nothing since)"
-    for rank, message in enumerate(three_ranks.run(one_goes_its_own_way, mode, fault)):
-        assert re.match(rf"rank {rank}, (layer \d|gradients), [^:]+: ", message), message
-        assert re.search(elsewhere if rank == VICTIM else names, message), message
+    for rank, raised in enumerate(three_ranks.run(differs, mode, fault, 3)):
+        assert re.match(rf"rank {rank}, (layer \d|gradients), [^:]+: ", raised.message), raised.message
+        assert re.search(elsewhere if rank == VICTIM else names, raised.message), raised.message
         if mode == "dropless" and fault.startswith("other"):
-            assert f"differ in {fault.removeprefix('other ')}: " in message
+            assert raised.error == "ConfigurationMismatch"
+            assert f"differ in {fault.removeprefix('other ')}: " in raised.message
+
+
+def test_the_page_has_these_faults():
+    table = re.search(r"<!-- table: schedule faults \(.*?\) -->\n(.*?)<!-- end", PAGE.read_text(), re.DOTALL)
+    assert table
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[1].splitlines()[2:]]
+    nothing = [Raised(error="", message="", seconds=0.0)]
+    wanted = [line.split(" | ")[:2] for line in rows(dict.fromkeys(CASES, nothing), 0)[2:]]
+    assert [[f"| {fault}", mode] for fault, mode, *_ in cells] == wanted
+    for fault, mode, errors, seconds, timeout in cells:
+        assert set(errors.replace("`", "").split(" or ")) <= {"ExpertParallelError", "ConfigurationMismatch"}, fault
+        assert 0 <= float(seconds) < float(timeout), (fault, mode)
 
 
 def compared_always() -> str:
