@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -31,6 +33,16 @@ class Counts:
     sent: list[list[int]]
     received: list[list[int]]
     assignments: list[int]
+
+    @cached_property
+    def received_bounds(self) -> list[int]:
+        """The first received row of each chunk, and the end."""
+        return [0, *accumulate(map(sum, self.received))]
+
+    @cached_property
+    def sent_bounds(self) -> list[int]:
+        """The first sent row of each chunk, and the end."""
+        return [0, *accumulate(map(sum, self.sent))]
 
 
 class StartedCounts(NamedTuple):
@@ -78,7 +90,7 @@ def start_counts(
 
     def read() -> Counts:
         flat, mine = read_headers()
-        if any(flat[i : i + 2] != [schedule, chunks] for i in range(0, len(flat), 4)):
+        if flat[::4] != [schedule] * num_ranks or flat[1::4] != [chunks] * num_ranks:
             raise channel.mismatch(phase, channel.calls())
         (further,) = read_further()
         found = [flat[2::4], flat[3::4]]  # rows and assignments of the first chunk, by source

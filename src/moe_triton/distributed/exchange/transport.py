@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -63,25 +62,13 @@ class Transport:
         return len(self.counts.sent)
 
     @property
-    def received_bounds(self) -> list[int]:
-        """Return the first received row of each chunk, and the end."""
-        return [0, *accumulate(sum(rows) for rows in self.counts.received)]
-
-    @property
     def home_bounds(self) -> list[int]:
         """Return the first row of each chunk among those that come back, and the end."""
-        rows = self.counts.received if self.gathers else self.counts.sent
-        return [0, *accumulate(sum(part) for part in rows)]
-
-    def expand(self, x_Td: Tensor) -> Tensor:
-        """Return the rows to send, [R, d]."""
-        if x_Td.shape[0] == 0:
-            return x_Td.new_zeros(self.tokens.shape[0], *x_Td.shape[1:])
-        return x_Td.index_select(0, self.tokens)
+        return self.counts.received_bounds if self.gathers else self.counts.sent_bounds
 
     def start(self, rows: Tensor, out: Tensor, chunk: int, phase: str) -> Wait:
         """Send a chunk of rows [R, ...]; it arrives in its part of `out`, which has room for all chunks."""
-        bounds = self.received_bounds
+        bounds = self.counts.received_bounds
         arriving = out[bounds[chunk] : bounds[chunk + 1]]
         if self.gathers:
             size = rows.shape[0] // self.chunks
@@ -119,11 +106,18 @@ class Transport:
         ids, weights = (x.new_empty(0, x.shape[1]) for x in (self.ids, self.weights))
         return replace(self, tokens=ids, ids=ids, weights=weights, position=ids)
 
-    def choice_gradients(self, home_RJ: Tensor) -> Tensor:
-        """Return the router weights' gradients [T, K], from those of the returned rows' slots."""
+    def choice_gradients(self, home_RJ: Tensor, position: Tensor) -> Tensor:
+        """Return the router weights' gradients [T, K], from those of the returned rows' slots, by `position`."""
         padded = torch.cat([home_RJ, home_RJ.new_zeros(1, home_RJ.shape[1])])
-        slots = padded[self.position.long()]  # [T, ., J]; position -1 is the row of zeros
+        slots = padded[position.long()]  # [T, ., J]; position -1 is the row of zeros
         return slots[:, :, 0] if self.by_choice else slots.sum(1)  # a choice's slot is zero in all rows but one
+
+
+def expand(x_Td: Tensor, tokens: Tensor) -> Tensor:
+    """Return the rows [R, d] of the tokens [R], which are padding where there is no token."""
+    if x_Td.shape[0] == 0:
+        return x_Td.new_zeros(tokens.shape[0], *x_Td.shape[1:])
+    return x_Td.index_select(0, tokens)
 
 
 def plan_dropless(
@@ -268,9 +262,8 @@ def _travels(owner_TK: Tensor, shape: Shape) -> Tensor:
     """Whether a choice [T, K] sends a row: where a token travels once per rank, the first one for each."""
     travels = owner_TK >= 0
     if shape.deduplicate:
-        same = owner_TK[:, :, None] == owner_TK[:, None, :]
-        earlier = torch.ones(same.shape[1:], dtype=torch.bool, device=same.device).tril(-1)
-        travels = travels & ~(same & earlier).any(-1)
+        earlier = (owner_TK[:, :, None] == owner_TK[:, None, :]).tril(-1)
+        travels = travels & ~earlier.any(-1)
     return travels
 
 
@@ -299,7 +292,7 @@ def _dropless_rows(
     row_ids, row_weights = _row_slots(ids, weights, owner_TK, tokens, source % top_k, shape)
 
     def transport_of(counts: Counts) -> Transport:
-        num_rows = sum(map(sum, counts.sent))
+        num_rows = counts.sent_bounds[-1]
         return Transport(
             channel=channel, tokens=tokens[:num_rows], ids=row_ids[:num_rows], weights=row_weights[:num_rows],
             position=dispatched.position, counts=counts, by_choice=not shape.deduplicate,
