@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 import torch
@@ -16,7 +20,7 @@ from moe_triton.distributed.exchange.failure_board import failure_board
 from tests.helpers import faults
 from tests.helpers.faults import HIDDEN, Model, step
 from tests.helpers.queued import start_anew, waits_only_queue
-from tests.helpers.ranks import Ranks, products, started
+from tests.helpers.ranks import Ranks, at_once, started
 from tests.helpers.schedule_faults import (
     CASES,
     DIFFERENCES,
@@ -48,29 +52,43 @@ CAUSES = {
 }
 
 
-@pytest.mark.parametrize(("mode", "fault"), products(mode=tuple(MODES), fault=FAILURES))
-def test_a_rank_that_fails_is_named_by_all_others(mode, fault):
-    found = fails(mode, fault, 5 if fault in STAYS else 60)
-    for rank, raised in enumerate(found):
-        if rank != VICTIM:
-            wanted = rf"rank {rank}, (MoE layer \d|gradients), [^:]+: {CAUSES[fault]}.* \(step 2; "
-            assert raised.error == "ExpertParallelError"
-            assert re.match(wanted, raised.message), raised.message
-    if fault == "raises":
-        assert (found[VICTIM].error, found[VICTIM].message) == ("MemoryError", "no memory left")
+def test_a_rank_that_fails_is_named_by_all_others():
+    cases = itertools.product(MODES, FAILURES)
+    found = at_once({case: partial(fails, *case, 5 if case[1] in STAYS else 60) for case in cases})
+    for (mode, fault), ranks in found.items():
+        for rank, raised in enumerate(ranks):
+            if rank != VICTIM:
+                wanted = rf"rank {rank}, (MoE layer \d|gradients), [^:]+: {CAUSES[fault]}.* \(step 2; "
+                assert raised.error == "ExpertParallelError"
+                assert re.match(wanted, raised.message), (mode, fault, raised.message)
+        if fault == "raises":
+            assert (ranks[VICTIM].error, ranks[VICTIM].message) == ("MemoryError", "no memory left")
 
 
-@pytest.mark.parametrize(("mode", "fault"), products(mode=tuple(MODES), fault=DIFFERENCES))
-def test_a_rank_that_does_something_else_is_named(three_ranks, mode, fault):
-    """By what differs, or by where the others wait."""
+def test_a_rank_that_does_something_else_is_named():
+    """By what differs, or by where the others wait. As many ranks as it takes wait at the same time."""
     names = rf"on rank {VICTIM}\b|rank {VICTIM} (waits in|has done nothing since) layer"
     elsewhere = r"on rank [02]\b|ranks? [02](, 2)? (waits?|has done nothing since|have done nothing since)"
-    for rank, raised in enumerate(three_ranks.run(differs, mode, fault, 3)):
-        assert re.match(rf"rank {rank}, (layer \d|gradients), [^:]+: ", raised.message), raised.message
-        assert re.search(elsewhere if rank == VICTIM else names, raised.message), raised.message
-        if mode == "dropless" and fault.startswith("other"):
-            assert raised.error == "ConfigurationMismatch"
-            assert f"differ in {fault.removeprefix('other ')}: " in raised.message
+    free: SimpleQueue[Ranks] = SimpleQueue()
+
+    def run(mode: str, fault: str) -> list[Raised]:
+        ranks = free.get()
+        try:
+            return ranks.run(differs, mode, fault, 3)
+        finally:
+            free.put(ranks)
+
+    with ExitStack() as stack:
+        for _ in range(4):
+            free.put(stack.enter_context(started(WORLD)))
+        found = at_once({case: partial(run, *case) for case in itertools.product(MODES, DIFFERENCES)})
+    for (mode, fault), ranks in found.items():
+        for rank, raised in enumerate(ranks):
+            assert re.match(rf"rank {rank}, (layer \d|gradients), [^:]+: ", raised.message), (fault, raised.message)
+            assert re.search(elsewhere if rank == VICTIM else names, raised.message), (fault, raised.message)
+            if mode == "dropless" and fault.startswith("other"):
+                assert raised.error == "ConfigurationMismatch"
+                assert f"differ in {fault.removeprefix('other ')}: " in raised.message
 
 
 def test_the_page_has_these_faults():

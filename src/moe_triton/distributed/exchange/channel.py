@@ -352,7 +352,7 @@ def _first_line(error: BaseException) -> str:
 def copy_to_host(tensors: Sequence[Tensor]) -> tuple[Callable[[], bool], Callable[[], list[list[int]]]]:
     """Start the copy of `Channel.to_host`: (whether it has arrived, the elements by tensor)."""
     sizes = [tensor.numel() for tensor in tensors]
-    packed = torch.cat([tensor.reshape(-1).to(torch.int64) for tensor in tensors])
+    packed = torch.cat([tensor.reshape(-1) for tensor in tensors])
     if packed.device.type != "cuda":
         return lambda: True, lambda: [part.tolist() for part in packed.split(sizes)]
     host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)

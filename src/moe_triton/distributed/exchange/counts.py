@@ -69,10 +69,10 @@ def start_counts(
     """
     chunks, num_ranks, _ = counts_CP2.shape
     phase, more, ones = "exchange of counts", "exchange of further counts", [1] * num_ranks
-    first, *_ = counts_CP2
+    first = counts_CP2[0]
     header = first.new_full((num_ranks, 4), chunks)
-    header[:, 0] = schedule
-    header[:, 2:] = first
+    header.select(1, 0).fill_(schedule)
+    header.narrow(1, 2, 2).copy_(first)
     headers = torch.empty_like(header)
     channel.all_to_all(headers, header, ones, ones, phase)()  # on a GPU this only queues
     read_headers = channel.to_host(phase, headers, counts_CP2)

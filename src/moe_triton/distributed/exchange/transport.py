@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,6 @@ from moe_triton.dispatch import dispatch
 from moe_triton.distributed.exchange.channel import Channel
 from moe_triton.distributed.exchange.counts import Counts, NodeCounts, SliceSizes, start_counts
 from moe_triton.distributed.exchange.tails import parts_of, tail_of, tail_width
-from moe_triton.records import Dispatch
 
 Wait = Callable[[], None]
 
@@ -103,8 +103,8 @@ class Transport:
 
     def without_tensors(self) -> Transport:
         """Return the host's part of it, which alone may outlive the forward pass: autograd keeps the tensors."""
-        ids, weights = (x.new_empty(0, x.shape[1]) for x in (self.ids, self.weights))
-        return replace(self, tokens=ids, ids=ids, weights=weights, position=ids)
+        nothing = self.weights.new_empty(0, self.weights.shape[1])
+        return replace(self, tokens=nothing, ids=nothing, weights=nothing, position=nothing)
 
     def choice_gradients(self, home_RJ: Tensor, position: Tensor) -> Tensor:
         """Return the router weights' gradients [T, K], from those of the returned rows' slots, by `position`."""
@@ -134,22 +134,21 @@ def plan_dropless(
 
     ids [T, K]: global, -1 where nothing is to be computed. slices, node: learn what arrives here, of all chunks.
     """
-    owner_TK, most = _owner(ids, shape), ids.shape[1] if shape.deduplicate else 1
-    chunk_T1 = (torch.arange(ids.shape[0], device=ids.device) * shape.chunks // max(ids.shape[0], 1))[:, None]
-    travels = _travels(owner_TK, shape)
-    counts_CP2 = _count(owner_TK, travels, chunk_T1, shape.chunks, channel.group.size)
+    most = ids.shape[1] if shape.deduplicate else 1
+    buckets = _buckets(ids, _chunks(ids, shape), channel.group.size, shape)
+    counts_CP2 = _count(buckets, shape.chunks, channel.group.size)
     read_inner = _nothing
     if node is not None:
         in_node = replace(shape, per_rank=shape.per_rank // node.channel.group.size)
-        rank_TK, num_ranks = _owner(ids, in_node), channel.group.size * node.channel.group.size
-        counts_of_ranks = _count(rank_TK, _travels(rank_TK, in_node), chunk_T1, shape.chunks, num_ranks)
+        num_ranks = channel.group.size * node.channel.group.size
+        counts_of_ranks = _count(_buckets(ids, _chunks(ids, shape), num_ranks, in_node), shape.chunks, num_ranks)
         started = start_counts(channel, counts_CP2, shape.schedule, most, node.to_carry(counts_of_ranks))
         read_inner = node.start(started.carried, most)
     else:
         started = start_counts(channel, counts_CP2, shape.schedule, most)
         if slices is not None:
             read_inner = slices.start(started.arriving.sum(0))
-    transport_of = _dropless_rows(channel, ids, weights, owner_TK, travels, chunk_T1, shape)
+    transport_of = _dropless_rows(channel, ids, weights, buckets, shape)
 
     def finish(meanwhile: Callable[[], None]) -> Transport:
         meanwhile()
@@ -162,8 +161,7 @@ def plan_dropless(
 
 def plan_counted(channel: Channel, ids: Tensor, weights: Tensor, shape: Shape, counts: Counts) -> Transport:
     """Plan exactly the rows that are wanted, in one chunk, where the host knows already how many they are."""
-    owner_TK, chunk_T1 = _owner(ids, shape), ids.new_zeros(ids.shape[0], 1)
-    return _dropless_rows(channel, ids, weights, owner_TK, _travels(owner_TK, shape), chunk_T1, shape)(counts)
+    return _dropless_rows(channel, ids, weights, _buckets(ids, None, channel.group.size, shape), shape)(counts)
 
 
 def _nothing() -> None:
@@ -183,16 +181,16 @@ def plan_bounded(
     most_ids = min(top_k, shape.per_rank)
     room = tokens_per_chunk * (1 if shape.deduplicate else most_ids)
     room = room if max_rows is None else min(room, max_rows)
-    owner_TK = _owner(ids, shape)
     chunk_T1 = (torch.arange(ids.shape[0], device=ids.device) // max(tokens_per_chunk, 1))[:, None]
-    dispatched = _by_bucket(owner_TK, _travels(owner_TK, shape), chunk_T1, num_ranks, shape)
-    bucket_TK = torch.where(dispatched.position >= 0, chunk_T1 * num_ranks + owner_TK, 0)
+    buckets = _buckets(ids, chunk_T1, num_ranks, shape)
+    dispatched = dispatch(buckets.sent.int(), chunks * num_ranks, backend=shape.backend)
+    bucket_TK = torch.where(dispatched.position >= 0, buckets.sent, 0)
     within = dispatched.position - dispatched.offsets[bucket_TK.long()]
     fits = (dispatched.position >= 0) & (within < room)
     row_TK = torch.where(fits, bucket_TK * room + within, -1)
     overflow = ((dispatched.position >= 0) & ~fits).any().int()
     transport = _fixed_rows(
-        channel, ids, weights, row_TK, owner_TK, shape,
+        channel, ids, weights, row_TK, buckets.owner, shape,
         room_per_pair=room, assignments=num_ranks * room * (most_ids if shape.deduplicate else 1),
     )  # fmt: skip
     return transport, overflow
@@ -254,42 +252,58 @@ def _fixed_counts(num_ranks: int, chunks: int, room: int, assignments: int) -> C
 
 
 def _owner(ids: Tensor, shape: Shape) -> Tensor:
-    """The rank of every choice's expert, [T, K]; -1 where there is none."""
-    return torch.where(ids >= 0, ids // shape.per_rank, -1)
+    """The rank of every choice's expert, [T, K]; -1 where there is none, whose id is -1."""
+    return ids // shape.per_rank
 
 
-def _travels(owner_TK: Tensor, shape: Shape) -> Tensor:
-    """Whether a choice [T, K] sends a row: where a token travels once per rank, the first one for each."""
-    travels = owner_TK >= 0
-    if shape.deduplicate:
-        earlier = (owner_TK[:, :, None] == owner_TK[:, None, :]).tril(-1)
-        travels = travels & ~earlier.any(-1)
-    return travels
+def _chunks(ids: Tensor, shape: Shape) -> Tensor | None:
+    """The chunk of each token, [T, 1], of runs as equal as can be; None where there is one."""
+    if shape.chunks == 1:
+        return None
+    return (torch.arange(ids.shape[0], device=ids.device) * shape.chunks // max(ids.shape[0], 1))[:, None]
 
 
-def _count(owner_TK: Tensor, travels: Tensor, chunk_T1: Tensor, chunks: int, num_ranks: int) -> Tensor:
+class _Buckets(NamedTuple):
+    """Where every choice goes, [T, K]: a bucket is a (chunk, destination).
+
+    owner   the rank of its expert, -1 where there is none
+    wanted  its bucket, -1 where there is no expert
+    sent    its bucket, -1 also where another choice of the token has sent the row
+    """
+
+    owner: Tensor
+    wanted: Tensor
+    sent: Tensor
+
+
+def _buckets(ids: Tensor, chunk_T1: Tensor | None, num_ranks: int, shape: Shape) -> _Buckets:
+    owner_TK = wanted = _owner(ids, shape)
+    if chunk_T1 is not None:
+        wanted = torch.where(owner_TK >= 0, chunk_T1 * num_ranks + owner_TK, -1)
+    if not shape.deduplicate:
+        return _Buckets(owner_TK, wanted, wanted)
+    repeats = (owner_TK[:, :, None] == owner_TK[:, None, :]).tril(-1).any(-1)
+    return _Buckets(owner_TK, wanted, wanted.masked_fill(repeats, -1))
+
+
+def _count(buckets: _Buckets, chunks: int, num_ranks: int) -> Tensor:
     """The rows and assignments for each rank, by chunk: [C, P, 2] int32."""
-    bucket_TK = torch.where(owner_TK >= 0, chunk_T1 * num_ranks + owner_TK, chunks * num_ranks)
-    both = torch.stack([travels, owner_TK >= 0], dim=-1).int()
-    found = both.new_zeros(chunks * num_ranks + 1, 2)
-    found.index_add_(0, bucket_TK.reshape(-1).long(), both.view(-1, 2))
-    return found[:-1].view(chunks, num_ranks, 2)
-
-
-def _by_bucket(owner_TK: Tensor, travels: Tensor, chunk_T1: Tensor, num_ranks: int, shape: Shape) -> Dispatch:
-    """The dispatch of rows to (chunk, destination): our own stable sort, with ranks in the place of experts."""
-    bucket = torch.where(travels, chunk_T1 * num_ranks + owner_TK, -1)
-    return dispatch(bucket.int(), shape.chunks * num_ranks, backend=shape.backend)
+    both_S2 = torch.stack([buckets.sent >= 0, buckets.wanted >= 0], dim=-1).view(-1, 2).int()
+    found = both_S2.new_zeros(chunks * num_ranks, 2)
+    found.index_add_(0, buckets.wanted.reshape(-1).clamp_min(0), both_S2)
+    return found.view(chunks, num_ranks, 2)
 
 
 def _dropless_rows(
-    channel: Channel, ids: Tensor, weights: Tensor, owner_TK: Tensor, travels: Tensor, chunk_T1: Tensor, shape: Shape
+    channel: Channel, ids: Tensor, weights: Tensor, buckets: _Buckets, shape: Shape
 ) -> Callable[[Counts], Transport]:
-    """All of a transport of exactly the wanted rows that needs no counts; what is returned takes them."""
-    dispatched, top_k = _by_bucket(owner_TK, travels, chunk_T1, channel.group.size, shape), ids.shape[1]
-    source = dispatched.source.clamp_min(0).long()
-    tokens = source // top_k
-    row_ids, row_weights = _row_slots(ids, weights, owner_TK, tokens, source % top_k, shape)
+    """All of a transport of exactly the wanted rows that needs no counts; what is returned takes them.
+
+    The rows are sorted by bucket: our own stable sort, with buckets in the place of experts.
+    """
+    dispatched = dispatch(buckets.sent.int(), shape.chunks * channel.group.size, backend=shape.backend)
+    slots = dispatched.source.clamp_min(0).long()
+    row_ids, row_weights, tokens = _row_slots(ids, weights, buckets.owner, slots, shape)
 
     def transport_of(counts: Counts) -> Transport:
         num_rows = counts.sent_bounds[-1]
@@ -302,16 +316,18 @@ def _dropless_rows(
 
 
 def _row_slots(
-    ids: Tensor, weights: Tensor, owner_TK: Tensor, tokens: Tensor, choices: Tensor, shape: Shape
-) -> tuple[Tensor, Tensor]:
-    """The ids, local to their receiver, and the weights of the rows of these (token, choice) pairs."""
+    ids: Tensor, weights: Tensor, owner_TK: Tensor, slots: Tensor, shape: Shape
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The ids, local to their receiver, the weights, and the tokens of the rows of these slots, token*K + choice."""
+    tokens = slots // ids.shape[1]
     if not shape.deduplicate:
-        row_ids, row_weights = ids[tokens, choices][:, None], weights[tokens, choices][:, None]
-        return (row_ids % shape.per_rank).int(), row_weights
-    destination = owner_TK[tokens, choices][:, None]
-    is_there = owner_TK[tokens] == destination
-    row_ids = torch.where(is_there, ids[tokens] - destination * shape.per_rank, -1)
-    return row_ids.int(), torch.where(is_there, weights[tokens], 0)
+        row_ids, row_weights = (x.reshape(-1).index_select(0, slots)[:, None] for x in (ids, weights))
+        return (row_ids % shape.per_rank).int(), row_weights, tokens
+    destination = owner_TK.view(-1).index_select(0, slots)[:, None]
+    row_ids, row_weights, owners = (x.index_select(0, tokens) for x in (ids, weights, owner_TK))
+    is_elsewhere = owners != destination
+    row_ids = (row_ids - destination * shape.per_rank).masked_fill(is_elsewhere, -1)
+    return row_ids.int(), row_weights.masked_fill(is_elsewhere, 0), tokens
 
 
 def _fixed_rows(
@@ -338,8 +354,7 @@ def _fixed_rows(
         row_ids = torch.full((num_rows, width), -1, dtype=torch.int32, device=ids.device)
         row_weights = weights.new_zeros(num_rows, width)
     else:
-        slots = slot_R.clamp_min(0)
-        row_ids, row_weights = _row_slots(ids, weights, owner_TK, slots // top_k, slots % top_k, shape)
+        row_ids, row_weights, _ = _row_slots(ids, weights, owner_TK, slot_R.clamp_min(0), shape)
         row_ids = torch.where((slot_R >= 0)[:, None], row_ids, -1)
         row_weights = torch.where((slot_R >= 0)[:, None], row_weights, 0)
     return Transport(
