@@ -12,13 +12,17 @@ from torch import Tensor
 
 import moe_triton
 from gpu_checks.setting import Setting, Skipped, poisoned, warp_specialized
-from moe_triton import MoE, reference, runtime
+from moe_triton import MoE, reference
+from moe_triton.backends.triton import dispatch as dispatch_kernels
+from moe_triton.backends.triton import routing as routing_kernels
 from moe_triton.benchmarking.cases import SKEWS, Case, make_workload
 from moe_triton.benchmarking.providers import PROVIDERS
 from moe_triton.benchmarking.ways import Runnable
 from moe_triton.records import ACTIVATIONS, GATED, LIMITED, UNGATED, ExpertSpec, RouterSpec
 from moe_triton.routing import route_by_spec
 from moe_triton_kernels.gluon.schedules import DERIVATIVES
+from moe_triton_kernels.permutation import permute
+from moe_triton_kernels.tiles import TileTables, tile_tables
 from tests.helpers.compare import TOLERANCE, assert_close
 from tests.helpers.problems import check, make_problem, random_choices, run
 
@@ -127,6 +131,35 @@ def dispatch_once(experts: Tensor, num_experts: int, capacity: int | None, prior
         assert torch.equal(getattr(found, field), getattr(wanted, field)), f"{field} with {capacity=}, {priority=}"
 
 
+def few_tokens(setting: Setting) -> str:
+    """One launch for a few tokens, of the dispatch and of the choice too: the bits of the launches that it replaces."""
+    count = 0
+    for experts, spec in ROUTERS[:1] if setting.tiny else ROUTERS:
+        for tokens in (3,) if setting.tiny else (1, 2, 7, 31):
+            logits = torch.randn(tokens, experts, device=setting.device)
+            with poisoned():
+                chosen = routing_kernels.route_forward(logits, spec, None, None, None)
+                whole = permute(chosen[0], experts)
+                at_once = routing_kernels.route_and_dispatch(logits, spec, None, None, None)
+                found = [dispatch_kernels.build_small_dispatch(chosen[0], experts)]
+            if at_once is not None:
+                assert all(map(torch.equal, at_once[0], chosen)), f"choice: E={experts} {spec} T={tokens}"
+                found.append(at_once[1])
+            for small in found:
+                assert small is not None
+                fields = (small.counts, small.offsets, small.source, small.position)
+                assert all(map(torch.equal, fields, whole)), f"dispatch: E={experts} {spec} T={tokens}"
+                same_tables(small.tiles, tile_tables(small.offsets, chosen[0].numel()))
+                count += 1
+    return f"{count} launches"
+
+
+def same_tables(found: TileTables, wanted: TileTables) -> None:
+    assert torch.equal(found.num_tiles, wanted.num_tiles)
+    for number, table, other in zip(wanted.num_tiles.tolist(), found.tables, wanted.tables, strict=True):
+        assert torch.equal(table[:number], other[:number])
+
+
 # The experts ----------------------------------------------------------------------------------------------------------
 
 
@@ -195,27 +228,6 @@ def buckets(dtype: torch.dtype, part: Part = WHOLE) -> Callable[[Setting], str]:
         return f"{count} problems in {name_of(dtype)}"
 
     return run_buckets
-
-
-def fp8(setting: Setting) -> str:
-    """Products of codes against their emulation in fp32: the output and all gradients, with and without adapters."""
-    sizes = ((24, 20),) if setting.tiny else ((512, 384), (320, 200), (256, 128))
-    count = 0
-    for d, n in sizes:
-        for dtype in (torch.bfloat16, torch.float16)[: 1 if setting.tiny else 2]:
-            spec = ExpertSpec(fp8=True, is_transposed=bool(count % 2))
-            choices = random_choices(9 if setting.tiny else 700, 2, 8)
-            problem = make_problem(
-                choices, 8, spec=spec, ranks=(16, 8) if count % 3 == 1 else None, d=d, n=n, dtype=dtype
-            )
-            wanted = run(problem, runtime.experts_backend("torch", setting.device, fp8=True))
-            with poisoned():
-                found = run(problem, runtime.experts_backend("triton", setting.device, fp8=True))
-            assert found.keys() == wanted.keys()
-            for name, value in found.items():  # a sum in another order may give an operand next to a tie another code
-                assert_close(value, wanted[name], tolerance=2 * TOLERANCE[torch.bfloat16])
-            count += 1
-    return f"{count} problems"
 
 
 def gluon(schedule: str, part: Part = WHOLE) -> Callable[[Setting], str]:
