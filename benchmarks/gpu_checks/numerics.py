@@ -241,9 +241,9 @@ def gluon(schedule: str, part: Part = WHOLE) -> Callable[[Setting], str]:
             raise Skipped("the warp-specialized kernels are for compute capability 9.0")
         count = 0
         for dtype in (torch.float16,) if setting.tiny else (torch.bfloat16, torch.float16):
-            for d, n, activation, transposed in share(GLUON_SHAPES, (0, 4) if setting.tiny else part):
+            for d, n, activation, transposed, apart in share(GLUON_SHAPES, (0, 6) if setting.tiny else part):
                 d, n, tokens = (64, 16, 5) if setting.tiny else (d, n, 900)
-                spec = ExpertSpec(activation=activation, is_transposed=transposed)
+                spec = ExpertSpec(activation=activation, is_transposed=transposed, is_concatenated=apart)
                 num_experts = 3 if setting.tiny else 9
                 choices = random_choices(tokens, 2, num_experts)
                 problem = make_problem(choices, num_experts, spec=spec, d=d, n=n, dtype=dtype)
@@ -266,8 +266,9 @@ def gluon(schedule: str, part: Part = WHOLE) -> Callable[[Setting], str]:
 
 
 GLUON_RUNS = ["down", "down", "up"]  # d_rows is a down
-GLUON_SHAPES = (  # d, n, activation, transposed
-    (512, 256, "swiglu", False), (256, 192, "gpt_oss", True), (1024, 64, "silu", False), (128, 1024, "geglu_tanh", True)
+GLUON_SHAPES = (  # d, n, activation, transposed, gate and up apart
+    (512, 256, "swiglu", False, True), (256, 192, "gpt_oss", True, False), (1024, 64, "silu", False, True),
+    (128, 1024, "geglu_tanh", True, True), (336, 208, "swiglu", False, False), (80, 176, "gelu_tanh", True, True),
 )  # fmt: skip
 
 

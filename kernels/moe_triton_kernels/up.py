@@ -141,7 +141,6 @@ def up(
         bias,
         size_columns=size_n,
         projections=2 if activation.is_gated else 1,
-        is_concatenated=is_concatenated or not activation.is_gated,
     )
     if isinstance(x, Tensor) and reason is None:
         from moe_triton_kernels.gluon import up as warp_specialized  # imports Gluon, which is experimental
@@ -155,6 +154,7 @@ def up(
             size_n=size_n,
             top_k=top_k,
             activation=activation,
+            is_concatenated=is_concatenated or not activation.is_gated,
             keep_activation=keep_activation,
             keep_preactivation=keep_preactivation,
             config=config,

@@ -123,7 +123,7 @@ def test_wrong_bits_that_repeat_are_noticed(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_schedule_that_did_not_run_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device that has it, the plain kernel behind the same function is no proof of it."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(numerics, "GLUON_SHAPES", ((64, 16, "swiglu", False),))
+    monkeypatch.setattr(numerics, "GLUON_SHAPES", ((64, 16, "swiglu", False, True),))
     monkeypatch.setattr(numerics, "make_problem", lambda *_, **__: None)
     monkeypatch.setattr(numerics, "run", lambda problem: {})
     with pytest.raises(AssertionError, match="launched: "):
