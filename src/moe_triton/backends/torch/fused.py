@@ -35,8 +35,16 @@ def _import_problem() -> str | None:
     return None
 
 
-def loops_in_words(dtype: torch.dtype = torch.bfloat16) -> str:
-    """Return what decodes quantised projections on the CPU to a dtype, for `info` and `explain`."""
+def loops_in_words() -> str:
+    """Return whether the compiled loops run, and for what, in words."""
+    problem = loops_problem()
+    if problem is not None:
+        return f"none ({problem})"
+    return "by numba, for quantised projections and for gated activations and their gradients"
+
+
+def decoding_in_words(dtype: torch.dtype) -> str:
+    """Return what decodes quantised projections on the CPU to a dtype, in words."""
     problem = loops_problem() or ("" if dtype in DTYPES else f"the compiled loops write no {dtype}")
     if problem:
         return f"decoded by torch, in parts that stay in cache: {problem}"
