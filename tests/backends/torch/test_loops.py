@@ -177,8 +177,8 @@ def test_what_torch_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stored_codes(weight, torch.float32) is not None
     assert stored_codes(weight, torch.float16) is None
     assert stored_codes(weight, torch.float64) is None
-    assert "write no torch.float16" in fused.decoding_in_words(torch.float16)
-    assert "compiled loops" in fused.decoding_in_words(torch.bfloat16)
+    assert "write no torch.float16" in fused.codes_in_words(torch.float16)
+    assert "compiled loops" in fused.codes_in_words(torch.bfloat16)
     odd = QuantizedWeight.quantize(torch.randn(1, 4, 129), "fp8")
     assert stored_codes(odd, torch.float32) is None
     strided = replace(weight, codes=weight.codes.mT.contiguous().mT)
@@ -187,7 +187,7 @@ def test_what_torch_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(fused.VARIABLE, "0")
     assert stored_codes(weight, torch.float32) is None
     assert fused.loops_in_words() == "none (MOE_TRITON_CPU_LOOPS=0)"
-    assert fused.decoding_in_words(torch.float32).endswith("in cache: MOE_TRITON_CPU_LOOPS=0")
+    assert fused.codes_in_words(torch.float32).endswith("in cache: MOE_TRITON_CPU_LOOPS=0")
     monkeypatch.setenv(fused.VARIABLE, "yes")
     with pytest.raises(ValueError, match="MOE_TRITON_CPU_LOOPS: got 'yes', wanted one of 0, 1"):
         stored_codes(weight, torch.float32)

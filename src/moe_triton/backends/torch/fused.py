@@ -43,7 +43,7 @@ def loops_in_words() -> str:
     return "by numba, for quantised projections and for gated activations and their gradients"
 
 
-def decoding_in_words(dtype: torch.dtype) -> str:
+def codes_in_words(dtype: torch.dtype) -> str:
     """Return what decodes quantised projections on the CPU to a dtype, in words."""
     problem = loops_problem() or ("" if dtype in DTYPES else f"the compiled loops write no {dtype}")
     if problem:
