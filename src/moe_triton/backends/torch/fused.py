@@ -13,6 +13,7 @@ from moe_triton.checks import check_choice
 
 VARIABLE = "MOE_TRITON_CPU_LOOPS"
 DTYPES = (torch.float32, torch.bfloat16)  # that the loops write
+BITS = {torch.float8_e4m3fn: torch.uint8, torch.bfloat16: torch.uint16, torch.float16: torch.uint16}
 WORTH_A_THREAD = 1 << 19  # numbers to decode: 0.1 ms, some times what it takes to wake a thread
 
 
@@ -53,5 +54,5 @@ def codes_in_words(dtype: torch.dtype) -> str:
 
 def array(x: Tensor) -> np.ndarray:
     """Return the array of a tensor; where numpy lacks its dtype, that of its bits as unsigned integers."""
-    unsigned = {torch.float8_e4m3fn: torch.uint8, torch.bfloat16: torch.uint16, torch.float16: torch.uint16}
-    return x.view(unsigned.get(x.dtype, x.dtype)).numpy()
+    bits = BITS.get(x.dtype)
+    return x.numpy() if bits is None else x.view(bits).numpy()

@@ -41,7 +41,7 @@ def activate_rows_backward(
     weighted_a_Sn: Tensor | None,
     grad_weights_S: Tensor | None,
 ) -> None:
-    """Write what follows from the gradient of the unweighted activation a, which is overwritten.
+    """Write what follows from the gradient of the unweighted activation a, which may be overwritten.
 
     grad_h_SN         the gradient of h, given that of weights * a
     weighted_a_Sn     weights * a, where it is asked for
@@ -60,7 +60,8 @@ def activate_rows_backward(
 
     backward = activation_loops(h_SN.dtype == torch.bfloat16).backward
     (num_rows, n), sums = grad_Sn.shape, torch.empty(grad_Sn.shape[0])
-    weighted_a = grad_Sn if weighted_a_Sn is None else weighted_a_Sn  # each number is written when it has been read
+    # memory of its own also where nobody reads it: loops over arrays that overlap are not vectorised
+    weighted_a = torch.empty_like(grad_Sn) if weighted_a_Sn is None else weighted_a_Sn
     given = (array(h_SN), array(grad_Sn), weights_S1.float().flatten().numpy(), *_constants(spec))
     arguments = (*given, array(grad_h_SN), array(weighted_a), sums.numpy())
     share(lambda first, last: backward(*arguments, first, last), num_rows, WORTH_A_THREAD // n)
