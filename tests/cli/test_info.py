@@ -30,7 +30,7 @@ def test_info_json():
     assert all(path["backend"] == "torch" and path["reason"] for path in cpu.values())
     assert facts["exchanges"]["DeepEP"] == "the package deep_ep is not installed"
     assert next(iter(facts["exchanges"].values())) is None
-    assert facts["cpu_codes"] == loops_in_words()
+    assert facts["cpu_loops"] == loops_in_words()
 
 
 def test_info_table_and_module_entry():
@@ -41,7 +41,7 @@ def test_info_table_and_module_entry():
         "cpu",
         "bfloat16",
         "backend",
-        "Quantised projections on the CPU: decoded by",
+        "Compiled loops on the CPU: ",
         "DeepEP: the package deep_ep is not installed",
     ):
         assert word in done.stdout
@@ -69,6 +69,7 @@ def test_choice_of_backend(monkeypatch):
     assert runtime.choose("auto", torch.device("cuda", 0), torch.bfloat16).name == "triton"
     assert runtime.choose("auto", torch.device("cuda", 0), torch.float64).name == "torch"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    runtime._unfit_capability.cache_clear()
     assert "8.0; the GPU has 7.5" in runtime.choose("auto", torch.device("cuda", 0), torch.bfloat16).reason
 
 
