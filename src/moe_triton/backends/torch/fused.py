@@ -41,7 +41,9 @@ def loops_in_words() -> str:
     problem = loops_problem()
     if problem is not None:
         return f"none ({problem})"
-    return "by numba, for quantised projections and for gated activations and their gradients"
+    return (
+        "by numba, for quantised projections, gradients of gated activations, and activations that are cut at a limit"
+    )
 
 
 def codes_in_words(dtype: torch.dtype) -> str:

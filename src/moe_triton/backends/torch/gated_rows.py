@@ -20,9 +20,10 @@ MOST_THREADS = (1, 2)
 
 def activate_rows(h_SN: Tensor, spec: ExpertSpec) -> Tensor:
     """`activations.activate`."""
-    num_rows, n = h_SN.shape[0], h_SN.shape[1] // 2
-    if not _runs_loops(spec, h_SN, backward=False):
+    is_plain = spec.limit is None and spec.alpha == 1  # then torch needs two operations, and a loop is no faster
+    if is_plain or not _runs_loops(spec, h_SN, backward=False):
         return activate(h_SN, spec)
+    num_rows, n = h_SN.shape[0], h_SN.shape[1] // 2
     from moe_triton.backends.torch.loops import activation_loops
 
     forward = activation_loops(h_SN.dtype == torch.bfloat16).forward
