@@ -74,7 +74,7 @@ def test_a_rank_that_does_something_else_is_named():
     def run(mode: str, fault: str) -> list[Raised]:
         ranks = free.get()
         try:
-            return ranks.run(differs, mode, fault, 3)
+            return ranks.run(differs, mode, fault, 4)
         finally:
             free.put(ranks)
 
