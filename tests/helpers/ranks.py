@@ -25,6 +25,7 @@ Key, Result = TypeVar("Key"), TypeVar("Result")
 # what the ranks' functions import: seconds for each process that does so itself
 PRELOADED = ["torch.distributed.tensor", "torch._dynamo", "moe_triton.distributed.gradients"]
 PRELOADED += ["moe_triton.integrations.transformers", "transformers.modeling_utils", "transformers.trainer"]
+PRELOADED += ["tests.helpers.interpreter"]
 TIMEOUT = 120  # seconds for a collective, long enough for a busy machine; tests of faults make their own processes
 
 
@@ -94,8 +95,10 @@ def serve(rank: int, world: int, store: str, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
+    from tests.helpers.interpreter import spare_time
     from tests.helpers.poison import poisoned
 
+    spare_time()
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT)
