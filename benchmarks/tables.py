@@ -319,6 +319,11 @@ def fp8_error() -> str:
     return markdown(["", "output, dB", "gradient of x, dB", "gradient of a projection, dB"], rows)
 
 
+def fp8_parts() -> str:
+    rows = [[row["what"], f"{row['output_db']:.1f}"] for row in load("quantization/error.json")["fp8_parts"]]
+    return markdown(["rounded to e4m3", "output of the experts, dB"], rows)
+
+
 def fp8_curves() -> str:
     return fp8_table(load("fp8/curves.json"))
 
@@ -378,6 +383,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "Colossal-AI digits": colossalai_digits,
     "quantisation error": quantization_error,
     "fp8 error": fp8_error,
+    "fp8 parts": fp8_parts,
     "fp8 curves": fp8_curves,
     "cost model": cost_model,
     "GPU": gpu,

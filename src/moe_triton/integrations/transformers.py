@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from moe_triton.checks import FLOATS
 from moe_triton.dispatch import dispatch
 from moe_triton.distributed.exchange.expert_parallel import ExpertParallel, unless_alone
-from moe_triton.experts import moe_mlp, with_adapters
+from moe_triton.experts import fp8_flags, moe_mlp, with_adapters
 from moe_triton.integrations import ep_implementation, fp8_experts, peft
 from moe_triton.integrations.called_gate import called_gate_mlp
 from moe_triton.integrations.experts_interface import KEY
@@ -195,7 +195,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
             **(activation._asdict() if activation else {}),
             is_transposed=is_transposed,
             is_concatenated=is_concatenated,
-            fp8=fp8,
+            **fp8_flags(fp8),
         ),
     )
     if is_fused(module):

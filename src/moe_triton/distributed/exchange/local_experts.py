@@ -55,7 +55,7 @@ class LocalExperts(DispatchedRows):
     def description(self) -> Mapping[str, object]:
         gate = {"activation_limit": self.spec.limit, "activation_alpha": self.spec.alpha}
         has_adapters = self.form[4:]  # a and b of both projections
-        what = {"activation": self.spec.activation, **gate, "fp8": self.spec.fp8}
+        what = {"activation": self.spec.activation, **gate, "fp8": self.spec.fp8_mode}
         return {**what, "width": self.width, "has_adapters": has_adapters}
 
     def compute(self, x: Tensor, weights: Tensor, dispatched: Dispatch, saved: Saved) -> Tensor:
