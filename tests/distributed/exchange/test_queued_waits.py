@@ -23,8 +23,6 @@ from tests.helpers.queued import start_anew, waits_only_queue
 from tests.helpers.ranks import Ranks, at_once, started
 from tests.helpers.schedule_faults import (
     CASES,
-    DIFFERENCES,
-    FAILURES,
     MODES,
     STAYS,
     VICTIM,
@@ -53,7 +51,8 @@ CAUSES = {
 
 
 def test_a_rank_that_fails_is_named_by_all_others():
-    cases = itertools.product(MODES, FAILURES)
+    cases = [*itertools.product(MODES, ("is killed", "raises"))]
+    cases += [("dropless", "sleeps"), ("bounded", "is stopped")]  # until the time-out, whatever the mode
     found = at_once({case: partial(fails, *case, 5 if case[1] in STAYS else 60) for case in cases})
     for (mode, fault), ranks in found.items():
         for rank, raised in enumerate(ranks):
@@ -74,14 +73,16 @@ def test_a_rank_that_does_something_else_is_named():
     def run(mode: str, fault: str) -> list[Raised]:
         ranks = free.get()
         try:
-            return ranks.run(differs, mode, fault, 3)
+            return ranks.run(differs, mode, fault, 4)
         finally:
             free.put(ranks)
 
     with ExitStack() as stack:
         for _ in range(4):
             free.put(stack.enter_context(started(WORLD)))
-        found = at_once({case: partial(run, *case) for case in itertools.product(MODES, DIFFERENCES)})
+        cases = [*itertools.product(MODES, ("other top_k", "other chunks", "evaluates"))]
+        cases += [("dropless", "skips layer 0"), ("bounded", "skips layer 1"), ("dropless", "no backward")]
+        found = at_once({case: partial(run, *case) for case in cases})
     for (mode, fault), ranks in found.items():
         for rank, raised in enumerate(ranks):
             assert re.match(rf"rank {rank}, (layer \d|gradients), [^:]+: ", raised.message), (fault, raised.message)

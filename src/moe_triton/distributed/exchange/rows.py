@@ -79,16 +79,12 @@ class Exchange:
             returning.append(transport.start_back(y, home, chunk, f"results of chunk {chunk}"))
         for wait in returning:
             wait()
+        out = self._combine(home, transport.position)
         first, self.inner_calls = self.inner_calls, self.inner_calls + chunks
-        self.calls.append(
-            ExchangeCall(
-                transport=transport.without_tensors(),
-                tokens=saved.put(transport.tokens),
-                position=saved.put(transport.position),
-                inner_calls=range(first, self.inner_calls),
-            )
-        )
-        return self._combine(home, transport.position)
+        places = saved.put(transport.tokens), saved.put(transport.position)
+        transport.forget_tensors()
+        self.calls.append(ExchangeCall(transport, *places, range(first, self.inner_calls)))
+        return out
 
     def forward_sorted(self, x: Tensor, weights: Tensor, counts: Tensor, starts: Tensor | None, saved: Saved) -> Tensor:
         ids = chosen_experts(sorted_dispatch(counts, x.shape[0], starts))

@@ -35,7 +35,7 @@ class Shape:
     schedule: int  # hash of all that this rank has done, compared with every variable-size exchange
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Transport:
     """Where every row goes, and what comes back.
 
@@ -101,10 +101,10 @@ class Transport:
         ids, weights = parts_of(arrived[:, hidden_size:], (self.ids, self.weights))
         return ids, weights
 
-    def without_tensors(self) -> Transport:
-        """Return the host's part of it, which alone may outlive the forward pass: autograd keeps the tensors."""
+    def forget_tensors(self) -> None:
+        """Keep the host's part alone, which may outlive the forward pass: autograd keeps the tensors."""
         nothing = self.weights.new_empty(0, self.weights.shape[1])
-        return replace(self, tokens=nothing, ids=nothing, weights=nothing, position=nothing)
+        self.tokens = self.ids = self.weights = self.position = nothing
 
     def choice_gradients(self, home_RJ: Tensor, position: Tensor) -> Tensor:
         """Return the router weights' gradients [T, K], from those of the returned rows' slots, by `position`."""
