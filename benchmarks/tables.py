@@ -29,6 +29,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "docs")]
 from figures import Bar, Panel, bar_chart, layer_flow  # noqa: E402
 from fp8_curves import table as fp8_table  # noqa: E402
 from gpu_benches.page import gpu_table, markdown, number, page  # noqa: E402
+from marked_table import MARKED  # noqa: E402
 from reference_pages import api_page, cli_page  # noqa: E402
 from routers import rows_of  # noqa: E402
 from routers import table as routers_table  # noqa: E402
@@ -43,7 +44,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "benchmarks" / "README.md"
 DOCS = ROOT / "docs"
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-MARKED = re.compile(r"(<!-- table: ([^>]+?) \(benchmarks/(\w+)\.py\) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 PUBLISHED = {  # what a point of `published.validate` measures -> and where
     "DeepEP normal dispatch": "DeepEP dispatch, bandwidth, three kinds of node, EP8 to EP32",
     "DeepEP normal combine": "DeepEP V2 combine, bandwidth, EP8 to EP32",

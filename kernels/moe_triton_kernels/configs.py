@@ -45,7 +45,12 @@ class Entry(NamedTuple):
     versions: Mapping[str, str | None]
 
 
-Table = Mapping[tuple[Any, ...], Entry]  # by KEYS
+class Table(dict[tuple[Any, ...], Entry]):
+    """Entries by KEYS; hashed as itself, so that what was found in it can be looked up."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+
 KEYS = ("op", "d", "n", "dtype", "architecture", "bucket")
 
 
@@ -53,12 +58,14 @@ def read_table(path: Path) -> Table:
     """A table file, a JSON list of objects with KEYS and "config"; ValueError, naming the file, where it is broken."""
     try:
         entries = json.loads(path.read_text())
-        return {
-            tuple(entry[key] for key in KEYS): Entry(
-                Config(**entry["config"]), entry.get("measured", {}).get("versions", {})
-            )
-            for entry in entries
-        }
+        return Table(
+            {
+                tuple(entry[key] for key in KEYS): Entry(
+                    Config(**entry["config"]), entry.get("measured", {}).get("versions", {})
+                )
+                for entry in entries
+            }
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"table {path}: {type(error).__name__}: {error}") from error
 
@@ -86,7 +93,7 @@ def user_table() -> Table:
     """The user's own table, which goes before the shipped one; read once. Empty where there is none."""
     path = user_table_path()
     if path is None or (not path.exists() and "MOE_TRITON_TABLE" not in os.environ):
-        return {}
+        return Table()
     return read_table(path)
 
 
@@ -127,12 +134,27 @@ def find_config(
     `over_codes` makes of the configuration of the same product without.
     ValueError on an unknown op, and on a table that is broken.
     """
+    bucket = bucket_of(num_rows / (num_experts or 1))
+    return _find(user_table(), shipped_table(), op, d, n, dtype, architecture, bucket, format)
+
+
+@lru_cache(maxsize=4096)
+def _find(
+    users: Table,
+    shipped: Table,
+    op: str,
+    d: int,
+    n: int,
+    dtype: torch.dtype,
+    architecture: str,
+    bucket: int,
+    format: str | None,
+) -> Found:
     if op not in OPS:
         raise ValueError(f"op: got {op!r}, wanted one of {', '.join(OPS)}")
-    bucket = bucket_of(num_rows / max(num_experts, 1))
     for name in dict.fromkeys((format, None)):
         key = (op, d, n, operands(dtype_name(dtype), name), architecture, bucket)
-        for table, origin in ((user_table(), "user table"), (shipped_table(), "shipped table")):
+        for table, origin in ((users, "user table"), (shipped, "shipped table")):
             if key in table:
                 config = table[key].config if name == format else over_codes(op, table[key].config)
                 return Found(config, origin, table[key].versions)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moe_triton import runtime
 from moe_triton.backends.torch.cpu import choose_policy
+from moe_triton.backends.torch.fused import codes_in_words, loops_in_words
 from moe_triton.backends.torch.processor import this_processor
 from moe_triton.checks import check_choice, check_int
 from moe_triton.integrations import transformers as hf
@@ -181,7 +182,7 @@ def with_format(found: Explanation, projection: Any, spec: ExpertSpec) -> Explan
         )
         found, how = over_codes(found, weight.format, spec, in_loop), decoding_in_words(in_loop)
     elif found.device.type == "cpu" and found.backend == "torch":
-        how = "decoded in parts that stay in cache"
+        how = codes_in_words(found.dtype)
     else:
         how = "decoded whole, for each product"
     return replace(found, parts=(*found.parts, Part(step=f"projections in {projection.format}", runs=how)))
@@ -307,7 +308,8 @@ def cpu_experts() -> str:
     chosen = choose_policy(this_processor())
     return (
         "blocks of rows that stay in cache: an expert's, or those of neighbours in one batched product or one call of "
-        f"F.grouped_mm; the rows of the very call decide. Products: {chosen.policy} ({chosen.reason})"
+        f"F.grouped_mm; the rows of the very call decide. Products: {chosen.policy} ({chosen.reason}). "
+        f"Compiled loops: {loops_in_words()}"
     )
 
 

@@ -35,6 +35,10 @@ class RouterSpec:
     weightless: int = 0
     sequences: int = 1
 
+    def __hash__(self) -> int:
+        """Of a few fields that tell most routers apart: every call looks up what follows from its options."""
+        return hash((self.top_k, self.score, self.normalize, self.scale))
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertSpec:
@@ -58,6 +62,10 @@ class ExpertSpec:
     microscaled: bool = False
     gate_up_scaling: float = 1.0
     down_scaling: float = 1.0
+
+    def __hash__(self) -> int:
+        """Of a few fields that tell most experts apart: every call looks up what follows from its options."""
+        return hash((self.activation, self.activation_limit, self.activation_alpha))
 
     @property
     def is_gated(self) -> bool:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from itertools import product
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,23 +16,23 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_triton import reference
 from moe_triton_kernels import d_weight as d_weight_module
-from moe_triton_kernels import operands
+from moe_triton_kernels import descriptors
 from moe_triton_kernels.activations import Activation
 from moe_triton_kernels.d_hidden import d_hidden, d_router_weights
 from moe_triton_kernels.d_weight import d_bias, d_weight
+from moe_triton_kernels.descriptors import rows_descriptor, weight_descriptor
 from moe_triton_kernels.down import down
 from moe_triton_kernels.grouped_gemm import tile_order
 from moe_triton_kernels.launch import Config, Target
 from moe_triton_kernels.operands import (
     PerExpert,
     per_expert,
-    rows_descriptor,
     unit_of,
-    weight_descriptor,
 )
 from moe_triton_kernels.tiles import tile_tables
 from moe_triton_kernels.up import up
 from tests.helpers.compare import TOLERANCE, assert_close
+from tests.helpers.pairs import every_pair
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = Config(block_m=16, block_n=16, block_k=16, num_warps=4, num_stages=1)
@@ -101,16 +98,6 @@ class Setting:
         )
 
 
-def in_turns(names: str, *axes: Sequence[Any]) -> pytest.MarkDecorator:
-    """All combinations of the axes, with the three dtypes in turns: each meets every value of every axis."""
-    cases = []
-    for indices in product(*(range(len(axis)) for axis in axes)):
-        values = [axis[index] for axis, index in zip(axes, indices, strict=True)]
-        dtype = DTYPES[sum(indices) % len(DTYPES)]
-        cases.append(pytest.param(*values, dtype, id="-".join(map(str, (*values, dtype)))))
-    return pytest.mark.parametrize(f"{names}, dtype", cases)
-
-
 def stored(weight: Tensor, by_k: bool) -> PerExpert:
     """A weight [E, k, columns] with the columns, or with k, contiguous in memory."""
     return per_expert(weight.mT.contiguous()).transposed() if by_k else per_expert(weight)
@@ -122,7 +109,7 @@ def assert_untouched(*tensors: Tensor) -> None:
         assert all(tensor[OFFSETS[-1] :].isnan().all() for tensor in tensors)
 
 
-@in_turns("form, config, d, by_k", FORMS, CONFIGS, [32, 40], [False, True])  # d: a multiple of every block_k, and not
+@every_pair(config=CONFIGS, form=FORMS, dtype=DTYPES, d=[32, 40], by_k=[False, True])  # 32: of every block_k a multiple
 def test_up(form: tuple[str, bool], config: Config, d: int, by_k: bool, dtype: torch.dtype) -> None:
     setting = Setting(d=d, dtype=dtype)
     a, h = setting.up(config, *form, by_k)
@@ -152,7 +139,7 @@ def test_the_activation_is_that_of_the_rounded_preactivation(dtype: torch.dtype)
     assert_close(a[: OFFSETS[-1]], expected.double(), tolerance=1e-4)
 
 
-@in_turns("config, by_k", CONFIGS, [False, True])
+@every_pair(config=CONFIGS, dtype=DTYPES, by_k=[False, True])
 def test_down(config: Config, by_k: bool, dtype: torch.dtype) -> None:
     setting = Setting(dtype=dtype)
     a, bias = setting.in_order(24), setting.random(3, 40)
@@ -176,7 +163,7 @@ def test_down(config: Config, by_k: bool, dtype: torch.dtype) -> None:
         assert_close(scaled[rows], (expected + bias[e].double()) * weights)
 
 
-@in_turns("form, config, by_k", FORMS, CONFIGS, [False, True])
+@every_pair(config=CONFIGS, form=FORMS, dtype=DTYPES, by_k=[False, True])
 def test_d_hidden_and_the_router_weights_gradient(
     form: tuple[str, bool], config: Config, by_k: bool, dtype: torch.dtype
 ) -> None:
@@ -217,7 +204,12 @@ def test_d_hidden_and_the_router_weights_gradient(
     assert (expected == 0).sum() == ROWS - OFFSETS[-1]  # slots without a row
 
 
-@in_turns("config, gather_left, sizes", CONFIGS, [False, True], [(24, 40), (32, 64)])  # blocks fit in the second
+@every_pair(
+    config=CONFIGS,
+    dtype=DTYPES,
+    gather_left=[False, True],
+    sizes=[(24, 40), (32, 64)],  # blocks fit in the second
+)
 def test_d_weight(config: Config, gather_left: bool, sizes: tuple[int, int], dtype: torch.dtype) -> None:
     setting = Setting(d=sizes[1], dtype=dtype)
     rows_in_order = setting.in_order(sizes[0])
@@ -271,11 +263,11 @@ def test_addresses_are_kept_and_strides_are_made_equal() -> None:
     matrices = [torch.randn(4, 8, device=device) for _ in range(3)]
     parameter = per_expert(matrices)
     assert parameter.data.tolist() == [matrix.data_ptr() for matrix in matrices]
-    assert (parameter.is_table, parameter.alignment, parameter.strides) == (True, 16, (8, 1))
+    assert (parameter.is_table, parameter.layout.alignment, parameter.strides) == (True, 16, (8, 1))
     assert parameter.transposed().strides == (1, 8)
     assert per_expert(matrices).data is parameter.data  # no copy to the device in the next step
     odd = torch.randn(33, device=device)[1:].view(4, 8)
-    assert per_expert([*matrices, odd]).alignment == 4
+    assert per_expert([*matrices, odd]).layout.alignment == 4
     mixed = per_expert([matrices[0], torch.randn(8, 4, device=device).T])
     assert mixed.strides == (8, 1)
     assert mixed.held[0] is matrices[0]
@@ -332,14 +324,14 @@ def test_rows_by_descriptor_where_the_layout_allows_it(monkeypatch: pytest.Monke
     assert rows_descriptor(rows[:0], config, block=[16, 16]) is None
     assert rows_descriptor(torch.randn(5, 22, device=device), config, block=[16, 16]) is None
     assert rows_descriptor(torch.randn(121, device=device)[1:].view(5, 24), config, block=[16, 16]) is None
-    monkeypatch.setattr(operands, "target_of", lambda _: Target(architecture="sm_103", num_sms=1))
+    monkeypatch.setattr(descriptors, "target_of", lambda _: Target(architecture="sm_103", num_sms=1))
     assert rows_descriptor(rows, config, block=[16, 16], size_k=24) is None  # the last block of k is not full
     assert rows_descriptor(rows, replace(config, block_k=8), block=[16, 8], size_k=24) is not None
     weight = per_expert(torch.randn(3, 24, 16, device=device))
     sizes = {"size_k": 24, "size_columns": 16, "halves": 1, "block_n": 16}
     assert weight_descriptor(weight, config, **sizes) is None
     assert weight_descriptor(weight, replace(config, block_k=8), **sizes) is not None
-    monkeypatch.setattr(d_weight_module, "target_of", operands.target_of)
+    monkeypatch.setattr(d_weight_module, "target_of", descriptors.target_of)
     assert d_weight_module.ordered_descriptor(rows, config, 16) is None  # its rest would be a second product
 
 

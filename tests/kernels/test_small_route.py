@@ -12,6 +12,7 @@ from moe_triton.backends.triton import routing
 from moe_triton.backends.triton.dispatch import build_small_dispatch
 from moe_triton.records import RouterSpec
 from moe_triton_kernels import small_route
+from tests.helpers.pairs import every_pair
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 SPECS = {
@@ -34,13 +35,11 @@ def inputs(num_tokens: int, spec: RouterSpec, num_experts: int, which: str) -> l
     return [*options, *[None] * (4 - len(options))]
 
 
-@pytest.mark.parametrize("which", ["plain", "bias", "mask", "given"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", SPECS)
+@every_pair(name=list(SPECS), which=["plain", "bias", "mask", "given"], dtype=[torch.float32, torch.bfloat16])
 def test_has_the_bits_of_two_launches(name, dtype, which):
     torch.manual_seed(0)
     spec, num_experts = SPECS[name]
-    for num_tokens in (1, 7):
+    for num_tokens in (1, 7, 37):  # of one warp's tile, and of several of eight warps
         logits = torch.randn(num_tokens, num_experts, device=device, dtype=dtype)
         given = inputs(num_tokens, spec, num_experts, which)
         found = routing.route_and_dispatch(logits, spec, *given)
@@ -70,7 +69,8 @@ def test_the_most_tokens_and_those_that_take_more_launches():
 
     assert run(most) is not None
     assert run(most + 1) is None
-    assert run(17, RouterSpec(top_k=2), 128) is None  # more than one program's
+    assert run(128, RouterSpec(top_k=8), 256) is not None
+    assert run(257, RouterSpec(top_k=2), 128) is None  # more than one program's
     assert run(0) is None
     assert run(4, replace(spec, sequences=2)) is None
 

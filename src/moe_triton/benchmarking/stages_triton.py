@@ -62,17 +62,12 @@ class Chosen(Problem):
         if config.gluon is None:
             return None
         n, d, spec = self.size_n, self.size_d, self.spec
-        is_apart = spec.is_concatenated or not spec.is_gated
         operands: dict[str, tuple[int, PerExpert, PerExpert | None, dict[str, Any]]] = {
-            "up": (d, self.gate_up, self.gate_up_bias, {
-                "size_columns": n, "projections": 2 if spec.is_gated else 1, "is_concatenated": is_apart,
-            }),
+            "up": (d, self.gate_up, self.gate_up_bias, {"size_columns": n, "projections": 2 if spec.is_gated else 1}),
             "down": (n, self.down, self.down_bias, {"size_columns": d}),
-            "d_hidden": (d, self.down.transposed(), None, {
-                "size_columns": n, "is_concatenated": is_apart, "derivative": self.activation,
-            }),
+            "d_hidden": (d, self.down.transposed(), None, {"size_columns": n, "derivative": self.activation}),
             "d_rows": (self.call.width, self.gate_up.transposed(), None, {"size_columns": d}),
-        }  # fmt: skip
+        }
         if stage not in operands:
             return f"{stage} has no warp-specialized kernel"
         size_k, weight, bias, sizes = operands[stage]

@@ -1,0 +1,58 @@
+"""Whether the compiled loops of `loops` run on this CPU, and how tensors become their arguments."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_triton.checks import check_choice
+
+VARIABLE = "MOE_TRITON_CPU_LOOPS"
+DTYPES = (torch.float32, torch.bfloat16)  # that the loops write
+BITS = {torch.float8_e4m3fn: torch.uint8, torch.bfloat16: torch.uint16, torch.float16: torch.uint16}
+WORTH_A_THREAD = 1 << 19  # numbers to decode: 0.1 ms, some times what it takes to wake a thread
+
+
+def loops_problem() -> str | None:
+    """Return why the compiled loops do not run; None where they do.
+
+    Raises ValueError where MOE_TRITON_CPU_LOOPS is neither 0 (they do not) nor 1.
+    """
+    value = os.environ.get(VARIABLE, "1")
+    check_choice(VARIABLE, value, ("0", "1"))
+    return f"{VARIABLE}=0" if value == "0" else _import_problem()
+
+
+@cache
+def _import_problem() -> str | None:
+    try:
+        import moe_triton.backends.torch.loops  # noqa: F401
+    except ImportError as error:  # numba is an extra, and its versions go with some of numpy only
+        return f"numba cannot be imported ({error}); pip install moe-triton[cpu]"
+    return None
+
+
+def loops_in_words() -> str:
+    """Return whether the compiled loops run, and for what, in words."""
+    problem = loops_problem()
+    if problem is not None:
+        return f"none ({problem})"
+    return "by numba, for quantised projections and for gated activations and their gradients"
+
+
+def codes_in_words(dtype: torch.dtype) -> str:
+    """Return what decodes quantised projections on the CPU to a dtype, in words."""
+    problem = loops_problem() or ("" if dtype in DTYPES else f"the compiled loops write no {dtype}")
+    if problem:
+        return f"decoded by torch, in parts that stay in cache: {problem}"
+    return "decoded by compiled loops (numba), with few rows inside their product, else in parts that stay in cache"
+
+
+def array(x: Tensor) -> np.ndarray:
+    """Return the array of a tensor; where numpy lacks its dtype, that of its bits as unsigned integers."""
+    bits = BITS.get(x.dtype)
+    return x.numpy() if bits is None else x.view(bits).numpy()
