@@ -207,17 +207,16 @@ def test_layouts_activations_adapters(options: dict[str, Any]) -> None:
     check(run(given), run(given, "reference"))
 
 
-@pytest.mark.parametrize("backend", BACKENDS[1:])
-def test_mxfp8(backend: str) -> None:
+def test_mxfp8() -> None:
     """Emulated by every backend, and about as far from the exact products as blocks of 128 are."""
     given = make(bias=False)
     expected = run(given, "reference", fp8="mxfp8")
-    check(run(given, backend, fp8="mxfp8"), expected)
-    exact = run(given, "reference", fp8=False)
+    for backend in ("torch", "triton"):
+        check(run(given, backend, fp8="mxfp8"), expected)
+    exact = run(given, fp8=False)
     assert 22 < decibels(expected["out"], exact["out"]) < 26
-    assert not torch.equal(expected["out"], run(given, "reference")["out"])
     with pytest.raises(ValueError, match="fp8: got 'e5m2', wanted False, True or 'mxfp8'"):
-        run(given, backend, fp8="e5m2")
+        run(given, fp8="e5m2")
 
 
 def test_a_layer_in_mxfp8() -> None:

@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from moe_triton import MoeTritonConfig, quantize, swap
 from moe_triton.integrations.registration import register_quantizer
@@ -201,6 +202,18 @@ def test_what_it_refuses(tmp_path):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts\.down_proj: missing in the checkpoint"):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_the_size_of_parameters_that_will_be_codes():
+    """What transformers plans a device map by."""
+    model = tiny_qwen3()
+    quantizer = AUTO_QUANTIZER_MAPPING["moe_triton"](MoeTritonConfig("int4"), pre_quantized=False)
+    sizes = {name: quantizer.param_element_size(model, name, value) for name, value in model.named_parameters()}
+    assert {sizes[f"model.layers.1.mlp.experts.{name}"] for name in ("gate_up_proj", "down_proj")} == {0.5}
+    assert sizes["model.layers.1.mlp.gate.weight"] == sizes["lm_head.weight"] == 4
+    model.config.distributed_config = "tensor parallel"
+    with pytest.raises(ValueError, match="distributed_config: got one with quantization_config 'int4'"):
+        quantizer.preprocess_model(model)
 
 
 def test_registered_by_importing_moe_triton():
