@@ -4,7 +4,7 @@
     python benchmarks/fp8_curves.py --report   # the table and the chart of what is there
 
 Writes curves.json run by run, and goes on from there when it is started again; then curves.png, and prints the table
-that benchmarks/tables.py puts into docs/low_precision.md. The runs of a seed have the same first weights and the same
+that benchmarks/tables.py puts into docs/few_bits.md. The runs of a seed have the same first weights and the same
 batches; where the experts are in fp8, all else is in bf16. Those in fp32 show what other rounding does by itself.
 """
 

@@ -66,7 +66,7 @@ def test_the_definition(kind: str) -> None:
     assert weight.dequantize().dtype == torch.bfloat16
 
 
-# SQNR in dB of a Gaussian weight, measured here with margins of 1 dB; see also docs/low_precision.md
+# SQNR in dB of a Gaussian weight, measured here with margins of 1 dB; see also docs/few_bits.md
 QUALITY = {"mxfp4": 17.5, "nvfp4": 19, "fp8": 30, "int8": 40, "int8 by 32, zero points": 42, "int4": 18.5,
            "int4 by 64": 17.5, "int4 by 128, zero points": 17.5}  # fmt: skip
 
