@@ -2,9 +2,19 @@
 
     python benchmarks/host_overhead.py --tokens 1,8,64 --repeats 2000
 
-Every launch binds and specialises its arguments with Triton's own code for sm_90, and looks the compiled kernel up as
-Triton does; then it returns. What the driver takes for a launch is not in it; what torch takes on a CPU for
-an operation that would be on a GPU stands for that. "ours" is the same with launches that do nothing at all.
+Five times of a forward under `torch.no_grad` in microseconds, each the least of many means of 4 calls:
+
+forward  Every launch binds and specialises its arguments with Triton's own code for sm_90, and looks the compiled
+         kernel up as Triton does; then it returns. What the driver takes for a launch is not in it.
+python   The same with launches that do nothing at all.
+torch    Of that, torch's own operators: every call of torch that returns a tensor (allocations, views, casts) is
+         recorded once and then repeated by itself with the same arguments, on a CPU. Attributes of tensors, such as
+         shapes, are not among them.
+ours     python less torch: what this package adds to its operators and launches, with the calls of the three modules.
+floor    Of ours, what nothing can do without: three modules that call each other, and the recorded launches.
+
+Beside them, how many functions of Python and of C are called, without those of the launches: a number that does not
+depend on what else runs on the machine.
 """
 
 from __future__ import annotations
@@ -15,10 +25,10 @@ import json
 import os
 import platform
 import pstats
-import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +38,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "kernels")]
 
 import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.overrides import TorchFunctionMode  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
@@ -37,6 +49,7 @@ from moe_triton.benchmarking.environment import caption, environment  # noqa: E4
 from moe_triton_kernels import launch  # noqa: E402
 
 LAUNCH_OPTIONS = ("num_warps", "num_stages")
+BATCH = 4
 
 
 class Launches:
@@ -46,10 +59,12 @@ class Launches:
         self.backend = make_backend(GPUTarget("cuda", 90, 32))
         self.binders: dict[Any, Any] = {}
         self.kernels: dict[Any, dict[str, object]] = {}
-        self.count, self.bind = 0, True
+        self.bind = True
+        self.seen: list[tuple[str, Callable[[], None]]] | None = None
 
     def run(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        self.count += 1
+        if self.seen is not None:
+            self.seen.append((kernel.__name__, lambda: kernel[grid](*args, **kwargs)))
         if not self.bind:
             return
         binder = self.binders.get(kernel)
@@ -76,34 +91,85 @@ def fake_gpu() -> Launches:
     return launches
 
 
-def median_us(call: Callable[[], object], repeats: int) -> float:
-    for _ in range(max(3, repeats // 10)):
-        call()
+def fastest_us(call: Callable[[], object], repeats: int) -> float:
+    """The least mean of BATCH calls, in microseconds: what else runs on the machine only adds to it."""
     times = []
-    for _ in range(repeats):
+    for _ in range(max(2, repeats // BATCH)):
         start = time.perf_counter_ns()
-        call()
+        for _ in range(BATCH):
+            call()
         times.append(time.perf_counter_ns() - start)
-    return statistics.median(times) / 1e3
+    return min(times) / BATCH / 1e3
 
 
-def measure(layer: MoE, tokens: int, launches: Launches, repeats: int) -> dict[str, float]:
-    """Launches of one forward, and its microseconds: as it is, and with launches that do nothing."""
+class Operators(TorchFunctionMode):
+    """Records the calls of torch that return a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Callable[[], object]] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        found = function(*args, **kwargs)
+        if isinstance(found, Tensor) or (type(found) in (tuple, list) and any(isinstance(x, Tensor) for x in found)):
+            self.calls.append(partial(function, *args, **kwargs))
+        return found
+
+
+class Chain(nn.Module):
+    """Calls another module, or in the end some functions."""
+
+    def __init__(self, then: nn.Module | Sequence[Callable[[], object]]) -> None:
+        super().__init__()
+        self.then = then
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.then(x) if isinstance(self.then, nn.Module) else call_all(self.then, x)
+
+
+def call_all(functions: Sequence[Callable[[], object]], x: Tensor) -> Tensor:
+    for function in functions:
+        function()
+    return x
+
+
+def count_calls(call: Callable[[], object]) -> int:
+    """The functions that one call calls, of Python and of C."""
+    events: list[str] = []
+    sys.setprofile(lambda frame, event, argument: events.append(event))
+    call()
+    sys.setprofile(None)
+    return sum(event in ("call", "c_call") for event in events)
+
+
+def measure(layer: MoE, tokens: int, launches: Launches, repeats: int) -> dict[str, Any]:
+    """What this file describes, of a forward; the launches by their kernels."""
     x = torch.randn(tokens, layer.hidden_size, dtype=torch.bfloat16)
     with torch.no_grad():
-        launches.bind, launches.count = True, 0
+        launches.bind = True
         layer(x)
-        count = launches.count
-        forward = median_us(lambda: layer(x), repeats)
+        launches.seen, operators = [], Operators()
+        with operators:
+            layer(x)
+        kernels, seen = zip(*launches.seen, strict=True)
+        launches.seen = None
+        chain = Chain(Chain(Chain(seen)))
+        times = {"forward": fastest_us(lambda: layer(x), repeats)}
         launches.bind = False
-        ours = median_us(lambda: layer(x), repeats)
-    return {"launches": count, "forward_us": round(forward, 1), "ours_us": round(ours, 1)}
+        times["python"] = fastest_us(lambda: layer(x), repeats)
+        times["torch"] = fastest_us(lambda: call_all(operators.calls, x), repeats)
+        times["floor"] = fastest_us(lambda: chain(x), repeats)
+        calls = count_calls(lambda: layer(x)) - count_calls(lambda: call_all(seen, x))
+    times["ours"] = times["python"] - times["torch"]
+    counts = {"launches": kernels, "operators": len(operators.calls), "calls": calls}
+    return counts | {f"{name}_us": round(time, 1) for name, time in times.items()}
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", default="1,8,64", help="numbers of tokens, comma-separated")
-    parser.add_argument("--repeats", type=int, default=2000, help="forwards that the median is of")
+    parser.add_argument("--repeats", type=int, default=2000, help="forwards of each measurement")
     parser.add_argument("--profile", action="store_true", help="show where our part of the time goes")
     parser.add_argument("--json", type=Path, help="also write the figures there")
     options = parser.parse_args(arguments)
@@ -118,7 +184,9 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{platform.processor() or platform.machine()}: {caption(facts)}")
     for tokens, row in found.items():
         print(
-            f"T={tokens}: {row['launches']} launches, {row['forward_us']} us a forward, {row['ours_us']} us of it ours"
+            f"T={tokens}: {len(row['launches'])} launches, {row['operators']} operators of torch, {row['calls']} calls;"
+            f" forward {row['forward_us']} us "
+            f"(python {row['python_us']}, torch {row['torch_us']}, ours {row['ours_us']}, floor {row['floor_us']})"
         )
     if options.json is not None:
         options.json.write_text(json.dumps({"environment": facts, "forward": found}, indent=1) + "\n")

@@ -45,12 +45,12 @@ def combine(rows: Tensor, position: Tensor, dtype: torch.dtype) -> Tensor:
     num_tokens, top_k = position.shape
     hidden = rows.shape[1]
     out = torch.empty((num_tokens, hidden), dtype=dtype, device=rows.device)
-    if out.numel() == 0:
+    if num_tokens == 0 or hidden == 0:
         return out
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     combine_kernel[(cdiv(num_tokens, BLOCK_T), cdiv(hidden, BLOCK_D))](
         rows,
-        position.contiguous(),
+        position if position.is_contiguous() else position.contiguous(),
         out,
         num_tokens,
         rows.stride(0),

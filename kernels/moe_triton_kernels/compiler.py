@@ -12,7 +12,12 @@ BLACKWELL_ASSEMBLER = ("sm_100", "sm_103", "sm_110", "sm_120", "sm_121")  # thes
 
 
 def triton_version() -> tuple[int, ...]:
-    return tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:3] if part.isdigit())
+    return _numbers(triton.__version__)
+
+
+@lru_cache
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
 
 
 def compiler_fences() -> bool:

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_triton_kernels.activations import Activation, is_gated
+from moe_triton_kernels.descriptors import weight_descriptor
 from moe_triton_kernels.fp8 import RowCodes, Scales, operand_of
 from moe_triton_kernels.gluon.schedules import why_unsupported
 from moe_triton_kernels.grouped_gemm import rows_times_weight, split_columns, tile_order
@@ -28,7 +29,6 @@ from moe_triton_kernels.operands import (
     expert_base,
     in_units,
     sizes_argument,
-    weight_descriptor,
 )
 from moe_triton_kernels.preactivation import d_activate, join_pair, load_parts, split_pair
 from moe_triton_kernels.tiles import TileTables, load_tile
@@ -251,7 +251,7 @@ def d_router_weights(
     `shares` come from `d_hidden`; `bias` is the down projection's, per expert [d].
     """
     grad_weights = torch.zeros_like(like, memory_format=torch.contiguous_format)
-    block_m = tiles.block_sizes[0]
+    block_m = tiles.places.block_sizes[0]
     table, max_tiles = tiles.select(block_m)
     d_router_weights_kernel[(max_tiles,)](
         shares,

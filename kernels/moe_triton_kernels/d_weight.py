@@ -17,9 +17,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from moe_triton_kernels.descriptors import rows_descriptor
 from moe_triton_kernels.grouped_gemm import proxy_fence, split_columns, tile_order
 from moe_triton_kernels.launch import BLACKWELL, Config, launch_options, persistent_grid, target_of
-from moe_triton_kernels.operands import in_units, rows_descriptor, unit_of
+from moe_triton_kernels.operands import in_units, unit_of
 from moe_triton_kernels.row_pieces import (
     NEXT_UNIT,
     NUM_PIECES,

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_triton_kernels.arithmetic import cdiv
+from moe_triton_kernels.descriptors import rows_descriptor, weight_descriptor
 from moe_triton_kernels.fp8 import RowCodes, Scales, operand_of
 from moe_triton_kernels.gluon.schedules import why_unsupported
 from moe_triton_kernels.grouped_gemm import rows_times_weight, split_columns, tile_order
@@ -23,9 +24,7 @@ from moe_triton_kernels.operands import (
     add_bias,
     expert_base,
     in_units,
-    rows_descriptor,
     sizes_argument,
-    weight_descriptor,
 )
 from moe_triton_kernels.tiles import TileTables, load_tile
 
@@ -102,8 +101,11 @@ def down(
     past offsets[E] are not written, and change nothing.
     """
     values, scales = operand_of(a, weight, size_columns)
-    reason = why_unsupported(config.gluon, values, weight, bias, size_columns=size_columns)
-    if isinstance(a, Tensor) and reason is None:
+    if (
+        config.gluon is not None
+        and isinstance(a, Tensor)
+        and why_unsupported(config.gluon, values, weight, bias, size_columns=size_columns) is None
+    ):
         from moe_triton_kernels.gluon import down as warp_specialized  # imports Gluon, which is experimental
 
         return warp_specialized.down(

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from moe_triton_kernels.arithmetic import cdiv, next_power_of_2
 from moe_triton_kernels.d_weight import WEIGHT_UNITS, store_gradient, take_unit
+from moe_triton_kernels.descriptors import rows_descriptor
 from moe_triton_kernels.fp8 import GROUP, ColumnCodes
 from moe_triton_kernels.grouped_gemm import proxy_fence, tile_order
 from moe_triton_kernels.launch import Config, launch_options, persistent_grid, target_of
-from moe_triton_kernels.operands import Rows, load_rows, rows_descriptor, start_rows
+from moe_triton_kernels.operands import Rows, load_rows, start_rows
 from moe_triton_kernels.row_pieces import (
     NUM_PIECES,
     NUM_SPLIT_PIECES,

@@ -7,6 +7,8 @@ first: bf16 has 8 significant bits, three parts of it 24, as many as fp32.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -111,13 +113,17 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype, addend: Tensor | None = No
     """16-bit a [M, K] @ b [K, N] + addend [M, N], summed in fp32 and rounded once to `dtype`. Any strides."""
     (size_m, size_k), size_n = a.shape, b.shape[1]
     out = torch.empty((size_m, size_n), dtype=dtype, device=a.device)
-    if out.numel() == 0:
+    if size_m == 0 or size_n == 0:
         return out
-    architecture = target_of(a.device).architecture
-    tile = blocks(size_n, architecture)
-    is_even = a.stride(1) == 1 and size_k % tile["BLOCK_K"] == 0  # a contraction over tokens compiles for any number
-    product_kernel[(cdiv(size_m, tile["BLOCK_M"]), cdiv(size_n, tile["BLOCK_N"]))](
+    options = _options(size_n, target_of(a.device).architecture, compiler_fences())
+    is_even = a.stride(1) == 1 and size_k % options["BLOCK_K"] == 0  # a contraction over tokens compiles for any number
+    product_kernel[(cdiv(size_m, options["BLOCK_M"]), cdiv(size_n, options["BLOCK_N"]))](
         a, b, None if addend is None else addend.contiguous(), out, size_m, size_k, *a.stride(), *b.stride(),
-        SIZE_N=size_n, EVEN_K=is_even, **tile, num_warps=4, num_stages=stages(architecture),
+        SIZE_N=size_n, EVEN_K=is_even, **options,
     )  # fmt: skip
     return out
+
+
+@lru_cache(maxsize=1024)
+def _options(size_n: int, architecture: str, _fences: bool) -> dict[str, int]:
+    return {**blocks(size_n, architecture), "num_warps": 4, "num_stages": stages(architecture)}

@@ -53,6 +53,10 @@ class Config:
     descriptors: bool = False
     maxnreg: int = MAX_REGISTERS
 
+    def __hash__(self) -> int:
+        """Of a few fields that tell most configurations apart: launches look up what follows from one."""
+        return hash((self.block_m, self.block_n, self.block_k, self.num_warps, self.num_stages))
+
 
 class Tile(NamedTuple):
     """What a grouped kernel is compiled for: the fields of its `Config` that it reads.

@@ -1,8 +1,8 @@
 """The operands of the grouped products: how a kernel is given matrices, and how its main loop reads them.
 
 A kernel's arguments, made on the host: `PerExpert` is a parameter of every expert, one stacked tensor or a table of
-addresses; `weight_descriptor` and `rows_descriptor` make tensor descriptors (TMA) where the layout allows them. They
-are arguments of their own: the launcher makes descriptors of arguments only, not of what is within a tuple.
+addresses; beside it may be a tensor descriptor (see `descriptors`), an argument of its own: the launcher makes
+descriptors of arguments only, not of what is within a tuple.
 
 In a kernel an operand is a record: `Rows` is the left side of a product, in order or gathered, `Columns` the right one.
 Their `start_*` gives a cursor, a block of pointers or a coordinate, to which a step of the main loop adds; their
@@ -15,17 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_triton_kernels.address_tables import address_table
-from moe_triton_kernels.launch import BLACKWELL, Config, constant, target_of
+from moe_triton_kernels.launch import Config, constant
 
 if TYPE_CHECKING:
     from moe_triton_kernels.lora import Adapter
@@ -90,32 +89,76 @@ class SizesArgument(NamedTuple):
 
 def sizes_argument(rows: Tensor, size_k: int, size_columns: int, config: Config) -> SizesArgument:
     """The sizes of a product of these rows, or of rows like these."""
-    unit = unit_of(rows.element_size(), size_k, size_columns)
-    return SizesArgument(size_k, size_columns, constant(unit), constant(size_k % config.block_k == 0))
+    return _sizes_argument(rows.element_size(), size_k, size_columns, config.block_k)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PerExpert:
-    """A parameter of every expert as a kernel reads it: one stacked tensor, or a table of addresses.
+@lru_cache(maxsize=4096)
+def _sizes_argument(itemsize: int, size_k: int, size_columns: int, block_k: int) -> SizesArgument:
+    unit = unit_of(itemsize, size_k, size_columns)
+    return SizesArgument(size_k, size_columns, constant(unit), constant(size_k % block_k == 0))
 
-    data       the stacked tensor [E, ...], or an int64 [E] tensor of addresses on the device
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """How a parameter of every expert lies in memory. One record for equal ones, from `layout_of`: looked up as itself.
+
     stride_e   elements from one expert to the next (0 for a table)
     strides    the strides of one expert's tensor, in elements
     alignment  bytes that divide every address of a table
-    held       the tensors that the addresses point to, kept alive with this record
-    adapter    what is added to a product by these matrices, or None
-    decoding   what makes numbers of the tensor where that is codes, or None
-    scales     where these are codes of 8 bits, their scales: [E, blocks of k, blocks of columns] (see `fp8`)
+    itemsize   bytes of an element
     """
 
-    data: Tensor
     stride_e: int
     strides: tuple[int, ...]
     alignment: int
+    itemsize: int
+
+    @cached_property
+    def transposed(self) -> Layout:
+        return layout_of(self.stride_e, self.strides[::-1], self.alignment, self.itemsize)
+
+    @cached_property
+    def of_weight(self) -> tuple[Any, ...]:
+        """The fields of a WeightArgument from stride_e to K_CONTIGUOUS."""
+        stride_k, stride_n = self.strides
+        step = stride_n if stride_k == 1 else stride_k  # it may be 1 too, of a matrix with a single row or column
+        return self.stride_e, stride_k, stride_n, *self._constants(step), constant(stride_k == 1)
+
+    @cached_property
+    def of_bias(self) -> tuple[Any, ...]:
+        """The fields of a BiasArgument but its data."""
+        (stride_n,) = self.strides
+        return self.stride_e, stride_n, *self._constants()
+
+    def _constants(self, *steps: int) -> tuple[tl.constexpr, tl.constexpr]:
+        """ALIGNMENT and UNIT, which divides these strides and that from one expert to the next."""
+        return constant(self.alignment), constant(unit_of(self.itemsize, self.stride_e, *steps))
+
+
+layout_of = lru_cache(maxsize=4096)(Layout)
+
+
+class PerExpert(NamedTuple):
+    """A parameter of every expert as a kernel reads it: one stacked tensor, or a table of addresses.
+
+    data      the stacked tensor [E, ...], or an int64 [E] tensor of addresses on the device
+    layout    how the experts' tensors lie in memory
+    held      the tensors that the addresses point to, kept alive with this record
+    adapter   what is added to a product by these matrices, or None
+    decoding  what makes numbers of the tensor where that is codes, or None
+    scales    where these are codes of 8 bits, their scales: [E, blocks of k, blocks of columns] (see `fp8`)
+    """
+
+    data: Tensor
+    layout: Layout
     held: tuple[Tensor, ...]
     adapter: Adapter | None = None
     scales: Tensor | None = None
     decoding: Decoding | None = None
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return self.layout.strides
 
     @property
     def is_table(self) -> bool:
@@ -123,136 +166,40 @@ class PerExpert:
 
     def transposed(self) -> PerExpert:
         """The same matrices with their two dimensions swapped; nothing moves."""
-        return PerExpert(
-            data=self.data,
-            stride_e=self.stride_e,
-            strides=self.strides[::-1],
-            alignment=self.alignment,
-            held=self.held,
-            adapter=self.adapter,
-            decoding=None if self.decoding is None else self.decoding.transposed(),
-        )
+        decoding = None if self.decoding is None else self.decoding.transposed()
+        return PerExpert(self.data, self.layout.transposed, self.held, self.adapter, None, decoding)
 
     def weight(self) -> WeightArgument:
-        stride_k, stride_n = self.strides
-        step = stride_n if stride_k == 1 else stride_k  # it may be 1 too, of a matrix with a single row or column
-        is_quantized = self.decoding is not None
-        constants = (*self.constants(step), constant(stride_k == 1), constant(is_quantized))
-        decoding = constant(0) if self.decoding is None else self.decoding.argument()
-        return WeightArgument(self.data, decoding, self.stride_e, stride_k, stride_n, *constants)
+        if self.decoding is None:
+            return WeightArgument._make((self.data, NOTHING, *self.layout.of_weight, NUMBERS))
+        return WeightArgument._make((self.data, self.decoding.argument(), *self.layout.of_weight, CODES))
 
     def bias(self) -> BiasArgument:
-        (stride_n,) = self.strides
-        return BiasArgument(self.data, self.stride_e, stride_n, *self.constants())
-
-    def constants(self, *steps: int) -> tuple[tl.constexpr, tl.constexpr]:
-        """ALIGNMENT and UNIT, which divides these strides and that from one expert to the next."""
-        unit = unit_of(self.held[0].element_size(), self.stride_e, *steps)
-        return constant(self.alignment), constant(unit)
+        return BiasArgument(self.data, *self.layout.of_bias)
 
 
-def per_expert(parameter: ExpertParameter) -> PerExpert:
+NOTHING, NUMBERS, CODES = constant(0), constant(False), constant(True)  # of a WeightArgument: decoding, QUANTIZED
+
+
+def per_expert(parameter: ExpertParameter, *, transposed: bool = False) -> PerExpert:
     """Make a stacked parameter [E, ...] or a sequence of E equal-shaped tensors readable by a kernel.
 
-    Nothing is copied, except the members of a sequence whose strides differ, which are made contiguous.
+    transposed: as matrices with their two dimensions swapped. Nothing is copied, except the members of a sequence whose
+    strides differ, which are made contiguous.
     """
     if isinstance(parameter, Tensor):
-        return PerExpert(
-            data=parameter,
-            stride_e=parameter.stride(0),
-            strides=parameter.stride()[1:],
-            alignment=parameter.element_size(),
-            held=(parameter,),
-        )
+        stride_e, *strides = parameter.stride()
+        itemsize = parameter.element_size()
+        layout = layout_of(stride_e, tuple(strides), itemsize, itemsize)
+        return PerExpert(parameter, layout.transposed if transposed else layout, (parameter,))
     held = tuple(parameter)
     if any(tensor.stride() != held[0].stride() for tensor in held):
         held = tuple(tensor.contiguous() for tensor in held)
     addresses = tuple(tensor.data_ptr() for tensor in held)
     aligned = all(address % 16 == 0 for address in addresses)
-    return PerExpert(
-        data=address_table(addresses, held[0].device),
-        stride_e=0,
-        strides=held[0].stride(),
-        alignment=16 if aligned else held[0].element_size(),
-        held=held,
-    )
-
-
-def weight_descriptor(
-    weight: PerExpert, config: Config, *, size_k: int, size_columns: int, halves: int, block_n: int
-) -> TensorDescriptor | None:
-    """A weight, per expert [size_k, halves * size_columns], as a descriptor; None where it is read by pointers.
-
-    A descriptor where the configuration asks for it and the layout allows it: a stacked tensor in which k or the
-    columns are contiguous, all else in steps of 16 bytes, an expert's in steps of whole matrices. It is [E, halves,
-    columns, k] or [E, 1, k, columns], so that what lies past an expert's columns is read as 0 and never as the next
-    expert's.
-    """
-    stride_k, stride_n = weight.strides
-    by_k = stride_k == 1
-    row_stride = stride_n if by_k else stride_k
-    rows, width = (size_columns, size_k) if by_k else (size_k, size_columns)
-    matrix = rows * row_stride  # a driver may want every stride to be a multiple of the next one
-    if (
-        not config.descriptors
-        or weight.is_table
-        or weight.decoding is not None
-        or not (by_k or (stride_n == 1 and halves == 1))
-        or not is_describable(weight.data, config, size_k, weight.stride_e, row_stride)
-        or matrix == 0
-        or row_stride < width
-        or weight.stride_e % matrix != 0
-        or weight.stride_e < halves * matrix
-    ):
-        return None
-    shape = [weight.data.shape[0], halves, rows, width]
-    strides = [weight.stride_e, matrix, row_stride, 1]
-    return _described(weight.data, shape, strides, descriptor_block(config, by_k, halves, block_n))
-
-
-def _described(base: Tensor, shape: list[int], strides: list[int], block: list[int]) -> TensorDescriptor:
-    """The descriptor of an aligned tensor: Triton checks each layout once, which takes microseconds."""
-    made = object.__new__(TensorDescriptor)
-    made.__dict__.update(_checked_layout(base.dtype, tuple(shape), tuple(strides), tuple(block)).__dict__, base=base)
-    return made
-
-
-@lru_cache(maxsize=1024)
-def _checked_layout(
-    dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...]
-) -> TensorDescriptor:
-    """A descriptor of this layout, without memory."""
-    empty = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
-    return TensorDescriptor(empty, list(shape), list(strides), list(block))
-
-
-def rows_descriptor(
-    rows: Tensor, config: Config, *, block: list[int], size_k: int | None = None
-) -> TensorDescriptor | None:
-    """Contiguous rows [., size] as a descriptor that brings `block` of them; None where they are read by pointers.
-
-    size_k is the contraction, where it is along a row. A block may reach past the rows that are meant: what it brings
-    of rows that exist is theirs, and the rest is 0.
-    """
-    if not config.descriptors or not is_describable(rows, config, size_k, rows.shape[1]) or rows.numel() == 0:
-        return None
-    return _described(rows, list(rows.shape), [rows.shape[1], 1], block)
-
-
-def is_describable(tensor: Tensor, config: Config, size_k: int | None, *steps: int) -> bool:
-    """Whether a tensor begins and steps at multiples of 16 bytes, and its last block is right on this device.
-
-    On Blackwell, products of a descriptor's block that reaches past the contraction are wrong (triton-lang/triton issue
-    10927).
-    """
-    is_aligned = tensor.data_ptr() % 16 == 0 and not any(step * tensor.element_size() % 16 for step in steps)
-    is_ragged = size_k is not None and size_k % config.block_k != 0
-    return is_aligned and not (is_ragged and target_of(tensor.device).architecture in BLACKWELL)
-
-
-def descriptor_block(config: Config, by_k: bool, halves: int, block_n: int) -> list[int]:
-    """What one load of a weight's descriptor brings."""
-    return [1, halves, block_n, config.block_k] if by_k else [1, 1, config.block_k, block_n]
+    itemsize = held[0].element_size()
+    layout = layout_of(0, held[0].stride(), 16 if aligned else itemsize, itemsize)
+    return PerExpert(address_table(addresses, held[0].device), layout.transposed if transposed else layout, held)
 
 
 @triton.jit
@@ -303,7 +250,7 @@ class Columns(NamedTuple):
     and they are taken of both halves, side by side. Columns past `size` are 0.
 
     weight      the WeightArgument
-    descriptor  that of `weight_descriptor`, or None
+    descriptor  that of `descriptors.weight_descriptor`, or None
     """
 
     weight: Any

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
@@ -190,6 +188,6 @@ def quantize_weight(weight: PerExpert, *, size_k: int, size_columns: int) -> Wei
             num_warps=8,
         )
     return WeightCodes(
-        forward=replace(per_expert(forward).transposed(), scales=scales),
-        backward=replace(per_expert(backward).transposed(), scales=scales.mT),
+        forward=per_expert(forward).transposed()._replace(scales=scales),
+        backward=per_expert(backward).transposed()._replace(scales=scales.mT),
     )

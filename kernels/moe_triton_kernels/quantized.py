@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_triton_kernels.arithmetic import cdiv
-from moe_triton_kernels.operands import Columns, PerExpert, number_columns
+from moe_triton_kernels.operands import Columns, PerExpert, layout_of, number_columns
 
 E2M1, E4M3, INTEGER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 FORMATS = {  # format -> value of a code, codes in a word, zero point of integers that are symmetric
@@ -127,11 +127,10 @@ def quantized_per_expert(
     per_word = FORMATS[format][1]
     size = (codes.shape[1], codes.shape[2] * codes.element_size() * per_word // 4)
     codes, scales = words_of(codes), scales.contiguous()
+    stride_e, *strides = codes.stride()
     return PerExpert(
         data=codes,
-        stride_e=codes.stride(0),
-        strides=codes.stride()[1:],
-        alignment=4,
+        layout=layout_of(stride_e, tuple(strides), 4, codes.element_size()),
         held=(codes,),
         decoding=Decoding(
             data=scales if scales.dtype in (torch.float32, torch.bfloat16, torch.float16) else scales.view(torch.uint8),
@@ -380,11 +379,5 @@ def decode(weight: PerExpert, dtype: torch.dtype) -> PerExpert:
         decode_kernel[(cdiv(size_k, block_k), cdiv(size_columns, block_n), num_experts)](
             out, weight.weight(), *strides, size_k, size_columns, BLOCK_K=block_k, BLOCK_N=block_n
         )
-    return PerExpert(
-        data=out,
-        stride_e=out.stride(0),
-        strides=strides,
-        alignment=out.element_size(),
-        held=(out,),
-        adapter=weight.adapter,
-    )
+    layout = layout_of(out.stride(0), strides, out.element_size(), out.element_size())
+    return PerExpert(out, layout, (out,), weight.adapter)

@@ -29,13 +29,15 @@ from moe_triton_kernels.scores import (
     scores_of_chosen,
     softmax_rows,
 )  # fmt: skip
+from moe_triton_kernels.small_dispatch import MAX_SLOTS
 
 TAKEN = tl.constexpr(-(2**31))  # below every score, -inf included
 INDEX_BITS = tl.constexpr(2**13 - 1)  # a 16-bit float has at least 13 zeros at the end of its fp32 pattern
 
 MAX_PROGRAMS = 2048  # a constant, not the number of processors: sums have the same order on every GPU
 TILE_ELEMENTS = 512
-FEW_TILES = 4  # one program takes so many, one after another, in the time of the launch that would add up the sums
+FEW_WARPS = 8  # of the program that takes all tokens, where they are more than a tile of one warp but a few
+FEW_TILES = 8  # that it takes, one after another, rather than leave sums to another launch [estimated, not measured]
 SUM_PROGRAMS, SUM_EXPERTS, SUM_WARPS = 512, 8, 8  # the part of the partial sums that a program holds at a time
 NUM_WARPS = 1  # a token's experts lie in one warp, so that an arg-max needs no shared memory
 
@@ -71,7 +73,7 @@ class Lanes(NamedTuple):
 
 
 class PartialSums(NamedTuple):
-    """The sums of every program's tokens: counts and scores [B, P, E], z [B, P]."""
+    """The sums of every program's tokens: counts and scores [B, P, E], z [B, P]; [E] and [] where B = P = 1."""
 
     counts: Any
     scores: Any
@@ -260,12 +262,16 @@ def sum_partials_kernel(
 
 
 @lru_cache(maxsize=1024)
-def lanes_of(num_experts: int, top_k: int, num_groups: int = 1) -> Lanes:
-    """As many tokens at a time as let [tokens, experts] and [tokens, choices] fit in a program's registers."""
+def lanes_of(num_experts: int, top_k: int, num_groups: int = 1, num_warps: int = NUM_WARPS) -> Lanes:
+    """As many tokens at a time as let [tokens, experts] and [tokens, choices] fit in a program's registers.
+
+    In proportion to the warps: each thread then holds as much of a token, in the same places, whatever their number,
+    so that the bits of a token's choice are the same.
+    """
     groups, members = next_power_of_2(num_groups), next_power_of_2(num_experts // num_groups)
     block_k = next_power_of_2(top_k)
     tokens = max(1, min(64, TILE_ELEMENTS // max(groups * members, block_k)))
-    return Lanes(BLOCK_T=tokens, GROUPS=groups, MEMBERS=members, BLOCK_K=block_k)
+    return Lanes(BLOCK_T=tokens * num_warps, GROUPS=groups, MEMBERS=members, BLOCK_K=block_k)
 
 
 class TopK(NamedTuple):
@@ -297,23 +303,33 @@ def limit_of(options: TopK) -> GroupLimit:
 
 
 @lru_cache(maxsize=1024)
-def choice_constants(num_experts: int, options: TopK, packed: bool) -> dict[str, Any]:
+def choice_constants(num_experts: int, options: TopK, packed: bool, num_warps: int) -> dict[str, Any]:
     """What `choose_experts` is compiled for. `packed`: the keys are logits, of 16 bits."""
     return {
         "RULE": constants(rule_of(num_experts, options)),
         "LIMIT": constants(limit_of(options)),
-        "LANES": constants(lanes_of(num_experts, options.top_k, options.num_groups)),
+        "LANES": constants(lanes_of(num_experts, options.top_k, options.num_groups, num_warps)),
         "PACKED": packed,
+        "num_warps": num_warps,
     }
 
 
-def programs_of(num_tokens: int, num_experts: int, options: TopK) -> int:
-    """The programs for each sequence of a choice among `num_tokens` tokens in all."""
+class Programs(NamedTuple):
+    """How many programs choose for each sequence, and the warps of each."""
+
+    number: int
+    num_warps: int
+
+
+@lru_cache(maxsize=4096)
+def programs_of(num_tokens: int, num_experts: int, options: TopK) -> Programs:
+    """The programs of a choice among `num_tokens` tokens in all."""
     lanes = lanes_of(num_experts, options.top_k, options.num_groups)
     tiles = cdiv(num_tokens // options.sequences, lanes.BLOCK_T)
-    if options.sequences == 1 and tiles <= FEW_TILES:
-        return 1
-    return min(tiles, max(1, MAX_PROGRAMS // options.sequences))
+    is_few = num_tokens * options.top_k <= MAX_SLOTS and tiles <= FEW_TILES * FEW_WARPS
+    if options.sequences == 1 and (tiles <= 1 or is_few):
+        return Programs(1, NUM_WARPS if tiles <= 1 else FEW_WARPS)
+    return Programs(min(tiles, max(1, MAX_PROGRAMS // options.sequences)), NUM_WARPS)
 
 
 class Choice(NamedTuple):
@@ -325,15 +341,11 @@ class Choice(NamedTuple):
     partials: PartialSums
     constants: dict[str, Any]
 
-    def sums(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return counts, scores and z of the only program."""
-        return self.partials.counts[0, 0], self.partials.scores[0, 0], self.partials.z[0, 0]
-
 
 def choice_of(
     logits: Tensor,
     options: TopK,
-    programs: int,
+    programs: Programs,
     choice_bias: Tensor | None,
     noise: Tensor | None,
     token_mask: Tensor | None,
@@ -341,11 +353,12 @@ def choice_of(
 ) -> Choice:
     """Make the arguments of `choose_experts`; for what they are see `topk_forward`."""
     (num_tokens, num_experts), device = logits.shape, logits.device
+    is_one = options.sequences == programs.number == 1  # its partial sums are the sums
+    shape = () if is_one else (options.sequences, programs.number)
     optional = (choice_bias, noise, token_mask, given)
-    shape = (options.sequences, programs)
     by_logit = noise is None and choice_bias is None and not limit_of(options).TOP2
     return Choice(
-        read=(logits.contiguous(), *(None if x is None else x.contiguous() for x in optional)),
+        read=(logits.contiguous(), *[x if x is None else x.contiguous() for x in optional]),
         experts=torch.empty((num_tokens, options.top_k), dtype=torch.int32, device=device),
         weights=torch.empty((num_tokens, options.top_k), dtype=torch.float32, device=device),
         partials=PartialSums(
@@ -353,7 +366,9 @@ def choice_of(
             scores=torch.empty((*shape, num_experts), dtype=torch.float32, device=device),
             z=torch.empty(shape, dtype=torch.float32, device=device),
         ),
-        constants=choice_constants(num_experts, options, by_logit and logits.dtype != torch.float32),
+        constants=choice_constants(
+            num_experts, options, by_logit and logits.dtype != torch.float32, programs.num_warps
+        ),
     )
 
 
@@ -383,17 +398,16 @@ def topk_forward(
     if num_tokens == 0:
         zeros = torch.zeros(of_experts, dtype=torch.float32, device=device)
         return experts, weights, zeros.int(), zeros, torch.zeros((), dtype=torch.float32, device=device)
-    topk_kernel[(sequences, programs)](
-        *choice.read, experts, weights, partials, num_tokens // sequences, float(options.scale),
-        **choice.constants, num_warps=NUM_WARPS,
-    )  # fmt: skip
-    if sequences == programs == 1:
-        return experts, weights, *choice.sums()
+    topk_kernel[(sequences, programs.number)](
+        *choice.read, experts, weights, partials, num_tokens // sequences, float(options.scale), **choice.constants
+    )
+    if sequences == programs.number == 1:
+        return experts, weights, *partials
     counts = torch.empty(of_experts, dtype=torch.int32, device=device)
     score_sums = torch.empty(of_experts, dtype=torch.float32, device=device)
     z_sums = torch.empty(sequences, dtype=torch.float32, device=device)
     sum_partials_kernel[(sequences, cdiv(num_experts, SUM_EXPERTS))](
-        partials, counts, score_sums, z_sums, programs,
+        partials, counts, score_sums, z_sums, programs.number,
         NUM_EXPERTS=num_experts, BLOCK_P=SUM_PROGRAMS, BLOCK_E=SUM_EXPERTS, num_warps=SUM_WARPS,
     )  # fmt: skip
     return experts, weights, counts, score_sums, z_sums[0] if sequences == 1 else z_sums.sum()

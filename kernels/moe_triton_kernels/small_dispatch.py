@@ -6,8 +6,6 @@ tokens the kernels of a layer take as long as their launches, and one program is
 
 from __future__ import annotations
 
-from functools import lru_cache
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_triton_kernels.permutation import block_experts, count_block, earlier_equals, load_block
-from moe_triton_kernels.tiles import BLOCK_SIZES, TileTables, max_tiles, spaced
+from moe_triton_kernels.tiles import BLOCK_SIZES, TileTables, places_of
 
 MAX_SLOTS = 1024  # S up to which one program sorts in less time than further launches take [estimated, not measured]
 BLOCK = 128  # slots compared with each other at a time
@@ -89,37 +87,18 @@ def small_dispatch_kernel(
     place_few(experts, total, rows, num_slots, NUM_EXPERTS, SIZES, BLOCK, BLOCK_E, CHUNK)
 
 
-class FewTiles(NamedTuple):
-    """The most tiles of every size for a few rows, and where their tables begin and end among all entries."""
-
-    lengths: tuple[int, ...]
-    starts: tuple[int, ...]
-    size: int
-
-
-@lru_cache(maxsize=4096)
-def few_tiles(num_slots: int, num_experts: int) -> FewTiles:
-    lengths = tuple(max_tiles(num_slots, num_experts, block_m) for block_m in BLOCK_SIZES)
-    starts = (0, *accumulate(map(spaced, lengths)))
-    return FewTiles(lengths, starts[:-1], starts[-1])
-
-
 def few_rows(shape: tuple[int, int], num_experts: int, device: torch.device) -> tuple[FewRows, TileTables]:
     """Memory for the rows of choices of this shape [T, K], and their tile tables as they will be."""
     num_slots = shape[0] * shape[1]
-    tiles = few_tiles(num_slots, num_experts)
-    offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
+    places = places_of(num_slots, num_experts, BLOCK_SIZES)
     rows = FewRows(
-        offsets=offsets,
+        offsets=torch.empty(num_experts + 1, dtype=torch.int32, device=device),
         source=torch.empty(num_slots, dtype=torch.int32, device=device),
         position=torch.empty(shape, dtype=torch.int32, device=device),
-        table=torch.empty((tiles.size, 2), dtype=torch.int32, device=device),
+        table=torch.empty((places.size, 2), dtype=torch.int32, device=device),
         num_tiles=torch.empty(len(BLOCK_SIZES), dtype=torch.int32, device=device),
     )
-    tables = tuple(
-        rows.table[start : start + length] for start, length in zip(tiles.starts, tiles.lengths, strict=True)
-    )
-    return rows, TileTables(offsets=offsets, block_sizes=BLOCK_SIZES, num_tiles=rows.num_tiles, tables=tables)
+    return rows, TileTables(rows.offsets, places, rows.num_tiles, rows.table)
 
 
 def small_dispatch(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor, TileTables]:

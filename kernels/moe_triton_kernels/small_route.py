@@ -2,29 +2,32 @@
 
 What `routing` and `small_dispatch` compute in two launches, with the same device functions, in the same order and with
 as many warps for the choice, so that its bits are the same. The second half reads what the first half has written.
+Both halves walk through pieces: of tokens, adding up counts, and of slots, with the next row of each expert.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from moe_triton_kernels import small_dispatch
+from moe_triton_kernels.launch import MAX_REGISTERS, register_limit, target_of
 from moe_triton_kernels.permutation import block_experts
 from moe_triton_kernels.routing import NUM_WARPS, TopK, choice_of, choose_experts, programs_of
-from moe_triton_kernels.small_dispatch import few_rows, place_few
+from moe_triton_kernels.small_dispatch import MAX_SLOTS, few_rows, place_few
 from moe_triton_kernels.tiles import BLOCK_SIZES, TileTables
 
-MAX_SLOTS = 512  # S up to which one warp places rows in less time than a further launch takes [estimated, not measured]
-BLOCK = tl.constexpr(32)  # slots compared with each other at a time, by one warp
 CHUNK = tl.constexpr(small_dispatch.CHUNK)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def small_route_kernel(
     logits, bias, noise, token_mask, given, experts, weights, partials, rows, num_tokens, scale,
-    RULE, LIMIT, LANES, PACKED: tl.constexpr, SIZES: tl.constexpr, BLOCK_E: tl.constexpr,
+    RULE, LIMIT, LANES, PACKED: tl.constexpr, SIZES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """See `small_route`."""
     choose_experts(
@@ -41,7 +44,19 @@ def small_route_kernel(
 def is_small(num_tokens: int, num_experts: int, options: TopK) -> bool:
     """Whether `small_route` takes so many tokens."""
     few = 0 < num_tokens * options.top_k <= MAX_SLOTS
-    return few and options.sequences == 1 == programs_of(num_tokens, num_experts, options)
+    return few and options.sequences == 1 == programs_of(num_tokens, num_experts, options).number
+
+
+@lru_cache(maxsize=1024)
+def place_constants(num_experts: int, num_warps: int) -> dict[str, Any]:
+    """What `place_few` is compiled for. Of 128 slots compared at a time, eight warps spill registers on sm_80."""
+    block = 32 if num_warps == NUM_WARPS else 64
+    return {"SIZES": BLOCK_SIZES, "BLOCK": block, "BLOCK_E": block_experts(num_experts)}
+
+
+def registers_of(num_warps: int) -> int:
+    """Registers per thread at most: without a limit, ptxas takes 128 for eight warps, and on sm_103 spills some."""
+    return MAX_REGISTERS if num_warps == NUM_WARPS else MAX_REGISTERS - 1
 
 
 def small_route(
@@ -58,12 +73,14 @@ def small_route(
     Returns the five of `topk_forward`, whose counts are the dispatch's too; and offsets, source, position and tables.
     """
     num_tokens, num_experts = logits.shape
-    choice = choice_of(logits, options, 1, choice_bias, noise, token_mask, given)
+    programs = programs_of(num_tokens, num_experts, options)
+    choice = choice_of(logits, options, programs, choice_bias, noise, token_mask, given)
     rows, tiles = few_rows((num_tokens, options.top_k), num_experts, logits.device)
+    limit = register_limit(target_of(logits.device).architecture, registers_of(programs.num_warps))
     small_route_kernel[(1,)](
         *choice.read, choice.experts, choice.weights, choice.partials, rows,
         num_tokens, float(options.scale),
-        **choice.constants, SIZES=BLOCK_SIZES, BLOCK_E=block_experts(num_experts), num_warps=NUM_WARPS,
+        **choice.constants, **place_constants(num_experts, programs.num_warps), **limit,
     )  # fmt: skip
-    routed = (choice.experts, choice.weights, *choice.sums())
+    routed = (choice.experts, choice.weights, *choice.partials)
     return routed, (rows.offsets, rows.source, rows.position, tiles)

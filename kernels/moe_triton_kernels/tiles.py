@@ -7,7 +7,8 @@ an expert without rows has no tile.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,28 @@ def spaced(num_tiles: int) -> int:
     return num_tiles + num_tiles % 2
 
 
+class Places(NamedTuple):
+    """Where the tables of several block sizes lie among their entries.
+
+    most    the most tiles of each table
+    starts  the first entry of each
+    size    entries of all of them
+    """
+
+    block_sizes: tuple[int, ...]
+    most: tuple[int, ...]
+    starts: tuple[int, ...]
+    size: int
+
+
+@lru_cache(maxsize=4096)
+def places_of(num_rows: int, num_experts: int, block_sizes: tuple[int, ...]) -> Places:
+    """The tables for so many rows."""
+    most = tuple(max_tiles(num_rows, num_experts, block_m) for block_m in block_sizes)
+    *starts, size = accumulate(map(spaced, most), initial=0)
+    return Places(block_sizes, most, tuple(starts), size)
+
+
 class TilesArgument(NamedTuple):
     """The tiles of one block size among a kernel's arguments: a table, its tile count [1] and the rows' offsets."""
 
@@ -45,28 +68,36 @@ class TilesArgument(NamedTuple):
     offsets: Any
 
 
-@dataclass(frozen=True, kw_only=True)
-class TileTables:
+class TileTables(NamedTuple):
     """Tile tables of one dispatch, one per block size.
 
-    offsets      [E+1] int32 on the device: the experts' row ranges
-    block_sizes  rows per tile of each table
-    num_tiles    [len(block_sizes)] int32 on the device: how many entries of each table are filled
-    tables       one [max_tiles, 2] int32 tensor per block size: (expert, first row); not written past num_tiles
+    offsets    [E+1] int32 on the device: the experts' row ranges
+    places     where the table of each block size is
+    num_tiles  [number of block sizes] int32 on the device: how many entries of each table are filled
+    table      [entries, 2] int32, all tables: (expert, first row); none is written past its num_tiles
     """
 
     offsets: Tensor
-    block_sizes: tuple[int, ...]
+    places: Places
     num_tiles: Tensor
-    tables: tuple[Tensor, ...]
+    table: Tensor
+
+    @property
+    def tables(self) -> tuple[Tensor, ...]:
+        """One [max_tiles, 2] table per block size."""
+        places = self.places
+        return tuple(self.table[start : start + most] for start, most in zip(places.starts, places.most, strict=True))
 
     def select(self, block_m: int) -> tuple[TilesArgument, int]:
         """For tiles of `block_m` rows: what a kernel takes, and the most tiles there can be."""
-        if block_m not in self.block_sizes:
-            raise ValueError(f"block_m must be one of {self.block_sizes}, got {block_m}")
-        index = self.block_sizes.index(block_m)
-        table = self.tables[index]
-        return TilesArgument(table, self.num_tiles[index : index + 1], self.offsets), table.shape[0]
+        places = self.places
+        if block_m not in places.block_sizes:
+            raise ValueError(f"block_m must be one of {places.block_sizes}, got {block_m}")
+        index = places.block_sizes.index(block_m)
+        table, num_tiles = self.table, self.num_tiles
+        if index:  # the first one begins where all of them do, and views take microseconds
+            table, num_tiles = table[places.starts[index] :], num_tiles[index:]
+        return TilesArgument(table, num_tiles, self.offsets), places.most[index]
 
 
 @triton.jit
@@ -109,9 +140,8 @@ def tile_tables(offsets: Tensor, num_rows: int, block_sizes: tuple[int, ...] = B
     `num_rows` is the most rows that offsets can hold: S of the dispatch.
     """
     num_experts = offsets.shape[0] - 1
-    lengths = [max_tiles(num_rows, num_experts, block_m) for block_m in block_sizes]
-    places = [spaced(length) for length in lengths]
-    table = torch.empty((sum(places), 2), dtype=torch.int32, device=offsets.device)
+    places = places_of(num_rows, num_experts, tuple(block_sizes))
+    table = torch.empty((places.size, 2), dtype=torch.int32, device=offsets.device)
     num_tiles = torch.empty(len(block_sizes), dtype=torch.int32, device=offsets.device)
     tile_tables_kernel[(num_experts,)](
         offsets,
@@ -119,9 +149,8 @@ def tile_tables(offsets: Tensor, num_rows: int, block_sizes: tuple[int, ...] = B
         num_tiles,
         num_experts,
         num_rows,
-        SIZES=block_sizes,
+        SIZES=places.block_sizes,
         BLOCK_E=next_power_of_2(num_experts),
         CHUNK=CHUNK,
     )
-    tables = tuple(part[:length] for part, length in zip(table.split(places), lengths, strict=True))
-    return TileTables(offsets=offsets, block_sizes=tuple(block_sizes), num_tiles=num_tiles, tables=tables)
+    return TileTables(offsets, places, num_tiles, table)

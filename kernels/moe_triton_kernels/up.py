@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe_triton_kernels.activations import Activation, is_gated
 from moe_triton_kernels.arithmetic import cdiv
+from moe_triton_kernels.descriptors import weight_descriptor
 from moe_triton_kernels.fp8 import Operand, Scales, new_rows, operand_of
 from moe_triton_kernels.gluon.schedules import why_unsupported
 from moe_triton_kernels.grouped_gemm import rows_times_weight, tile_order
@@ -26,7 +27,6 @@ from moe_triton_kernels.operands import (
     expert_base,
     in_units,
     sizes_argument,
-    weight_descriptor,
 )
 from moe_triton_kernels.preactivation import activate, part_blocks, round_parts, split_pair
 from moe_triton_kernels.quantize import store_group
@@ -134,15 +134,13 @@ def up(
     block_n and block_k are then 128, and parts 1.
     """
     values, scales = operand_of(x, weight, size_n)
-    reason = why_unsupported(
-        config.gluon,
-        values,
-        weight,
-        bias,
-        size_columns=size_n,
-        projections=2 if activation.is_gated else 1,
-    )
-    if isinstance(x, Tensor) and reason is None:
+    is_gated = activation.is_gated
+    if (
+        config.gluon is not None
+        and isinstance(x, Tensor)
+        and why_unsupported(config.gluon, values, weight, bias, size_columns=size_n, projections=2 if is_gated else 1)
+        is None
+    ):
         from moe_triton_kernels.gluon import up as warp_specialized  # imports Gluon, which is experimental
 
         return warp_specialized.up(
@@ -154,24 +152,24 @@ def up(
             size_n=size_n,
             top_k=top_k,
             activation=activation,
-            is_concatenated=is_concatenated or not activation.is_gated,
+            is_concatenated=is_concatenated or not is_gated,
             keep_activation=keep_activation,
             keep_preactivation=keep_preactivation,
             config=config,
         )
     num_rows, size_d = source.shape[0], values.shape[1]
     a = new_rows(x, num_rows, size_n, keep=keep_activation)
-    width = 2 * size_n if activation.is_gated else size_n
+    width = 2 * size_n if is_gated else size_n
     h = values.new_empty((num_rows, width) if keep_preactivation else 0, dtype=x.dtype)
     a_values, a_scales = (a, None) if isinstance(a, Tensor) else (a.codes, a.scales)
     table, max_tiles = tiles.select(config.block_m)
-    columns_per_half = 2 if activation.is_gated and not is_concatenated else 1
+    columns_per_half = 2 if is_gated and not is_concatenated else 1
     descriptor = weight_descriptor(
         weight,
         config,
         size_k=size_d,
         size_columns=columns_per_half * size_n,
-        halves=2 if activation.is_gated and is_concatenated else 1,
+        halves=2 if is_gated and is_concatenated else 1,
         block_n=columns_per_half * config.block_n,
     )
     up_kernel[persistent_grid(values.device, max_tiles * cdiv(size_n, config.block_n), config)](

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from types import NoneType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ from moe_triton.records import (
 )
 
 Adapters = Lora | Sequence[Lora] | None  # of one projection; several are summed
+PLAIN = (Tensor, nn.Parameter)
 
 
 def moe_mlp(
@@ -51,7 +53,7 @@ def moe_mlp(
     is_transposed: bool = False,
     is_concatenated: bool = True,
     capacity: int | None = None,
-    fp8: bool = False,
+    fp8: bool | str = False,
     recompute: bool = False,
     backend: str = "auto",
 ) -> Tensor:
@@ -81,7 +83,7 @@ def moe_mlp(
         fp8: round both operands of every product with a projection, in forward and backward, to e4m3 with one scale for
             128 numbers (128 x 128 of a projection), as DeepSeek-V3 trains (arXiv 2412.19437; `moe_triton.reference.fp8`
             is the definition). Parameters, what is kept for backward and gradients stay in their dtype. Not for float64
-            and quantised projections.
+            and quantised projections. "mxfp8": one power of two for 32 numbers instead (OCP Microscaling Formats v1.0).
         recompute: keep only the hidden states for backward and compute the pre-activation again there.
         backend: "auto", "triton", "torch" or "reference".
 
@@ -105,10 +107,10 @@ def moe_mlp(
         activation_alpha=activation_alpha,
         is_transposed=is_transposed,
         is_concatenated=is_concatenated,
-        fp8=fp8,
+        **fp8_flags(fp8),
     )
     check_activation(activation, activation_limit, activation_alpha)
-    dtypes = _dtypes(hidden_states, backend)
+    dtypes = _dtypes(hidden_states)
     _check_weights("top_k_weights", top_k_weights, hidden_states, top_k_index.shape[1], dtypes)
     _check_parameters(parameters, num_experts, spec, hidden_states, dtypes)
     check_adapters(parameters, spec, hidden_states.device, gate_up_lora=gate_up_lora, down_lora=down_lora)
@@ -135,7 +137,7 @@ def moe_experts(
     down_lora: Adapters = None,
     is_transposed: bool = False,
     is_concatenated: bool = True,
-    fp8: bool = False,
+    fp8: bool | str = False,
     recompute: bool = False,
     backend: str = "auto",
 ) -> Tensor:
@@ -155,32 +157,60 @@ def moe_experts(
         activation_alpha=activation_alpha,
         is_transposed=is_transposed,
         is_concatenated=is_concatenated,
-        fp8=fp8,
+        **fp8_flags(fp8),
     )
     if not isinstance(dispatched, Dispatch):
         raise TypeError(f"dispatched: got {type(dispatched).__name__}, wanted a Dispatch from moe_triton.dispatch")
     check_activation(activation, activation_limit, activation_alpha)
     call = ExpertCall(hidden=hidden_states, weights=weights, dispatched=dispatched, parameters=parameters, spec=spec)
-    check_call(call, backend, "weights")
+    check_call(call, "weights")
     check_adapters(parameters, spec, hidden_states.device, gate_up_lora=gate_up_lora, down_lora=down_lora)
     return run_experts(with_adapters(call, gate_up_lora, down_lora), recompute=recompute, backend=backend)
 
 
-def check_call(call: ExpertCall, backend: str, weights_name: str = "top_k_weights") -> None:
-    """Raise ValueError or TypeError for whatever can be wrong with a call of a valid spec, before the first launch."""
+def check_call(call: ExpertCall, weights_name: str = "top_k_weights") -> None:
+    """Raise ValueError or TypeError for whatever can be wrong with a call of a valid spec, before the first launch.
+
+    Not for a call whose tensors are like those of one that passed.
+    """
+    checked = _checked_of(call)
+    if checked is not None and checked in _PASSED:
+        return
     num_tokens, top_k = call.dispatched.position.shape
     device = call.dispatched.position.device
     check_tensor("hidden_states", call.hidden, shape=(num_tokens, "d"), dtypes=FLOATS, device=device)
-    dtypes = _dtypes(call.hidden, backend)
+    dtypes = _dtypes(call.hidden)
     _check_weights(weights_name, call.weights, call.hidden, top_k, dtypes)
     _check_parameters(call.parameters, call.num_experts, call.spec, call.hidden, dtypes)
+    if checked is not None:
+        if len(_PASSED) >= MOST_PASSED:
+            _PASSED.clear()
+        _PASSED.add(checked)
 
 
-def _dtypes(hidden_states: Tensor, backend: str) -> tuple[torch.dtype, ...]:
+MOST_PASSED = 4096
+_PASSED: set[tuple[Any, ...]] = set()
+
+
+def _checked_of(call: ExpertCall) -> tuple[Any, ...] | None:
+    """All that `check_call` looks at, where it is of plain tensors whose sizes are known."""
+    position, parameters = call.dispatched.position, call.parameters
+    facts: list[Any] = [call.spec, call.num_experts, position.shape, position.device]
+    given: tuple[Any, ...] = (call.hidden, call.weights, *parameters[:4])
+    for tensor in given:
+        if tensor is None:
+            facts.append(None)
+        elif type(tensor) in PLAIN:
+            facts += (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
+        else:
+            return None
+    is_settled = not torch.compiler.is_compiling() and runtime.autocast_dtype(call.hidden.device) is None
+    return tuple(facts) if is_settled else None
+
+
+def _dtypes(hidden_states: Tensor) -> tuple[torch.dtype, ...]:
     """What may go with these hidden states: under autocast everything, since it is cast."""
-    compute = runtime.autocast_dtype(hidden_states.device)
-    runtime.choose(backend, hidden_states.device, compute or hidden_states.dtype)  # raises where it cannot run
-    return (hidden_states.dtype,) if compute is None else FLOATS
+    return (hidden_states.dtype,) if runtime.autocast_dtype(hidden_states.device) is None else FLOATS
 
 
 def _check_weights(
@@ -214,6 +244,13 @@ def _check_parameters(
         check_expert_tensors("gate_up_bias", gate_up_bias, num_experts, (rows,), dtypes, device)
     if down_bias is not None:
         check_expert_tensors("down_bias", down_bias, num_experts, (width,), dtypes, device)
+
+
+def fp8_flags(fp8: bool | str) -> dict[str, Any]:
+    """Return the fields of an ExpertSpec that `fp8=` stands for. Raises ValueError for what it cannot be."""
+    if not isinstance(fp8, bool) and fp8 != "mxfp8":
+        raise ValueError(f"fp8: got {fp8!r}, wanted False, True or 'mxfp8'")
+    return {"fp8": bool(fp8), "microscaled": fp8 == "mxfp8"}
 
 
 def check_fp8(parameters: ExpertParameters, spec: ExpertSpec, hidden_states: Tensor) -> None:

@@ -158,16 +158,16 @@ def route_by_spec(
     hidden: Tensor | None = None,
     backend: str = "auto",
 ) -> Routing:
-    """Do what `route` does, for options that `router_spec` has checked already.
+    """Do what `route` does, for logits and options that are checked already.
 
     given: [T, K] int32 in the place of `experts`, where the ids of a row are known to be in range and distinct.
     hidden: goes into the Routing.
     """
-    num_tokens, num_experts = check_tensor("logits", logits, shape=("T", "E"), dtypes=FLOATS).shape
-    check_int("sequences", sequences, low=1)
-    if num_tokens % sequences:
-        raise ValueError(f"sequences: got {sequences}, wanted a divisor of the {num_tokens} tokens")
-    if sequences > 1:
+    num_tokens, num_experts = logits.shape
+    if sequences != 1:
+        check_int("sequences", sequences, low=1)
+        if num_tokens % sequences:
+            raise ValueError(f"sequences: got {sequences}, wanted a divisor of the {num_tokens} tokens")
         spec = replace(spec, sequences=sequences)
     if choice_bias is not None:
         check_tensor("choice_bias", choice_bias, shape=(num_experts,), dtypes=FLOATS, device=logits.device)

@@ -13,14 +13,13 @@ import importlib.metadata
 import importlib.util
 import os
 from functools import cache
-from types import ModuleType
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 
 from moe_triton.backends.protocols import DispatchBackend, ExpertsBackend, GateBackend, RoutingBackend
 from moe_triton.checks import check_choice
-from moe_triton.torch_internals import constant_while_compiling
+from moe_triton.torch_internals import constant_while_compiling, has_no_data, is_autocast_anywhere, is_transforming
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -33,6 +32,9 @@ class Choice(NamedTuple):
 
     name: str
     reason: str
+
+
+ASKED_FOR = {name: Choice(name, "asked for") for name in BACKENDS}
 
 
 def installed_version(package: str) -> str | None:
@@ -66,6 +68,11 @@ def _unfit_gpu(device: torch.device) -> str | None:
         return _not_a_gpu(device.type)
     if not TRITON_INSTALLED:
         return "Triton is not installed"
+    return _unfit_capability(device)
+
+
+@cache
+def _unfit_capability(device: torch.device) -> str | None:
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
         major, minor = torch.cuda.get_device_capability(device)
         return f"the Triton kernels need compute capability 8.0; the GPU has {major}.{minor}"
@@ -82,14 +89,14 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> Choice:
     if backend == "reference" and device.type == "meta":
         raise RuntimeError("backend: got 'reference' for tensors on the meta device, wanted 'torch'")
     if backend in ("torch", "reference"):
-        return Choice(backend, "asked for")
+        return ASKED_FOR[backend]
     if backend == "auto" and dtype == torch.float64:
         return Choice("torch", "float64: the Triton kernels compute in float32")
     if backend == "triton" and dtype == torch.float64:
         raise TypeError("backend: got 'triton' for torch.float64, wanted 'torch' or 'reference'")
     unfit = _unfit_gpu(device)
     if unfit is None:
-        return Choice("triton", "asked for" if backend == "triton" else "a supported GPU")
+        return ASKED_FOR["triton"] if backend == "triton" else Choice("triton", "a supported GPU")
     if backend == "auto":
         return Choice("torch", unfit)
     if device.type == "cpu" and TRITON_INSTALLED and interpreting():
@@ -117,6 +124,8 @@ def check_table() -> None:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """Return the dtype that autocast computes with on this device; None where it is off, or does not exist (meta)."""
+    if not (torch.compiler.is_compiling() or is_autocast_anywhere()):
+        return None
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
@@ -128,16 +137,26 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     return NOTHING if is_off else torch.autocast(device.type, enabled=False)
 
 
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Return whether an operation on this tensor can call its backend as it is.
+
+    That is: nothing is differentiated, compiled, transformed or under autocast, and the tensor has data, on the current
+    GPU if on one. Asked once per operation: its parts take microseconds, as long as a launch.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transforming() or is_autocast_anywhere():
+        return False
+    if has_no_data(tensor):
+        return False
+    device = tensor.device
+    return device.type != "cuda" or device.index == torch.cuda.current_device()
+
+
 def plain_maths(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Return what an implementation runs under: no autograd, no autocast, and the tensor's GPU as the current one.
 
-    Where all of that is so already, it is what does nothing: the parts take microseconds, as long as a launch.
+    Where all of that is so already, it is what does nothing.
     """
-    device = tensor.device
-    is_plain = not torch.is_grad_enabled() and autocast_dtype(device) is None
-    if is_plain and (device.type != "cuda" or device.index == torch.cuda.current_device()):
-        return NOTHING
-    return _PlainMaths(tensor)
+    return NOTHING if is_plain(tensor) else _PlainMaths(tensor)
 
 
 class _PlainMaths:
@@ -155,7 +174,7 @@ class _PlainMaths:
 
 def gate_backend(name: str) -> GateBackend:
     """Return the implementation of the gate by backend "torch" or "triton"."""
-    return cast(GateBackend, _module(f"{name}.gate"))
+    return _module(f"{name}.gate")
 
 
 class batch_invariant(contextlib.ContextDecorator):
@@ -193,23 +212,23 @@ def refuse_reference(name: str) -> None:
 
 def routing_backend(name: str) -> RoutingBackend:
     """Return the implementation of routing by backend "torch" or "triton"."""
-    return cast(RoutingBackend, _module(f"{name}.routing"))
+    return _module(f"{name}.routing")
 
 
 def dispatch_backend(name: str) -> DispatchBackend:
     """Return the implementation of dispatch by backend "torch" or "triton"."""
-    return cast(DispatchBackend, _module(f"{name}.dispatch"))
+    return _module(f"{name}.dispatch")
 
 
 def experts_backend(name: str, device: torch.device, *, fp8: bool = False) -> ExpertsBackend:
     """Return the implementation of the experts by backend "torch" or "triton" on a device; with fp8 products or not."""
     if fp8:
-        return cast(ExpertsBackend, _module(f"{name}.experts_fp8"))
+        return _module(f"{name}.experts_fp8")
     if name == "torch":
-        return cast(ExpertsBackend, _module("torch.experts_cpu" if device.type == "cpu" else "torch.experts_device"))
-    return cast(ExpertsBackend, _module(f"{name}.experts"))
+        return _module("torch.experts_cpu" if device.type == "cpu" else "torch.experts_device")
+    return _module(f"{name}.experts")
 
 
 @cache
-def _module(path: str) -> ModuleType:
+def _module(path: str) -> Any:
     return importlib.import_module(f"moe_triton.backends.{path}")

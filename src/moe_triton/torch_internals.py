@@ -108,6 +108,16 @@ def is_transforming() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def is_autocast_anywhere() -> bool:
+    """Return whether autocast is enabled for any kind of device."""
+    return torch._C._is_any_autocast_enabled()
+
+
+def is_profiling() -> bool:
+    """Return whether a profiler of torch runs, so that ranges are recorded."""
+    return torch.autograd._profiler_enabled()
+
+
 def has_no_data(tensor: Tensor) -> bool:
     """Return whether a tensor has a shape and no values: on the meta device, or under FakeTensorMode."""
     return tensor.is_meta or isinstance(tensor, FakeTensor)

@@ -16,19 +16,18 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_triton import reference
 from moe_triton_kernels import d_weight as d_weight_module
-from moe_triton_kernels import operands
+from moe_triton_kernels import descriptors
 from moe_triton_kernels.activations import Activation
 from moe_triton_kernels.d_hidden import d_hidden, d_router_weights
 from moe_triton_kernels.d_weight import d_bias, d_weight
+from moe_triton_kernels.descriptors import rows_descriptor, weight_descriptor
 from moe_triton_kernels.down import down
 from moe_triton_kernels.grouped_gemm import tile_order
 from moe_triton_kernels.launch import Config, Target
 from moe_triton_kernels.operands import (
     PerExpert,
     per_expert,
-    rows_descriptor,
     unit_of,
-    weight_descriptor,
 )
 from moe_triton_kernels.tiles import tile_tables
 from moe_triton_kernels.up import up
@@ -264,11 +263,11 @@ def test_addresses_are_kept_and_strides_are_made_equal() -> None:
     matrices = [torch.randn(4, 8, device=device) for _ in range(3)]
     parameter = per_expert(matrices)
     assert parameter.data.tolist() == [matrix.data_ptr() for matrix in matrices]
-    assert (parameter.is_table, parameter.alignment, parameter.strides) == (True, 16, (8, 1))
+    assert (parameter.is_table, parameter.layout.alignment, parameter.strides) == (True, 16, (8, 1))
     assert parameter.transposed().strides == (1, 8)
     assert per_expert(matrices).data is parameter.data  # no copy to the device in the next step
     odd = torch.randn(33, device=device)[1:].view(4, 8)
-    assert per_expert([*matrices, odd]).alignment == 4
+    assert per_expert([*matrices, odd]).layout.alignment == 4
     mixed = per_expert([matrices[0], torch.randn(8, 4, device=device).T])
     assert mixed.strides == (8, 1)
     assert mixed.held[0] is matrices[0]
@@ -325,14 +324,14 @@ def test_rows_by_descriptor_where_the_layout_allows_it(monkeypatch: pytest.Monke
     assert rows_descriptor(rows[:0], config, block=[16, 16]) is None
     assert rows_descriptor(torch.randn(5, 22, device=device), config, block=[16, 16]) is None
     assert rows_descriptor(torch.randn(121, device=device)[1:].view(5, 24), config, block=[16, 16]) is None
-    monkeypatch.setattr(operands, "target_of", lambda _: Target(architecture="sm_103", num_sms=1))
+    monkeypatch.setattr(descriptors, "target_of", lambda _: Target(architecture="sm_103", num_sms=1))
     assert rows_descriptor(rows, config, block=[16, 16], size_k=24) is None  # the last block of k is not full
     assert rows_descriptor(rows, replace(config, block_k=8), block=[16, 8], size_k=24) is not None
     weight = per_expert(torch.randn(3, 24, 16, device=device))
     sizes = {"size_k": 24, "size_columns": 16, "halves": 1, "block_n": 16}
     assert weight_descriptor(weight, config, **sizes) is None
     assert weight_descriptor(weight, replace(config, block_k=8), **sizes) is not None
-    monkeypatch.setattr(d_weight_module, "target_of", operands.target_of)
+    monkeypatch.setattr(d_weight_module, "target_of", descriptors.target_of)
     assert d_weight_module.ordered_descriptor(rows, config, 16) is None  # its rest would be a second product
 
 

@@ -43,7 +43,7 @@ def check(weight: QuantizedWeight, dtype: torch.dtype) -> None:
     found = matrices(weight)
     for projection in (found, found.transposed()):
         decoded = decode(projection, dtype)
-        strides = (decoded.stride_e, *decoded.strides)
+        strides = (decoded.layout.stride_e, *decoded.strides)
         as_read = decoded.data.as_strided((len(weight), *projection.decoding.size), strides)
         same_bits(as_read, expected if projection is found else expected.mT)
 

@@ -25,7 +25,7 @@ def check(experts: torch.Tensor, num_experts: int) -> None:
         assert torch.equal(tensor, getattr(expected, name)), name
         assert tensor.dtype == torch.int32
     plain = tile_tables(found[1], experts.numel())
-    assert tiles.block_sizes == plain.block_sizes
+    assert tiles.places == plain.places
     assert torch.equal(tiles.num_tiles, plain.num_tiles)
     for number, table, other in zip(tiles.num_tiles.tolist(), tiles.tables, plain.tables, strict=True):
         assert table.shape == other.shape

@@ -39,7 +39,7 @@ def inputs(num_tokens: int, spec: RouterSpec, num_experts: int, which: str) -> l
 def test_has_the_bits_of_two_launches(name, dtype, which):
     torch.manual_seed(0)
     spec, num_experts = SPECS[name]
-    for num_tokens in (1, 7):
+    for num_tokens in (1, 7, 37):  # of one warp's tile, and of several of eight warps
         logits = torch.randn(num_tokens, num_experts, device=device, dtype=dtype)
         given = inputs(num_tokens, spec, num_experts, which)
         found = routing.route_and_dispatch(logits, spec, *given)
@@ -69,7 +69,8 @@ def test_the_most_tokens_and_those_that_take_more_launches():
 
     assert run(most) is not None
     assert run(most + 1) is None
-    assert run(17, RouterSpec(top_k=2), 128) is None  # more than one program's
+    assert run(128, RouterSpec(top_k=8), 256) is not None
+    assert run(257, RouterSpec(top_k=2), 128) is None  # more than one program's
     assert run(0) is None
     assert run(4, replace(spec, sequences=2)) is None
 

@@ -29,9 +29,9 @@ def weight_block(width: int, k_contiguous: bool) -> list[int]:
 def weight_descriptor(weight: PerExpert, width: int) -> TensorDescriptor:
     """Of the experts' matrices as they lie in memory, whatever view of it `weight` is."""
     line = max(weight.strides)  # elements from one row in memory to the next: the other stride is 1
-    shape = [weight.data.shape[0], weight.stride_e // line, line]
+    shape = [weight.data.shape[0], weight.layout.stride_e // line, line]
     block = weight_block(width, is_k_contiguous(weight))
-    return TensorDescriptor(weight.data, shape, [weight.stride_e, line, 1], block, layout_of(3))
+    return TensorDescriptor(weight.data, shape, [weight.layout.stride_e, line, 1], block, layout_of(3))
 
 
 def tile_of(schedule: Schedule, *, group: int, parts: int, size_k: int) -> RingTile:

@@ -79,7 +79,7 @@ def is_k_contiguous(weight: PerExpert) -> bool:
 def is_one_stack(weight: PerExpert, size_k: int, size_columns: int) -> bool:
     """Whether the matrices [k, columns], or their transposes, lie one below the other without gaps."""
     dense = weight.strides in ((1, size_k), (size_columns, 1))
-    return dense and not weight.is_table and weight.stride_e == size_k * size_columns
+    return dense and not weight.is_table and weight.layout.stride_e == size_k * size_columns
 
 
 def why_unsupported(

@@ -152,7 +152,10 @@ def routing_cases() -> Iterator[Case]:
         backward = signature | {"LANES": routing.lanes_of(num_experts, top_k)}
         options: dict[str, Any] = {"num_warps": routing.NUM_WARPS, "sample": name in ("qwen3", "deepseek_v3")}
         packed = {"PACKED": dtype != "fp32"}
-        yield Case(name=f"topk_{name}", fn=routing.topk_kernel, signature=signature, constexprs=packed, **options)
+        topk = Case(name=f"topk_{name}", fn=routing.topk_kernel, signature=signature, constexprs=packed, **options)
+        yield topk
+        few = signature | {"LANES": routing.lanes_of(num_experts, top_k, num_groups, routing.FEW_WARPS)}
+        yield replace(topk, name=f"topk_few_{name}", signature=few, num_warps=routing.FEW_WARPS)
         kernel = routing_backward.topk_backward_kernel
         yield Case(name=f"topk_backward_{name}", fn=kernel, signature=backward, **options)
 
@@ -161,13 +164,14 @@ def small_route_cases() -> Iterator[Case]:
     """The choices of `routing_cases`, with their rows placed in the same launch."""
     for case in routing_cases():
         if case.fn is routing.topk_kernel:
-            block_e = permutation.block_experts(case.signature["RULE"].NUM_EXPERTS)
+            places = small_route.place_constants(case.signature["RULE"].NUM_EXPERTS, case.num_warps)
             yield replace(
                 case,
                 name=case.name.replace("topk", "small_route"),
                 fn=small_route.small_route_kernel,
                 signature={**case.signature, "rows": FEW_ROWS},
-                constexprs={**case.constexprs, "SIZES": tiles.BLOCK_SIZES, "BLOCK_E": block_e},
+                constexprs={**case.constexprs, **places},
+                maxnreg=small_route.registers_of(case.num_warps),
             )
 
 

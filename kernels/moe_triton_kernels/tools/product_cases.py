@@ -8,9 +8,10 @@ from typing import Any
 from moe_triton_kernels.activations import GATED_CASES, UNGATED_CASES
 from moe_triton_kernels.d_hidden import d_hidden_kernel, d_router_weights_kernel
 from moe_triton_kernels.d_weight import d_bias_kernel, d_weight_kernel
+from moe_triton_kernels.descriptors import descriptor_block
 from moe_triton_kernels.down import down_kernel
 from moe_triton_kernels.launch import BLACKWELL, pipeline_stages, tile_of
-from moe_triton_kernels.operands import BiasArgument, SizesArgument, WeightArgument, descriptor_block
+from moe_triton_kernels.operands import BiasArgument, SizesArgument, WeightArgument
 from moe_triton_kernels.tiles import TilesArgument
 from moe_triton_kernels.tools.case import Case, integers_of, leaves, pointers_of
 from moe_triton_kernels.tools.shipped import Shipped

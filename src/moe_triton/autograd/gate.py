@@ -28,10 +28,11 @@ def run_gate(hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str =
     16-bit hidden states with a gate in fp32 run on the matrix unit where there is one. Others, and torch.func
     transforms, differentiate the definition as it stands.
     """
+    is_narrow = hidden.dtype in NARROW and reference.wide(weight.dtype) == torch.float32
+    name = runtime.choose(backend, hidden.device, hidden.dtype).name if is_narrow else "reference"
+    if name != "reference" and runtime.is_plain(hidden):
+        return runtime.gate_backend(name).gate_forward(hidden, weight, bias), hidden
     with runtime.without_autocast(hidden.device):
-        if hidden.dtype not in NARROW or reference.wide(weight.dtype) != torch.float32:
-            return reference.gate(hidden, weight, bias), hidden
-        name = runtime.choose(backend, hidden.device, hidden.dtype).name
         if name == "reference" or (not torch.compiler.is_compiling() and is_transforming()):
             return reference.gate(hidden, weight, bias), hidden
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias)):

@@ -54,11 +54,13 @@ def run_inference(
     backend: str,
 ) -> Inference | None:
     """Route where nothing is differentiated, compiled or transformed; None elsewhere, and where that saves nothing."""
-    if torch.compiler.is_compiling() or is_transforming() or has_no_data(logits):
-        return None
-    if torch.is_grad_enabled() and logits.requires_grad:
-        return None
-    with runtime.plain_maths(logits):
+    is_plain = runtime.is_plain(logits)
+    if not is_plain:
+        if torch.compiler.is_compiling() or is_transforming() or has_no_data(logits):
+            return None
+        if torch.is_grad_enabled() and logits.requires_grad:
+            return None
+    with runtime.NOTHING if is_plain else runtime.plain_maths(logits):
         routing = runtime.routing_backend(backend)
         found = routing.route_and_dispatch(logits, spec, choice_bias, noise, None, given)
         if found is not None:

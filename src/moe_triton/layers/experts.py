@@ -20,7 +20,15 @@ from moe_triton.distributed.exchange.overlap import Deferred
 from moe_triton.distributed.exchange.stages import ExchangedLayer
 from moe_triton.distributed.holders import StackedExperts
 from moe_triton.distributed.replicas.placement import build_placement, plan_placement, replica_of
-from moe_triton.experts import check_activation, check_adapters, check_call, check_fp8, moe_mlp, with_adapters
+from moe_triton.experts import (
+    check_activation,
+    check_adapters,
+    check_call,
+    check_fp8,
+    fp8_flags,
+    moe_mlp,
+    with_adapters,
+)
 from moe_triton.layers.load import CountsLoad
 from moe_triton.layers.lora import TakesLora
 from moe_triton.layers.quantized import QuantizedProjection, projection_of
@@ -31,7 +39,6 @@ from moe_triton.records import (
     ExpertParameters,
     ExpertSpec,
     Lora,
-    Projection,
 )
 from moe_triton.reference import activate
 from moe_triton.runtime import autocast_dtype, is_batch_invariant
@@ -60,7 +67,7 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
         activation_limit: float | None = None,
         activation_alpha: float | None = None,
         bias: bool = False,
-        fp8: bool = False,
+        fp8: bool | str = False,
         recompute: bool = False,
         expert_parallel: ExpertParallel | None = None,
         backend: str = "auto",
@@ -73,7 +80,10 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
         check_int("num_experts", num_experts, low=1)
         check_activation(activation, activation_limit, activation_alpha)
         self.spec = ExpertSpec(
-            activation=activation, activation_limit=activation_limit, activation_alpha=activation_alpha, fp8=fp8
+            activation=activation,
+            activation_limit=activation_limit,
+            activation_alpha=activation_alpha,
+            **fp8_flags(fp8),
         )
         self.recompute = recompute
         self.backend = backend
@@ -202,21 +212,17 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
         """Whether the projections are quantised."""
         return isinstance(self.gate_up_proj, QuantizedProjection)
 
-    def _scaled(self, parameter: Tensor) -> Tensor:
-        return parameter if self.gradient_scale == 1.0 else ScaleGradient.apply(parameter, self.gradient_scale)
-
-    def _projection(self, name: str) -> Projection:
-        found = projection_of(self, name)
-        return self._scaled(found) if isinstance(found, Tensor) else found
+    def _scaled(self, parameter: Any) -> Any:
+        """A parameter whose gradient is scaled; what is not a tensor has none."""
+        if self.gradient_scale == 1.0 or not isinstance(parameter, Tensor):
+            return parameter
+        return ScaleGradient.apply(parameter, self.gradient_scale)
 
     @property
     def _parameters_in_order(self) -> ExpertParameters:
-        return ExpertParameters(
-            self._projection("gate_up_proj"),
-            self._projection("down_proj"),
-            None if self.gate_up_proj_bias is None else self._scaled(self.gate_up_proj_bias),
-            None if self.down_proj_bias is None else self._scaled(self.down_proj_bias),
-        )
+        gate_up, down = projection_of(self, "gate_up_proj"), projection_of(self, "down_proj")
+        given = ExpertParameters(gate_up, down, self.gate_up_proj_bias, self.down_proj_bias)
+        return given if self.gradient_scale == 1.0 else ExpertParameters(*map(self._scaled, given))
 
     def _scaled_lora(self, projection: str) -> list[Lora]:
         """Its own adapter, and those that are lent for this call, which are dense parameters."""
@@ -249,14 +255,14 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
         dtype = gate_up.dtype if isinstance(gate_up, Tensor) else hidden_states.dtype
         if hidden_states.dtype != dtype and autocast_dtype(hidden_states.device) is None:
             raise TypeError(f"hidden_states: got dtype {hidden_states.dtype}, wanted {dtype}, the layer's own")
-        gate_up_lora, down_lora = self._scaled_lora("gate_up"), self._scaled_lora("down")
-        if gate_up_lora or down_lora:
+        if self.adapted or self.lent_lora:
+            gate_up_lora, down_lora = self._scaled_lora("gate_up"), self._scaled_lora("down")
             device = hidden_states.device
             check_adapters(call.parameters, self.spec, device, gate_up_lora=gate_up_lora, down_lora=down_lora)
             call = with_adapters(call, gate_up_lora, down_lora)
         self.count_load(dispatched.counts)
         if (parallel := unless_alone(self.expert_parallel)) is None:
-            check_call(call, self.backend)
+            check_call(call)
             return run_experts(call, recompute=self.recompute, backend=self.backend)
         check_fp8(call.parameters, self.spec, hidden_states)
         layer = ExchangedLayer(
@@ -279,7 +285,7 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
         spec, sizes = self.spec, f"{num_local}{of} x ({hidden_size}, {intermediate_size})"
         limit = "" if spec.limit is None else f", activation_limit={spec.limit}"
         alpha = "" if spec.alpha == 1 else f", activation_alpha={spec.alpha}"
-        fp8 = ", fp8" if spec.fp8 else ""
+        fp8 = f", fp8={spec.fp8_mode!r}" if spec.fp8 else ""
         return f"{sizes}, activation={spec.activation}{limit}{alpha}{fp8}{self.lora_repr()}"
 
 
@@ -312,6 +318,8 @@ def uncast(weights: Tensor | Uncast) -> Tensor:
 
 def casts_inputs(module: nn.Module) -> bool:
     """Return whether the module is Experts as a unit of FSDP2, which changes their class, or of FSDP1, which wraps."""
+    if type(module) is Experts:
+        return False
     inner = inside_fsdp1(module)
     return isinstance(inner, Experts) and (inner is not module or is_fsdp2_class(type(module)))
 

@@ -35,6 +35,7 @@ class TakesLora(nn.Module):
         self.lora_scaling = 1.0
         self.lent_lora: dict[str, Sequence[Lora]] = {}
         self._merged: dict[str, nn.Parameter] = {}
+        self.adapted: tuple[str, ...] = ()  # the projections that have an adapter, merged or not
         for name in PROJECTIONS:
             self.register_parameter(f"{name}_lora_a", None)
             self.register_parameter(f"{name}_lora_b", None)
@@ -77,6 +78,7 @@ class TakesLora(nn.Module):
         for parameter in self.parameters(recurse=False):
             parameter.requires_grad_(False)
         self.lora_scaling = alpha / (math.sqrt(r) if rslora else r)
+        self.adapted = tuple(projections)
         for name in projections:
             like = getattr(self, f"{name}_proj")
             num_experts, size_out, size_in = like.shape

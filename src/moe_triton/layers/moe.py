@@ -114,7 +114,7 @@ class MoE(nn.Module):
         aux_loss_weight: float = 0.0,
         z_loss_weight: float = 0.0,
         sequence_loss_weight: float = 0.0,
-        fp8: bool = False,
+        fp8: bool | str = False,
         recompute: bool = False,
         batch_invariant: bool = False,
         expert_parallel: ExpertParallel | None = None,
@@ -282,10 +282,11 @@ class MoE(nn.Module):
         more: dict[str, Any] = {} if token_ids is None else {"token_ids": self._flat(token_ids, hidden_states)}
         if self.sequence_loss_weight:
             more["sequences"] = max(1, math.prod(hidden_states.shape[:-2])) if num_tokens else 1
-        routing = self.router(x, token_mask, **more)
+        router, experts = self.router, self.experts
+        routing = router(x, token_mask, **more)
         if not isinstance(routing, Routing):
             raise TypeError(f"router: returned {type(routing).__name__}, wanted a Routing")
-        if routing.hidden is not None and runs_as_it_is(self.router, Router):
+        if routing.hidden is not None and runs_as_it_is(router, Router):
             x = routing.hidden  # the gate adds its gradient to that of all that follows
         dispatched: Dispatch | None = routing.dispatched_to(self.num_experts) if is_dropless else None
         if dispatched is None:
@@ -302,9 +303,9 @@ class MoE(nn.Module):
         shared = None
         if self.shared_expert is not None and unless_alone(self.parallel) is not None:
             shared = Deferred(partial(self._shared, x), x.device)
-        out = self.experts(
+        out = experts(
             x if self.latent_down_proj is None else apply_linear(self.latent_down_proj, x, self.backend),
-            Uncast(weights) if casts_inputs(self.experts) else weights,
+            Uncast(weights) if casts_inputs(experts) else weights,
             dispatched,
             capacity=self.most_kept,
             overlap_with=shared,
@@ -321,7 +322,8 @@ class MoE(nn.Module):
             out = out * mix[:, 0:1] + self.residual_mlp(x) * mix[:, 1:]
         if token_mask is not None:
             out = out.masked_fill(masked, 0)
-        out = out.to(hidden_states.dtype)
+        if out.dtype != hidden_states.dtype:
+            out = out.to(hidden_states.dtype)
         return MoEOutput(
             output=out if hidden_states.dim() == 2 else out.reshape(hidden_states.shape),
             aux_loss=self.aux_loss(routing),

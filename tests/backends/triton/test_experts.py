@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moe_triton.backends.triton.experts import experts_forward
 from moe_triton.records import ACTIVATIONS, GATED, ExpertSpec
-from moe_triton_kernels import configs, operands
+from moe_triton_kernels import configs, descriptors
 from tests.helpers.compare import TOLERANCE
 from tests.helpers.pairs import every_pair
 from tests.helpers.problems import (
@@ -117,9 +117,10 @@ def test_tensor_descriptors_give_the_same_bits(
     expected = run(problem)
     heuristic, made = configs.heuristic, []
     monkeypatch.setattr(configs, "heuristic", lambda *key: replace(heuristic(*key), descriptors=True))
+    monkeypatch.setattr(configs, "_find", configs._find.__wrapped__)
 
-    describe = operands._described
-    monkeypatch.setattr(operands, "_described", lambda *layout: made.append(layout) or describe(*layout))
+    describe = descriptors._at
+    monkeypatch.setattr(descriptors, "_at", lambda *layout: made.append(layout) or describe(*layout))
     actual = run(problem)
     # the weights of up, down, d_hidden and d_rows; the rows of down, d_rows and twice d_weight
     assert len(made) == (7 if spec.is_transposed and spec.is_concatenated else 8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +16,7 @@ from moe_triton.records import (
     Projection,
     TiledDispatch,
     Wanted,
+    matrix_shape,
 )
 from moe_triton_kernels.activations import Activation
 from moe_triton_kernels.combine import combine
@@ -25,7 +25,7 @@ from moe_triton_kernels.d_hidden import d_hidden, d_router_weights
 from moe_triton_kernels.d_weight import d_bias, d_weight
 from moe_triton_kernels.down import down
 from moe_triton_kernels.fp8 import RowCodes
-from moe_triton_kernels.heuristics import BUCKETS, adapter_tile, decodes_in_loop, over_codes
+from moe_triton_kernels.heuristics import BUCKETS, adapter_tile, decodes_in_loop
 from moe_triton_kernels.launch import Config, target_of
 from moe_triton_kernels.lora import Adapter
 from moe_triton_kernels.narrow import narrow
@@ -44,16 +44,14 @@ class Problem:
     """
 
     def __init__(self, call: ExpertCall) -> None:
-        check_dtype(call.hidden.dtype)
         spec, parameters = call.spec, call.parameters
         self.call, self.spec, self.dispatched = call, spec, call.dispatched
         self.hidden, self.weights = call.hidden.contiguous(), call.weights.contiguous()
         self.activation = activation_of(spec, call.hidden.dtype)
-        self.top_k, self.num_rows = call.dispatched.top_k, call.num_rows
-        self.size_d, self.size_n = call.hidden_size, call.intermediate_size
-        gate_up, down = map(matrices, parameters[:2])
-        self.gate_up = gate_up if spec.is_transposed else gate_up.transposed()
-        self.down = down if spec.is_transposed else down.transposed()
+        self.top_k, self.num_rows, self.num_experts = call.dispatched.top_k, call.num_rows, call.num_experts
+        self.size_n, self.size_d = matrix_shape(parameters.down)[:: 1 if spec.is_transposed else -1]
+        self.gate_up = matrices(parameters.gate_up, transposed=not spec.is_transposed)
+        self.down = matrices(parameters.down, transposed=not spec.is_transposed)
         self.gate_up_bias = None if parameters.gate_up_bias is None else per_expert(parameters.gate_up_bias)
         self.down_bias = None if parameters.down_bias is None else per_expert(parameters.down_bias)
         self.gate_up_lora = None if call.gate_up_lora is None else Factors(call.gate_up_lora)
@@ -82,17 +80,17 @@ class Problem:
 
     def config(self, op: str, weight: PerExpert | None = None) -> Config:
         """How the kernel of this op is launched; weight: what it multiplies by."""
-        name = f"{op}_gated" if self.spec.is_gated and op in ("up", "d_hidden") else op
-        config = choose_config(
+        name = f"{op}_gated" if self.activation.is_gated and op in ("up", "d_hidden") else op
+        return choose_config(
             name,
             d=self.size_d,
             n=self.size_n,
             dtype=self.operand_dtype,
             num_rows=self.rows_of_config(op),
-            num_experts=self.call.num_experts,
+            num_experts=self.num_experts,
             architecture=target_of(self.hidden.device).architecture,
+            format=None if weight is None or weight.decoding is None else weight.decoding.format,
         )
-        return config if weight is None or weight.decoding is None else over_codes(name, config)
 
     def rows_of_config(self, op: str) -> int:
         return rows_of_config(self.call) if op in ("up", "down") else self.num_rows
@@ -102,7 +100,7 @@ class Problem:
         if projection.decoding is None:
             return projection
         half = self.size_n if op == "up" and self.spec.is_gated and self.spec.is_concatenated else None
-        rows_per_expert = self.rows_of_config(op) / max(self.call.num_experts, 1)
+        rows_per_expert = self.rows_of_config(op) / max(self.num_experts, 1)
         decoding, itemsize = projection.decoding, self.hidden.element_size()
         if decodes_in_loop(decoding.format, rows_per_expert, itemsize, block=decoding.block[1], half=half):
             return projection
@@ -279,15 +277,15 @@ class Problem:
     def _d_bias(self, values: Tensor, router_weights: Tensor | None = None) -> Tensor:
         """The sum of each expert's rows, [E, ...]."""
         if values.shape[1] == 0:  # d or n is 0: there is nothing to launch a grid for
-            return values.new_zeros(self.call.num_experts, 0)
+            return values.new_zeros(self.num_experts, 0)
         source, offsets = self.dispatched.source, self.dispatched.offsets
         return d_bias(values, source, offsets, top_k=self.top_k, router_weights=router_weights)
 
 
-def matrices(projection: Projection) -> PerExpert:
-    """The projection's matrices as they are given, [out, in] or [in, out], for the kernels."""
+def matrices(projection: Projection, *, transposed: bool = False) -> PerExpert:
+    """The projection's matrices for the kernels as they are given, [out, in] or [in, out], or with these swapped."""
     if not isinstance(projection, QuantizedWeight):
-        return per_expert(projection)
+        return per_expert(projection, transposed=transposed)
     found = quantized_per_expert(
         projection.format,
         projection.codes,
@@ -296,12 +294,16 @@ def matrices(projection: Projection) -> PerExpert:
         projection.global_scale,
         block=(projection.kind.rows, projection.group),
     )
-    return found.transposed() if projection.is_transposed else found
+    return found.transposed() if projection.is_transposed is not transposed else found
 
 
 @lru_cache
 def activation_of(spec: ExpertSpec, dtype: torch.dtype) -> Activation:
-    """The spec's activation, its limit rounded to `dtype` as torch compares it with a tensor of this dtype."""
+    """The spec's activation, its limit rounded to `dtype` as torch compares it with a tensor of this dtype.
+
+    Raises TypeError on a dtype that kernels do not compute with.
+    """
+    check_dtype(dtype)
     limit = None if spec.limit is None else torch.tensor(spec.limit, dtype=dtype, device="cpu").item()
     return Activation(spec.activation, limit, spec.alpha)
 
@@ -316,11 +318,11 @@ class Factors:
 
     def forward(self, weight: PerExpert, t: Tensor) -> PerExpert:
         """The projection with what is added to its product, given t = scaling * x A^T."""
-        return replace(weight, adapter=Adapter(t=t, factor=self.b.transposed(), rank=self.rank))
+        return weight._replace(adapter=Adapter(t=t, factor=self.b.transposed(), rank=self.rank))
 
     def backward(self, weight: PerExpert, u: Tensor) -> PerExpert:
         """The same for the gradient of the product's input, given u = scaling * dy B."""
-        return replace(weight, adapter=Adapter(t=u, factor=self.a, rank=self.rank))
+        return weight._replace(adapter=Adapter(t=u, factor=self.a, rank=self.rank))
 
 
 def rows_of_config(call: ExpertCall) -> int:
