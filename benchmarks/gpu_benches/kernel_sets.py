@@ -27,12 +27,13 @@ from moe_triton.backends.triton.problem import Factors, Problem
 from moe_triton.benchmarking.cases import Case, Workload
 from moe_triton.benchmarking.stages_triton import ExpertKernels
 from moe_triton.dispatch import dispatch
-from moe_triton.kernel_stages import KERNELS
+from moe_triton.kernel_stages import KERNELS, OVER_CODES
 from moe_triton.records import ExpertCall, RouterSpec
 from moe_triton_kernels import gate
 from moe_triton_kernels.address_tables import fill_table
 from moe_triton_kernels.fp8 import ColumnCodes, RowCodes
 from moe_triton_kernels.fp8_d_weight import fp8_d_weight, tile_offsets
+from moe_triton_kernels.mxfp8 import quantize_mx
 from moe_triton_kernels.operands import PerExpert
 from moe_triton_kernels.permutation import permute
 from moe_triton_kernels.quantize import quantize_columns, quantize_rows, quantize_weight
@@ -180,6 +181,7 @@ def fp8(workload: Workload) -> dict[str, Kernel]:
         "quantize_weight": lambda: quantize_weight(
             problem.gate_up, size_k=problem.size_d, size_columns=problem.call.width
         ),
+        "quantize_mx": lambda: quantize_mx(hidden),
         "tile_offsets": lambda: tile_offsets(tiles.offsets),
     }
     return {
@@ -247,12 +249,16 @@ def adapters(workload: Workload) -> dict[str, Kernel]:
 
 
 def quantized(workload: Workload) -> dict[str, Kernel]:
-    """The products as they run, which for many rows is over numbers that are decoded to memory before each of them."""
+    """The products, over codes or, for many rows, over numbers that were decoded to memory before; and the decoding."""
+    case, dtype = workload.case, workload.hidden.dtype
     call = routed(workload)
-    call = replace(call, parameters=call.parameters._replace(**workload.packed))
-    opened = ExpertKernels(call, workload.grad_out)
+    opened = ExpertKernels(replace(call, parameters=call.parameters._replace(**workload.packed)), workload.grad_out)
     problem = opened.problem
-    calls: dict[str, Run] = {name: opened.call(name) for name in ("up", "down", "d_hidden", "d_rows")}
-    return with_floors(
-        workload.case, {**calls, "decode": lambda: decode(problem.gate_up_operand(), workload.hidden.dtype)}
-    )
+    products: dict[str, Run] = {name: opened.call(name) for name in OVER_CODES}
+    over_numbers = {name: run for name, run in products.items() if name in problem.decoded}
+    over_codes = {name: run for name, run in products.items() if name not in problem.decoded}
+    decoding: dict[str, Run] = {
+        "decode": lambda: decode(problem.gate_up_operand(), dtype),
+        "decode_down": lambda: decode(problem.down_operand(), dtype),
+    }
+    return with_floors(replace(case, format=None), over_numbers) | with_floors(case, over_codes | decoding)

@@ -6,6 +6,10 @@ tile's loads and stores hide behind the products of another. `Config.gluon` name
 these kernels have been compiled, and run in an emulator of the barrier protocol, but have never run on a GPU. Where
 `schedules.why_unsupported` has a reason, the plain kernel runs.
 
+Not built: tables of addresses, since a TMA descriptor is of one tensor; and TMA multicast (`multicast=True` of
+`tma.async_load`, which Triton 3.8 compiles for a cluster of two warp-specialized programs), since programs that share a
+stage need barriers of the cluster.
+
 schedules  which schedules there are, and what they can run; imports no Gluon
 names      Gluon's names in every supported version of Triton
 pipeline   the ring of stages, its barriers, the producer, the main loop

@@ -3,6 +3,7 @@
     python -m moe_triton_kernels.tools.layer_model                    # the shapes of the SonicMoE paper and of models
     python -m moe_triton_kernels.tools.layer_model --device h100 --json
     python -m moe_triton_kernels.tools.layer_model --instructions down=111,d_weight_up=271   # with another binary's
+    python -m moe_triton_kernels.tools.layer_model --binaries       # LOOPS beside what this Triton compiles
 
 A step of a tile's main loop takes what is longer: the matrix units' cycles for its products, or the schedulers' for its
 instructions (`LOOPS`, read from the binaries: `moe-triton inspect`). Before the loop the first loads arrive, behind it
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
@@ -23,9 +25,12 @@ from typing import NamedTuple
 from moe_triton_kernels.configs import bucket_of
 from moe_triton_kernels.heuristics import heuristic
 from moe_triton_kernels.launch import Config
+from moe_triton_kernels.tools.cases import collect_cases
 from moe_triton_kernels.tools.floors import DEVICES, FLOORS, Device, Shape
 from moe_triton_kernels.tools.gpus import GPUS
 from moe_triton_kernels.tools.models import MODELS, SONIC
+from moe_triton_kernels.tools.occupancy import resident_programs
+from moe_triton_kernels.tools.offline import Report, compile_parallel
 
 ARCHITECTURE = "sm_90"
 ITEMSIZE = 2
@@ -85,6 +90,16 @@ LOOPS = {
     "d_weight_down": Loop("d_weight", columns=1, outputs=1, epilogue=0.076, instructions=139),
     "d_weight_up": Loop("d_weight", columns=1, outputs=1, epilogue=0.076, instructions=178),
 }
+# the binary of each, by its name among the offline cases
+CASES = {
+    "up": "up_gated_bf16_128x128x64_swiglu",
+    "down": "down_bf16_128x256x64_k",
+    "d_hidden": "d_hidden_gated_bf16_128x128x64_swiglu",
+    "d_rows": "d_rows_bf16_128x256x64_columns",
+    "d_weight_down": "d_weight_bf16_128x256x64_gather_left",
+    "d_weight_up": "d_weight_bf16_128x256x64_gather_right",
+}
+NEAR = 15  # instructions between the binaries of the supported versions of Triton
 FORWARD = ("gate", "up", "down", "combine")
 BACKWARD = ("d_hidden", "d_weight_down", "d_weight_up", "d_rows", "combine", "gate (backward)")
 
@@ -179,12 +194,41 @@ def with_instructions(text: str) -> dict[str, Loop]:
     return loops
 
 
-def main() -> None:
+def binaries(jobs: int = 1) -> list[tuple[str, str, int, Report, int]]:
+    """Compile the kernels of LOOPS: each with its case, the instructions in LOOPS, the report, and programs per SM."""
+    reports, said = compile_parallel(ARCHITECTURE, list(CASES.values()), jobs)
+    warps = {case.name: case.num_warps for case in collect_cases(ARCHITECTURE, every=True)}
+    found = []
+    for kernel, case in CASES.items():
+        if case not in reports:
+            raise RuntimeError(f"{case} does not compile: {said[-500:]}")
+        report = reports[case]
+        resident = resident_programs(
+            ARCHITECTURE, registers=report.registers, shared_bytes=report.shared_bytes, num_warps=warps[case]
+        )
+        found.append((kernel, case, LOOPS[kernel].instructions, report, resident))
+    return found
+
+
+def print_binaries() -> int:
+    """Print the table of `binaries`; 1 where a loop is further from LOOPS than NEAR, and the model is out of date."""
+    print(f"{'kernel':15}{'assumed':>8}{'loop':>6}{'regs':>6}{'per SM':>8}  case")
+    stale = 0
+    for kernel, case, assumed, report, resident in binaries():
+        print(f"{kernel:15}{assumed:8}{report.loop:6}{report.registers:6}{resident:8}  {case}")
+        stale |= abs(report.loop - assumed) > NEAR
+    return stale
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="h200", choices=[name for name in GPUS if name in ("h100", "h200")])
     parser.add_argument("--json", action="store_true", help="every kernel of every shape as JSON")
     parser.add_argument("--instructions", type=with_instructions, default="", help="of main loops, instead of LOOPS")
+    parser.add_argument("--binaries", action="store_true", help="compile the kernels and compare their main loops")
     options = parser.parse_args()
+    if options.binaries:
+        return print_binaries()
     device = DEVICES[options.device]
     loops = options.instructions
     found = {name: (shape, predict(shape, device, loops=loops)) for name, shape in shapes().items()}
@@ -194,7 +238,7 @@ def main() -> None:
             for name, (_, passes) in found.items()
         }
         print(json.dumps({"device": options.device, "cost": COST._asdict(), "layers": plain}, indent=1))
-        return
+        return 0
     print(f"{options.device}: predicted on paper, not measured; shares are of P = {device.flops_16:.3g} FLOP/s")
     heading = f"{'layer':17}{'forward us':>11}{'of P':>6}{'backward us':>12}{'of P':>6}"
     print(f"{heading}  furthest above their floors (us)")
@@ -206,7 +250,8 @@ def main() -> None:
         cells = (f"{1e6 * forward:11.0f}{work / forward / device.flops_16:6.2f}"
                  f"{1e6 * backward:12.0f}{2 * work / backward / device.flops_16:6.2f}")  # fmt: skip
         print(f"{name:17}{cells}  {words}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
