@@ -5,7 +5,7 @@
 Times the optimizer's step over the experts' parameters grouped by process group, by layer and by expert: torch's AdamW,
 for-loop and foreach, and the step of DeepSpeed's ZeRO-1 engine on one process (a forward and backward beforehand are
 not counted). Providers are interleaved over rounds. Writes benchmarks/results/deepspeed/groups-NAME.json and prints the
-table of docs/deepspeed.md. Run it on a machine that does nothing else. Needs deepspeed for the last column.
+table of docs/ports.md. Run it on a machine that does nothing else. Needs deepspeed for the last column.
 """
 
 from __future__ import annotations

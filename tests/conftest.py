@@ -30,10 +30,11 @@ SLOW_FOLDERS = ("benchmarking", "benchmarks", "checkpoint", "cli", "training")
 OWN_PROCESSES = {"tests.helpers.faults", "tests.helpers.ranks.fork_context", "tests.helpers.ranks.started"}
 
 if importlib.util.find_spec("triton"):
-    from tests.helpers.interpreter import compute_in_bf16, convert_fp8
+    from tests.helpers.interpreter import compute_in_bf16, convert_fp8, spare_time
 
     compute_in_bf16()
     convert_fp8()
+    spare_time()
 torch.set_num_threads(1 if os.environ.get("PYTEST_XDIST_WORKER") else 2)
 
 

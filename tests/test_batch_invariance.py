@@ -75,12 +75,10 @@ def test_wide_rows_that_threads_share(threads):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(
-    ("kind", "dtype"), [("default", torch.float32), ("ragged", torch.bfloat16), ("default", torch.float16)], ids=str
-)
+@pytest.mark.parametrize(("kind", "dtype"), [("default", torch.float32), ("ragged", torch.bfloat16)], ids=str)
 def test_the_triton_backend(kind, dtype):
     layer = make_layer(kind, dtype, backend="triton")
-    assert_invariant(layer, torch.randn(20, 50, dtype=dtype), (1,))
+    assert_invariant(layer, torch.randn(12, 50, dtype=dtype), (1,))
 
 
 def test_the_triton_backend_has_one_configuration(monkeypatch):

@@ -103,7 +103,7 @@ SMALLER = {  # what one process on a CPU cannot do, or not quickly
         'device="cuda"': 'device="cpu"',
         'output_dir="run", ': 'output_dir="run", report_to=[], use_cpu=True, ',
     },
-    "docs/distributed.md": {
+    "docs/many_gpus.md": {
         '"cuda", (2, 4, 2, 1)': '"cpu", (1, 1, 1, 1)',
         '"cuda", (2, 1, 8)': '"cpu", (1, 1, 1)',
         "dense = init": f"{ONE_RANK}\ndense = init",

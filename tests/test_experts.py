@@ -11,6 +11,7 @@ import moe_triton
 from moe_triton import reference
 from moe_triton.records import ACTIVATIONS, GATED, ExpertCall, ExpertParameters, ExpertSpec
 from tests.helpers.compare import assert_close
+from tests.helpers.pairs import every_pair
 from tests.helpers.problems import INPUTS, expected_of
 
 BACKENDS = ["torch", "triton"]
@@ -80,17 +81,14 @@ def compare_with_reference(case, backend, *, capacity=None, tolerance=None, reco
         assert_close(leaf.grad, expected[name], tolerance=tolerance, scale=scale)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@every_pair(activation=list(ACTIVATIONS), backend=BACKENDS, bias=[False, True])
 def test_activations(backend, activation, bias):
     compare_with_reference(make_case(activation=activation, bias=bias), backend, activation=activation)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("is_transposed", [False, True])
-@pytest.mark.parametrize("is_concatenated", [False, True])
-@pytest.mark.parametrize("activation", ["swiglu", "gpt_oss"])
+@every_pair(
+    backend=BACKENDS, activation=["swiglu", "gpt_oss"], is_transposed=[False, True], is_concatenated=[False, True]
+)
 def test_layouts(backend, activation, is_transposed, is_concatenated):
     case = make_case(activation=activation, bias=True, is_transposed=is_transposed)
     compare_with_reference(
@@ -127,7 +125,7 @@ def test_the_gradient_at_a_limit_is_the_one_that_passes(backend, activation):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(data=st.data())
 def test_ragged(backend, data):
     case = make_case(
@@ -195,9 +193,7 @@ def test_a_parameter_list_is_a_sequence(backend):
     assert all(p.grad is not None for group in lists.values() for p in group[:-1])
 
 
-@pytest.mark.parametrize("frozen", [0, 2])
-@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj", "gate_up_bias", "down_bias"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_pair(name=["gate_up_proj", "down_proj", "gate_up_bias", "down_bias"], backend=BACKENDS, frozen=[0, 2])
 def test_a_sequence_with_one_frozen_expert(backend, name, frozen):
     x, experts, weights, parameters = make_case(bias=True)
     stacked = leaves(x, weights, parameters)
@@ -212,9 +208,7 @@ def test_a_sequence_with_one_frozen_expert(backend, name, frozen):
             assert torch.equal(tensor.grad, stacked[name].grad[e]), e
 
 
-@pytest.mark.parametrize("sizes", [{"width": 0}, {"inner": 0}, {"width": 0, "inner": 0}], ids=str)
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_pair(sizes=[{"width": 0}, {"inner": 0}, {"width": 0, "inner": 0}], backend=BACKENDS, bias=[False, True])
 def test_sizes_of_zero(backend, bias, sizes):
     """An empty sum is zero, so that with n = 0 only the down projection's bias is left."""
     compare_with_reference(make_case(bias=bias, **sizes), backend)

@@ -17,7 +17,7 @@ from tests.helpers.problems import random_choices
 
 T, D, N, E, K = 21, 64, 32, 4, 2
 FORMATS = {"mxfp4": {}, "nvfp4": {}, "fp8": {}, "int8": {"group": 32}, "int4": {}, "int4, zeros": {"symmetric": False}}
-BACKENDS = ["reference", "torch", "device", pytest.param("triton", marks=pytest.mark.interpreter)]
+BACKENDS = ["reference", "torch", "loops", "device", pytest.param("triton", marks=pytest.mark.interpreter)]
 
 
 def make(kind: str, *, dtype: torch.dtype = torch.float32, is_transposed: bool = False, n: int = N) -> dict[str, Any]:
@@ -87,9 +87,21 @@ def check(given: dict[str, Any], backend: str, **options: Any) -> None:
         assert_close(value, expected[name], tolerance=TOLERANCE[given["hidden_states"].dtype])
 
 
+@pytest.fixture(params=["0", "1"], ids=["by torch", "by loops"])
+def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether compiled loops decode on the CPU."""
+    if request.param == "1":
+        pytest.importorskip("numba")
+    monkeypatch.setenv("MOE_TRITON_CPU_LOOPS", request.param)
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A backend; "device" is what the torch backend does where the tensors are not on a CPU."""
+    """A backend; "loops" is the torch backend with them, "device" what it does where the tensors are not on a CPU."""
+    if request.param == "loops":
+        pytest.importorskip("numba")
+        return "torch"
+    monkeypatch.setenv("MOE_TRITON_CPU_LOOPS", "0")
     if request.param != "device":
         return request.param
     from moe_triton import runtime
@@ -112,6 +124,7 @@ def test_adapters_over_a_quantised_base(kind: str, backend_name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.usefixtures("loops")
 def test_bf16(kind: str) -> None:
     check(make(kind, dtype=torch.bfloat16), "torch")
 
@@ -126,6 +139,7 @@ def test_only_one_projection_is_quantised(kind: str, backend: str) -> None:
 @pytest.mark.parametrize("kind", FORMATS)
 def test_decoded_in_parts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As large projections are: 128 outputs at a time."""
+    monkeypatch.setenv("MOE_TRITON_CPU_LOOPS", "0")
     monkeypatch.setattr(decoded, "PART_BYTES", 1)
     sizes: list[int] = []
     original = QuantizedWeight.dequantize
@@ -157,6 +171,7 @@ def test_nothing_of_the_size_of_the_base_is_kept() -> None:
     assert others <= 4 * (T * D + rows * 2 * N + rows + E * (2 * N + D) + 4 * rows + 4 * E)
 
 
+@pytest.mark.usefixtures("loops")
 def test_the_same_bits_every_time() -> None:
     given = make("mxfp4")
     first, second = run(given, "torch"), run(given, "torch")

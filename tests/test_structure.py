@@ -91,7 +91,7 @@ def test_only_the_triton_backend_and_the_tools_know_the_kernels():
             assert path.relative_to(SRC).parts[:2] in KNOW_THE_KERNELS, path
 
 
-@pytest.mark.parametrize("missing", ["triton", "transformers", "deepspeed", "matplotlib"])
+@pytest.mark.parametrize("missing", ["triton", "transformers", "deepspeed", "matplotlib", "numba"])
 def test_imports_and_runs_without(missing):
     """A finder that hides one package stands for a machine that does not have it."""
     program = f"""
@@ -114,7 +114,8 @@ assert {missing!r} not in sys.modules
 
 
 def test_importing_is_light():
-    heavy = {"triton", "transformers", "deepspeed", "matplotlib", "rich", "typer", "torch.distributed.checkpoint"}
+    packages = {"triton", "transformers", "deepspeed", "matplotlib", "numba", "rich", "typer"}
+    heavy = packages | {"torch.distributed.checkpoint"}
     program = f"import sys, moe_triton; print(sorted(set(sys.modules) & {heavy!r}))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

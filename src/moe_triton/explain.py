@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moe_triton import runtime
 from moe_triton.backends.torch.cpu import choose_policy
+from moe_triton.backends.torch.fused import loops_in_words
 from moe_triton.backends.torch.processor import this_processor
 from moe_triton.checks import check_choice, check_int
 from moe_triton.integrations import transformers as hf
@@ -180,7 +181,7 @@ def with_format(found: Explanation, projection: Any, spec: ExpertSpec) -> Explan
             weight.format, spec, found.dtype, n=n, block=block, rows_per_expert=tokens * top_k / num_experts
         )
     elif found.device.type == "cpu" and found.backend == "torch":
-        how = "decoded in parts that stay in cache"
+        how = loops_in_words(found.dtype)
     else:
         how = "decoded whole, for each product"
     return replace(found, parts=(*found.parts, Part(step=f"projections in {projection.format}", runs=how)))

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import moe_triton
 from moe_triton import cli, runtime
+from moe_triton.backends.torch.fused import loops_in_words
 from moe_triton.cli import app
 from moe_triton.cli.info import tables_line
 
@@ -29,11 +30,20 @@ def test_info_json():
     assert all(path["backend"] == "torch" and path["reason"] for path in cpu.values())
     assert facts["exchanges"]["DeepEP"] == "the package deep_ep is not installed"
     assert next(iter(facts["exchanges"].values())) is None
+    assert facts["cpu_codes"] == loops_in_words()
 
 
 def test_info_table_and_module_entry():
     done = subprocess.run([sys.executable, "-m", "moe_triton", "info"], capture_output=True, text=True, check=True)
-    for word in ("torch", "triton", "cpu", "bfloat16", "backend", "DeepEP: the package deep_ep is not installed"):
+    for word in (
+        "torch",
+        "triton",
+        "cpu",
+        "bfloat16",
+        "backend",
+        "Quantised projections on the CPU: decoded by",
+        "DeepEP: the package deep_ep is not installed",
+    ):
         assert word in done.stdout
     assert "\x1b" not in done.stdout  # plain text when it is not a terminal
 

@@ -27,7 +27,7 @@ from moe_triton_kernels.permutation import permute
 from moe_triton_kernels.small_dispatch import small_dispatch
 from tests.helpers.compare import TOLERANCE, assert_close
 from tests.helpers.guarded import guard_launches, guarded
-from tests.helpers.interpreter import compute_in_bf16
+from tests.helpers.interpreter import compute_in_bf16, spare_time
 from tests.helpers.poison import poisoned
 from tests.helpers.problems import check, make_problem, random_choices, replaced, run, with_inputs
 
@@ -150,6 +150,7 @@ def run_gate() -> None:
 def main(side: str, planted: bool) -> None:
     at_end = {"end": True, "start": False}[side]
     compute_in_bf16()
+    spare_time()
     guard_launches(at_end)
     if planted:
         planted_kernel[(1,)](torch.ones(5), torch.empty(1), AT=0 if at_end else -1, SIZE=8 if at_end else 4)

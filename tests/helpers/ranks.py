@@ -25,7 +25,8 @@ TIMEOUT = 120  # seconds for a collective, long enough for a busy machine; tests
 def fork_context() -> Any:
     """Processes are forks of one that has imported everything, once, and done nothing."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.tensor", "moe_triton.distributed.gradients"])
+    modules = ["torch.distributed.tensor", "moe_triton.distributed.gradients", "tests.helpers.interpreter"]
+    context.set_forkserver_preload(modules)
     return context
 
 
@@ -81,8 +82,10 @@ def serve(rank: int, world: int, store: str, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
+    from tests.helpers.interpreter import spare_time
     from tests.helpers.poison import poisoned
 
+    spare_time()
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT)

@@ -88,8 +88,9 @@ def test_every_decorated_class_is_found():
     assert len(found) >= 55
 
 
-# Classes called experts that have no interface: of each, how one is made and called, and its name in the part of
-# docs/transformers.md that says why. None: the report does not name it, since it holds no expert's weights itself.
+# Classes called experts that have no interface: of each, how one is made and called, and its name in the
+# part of docs/transformers_reference.md that says why. None: the report does not name it, since it holds no expert's
+# weights itself.
 
 
 def routed(num_choices: int = K) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,5 +157,5 @@ def test_a_class_without_the_interface_is_left_alone_and_named(name):
         assert report.skipped == []
         return
     assert "no interface that moe_triton knows" in str(report) or "a list of experts" in str(report)
-    not_covered = (Path(__file__).parents[2] / "docs/transformers.md").read_text().partition("Not covered")[2]
+    not_covered = (Path(__file__).parents[2] / "docs/transformers_reference.md").read_text().partition("Not covered")[2]
     assert documented in not_covered

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from itertools import product
-from typing import Any
 
 import numpy as np
 import pytest
@@ -35,6 +32,7 @@ from moe_triton_kernels.operands import (
 from moe_triton_kernels.tiles import tile_tables
 from moe_triton_kernels.up import up
 from tests.helpers.compare import TOLERANCE, assert_close
+from tests.helpers.pairs import every_pair
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = Config(block_m=16, block_n=16, block_k=16, num_warps=4, num_stages=1)
@@ -100,16 +98,6 @@ class Setting:
         )
 
 
-def in_turns(names: str, *axes: Sequence[Any]) -> pytest.MarkDecorator:
-    """All combinations of the axes, with the three dtypes in turns: each meets every value of every axis."""
-    cases = []
-    for indices in product(*(range(len(axis)) for axis in axes)):
-        values = [axis[index] for axis, index in zip(axes, indices, strict=True)]
-        dtype = DTYPES[sum(indices) % len(DTYPES)]
-        cases.append(pytest.param(*values, dtype, id="-".join(map(str, (*values, dtype)))))
-    return pytest.mark.parametrize(f"{names}, dtype", cases)
-
-
 def stored(weight: Tensor, by_k: bool) -> PerExpert:
     """A weight [E, k, columns] with the columns, or with k, contiguous in memory."""
     return per_expert(weight.mT.contiguous()).transposed() if by_k else per_expert(weight)
@@ -121,7 +109,7 @@ def assert_untouched(*tensors: Tensor) -> None:
         assert all(tensor[OFFSETS[-1] :].isnan().all() for tensor in tensors)
 
 
-@in_turns("form, config, d, by_k", FORMS, CONFIGS, [32, 40], [False, True])  # d: a multiple of every block_k, and not
+@every_pair(config=CONFIGS, form=FORMS, dtype=DTYPES, d=[32, 40], by_k=[False, True])  # 32: of every block_k a multiple
 def test_up(form: tuple[str, bool], config: Config, d: int, by_k: bool, dtype: torch.dtype) -> None:
     setting = Setting(d=d, dtype=dtype)
     a, h = setting.up(config, *form, by_k)
@@ -151,7 +139,7 @@ def test_the_activation_is_that_of_the_rounded_preactivation(dtype: torch.dtype)
     assert_close(a[: OFFSETS[-1]], expected.double(), tolerance=1e-4)
 
 
-@in_turns("config, by_k", CONFIGS, [False, True])
+@every_pair(config=CONFIGS, dtype=DTYPES, by_k=[False, True])
 def test_down(config: Config, by_k: bool, dtype: torch.dtype) -> None:
     setting = Setting(dtype=dtype)
     a, bias = setting.in_order(24), setting.random(3, 40)
@@ -175,7 +163,7 @@ def test_down(config: Config, by_k: bool, dtype: torch.dtype) -> None:
         assert_close(scaled[rows], (expected + bias[e].double()) * weights)
 
 
-@in_turns("form, config, by_k", FORMS, CONFIGS, [False, True])
+@every_pair(config=CONFIGS, form=FORMS, dtype=DTYPES, by_k=[False, True])
 def test_d_hidden_and_the_router_weights_gradient(
     form: tuple[str, bool], config: Config, by_k: bool, dtype: torch.dtype
 ) -> None:
@@ -216,7 +204,12 @@ def test_d_hidden_and_the_router_weights_gradient(
     assert (expected == 0).sum() == ROWS - OFFSETS[-1]  # slots without a row
 
 
-@in_turns("config, gather_left, sizes", CONFIGS, [False, True], [(24, 40), (32, 64)])  # blocks fit in the second
+@every_pair(
+    config=CONFIGS,
+    dtype=DTYPES,
+    gather_left=[False, True],
+    sizes=[(24, 40), (32, 64)],  # blocks fit in the second
+)
 def test_d_weight(config: Config, gather_left: bool, sizes: tuple[int, int], dtype: torch.dtype) -> None:
     setting = Setting(d=sizes[1], dtype=dtype)
     rows_in_order = setting.in_order(sizes[0])

@@ -16,10 +16,12 @@ from moe_triton.records import SCORES, RouterSpec
 from moe_triton_kernels import routing
 from moe_triton_kernels.scores import EPS
 from tests.helpers.compare import assert_close
+from tests.helpers.pairs import every_pair
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about intended infinities and NaN
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 SPECS = [
     RouterSpec(top_k=2),
@@ -77,15 +79,13 @@ def check_backward(
     assert_close(grad, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("num_experts", [5, 8, 60])
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@every_pair(spec=SPECS, num_experts=[5, 8, 60], dtype=DTYPES)
 def test_forward_and_backward(spec: RouterSpec, num_experts: int, dtype: torch.dtype) -> None:
     logits = make_logits(70, num_experts, dtype)
     check_backward(logits, spec, check_forward(logits, spec))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_groups", [1, 3])
 def test_given_choices(num_groups: int, dtype: torch.dtype) -> None:
     """Groups of 3 experts lie in lanes of their own; rows of -1 are chosen from the logits."""
@@ -102,7 +102,7 @@ def test_given_choices(num_groups: int, dtype: torch.dtype) -> None:
     check_backward(logits, spec, experts, given=given)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     num_tokens=st.integers(1, 90),
     num_experts=st.sampled_from([1, 2, 3, 16, 31, 130]),
@@ -127,11 +127,11 @@ def test_many_experts_and_many_choices(num_experts: int, top_k: int) -> None:
     check_backward(logits, spec, check_forward(logits, spec))
 
 
-@pytest.mark.parametrize("score", list(SCORES))
-@pytest.mark.parametrize("with_noise", [False, True])
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize(
-    "groups", [(1, 1, "max"), (6, 2, "max"), (6, 3, "top2_sum"), (3, 2, "top2_sum"), (18, 7, "top2_sum")]
+@every_pair(
+    groups=[(1, 1, "max"), (6, 2, "max"), (6, 3, "top2_sum"), (3, 2, "top2_sum"), (18, 7, "top2_sum")],
+    score=list(SCORES),
+    with_noise=[False, True],
+    with_bias=[False, True],
 )
 def test_choice_options(score: str, with_noise: bool, with_bias: bool, groups: tuple[int, int, str]) -> None:
     num_groups, top_groups, group_score = groups
@@ -165,10 +165,12 @@ ODD_ROWS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("groups", [(1, 1, "max"), (3, 2, "max"), (3, 2, "top2_sum"), (2, 1, "top2_sum")])
-@pytest.mark.parametrize("score", list(SCORES))
-@pytest.mark.parametrize("with_bias", [False, True])
+@every_pair(
+    groups=[(1, 1, "max"), (3, 2, "max"), (3, 2, "top2_sum"), (2, 1, "top2_sum")],
+    score=list(SCORES),
+    dtype=DTYPES,
+    with_bias=[False, True],
+)
 def test_odd_logits_give_distinct_ids(
     dtype: torch.dtype, groups: tuple[int, int, str], score: str, with_bias: bool
 ) -> None:

@@ -12,6 +12,7 @@ from moe_triton.backends.triton import routing
 from moe_triton.backends.triton.dispatch import build_small_dispatch
 from moe_triton.records import RouterSpec
 from moe_triton_kernels import small_route
+from tests.helpers.pairs import every_pair
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 SPECS = {
@@ -34,9 +35,7 @@ def inputs(num_tokens: int, spec: RouterSpec, num_experts: int, which: str) -> l
     return [*options, *[None] * (4 - len(options))]
 
 
-@pytest.mark.parametrize("which", ["plain", "bias", "mask", "given"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", SPECS)
+@every_pair(name=list(SPECS), which=["plain", "bias", "mask", "given"], dtype=[torch.float32, torch.bfloat16])
 def test_has_the_bits_of_two_launches(name, dtype, which):
     torch.manual_seed(0)
     spec, num_experts = SPECS[name]

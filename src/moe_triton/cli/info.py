@@ -14,6 +14,7 @@ import typer
 
 from moe_triton import runtime
 from moe_triton.backends.torch.cpu import choose_policy
+from moe_triton.backends.torch.fused import loops_in_words
 from moe_triton.backends.torch.processor import this_processor
 from moe_triton.benchmarking.environment import devices
 from moe_triton.benchmarking.text_tables import plain_console, print_table
@@ -22,7 +23,7 @@ from moe_triton.distributed.exchange.deep_ep import deep_ep_problem
 from moe_triton.runtime import installed_version
 from moe_triton.torch_internals import symmetric_memory_problem
 
-PACKAGES = ("moe-triton", "torch", "triton", "transformers", "deepspeed", "einops", "numpy", "safetensors")
+PACKAGES = ("moe-triton", "torch", "triton", "transformers", "deepspeed", "einops", "numpy", "numba", "safetensors")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -49,6 +50,7 @@ def collect() -> dict[str, Any]:
         "backends": paths,
         "tables": tables(found),
         "cpu_policy": cpu_policy(),
+        "cpu_codes": loops_in_words(),
         "exchanges": exchanges(),
     }
 
@@ -141,6 +143,8 @@ def print_facts(facts: dict[str, Any]) -> None:
         policy = facts["cpu_policy"]
         line = f"Products on the CPU: {policy['policy']} ({policy['reason']})."
         console.print(line, highlight=False, soft_wrap=True)
+    line = f"Quantised projections on the CPU: {facts['cpu_codes']}."
+    console.print(line, highlight=False, soft_wrap=True)
     if facts["tables"] is not None and "error" not in facts["tables"]:
         console.print(tables_line(facts["tables"]), highlight=False, soft_wrap=True)
     words = [f"{name}: {problem or 'can run'}" for name, problem in facts["exchanges"].items()]

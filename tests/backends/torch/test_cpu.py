@@ -40,7 +40,8 @@ def processor(maker: str, *instruction_sets: str) -> Processor:
 
 
 KINDS = {
-    "zen 4": (processor("AMD", "avx2", "avx512", "avx512_bf16"), "onednn", "measured"),
+    "zen 5": (processor("AMD", "avx2", "avx512", "avx512_bf16")._replace(family=26), "onednn", "measured"),
+    "zen 4": (processor("AMD", "avx2", "avx512", "avx512_bf16")._replace(family=25), "onednn_large", "measured"),
     "zen 3": (processor("AMD", "avx2"), "mkl", "measured"),
     "skylake": (processor("Intel", "avx2", "avx512"), "mkl", "measured"),
     "sapphire rapids": (processor("Intel", "avx2", "avx512", "avx512_bf16", "amx_bf16"), "mkl", "measured"),
@@ -75,7 +76,7 @@ def test_what_a_policy_is(name: str, mkl: bool, onednn: bool, monkeypatch: pytes
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
     for where, has_bf16 in ((KINDS["zen 4"][0], True), (KINDS["skylake"][0], False), (KINDS["graviton"][0], True)):
         policy = cpu.make_policy(name, where)
-        assert policy.shapes_recur == (name == "onednn" and onednn)
+        assert policy.shapes_recur == (name.startswith("onednn") and onednn)
         assert set(policy.linear) == ({torch.float32} if policy.shapes_recur else set())
         batched = {torch.float32} if name == "mkl" and mkl else set()
         assert set(policy.most_batched_rows) == batched | ({torch.bfloat16} if has_bf16 and onednn else set())
@@ -86,7 +87,8 @@ def test_the_environment_overrides(no_files: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv(cpu.VARIABLE, "onednn")
     assert cpu.choose_policy(where) == cpu.Chosen("onednn", "MOE_TRITON_CPU_POLICY asks for it")
     monkeypatch.setenv(cpu.VARIABLE, "openblas")
-    with pytest.raises(ValueError, match="MOE_TRITON_CPU_POLICY: got 'openblas', wanted onednn, mkl, mm or the path"):
+    wanted = f"MOE_TRITON_CPU_POLICY: got 'openblas', wanted {', '.join(cpu.POLICIES)} or the path"
+    with pytest.raises(ValueError, match=wanted):
         cpu.choose_policy(where)
 
 
@@ -120,8 +122,24 @@ def test_policies_agree(no_files: Path) -> None:
     for where, _, _ in KINDS.values():
         for name in cpu.POLICIES:
             policy = cpu.make_policy(name, where)
-            for linear_from in {1, policy.linear_from}:
-                check(run(problem, with_policy(replace(policy, linear_from=linear_from))), problem)
+            for least in ({}, {"linear_from": 1}, {"linear_from": 1, "gradient_from": 1}):
+                check(run(problem, with_policy(replace(policy, **least))), problem)
+
+
+def test_gradients_of_small_projections_are_made_by_torch() -> None:
+    used: list[int] = []
+
+    def linear(left: torch.Tensor, right: torch.Tensor, *_: object) -> torch.Tensor:
+        used.append(len(left) * len(right))
+        return left @ right.T
+
+    policy = CpuPolicy(shapes_recur=True, linear={torch.float32: linear}, linear_from=1, gradient_from=12)
+    left, right = torch.randn(5, 4), torch.randn(5, 3)
+    for columns in (3, 2):
+        out = torch.full((4, columns), torch.nan)
+        policy.gradient(left, right[:, :columns], out)
+        torch.testing.assert_close(out, left.T @ right[:, :columns])
+    assert used == [12]
 
 
 def test_small_products_are_made_by_torch() -> None:

@@ -34,6 +34,16 @@ def test_cpuinfo(maker: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert processor._maker(facts, facts.get("model name", "")) == maker
 
 
+@pytest.mark.parametrize(("line", "family"), [("cpu family\t: 25\n", 25), ("", None), ("cpu family\t: ?\n", None)])
+def test_the_family(line: str, family: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor, "_cpuinfo", lambda: processor._first_facts((CPUINFO["AMD"] + line).splitlines()))
+    processor.this_processor.cache_clear()
+    try:
+        assert processor.this_processor().family == family
+    finally:
+        processor.this_processor.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("name", "described", "maker"),
     [

@@ -13,6 +13,7 @@ from moe_triton.backends.triton.experts import experts_forward
 from moe_triton.records import ACTIVATIONS, GATED, ExpertSpec
 from moe_triton_kernels import configs, descriptors
 from tests.helpers.compare import TOLERANCE
+from tests.helpers.pairs import every_pair
 from tests.helpers.problems import (
     DEVICE,
     INPUTS,
@@ -49,18 +50,17 @@ def name_of(spec: ExpertSpec) -> str:
     return spec.activation + "-transposed" * spec.is_transposed + "-interleaved" * (not spec.is_concatenated)
 
 
-def has_bias_here(spec: ExpertSpec) -> bool:
-    """Half of the combinations, such that every activation and every layout is met with a bias and without."""
-    layout = (spec.is_transposed, spec.is_concatenated)
-    return (list(ACTIVATIONS).index(spec.activation) + LAYOUTS.index(layout)) % 2 == 1
+def is_covered(spec: ExpertSpec, bias: bool) -> bool:
+    """All of swiglu; of the others, each order of gate and up in one layout, with a bias in one of the two."""
+    if spec.activation == "swiglu":
+        return True
+    index = list(ACTIVATIONS).index(spec.activation)
+    return spec.is_transposed == (index % 2 == spec.is_concatenated) and bias == (
+        (index // 2) % 2 == spec.is_transposed
+    )
 
 
-CASES = [
-    (spec, bias)
-    for spec in SPECS
-    for bias in (False, True)
-    if spec.activation == "swiglu" or bias == has_bias_here(spec)
-]
+CASES = [(spec, bias) for spec in SPECS for bias in (False, True) if is_covered(spec, bias)]
 
 
 @pytest.mark.parametrize(
@@ -75,17 +75,29 @@ def test_every_activation_and_layout(spec: ExpertSpec, bias: bool, dtype: torch.
     check(run(problem), problem, tolerance=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("spec", LIMITED, ids=str)
+@pytest.mark.parametrize(
+    ("spec", "dtype"),
+    [
+        *((LIMITED[0], dtype) for dtype in DTYPES),
+        (LIMITED[1], torch.float32),
+        (LIMITED[1], torch.bfloat16),
+        (LIMITED[2], torch.float16),
+    ],
+    ids=str,
+)
 def test_limits(spec: ExpertSpec, dtype: torch.dtype) -> None:
     problem = make_problem(random_choices(9, 2, 4), 4, spec=spec, bias=True, dtype=dtype)
     tolerance = {torch.float16: 2e-3, torch.bfloat16: 2e-2}.get(dtype)
     check(run(problem), problem, tolerance)
 
 
-@pytest.mark.parametrize(("spec", "dtype"), [(SPECS[0], torch.bfloat16), (SPECS[3], torch.float32)], ids=str)
-def test_sequences_and_recomputation_give_the_same_bits(spec: ExpertSpec, dtype: torch.dtype) -> None:
-    problem = make_problem(random_choices(7, 2, 3), 3, spec=spec, dtype=dtype)
+@pytest.mark.parametrize(
+    ("spec", "dtype", "ranks"), [(SPECS[0], torch.bfloat16, None), (SPECS[3], torch.float32, (3, 17))], ids=str
+)
+def test_sequences_and_recomputation_give_the_same_bits(
+    spec: ExpertSpec, dtype: torch.dtype, ranks: tuple[int, int] | None
+) -> None:
+    problem = make_problem(random_choices(7, 2, 3), 3, spec=spec, dtype=dtype, ranks=ranks)
     actual = run(problem)
     check(actual, problem, tolerance=TOLERANCE[dtype])
     for other in (run(problem), run(problem, recompute=True), run(problem, sequence=True)):
@@ -101,7 +113,7 @@ def test_sequences_and_recomputation_give_the_same_bits(spec: ExpertSpec, dtype:
 def test_tensor_descriptors_give_the_same_bits(
     spec: ExpertSpec, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    problem = make_problem(random_choices(29, 2, 4), 4, d=24, n=24, spec=spec, dtype=dtype)
+    problem = make_problem(random_choices(19, 2, 4), 4, d=24, n=24, spec=spec, dtype=dtype)
     expected = run(problem)
     heuristic, made = configs.heuristic, []
     monkeypatch.setattr(configs, "heuristic", lambda *key: replace(heuristic(*key), descriptors=True))
@@ -117,9 +129,11 @@ def test_tensor_descriptors_give_the_same_bits(
         assert torch.equal(actual[name], expected[name]), name
 
 
-@pytest.mark.parametrize("weights_dtype", [None, torch.float32])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("spec", [ExpertSpec(), ExpertSpec(activation="gelu", is_transposed=True)], ids=name_of)
+@every_pair(
+    spec=[ExpertSpec(), ExpertSpec(activation="gelu", is_transposed=True)],
+    dtype=[torch.float16, torch.bfloat16],
+    weights_dtype=[None, torch.float32],
+)
 def test_router_weights_in_either_dtype(
     spec: ExpertSpec, dtype: torch.dtype, weights_dtype: torch.dtype | None
 ) -> None:
@@ -129,7 +143,7 @@ def test_router_weights_in_either_dtype(
     check(run(problem), problem, tolerance=TOLERANCE[dtype])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_ragged_routing(data: st.DataObject) -> None:
     """Any number of tokens, choices, experts and capacity; one expert is empty; ids out of range are skipped."""
@@ -151,16 +165,21 @@ def test_ragged_routing(data: st.DataObject) -> None:
     check(run(problem, recompute=data.draw(st.booleans(), label="recompute")), problem, tolerance=tolerance)
 
 
-@pytest.mark.parametrize("spec", [*SPECS[:4], ExpertSpec(activation="relu2", is_transposed=True)], ids=name_of)
-@pytest.mark.parametrize("ranks", [(3, 16), (17, 70)])
-def test_adapters(ranks: tuple[int, int], spec: ExpertSpec) -> None:
+@pytest.mark.parametrize(
+    ("spec", "ranks"),
+    [
+        (SPECS[0], (17, 70)),
+        (SPECS[1], (3, 16)),
+        (SPECS[2], (3, 16)),
+        (SPECS[3], (17, 70)),
+        (ExpertSpec(activation="relu2", is_transposed=True), (16, 17)),
+    ],
+    ids=str,
+)
+def test_adapters(spec: ExpertSpec, ranks: tuple[int, int]) -> None:
     """Ragged rows with an empty expert; ranks below, at and above a step of the contraction."""
     problem = make_problem(random_choices(19, 2, 4), 4, spec=spec, bias=spec.is_transposed, ranks=ranks)
-    actual = run(problem)
-    check(actual, problem)
-    again = run(problem, recompute=True, sequence=True)
-    for name in actual:
-        assert torch.equal(actual[name], again[name]), name
+    check(run(problem), problem)
 
 
 @pytest.mark.parametrize("kind", ["gate_up", "down"])
@@ -176,7 +195,7 @@ def test_an_adapter_of_one_projection(kind: str) -> None:
     check(run(Problem(strided, problem.grad_out, expected)), Problem(call, problem.grad_out, expected))
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(data=st.data())
 def test_ragged_adapters(data: st.DataObject) -> None:
     torch.manual_seed(data.draw(st.integers(0, 2**20), label="seed"))

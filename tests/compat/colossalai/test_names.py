@@ -1,4 +1,4 @@
-"""Colossal-AI v0.1.6's public names around its mixture of experts: each is here, or docs/colossalai.md says why not."""
+"""Colossal-AI v0.1.6's public names around its mixture of experts: each is here, or the reference page says why not."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from moe_triton.compat.colossalai.nn.layer.moe import (
 from tests.helpers.colossalai_context import forget
 
 ROOT = "moe_triton.compat.colossalai"
-PAGE = Path(__file__).parents[3] / "docs" / "colossalai.md"
+PAGE = Path(__file__).parents[3] / "docs" / "colossalai_reference.md"
 
 LAYERS = (
     "Experts", "FFNExperts", "TPExperts", "Top1Router", "Top2Router", "MoeLayer", "NormalNoiseGenerator",

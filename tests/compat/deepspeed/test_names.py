@@ -1,4 +1,4 @@
-"""The installed deepspeed's public names around its MoE layer: each is ours, or docs/deepspeed.md says why not."""
+"""The installed deepspeed's public names around its MoE layer: each is ours, or the reference page says why not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moe_triton.compat.deepspeed import gating
 from moe_triton.compat.deepspeed import layer as our_layer
 from moe_triton.compat.deepspeed import utils as our_utils
 
-PAGE = (Path(__file__).parents[3] / "docs" / "deepspeed.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[3] / "docs" / "deepspeed_reference.md").read_text(encoding="utf-8")
 HERE = {
     "layer": {"MoE": our_layer.MoE},
     "experts": {"Experts": our_experts.Experts},

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import multiprocessing as mp
 import os
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +18,7 @@ from torch import nn
 from moe_triton import MoE
 from moe_triton.distributed import CheckpointError, ExpertParallel, load_checkpoint, save_checkpoint
 from tests.helpers import checkpoint_models as checkpointing
+from tests.helpers import ranks
 from tests.helpers.checkpoint_models import Net, Spread, make, resume, train_and_save
 
 
@@ -139,37 +138,37 @@ def test_a_folder_that_cannot_be_made_and_ranks_that_disagree(two_ranks, tmp_pat
     two_ranks.run(checkpointing.refused, tmp_path)
 
 
+def exit_codes(function: Callable[..., None], *calls: tuple[Any, ...]) -> list[int | None]:
+    """Of processes of their own, one for each call."""
+    context = ranks.fork_context()
+    processes = [context.Process(target=function, args=call) for call in calls]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes]
+
+
 @pytest.mark.ranks
 def test_a_rank_killed_in_the_middle_of_a_save(tmp_path):
     folder = tmp_path / "checkpoint"
-    context = mp.get_context("spawn")
-    ranks = [
-        context.Process(target=checkpointing.die_while_saving, args=(rank, str(tmp_path / "store"), folder))
-        for rank in range(2)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
-    assert [process.exitcode for process in ranks] == [42, -signal.SIGKILL]
+    store = str(tmp_path / "store")
+    assert exit_codes(checkpointing.die_while_saving, (0, store, folder), (1, store, folder)) == [42, -signal.SIGKILL]
     # whoever survives tidies up; what the killed one left in its folder was never part of the checkpoint
     resume(Spread(), folder, 2)
     saved(folder)
     assert len(list(folder.glob("tensors-*"))) == 1
 
 
+def die_before_the_switch(folder: Path) -> None:
+    os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    train_and_save(Spread(), folder, 3)
+
+
+@pytest.mark.ranks
 def test_a_process_killed_before_the_switch(tmp_path):
     saved(tmp_path, steps=2)
-    program = (
-        "import os, signal, sys\n"
-        f"sys.path.insert(0, {str(Path(__file__).parents[3])!r})\n"
-        "from pathlib import Path\n"
-        "from tests.helpers.checkpoint_models import Spread, train_and_save\n"
-        "os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"train_and_save(Spread(), Path({str(tmp_path)!r}), 3)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], check=False)
-    assert done.returncode == -signal.SIGKILL
+    assert exit_codes(die_before_the_switch, (tmp_path,)) == [-signal.SIGKILL]
     assert len(list(tmp_path.glob("tensors-*"))) == 2  # all was written, nothing counts
     resume(Spread(), tmp_path, 2)
     saved(tmp_path, steps=3)

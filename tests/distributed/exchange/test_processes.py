@@ -53,9 +53,11 @@ def test_a_process_that_cannot_be_looked_at_is_not_dead(child, monkeypatch):
     assert state_of(who) == "dead"
 
 
-IDENTITY = """
-from moe_triton.distributed.exchange.processes import identity, state_of
-print(*identity(), state_of(identity()))
+# the file by itself: its package imports torch, which takes seconds
+IDENTITY = f"""
+import runpy
+found = runpy.run_path({processes.__file__!r})
+print(*found["identity"](), found["state_of"](found["identity"]()))
 """
 
 

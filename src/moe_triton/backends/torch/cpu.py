@@ -30,6 +30,7 @@ class CpuPolicy:
     shapes_recur        whether a product of a new shape costs the compilation of a kernel
     linear              by dtype, oneDNN's product where it is faster than torch.mm
     linear_from         the fewest FLOPs of a product that it is used for: each call packs the matrix anew
+    gradient_from       the fewest numbers of a projection whose gradient it computes; torch.mm writes in place
     most_batched_rows   by dtype, up to how many rows (forward, backward) an expert may share one batched product with
                         its neighbours; not at all in other dtypes
     row_quantum         of what number the rows of a product are a multiple where shapes should recur
@@ -45,6 +46,7 @@ class CpuPolicy:
     shapes_recur: bool
     linear: Mapping[torch.dtype, Callable[..., Tensor]] = field(default_factory=dict)
     linear_from: int = 1 << 24
+    gradient_from: int = 0
     most_batched_rows: Mapping[torch.dtype, tuple[int, int]] = field(default_factory=dict)
     row_quantum: int = 16
     shared_block_rows: int = 256
@@ -97,6 +99,13 @@ class CpuPolicy:
             y_mn = y_mn[:, :size_n] if out is None else out.copy_(y_mn[:, :size_n])
         return y_mn
 
+    def gradient(self, left_mO: Tensor, right_mI: Tensor, out_OI: Tensor) -> None:
+        """Write left.T @ right, a sum over rows, into `out`."""
+        if left_mO.dtype in self.linear and out_OI.numel() >= self.gradient_from:
+            self.product(left_mO.T, right_mI.T, out=out_OI)
+        else:
+            torch.mm(left_mO.T, right_mI, out=out_OI)
+
     def by_mm(self, dtype: torch.dtype, flops: float) -> bool:
         """Return whether torch.mm computes a product of so many FLOPs."""
         return not self.fixed_rows and (dtype not in self.linear or flops < self.linear_from)
@@ -121,15 +130,21 @@ class Rule(NamedTuple):
     maker: str | None
     instruction_set: str | None
     evidence: str
+    family: int | None = None  # of the processor, as its maker counts
 
     def fits(self, processor: Processor) -> bool:
         sets = self.instruction_set is None or processor.has(self.instruction_set)
-        return sets and self.maker in (None, processor.maker)
+        return sets and self.maker in (None, processor.maker) and self.family in (None, processor.family)
 
 
 # The first that fits counts. In GFLOP/s, fp32; torch.mm is MKL's product.
 RULES = (
-    Rule("onednn", "AMD", "avx512", "measured on AMD EPYC, torch 2.13: oneDNN 1.0 to 1.3 (Zen 4), 2 (Zen 5) times MKL"),
+    Rule(
+        "onednn_large", "AMD", "avx512",
+        "measured on AMD EPYC (Zen 4), torch 2.13, one thread: 128x512x768 85 by MKL, 88 by oneDNN, which also copies "
+        "its result; 256x2048x2048 86 and 106; gradients of 512x768 90 and 85, of 2048x2048 90 and 100", family=25,
+    ),
+    Rule("onednn", "AMD", "avx512", "measured on AMD EPYC (Zen 5), torch 2.13: oneDNN twice MKL"),
     Rule(
         "mkl", "Intel", "avx512",
         "measured on an Intel Xeon without AMX, 2 cores, torch 2.13: 256x512x768 262 by MKL, 251 by oneDNN; 8x512x768 "
@@ -140,7 +155,7 @@ RULES = (
     Rule("mkl", None, "avx2", "a guess, from AMD's without AVX-512"),
     Rule("mm", None, None, "a guess: torch.mm"),
 )  # fmt: skip
-POLICIES = ("onednn", "mkl", "mm")
+POLICIES = ("onednn", "onednn_large", "mkl", "mm")
 VARIABLE = "MOE_TRITON_CPU_POLICY"
 
 
@@ -156,6 +171,9 @@ def make_policy(name: str, processor: Processor) -> CpuPolicy:
 
     onednn  fp32 products by oneDNN, which torch itself uses only in compiled graphs; every new shape costs the
             compilation of a kernel, so sizes are padded to recur
+    onednn_large
+            the same for products of 2^28 FLOPs or more, and gradients of projections of 2^20 numbers or more; below
+            these torch.mm
     mkl     by torch.mm; up to 320 rows an expert forward and 48 backward, neighbours share one of MKL's batched
             products, which gives every thread products of its own (backward, where more is done to the padding, the
             gain ends sooner). Not where torch lacks MKL.
@@ -165,7 +183,8 @@ def make_policy(name: str, processor: Processor) -> CpuPolicy:
     multiply bf16; elsewhere it is a naive loop in torch.
     """
     has_onednn = torch.backends.mkldnn.is_available()
-    product = onednn_linear() if name == "onednn" else None
+    is_large = name == "onednn_large"
+    product = onednn_linear() if name == "onednn" or is_large else None
     most_batched_rows: dict[torch.dtype, tuple[int, int]] = {}
     if has_onednn and processor.has_bf16_products:
         most_batched_rows[torch.bfloat16] = (32, 32)
@@ -174,6 +193,8 @@ def make_policy(name: str, processor: Processor) -> CpuPolicy:
     return CpuPolicy(
         shapes_recur=product is not None,
         linear={} if product is None else {torch.float32: product},
+        linear_from=1 << (28 if is_large else 24),
+        gradient_from=1 << 20 if is_large else 0,
         most_batched_rows=most_batched_rows,
     )
 

@@ -29,11 +29,14 @@ class Processor(NamedTuple):
     maker             "AMD", "Intel", "Arm", "Apple", "Ampere"; "unknown" where the system does not say
     name              as the system gives it
     instruction_sets  keys of INSTRUCTION_SETS
+    family            the maker's number of the design; None where the system does not say. AMD: 25 is Zen 3 and Zen 4,
+                      26 Zen 5
     """
 
     maker: str
     name: str
     instruction_sets: tuple[str, ...]
+    family: int | None = None
 
     def has(self, instruction_set: str) -> bool:
         return instruction_set in self.instruction_sets
@@ -58,7 +61,8 @@ def this_processor() -> Processor:
     sets = [name for name, needed in INSTRUCTION_SETS.items() if all(found.get(flag) for flag in needed)]
     facts = _cpuinfo()
     name = facts.get("model name") or str(found.get("cpu_name") or platform.processor() or platform.machine())
-    return Processor(_maker(facts, name), name, tuple(sets))
+    family = facts.get("cpu family", "")
+    return Processor(_maker(facts, name), name, tuple(sets), int(family) if family.isdigit() else None)
 
 
 def _maker(facts: dict[str, str], name: str) -> str:

@@ -40,7 +40,9 @@ def products(
     out: Tensor | None = None,
 ) -> Tensor:
     """x @ weight(e).T + bias[e] for the rows of every expert e of the block, [m, O]; `out`: see `CpuPolicy.product`."""
-    if block.batch is not None and not isinstance(weight, Decoded):
+    if isinstance(weight, Decoded):
+        return weight.products(layout.policy, block.parts, x_mI, biases, out)
+    if block.batch is not None:
         count = block.batch.stop - block.batch.start
         x_CmI = x_mI.view(count, -1, x_mI.shape[1])
         bias_CO = cast(Tensor, biases)[block.batch] if biases is not None else None
@@ -49,13 +51,12 @@ def products(
     if len(block.parts) == 1:
         e = block.parts[0][0]
         return _product(layout.policy, x_mI, weight, e, biases, out)
-    if layout.groups and biases is None and not isinstance(weight, Decoded):
+    if layout.groups and biases is None:
         grouped = _in_one_call(layout, block, x_mI, weight)
         if grouped is not None:
             return grouped if out is None else out.copy_(grouped)
     if out is None:
-        size = weight.size_out if isinstance(weight, Decoded) else weight(block.parts[0][0]).shape[0]
-        out = x_mI.new_empty(x_mI.shape[0], size)
+        out = x_mI.new_empty(x_mI.shape[0], weight(block.parts[0][0]).shape[0])
     for e, part in block.parts:
         _product(layout.policy, x_mI[part], weight, e, biases, out[part])
     return out
@@ -82,16 +83,13 @@ def _in_one_call(layout: Layout, block: Block, x_mI: Tensor, weight: Matrices) -
 def _product(
     policy: CpuPolicy,
     x_mI: Tensor,
-    weight: Matrices | Decoded,
+    weight: Matrices,
     expert: int,
     biases: ExpertWeight | None,
     out: Tensor | None,
 ) -> Tensor:
     """x @ weight(expert).T + bias[expert] for the rows of one expert; `out`: see `CpuPolicy.product`."""
-    bias = None if biases is None else biases[expert]
-    if isinstance(weight, Decoded):
-        return weight.product(policy, x_mI, expert, bias, out)
-    return policy.product(x_mI, weight(expert), bias, out)
+    return policy.product(x_mI, weight(expert), None if biases is None else biases[expert], out)
 
 
 def affine(
@@ -151,7 +149,7 @@ def outer_products(layout: Layout, block: Block, left: Tensor, right: Tensor, gr
         batched_product(left_Cmo.mT, right_Cmi.mT, out=grad[block.batch])
         return
     for e, part in block.parts:  # a batch would gain less here than summing over the padding costs
-        layout.policy.product(left[part].T, right[part].T, out=grad[e])
+        layout.policy.gradient(left[part], right[part], grad[e])
 
 
 def all_outer_products(layout: Layout, left: Tensor, right: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Expert parallelism: how an MoE layer's experts are spread over ranks. Usage and rules: docs/distributed.md."""
+"""Expert parallelism: how an MoE layer's experts are spread over ranks. Rules: docs/distributed.md."""
 
 from __future__ import annotations
 

@@ -1,0 +1,43 @@
+"""Threads that share a loop which runs without Python's lock: as many as torch's, started at the first need."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+_pool: ThreadPoolExecutor | None = None
+
+
+def share(run: Callable[[int, int], object], size: int, least: int) -> None:
+    """Call run(first, last) for ranges that together are range(size), in several threads where each gets `least`.
+
+    The calling thread runs one of the ranges, and returns when all have ended. An exception in any is raised here.
+    """
+    count = max(min(torch.get_num_threads(), size // max(least, 1)), 1)
+    bounds = [size * i // count for i in range(count + 1)]
+    others = [_workers().submit(run, *bounds[i : i + 2]) for i in range(1, count)]
+    try:
+        run(0, bounds[1])
+    finally:
+        for other in others:
+            other.result()
+
+
+def _workers() -> ThreadPoolExecutor:
+    global _pool
+    if _pool is None:
+        _pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="moe_triton")
+    return _pool
+
+
+def _forget() -> None:
+    """A forked process has none of the threads."""
+    global _pool
+    _pool = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
