@@ -20,10 +20,10 @@ demo: $(READY)
 
 # Without the tests in the interpreter, of several processes, of peer libraries, and those that start programs or compile.
 quick: $(READY)
-	$(BIN)/python -m pytest -n 2 -q -m "not interpreter and not ranks and not peer and not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not interpreter and not ranks and not peer and not slow"
 
 test: $(READY)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

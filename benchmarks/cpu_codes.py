@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from moe_triton import QuantizedWeight, moe_mlp
-from moe_triton.backends.torch.fused import VARIABLE, loops_in_words, loops_problem
+from moe_triton.backends.torch.fused import VARIABLE, codes_in_words, loops_problem
 from moe_triton.benchmarking.environment import environment
 from moe_triton.benchmarking.report import write_json
 from moe_triton.benchmarking.timing import make_timer, ratios, run_rounds, spread
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    how, before = loops_in_words(), os.environ.get(VARIABLE)
+    how, before = codes_in_words(torch.bfloat16), os.environ.get(VARIABLE)
     try:
         with torch.no_grad():
             ways, read = make_ways(options)

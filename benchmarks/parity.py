@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before triton is first imported
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.helpers.parity_matrix import Composition, error_of, rows, sample  # noqa: E402
-from tests.helpers.ranks import started  # noqa: E402
+from marked_table import write_table
 
-PAGE = ROOT / "docs" / "distributed.md"
-TABLE = re.compile(r"(<!-- table: parity \(benchmarks/parity\.py\) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+from tests.helpers.parity_matrix import Composition, error_of, rows, sample
+from tests.helpers.ranks import started
 
 
 def main() -> None:
@@ -35,8 +32,7 @@ def main() -> None:
         for composition in sample():
             errors[composition] = max(ranks.run(error_of, composition))
             print(rows(errors)[-1], flush=True)
-    text = "\n".join(rows(errors))
-    PAGE.write_text(TABLE.sub(lambda found: f"{found[1]}{text}\n{found[2]}", PAGE.read_text(encoding="utf-8")))
+    write_table("distributed.md", "parity", "parity", "\n".join(rows(errors)))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from moe_triton import QuantizedWeight, moe_mlp
 from moe_triton.benchmarking.environment import environment
-from moe_triton.quantization.fp8 import GROUP, rounded
+from moe_triton.quantization.fp8 import BLOCKWISE, GROUP, MXFP8, quantize, rounded
 
 OUT = Path(__file__).parent / "results" / "quantization" / "error.json"
 FORMATS: dict[str, dict[str, Any]] = {
@@ -33,6 +34,61 @@ FORMATS: dict[str, dict[str, Any]] = {
     "mxfp4": {},
 }
 T, D, N, E, K = 256, 512, 384, 8, 2
+
+Rounding = Callable[[Tensor], Tensor]
+WIDE = torch.float64
+
+
+def power_of_two(x: Tensor, rows: int, columns: int) -> Tensor:
+    """Round to e4m3 with the scales of `rounded`, each raised to the next power of two."""
+    _, scales = quantize(x, rows, columns)
+    return scaled(x, scales.double().log2().ceil().exp2(), rows, columns)
+
+
+def best_scale(x: Tensor, rows: int, columns: int) -> Tensor:
+    """Round to e4m3 with the one of 32 scales between amax / 448 and half of it that loses least in each group."""
+    _, scales = quantize(x, rows, columns)
+    best, least = x, torch.full_like(scales, math.inf, dtype=WIDE)
+    for step in range(32):
+        tried = scaled(x, scales.double() * 2 ** (-step / 32), rows, columns)
+        lost = blocks_of((tried - x).square(), rows, columns).sum((-3, -1))
+        better = lost < least
+        best = torch.where(better.repeat_interleave(rows, 0).repeat_interleave(columns, 1), tried, best)
+        least = torch.where(better, lost, least)
+    return best
+
+
+def scaled(x: Tensor, scales: Tensor, rows: int, columns: int) -> Tensor:
+    wide = scales.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+    return (x / wide).clamp(-448, 448).float().to(torch.float8_e4m3fn).double() * wide
+
+
+def blocks_of(x: Tensor, rows: int, columns: int) -> Tensor:
+    return x.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
+
+
+def in_groups(how: Callable[[Tensor, int, int], Tensor], projections: tuple[int, int]) -> tuple[Rounding, Rounding]:
+    """The rounding of rows, 1 x 128, and of projections."""
+    return lambda x: how(x, 1, GROUP), lambda w: how(w, *projections)
+
+
+BLOCKS = (GROUP, GROUP)
+EVERY = ("x", "W1", "a", "W2")
+AS_IT_IS = (lambda x: BLOCKWISE.rows(x, WIDE), lambda w: BLOCKWISE.projection(w, 1, WIDE))
+PARTS: tuple[tuple[str, tuple[str, ...], tuple[Rounding, Rounding]], ...] = (
+    ("x alone", ("x",), AS_IT_IS),
+    ("W1 alone", ("W1",), AS_IT_IS),
+    ("a alone", ("a",), AS_IT_IS),
+    ("W2 alone", ("W2",), AS_IT_IS),
+    ("up (x and W1)", ("x", "W1"), AS_IT_IS),
+    ("down (a and W2)", ("a", "W2"), AS_IT_IS),
+    ("both products: `fp8=True`", EVERY, AS_IT_IS),
+    ("both, scales raised to powers of two", EVERY, in_groups(power_of_two, BLOCKS)),
+    ("both, the best of 32 scales in each group", EVERY, in_groups(best_scale, BLOCKS)),
+    ("both, projections in groups of 1 x 128", EVERY, in_groups(lambda x, r, c: rounded(x, r, c, WIDE), (1, GROUP))),
+    ('both in MXFP8: `fp8="mxfp8"`', EVERY, (lambda x: MXFP8.rows(x, WIDE), lambda w: MXFP8.projection(w, 1, WIDE))),
+    ("both, x and a kept as they are", ("W1", "W2"), AS_IT_IS),
+)
 
 
 def sqnr(found: Tensor, wanted: Tensor) -> float:
@@ -108,6 +164,30 @@ def measure_fp8() -> list[dict[str, Any]]:
     return rows
 
 
+def parts() -> list[dict[str, Any]]:
+    """The output of gated experts in float64, with some of the four operands of their products rounded.
+
+    The same numbers for every row of the table: x [T, d] and each expert's projections, Gaussian, silu(gate) * up.
+    """
+    torch.manual_seed(0)
+    x, up, down = (torch.randn(shape, dtype=torch.float64) for shape in ((T, D), (2 * N, D), (D, N)))
+    up, down = up / D**0.5, down / N**0.5
+
+    def output(rounding: dict[str, Rounding]) -> Tensor:
+        def operand(name: str, matrix: Tensor) -> Tensor:
+            return rounding[name](matrix) if name in rounding else matrix
+
+        gate, linear = (operand("x", x) @ operand("W1", up).T).chunk(2, 1)
+        return operand("a", gate.sigmoid() * gate * linear) @ operand("W2", down).T
+
+    exact = output({})
+    rows = []
+    for what, names, recipe in PARTS:
+        rounding = {name: recipe[0] if name in ("x", "a") else recipe[1] for name in names}
+        rows.append({"what": what, "output_db": sqnr(output(rounding), exact)})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=OUT, help="the file to write")
@@ -115,12 +195,13 @@ def main() -> None:
     shape = {"tokens": T, "hidden": D, "intermediate": N, "experts": E, "top_k": K}
     found = {"environment": environment(torch.device("cpu")), "shape": shape, "rows": measure()}
     found["fp8_products"] = measure_fp8()
+    found["fp8_parts"] = parts()
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     for row in found["rows"]:
         print(f"{row['format']:20} {row['bits']:6.3f} bits  output {row['output_db']:5.1f} dB")
-    for row in found["fp8_products"]:
-        print(f"{row['what']:20}              output {row['output_db']:5.1f} dB")
+    for row in [*found["fp8_products"], *found["fp8_parts"]]:
+        print(f"{row['what']:44} output {row['output_db']:5.1f} dB")
 
 
 if __name__ == "__main__":

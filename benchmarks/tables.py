@@ -29,6 +29,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "docs")]
 from figures import Bar, Panel, bar_chart, layer_flow  # noqa: E402
 from fp8_curves import table as fp8_table  # noqa: E402
 from gpu_benches.page import gpu_table, markdown, number, page  # noqa: E402
+from marked_table import MARKED  # noqa: E402
 from reference_pages import api_page, cli_page  # noqa: E402
 from routers import rows_of  # noqa: E402
 from routers import table as routers_table  # noqa: E402
@@ -43,7 +44,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "benchmarks" / "README.md"
 DOCS = ROOT / "docs"
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-MARKED = re.compile(r"(<!-- table: ([^>]+?) \(benchmarks/(\w+)\.py\) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 PUBLISHED = {  # what a point of `published.validate` measures -> and where
     "DeepEP normal dispatch": "DeepEP dispatch, bandwidth, three kinds of node, EP8 to EP32",
     "DeepEP normal combine": "DeepEP V2 combine, bandwidth, EP8 to EP32",
@@ -319,6 +319,11 @@ def fp8_error() -> str:
     return markdown(["", "output, dB", "gradient of x, dB", "gradient of a projection, dB"], rows)
 
 
+def fp8_parts() -> str:
+    rows = [[row["what"], f"{row['output_db']:.1f}"] for row in load("quantization/error.json")["fp8_parts"]]
+    return markdown(["rounded to e4m3", "output of the experts, dB"], rows)
+
+
 def fp8_curves() -> str:
     return fp8_table(load("fp8/curves.json"))
 
@@ -378,6 +383,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "Colossal-AI digits": colossalai_digits,
     "quantisation error": quantization_error,
     "fp8 error": fp8_error,
+    "fp8 parts": fp8_parts,
     "fp8 curves": fp8_curves,
     "cost model": cost_model,
     "GPU": gpu,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_triton import Lora, MoE, QuantizedWeight, dispatch, moe_experts, moe_mlp, quantize
+from moe_triton import Lora, MoE, QuantizedWeight, dispatch, explain, moe_experts, moe_mlp, quantize
 from moe_triton.distributed import ExpertParallel, apply_fsdp2, make_groups
 from moe_triton.quantization import fp8
 from moe_triton.quantization.fp8 import GROUP, rounded
@@ -71,7 +71,7 @@ def gradient_of(out: Tensor) -> Tensor:
     return torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(out.dtype)
 
 
-def run(given: dict[str, Any], backend: str = "torch", *, fp8: bool = True, **options: Any) -> dict[str, Tensor]:
+def run(given: dict[str, Any], backend: str = "torch", *, fp8: bool | str = True, **options: Any) -> dict[str, Tensor]:
     """The output and every gradient."""
     of = leaves(given)
     out = moe_mlp(**given, backend=backend, fp8=fp8, **options)
@@ -150,6 +150,33 @@ def test_the_definition_is_the_sum_of_partial_sums_times_their_scales() -> None:
         assert_close(found[name], expected, tolerance=1e-6)
 
 
+def test_the_definition_of_mxfp8() -> None:
+    """Groups of 32 along the contraction of every product, each decoded with torch's own E8M0."""
+    given = make(bias=False, activation="relu2")
+    found = run(given, "reference", fp8="mxfp8")
+    x, w, up, down = (given[name].detach() for name in ("hidden_states", "top_k_weights", "gate_up_proj", "down_proj"))
+
+    def mx(matrix: Tensor) -> Tensor:
+        """A matrix that is contracted over its columns."""
+        wide = torch.nn.functional.pad(matrix.float(), (0, -matrix.shape[1] % 32))
+        codes, scales = fp8.quantize(wide, 1, 32, microscaled=True)
+        powers = scales.view(torch.float8_e8m0fnu).double()
+        return (codes.double() * powers.repeat_interleave(32, 1))[:, : matrix.shape[1]]
+
+    out, grad = torch.zeros(T, D, dtype=torch.float64), gradient_of(x)
+    for e in range(E):
+        tokens, choices = (given["top_k_index"] == e).nonzero(as_tuple=True)
+        factors = w[tokens, choices].double()[:, None]
+        h = (mx(x[tokens]) @ mx(up[e]).T).float().double()
+        a = h.relu().square()
+        out.index_add_(0, tokens, (factors * (mx(a) @ mx(down[e]).T)).float().double())
+        da = mx(grad[tokens]) @ mx(down[e].T).T
+        dh = (factors * da * 2 * h.relu()).float()
+        assert_close(found["gate_up_proj"][e], mx(dh.T) @ mx(x[tokens].T).T, tolerance=1e-6)
+        assert_close(found["down_proj"][e], mx(grad[tokens].T) @ mx((factors * a).float().T).T, tolerance=1e-6)
+    assert_close(found["out"], out, tolerance=1e-6)
+
+
 # Every backend --------------------------------------------------------------------------------------------------------
 
 
@@ -178,6 +205,30 @@ def test_layouts_activations_adapters(options: dict[str, Any]) -> None:
     if options.get("activation") == "gpt_oss":
         given |= {"is_concatenated": False, "activation_limit": 0.5}
     check(run(given), run(given, "reference"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_mxfp8(backend: str) -> None:
+    """Emulated by every backend, and about as far from the exact products as blocks of 128 are."""
+    given = make(bias=False)
+    expected = run(given, "reference", fp8="mxfp8")
+    check(run(given, backend, fp8="mxfp8"), expected)
+    exact = run(given, "reference", fp8=False)
+    assert 22 < decibels(expected["out"], exact["out"]) < 26
+    assert not torch.equal(expected["out"], run(given, "reference")["out"])
+    with pytest.raises(ValueError, match="fp8: got 'e5m2', wanted False, True or 'mxfp8'"):
+        run(given, backend, fp8="e5m2")
+
+
+def test_a_layer_in_mxfp8() -> None:
+    layer = MoE(32, 16, 4, fp8="mxfp8", dtype=torch.bfloat16)
+    assert layer.experts.spec.fp8_mode == "mxfp8"
+    assert "fp8='mxfp8'" in repr(layer)
+    assert "emulated" in str(explain(layer, tokens=8)[0])
+    plain = MoE(32, 16, 4, dtype=torch.bfloat16)
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(8, 32, dtype=torch.bfloat16)
+    assert 20 < decibels(layer(x).output, plain(x).output) < 35
 
 
 def test_adapters_in_bf16() -> None:

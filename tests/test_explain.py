@@ -11,6 +11,7 @@ from moe_triton import explain, kernel_stages, runtime
 from moe_triton.benchmarking.cases import Case, make_workload
 from moe_triton.benchmarking.stages import open_layer
 from moe_triton.kernel_stages import KERNELS
+from moe_triton_kernels import configs, launch
 from moe_triton_kernels.configs import Found
 from moe_triton_kernels.launch import Config
 
@@ -125,7 +126,7 @@ def test_bad_arguments(arguments, options, message):
         explain(arguments, **options)
 
 
-def test_where_the_kernels_decode() -> None:
+def test_where_the_kernels_decode(monkeypatch: pytest.MonkeyPatch) -> None:
     """In their main loops for few rows, to memory for many; n = 64: a block of fp8's scales holds gate and up."""
     layer = moe_triton.MoE(128, 64, 8, 2, backend="triton", dtype=torch.bfloat16)
     moe_triton.quantize(layer, "fp8")
@@ -136,3 +137,13 @@ def test_where_the_kernels_decode() -> None:
 
     assert words(16) == "decoded in the main loop of down, d_hidden, d_rows; decoded to memory for every up"
     assert words(65536) == "decoded to memory for every up, down, d_hidden, d_rows"
+    monkeypatch.setattr(launch, "target_of", lambda device: launch.Target(architecture="sm_90", num_sms=132))
+    (found,) = explain(layer, tokens=128)  # 32 rows of an expert, whose tiles have more warps with codes
+    kernels = {part.step: part for part in found.parts}
+    assert kernels["up"].runs == "up_kernel"
+    assert kernels["d_rows (backward)"].runs == "down_kernel, which decodes"
+    asked = {"d": 128, "n": 64, "dtype": torch.bfloat16, "num_rows": 256, "num_experts": 8, "architecture": "sm_90"}
+    for step in ("down", "d_rows (backward)"):
+        config = configs.choose_config(step.split()[0], **asked, format="fp8")
+        assert kernels[step].config == kernel_stages.in_words(config)
+        assert config != configs.choose_config(step.split()[0], **asked)

@@ -132,6 +132,13 @@ def test_recomputation():
     assert [torch_internals.ends_recomputation(error) for error in (*errors, ValueError())] == [True, False]
 
 
+def test_a_running_profiler():
+    assert not torch_internals.is_profiling()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert torch_internals.is_profiling()
+    assert not torch_internals.is_profiling()
+
+
 def test_transforms():
     seen = []
 

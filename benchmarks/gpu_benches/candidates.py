@@ -18,6 +18,10 @@ from moe_triton_kernels.launch import Config, target_of
 Keep = Callable[[Config], bool]
 
 
+def every(config: Config) -> bool:
+    return True
+
+
 def is_warp_specialized(config: Config) -> bool:
     return config.gluon is not None
 
@@ -35,7 +39,7 @@ def measure_candidates(
     timer: Timer,
     *,
     budget_s: float,
-    keep: Keep = lambda config: True,
+    keep: Keep = every,
     ops: Sequence[str] = tuple(STAGES_OF),
 ) -> dict[str, Any]:
     """Of every operation the configuration that runs; of each candidate the outcome, and its time over that one's."""
@@ -54,9 +58,9 @@ def measure_candidates(
     return {**result, "status": "mismatch", "note": "; ".join(wrong)} if wrong else result
 
 
-def prepare_candidates(case: Case, op: str, device: torch.device, timer: Timer) -> str:
+def prepare_candidates(case: Case, op: str, device: torch.device, timer: Timer, *, keep: Keep = every) -> str:
     """Compiles them: each runs once."""
-    searched, configs = opened(case, op, device, timer, lambda config: True)
+    searched, configs = opened(case, op, device, timer, keep)
     outcomes = [searched.verify(config) for config in configs]
     good = sum(outcome.status == OK for outcome in outcomes)
     return f"{good} of {len(configs)} candidates of {op} run"

@@ -19,10 +19,6 @@ On a machine with a GPU, `make gpu` proves the kernels and measures them, in one
 gpu-again` does what failed or is missing ([docs/kernels.md](../docs/kernels.md)).
 """
 NONE = "Not measured: `make gpu` has not run on a GPU."
-KERNELS = (
-    *("topk", "permutation", "tile_tables", "up", "down", "combine", "d_hidden", "d_router_weights"),
-    *("d_weight_down", "d_weight_up", "d_rows", "topk_backward", "d_bias_rows", "d_bias_gathered"),
-)
 Found = dict[str, Any]
 
 
@@ -61,7 +57,11 @@ def run_lines(found: Found) -> str:
         ("layers", "The layer", layer_table),
         ("skew", "The layer under skewed routing", layer_table),
         ("decode", "The layer in inference at few tokens", decode_table),
-        ("kernels", "Each kernel, as its floor over its time", kernel_table),
+        ("kernels", "Each kernel of a training step, as its floor over its time", kernel_table),
+        ("few tokens", "Routing and dispatch of few tokens, in one launch and in several", kernel_table),
+        ("fp8 kernels", "Products of fp8 codes, and what makes the codes", kernel_table),
+        ("quantized", "Products over quantized projections, and decoding these", kernel_table),
+        ("adapters", "LoRA adapters: their own products, and the experts' with an adapter in them", kernel_table),
         ("candidates", "Other configurations beside those that run", candidate_table),
         ("gluon", "Warp-specialized schedules beside the plain kernels", candidate_table),
         ("fences", "Without the proxy fence, which nobody may leave out", fence_table),
@@ -181,13 +181,15 @@ def mean_row(items: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def kernel_table(items: Sequence[dict[str, Any]]) -> str:
-    names = [name for name in KERNELS if any(name in item["kernels"] for item in items)]
+    """A row for each kernel: the share of its floor, and its time, at each shape."""
+    names = dict.fromkeys(name for item in items for name in item["kernels"])
 
     def cell(item: dict[str, Any], name: str) -> str:
         found = item["kernels"].get(name)
         return "" if found is None else f"{found['of_floor']:.2f} ({found['time_s']['p50'] * 1e6:.0f} us)"
 
-    return markdown(["shape", *names], ([item["title"], *(cell(item, name) for name in names)] for item in items))
+    headings = ["kernel", *(item["title"] for item in items)]
+    return markdown(headings, ([name, *(cell(item, name) for item in items)] for name in names))
 
 
 def decode_table(items: Sequence[Found]) -> str:

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 import moe_triton
+from gpu_benches import kernel_sets
 from moe_triton.benchmarking.cases import Case, make_workload
 from moe_triton.benchmarking.providers import PROVIDERS
 from moe_triton.benchmarking.providers.block import Provider
@@ -42,16 +43,22 @@ def targets(cases: Iterable[Case]) -> list[Case]:
 
 
 def prepare(case: Case, device: torch.device, provider: Provider | None = None) -> str:
-    """Inference and a training step of the layer, and the routing kernels at the case's own E."""
+    """Inference and, if possible, a training step of the layer; the kernels of gate and routing at the case's own E."""
     workload = make_workload(few(case), device)
     block = (provider or PROVIDERS["triton"]).build(workload)
     run = Runnable(block, workload)
     run.infer()
-    run.train()
+    if block.is_trainable:
+        run.train()
     logits = torch.randn(64, case.experts, device=device, requires_grad=True)
     routing = moe_triton.route(logits, case.top_k, normalize=case.top_k > 1, backend="triton")
     routing.weights.sum().backward()
     moe_triton.dispatch(routing.experts, case.experts, backend="triton")
+    if case.torch_dtype in kernel_sets.NARROW:
+        hidden = torch.randn(64, case.hidden, device=device).to(case.torch_dtype)
+        weight = hidden.new_ones(case.experts, case.hidden)
+        for run in kernel_sets.gate_calls(hidden, weight, logits.detach(), hidden).values():
+            run()
     if device.type == "cuda":
         torch.cuda.synchronize()
     return few(case).title()

@@ -1,1 +1,1 @@
-"""What `make gpu` proves: `numerics` (right results), `behaviour` (how they come about), `tools` (other programs)."""
+"""What `make gpu` proves: `numerics` and `narrow` (right results), `behaviour` (how they come about), `tools`."""

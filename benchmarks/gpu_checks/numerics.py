@@ -12,13 +12,17 @@ from torch import Tensor
 
 import moe_triton
 from gpu_checks.setting import Setting, Skipped, poisoned, warp_specialized
-from moe_triton import MoE, reference, runtime
+from moe_triton import MoE, reference
+from moe_triton.backends.triton import dispatch as dispatch_kernels
+from moe_triton.backends.triton import routing as routing_kernels
 from moe_triton.benchmarking.cases import SKEWS, Case, make_workload
 from moe_triton.benchmarking.providers import PROVIDERS
 from moe_triton.benchmarking.ways import Runnable
 from moe_triton.records import ACTIVATIONS, GATED, LIMITED, UNGATED, ExpertSpec, RouterSpec
 from moe_triton.routing import route_by_spec
 from moe_triton_kernels.gluon.schedules import DERIVATIVES
+from moe_triton_kernels.permutation import permute
+from moe_triton_kernels.tiles import TileTables, tile_tables
 from tests.helpers.compare import TOLERANCE, assert_close
 from tests.helpers.problems import check, make_problem, random_choices, run
 
@@ -127,6 +131,35 @@ def dispatch_once(experts: Tensor, num_experts: int, capacity: int | None, prior
         assert torch.equal(getattr(found, field), getattr(wanted, field)), f"{field} with {capacity=}, {priority=}"
 
 
+def few_tokens(setting: Setting) -> str:
+    """One launch for a few tokens, of the dispatch and of the choice too: the bits of the launches that it replaces."""
+    count = 0
+    for experts, spec in ROUTERS[:1] if setting.tiny else ROUTERS:
+        for tokens in (3,) if setting.tiny else (1, 2, 7, 31):
+            logits = torch.randn(tokens, experts, device=setting.device)
+            with poisoned():
+                chosen = routing_kernels.route_forward(logits, spec, None, None, None)
+                whole = permute(chosen[0], experts)
+                at_once = routing_kernels.route_and_dispatch(logits, spec, None, None, None)
+                found = [dispatch_kernels.build_small_dispatch(chosen[0], experts)]
+            if at_once is not None:
+                assert all(map(torch.equal, at_once[0], chosen)), f"choice: E={experts} {spec} T={tokens}"
+                found.append(at_once[1])
+            for small in found:
+                assert small is not None
+                fields = (small.counts, small.offsets, small.source, small.position)
+                assert all(map(torch.equal, fields, whole)), f"dispatch: E={experts} {spec} T={tokens}"
+                same_tables(small.tiles, tile_tables(small.offsets, chosen[0].numel()))
+                count += 1
+    return f"{count} launches"
+
+
+def same_tables(found: TileTables, wanted: TileTables) -> None:
+    assert torch.equal(found.num_tiles, wanted.num_tiles)
+    for number, table, other in zip(wanted.num_tiles.tolist(), found.tables, wanted.tables, strict=True):
+        assert torch.equal(table[:number], other[:number])
+
+
 # The experts ----------------------------------------------------------------------------------------------------------
 
 
@@ -197,27 +230,6 @@ def buckets(dtype: torch.dtype, part: Part = WHOLE) -> Callable[[Setting], str]:
     return run_buckets
 
 
-def fp8(setting: Setting) -> str:
-    """Products of codes against their emulation in fp32: the output and all gradients, with and without adapters."""
-    sizes = ((24, 20),) if setting.tiny else ((512, 384), (320, 200), (256, 128))
-    count = 0
-    for d, n in sizes:
-        for dtype in (torch.bfloat16, torch.float16)[: 1 if setting.tiny else 2]:
-            spec = ExpertSpec(fp8=True, is_transposed=bool(count % 2))
-            choices = random_choices(9 if setting.tiny else 700, 2, 8)
-            problem = make_problem(
-                choices, 8, spec=spec, ranks=(16, 8) if count % 3 == 1 else None, d=d, n=n, dtype=dtype
-            )
-            wanted = run(problem, runtime.experts_backend("torch", setting.device, fp8=True))
-            with poisoned():
-                found = run(problem, runtime.experts_backend("triton", setting.device, fp8=True))
-            assert found.keys() == wanted.keys()
-            for name, value in found.items():  # a sum in another order may give an operand next to a tie another code
-                assert_close(value, wanted[name], tolerance=2 * TOLERANCE[torch.bfloat16])
-            count += 1
-    return f"{count} problems"
-
-
 def gluon(schedule: str, part: Part = WHOLE) -> Callable[[Setting], str]:
     """A warp-specialized schedule of every operation that has it, against the reference and beside the plain kernels.
 
@@ -229,9 +241,9 @@ def gluon(schedule: str, part: Part = WHOLE) -> Callable[[Setting], str]:
             raise Skipped("the warp-specialized kernels are for compute capability 9.0")
         count = 0
         for dtype in (torch.float16,) if setting.tiny else (torch.bfloat16, torch.float16):
-            for d, n, activation, transposed in share(GLUON_SHAPES, (0, 4) if setting.tiny else part):
+            for d, n, activation, transposed, apart in share(GLUON_SHAPES, (0, 6) if setting.tiny else part):
                 d, n, tokens = (64, 16, 5) if setting.tiny else (d, n, 900)
-                spec = ExpertSpec(activation=activation, is_transposed=transposed)
+                spec = ExpertSpec(activation=activation, is_transposed=transposed, is_concatenated=apart)
                 num_experts = 3 if setting.tiny else 9
                 choices = random_choices(tokens, 2, num_experts)
                 problem = make_problem(choices, num_experts, spec=spec, d=d, n=n, dtype=dtype)
@@ -254,8 +266,9 @@ def gluon(schedule: str, part: Part = WHOLE) -> Callable[[Setting], str]:
 
 
 GLUON_RUNS = ["down", "down", "up"]  # d_rows is a down
-GLUON_SHAPES = (  # d, n, activation, transposed
-    (512, 256, "swiglu", False), (256, 192, "gpt_oss", True), (1024, 64, "silu", False), (128, 1024, "geglu_tanh", True)
+GLUON_SHAPES = (  # d, n, activation, transposed, gate and up apart
+    (512, 256, "swiglu", False, True), (256, 192, "gpt_oss", True, False), (1024, 64, "silu", False, True),
+    (128, 1024, "geglu_tanh", True, True), (336, 208, "swiglu", False, False), (80, 176, "gelu_tanh", True, True),
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ Found = dict[str, Any]  # of an item: "status", "note", "seconds", and its figur
 GOOD = ("ok", "skipped")
 NOT_RUN = {"status": "not run", "note": "its turn never came", "seconds": 0.0}
 RESERVE_S = 10.0  # of the budget, for the end of the run
+SECOND_TURN_S = 15.0  # with less, a process would hardly begin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +118,18 @@ class Run:
                 self.run_phase(phase, by_phase[phase.name], now + (self.end - now) * phase.seconds / later)
 
     def run_phase(self, phase: Phase, steps: Sequence[Step], end: float) -> None:
-        waiting = [(step, list(step.items) if step.is_needed else self.missing(step)) for step in steps]
+        """Every step in turn; of those that have shares, what did not fit into its step's gets the rest of the time."""
+        self.run_steps(
+            phase, [(step, list(step.items) if step.is_needed else self.missing(step)) for step in steps], end
+        )
+        if phase.jobs == 1 and end - self.clock() > SECOND_TURN_S:
+            left = [
+                (step, [item for item in self.missing(step) if self.known[item]["status"] == "not run"])
+                for step in steps
+            ]
+            self.run_steps(phase, [(step, items) for step, items in left if items], end)
+
+    def run_steps(self, phase: Phase, waiting: list[tuple[Step, list[str]]], end: float) -> None:
         running: list[Running] = []
         try:
             while waiting or running:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
-from gpu_benches import candidates, decode, fences, kernels, layers, prepare
+from gpu_benches import candidates, decode, fences, kernel_sets, kernels, layers, prepare
 from gpu_benches.layers import BLOCKS, PEER
-from gpu_checks import behaviour, numerics, tools
+from gpu_checks import behaviour, narrow, numerics, tools
 from gpu_checks.setting import Setting
 
 from gpu_run.device import facts
@@ -22,6 +23,7 @@ from moe_triton.benchmarking.providers.block import Provider
 from moe_triton.benchmarking.results import FAULTS
 from moe_triton.benchmarking.timing import make_timer
 from moe_triton.kernel_stages import STAGES_OF
+from moe_triton.quantization.formats import FORMATS
 from moe_triton_kernels.gluon.schedules import SCHEDULES
 
 BUILDERS = 12  # beside the three processes of smoke_steps
@@ -38,9 +40,27 @@ KERNEL_CASES = (
 FENCE_CASES = (SONIC["7B n=256"], SONIC["30B n=512"])
 GOALS = (replace(NAMED["Mixtral-8x7B T=16384"], tokens=8192),)  # what the goals name besides
 LAYER_CASES = tuple(dict.fromkeys((*GOALS, *MODELS[1:3], *KERNEL_CASES, *MODELS, *SONIC.values())))
-DECODE_CASES = tuple(
-    replace(case, tokens=tokens) for tokens in (1, 8, 64) for case in (MODELS[1], *MODELS[:1], *MODELS[3:])
+FEW = (1, 8, 64)
+DECODE_CASES = tuple(replace(case, tokens=tokens) for tokens in FEW for case in (MODELS[1], *MODELS[:1], *MODELS[3:]))
+FORMAT_CASES = (
+    replace(NAMED["gpt-oss-20b T=16384"], tokens=1, format="mxfp4"),  # as it is published
+    *(replace(MODELS[1], tokens=1, format=format) for format in FORMATS),
 )
+# one by one: decoding's kernels; products of codes; with adapters; over quantized projections, in the loop or in memory
+FEW_CASES = tuple(replace(case, tokens=tokens) for tokens in FEW for case in (MODELS[1], MODELS[0]))
+FP8_CASES = (NAMED["Qwen3-30B-A3B T=32768"], SONIC["30B n=512"], *GOALS)
+ADAPTER_CASES = (MODELS[1], *GOALS)
+QUANTIZED_CASES = (
+    *(replace(MODELS[1], tokens=64, format=format) for format in FORMATS),
+    *(replace(MODELS[1], format=format) for format in ("mxfp4", "int4")),
+)
+SETS: dict[str, tuple[kernels.Kernels, tuple[Case, ...]]] = {
+    "few tokens": (kernel_sets.few_tokens, FEW_CASES),
+    "fp8 kernels": (kernel_sets.fp8, FP8_CASES),
+    "quantized": (kernel_sets.quantized, QUANTIZED_CASES),
+    "adapters": (kernel_sets.adapters, ADAPTER_CASES),
+}
+GLUON: dict[str, Any] = {"keep": candidates.is_warp_specialized, "ops": ("d_hidden", "down", "up", "d_rows")}
 SKEW_CASES = PRESETS["skew"].cases[1:]  # without the uniform one, which is among the layers
 
 
@@ -58,18 +78,23 @@ def check(name: str, run: Item) -> Listed:
 
 
 def measured(
-    part: str, cases: Iterable[Case], measure: Callable[..., dict[str, Any]], **options: Any
+    part: str, cases: Iterable[Case], measure: Callable[..., dict[str, Any]], *, ahead: bool = True, **options: Any
 ) -> dict[str, Item]:
-    """An item for each case, with ITEM_S of timing."""
-    return {f"{part}: {case.title()}": partial(measure_one, part, case, measure, options) for case in cases}
+    """An item for each case, with ITEM_S of timing. ahead: kernels, whose time is not to hold that of their launch."""
+    return {f"{part}: {case.title()}": partial(measure_one, part, case, measure, options, ahead) for case in cases}
 
 
 def measure_one(
-    part: str, case: Case, measure: Callable[..., dict[str, Any]], options: Mapping[str, Any], setting: Setting
+    part: str,
+    case: Case,
+    measure: Callable[..., dict[str, Any]],
+    options: Mapping[str, Any],
+    ahead: bool,
+    setting: Setting,
 ) -> dict[str, Any]:
     """What a part measures of a case; the first row that is wrong or failed gives the item its status."""
     setting.need_gpu()
-    timer = make_timer(setting.device)
+    timer = make_timer(setting.device, ahead=ahead)
     found = {"part": part, "title": case.title(), **measure(case, setting.device, timer, budget_s=ITEM_S, **options)}
     for row in found.get("rows", {}).values():
         if row["status"] in FAULTS:
@@ -79,13 +104,19 @@ def measure_one(
 
 def build_steps() -> list[Listed]:
     """The compilations of whatever is measured, dealt out to the builders in turn."""
-    cases = prepare.targets([*SMALL_K, *LARGE_K, *KERNEL_CASES, *LAYER_CASES, *DECODE_CASES])
+    cases = prepare.targets([*SMALL_K, *LARGE_K, *KERNEL_CASES, *LAYER_CASES, *DECODE_CASES, *FORMAT_CASES])
     items: dict[str, Item] = {f"build: {case.title()}": partial(build, case) for case in cases}
     items |= {f"build: without fences, {case.title()}": partial(build_fences, case) for case in FENCE_CASES}
     items["build: the peer"] = partial(build, LAYER_CASES[1], provider=BLOCKS[PEER])
-    for case in (*SMALL_K, *LARGE_K):
+    for case in SMALL_K:
         for op in STAGES_OF:
             items[f"build: candidates of {op}, {case.title()}"] = partial(build_candidates, case, op)
+    for case in LARGE_K:
+        for op in GLUON["ops"]:
+            items[f"build: gluon {op}, {case.title()}"] = partial(build_candidates, case, op, keep=GLUON["keep"])
+    for part, (make, several) in SETS.items():
+        for case in several if part == "few tokens" else prepare.targets(several):
+            items[f"build: {part}, {case.title()}"] = partial(build_kernels, case, make)
     names = list(items)
     shares = [names[first::BUILDERS] for first in range(BUILDERS)]
     return [
@@ -104,9 +135,16 @@ def build_fences(case: Case, setting: Setting) -> str:
     return fences.prepare_fences(prepare.few(case), setting.device)
 
 
-def build_candidates(case: Case, op: str, setting: Setting) -> str:
+def build_candidates(case: Case, op: str, setting: Setting, keep: candidates.Keep = candidates.every) -> str:
     setting.need_gpu()
-    return candidates.prepare_candidates(prepare.few(case), op, setting.device, make_timer(setting.device))
+    timer = make_timer(setting.device)
+    return candidates.prepare_candidates(prepare.few(case), op, setting.device, timer, keep=keep)
+
+
+def build_kernels(case: Case, make: kernels.Kernels, setting: Setting) -> str:
+    """Few tokens are few already, and their kernels are compiled for all experts."""
+    setting.need_gpu()
+    return kernels.prepare_kernels(case if case.tokens in FEW else prepare.few(case), make, setting.device)
 
 
 def smoke_steps() -> list[Listed]:
@@ -177,7 +215,11 @@ def prove_steps() -> list[Listed]:
         "no_host_sync": behaviour.no_host_sync,
         "cuda_graph": behaviour.cuda_graph,
         "routing": numerics.routing,
-        "fp8": numerics.fp8,
+        "gate": narrow.gate,
+        "few_tokens": numerics.few_tokens,
+        "fp8": narrow.fp8,
+        "fp8_codes": narrow.fp8_codes,
+        "quantized": narrow.quantized,
         "determinism": behaviour.determinism,
         "compile": behaviour.compiled,
         "dispatch": numerics.dispatch,
@@ -195,15 +237,23 @@ def shared(name: str, make: Callable[[numerics.Part], Item], count: int) -> list
     return [check(f"{name} {i + 1} of {count}", make((i, count))) for i in range(count)]
 
 
+def measured_sets() -> dict[str, Item]:
+    """The first case of every set, then the second of every one, and so on."""
+    sets = [measured(part, cases, kernels.measure_kernels, kernels=make) for part, (make, cases) in SETS.items()]
+    turns = zip_longest(*(found.items() for found in sets))
+    return dict(item for turn in turns for item in turn if item is not None)
+
+
 def measure_steps() -> list[Listed]:
-    gluon = {"keep": candidates.is_warp_specialized, "ops": ("d_hidden", "down", "up", "d_rows")}
+    few = measured("decode", (*DECODE_CASES, *FORMAT_CASES), decode.measure_decode, ahead=False)
     return [
-        listed("kernels", "measure", measured("kernels", KERNEL_CASES, kernels.measure_kernels), seconds=60),
+        listed("kernels", "measure", measured("kernels", KERNEL_CASES, kernels.measure_kernels), seconds=50),
         listed("candidates", "measure", measured("candidates", SMALL_K, candidates.measure_candidates), seconds=40),
-        listed("layers", "measure", measured("layers", LAYER_CASES, layers.measure_layers), seconds=95),
-        listed("decode", "measure", measured("decode", DECODE_CASES, decode.measure_decode), seconds=25),
-        listed("gluon", "measure", measured("gluon", LARGE_K, candidates.measure_candidates, **gluon), seconds=20),
-        listed("skew", "measure", measured("skew", SKEW_CASES, layers.measure_layers), seconds=10),
+        listed("layers", "measure", measured("layers", LAYER_CASES, layers.measure_layers, ahead=False), seconds=75),
+        listed("decode", "measure", few, seconds=25),
+        listed("kernel sets", "measure", measured_sets(), seconds=42),
+        listed("gluon", "measure", measured("gluon", LARGE_K, candidates.measure_candidates, **GLUON), seconds=13),
+        listed("skew", "measure", measured("skew", SKEW_CASES, layers.measure_layers, ahead=False), seconds=5),
     ]
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moe_triton_kernels.compiler import compiler_versions
-from moe_triton_kernels.heuristics import BUCKETS, heuristic
+from moe_triton_kernels.heuristics import BUCKETS, heuristic, over_codes
 from moe_triton_kernels.launch import Config
 
 OPS = ("up_gated", "up", "down", "d_hidden_gated", "d_hidden", "d_rows", "d_weight")
@@ -112,34 +112,68 @@ class Found(NamedTuple):
         return there and f"tuned under {there}, here {' and '.join(f'{name} {here[name]}' for name in differs)}"
 
 
+def operands(dtype: str, format: str | None) -> str:
+    """What a product multiplies, as tables name it: a dtype, and the format of the codes that its loop decodes."""
+    return dtype if format is None else f"{dtype} {format}"
+
+
 def find_config(
-    op: str, *, d: int, n: int, dtype: torch.dtype, num_rows: int, num_experts: int, architecture: str
+    op: str,
+    *,
+    d: int,
+    n: int,
+    dtype: torch.dtype,
+    num_rows: int,
+    num_experts: int,
+    architecture: str,
+    format: str | None = None,
 ) -> Found:
     """The configuration for this case and where it is from.
 
+    format: of the codes that the product decodes in its loop. Where no table has an entry for them, it runs with what
+    `over_codes` makes of the configuration of the same product without.
     ValueError on an unknown op, and on a table that is broken.
     """
     bucket = bucket_of(num_rows / (num_experts or 1))
-    return _find(user_table(), shipped_table(), op, d, n, dtype, architecture, bucket)
+    return _find(user_table(), shipped_table(), op, d, n, dtype, architecture, bucket, format)
 
 
 @lru_cache(maxsize=4096)
 def _find(
-    users: Table, shipped: Table, op: str, d: int, n: int, dtype: torch.dtype, architecture: str, bucket: int
+    users: Table,
+    shipped: Table,
+    op: str,
+    d: int,
+    n: int,
+    dtype: torch.dtype,
+    architecture: str,
+    bucket: int,
+    format: str | None,
 ) -> Found:
     if op not in OPS:
         raise ValueError(f"op: got {op!r}, wanted one of {', '.join(OPS)}")
-    key = (op, d, n, dtype_name(dtype), architecture, bucket)
-    for table, origin in ((users, "user table"), (shipped, "shipped table")):
-        if key in table:
-            return Found(table[key].config, origin, table[key].versions)
-    return Found(heuristic(op, d, n, dtype.itemsize, architecture, bucket), "heuristic", {})
+    for name in dict.fromkeys((format, None)):
+        key = (op, d, n, operands(dtype_name(dtype), name), architecture, bucket)
+        for table, origin in ((users, "user table"), (shipped, "shipped table")):
+            if key in table:
+                config = table[key].config if name == format else over_codes(op, table[key].config)
+                return Found(config, origin, table[key].versions)
+    config = heuristic(op, d, n, dtype.itemsize, architecture, bucket)
+    return Found(config if format is None else over_codes(op, config), "heuristic", {})
 
 
 def choose_config(
-    op: str, *, d: int, n: int, dtype: torch.dtype, num_rows: int, num_experts: int, architecture: str
+    op: str,
+    *,
+    d: int,
+    n: int,
+    dtype: torch.dtype,
+    num_rows: int,
+    num_experts: int,
+    architecture: str,
+    format: str | None = None,
 ) -> Config:
     """`find_config` without the origin."""
     return find_config(
-        op, d=d, n=n, dtype=dtype, num_rows=num_rows, num_experts=num_experts, architecture=architecture
+        op, d=d, n=n, dtype=dtype, num_rows=num_rows, num_experts=num_experts, architecture=architecture, format=format
     ).config

@@ -151,7 +151,6 @@ def d_hidden(
         weight,
         None,
         size_columns=size_n,
-        is_concatenated=is_concatenated or not activation.is_gated,
         derivative=activation,
     )
     if isinstance(grad_out, Tensor) and reason is None:
@@ -166,6 +165,7 @@ def d_hidden(
             router_weights,
             size_n=size_n,
             activation=activation,
+            is_concatenated=is_concatenated or not activation.is_gated,
             config=config,
         )
     num_slots, size_d = source.shape[0], values.shape[1]

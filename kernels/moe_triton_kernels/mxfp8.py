@@ -1,7 +1,8 @@
 """A grouped product in MXFP8 for Blackwell: e4m3 codes, 32 of which along the contraction share a power of two.
 
 The matrix unit applies the scales (E8M0: the exponent plus 127 in one byte), so that sums need no promotion
-(Open Compute Project, Microscaling Formats 1.0). It is compiled for Blackwell only, and no backend calls it yet.
+(Open Compute Project, Microscaling Formats 1.0). `quantize_mx` makes the operands, with the smallest power of two by
+which none of 32 numbers is larger than 448. The product is compiled for Blackwell only, and no backend calls it yet.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_triton_kernels.arithmetic import cdiv
+from moe_triton_kernels.fp8 import CODES, padded
 from moe_triton_kernels.grouped_gemm import tile_order
 from moe_triton_kernels.launch import Config, launch_options, persistent_grid
+from moe_triton_kernels.quantize import magnitude
 from moe_triton_kernels.tiles import TileTables, load_tile
 
 GROUP = tl.constexpr(32)
+TOP, FRACTION = tl.constexpr(8), tl.constexpr(0x600000)  # 448 is 2^8 times 1.75: the bits of the fraction
+BLOCK_ROWS, BLOCK_K = 32, 128  # of a program of quantize_mx
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +36,55 @@ class MxCodes:
 
     codes: Tensor
     scales: Tensor
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def quantize_mx_kernel(
+    x,  # [matrices, rows, k]
+    codes,  # [matrices, rows, padded k]
+    scales,  # [matrices, rows, padded k / 32]
+    num_rows,
+    size_k,
+    stride_m,
+    stride_r,
+    stride_k,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program per block of rows, 128 of k and matrix."""
+    SCALES: tl.constexpr = BLOCK_K // GROUP
+    rows, k = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    matrix, inside = tl.program_id(2).to(tl.int64), rows < num_rows
+    cells = x + matrix * stride_m + rows.to(tl.int64)[:, None] * stride_r + k.to(tl.int64)[None, :] * stride_k
+    value = tl.load(cells, mask=inside[:, None] & (k < size_k)[None, :], other=0.0).to(tl.float32)
+    groups = tl.reshape(value, (BLOCK_R * SCALES, GROUP))
+    largest = tl.max(magnitude(groups), 1)
+    exponent = largest >> 23  # biased by 127; 255 of a NaN and of an infinity
+    above = ((largest & 0x7FFFFF) > FRACTION).to(tl.int32)
+    byte = tl.where(exponent == 255, 255, tl.maximum(exponent - TOP + above, 0))
+    # 2^(127 - byte), of which the bytes of finite numbers give no subnormal one
+    factor = tl.where(byte == 255, 0x7FC00000, (254 - byte) << 23).to(tl.float32, bitcast=True)
+    code = tl.reshape((groups * factor[:, None]).to(tl.float8e4nv), (BLOCK_R, BLOCK_K))
+    row = matrix * num_rows + rows
+    blocks = tl.cdiv(size_k, BLOCK_K)
+    tl.store(codes + row[:, None] * (blocks * BLOCK_K) + k[None, :], code, mask=inside[:, None])
+    byte = tl.reshape(byte, (BLOCK_R, SCALES)).to(tl.uint8)
+    group = tl.program_id(1) * SCALES + tl.arange(0, SCALES)
+    tl.store(scales + row[:, None] * (blocks * SCALES) + group[None, :], byte, mask=inside[:, None])
+
+
+def quantize_mx(x: Tensor) -> MxCodes:
+    """Codes of rows [R, k], or of matrices [E, R, k], along k; of any strides, so also of a projection's transpose."""
+    matrices = x if x.dim() == 3 else x[None]
+    num_matrices, num_rows, size_k = matrices.shape
+    width = padded(size_k)
+    codes = torch.empty((*x.shape[:-1], width), dtype=CODES, device=x.device)
+    scales = torch.empty((*x.shape[:-1], width // GROUP.value), dtype=torch.uint8, device=x.device)
+    if x.numel():
+        quantize_mx_kernel[(cdiv(num_rows, BLOCK_ROWS), cdiv(size_k, BLOCK_K), num_matrices)](
+            matrices, codes, scales, num_rows, size_k, *matrices.stride(), BLOCK_R=BLOCK_ROWS, BLOCK_K=BLOCK_K
+        )
+    return MxCodes(codes=codes, scales=scales)
 
 
 @triton.jit

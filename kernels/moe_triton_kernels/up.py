@@ -138,15 +138,7 @@ def up(
     if (
         config.gluon is not None
         and isinstance(x, Tensor)
-        and why_unsupported(
-            config.gluon,
-            values,
-            weight,
-            bias,
-            size_columns=size_n,
-            projections=2 if is_gated else 1,
-            is_concatenated=is_concatenated or not is_gated,
-        )
+        and why_unsupported(config.gluon, values, weight, bias, size_columns=size_n, projections=2 if is_gated else 1)
         is None
     ):
         from moe_triton_kernels.gluon import up as warp_specialized  # imports Gluon, which is experimental
@@ -160,6 +152,7 @@ def up(
             size_n=size_n,
             top_k=top_k,
             activation=activation,
+            is_concatenated=is_concatenated or not is_gated,
             keep_activation=keep_activation,
             keep_preactivation=keep_preactivation,
             config=config,

@@ -1,11 +1,14 @@
 """moe_triton: a mixture-of-experts runtime for PyTorch, with fused Triton kernels under a thin autograd layer."""
 
+from typing import Any
+
 from moe_triton import compat
 from moe_triton.dispatch import dispatch, expert_capacity, renormalize
 from moe_triton.distributed import export_safetensors
 from moe_triton.experts import moe_experts, moe_mlp
 from moe_triton.explain import Explanation, explain
 from moe_triton.integrations.pretrained import load_pretrained
+from moe_triton.integrations.registration import register_quantizer as _register_quantizer
 from moe_triton.integrations.upcycling import upcycle
 from moe_triton.layers import (
     BalanceAccumulator,
@@ -39,6 +42,7 @@ __all__ = [
     "Lora",
     "MoE",
     "MoEOutput",
+    "MoeTritonConfig",
     "QuantizeReport",
     "QuantizedWeight",
     "Router",
@@ -66,3 +70,13 @@ __all__ = [
     "update_choice_biases",
     "z_loss",
 ]
+
+_register_quantizer()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "MoeTritonConfig":  # a class of transformers', which is not imported before it is asked for
+        from moe_triton.integrations.quantizer import MoeTritonConfig
+
+        return MoeTritonConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -53,7 +53,7 @@ def moe_mlp(
     is_transposed: bool = False,
     is_concatenated: bool = True,
     capacity: int | None = None,
-    fp8: bool = False,
+    fp8: bool | str = False,
     recompute: bool = False,
     backend: str = "auto",
 ) -> Tensor:
@@ -83,7 +83,7 @@ def moe_mlp(
         fp8: round both operands of every product with a projection, in forward and backward, to e4m3 with one scale for
             128 numbers (128 x 128 of a projection), as DeepSeek-V3 trains (arXiv 2412.19437; `moe_triton.reference.fp8`
             is the definition). Parameters, what is kept for backward and gradients stay in their dtype. Not for float64
-            and quantised projections.
+            and quantised projections. "mxfp8": one power of two for 32 numbers instead (OCP Microscaling Formats v1.0).
         recompute: keep only the hidden states for backward and compute the pre-activation again there.
         backend: "auto", "triton", "torch" or "reference".
 
@@ -107,7 +107,7 @@ def moe_mlp(
         activation_alpha=activation_alpha,
         is_transposed=is_transposed,
         is_concatenated=is_concatenated,
-        fp8=fp8,
+        **fp8_flags(fp8),
     )
     check_activation(activation, activation_limit, activation_alpha)
     dtypes = _dtypes(hidden_states)
@@ -137,7 +137,7 @@ def moe_experts(
     down_lora: Adapters = None,
     is_transposed: bool = False,
     is_concatenated: bool = True,
-    fp8: bool = False,
+    fp8: bool | str = False,
     recompute: bool = False,
     backend: str = "auto",
 ) -> Tensor:
@@ -157,7 +157,7 @@ def moe_experts(
         activation_alpha=activation_alpha,
         is_transposed=is_transposed,
         is_concatenated=is_concatenated,
-        fp8=fp8,
+        **fp8_flags(fp8),
     )
     if not isinstance(dispatched, Dispatch):
         raise TypeError(f"dispatched: got {type(dispatched).__name__}, wanted a Dispatch from moe_triton.dispatch")
@@ -244,6 +244,13 @@ def _check_parameters(
         check_expert_tensors("gate_up_bias", gate_up_bias, num_experts, (rows,), dtypes, device)
     if down_bias is not None:
         check_expert_tensors("down_bias", down_bias, num_experts, (width,), dtypes, device)
+
+
+def fp8_flags(fp8: bool | str) -> dict[str, Any]:
+    """Return the fields of an ExpertSpec that `fp8=` stands for. Raises ValueError for what it cannot be."""
+    if not isinstance(fp8, bool) and fp8 != "mxfp8":
+        raise ValueError(f"fp8: got {fp8!r}, wanted False, True or 'mxfp8'")
+    return {"fp8": bool(fp8), "microscaled": fp8 == "mxfp8"}
 
 
 def check_fp8(parameters: ExpertParameters, spec: ExpertSpec, hidden_states: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moe_triton import runtime
 from moe_triton.backends.torch.cpu import choose_policy
-from moe_triton.backends.torch.fused import loops_in_words
+from moe_triton.backends.torch.fused import codes_in_words, loops_in_words
 from moe_triton.backends.torch.processor import this_processor
 from moe_triton.checks import check_choice, check_int
 from moe_triton.integrations import transformers as hf
@@ -142,7 +142,7 @@ def explain_layer(name: str, layer: MoE, tokens: int, device: torch.device | str
         name, shape, dtype_of(weight, layer.router), where, experts.backend, experts.spec.activation,
         has_bias=experts.down_proj_bias is not None, recompute=experts.recompute, frozen=frozen_stages(experts),
         ranks={name: lora.a.shape[1] for name in PROJECTIONS if (lora := experts.lora(name)) is not None},
-        batch_invariant=layer.batch_invariant, fp8=experts.spec.fp8,
+        batch_invariant=layer.batch_invariant, fp8=experts.spec.fp8_mode,
     )  # fmt: skip
     found = replace(found, parts=(*found.parts, *_more_parts(layer, hidden)))
     return with_format(found, weight, experts.spec)
@@ -172,19 +172,45 @@ def with_format(found: Explanation, projection: Any, spec: ExpertSpec) -> Explan
     if isinstance(projection, Tensor):
         return found
     if found.backend == "triton":
-        from moe_triton.kernel_stages import decoding_in_words  # needs Triton
+        from moe_triton.kernel_stages import decoded_in_loop, decoding_in_words  # need Triton
 
         tokens, _, n, num_experts, top_k = found.shape
         weight = projection.weight
         block = weight.kind.rows if weight.is_transposed == spec.is_transposed else weight.group
-        how = decoding_in_words(
+        in_loop = decoded_in_loop(
             weight.format, spec, found.dtype, n=n, block=block, rows_per_expert=tokens * top_k / num_experts
         )
+        found, how = over_codes(found, weight.format, spec, in_loop), decoding_in_words(in_loop)
     elif found.device.type == "cpu" and found.backend == "torch":
-        how = loops_in_words(found.dtype)
+        how = codes_in_words(found.dtype)
     else:
         how = "decoded whole, for each product"
     return replace(found, parts=(*found.parts, Part(step=f"projections in {projection.format}", runs=how)))
+
+
+def over_codes(found: Explanation, format: str, spec: ExpertSpec, in_loop: Sequence[str]) -> Explanation:
+    """Give the kernels that decode codes in their loop the configurations that they run with."""
+    from moe_triton.kernel_stages import KERNELS, chosen_configs, kernel_in_words  # need Triton
+    from moe_triton_kernels.heuristics import BUCKETS
+    from moe_triton_kernels.launch import target_of
+
+    tokens, d, n, num_experts, top_k = found.shape
+
+    def changed(part: Part) -> Part:
+        op = part.step.removesuffix(" (backward)")
+        if op not in in_loop:
+            return part
+        is_fixed = spec.batch_invariant and op in ("up", "down")
+        chosen = chosen_configs(
+            d=d, n=n, dtype=found.dtype, num_rows=BUCKETS[-1] * num_experts + 1 if is_fixed else tokens * top_k,
+            num_experts=num_experts, is_gated=spec.is_gated, architecture=target_of(found.device).architecture,
+            format=format,
+        )  # fmt: skip
+        own = next(entry for entry in chosen if entry["op"] == op)
+        runs = kernel_in_words(KERNELS[op], own["fields"])
+        return replace(part, runs=f"{runs}, which decodes", config=own["config"], origin=own["from"])
+
+    return replace(found, parts=tuple(map(changed, found.parts)))
 
 
 def frozen_stages(experts: Experts) -> tuple[str, ...]:
@@ -248,7 +274,7 @@ def describe(
     recompute: bool = False,
     frozen: Sequence[str] = (),
     batch_invariant: bool = False,
-    fp8: bool = False,
+    fp8: bool | str = False,
     ranks: Mapping[str, int] = MappingProxyType({}),
 ) -> Explanation:
     choice = runtime.choose(backend, device, dtype)
@@ -282,11 +308,12 @@ def cpu_experts() -> str:
     chosen = choose_policy(this_processor())
     return (
         "blocks of rows that stay in cache: an expert's, or those of neighbours in one batched product or one call of "
-        f"F.grouped_mm; the rows of the very call decide. Products: {chosen.policy} ({chosen.reason})"
+        f"F.grouped_mm; the rows of the very call decide. Products: {chosen.policy} ({chosen.reason}). "
+        f"Compiled loops: {loops_in_words()}"
     )
 
 
-def torch_parts(device: torch.device, fp8: bool = False) -> list[Part]:
+def torch_parts(device: torch.device, fp8: bool | str = False) -> list[Part]:
     is_cpu = device.type == "cpu"
     return [
         Part(step="gate", runs="torch linear in fp32 (fp64 for fp64 parameters)"),
@@ -306,7 +333,7 @@ def triton_parts(
     is_gated: bool,
     has_bias: bool,
     batch_invariant: bool = False,
-    fp8: bool = False,
+    fp8: bool | str = False,
 ) -> list[Part]:
     tokens, d, n, num_experts, top_k = shape
     from moe_triton.backends.triton.experts_fp8 import runs_kernels
@@ -323,7 +350,7 @@ def triton_parts(
         return {stage: found for found in chosen for stage in found["stages"]}
 
     parts = [Part(step="gate", runs="torch linear in fp32"), *_routing_parts(tokens, num_experts, top_k)]
-    if fp8 and not runs_kernels(device):
+    if fp8 == "mxfp8" or (fp8 and not runs_kernels(device)):
         return [*parts, EMULATED]
     config = by_stage(tokens * top_k)
     if batch_invariant:  # one configuration of up and down, whatever the rows

@@ -38,6 +38,7 @@ KERNELS = {
     "d_bias_gathered": "d_bias_kernel",
 }
 FORWARD = ("tile_tables", "up", "down", "combine")
+OVER_CODES = {"up": "W1", "down": "W2", "d_hidden": "W2", "d_rows": "W1"}  # what reads projections, and which
 
 
 def in_words(config: Config | Mapping[str, Any]) -> str:
@@ -65,15 +66,29 @@ def full_name(op: str, is_gated: bool) -> str:
     return f"{op}_gated" if is_gated and op in ("up", "d_hidden") else op
 
 
-def chosen_config(op: str, d: int, n: int, dtype: torch.dtype, bucket: int, architecture: str) -> Config:
+def chosen_config(
+    op: str, d: int, n: int, dtype: torch.dtype, bucket: int, architecture: str, format: str | None
+) -> Config:
     """What runs an operation (by its name in tables) today, for experts with about `bucket` rows each."""
-    return find_config(op, d=d, n=n, dtype=dtype, num_rows=bucket, num_experts=1, architecture=architecture).config
+    return find_config(
+        op, d=d, n=n, dtype=dtype, num_rows=bucket, num_experts=1, architecture=architecture, format=format
+    ).config
 
 
 def chosen_configs(
-    *, d: int, n: int, dtype: torch.dtype, num_rows: int, num_experts: int, is_gated: bool, architecture: str
+    *,
+    d: int,
+    n: int,
+    dtype: torch.dtype,
+    num_rows: int,
+    num_experts: int,
+    is_gated: bool,
+    architecture: str,
+    format: str | None = None,
 ) -> list[dict[str, Any]]:
     """For every operation: stages, configuration in words and as a dict, and where it is from.
+
+    format: of the codes that those of OVER_CODES decode in their loop.
 
     Of a table's entry that was tuned under another Triton or ptxas than what compiles here, it says so.
     """
@@ -81,25 +96,33 @@ def chosen_configs(
     for op, stages in STAGES_OF.items():
         config, origin, _ = chosen = find_config(
             full_name(op, is_gated), d=d, n=n, dtype=dtype, num_rows=num_rows, num_experts=num_experts,
-            architecture=architecture,
+            architecture=architecture, format=format if op in OVER_CODES else None,
         )  # fmt: skip
         source = ", ".join(filter(None, (origin, chosen.stale(architecture))))
         found.append({"op": op, "stages": stages, "config": in_words(config), "fields": asdict(config), "from": source})
     return found
 
 
-def decoding_in_words(
+def decoded_in_loop(
     format: str, spec: ExpertSpec, dtype: torch.dtype, *, n: int, block: int, rows_per_expert: float
-) -> str:
-    """Where the kernels decode quantised projections; block: columns of the up projection that share a scale."""
-    in_loop: list[str] = []
-    in_memory: list[str] = []
-    for op in ("up", "down", "d_hidden", "d_rows"):
+) -> list[str]:
+    """Return those of OVER_CODES whose kernels decode quantised projections in their loop.
+
+    block: columns of the up projection that share a scale.
+    """
+    found = []
+    for op in OVER_CODES:
         is_fixed = spec.batch_invariant and op in ("up", "down")
         rows = BUCKETS[-1] + 1 if is_fixed else rows_per_expert
         half = n if op == "up" and spec.is_gated and spec.is_concatenated else None
-        is_in_loop = decodes_in_loop(format, rows, dtype.itemsize, block=block, half=half)
-        (in_loop if is_in_loop else in_memory).append(op)
+        if decodes_in_loop(format, rows, dtype.itemsize, block=block, half=half):
+            found.append(op)
+    return found
+
+
+def decoding_in_words(in_loop: Sequence[str]) -> str:
+    """Where the kernels decode quantised projections."""
+    in_memory = [op for op in OVER_CODES if op not in in_loop]
     words = [f"decoded in the main loop of {', '.join(in_loop)}"] if in_loop else []
     words += [f"decoded to memory for every {', '.join(in_memory)}"] if in_memory else []
     return "; ".join(words)

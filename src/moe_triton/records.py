@@ -48,8 +48,8 @@ class ExpertSpec:
     last two dimensions of both. `is_concatenated=False` means that gate and up alternate: g0, u0, g1, u1, ...
     The scalings multiply the adapters' part of a product. With `batch_invariant` an output's bits depend on its own
     token alone (`moe_triton.batch_invariant`). With `fp8` the products with the projections and those for
-    their gradients have operands in e4m3 (`moe_triton.reference.fp8`). activation_limit and activation_alpha are those
-    of `moe_triton.moe_mlp`; None stands for the activation's own.
+    their gradients have operands in e4m3 (`moe_triton.reference.fp8`), with `microscaled` those of MXFP8.
+    activation_limit and activation_alpha are those of `moe_triton.moe_mlp`; None stands for the activation's own.
     """
 
     activation: str = "swiglu"
@@ -59,6 +59,7 @@ class ExpertSpec:
     is_concatenated: bool = True
     batch_invariant: bool = False
     fp8: bool = False
+    microscaled: bool = False
     gate_up_scaling: float = 1.0
     down_scaling: float = 1.0
 
@@ -69,6 +70,11 @@ class ExpertSpec:
     @property
     def is_gated(self) -> bool:
         return self.activation in GATED
+
+    @property
+    def fp8_mode(self) -> bool | str:
+        """What `fp8=` was: False, True or "mxfp8"."""
+        return "mxfp8" if self.microscaled else self.fp8
 
     @property
     def limit(self) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,9 +13,10 @@ from torch import nn
 from moe_triton.checks import check_choice
 from moe_triton.distributed.exchange.expert_parallel import ExpertParallel
 from moe_triton.distributed.holders import StackedExperts
+from moe_triton.experts import fp8_flags
 from moe_triton.integrations import peft
 from moe_triton.integrations import transformers as hf
-from moe_triton.integrations.experts_interface import implementation, registry
+from moe_triton.integrations.experts_interface import implementation, registry, use_ours
 from moe_triton.layers import Experts, MoE
 from moe_triton.layers.quantized import QuantizedProjection
 from moe_triton.runtime import BACKENDS
@@ -60,11 +60,11 @@ class How(NamedTuple):
 
     backend: str
     expert_parallel: ExpertParallel | None
-    fp8: bool
+    fp8: bool | str
 
 
 def swap(
-    model: nn.Module, *, backend: str = "auto", expert_parallel: ExpertParallel | None = None, fp8: bool = False
+    model: nn.Module, *, backend: str = "auto", expert_parallel: ExpertParallel | None = None, fp8: bool | str = False
 ) -> SwapReport:
     """Let the MoE blocks of `model` run on moe_triton, in place. Weights and state-dict keys stay as they are.
 
@@ -84,7 +84,7 @@ def swap(
             them, and then passes its own batch. Whatever else the model has is on every rank. Give it a model on the
             meta device, and `moe_triton.load_pretrained` its weights, so that no rank ever holds all experts. Make the
             optimizer afterwards: the projections are new parameters.
-        fp8: compute the products of transformers' experts in fp8 (`moe_triton.moe_mlp`), for training; the parameters
+        fp8: compute the products of transformers' experts in fp8 (True or "mxfp8", see `moe_mlp`) to train; parameters
             stay in their dtype. Experts whose gate we do not know, quantised ones and DeepSpeed's layers are left alone
             then.
 
@@ -101,6 +101,7 @@ def swap(
     check_choice("backend", backend, BACKENDS)
     if expert_parallel is not None and not isinstance(expert_parallel, ExpertParallel):
         raise TypeError(f"expert_parallel: got {type(expert_parallel).__name__}, wanted an ExpertParallel or None")
+    fp8_flags(fp8)
     how, report = How(backend, expert_parallel, fp8), SwapReport([], [])
     peft.install()
     handled: list[str] = []  # names of the modules that are dealt with, together with all below them
@@ -138,22 +139,17 @@ def transformers_experts(model: nn.Module, name: str, module: nn.Module, how: Ho
     if implementation(module) != key:
         whole = _outermost_pretrained(model, name)
         # its switch affects all experts: one that cannot run ours would raise at its next forward
-        if whole is not None and not any(registry(m) is not None and _obstacle(m, how) for m in whole.modules()):
-            whole.set_experts_implementation(key)
-    if implementation(module) != key:
-        module.config = copy.copy(module.config)
-        # PreTrainedConfig's public setter also writes to the sub-configs, which the copy shares with the original
-        internal = hasattr(module.config, "_experts_implementation_internal")
-        setattr(module.config, f"_experts_implementation{'_internal' if internal else ''}", key)
+        if whole is not None and any(registry(m) is not None and _obstacle(m, how) for m in whole.modules()):
+            whole = None
+        use_ours(module, whole)
     module.moe_triton_backend, module.moe_triton_fp8 = how.backend, how.fp8  # type: ignore[assignment]
     if how.expert_parallel is not None:
         hf.spread_experts(module, how.expert_parallel)
     activation = hf.fused_activation(module)
     size_l, size_d = hf.latent_sizes(module)
+    mode = f", in {'fp8' if how.fp8 is True else how.fp8}" if how.fp8 else ""
     runs = (
-        f"fused, {activation}{', in fp8' if how.fp8 else ''}"
-        if activation
-        else "our products, with the module's own gate called between them"
+        f"fused, {activation}{mode}" if activation else "our products, with the module's own gate called between them"
     )
     if getattr(module, "has_post_expert_norm", False):
         runs += ", then its post_expert_norm"

@@ -113,6 +113,11 @@ def is_autocast_anywhere() -> bool:
     return torch._C._is_any_autocast_enabled()
 
 
+def is_profiling() -> bool:
+    """Return whether a profiler of torch runs, so that ranges are recorded."""
+    return torch.autograd._profiler_enabled()
+
+
 def has_no_data(tensor: Tensor) -> bool:
     """Return whether a tensor has a shape and no values: on the meta device, or under FakeTensorMode."""
     return tensor.is_meta or isinstance(tensor, FakeTensor)

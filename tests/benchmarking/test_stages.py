@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -68,6 +68,48 @@ def test_the_triton_stages_are_the_layer(change):
     configured = {s.name for s in opened.stages if s.config}
     assert configured == {"up", "down", "d_hidden", "d_weight_down", "d_weight_up", "d_rows"}
     assert next(s.config for s in opened.stages if s.name == "up").startswith("16x16x16 warps 4 stages 1")
+
+
+def quantised(format: str, **change) -> Case:
+    return replace(CASE, hidden=32, intermediate=32, format=format, **change)
+
+
+def test_the_torch_stages_over_codes():
+    """They run from the codes, nothing has a gradient of a projection, and the floor is that of the packed bytes."""
+    case = quantised("mxfp4")
+    workload = make_workload(case, CPU)
+    found = stages.measure_stages(workload, timer=CpuTimer(), budget_s=0.0)
+    forward, backward = (row for row in found.stages if row.name == "experts")
+    plain = replace(case, format=None)
+    dense = sum(stages.work_of(name, plain).bytes for name in ("up", "down", "combine"))
+    numbers = 3 * case.experts * case.hidden * case.intermediate
+    assert dense - forward.bytes == 4 * numbers - 4.25 / 8 * numbers
+    assert backward.flops == case.flops("forward")  # d_hidden and d_rows
+    assert set(found.layer_s) == set(stages.LAYER)
+    assert stages.table_from(asdict(found)) == found
+
+
+def test_the_triton_stages_over_codes():
+    """In the interpreter. A block of fp8 holds rows of gate and of up: so only up is decoded first."""
+    case = quantised("fp8", tokens=4, experts=2)
+    workload = make_workload(case, CPU)
+    opened = stages.open_layer(workload, "triton")
+    names = [(stage.name, stage.is_backward) for stage in opened.stages][3:-2]
+    assert names == [
+        ("tile_tables", False), ("decode for up", False), ("up", False), ("down", False), ("combine", False),
+        ("d_hidden", True), ("d_router_weights", True), ("d_rows", True), ("combine", True),
+    ]  # fmt: skip
+    found = {(stage.name, stage.is_backward): stage for stage in opened.stages}
+    up, down = found["up", False], found["down", False]
+    assert (up.kernel, down.kernel) == ("up_kernel", "down_kernel, which decodes")
+    numbers = 2 * case.experts * case.hidden * case.intermediate
+    (decode,), (product,) = stages.works(found["decode for up", False], case), stages.works(up, case)
+    assert decode.bytes == stages.FLOORS["up"](case.shape).bytes - product.bytes + 2 * 4 * numbers
+    block = PROVIDERS["torch"].build(workload)
+    with torch.no_grad():
+        assert_close(found["combine", False].call(), block.forward(workload.hidden))
+    matrix = found["decode for up", False].call()
+    assert torch.equal(matrix.data.view(-1), workload.packed["gate_up"].dequantize(torch.float32).view(-1))
 
 
 def test_the_table_adds_up():

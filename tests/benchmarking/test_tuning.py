@@ -207,6 +207,19 @@ def test_problems_are_distinct_table_entries():
     ]  # fmt: skip
 
 
+def test_codes_have_problems_of_their_own():
+    """Only what decodes codes in its loop: with so many rows the others are tuned as they run, without a format."""
+    few = Case(tokens=64, hidden=64, intermediate=32, experts=8, top_k=2, dtype="bfloat16", format="fp8")
+    many = replace(few, tokens=1 << 16)
+    found = tuning.problems_of([few, many], list(STAGES_OF), "sm_90")
+    assert [problem.op for problem in found] == ["down", "d_hidden", "d_rows"]  # 32 rows of gate are no whole block
+    assert {problem.key["dtype"] for problem in found} == {"bfloat16 fp8"}
+    assert found[0].title() == "down d=64 n=32 bfloat16 fp8 up to 16 rows per expert"
+    assert all(config.gluon is None for config in tuning.first_candidates(found[0], Config(**INCUMBENT)))
+    with pytest.raises(ValueError, match="format: got 'fp8' where up, down, d_hidden, d_weight, d_rows read no codes"):
+        tuning.problems_of([many], list(STAGES_OF), "sm_90")
+
+
 # Real kernels, in the interpreter -------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import sys
 from dataclasses import replace
@@ -14,8 +15,8 @@ import torch
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-from gpu_benches import candidates, decode, fences, layers, page, prepare  # noqa: E402
-from gpu_benches.kernels import kernel_calls, measure_kernels  # noqa: E402
+from gpu_benches import candidates, decode, fences, kernel_sets, layers, page, prepare  # noqa: E402
+from gpu_benches.kernels import measure_kernels, prepare_kernels  # noqa: E402
 from gpu_benches.layers import OURS, PEER, measure_layers  # noqa: E402
 from gpu_benches.limits import measured_device  # noqa: E402
 from gpu_checks.setting import Setting, Skipped  # noqa: E402
@@ -25,28 +26,19 @@ from moe_triton.benchmarking import tuning  # noqa: E402
 from moe_triton.benchmarking.cases import Case, make_workload  # noqa: E402
 from moe_triton_kernels import launch  # noqa: E402
 from moe_triton_kernels.configs import bucket_of  # noqa: E402
-from moe_triton_kernels.tools.floors import FLOORS  # noqa: E402
+from moe_triton_kernels.tools.floors import FLOORS, FP8_FLOORS  # noqa: E402
 
 # numpy's, about the interpreter's infinities
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 CPU = torch.device("cpu")
 TINY = Case(tokens=6, hidden=16, intermediate=16, experts=3, top_k=2)
+LEAST = Case(tokens=2, hidden=16, intermediate=16, experts=2, top_k=1, dtype="float16")
 QUICK = {"budget_s": 0.0, "min_rounds": 1, "size": 32, "copied": 1024}
-LAUNCHED_IN_PARTS = {"topk_sums", "permutation_count", "permutation_scan", "permutation_keep", "permutation_place"}
-LAUNCHED_IN_PARTS |= {"row_pieces", "sum_pieces"}
-OF_ADAPTERS = {"narrow_gathered", "narrow_ordered", "d_adapter_gathered", "d_adapter_ordered"}  # no case has any
-# not measured one by one yet: the gate's and those of few rows
-NOT_MEASURED = {
-    "gate_forward",
-    "gate_split",
-    "gate_d_hidden",
-    "gate_d_weight",
-    "small_dispatch",
-    "small_route",
-    "address_table",
-    "decode",
-}
+# within the calls of others: "permutation", "topk", "d_weight_down" and "d_weight_up"
+PARTS = {"topk_sums", "permutation_count", "permutation_scan", "permutation_keep", "permutation_place"}
+PARTS |= {"row_pieces", "sum_pieces"}
+ONLY_BLACKWELL = {"mxfp8_rows"}  # it is compiled there, and nothing calls it yet
 
 
 LARGE = launch.Config(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=4)
@@ -65,34 +57,70 @@ class OneCall:
 def measure_one(part: str, case: Case, measure, monkeypatch: pytest.MonkeyPatch) -> dict:
     """An item of a step, on the CPU and in no time."""
     monkeypatch.setattr(Setting, "need_gpu", lambda self: None)
-    monkeypatch.setattr(steps, "make_timer", lambda device: OneCall())
+    monkeypatch.setattr(steps, "make_timer", lambda device, ahead: OneCall())
     quick = {name: value for name, value in QUICK.items() if name != "budget_s"}
     monkeypatch.setattr(steps, "ITEM_S", 0.0)
-    return steps.measure_one(part, case, measure, quick, Setting(device=CPU))
+    return steps.measure_one(part, case, measure, quick, False, Setting(device=CPU))
 
 
 # What is measured -----------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def measured(name: str) -> dict:
+    """A set of kernels, at the smallest sizes that its operands allow."""
+    case = {
+        "training": replace(LEAST, activation="gpt_oss", bias=True),
+        "quantized": replace(LEAST, hidden=32, intermediate=32, format="int4"),
+    }.get(name, LEAST)
+    return measure_kernels(case, CPU, OneCall(), kernels=getattr(kernel_sets, name), **QUICK)
+
+
 def test_every_kernel_is_measured_against_its_floor() -> None:
-    case = Case(tokens=6, hidden=16, intermediate=16, experts=3, top_k=2, activation="gpt_oss", bias=True)
-    found = measure_kernels(case, CPU, OneCall(), **QUICK)
-    assert set(found["kernels"]) == set(FLOORS) - LAUNCHED_IN_PARTS - OF_ADAPTERS - NOT_MEASURED == set(page.KERNELS)
+    sets = ("training", "few_tokens", "fp8", "adapters", "quantized")
+    assert {make.__name__ for make, _ in steps.SETS.values()} == set(sets[1:])
+    names = {kernel.partition(",")[0] for name in sets for kernel in measured(name)["kernels"]}
+    assert names == (FLOORS | FP8_FLOORS).keys() - PARTS - ONLY_BLACKWELL
+    found, shape = measured("training"), LEAST.shape
     assert found["dense_flops"] == pytest.approx(2 * 32**3 / 1e-3)
     assert found["copy_bytes_s"] == pytest.approx(2 * 1024 / 1e-3)
-    up = found["kernels"]["up"]
-    work = FLOORS["up"](case.shape)
+    up, work = found["kernels"]["up"], FLOORS["up"](shape)
     assert (up["flops"], up["bytes"]) == (work.flops, work.bytes)
     floor = max(work.flops / found["dense_flops"], work.bytes / found["copy_bytes_s"])
     assert up["floor_s"] == pytest.approx(floor)
     assert up["of_floor"] == pytest.approx(floor / 1e-3)
 
 
+def test_codes_have_a_limit_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"dense": [2e-3], "dense fp8": [1e-3], "copy": [1e-3]}
+    device = measured_device("x", times, size=100, copied=500)
+    assert device.flops("fp8") == 2 * device.flops("bf16") == pytest.approx(2e9)
+    rows = measured("fp8")["kernels"]
+    assert rows["fp8_up"]["flops"] == FP8_FLOORS["fp8_up"](LEAST.shape).flops
+    monkeypatch.setattr(kernel_sets, "runs_kernels", lambda device: False)
+    with pytest.raises(Skipped, match="no products of fp8"):
+        kernel_sets.fp8(make_workload(TINY, CPU))
+
+
+def test_only_kernels_are_timed_without_their_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer has to answer for its launches, a kernel has not."""
+    asked: dict[str, bool] = {}
+    monkeypatch.setattr(Setting, "need_gpu", lambda self: None)
+    for found in steps.measure_steps() + steps.look_steps()[:1]:
+        name = found.step.name
+        monkeypatch.setattr(steps, "make_timer", lambda device, ahead, name=name: asked.update({name: ahead}))
+        item = next(iter(found.items.values()))
+        part, case, _, options, ahead = item.args
+        steps.measure_one(part, case, lambda *_, **__: {}, options, ahead, Setting(device=CPU))
+    assert {name for name, ahead in asked.items() if not ahead} == {"layers", "decode", "skew"}
+    assert len(asked) == 8
+
+
 def test_the_kernels_run_on_a_real_problem() -> None:
     """What is timed is a training step: its parts give the layer's own output and gradients."""
     case = Case(tokens=6, hidden=16, intermediate=16, experts=3, top_k=2)
     workload = make_workload(case, CPU)
-    calls = kernel_calls(workload)
+    calls = {name: kernel.call for name, kernel in kernel_sets.training(workload).items()}
     block = layers.BLOCKS[OURS].build(workload)
     x = workload.hidden.clone().requires_grad_()
     out = block.forward(x)
@@ -237,6 +265,19 @@ def test_preparing_runs_the_layer_and_the_router() -> None:
     assert prepare.prepare(TINY, CPU) == prepare.few(TINY).title()
 
 
+def test_preparing_a_set_runs_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    kernel = kernel_sets.Kernel(lambda: ran.append(1), FLOORS["up"](TINY.shape), "fp32")
+    monkeypatch.setattr(Setting, "need_gpu", lambda self: None)
+    make = lambda workload: dict.fromkeys((str(workload.case.tokens), str(workload.case.experts)), kernel)  # noqa: E731
+    assert prepare_kernels(TINY, make, CPU) == f"2 kernels of {TINY.title()}"
+    assert len(ran) == 2
+    few = replace(TINY, tokens=8, experts=16)
+    assert "T=8" in steps.build_kernels(few, make, Setting(device=CPU))  # as it is
+    many = replace(few, tokens=4096)
+    assert prepare.few(many).title() in steps.build_kernels(many, make, Setting(device=CPU))
+
+
 def test_the_steps_cover_the_shapes() -> None:
     found = {step.step.name: step.items for step in steps.measure_steps()}
     assert len(found["layers"]) == 12 + 7 + 1
@@ -300,6 +341,7 @@ def test_the_page_of_a_run(tmp_path: Path) -> None:
         "layers: shape a": layer_item("shape a", 0.4, 2.0),
         "layers: shape b": layer_item("shape b", 0.9, 8.0),
         "kernels: shape a": {**good, "kernels": {"up": {"of_floor": 0.875, "time_s": spread(1.25e-3)}}},
+        "fp8 kernels: shape a": {**good, "kernels": {"quantize_rows": {"of_floor": 0.5, "time_s": spread(1e-3)}}},
         "kernels: shape b": {**good, "title": "shape b", "status": "out of memory", "note": "no room"},
         "decode: shape a": {**good, "floor_s": 1.7e-5, "ways": {"graph": way, "eager": {"status": "failed"}}},
         "gluon: shape a": {**good, "ops": {"down": {"runs": "128x256x64", "tried": tried}}},
@@ -318,7 +360,9 @@ def test_the_page_of_a_run(tmp_path: Path) -> None:
     assert row in text
     assert "| geometric mean |  |  | 0.60 | 4.00x |  |  | 0.60 | 4.00x |  |  |" in text
     assert "Dense product 790 TFLOP/s, copy 4.30 TB/s" in text
-    assert "| shape a | 0.88 (1250 us) |" in text or "| shape a | 0.87 (1250 us) |" in text
+    assert "| kernel | shape a |" in text
+    assert "| up | 0.88 (1250 us) |" in text or "| up | 0.87 (1250 us) |" in text
+    assert "| quantize_rows | 0.50 (1000 us) |" in text
     assert "kernels: shape b: out of memory (no room)" in text
     assert "| shape a | 20 | 0.83 | failed |  | 17 |" in text
     assert "| shape a | down | 128x256x64 | gluon ping_pong | 0.912 |" in text

@@ -24,7 +24,19 @@ from moe_triton.benchmarking import environment  # noqa: E402
 TINY = Setting(device=torch.device("cpu"), tiny=True, seconds=0.0)
 ITEMS = {name: item for found in steps.all_steps() for name, item in found.items.items()}
 ON_CPU = ("layer float32", "buckets float32 1 of 4", "stress", "beyond_int32", "routing", "determinism", "compile")
-ON_CPU += ("fp8", "empty", "dispatch", "nan_logits", "mutations", "smoke: experts, fp32", "address_tables")
+ON_CPU += (
+    "fp8",
+    "fp8_codes",
+    "quantized",
+    "gate",
+    "few_tokens",
+    "empty",
+    "dispatch",
+    "nan_logits",
+    "mutations",
+    "smoke: experts, fp32",
+    "address_tables",
+)
 ON_CPU += ("experts gated float32 1 of 4", "experts ungated float16 2 of 2", "gluon: ping_pong")
 ON_GPU = ("facts", "no_recompilation", "no_host_sync", "cuda_graph", "sanitizer", "nccl", "other assembler", "counters")
 
@@ -111,7 +123,7 @@ def test_wrong_bits_that_repeat_are_noticed(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_schedule_that_did_not_run_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device that has it, the plain kernel behind the same function is no proof of it."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(numerics, "GLUON_SHAPES", ((64, 16, "swiglu", False),))
+    monkeypatch.setattr(numerics, "GLUON_SHAPES", ((64, 16, "swiglu", False, True),))
     monkeypatch.setattr(numerics, "make_problem", lambda *_, **__: None)
     monkeypatch.setattr(numerics, "run", lambda problem: {})
     with pytest.raises(AssertionError, match="launched: "):

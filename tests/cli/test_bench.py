@@ -248,13 +248,17 @@ def test_formats(tmp_path):
     shape = ["--tokens", "4", "--hidden", "64", "--intermediate", "32", "--experts", "4", "--top-k", "2"]
     file = tmp_path / "b.json"
     done = run(
-        *shape, *QUICK, "--dtype", "float32", "--format", "mxfp4,int4", "--providers", "auto", "--json", str(file)
-    )
+        *shape, *QUICK, "--dtype", "float32", "--format", "mxfp4,int4", "--providers", "auto", "--stages", "--json",
+        str(file),
+    )  # fmt: skip
     assert done.exit_code == 0, done.output
     assert "moe_triton (torch, int4)" in done.stdout
     runs = json.loads(file.read_text())["runs"]
     assert [(one["case"]["format"], one["mode"]) for one in runs] == [("mxfp4", "forward"), ("int4", "forward")]
-    for wrong in (["--mode", "full"], ["--stages"]):
-        refused = run(*shape, *QUICK, "--format", "mxfp4", *wrong)
-        assert refused.exit_code == EXIT_USAGE
-        assert "format: got it with another mode than forward" in refused.stderr
+    tables = json.loads(file.read_text())["stages"]
+    assert [table["case"]["format"] for table in tables] == ["mxfp4", "int4"]
+    packed = [next(row for row in table["stages"] if row["name"] == "experts")["bytes"] for table in tables]
+    assert packed[1] - packed[0] == (5 - 4.25) / 8 * 3 * 4 * 64 * 32
+    refused = run(*shape, *QUICK, "--format", "mxfp4", "--mode", "full")
+    assert refused.exit_code == EXIT_USAGE
+    assert "format: got it with mode 'full', wanted forward" in refused.stderr

@@ -30,7 +30,7 @@ def test_info_json():
     assert all(path["backend"] == "torch" and path["reason"] for path in cpu.values())
     assert facts["exchanges"]["DeepEP"] == "the package deep_ep is not installed"
     assert next(iter(facts["exchanges"].values())) is None
-    assert facts["cpu_codes"] == loops_in_words()
+    assert facts["cpu_loops"] == loops_in_words()
 
 
 def test_info_table_and_module_entry():
@@ -41,7 +41,7 @@ def test_info_table_and_module_entry():
         "cpu",
         "bfloat16",
         "backend",
-        "Quantised projections on the CPU: decoded by",
+        "Compiled loops on the CPU: ",
         "DeepEP: the package deep_ep is not installed",
     ):
         assert word in done.stdout
@@ -73,24 +73,35 @@ def test_choice_of_backend(monkeypatch):
     assert "8.0; the GPU has 7.5" in runtime.choose("auto", torch.device("cuda", 0), torch.bfloat16).reason
 
 
-def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "moe_triton", *words],
-        capture_output=True, text=True, check=False, env={**os.environ, **environment},
-    )  # fmt: skip
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """`run(table, *words)` runs a command with this table of the user's: its exit code, stdout and stderr."""
+    from moe_triton_kernels import configs
+
+    def run_command(table, *words):
+        monkeypatch.setenv("MOE_TRITON_TABLE", str(table))
+        monkeypatch.setattr(sys, "argv", ["moe-triton", *words])
+        monkeypatch.setattr(sys, "stdout", sys.stdout)  # which `main` replaces
+        configs.user_table.cache_clear()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return end.value.code, *capsys.readouterr()
+
+    yield run_command
+    configs.user_table.cache_clear()
 
 
 @pytest.mark.skipif(not runtime.TRITON_INSTALLED, reason="the tables come with the kernels")
 @pytest.mark.parametrize("contents", [b"{broken", b"\xff", b'[{"op": "up"}]', None])
-def test_a_broken_table_is_one_line_after_everything_else(tmp_path, contents):
+def test_a_broken_table_is_one_line_after_everything_else(tmp_path, run, contents):
     table = tmp_path / "configs.json"
     table.mkdir() if contents is None else table.write_bytes(contents)
-    done = run("info", "--json", MOE_TRITON_TABLE=str(table))
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"moe-triton info: kernel configurations: table {table}: ")
-    assert done.stderr.count("\n") == 1
-    facts = json.loads(done.stdout)
-    assert facts["tables"] == {"error": done.stderr.strip().removeprefix("moe-triton info: kernel configurations: ")}
+    code, out, err = run(table, "info", "--json")
+    assert code == 1
+    assert err.startswith(f"moe-triton info: kernel configurations: table {table}: ")
+    assert err.count("\n") == 1
+    facts = json.loads(out)
+    assert facts["tables"] == {"error": err.strip().removeprefix("moe-triton info: kernel configurations: ")}
     assert facts["backends"]
 
 
@@ -105,14 +116,14 @@ def test_a_broken_table_is_one_line_after_everything_else(tmp_path, contents):
     ],
     ids=lambda words: words[0],
 )
-def test_no_command_begins_with_a_broken_table(tmp_path, words, monkeypatch):
+def test_no_command_begins_with_a_broken_table(tmp_path, run, words):
     table = tmp_path / "configs.json"
     table.write_text("{broken")
     out = ["--out", str(tmp_path / "out")] if words[0] in ("profile", "train") else []
-    done = run(*words, *out, MOE_TRITON_TABLE=str(table), TRITON_INTERPRET="1")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert f"table {table}: " in done.stderr
-    assert "Traceback" not in done.stderr
+    code, printed, said = run(table, *words, *out)
+    assert (code, printed) == (2, "")
+    assert f"table {table}: " in said
+    assert "Traceback" not in said
     assert not (tmp_path / "out").exists()
 
 

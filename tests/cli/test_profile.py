@@ -63,6 +63,23 @@ def test_a_layer(tmp_path):
     assert {p.name for p in (tmp_path / "p").iterdir()} == {"trace.json", "memory.png", "profile.json"}
 
 
+def test_a_layer_over_codes(tmp_path):
+    shape = ["--tokens=20", "--hidden=32", "--intermediate=32", "--experts=4", "--top-k=2", "--dtype=float32"]
+    done = invoke(*shape, *QUICK, "--format=mxfp4", "--out", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    assert "float32 mxfp4" in done.stdout
+    found = json.loads((tmp_path / "profile.json").read_text())["stages"]
+    assert found["case"]["format"] == "mxfp4"
+    assert {row["name"] for row in found["stages"] if row["time_s"]} == {"gate", "route", "dispatch", "experts"}
+    for wrong, message in (
+        (["--format=fp3"], "format: got 'fp3'"),
+        (["--format=mxfp4", "--kernel=d_weight_up"], "kernel: got 'd_weight_up', wanted one of up, down"),
+    ):
+        refused = invoke(*shape, *QUICK, *wrong, "--out", str(tmp_path))
+        assert refused.exit_code == EXIT_USAGE
+        assert message in refused.stderr
+
+
 def test_a_training_step(tmp_path):
     options = ["--hidden=16", "--intermediate=8", "--experts=4", "--top-k=2"]
     done = invoke("--training-step", *options, *QUICK, "--out", str(tmp_path))

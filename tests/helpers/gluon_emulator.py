@@ -250,15 +250,16 @@ class Emulator:
 
         self.under_way.append(end)
 
-    def cp_async(self, target: Shared, pointers: Pointer) -> None:
+    def cp_async(self, target: Shared, pointers: Pointer, mask: Any = True) -> None:
         partition = self.pause()
         assert np.shape(pointers.offsets) == target.shape
+        mask = np.broadcast_to(mask, target.shape)
         target.data[...] = np.nan
         for warp, queue in enumerate(partition.copies):
             rows = slice(warp, None, partition.warps)
 
             def end(rows: slice = rows) -> None:
-                target.data[rows] = load(pointers[rows])
+                target.data[rows] = load(pointers[rows], mask[rows])
                 self.time += 1
                 target.written[rows] = self.time
 
@@ -326,6 +327,7 @@ class Emulator:
             where=where,
             minimum=np.minimum,
             maximum=np.maximum,
+            join=lambda a, b: np.stack([a, b], -1).view(Tile),
             exp=np.exp,
             erf=np.vectorize(math.erf, otypes=[np.float32]),
             sigmoid=lambda x: 0.5 + 0.5 * np.tanh(0.5 * x),

@@ -95,6 +95,9 @@ class Shared:
         where = (slice(None),) * dim + (slice(start, start + length),)
         return Shared(self.data[where], self.written[where])
 
+    def reshape(self, shape: Sequence[int]) -> Shared:
+        return Shared(self.data.reshape(shape), self.written.reshape(shape))
+
     def permute(self, order: Sequence[int]) -> Shared:
         return Shared(self.data.transpose(order), self.written.transpose(order))
 

@@ -20,7 +20,7 @@ from moe_triton.backends.triton import gate
 from moe_triton.backends.triton.routing import route_and_dispatch, route_backward, route_forward
 from moe_triton.quantization import QuantizedWeight
 from moe_triton.records import ExpertSpec, GateWanted, RouterSpec
-from moe_triton_kernels import configs
+from moe_triton_kernels import configs, mxfp8
 from moe_triton_kernels.d_weight import d_bias, d_weight
 from moe_triton_kernels.launch import Config
 from moe_triton_kernels.permutation import permute
@@ -105,6 +105,9 @@ def run_fp8() -> None:
     problem = make_problem(random_choices(13, 2, 4), 4, spec=ExpertSpec(fp8=True), dtype=torch.bfloat16, d=96, n=40)
     for name, found in run(problem).items():
         assert found.isfinite().all(), name
+    weight = problem.inputs["down"]
+    for x in (weight, weight.mT):
+        assert mxfp8.quantize_mx(x).codes.float().isfinite().all()
 
 
 def run_experts(at_end: bool) -> None:

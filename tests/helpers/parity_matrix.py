@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_triton import MoE
 from moe_triton.distributed import ExpertParallel, ParallelGroups, clip_grad_norm_, make_groups, reduce_gradients
+from tests.helpers.pairs import covering
 
 WORLD, SEQUENCES, POSITIONS, HIDDEN, EXPERTS, VOCAB = 4, 8, 4, 16, 4, 32
 # relative, in float64; transformers computes norms and the router in float32 whatever the dtype
@@ -68,18 +69,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 def sample() -> list[Composition]:
     """Compositions in which every pair of choices occurs that can occur, found greedily; the same every time."""
     assert tuple(CHOICES) == tuple(field.name for field in fields(Composition))
-    possible = [c for values in itertools.product(*CHOICES.values()) if (c := Composition(*values)).is_possible()]
-    missing = set().union(*(pairs(composition) for composition in possible))
-    chosen = []
-    while missing:
-        best = max(possible, key=lambda composition: len(pairs(composition) & missing))
-        chosen.append(best)
-        missing -= pairs(best)
-    return chosen
-
-
-def pairs(composition: Composition) -> set[tuple[tuple[str, Any], tuple[str, Any]]]:
-    return set(itertools.combinations(asdict(composition).items(), 2))
+    possible = [values for values in itertools.product(*CHOICES.values()) if Composition(*values).is_possible()]
+    return [Composition(*values) for values in covering(possible)]
 
 
 # The models, in two halves --------------------------------------------------------------------------------------------

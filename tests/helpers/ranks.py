@@ -10,24 +10,37 @@ import multiprocessing as mp
 import socket
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
+Key, Result = TypeVar("Key"), TypeVar("Result")
+
+# what the ranks' functions import: seconds for each process that does so itself
+PRELOADED = ["torch.distributed.tensor", "torch._dynamo", "moe_triton.distributed.gradients"]
+PRELOADED += ["moe_triton.integrations.transformers", "transformers.modeling_utils", "transformers.trainer"]
+PRELOADED += ["tests.helpers.interpreter"]
 TIMEOUT = 120  # seconds for a collective, long enough for a busy machine; tests of faults make their own processes
 
 
 def fork_context() -> Any:
     """Processes are forks of one that has imported everything, once, and done nothing."""
     context = mp.get_context("forkserver")
-    modules = ["torch.distributed.tensor", "moe_triton.distributed.gradients", "tests.helpers.interpreter"]
-    context.set_forkserver_preload(modules)
+    context.set_forkserver_preload(PRELOADED)
     return context
+
+
+def at_once(calls: Mapping[Key, Callable[[], Result]], workers: int = 4) -> dict[Key, Result]:
+    """Make calls that mostly wait for other processes, several at a time, and return their results."""
+    with ThreadPoolExecutor(workers) as pool:
+        started = {key: pool.submit(call) for key, call in calls.items()}
+    return {key: future.result() for key, future in started.items()}
 
 
 def free_port() -> int:

@@ -16,7 +16,9 @@ FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "olmoe")
 WAYS = {
     "experts, all to all": {"tp_size": 2, "ep_size": 2, "ep_implementation": "all_to_all"},
     "experts, all reduce": {"tp_size": 2, "ep_size": 2, "ep_implementation": "all_reduce"},
+    "experts, our exchange": {"tp_size": 2, "ep_size": 2, "ep_implementation": "moe_triton"},
     "experts and batches": {"fsdp_size": 2, "ep_size": 2},
+    "experts and batches, our exchange": {"fsdp_size": 2, "ep_size": 2, "ep_implementation": "moe_triton"},
     "tensors": {"tp_size": 2},
     "FSDP2": {"fsdp_size": 2},
 }
@@ -49,15 +51,20 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def against_one_process(folder: Path) -> dict[str, str]:
     """What differs, by the way: all of them are tried."""
+    from moe_triton.distributed import ExpertParallel
     from moe_triton.integrations import transformers as hf
 
     expected, failures = torch.load(folder / "expected.pt"), {}
-    ran = []
-    original = hf.moe_mlp
+    ran, exchanged = [], []
+    mlp, exchange = hf.moe_mlp, ExpertParallel.exchange
     for way, sizes in WAYS.items():
         ran.clear()
+        exchanged.clear()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(hf, "moe_mlp", lambda *args, **options: ran.append(1) or original(*args, **options))
+            patch.setattr(hf, "moe_mlp", lambda *args, **options: ran.append(1) or mlp(*args, **options))
+            patch.setattr(
+                ExpertParallel, "exchange", lambda *args, **options: exchanged.append(1) or exchange(*args, **options)
+            )
             model = loaded(folder, way)
             mine = token_ids().chunk(2)[dist.get_rank()] if sizes.get("fsdp_size") else token_ids()
             loss = model(input_ids=mine, labels=mine).loss
@@ -69,8 +76,9 @@ def against_one_process(folder: Path) -> dict[str, str]:
             wanted = expected[name]
             grad = torch.zeros_like(wanted) if parameter.grad is None else whole(parameter.grad)
             worst = max(worst, (((grad - wanted).norm() / wanted.norm().clamp_min(1e-30)).item(), name))
-        if worst[0] > TOLERANCE or not ran:
-            failures[way] = f"{worst[1]}: {worst[0]:.1e}, {len(ran)} calls of ours"
+        ours = exchanged if sizes.get("ep_implementation") == "moe_triton" else ran
+        if worst[0] > TOLERANCE or not ours:
+            failures[way] = f"{worst[1]}: {worst[0]:.1e}, {len(ours)} calls of ours"
     return failures
 
 
@@ -97,7 +105,32 @@ def watched(folder: Path, way: str) -> dict:
     }
 
 
-@pytest.mark.parametrize("way", ["experts, all to all", "experts, all reduce", "experts and batches", "FSDP2"])
+OURS = "experts, our exchange"
+
+
+def options_and_errors(folder: Path) -> None:
+    """An exchange with options under a key of its own; experts that do not know of it."""
+    from transformers.distributed.expert_parallel import EPImplementationInterface
+
+    from moe_triton.integrations.ep_implementation import ep_implementation
+
+    events: list[str] = []
+    EPImplementationInterface.register("in chunks", ep_implementation(chunks=2, listener=events.append))
+    WAYS["in chunks"] = {**WAYS[OURS], "ep_implementation": "in chunks"}
+    model = loaded(folder, "in chunks")
+    with torch.no_grad():
+        model(input_ids=token_ids())
+        assert "issue rows of chunk 1" in events
+        model.set_experts_implementation("grouped_mm")
+        with pytest.raises(ValueError, match="experts_implementation: got 'grouped_mm' with ep_implementation"):
+            model(input_ids=token_ids())
+
+
+def test_our_exchange_with_options(two_ranks, tmp_path):
+    two_ranks.run(options_and_errors, save_with_expectations(tmp_path, "qwen3_moe", torch.float32))
+
+
+@pytest.mark.parametrize("way", ["experts, all to all", "experts, all reduce", OURS, "experts and batches", "FSDP2"])
 def test_the_monitor_and_the_recorder(two_ranks, tmp_path_factory, way):
     from transformers import AutoModelForCausalLM
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moe_triton import reference
@@ -19,6 +20,7 @@ from moe_triton_kernels.down import down
 from moe_triton_kernels.fp8 import WeightCodes, fp8_supported
 from moe_triton_kernels.fp8_d_weight import fp8_d_weight, tile_offsets
 from moe_triton_kernels.launch import Config
+from moe_triton_kernels.mxfp8 import quantize_mx
 from moe_triton_kernels.operands import per_expert
 from moe_triton_kernels.quantize import quantize_columns, quantize_rows, quantize_weight
 from moe_triton_kernels.tiles import tile_tables
@@ -124,6 +126,28 @@ def test_row_codes_are_those_of_the_definition() -> None:
             broken = (found.codes.double() * found.scales.double().repeat_interleave(128, 1))[~fine]
             assert broken.sum(1).isnan().all()
     assert quantize_rows(x[:0]).codes.shape == (0, 384)
+
+
+@pytest.mark.parametrize("size_k", [128, 200])
+def test_mx_codes(size_k: int) -> None:
+    """Of matrices and of their transposes; torch's own E8M0 and e4m3 are the definition."""
+    stored = torch.randn(2, size_k, 37, device=device) * torch.logspace(-20, 20, size_k, device=device)[:, None]
+    stored[1, 0, :3] = torch.tensor([448.0, 449.0, 896.0]) * 2.0**40  # the largest of their groups
+    stored[0, :32, 3], stored[0, 0, 4], stored[0, 0, 5], stored[1, :, 6] = 0, NAN, INF, 1e-44
+    for x in (stored.mT, stored.mT.contiguous(), stored.mT[0].bfloat16()):
+        found = quantize_mx(x)
+        rows = F.pad(x.float().reshape(-1, size_k), (0, -size_k % 128))
+        groups = rows.unflatten(1, (-1, 32))
+        largest = groups.abs().amax(2)
+        exponent = torch.where(largest > 0, (largest.double() / 448).log2().ceil(), -127).clamp(-127).int()
+        powers = torch.where(largest.isfinite(), torch.ldexp(torch.ones_like(largest), exponent), NAN)
+        codes = (groups / powers[..., None]).clamp(-448, 448).to(FP8)
+        scales = found.scales.view(torch.float8_e8m0fnu).float().view_as(powers)
+        assert torch.equal(scales.nan_to_num(-1), powers.nan_to_num(-1))
+        assert found.codes.shape == (*x.shape[:-1], rows.shape[1])
+        is_nan = codes.float().isnan()
+        assert torch.equal(found.codes.float().view_as(is_nan).isnan(), is_nan)
+        assert torch.equal(found.codes.float().view_as(is_nan).nan_to_num(), codes.float().nan_to_num())
 
 
 @pytest.mark.parametrize("stacked", [True, False])

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moe_triton import reference
 from moe_triton.backends.triton import problem as calls
+from moe_triton.records import ExpertSpec
 from moe_triton_kernels import configs
 from moe_triton_kernels.activations import GATED_CASES, UNGATED_CASES, Activation
 from moe_triton_kernels.d_hidden import d_hidden
@@ -25,7 +26,7 @@ from moe_triton_kernels.gluon import d_hidden as gluon_d_hidden
 from moe_triton_kernels.gluon import down as gluon_down
 from moe_triton_kernels.gluon import launch, schedules
 from moe_triton_kernels.gluon import up as gluon_up
-from moe_triton_kernels.gluon.schedules import SCHEDULES, why_unsupported
+from moe_triton_kernels.gluon.schedules import DERIVATIVES, SCHEDULES, why_unsupported
 from moe_triton_kernels.launch import Config, Target, shared_limit
 from moe_triton_kernels.operands import per_expert
 from moe_triton_kernels.tiles import tile_tables
@@ -251,6 +252,23 @@ def test_experts_forward_and_backward(hopper: dict[str, EmulatedKernel], monkeyp
         assert [len(hopper[name].calls) for name in ("up", "down", "d_hidden")] == [1, 2, 1]
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_gate_in_pairs_and_a_contraction_that_ends_within_a_block(
+    hopper: dict[str, EmulatedKernel], schedule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def choose(op: str, **sizes: Any) -> Config:
+        return replace(configs.choose_config(op, **sizes), gluon=schedule)
+
+    monkeypatch.setattr(calls, "choose_config", choose)
+    spec = ExpertSpec(is_concatenated=False, is_transposed=schedule == "ping_pong")
+    problem = make_problem(random_choices(9, 2, 4), 4, spec=spec, d=80, n=48, dtype=torch.float16)
+    check(run(problem), problem, tolerance=2e-3)
+    if hopper:
+        assert [len(hopper[name].calls) for name in ("up", "down", "d_hidden")] == [1, 2, 1]
+        tiles = [call[1]["TILE"] for kernel in hopper.values() for call in kernel.calls]
+        assert [tile.EVEN_K.value for tile in tiles] == [False] * 4
+
+
 def test_what_is_not_supported_runs_on_the_plain_kernels() -> None:
     """The experts' matrices are tensors of their own: the result is the one without a schedule."""
     setting = Setting()
@@ -298,13 +316,12 @@ def test_the_reasons(hopper: dict[str, EmulatedKernel]) -> None:
     assert reason(weight=per_expert(weight[:, :, ::2]).transposed()) == not_one
     assert reason(weight=per_expert(torch.randn(6, 160, 128, device=DEVICE).bfloat16()[::2]).transposed()) == not_one
     assert "biases are not one tensor" in reason(bias=per_expert(list(torch.randn(3, 160, device=DEVICE))))
-    assert reason(projections=2, size_columns=80, is_concatenated=False) == "gate and up columns are interleaved"
     assert reason(derivative=Activation("swiglu")) is None
     limited = reason(derivative=Activation("swiglu", limit=10.0))
     assert limited == "the derivative of swiglu_limit10, wanted that of one of swiglu, geglu_tanh, silu, gelu_tanh"
     assert reason(rows=rows[:0]) == "no rows"
-    odd = per_expert(torch.randn(3, 160, 96, device=DEVICE).bfloat16()).transposed()
-    assert reason(rows=rows[:, :96].contiguous(), weight=odd) == "a contraction of 96, wanted a multiple of 64"
+    odd = per_expert(torch.randn(3, 160, 88, device=DEVICE).bfloat16()).transposed()
+    assert reason(rows=rows[:, :88].contiguous(), weight=odd) == "a contraction of 88, wanted a multiple of 16"
     narrow = per_expert(torch.randn(3, 12, 128, device=DEVICE).bfloat16()).transposed()
     assert reason(weight=narrow, size_columns=12) == "12 columns, wanted a multiple of 16"
     shifted = torch.randn(8 * 128 + 1, device=DEVICE).bfloat16()[1:].view(8, 128)
@@ -359,4 +376,17 @@ def test_every_kernel_has_its_cases() -> None:
         assert all(any(case.name.startswith(stored) for case in mine) for stored in types)
         assert {case.constants["PING_PONG"] for case in mine} == {False, True}
         assert {case.constants["K_CONTIGUOUS"] for case in mine} == {False, True}
+        if op in ("down", "d_rows"):
+            continue
+        known = DERIVATIVES if op.startswith("d_hidden") else ALL
+        activations = [activation for activation in known if activation.is_gated == op.endswith("gated")]
+        for is_concatenated in (True, False) if op.endswith("gated") else (True,):
+            found = {
+                (case.constants["ACTIVATION"], "fp16" in case.name)
+                for case in mine
+                if case.constants["CONCATENATED"] == is_concatenated
+            }
+            assert found == {(activation, wide) for activation in activations for wide in (True, False)}
+        tails = {(case.constants["PING_PONG"], case.constants["K_CONTIGUOUS"]) for case in mine if "tail" in case.name}
+        assert len(tails) == 4
     assert offline.collect_cases("sm_100", ["gluon"], every=True) == []

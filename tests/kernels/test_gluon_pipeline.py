@@ -6,6 +6,8 @@ A GPU compiles the same source; what this cannot show is in the compiler and in 
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from typing import Any
 
 import numpy as np
@@ -38,25 +40,34 @@ def tiles() -> TilesArgument:
 
 
 def matrices(random: np.random.Generator, size_k: int, size_columns: int) -> np.ndarray:
-    """The experts' matrices [E, k, columns]."""
-    return random.standard_normal((EXPERTS, size_k, size_columns)).astype(np.float32)
+    """The experts' matrices [E, k, columns]; that of the expert without rows is NaN, and goes nowhere."""
+    found = random.standard_normal((EXPERTS, size_k, size_columns)).astype(np.float32)
+    found[1] = np.nan
+    return found
 
 
-def stack(weight: np.ndarray, k_contiguous: bool) -> np.ndarray:
-    """One below the other, as they are or each transposed."""
-    return np.concatenate(list(weight.transpose(0, 2, 1) if k_contiguous else weight))
+def descriptor(weight: np.ndarray, k_contiguous: bool, width: int) -> Descriptor:
+    """Of the matrices [E, k, columns], or of their transposes."""
+    if k_contiguous:
+        return Descriptor(weight.transpose(0, 2, 1), [1, width, BLOCK_K])
+    return Descriptor(weight, [1, BLOCK_K, width])
 
 
 class Case:
     """A product that the emulator runs, and its float64 answer."""
 
-    def __init__(self, *, ping_pong: bool, stages: int, steps: int, k_contiguous: bool = True, seed: int = 0) -> None:
+    def __init__(
+        self, *, ping_pong: bool, stages: int, steps: int, k_contiguous: bool = True, tail: int = 0, seed: int = 0
+    ) -> None:
+        """tail: k that the last step lacks."""
         self.random = np.random.default_rng(seed)
-        self.k_contiguous, self.size_k = k_contiguous, steps * BLOCK_K
+        self.k_contiguous, self.size_k = k_contiguous, steps * BLOCK_K - tail
         self.ping_pong, self.stages = ping_pong, stages
 
-    def constants(self, block_n: int) -> dict[str, Any]:
-        tile = RingTile(self.ping_pong, BLOCK_M, block_n, BLOCK_K, self.stages, GROUP=2, PARTS=2)
+    def constants(self, block_n: int, parts: int = 2) -> dict[str, Any]:
+        tile = RingTile(
+            self.ping_pong, BLOCK_M, block_n, BLOCK_K, self.stages, 2, parts, EVEN_K=self.size_k % BLOCK_K == 0
+        )
         return {"K_CONTIGUOUS": self.k_contiguous, "TILE": tile}
 
     def rows(self, emulator: Emulator, programs: int = 2) -> None:
@@ -74,9 +85,7 @@ class Case:
             "down_kernel",
             programs,
             a=Descriptor(a, [BLOCK_M, BLOCK_K]),
-            weight=Descriptor(
-                stack(weight, self.k_contiguous), [block_n, BLOCK_K] if self.k_contiguous else [BLOCK_K, block_n]
-            ),
+            weight=descriptor(weight, self.k_contiguous, block_n),
             bias=BiasArgument(Pointer(bias.reshape(-1)), columns, 1, 4, 1),
             router_weights=Pointer(router_weights),
             source=Pointer(source),
@@ -93,11 +102,18 @@ class Case:
             assert_close(result[span], torch.from_numpy(product * router_weights[source[span], None]))
         assert result[OFFSETS[-1] :].isnan().all()
 
-    def up(self, emulator: Emulator, activation: str = "swiglu", programs: int = 2, keep_h: bool = True) -> None:
+    def up(
+        self,
+        emulator: Emulator,
+        activation: str = "swiglu",
+        programs: int = 2,
+        keep_h: bool = True,
+        concatenated: bool = True,
+    ) -> None:
         """up: 24 columns (and 24 of gate) in tiles of 16, gathered from NUM_ROWS / TOP_K tokens."""
         gated, size_n, block_n = activation == "swiglu", 24, 32
         projections = 2 if gated else 1
-        width = block_n // projections
+        width = block_n // projections if concatenated else block_n
         x = self.random.standard_normal((NUM_ROWS // TOP_K, self.size_k)).astype(np.float32)
         weight = matrices(self.random, self.size_k, projections * size_n)
         bias = self.random.standard_normal((EXPERTS, projections * size_n)).astype(np.float32)
@@ -111,9 +127,7 @@ class Case:
             programs,
             x=Pointer(x.reshape(-1)),
             source=Pointer(source),
-            weight=Descriptor(
-                stack(weight, self.k_contiguous), [width, BLOCK_K] if self.k_contiguous else [BLOCK_K, width]
-            ),
+            weight=descriptor(weight, self.k_contiguous, width),
             bias=BiasArgument(Pointer(bias.reshape(-1)), projections * size_n, 1, 4, 1),
             a=Pointer(a),
             h=Pointer(h) if keep_h else None,
@@ -122,20 +136,24 @@ class Case:
             size_n=size_n,
             TOP_K=TOP_K,
             ACTIVATION=Activation(activation),
-            **self.constants(block_n),
+            CONCATENATED=concatenated,
+            **self.constants(block_n, 2 if concatenated else 1),  # a column block of A has 8 at least
         )
         a_rows = torch.from_numpy(a).reshape(NUM_ROWS, size_n)
         h_rows = torch.from_numpy(h).reshape(-1, projections * size_n)
         for e in range(EXPERTS):
             span = slice(OFFSETS[e], OFFSETS[e + 1])
             expected = x[source[span] // TOP_K].astype(np.float64) @ weight[e].astype(np.float64) + bias[e]
-            assert_close(a_rows[span], reference.activate(torch.from_numpy(expected), activation, True), tolerance=1e-4)
+            value = reference.activate(torch.from_numpy(expected), activation, concatenated)
+            assert_close(a_rows[span], value, tolerance=1e-4)
             if keep_h:
                 assert_close(h_rows[span], torch.from_numpy(expected))
         assert a_rows[OFFSETS[-1] :].isnan().all()
         assert h_rows[OFFSETS[-1] :].isnan().all()
 
-    def d_hidden(self, emulator: Emulator, activation: str = "swiglu", programs: int = 2) -> None:
+    def d_hidden(
+        self, emulator: Emulator, activation: str = "swiglu", programs: int = 2, concatenated: bool = True
+    ) -> None:
         """d_hidden: 24 columns in tiles of 16, gradients gathered from NUM_ROWS / TOP_K tokens."""
         size_n, block_n = 24, 16
         width = 2 * size_n if activation == "swiglu" else size_n
@@ -153,9 +171,7 @@ class Case:
             programs,
             grad_out=Pointer(grad_out.reshape(-1)),
             source=Pointer(source),
-            weight=Descriptor(
-                stack(weight, self.k_contiguous), [block_n, BLOCK_K] if self.k_contiguous else [BLOCK_K, block_n]
-            ),
+            weight=descriptor(weight, self.k_contiguous, block_n),
             h=Pointer(h.reshape(-1)),
             router_weights=Pointer(router_weights),
             **{name: Pointer(output) for name, output in outputs.items()},
@@ -165,6 +181,7 @@ class Case:
             num_slots=NUM_ROWS,
             TOP_K=TOP_K,
             ACTIVATION=Activation(activation),
+            CONCATENATED=concatenated,
             **self.constants(block_n),
         )
         found = {name: torch.from_numpy(output) for name, output in outputs.items()}
@@ -175,7 +192,7 @@ class Case:
             grad_a = torch.from_numpy(grad_out[source[span] // TOP_K].astype(np.float64) @ weight[e])
             scale = torch.from_numpy(router_weights[source[span]]).double()[:, None]
             leaf = torch.from_numpy(h[span]).double().requires_grad_()
-            a = reference.activate(leaf, activation, True)
+            a = reference.activate(leaf, activation, concatenated)
             (expected,) = torch.autograd.grad(a, leaf, grad_a * scale)
             a = a.detach()
             assert_close(weighted_a[span], a * scale, tolerance=1e-4)
@@ -192,6 +209,7 @@ cases = st.builds(
     stages=st.integers(2, 5),
     steps=st.integers(1, 7),
     k_contiguous=st.booleans(),
+    tail=st.integers(0, BLOCK_K - 1),
     seed=st.integers(0, 99),
 )
 
@@ -210,11 +228,18 @@ def test_rows_in_any_order(case: Case, seed: int, pace: tuple[float, ...], progr
     activation=st.sampled_from(["swiglu", "gelu_tanh"]),
     programs=st.integers(1, 12),
     keep_h=st.booleans(),
+    concatenated=st.booleans(),
 )
 def test_up_in_any_order(
-    case: Case, seed: int, pace: tuple[float, ...], activation: str, programs: int, keep_h: bool
+    case: Case,
+    seed: int,
+    pace: tuple[float, ...],
+    activation: str,
+    programs: int,
+    keep_h: bool,
+    concatenated: bool,
 ) -> None:
-    case.up(Emulator(seed, pace), activation, programs, keep_h)
+    case.up(Emulator(seed, pace), activation, programs, keep_h, concatenated or activation != "swiglu")
 
 
 @settings(deadline=None, max_examples=10)
@@ -224,9 +249,12 @@ def test_up_in_any_order(
     pace=paces,
     activation=st.sampled_from(["swiglu", "gelu_tanh"]),
     programs=st.integers(1, 12),
+    concatenated=st.booleans(),
 )
-def test_d_hidden_in_any_order(case: Case, seed: int, pace: tuple[float, ...], activation: str, programs: int) -> None:
-    case.d_hidden(Emulator(seed, pace), activation, programs)
+def test_d_hidden_in_any_order(
+    case: Case, seed: int, pace: tuple[float, ...], activation: str, programs: int, concatenated: bool
+) -> None:
+    case.d_hidden(Emulator(seed, pace), activation, programs, concatenated or activation != "swiglu")
 
 
 FENCE = "        if work.GATHERED:\n            fence_async_shared()\n"
@@ -277,6 +305,33 @@ def test_a_broken_ring_is_found(changes: dict[str, str], expected: set[str], gat
     found = outcomes(changes, gathered=gathered, ping_pong=ping_pong)
     assert found - {"right"}
     assert found <= expected
+
+
+APART = "tma_load(weight, [expert, k0, n0],"
+BELOW = "tma_load(weight, [0, expert * work.size_k + k0, n0],"
+
+
+@pytest.mark.parametrize("k_contiguous", [True, False])
+@pytest.mark.parametrize("ping_pong", [True, False])
+def test_past_the_end_of_k_there_are_zeros(ping_pong: bool, k_contiguous: bool) -> None:
+    """Not the numbers of the next token, nor those of the next expert, which may be NaN."""
+
+    def up(**changes: Any) -> None:
+        case = Case(ping_pong=ping_pong, stages=STAGES, steps=3, k_contiguous=k_contiguous, tail=2)
+        case.up(Emulator(0, **changes))
+
+    up()
+    with pytest.raises((AssertionError, IndexError)):  # wrong, or past the last token
+        up(changes={", (k < work.size_k - k0)[None, :])": ")"})
+
+
+def test_experts_below_one_another_give_the_next_ones_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    flat = lambda weight, k_contiguous, width: Descriptor(weight.reshape(1, -1, weight.shape[2]), [1, BLOCK_K, width])  # noqa: E731
+    monkeypatch.setattr(sys.modules[__name__], "descriptor", flat)
+    for tail, expected in ((0, contextlib.nullcontext()), (2, pytest.raises(AssertionError, match="not finite"))):
+        case = Case(ping_pong=False, stages=STAGES, steps=3, k_contiguous=False, tail=tail)
+        with expected:
+            case.rows(Emulator(0, changes={APART: BELOW}))
 
 
 def test_both_consumers_have_to_release_a_shared_stage() -> None:

@@ -1,4 +1,4 @@
-"""bf16 in the interpreter of the tests: products, sums and conversions as the hardware makes them."""
+"""The interpreter of the tests: bf16 as the hardware computes it, and triton.language as it was after a launch."""
 
 from __future__ import annotations
 
@@ -43,6 +43,11 @@ def convert_kernel(values, out, back, SIZE: tl.constexpr):
     tl.store(back + at, narrow.to(tl.float32))
 
 
+@triton.jit
+def sum_kernel(values, out, SIZE: tl.constexpr):
+    tl.store(out, tl.sum(tl.load(values + tl.arange(0, SIZE)), 0))
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_product_is_summed_in_fp32_and_rounded_once(dtype: torch.dtype, transposed: bool) -> None:
@@ -82,3 +87,14 @@ def test_a_conversion_rounds_to_the_nearest_and_ties_to_even() -> None:
     assert torch.equal(out.isnan(), values.isnan())
     assert torch.equal(back.nan_to_num(7.0), expected.float().nan_to_num(7.0))
     assert torch.equal(out[:4].float(), torch.tensor([1.0, 1 + 2.0**-6, -1.0, 2.0]))
+
+
+def test_a_launch_leaves_the_language_as_it_was() -> None:
+    out, owners = torch.empty(1), (tl, tl.core, tl.math, tl.tensor)
+    sum_kernel[(1,)](torch.ones(16), out, SIZE=16)  # the first one may copy what a class has inherited into it
+    before = [dict(vars(owner)) for owner in owners]
+    sum_kernel[(1,)](torch.full((16,), 2.0), out, SIZE=16)
+    assert out.item() == 32
+    for owner, names in zip(owners, before, strict=True):
+        assert vars(owner).keys() == names.keys()
+        assert all(value is names[name] for name, value in vars(owner).items()), owner

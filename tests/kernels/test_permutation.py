@@ -49,7 +49,7 @@ def check(
     return actual
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     num_tokens=st.integers(0, 60),
     groups=st.integers(1, 5),

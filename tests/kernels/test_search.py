@@ -16,6 +16,7 @@ from moe_triton_kernels import configs
 from moe_triton_kernels.compiler import compiler_versions
 from moe_triton_kernels.configs import KEYS, OPS, Config, choose_config, find_config, user_table_path
 from moe_triton_kernels.gluon.schedules import OPS as GLUON_OPS
+from moe_triton_kernels.heuristics import over_codes
 from moe_triton_kernels.tools.search import (
     LADDERS,
     SWITCH,
@@ -52,6 +53,19 @@ def test_the_users_table_goes_first(tmp_path, tables):
     assert find_config("d_rows", **SIZES)[1] == "heuristic"
     assert find_config("down", **{**SIZES, "n": 512})[1] == "heuristic"
     assert find_config("down", **{**SIZES, "num_rows": 64})[1] == "heuristic"  # another bucket
+
+
+def test_entries_for_codes_are_their_own(tmp_path, tables):
+    path = tmp_path / "mine.json"
+    write(path, dtype="bfloat16 mxfp4")
+    tables.setenv("MOE_TRITON_TABLE", str(path))
+    assert find_config("down", **SIZES, format="mxfp4") == (MINE, "user table", {})
+    assert find_config("down", **SIZES)[1] == "heuristic"
+    config, origin, _ = find_config("down", **SIZES, format="int4")
+    assert (config, origin) == (over_codes("down", choose_config("down", **SIZES)), "heuristic")
+    write(path)  # without codes: a configuration that codes change
+    configs.user_table.cache_clear()
+    assert find_config("down", **SIZES, format="mxfp4") == (over_codes("down", MINE), "user table", {})
 
 
 def test_a_table_that_was_tuned_under_another_compiler(tmp_path, tables):
@@ -159,24 +173,27 @@ from dataclasses import asdict
 from moe_triton_kernels.tools.search import main
 sys.exit(main(["--arch", "sm_90"]))
 """
-    good = {"op": "down", "dtype": "bfloat16", "config": asdict(MINE)}
+    good = {"op": "down", "dtype": "bfloat16", "format": None, "config": asdict(MINE)}
     large = {**good, "config": {**asdict(MINE), "block_k": 128, "num_stages": 6, "block_n": 256, "num_warps": 8}}
     broken = {**good, "config": {**asdict(MINE), "block_k": 24}}
     environment = {"PYTHONPATH": ":".join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-c", program],
-        input=json.dumps([good, large, broken]),
+        input=json.dumps([good, large, broken, {**good, "format": "mxfp4"}]),
         env=environment,
         capture_output=True,
         text=True,
         check=True,
     )
-    first, second, third = (json.loads(line) for line in done.stdout.splitlines())
+    first, second, third, codes = (json.loads(line) for line in done.stdout.splitlines())
     assert (first["broken"], first["error"]) == ([], "")
     assert first["report"]["wgmma"] > 0
     assert "shared_bytes" in second["broken"][0]
     assert third["report"] is None
     assert third["error"]
+    assert (codes["broken"], codes["error"]) == ([], "")
+    assert codes["report"]["wgmma"] > 0
+    assert codes["report"] != first["report"]
 
 
 def test_a_candidates_case_carries_its_configuration():

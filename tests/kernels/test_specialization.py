@@ -43,6 +43,7 @@ layers = [
     MoE(64, 48, 8, 2, backend="triton", dtype=torch.bfloat16, aux_loss_weight=0.01),
     MoE(64, 48, 8, 2, backend="triton", dtype=torch.bfloat16, bias=True, capacity_factor=1.0, drop_policy="choice"),
     MoE(64, 48, 8, 2, backend="triton", dtype=torch.bfloat16, activation="relu2", recompute=True),
+    MoE(64, 48, 8, 2, backend="triton", dtype=torch.bfloat16, fp8=True),
 ]
 
 
@@ -80,6 +81,8 @@ def test_fifty_numbers_of_tokens_specialise_nothing() -> None:
             "up_kernel",
             "down_kernel",
             "d_hidden_kernel",
-            "d_weight_kernel",
         } <= names
-    assert found["after"] == [[], [], []]
+        assert ("d_weight_kernel" in names) != ("fp8_d_weight_kernel" in names)
+    makers = {f"quantize_{what}_kernel" for what in ("rows", "columns", "weight")}
+    assert {"fp8_d_weight_kernel", "tile_offsets_kernel", *makers} <= names  # of the last one, in fp8
+    assert found["after"] == [[], [], [], []]

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moe_triton import MoE, explain, moe_mlp, quantize
-from moe_triton.backends.torch.fused import loops_in_words
+from moe_triton.backends.torch.fused import codes_in_words
 from moe_triton.layers.quantized import QuantizedProjection, projection_of
 from tests.helpers.compare import assert_close
 
@@ -154,5 +154,5 @@ def test_explained():
     (found,) = explain(make("mxfp4"))
     assert found.dtype == torch.float32
     assert found.parts[-1].step == "projections in mxfp4"
-    assert loops_in_words() in str(found)
+    assert codes_in_words(torch.float32) in str(found)
     assert not [part for (one,) in [explain(make())] for part in one.parts if "projections in" in part.step]

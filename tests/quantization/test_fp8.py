@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_triton.quantization import QuantizedWeight
-from moe_triton.quantization.fp8 import GROUP, decode, quantize, rounded
+from moe_triton.quantization.fp8 import GROUP, MX_GROUP, decode, quantize, rounded
 
 GROUPS = [(1, GROUP), (GROUP, GROUP), (GROUP, 1)]
 MAGNITUDES = sorted(
@@ -55,6 +55,29 @@ def test_codes_and_scales(rows: int, columns: int, shape: tuple[int, int]) -> No
     assert torch.equal(scales, expected[1])
     wide = expected[1].repeat_interleave(rows, 0)[: shape[0]].repeat_interleave(columns, 1)[:, : shape[1]]
     assert torch.equal(decode(codes, scales, rows, columns), expected[0] * wide)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, MX_GROUP), (MX_GROUP, 1)])
+def test_microscaled_codes_and_scales(rows: int, columns: int) -> None:
+    """Number by number, with the first power of two that is large enough; torch's own E8M0 decodes the scales."""
+    x = torch.randn(35, 70) * torch.logspace(-30, 30, 70)
+    x[:, 1], x[:32, 2], x[2] = 0, 1e-44, 0  # groups of zeros, and one whose scale would be below E8M0's range
+    codes, scales = quantize(x, rows, columns, microscaled=True)
+    powers = scales.view(torch.float8_e8m0fnu).float()
+    assert scales.shape == (-(-35 // rows), -(-70 // columns))
+    for i in range(scales.shape[0]):
+        for j in range(scales.shape[1]):
+            here = slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns)
+            largest, power = x[here].abs().max().item(), 2.0**-127
+            while largest / power > 448:
+                power *= 2
+            assert powers[i, j] == power
+            assert codes[here].float().flatten().tolist() == [nearest(v / power) for v in x[here].flatten().tolist()]
+    wide = powers.repeat_interleave(rows, 0)[:35].repeat_interleave(columns, 1)[:, :70]
+    assert torch.equal(decode(codes, scales, rows, columns), codes.float() * wide)
+    assert rounded(torch.tensor([[1.0, float("nan")]]), 1, MX_GROUP, microscaled=True).isnan().all()
+    for largest, power in ((448.0, 1.0), (449.0, 2.0), (511.0, 2.0)):  # nothing saturates
+        assert quantize(torch.tensor([[largest, 1.0]]), 1, MX_GROUP, microscaled=True)[1].item() - 127 == power - 1
 
 
 def test_several_matrices_at_once() -> None:

@@ -29,18 +29,21 @@ from moe_triton_kernels.gluon.schedules import BLOCK_M, Schedule, is_k_contiguou
 from moe_triton_kernels.grouped_gemm import split_columns
 from moe_triton_kernels.launch import Config, constants
 from moe_triton_kernels.operands import PerExpert
-from moe_triton_kernels.preactivation import d_activate, load_parts
+from moe_triton_kernels.preactivation import d_activate, join_pair, load_parts, split_pair
 from moe_triton_kernels.tiles import TileTables
 
 
 @gluon.jit
 def consume(
-    CONSUMER: gl.constexpr, work, ring, source, h, router_weights, outputs, num_slots, DTYPE, ACTIVATION: gl.constexpr
-):
+    CONSUMER: gl.constexpr, work, ring, source, h, router_weights, outputs, num_slots, DTYPE, ACTIVATION: gl.constexpr,
+    CONCATENATED: gl.constexpr,
+):  # fmt: skip
     """A consumer partition: wA, dH and the shares of <dA, A>, of its tiles or of its half of every tile."""
-    HALVES: gl.constexpr = 2 if is_gated(ACTIVATION) else 1
+    HALVES: gl.constexpr = 2 if is_gated(ACTIVATION) and CONCATENATED else 1
+    PAIRS: gl.constexpr = 2 if is_gated(ACTIVATION) and not CONCATENATED else 1  # columns of H for one of A
     PART: gl.constexpr = work.BLOCK_N // work.PARTS
     STORE: gl.constexpr = store_layout(PART)
+    STORE_H: gl.constexpr = store_layout(PART, PAIRS)
     weighted_a, grad_h, shares = outputs
     size_n = work.size_columns
     num_m, num_n = count_tiles(work)
@@ -60,22 +63,31 @@ def consume(
         scale = gl.load(router_weights + slots).to(gl.float32)[:, None]
         # within a tile offsets are small: 32 bits of each, and one pointer of 64 for all of them
         first_cell = gl.to_tensor(first_row).to(gl.int64) * size_n
-        h_tile, grad_tile, a_tile = h + HALVES * first_cell, grad_h + HALVES * first_cell, weighted_a + first_cell
+        a_tile, h_tile = weighted_a + first_cell, h + HALVES * PAIRS * first_cell
+        grad_tile = grad_h + HALVES * PAIRS * first_cell
+        h_rows = gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, STORE_H))
         share = gl.zeros([acc.shape[0]], gl.float32, gl.SliceLayout(1, STORE))
         blocks = split_columns(acc, work.PARTS)
         for i in gl.static_range(work.PARTS):
-            columns = tile_n * work.BLOCK_N + i * PART + gl.arange(0, PART, layout=gl.SliceLayout(0, STORE))
+            n0 = tile_n * work.BLOCK_N + i * PART
+            columns = n0 + gl.arange(0, PART, layout=gl.SliceLayout(0, STORE))
             mask = row_mask[:, None] & (columns < size_n)[None, :]
-            cells = (tile_rows * (HALVES * size_n))[:, None] + columns[None, :]
+            h_columns = PAIRS * n0 + gl.arange(0, PAIRS * PART, layout=gl.SliceLayout(0, STORE_H))
+            h_mask = (first_row + h_rows < end_row)[:, None] & (h_columns < PAIRS * size_n)[None, :]
+            cells = (h_rows * (HALVES * PAIRS * size_n))[:, None] + h_columns[None, :]
             grad_a = gl.convert_layout(blocks[i], STORE)
-            parts = load_parts(h_tile + cells, size_n, mask, HALVES)
-            value, grads = d_activate(grad_a, scale, parts, ACTIVATION)
+            pair = split_pair(load_parts(h_tile + cells, size_n, h_mask, HALVES), ACTIVATION, HALVES)
+            if PAIRS == 2:  # the layouts are the same, and have two names
+                pair = (gl.convert_layout(pair[0], STORE), gl.convert_layout(pair[1], STORE))
+            value, grads = d_activate(grad_a, scale, pair, ACTIVATION)
             value = value.to(DTYPE).to(gl.float32)  # forward multiplied the rounded A by W2
             share += gl.sum(grad_a * value, 1)
             a_cells = (tile_rows * size_n)[:, None] + columns[None, :]
             gl.store(a_tile + a_cells, (value * scale).to(DTYPE), mask=mask)
+            grad_parts = join_pair(grads, ACTIVATION, HALVES, DTYPE)
             for half in gl.static_range(HALVES):
-                gl.store(grad_tile + (cells + half * size_n), grads[half].to(DTYPE), mask=mask)
+                grad_part = gl.convert_layout(grad_parts[half], STORE_H)
+                gl.store(grad_tile + (cells + half * size_n), grad_part, mask=h_mask)
         gl.store(shares + gl.to_tensor(tile_n).to(gl.int64) * num_slots + rows, share, mask=row_mask)
 
 
@@ -83,7 +95,7 @@ def consume(
 def d_hidden_kernel(
     grad_out,  # [T, d]
     source,  # [S]
-    weight,  # descriptor [E * n, d] or [E * d, n]
+    weight,  # descriptor [E, n, d] or [E, d, n]
     h,  # [S, n] or [S, 2n]
     router_weights,  # [T * K]
     weighted_a,  # [S, n]
@@ -95,6 +107,7 @@ def d_hidden_kernel(
     num_slots,
     TOP_K: gl.constexpr,
     ACTIVATION: gl.constexpr,
+    CONCATENATED: gl.constexpr,
     K_CONTIGUOUS: gl.constexpr,
     TILE,
 ):
@@ -104,8 +117,8 @@ def d_hidden_kernel(
     outputs = (weighted_a, grad_h, shares)
     gl.warp_specialize(
         [
-            (consume, (0, work, ring, source, h, router_weights, outputs, num_slots, DTYPE, ACTIVATION)),
-            (consume, (1, work, ring, source, h, router_weights, outputs, num_slots, DTYPE, ACTIVATION)),
+            (consume, (0, work, ring, source, h, router_weights, outputs, num_slots, DTYPE, ACTIVATION, CONCATENATED)),
+            (consume, (1, work, ring, source, h, router_weights, outputs, num_slots, DTYPE, ACTIVATION, CONCATENATED)),
             (produce, (work, ring, grad_out, source, weight, TOP_K)),
         ],
         [4, 4],
@@ -128,9 +141,10 @@ def d_hidden(
     *,
     size_n: int,
     activation: Activation,
+    is_concatenated: bool,
     config: Config,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `moe_triton_kernels.d_hidden.d_hidden`, H concatenated, for what `why_unsupported` has no reason against."""
+    """As `moe_triton_kernels.d_hidden.d_hidden`, for what `why_unsupported` has no reason against."""
     schedule = schedule_of(config.gluon)
     num_slots, size_d = source.shape[0], grad_out.shape[1]
     weighted_a, grad_h = grad_out.new_empty((num_slots, size_n)), torch.empty_like(h)
@@ -152,8 +166,9 @@ def d_hidden(
         num_slots,
         TOP_K=router_weights.shape[1],
         ACTIVATION=activation,
+        CONCATENATED=is_concatenated,
         K_CONTIGUOUS=is_k_contiguous(weight),
-        TILE=constants(tile_of(schedule, group=config.group, parts=parts_of(schedule))),
+        TILE=constants(tile_of(schedule, group=config.group, parts=parts_of(schedule), size_k=size_d)),
         num_warps=4,
     )
     return weighted_a, grad_h, shares

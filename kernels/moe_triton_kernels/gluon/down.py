@@ -60,7 +60,7 @@ def consume(CONSUMER: gl.constexpr, work, ring, bias, router_weights, source, ou
 @gluon.jit
 def down_kernel(
     a,  # descriptor [S, k]
-    weight,  # descriptor [E * columns, k] or [E * k, columns]
+    weight,  # descriptor [E, columns, k] or [E, k, columns]
     bias,  # per expert [columns], or None
     router_weights,  # [T * K], or None
     source,  # [S], or None
@@ -119,7 +119,7 @@ def down(
         size_k,
         size_columns,
         K_CONTIGUOUS=is_k_contiguous(weight),
-        TILE=constants(tile_of(schedule, group=config.group, parts=parts_of(schedule))),
+        TILE=constants(tile_of(schedule, group=config.group, parts=parts_of(schedule), size_k=size_k)),
         num_warps=4,
     )
     return out

@@ -11,28 +11,31 @@ from moe_triton_kernels.gluon.schedules import BLOCK_K, BLOCK_M, RingTile, Sched
 from moe_triton_kernels.launch import target_of
 from moe_triton_kernels.operands import PerExpert
 
-LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+
+def layout_of(rank: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)
 
 
 def rows_descriptor(a: Tensor) -> TensorDescriptor:
     """Of a contiguous [rows, k], a tile of which is [BLOCK_M, BLOCK_K]."""
-    return TensorDescriptor.from_tensor(a, [BLOCK_M, BLOCK_K], LAYOUT)
+    return TensorDescriptor.from_tensor(a, [BLOCK_M, BLOCK_K], layout_of(2))
 
 
 def weight_block(width: int, k_contiguous: bool) -> list[int]:
-    """What one load brings: `width` columns of the experts' matrices, BLOCK_K of each."""
-    return [width, BLOCK_K] if k_contiguous else [BLOCK_K, width]
+    """What one load brings: `width` columns of an expert's matrix, BLOCK_K of each."""
+    return [1, width, BLOCK_K] if k_contiguous else [1, BLOCK_K, width]
 
 
 def weight_descriptor(weight: PerExpert, width: int) -> TensorDescriptor:
-    """Of the experts' matrices, one below the other as they lie in memory, whatever view of it `weight` is."""
+    """Of the experts' matrices as they lie in memory, whatever view of it `weight` is."""
     line = max(weight.strides)  # elements from one row in memory to the next: the other stride is 1
-    shape = [weight.data.numel() // line, line]
-    return TensorDescriptor(weight.data, shape, [line, 1], weight_block(width, is_k_contiguous(weight)), LAYOUT)
+    shape = [weight.data.shape[0], weight.layout.stride_e // line, line]
+    block = weight_block(width, is_k_contiguous(weight))
+    return TensorDescriptor(weight.data, shape, [weight.layout.stride_e, line, 1], block, layout_of(3))
 
 
-def tile_of(schedule: Schedule, *, group: int, parts: int) -> RingTile:
-    """What a kernel is compiled for: the schedule, and the column blocks of the operation's epilogue."""
+def tile_of(schedule: Schedule, *, group: int, parts: int, size_k: int) -> RingTile:
+    """What a kernel is compiled for: the schedule, the column blocks of its epilogue, whether k ends within a block."""
     return RingTile(
         PING_PONG=schedule.ping_pong,
         BLOCK_M=BLOCK_M,
@@ -41,6 +44,7 @@ def tile_of(schedule: Schedule, *, group: int, parts: int) -> RingTile:
         STAGES=schedule.stages,
         GROUP=group,
         PARTS=parts,
+        EVEN_K=size_k % BLOCK_K == 0,
     )
 
 

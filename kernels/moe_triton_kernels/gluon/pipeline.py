@@ -45,7 +45,8 @@ class Work:
     """What every partition of a program knows: the tiles, the sizes, and the form of the kernel, a RingTile among it.
 
     size_columns is the width of the result: gated, there are as many gate columns as up columns in B. BLOCK_N counts
-    the columns of B in a tile, gate and up together; PARTS is the number of column blocks of the epilogue.
+    the columns of B in a tile, gate and up together; PARTS is the number of column blocks of the epilogue. Where gate
+    and up lie in pairs, B has twice the columns and GATED is False: only the epilogue knows of pairs.
     """
 
     table: gl.tensor
@@ -63,6 +64,7 @@ class Work:
     STAGES: gl.constexpr
     GROUP: gl.constexpr
     PARTS: gl.constexpr
+    EVEN_K: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(self, tiles, size_k, size_columns, GATHERED, GATED, K_CONTIGUOUS, TILE):
@@ -73,12 +75,14 @@ class Work:
         self.GATED = gl.constexpr(GATED)
         self.K_CONTIGUOUS = gl.constexpr(K_CONTIGUOUS)
         form = [gl.constexpr(value) for value in TILE]
-        self.PING_PONG, self.BLOCK_M, self.BLOCK_N, self.BLOCK_K, self.STAGES, self.GROUP, self.PARTS = form
+        self.PING_PONG, self.BLOCK_M, self.BLOCK_N, self.BLOCK_K, self.STAGES, self.GROUP, self.PARTS, self.EVEN_K = (
+            form
+        )
 
 
 @aggregate
 class Ring:
-    """A [STAGES, BLOCK_M, BLOCK_K], B [STAGES, BLOCK_N, BLOCK_K] or its transpose, and the barriers of both."""
+    """A [STAGES, BLOCK_M, BLOCK_K], B [STAGES, 1, BLOCK_N, BLOCK_K] or its transpose, and the barriers of both."""
 
     a: gl.shared_memory_descriptor
     b: gl.shared_memory_descriptor
@@ -106,12 +110,13 @@ def make_barriers(NUMBER: gl.constexpr, COUNT: gl.constexpr):
 
 @gluon.jit
 def make_ring(work, DTYPE: gl.constexpr, PRODUCER_THREADS: gl.constexpr):
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    a = gl.allocate_shared_memory(DTYPE, [work.STAGES, work.BLOCK_M, work.BLOCK_K], LAYOUT)
+    ROWS: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    MATRIX: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
+    a = gl.allocate_shared_memory(DTYPE, [work.STAGES, work.BLOCK_M, work.BLOCK_K], ROWS)
     if work.K_CONTIGUOUS:
-        b = gl.allocate_shared_memory(DTYPE, [work.STAGES, work.BLOCK_N, work.BLOCK_K], LAYOUT)
+        b = gl.allocate_shared_memory(DTYPE, [work.STAGES, 1, work.BLOCK_N, work.BLOCK_K], MATRIX)
     else:
-        b = gl.allocate_shared_memory(DTYPE, [work.STAGES, work.BLOCK_K, work.BLOCK_N], LAYOUT)
+        b = gl.allocate_shared_memory(DTYPE, [work.STAGES, 1, work.BLOCK_K, work.BLOCK_N], MATRIX)
     full = make_barriers(work.STAGES, 1 + PRODUCER_THREADS if work.GATHERED else 1)
     empty = make_barriers(work.STAGES, 1 if work.PING_PONG else 2)
     turn = make_barriers(2, 1)
@@ -145,8 +150,8 @@ def produce(work, ring, a, source, weight, TOP_K: gl.constexpr):
     """The producer partition: every step of every tile, as soon as its stage is empty.
 
     a is a descriptor of A, or, gathered, a pointer to the token rows, of which row r takes source[r] // TOP_K. weight
-    is a descriptor of the experts' matrices, one below the other. What a tile has past its expert's rows or columns is
-    its neighbours' or zeros: it gives results that nobody stores.
+    is a descriptor of the experts' matrices, each of which TMA fills up with zeros. What a tile has past its expert's
+    rows are its neighbours': they give results that nobody stores. Past the end of k both sides are zeros.
     """
     FACTOR: gl.constexpr = 2 if work.GATED else 1
     WIDTH: gl.constexpr = work.BLOCK_N // FACTOR
@@ -161,7 +166,8 @@ def produce(work, ring, a, source, weight, TOP_K: gl.constexpr):
             rows = first_row + gl.arange(0, work.BLOCK_M, layout=gl.SliceLayout(1, GATHER))
             slots = gl.load(source + gl.minimum(rows, end_row - 1))
             tokens = a + (slots // TOP_K).to(gl.int64) * work.size_k
-            pointers = tokens[:, None] + gl.arange(0, work.BLOCK_K, layout=gl.SliceLayout(0, GATHER))[None, :]
+            k = gl.arange(0, work.BLOCK_K, layout=gl.SliceLayout(0, GATHER))
+            pointers = tokens[:, None] + k[None, :]
         for k0 in range(0, work.size_k, work.BLOCK_K):
             mbarrier.wait(ring.empty.index(stage), phase ^ 1)
             full = ring.full.index(stage)
@@ -170,13 +176,14 @@ def produce(work, ring, a, source, weight, TOP_K: gl.constexpr):
                 n0 = half * work.size_columns + tile_n * WIDTH
                 b = ring.b.index(stage)
                 if work.K_CONTIGUOUS:
-                    b = b.slice(half * WIDTH, WIDTH, dim=0)
-                    tma_load(weight, [expert * FACTOR * work.size_columns + n0, k0], full, b)
+                    tma_load(weight, [expert, n0, k0], full, b.slice(half * WIDTH, WIDTH, dim=1))
                 else:
-                    b = b.slice(half * WIDTH, WIDTH, dim=1)
-                    tma_load(weight, [expert * work.size_k + k0, n0], full, b)
+                    tma_load(weight, [expert, k0, n0], full, b.slice(half * WIDTH, WIDTH, dim=2))
             if work.GATHERED:
-                cp_async(ring.a.index(stage), pointers + k0)
+                if work.EVEN_K:
+                    cp_async(ring.a.index(stage), pointers + k0)
+                else:
+                    cp_async(ring.a.index(stage), pointers + k0, (k < work.size_k - k0)[None, :])
                 cp_async_arrive(full, increment_count=False)
             else:
                 tma_load(a, [first_row, k0], full, ring.a.index(stage))
@@ -216,7 +223,9 @@ def multiply(work, ring, CONSUMER: gl.constexpr, number):
         a = ring.a.index(stage).slice(FIRST_ROW, ROWS, dim=0)
         b = ring.b.index(stage)
         if work.K_CONTIGUOUS:
-            b = b.permute((1, 0))
+            b = b.reshape((work.BLOCK_N, work.BLOCK_K)).permute((1, 0))
+        else:
+            b = b.reshape((work.BLOCK_K, work.BLOCK_N))
         acc = warpgroup_mma(a, b, acc, use_acc=step > 0, is_async=True)
         acc = warpgroup_mma_wait(1, deps=(acc,))  # the product before this one has read its stage
         mbarrier.arrive(ring.empty.index(previous), count=1, pred=step > 0)
@@ -230,10 +239,13 @@ def multiply(work, ring, CONSUMER: gl.constexpr, number):
 
 
 @gluon.constexpr_function
-def store_layout(columns):
-    """Registers of a block of 4 warps that is to be stored: 16 bytes a thread, side by side along the row."""
+def store_layout(columns, vectors=1):
+    """Registers of a block of 4 warps that is to be stored: 16 bytes a thread, side by side along the row.
+
+    vectors: so many times 16 bytes a thread, and as many times the columns.
+    """
     threads = columns // 8
-    return gl.BlockedLayout([1, 8], [32 // threads, threads], [4, 1], [1, 0])
+    return gl.BlockedLayout([1, 8 * vectors], [32 // threads, threads], [4, 1], [1, 0])
 
 
 @gluon.jit

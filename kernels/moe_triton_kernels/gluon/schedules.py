@@ -46,6 +46,7 @@ class RingTile(NamedTuple):
     STAGES: int
     GROUP: int
     PARTS: int
+    EVEN_K: bool  # BLOCK_K divides the contraction
 
 
 SCHEDULES = {
@@ -89,14 +90,13 @@ def why_unsupported(
     *,
     size_columns: int,
     projections: int = 1,
-    is_concatenated: bool = True,
     derivative: Activation | None = None,
 ) -> str | None:
     """Why the warp-specialized kernels cannot multiply `rows` [., k] by the experts' matrices; None: they can.
 
-    A matrix has as many columns as all its projections (gate and up are two) of `size_columns` each. is_concatenated:
-    there is no gate, or its columns lie left of those of up. derivative: the activation that d_hidden derives; None for
-    the other operations. ValueError on an unknown schedule. Reads sizes, strides and addresses only.
+    A matrix has as many columns as all its projections (gate and up are two) of `size_columns` each. derivative: the
+    activation that d_hidden derives; None for the other operations. ValueError on an unknown schedule. Reads sizes,
+    strides and addresses only.
     """
     if schedule is None:
         return "no schedule is chosen"
@@ -113,14 +113,12 @@ def why_unsupported(
         return "an adapter beside the experts' matrices"
     if bias is not None and (bias.is_table or bias.strides != (1,)):
         return "the experts' biases are not one tensor with contiguous rows"
-    if not is_concatenated:
-        return "gate and up columns are interleaved"
     if derivative is not None and derivative not in DERIVATIVES:
         return f"the derivative of {derivative}, wanted that of one of {', '.join(map(str, DERIVATIVES))}"
     if rows.shape[0] == 0:
         return "no rows"
-    if size_k % BLOCK_K != 0:
-        return f"a contraction of {size_k}, wanted a multiple of {BLOCK_K}"
+    if size_k % 16 != 0:
+        return f"a contraction of {size_k}, wanted a multiple of 16"
     if size_columns % 16 != 0:
         return f"{size_columns} columns, wanted a multiple of 16"
     if rows.data_ptr() % 16 != 0 or weight.data.data_ptr() % 16 != 0:

@@ -21,6 +21,7 @@ for a gated activation, 1 for an ungated one:
     d_adapter_...     as narrow: its operands and its result are the same three
 
     decode            0        bits/8 fEnd + sfEnd           codes and scales of W1 -> numbers
+    decode_down       0        bits/8 End + sEnd             codes and scales of W2 -> numbers
 
 Where projections are quantised, `PACKED_BITS` take the place of the 8s bits of each of their elements in up, down,
 d_hidden and d_rows.
@@ -240,8 +241,9 @@ FLOORS: dict[str, Callable[[Shape], Work]] = {
     "d_weight_down": lambda s: _product(s, 1, s.x + s.a + s.w2),
     "d_weight_up": lambda s: _product(s, s.factor, s.x + s.factor * (s.a + s.w2)),
     "d_rows": lambda s: _product(s, s.factor, s.factor * s.a + s.y, s.factor * s.w2),
-    # codes and scales of W1 -> its numbers
+    # codes and scales of W1, of W2 -> its numbers
     "decode": lambda s: _product(s, 0, s.factor * s.w2, s.factor * s.w2),
+    "decode_down": lambda s: _product(s, 0, s.w2, s.w2),
     # X or dO, factor -> t or u; X or dO, u or t -> the factor's gradient
     "narrow_gathered": lambda s: _narrow(s, s.tokens, s.hidden),
     "d_adapter_gathered": lambda s: _narrow(s, s.tokens, s.hidden),
@@ -287,6 +289,7 @@ FP8_FLOORS: dict[str, Callable[[Shape], Work]] = {
         flops=_product(s, s.factor, 0).flops,
         bytes=s.factor * (s.a + s.w2) + -(-s.factor * (s.a + s.w2) // 32) + s.itemsize * s.y,
     ),
+    "quantize_mx": lambda s: Work(flops=0, bytes=(s.itemsize + 1) * s.x + -(-s.x // 32)),
     # X -> codes; X -> codes of every expert's rows; W1 -> codes for both directions
     "quantize_rows": lambda s: Work(flops=0, bytes=s.itemsize * s.x + _codes(s.x)),
     "quantize_columns": lambda s: Work(flops=0, bytes=s.itemsize * s.x + _codes(s.y)),

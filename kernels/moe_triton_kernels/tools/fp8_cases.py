@@ -14,7 +14,9 @@ from moe_triton_kernels.down import down_kernel
 from moe_triton_kernels.fp8 import ScalesArgument, fp8_supported
 from moe_triton_kernels.fp8_d_weight import fp8_d_weight_kernel, tile_offsets_kernel
 from moe_triton_kernels.launch import BLACKWELL
-from moe_triton_kernels.mxfp8 import mxfp8_rows_kernel
+from moe_triton_kernels.mxfp8 import BLOCK_K as MX_BLOCK_K
+from moe_triton_kernels.mxfp8 import BLOCK_ROWS as MX_BLOCK_ROWS
+from moe_triton_kernels.mxfp8 import mxfp8_rows_kernel, quantize_mx_kernel
 from moe_triton_kernels.operands import WeightArgument
 from moe_triton_kernels.quantize import (
     BLOCK_COLUMNS,
@@ -49,6 +51,7 @@ def fp8_cases(arch: str) -> list[Case]:
     cases += [fp8_case(gated, arch, is_even=False), fp8_case(gated, arch, is_concatenated=False)]
     if arch in BLACKWELL:
         cases.append(mxfp8_case(next(entry for entry in entries if entry.op == "d_rows"), arch))
+        cases += [quantize_mx_case(by_k) for by_k in (True, False)]
     return [*cases, *quantize_cases()]
 
 
@@ -57,6 +60,21 @@ def mxfp8_case(entry: Shipped, arch: str) -> Case:
     signature: dict[str, Any] = dict.fromkeys(("rows", "weight"), "*fp8e4nv") | {"out": STORED, "tiles": TILES}
     signature |= dict.fromkeys(("row_scales", "weight_scales"), "*u8")
     return product_case(mxfp8_rows_kernel, plain, arch, variant="e8m0", signature=signature, sample=True)
+
+
+def quantize_mx_case(by_k: bool) -> Case:
+    """Of rows that lie along k, and of a transpose, both in bf16."""
+    strides = {"stride_r": "i32", "stride_k": 1} if by_k else {"stride_r": 1, "stride_k": "i32"}
+    sizes = dict.fromkeys(("num_rows", "size_k", "stride_m"), "i32") | strides
+    signature = {"x": STORED, "codes": "*fp8e4nv", "scales": "*u8", **sizes}
+    return Case(
+        name=f"quantize_mx_{'rows' if by_k else 'columns'}",
+        fn=quantize_mx_kernel,
+        signature=signature,
+        constexprs={"BLOCK_R": MX_BLOCK_ROWS, "BLOCK_K": MX_BLOCK_K},
+        aligned=[*pointers_of(signature), "size_k", "stride_m", "stride_r" if by_k else "stride_k"],
+        sample=by_k,
+    )
 
 
 def fp8_case(entry: Shipped, arch: str, *, is_even: bool = True, is_concatenated: bool = True) -> Case:

@@ -9,7 +9,7 @@ import torch
 
 from moe_triton_kernels.activations import GATED_CASES, UNGATED_CASES
 from moe_triton_kernels.gluon import d_hidden, down, up
-from moe_triton_kernels.gluon.launch import LAYOUT, tile_of, weight_block
+from moe_triton_kernels.gluon.launch import layout_of, tile_of, weight_block
 from moe_triton_kernels.gluon.schedules import BLOCK_K, BLOCK_M, DERIVATIVES, SCHEDULES, TYPES
 from moe_triton_kernels.tools.case import Case, integers_of, pointers_of
 from moe_triton_kernels.tools.product_cases import TILES, bias_type, only_of_down
@@ -27,18 +27,26 @@ def gluon_case(
     descriptors: Mapping[str, Sequence[int]],
     signature: Mapping[str, Any],
     sample: bool = False,
+    is_even: bool = True,
     **constants: Any,
 ) -> Case:
-    """A kernel in one schedule: `descriptors` gives the block of each; sizes are multiples of 16."""
+    """A kernel in one schedule: `descriptors` gives the block of each; sizes are multiples of 16.
+
+    is_even: BLOCK_K divides the contraction.
+    """
     stored = TYPES[dtype]
     types: dict[str, Any] = {
-        name: f"tensordesc<{stored}{list(block)},{LAYOUT!r}>" for name, block in descriptors.items()
+        name: f"tensordesc<{stored}{list(block)},{layout_of(len(block))!r}>" for name, block in descriptors.items()
     }
-    types |= {**signature, "tiles": TILES, "TILE": tile_of(SCHEDULES[schedule], group=8, parts=parts)}
+    types |= {
+        **signature,
+        "tiles": TILES,
+        "TILE": tile_of(SCHEDULES[schedule], group=8, parts=parts, size_k=BLOCK_K if is_even else 16),
+    }
     numbers = integers_of(kernel, types, constants)
     is_gathered = "a" not in descriptors
     return Case(
-        name=f"{op}_{stored}_{BLOCK_M}x{width}x{BLOCK_K}_{schedule}_{variant}",
+        name=f"{op}_{stored}_{BLOCK_M}x{width}x{BLOCK_K}_{schedule}_{variant}" + "_tail" * (not is_even),
         fn=kernel,
         signature={**types, **dict.fromkeys(numbers, "i32")},
         constexprs=constants,
@@ -81,50 +89,66 @@ def down_cases() -> Iterator[Case]:
 
 
 def up_cases() -> Iterator[Case]:
-    """Both forms in every schedule; the first also with every activation, the other layout and the other type."""
+    """Both forms in every schedule; the first also with every activation in both types, and in the other layout."""
     for op, activations in (("up_gated", GATED_CASES), ("up", UNGATED_CASES)):
         gated = op == "up_gated"
         # (schedule, activation, k is contiguous, type)
         variants = [(name, activations[0], True, torch.bfloat16) for name in SCHEDULES]
         variants += [("cooperative", activation, True, torch.bfloat16) for activation in activations[1:]]
+        variants += [("cooperative", activation, True, torch.float16) for activation in activations]
         variants += [("cooperative", activations[0], False, torch.bfloat16)]
-        variants += [("cooperative", activations[0], True, torch.float16)]
-        for number, (schedule, activation, by_k, dtype) in enumerate(variants):
+        # (..., gate and up apart, 64 divides k)
+        forms = [(*variant, True, True) for variant in variants]
+        forms += [
+            (name, activations[0], by_k, torch.bfloat16, True, False) for name in SCHEDULES for by_k in (True, False)
+        ]
+        if gated:
+            forms += [(*variant, False, True) for variant in variants]
+        for number, (schedule, activation, by_k, dtype, concatenated, is_even) in enumerate(forms):
             width, stored = SCHEDULES[schedule].block_n // (2 if gated else 1), TYPES[dtype]
             yield gluon_case(
                 up.up_kernel,
                 op,
                 schedule,
                 dtype=dtype,
-                variant=str(activation) + "_T" * (not by_k),
+                variant=str(activation) + "_pairs" * (not concatenated) + "_T" * (not by_k),
                 width=width,
-                parts=up.parts_of(SCHEDULES[schedule], gated),
-                descriptors={"weight": weight_block(width, by_k)},
+                parts=up.parts_of(SCHEDULES[schedule], gated, concatenated),
+                descriptors={"weight": weight_block(width if concatenated else SCHEDULES[schedule].block_n, by_k)},
                 signature=dict.fromkeys(("x", "a", "h"), f"*{stored}") | {"source": "*i32", "bias": bias_type(stored)},
                 sample=gated and number < len(SCHEDULES),
+                is_even=is_even,
                 TOP_K=8,
                 ACTIVATION=activation,
+                CONCATENATED=concatenated,
                 K_CONTIGUOUS=by_k,
             )
 
 
 def d_hidden_cases() -> Iterator[Case]:
-    """Both forms in every schedule; the last also with every activation, the other layout and the other type."""
+    """Both forms in every schedule; the last also with every activation in both types, and in the other layout."""
     for op, gated in (("d_hidden_gated", True), ("d_hidden", False)):
         activations = [activation for activation in DERIVATIVES if activation.is_gated == gated]
         # (schedule, activation, k is contiguous, type); the down projection's columns are contiguous: [d, n]
         variants = [(name, activations[0], False, torch.bfloat16) for name in SCHEDULES]
         variants += [("ping_pong", activation, False, torch.bfloat16) for activation in activations[1:]]
+        variants += [("ping_pong", activation, False, torch.float16) for activation in activations]
         variants += [("ping_pong", activations[0], True, torch.bfloat16)]
-        variants += [("ping_pong", activations[0], False, torch.float16)]
-        for number, (schedule, activation, by_k, dtype) in enumerate(variants):
+        # (..., gate and up apart, 64 divides k)
+        forms = [(*variant, True, True) for variant in variants]
+        forms += [
+            (name, activations[0], by_k, torch.bfloat16, True, False) for name in SCHEDULES for by_k in (True, False)
+        ]
+        if gated:
+            forms += [(*variant, False, True) for variant in variants]
+        for number, (schedule, activation, by_k, dtype, concatenated, is_even) in enumerate(forms):
             width, stored = SCHEDULES[schedule].block_n, TYPES[dtype]
             yield gluon_case(
                 d_hidden.d_hidden_kernel,
                 op,
                 schedule,
                 dtype=dtype,
-                variant=str(activation) + "_T" * by_k,
+                variant=str(activation) + "_pairs" * (not concatenated) + "_T" * by_k,
                 width=width,
                 parts=d_hidden.parts_of(SCHEDULES[schedule]),
                 descriptors={"weight": weight_block(width, by_k)},
@@ -134,7 +158,9 @@ def d_hidden_cases() -> Iterator[Case]:
                     "source": "*i32",
                 },
                 sample=gated and number < len(SCHEDULES),
+                is_even=is_even,
                 TOP_K=8,
                 ACTIVATION=activation,
+                CONCATENATED=concatenated,
                 K_CONTIGUOUS=by_k,
             )

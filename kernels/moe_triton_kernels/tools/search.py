@@ -1,8 +1,8 @@
 """Other configurations of a grouped kernel: a configuration's neighbours, and what each compiles to with no GPU.
 
 `python -m moe_triton_kernels.tools.search --arch sm_90` reads candidates from stdin, a JSON list of {"op", "dtype",
-"config"} objects, and prints one JSON object for each, as soon as it is compiled: its offline report and broken gates,
-or the error.
+"format", "config"} objects, and prints one JSON object for each, as soon as it is compiled: its offline report and
+broken gates, or the error.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from moe_triton_kernels.tiles import BLOCK_SIZES
 from moe_triton_kernels.tools.case import Case
 from moe_triton_kernels.tools.cases import PRODUCTS, collect_cases
 from moe_triton_kernels.tools.offline import TARGETS, broken_gates, compile_case
+from moe_triton_kernels.tools.quantized_cases import by_codes
 from moe_triton_kernels.tools.shipped import TYPES, Shipped
 
 MODULES = {
@@ -95,16 +96,17 @@ def warp_specialized(config: Config, op: str, dtype: torch.dtype, architecture: 
     return [replace(config, gluon=schedule) for schedule in SCHEDULES]
 
 
-def candidate_case(op: str, dtype: torch.dtype, config: Config, arch: str) -> Case:
+def candidate_case(op: str, dtype: torch.dtype, config: Config, arch: str, format: str | None = None) -> Case:
     """The offline case of a candidate, as it would be listed if the candidate were all that ships.
 
-    fp16 compiles like bf16.
+    fp16 compiles like bf16. format: of the codes that it decodes.
     """
     if config.gluon is not None:
         return gluon_candidate(op, dtype, config.gluon, arch)
     name, module = TYPES.get(dtype, "bf16"), MODULES[op]
     candidates = [Shipped(op=other, dtype=name, config=config) for other in MODULES if MODULES[other] == module]
-    return next(case for case in PRODUCTS[module](arch, candidates) if case.name.startswith(f"{op}_{name}_"))
+    case = next(case for case in PRODUCTS[module](arch, candidates) if case.name.startswith(f"{op}_{name}_"))
+    return case if format is None else by_codes(case, format, arch, by_k=module in ("up", "down") and op != "d_rows")
 
 
 def gluon_candidate(op: str, dtype: torch.dtype, schedule: str, arch: str) -> Case:
@@ -127,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found: dict[str, Any] = {"report": None, "broken": [], "error": ""}
         try:
             dtype = getattr(torch, candidate["dtype"])
-            case = candidate_case(candidate["op"], dtype, Config(**candidate["config"]), arch)
+            case = candidate_case(candidate["op"], dtype, Config(**candidate["config"]), arch, candidate["format"])
             report = compile_case(case, arch)
             found |= {"report": asdict(report), "broken": broken_gates(case, report)}
         except Exception as error:  # a candidate that does not compile is a result, too

@@ -223,9 +223,11 @@ class Workload:
         return ExpertParameters(self.gate_up, self.down, self.gate_up_bias, self.down_bias)
 
     def call(self, weights: Tensor, dispatched: Dispatch) -> ExpertCall:
-        """The call of the experts for router weights [T, K] and a Dispatch of the tokens."""
+        """Our call of the experts for router weights [T, K] and a Dispatch of the tokens, over the codes if any."""
+        packed: dict[str, Any] = dict(self.packed)
+        parameters = self.parameters._replace(**packed)
         return ExpertCall(
-            hidden=self.hidden, weights=weights, dispatched=dispatched, parameters=self.parameters, spec=self.spec
+            hidden=self.hidden, weights=weights, dispatched=dispatched, parameters=parameters, spec=self.spec
         )
 
     @property

@@ -67,7 +67,7 @@ class Searched:
     def incumbent(self) -> Config:
         """What runs without a search."""
         self.kernels.problem.chosen = {}
-        return self.kernels.problem.config(self.op)
+        return self.kernels.problem.running(self.op)
 
     def call(self, config: Config) -> Callable[[], object]:
         def run() -> list[object]:
@@ -134,7 +134,7 @@ def time_shipped(
     searched = Searched(workload, OP_OF[stage], timer, stages=(stage,))
     running = searched.incumbent
     _, flops_per_s, bytes_per_s = run_beside_speeds({}, workload, timer, budget_s / 10)
-    work = work_of(stage, workload.case)
+    work = work_of(stage, workload.case, stage in searched.kernels.problem.decoded)
     floor_s = max(work.flops / flops_per_s, work.bytes / bytes_per_s)
     found = []
     configs = list(dict.fromkeys([running, *shipped_for(searched.kernels.problem, searched.op)]))

@@ -15,6 +15,7 @@ class Stage:
     kernel       what runs: a kernel, or a function
     config       its configuration in words; "" where it has none
     floors       the names in `moe_triton_kernels.tools.floors.FLOORS` whose work it does
+    decoded      its projections are numbers, which a stage before it made of the case's codes
     call         does the step once; None where it cannot be timed apart, which `note` explains
     """
 
@@ -23,5 +24,6 @@ class Stage:
     kernel: str = ""
     config: str = ""
     floors: tuple[str, ...] = ()
+    decoded: bool = False
     call: Callable[[], object] | None = None
     note: str = ""

@@ -195,17 +195,22 @@ def works(stage: Stage, case: Case) -> list[Work]:
         flops = products * 2 * logits * case.hidden
         elements = (case.tokens + case.experts) * case.hidden * products
         return [Work(flops=flops, bytes=size * elements + 4 * logits)]
-    return [work_of(name, case) for name in stage.floors]
+    return [work_of(name, case, stage.decoded) for name in stage.floors]
 
 
-def work_of(name: str, case: Case) -> Work:
-    """What a kernel of FLOORS computes and moves for a case."""
-    return FLOORS[name](case.shape)
+def work_of(name: str, case: Case, decoded: bool = False) -> Work:
+    """What a kernel of FLOORS computes and moves for a case; decoded: with projections in its dtype."""
+    return FLOORS[name](replace(case.shape, format=None) if decoded else case.shape)
+
+
+def trained(backend: str, workload: Workload) -> Runnable:
+    """Our layer with gradients; of all but the projections where these are codes, as below adapters."""
+    return Runnable(replace(PROVIDERS[backend].build(workload), is_trainable=True), workload)
 
 
 def whole_passes(opened: Opened, workload: Workload) -> dict[str, Call]:
     """A training step's forward and backward of the whole layer, by the same backend."""
-    backward = Runnable(PROVIDERS[opened.backend].build(workload), workload).call("backward")
+    backward = trained(opened.backend, workload).call("backward")
     assert isinstance(backward, Fresh)
     return {LAYER[0]: backward.make, LAYER[1]: backward}
 

@@ -15,7 +15,8 @@ def expert_stages(call: ExpertCall, grad_out: Tensor) -> list[Stage]:
     """The stages of a call; grad_out [T, d]."""
     backend = runtime.experts_backend("torch", call.hidden.device)
     _, h = backend.experts_forward(call, True)
-    wanted = Wanted(True, True, *(parameter is not None for parameter in call.parameters))
+    wanted = Wanted().of(call.parameters)
+    weights = ("d_weight_down", "d_weight_up") if wanted.down else ()
     name = "experts_cpu" if call.hidden.device.type == "cpu" else "experts_device"
     return [
         Stage(name="up, down, combine", note=INSIDE),
@@ -25,12 +26,12 @@ def expert_stages(call: ExpertCall, grad_out: Tensor) -> list[Stage]:
             floors=("up", "down", "combine"),
             call=lambda: backend.experts_forward(call, True),
         ),
-        Stage(name="d_hidden, d_weight, d_rows, combine", is_backward=True, note=INSIDE),
+        Stage(name=f"d_hidden, {'d_weight, ' if weights else ''}d_rows, combine", is_backward=True, note=INSIDE),
         Stage(
             name="experts",
             is_backward=True,
             kernel=name,
-            floors=("d_hidden", "d_router_weights", "d_weight_down", "d_weight_up", "d_rows", "combine"),
+            floors=("d_hidden", "d_router_weights", *weights, "d_rows", "combine"),
             call=lambda: backend.experts_backward(call, grad_out, h, wanted),
         ),
     ]

@@ -26,8 +26,10 @@ from moe_triton.benchmarking.cases import Case
 from moe_triton.benchmarking.environment import now
 from moe_triton.benchmarking.kernel_search import FAILED, OK, Outcome
 from moe_triton.benchmarking.report import write_json, write_text
-from moe_triton.kernel_stages import full_name, in_words
-from moe_triton_kernels.configs import bucket_of
+from moe_triton.kernel_stages import OVER_CODES, decoded_in_loop, full_name, in_words
+from moe_triton.quantization.formats import FORMATS
+from moe_triton.records import ExpertSpec
+from moe_triton_kernels.configs import bucket_of, operands
 from moe_triton_kernels.configs import read_table as check_table
 from moe_triton_kernels.launch import Config
 from moe_triton_kernels.tools.offline import TARGETS
@@ -61,21 +63,47 @@ class Problem:
     def key(self) -> dict[str, Any]:
         """As `moe_triton_kernels.configs.KEYS`."""
         return {
-            "op": self.name, "d": self.case.hidden, "n": self.case.intermediate, "dtype": self.case.dtype,
+            "op": self.name, "d": self.case.hidden, "n": self.case.intermediate,
+            "dtype": operands(self.case.dtype, self.case.format),
             "architecture": self.architecture, "bucket": self.bucket,
         }  # fmt: skip
 
     def title(self) -> str:
         rows = f"{'more than 64' if self.bucket > 64 else f'up to {self.bucket}'} rows per expert"
-        return f"{self.name} d={self.case.hidden} n={self.case.intermediate} {self.case.dtype} {rows}"
+        multiplied = operands(self.case.dtype, self.case.format)
+        return f"{self.name} d={self.case.hidden} n={self.case.intermediate} {multiplied} {rows}"
+
+
+def runs_on_its_own(case: Case, op: str) -> bool:
+    """Whether an operation has an entry of its own for a case: with codes, if its kernel decodes them in its loop."""
+    if case.format is None:
+        return True
+    return op in decoded_in_loop(
+        case.format,
+        ExpertSpec(activation=case.activation),
+        case.torch_dtype,
+        n=case.intermediate,
+        block=FORMATS[case.format].rows,
+        rows_per_expert=case.tokens * case.top_k / case.experts,
+    )
 
 
 def problems_of(cases: list[Case], ops: list[str], architecture: str) -> list[Problem]:
-    """The distinct table entries that the cases ask for; the first case of each stands for it."""
+    """The distinct table entries that the cases ask for; the first case of each stands for it.
+
+    ValueError where there is none: with this many rows, no kernel decodes codes in its loop.
+    """
     found: dict[str, Problem] = {}
     for case, op in product(cases, ops):
+        if not runs_on_its_own(case, op):
+            continue
         problem = Problem(case=case, op=op, architecture=architecture)
         found.setdefault(json.dumps(problem.key), problem)
+    if not found:
+        raise ValueError(
+            f"format: got {cases[0].format!r} where {', '.join(ops)} read no codes, wanted fewer rows per expert, or "
+            f"some of {', '.join(OVER_CODES)}: without --format they are tuned as they run"
+        )
     return list(found.values())
 
 
@@ -228,7 +256,12 @@ class Settings:
 
 def first_candidates(problem: Problem, config: Config) -> list[Config]:
     """What is far from the configuration that runs, and so is tried before its neighbours."""
-    schedules = warp_specialized(config, problem.name, problem.case.torch_dtype, problem.architecture)
+    # no schedule reads codes
+    schedules = (
+        warp_specialized(config, problem.name, problem.case.torch_dtype, problem.architecture)
+        if problem.case.format is None
+        else []
+    )
     sizes = (problem.name, problem.case.hidden, problem.case.intermediate)
     return [replace(config, gluon=None), *schedules, *seeds(*sizes, problem.architecture)]
 
@@ -336,7 +369,8 @@ def offline_gates(
     """
     left = list(configs)
     while left:
-        asked = [{"op": problem.name, "dtype": problem.case.dtype, "config": config} for config in left]
+        case = problem.case
+        asked = [{"op": problem.name, "dtype": case.dtype, "format": case.format, "config": config} for config in left]
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         process = subprocess.Popen(
             [sys.executable, "-m", "moe_triton_kernels.tools.search", "--arch", problem.architecture],

@@ -20,6 +20,7 @@ from moe_triton.benchmarking import report
 from moe_triton.benchmarking.cases import DTYPES, PRESETS, Case
 from moe_triton.checks import check_threads
 from moe_triton.files import Locked, locked
+from moe_triton.quantization.formats import FORMATS
 
 EXIT_FAULT = 1  # a provider gave a wrong result, or broke
 EXIT_USAGE = 2
@@ -39,6 +40,9 @@ Skew = Annotated[
     str | None, typer.Option(help="How tokens spread over the experts: uniform, zipf, hot or quarter-empty.")
 ]
 Activation = Annotated[str | None, typer.Option(help="The experts' activation. Default: the layer's own, or swiglu.")]
+Format = Annotated[
+    str | None, typer.Option(help=f"Our projections as codes: {', '.join(FORMATS)}. Default: in the dtype.")
+]
 Bias = Annotated[bool, typer.Option("--bias", help="Give the experts biases.")]
 DeviceName = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: torch's.")]
@@ -175,6 +179,13 @@ def pick_cases(
         bases = found.cases
     cases = [replace(base, dtype=name, **overrides) for base in bases for name in dtypes or [base.dtype]]
     return list(dict.fromkeys(cases))
+
+
+def with_formats(cases: list[Case], formats: str | None) -> list[Case]:
+    """The cases, each with every one of the formats that a text names; None: as they are."""
+    if formats is None:
+        return cases
+    return [replace(case, format=name) for case in cases for name in pick_several(formats, "format", tuple(FORMATS))]
 
 
 def check_settings(budget: float, threads: int | None, seed: int, outputs: Sequence[tuple[str, Path | None]]) -> None:

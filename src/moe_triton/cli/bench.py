@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,7 +27,6 @@ from moe_triton.benchmarking.ways import WAYS
 from moe_triton.cli import arguments
 from moe_triton.cli.arguments import EXIT_FAULT, EXIT_INTERRUPTED, EXIT_SLOWER, EXIT_USAGE, fail, pick_several
 from moe_triton.cli.display import StepDisplay, duration
-from moe_triton.quantization.formats import FORMATS
 
 CELL_S = 1.6  # about how long a cell takes, in budgets: checks, and slow peers that need more
 
@@ -52,9 +50,7 @@ def bench(
     skew: arguments.Skew = None,
     activation: arguments.Activation = None,
     bias: arguments.Bias = False,
-    format: Annotated[
-        str | None, typer.Option(help=f"Our projections in {', '.join(FORMATS)}, or several: forward only.")
-    ] = None,
+    format: arguments.Format = None,
     mode: Annotated[
         str | None,
         typer.Option(help="forward (inference), backward, full (forward+backward); several with commas. Default: all."),
@@ -113,10 +109,9 @@ def bench(
         where = arguments.pick_device(device)
         chosen = arguments.pick_cases(suite, shape, dtype, {k: v for k, v in overrides.items() if v is not None}, where)
         if format is not None:
-            if mode not in (None, "forward") or stages:
-                raise ValueError("format: got it with another mode than forward, or with --stages, wanted it alone")
-            formats = pick_several(format, "format", tuple(FORMATS))
-            chosen, mode = [replace(case, format=name) for case in chosen for name in formats], "forward"
+            if mode not in (None, "forward"):
+                raise ValueError(f"format: got it with mode {mode!r}, wanted forward: peers train what we keep frozen")
+            chosen, mode = arguments.with_formats(chosen, format), "forward"
         mode = mode or "all"
         if dtype is None and not any(shape.values()):
             chosen = without_slow_dtypes(chosen, where)

@@ -50,7 +50,7 @@ def collect() -> dict[str, Any]:
         "backends": paths,
         "tables": tables(found),
         "cpu_policy": cpu_policy(),
-        "cpu_codes": loops_in_words(),
+        "cpu_loops": loops_in_words(),
         "exchanges": exchanges(),
     }
 
@@ -143,7 +143,7 @@ def print_facts(facts: dict[str, Any]) -> None:
         policy = facts["cpu_policy"]
         line = f"Products on the CPU: {policy['policy']} ({policy['reason']})."
         console.print(line, highlight=False, soft_wrap=True)
-    line = f"Quantised projections on the CPU: {facts['cpu_codes']}."
+    line = f"Compiled loops on the CPU: {facts['cpu_loops']}."
     console.print(line, highlight=False, soft_wrap=True)
     if facts["tables"] is not None and "error" not in facts["tables"]:
         console.print(tables_line(facts["tables"]), highlight=False, soft_wrap=True)

@@ -232,7 +232,6 @@ def describe(case: Case, report: Report | None, arch: str, shape: Shape, device:
 def is_chosen(case: Case, arch: str, shape: Shape, dtype: str) -> bool | None:
     """Whether the shape runs with the case's configuration where the operands of products have this dtype."""
     from moe_triton_kernels.configs import OPS, choose_config
-    from moe_triton_kernels.heuristics import over_codes
     from moe_triton_kernels.launch import pipeline_stages, tile_of
 
     ops = [op for op in OPS if case.name.startswith(f"{op}_{dtype}_")]
@@ -247,9 +246,8 @@ def is_chosen(case: Case, arch: str, shape: Shape, dtype: str) -> bool | None:
         num_rows=shape.rows,
         num_experts=shape.experts,
         architecture=arch,
+        format=shape.format,
     )
-    if shape.format is not None:
-        config = over_codes(op, config)
     wanted = (tile_of(arch, config), config.num_warps, pipeline_stages(arch, config), config.maxnreg)
     return (case.signature["TILE"], case.num_warps, case.num_stages, case.maxnreg) == wanted
 

@@ -17,14 +17,12 @@ from moe_triton.benchmarking import profiling
 from moe_triton.benchmarking.cases import PRESETS, Case, Workload, make_workload
 from moe_triton.benchmarking.environment import environment
 from moe_triton.benchmarking.memory_chart import draw_memory
-from moe_triton.benchmarking.providers import PROVIDERS
 from moe_triton.benchmarking.report import milliseconds, three_digits, write_json
 from moe_triton.benchmarking.results import first_line
 from moe_triton.benchmarking.stage_report import print_stages
-from moe_triton.benchmarking.stages import StageTable
+from moe_triton.benchmarking.stages import StageTable, trained
 from moe_triton.benchmarking.text_tables import plain_console, print_table
 from moe_triton.benchmarking.timing import make_timer, ready
-from moe_triton.benchmarking.ways import Runnable
 from moe_triton.cli import arguments
 from moe_triton.cli.arguments import SHAPE, Unmeasurable, checked, pick_device
 from moe_triton.cli.display import StepDisplay
@@ -52,6 +50,7 @@ def profile(
     skew: arguments.Skew = None,
     activation: arguments.Activation = None,
     bias: arguments.Bias = False,
+    format: arguments.Format = None,
     training_step: Annotated[
         bool, typer.Option("--training-step", help="Profile a step of `moe-triton train` instead.")
     ] = False,
@@ -79,7 +78,7 @@ def profile(
     """
     give = ctx.with_resource(arguments.json_instead(as_json))
     shape = dict(zip(SHAPE, (tokens, hidden, intermediate, experts, top_k), strict=True))
-    overrides = {"dtype": dtype, "skew": skew, "activation": activation, "bias": bias or None}
+    overrides = {"dtype": dtype, "skew": skew, "activation": activation, "bias": bias or None, "format": format}
     with checked("profile", out):
         where = pick_device(device)
         arguments.check_settings(budget, threads, seed, [])
@@ -91,8 +90,10 @@ def profile(
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         if processes == 1 and (ep_mode is not None or ep_chunks is not None):
             raise ValueError("ep-mode, ep-chunks: got one without torchrun; wanted torchrun -m moe_triton profile ...")
-        if processes > 1 and (training_step or kernel is not None):
-            raise ValueError("training-step, kernel: got one under torchrun, where a layer's exchange is profiled")
+        if processes > 1 and (training_step or kernel is not None or format is not None):
+            raise ValueError(
+                "training-step, kernel, format: got one under torchrun, where a layer's exchange is profiled"
+            )
         of_a_layer = [model, kernel, tokens, *overrides.values()]
         if training_step and any(value is not None for value in of_a_layer):
             raise ValueError("training-step: got together with a layer's options, wanted sizes only")
@@ -168,7 +169,8 @@ def next_step(table: StageTable, case: Case, device: torch.device) -> str:
         return "next: every stage is near its floor; fewer bytes or operations are what is left (a lower dtype, a mask)"
     if device.type == "cpu":
         return "next: moe-triton tune --cpu measures which products are fastest on this processor"
-    return f"next: moe-triton tune {sizes} --dtype {case.dtype} searches faster configurations, most of all for {furthest.full_name}"  # noqa: E501 (a sentence)
+    sizes += f" --dtype {case.dtype}" + (f" --format {case.format}" if case.format is not None else "")
+    return f"next: moe-triton tune {sizes} searches faster configurations, most of all for {furthest.full_name}"
 
 
 def print_inside(inside: dict[str, dict[str, float]], steps: int) -> None:
@@ -208,7 +210,7 @@ def proton_line(out: Path, workload: Workload, backend: str, steps: int) -> str:
         return "proton: not measured on this machine: needs a GPU"
     import triton.profiler as proton
 
-    call = Runnable(PROVIDERS[backend].build(workload), workload).call("full")
+    call = trained(backend, workload).call("full")
     try:
         proton.start(str(out / "proton"), hook="triton")
         for _ in range(steps):
@@ -246,12 +248,14 @@ def profile_training_step(out: Path, device: torch.device, config: TrainConfig, 
 def profile_kernel(name: str, case: Case, device: torch.device, budget: float, seed: int) -> list[dict[str, Any]]:
     """The kernel with every configuration that ships for this device and dtype, fastest first."""
     from moe_triton.benchmarking import kernel_search  # needs Triton
+    from moe_triton.kernel_stages import OP_OF, OVER_CODES
 
     try:
         runtime.choose("triton", device, case.torch_dtype)
     except RuntimeError as error:
         raise Unmeasurable(f"--kernel times Triton kernels: {error}") from error
-    stage = arguments.pick(name, "kernel", kernel_search.OP_OF, name)
+    kernels = OP_OF if case.format is None else OVER_CODES
+    stage = arguments.pick(name, "kernel", kernels, name)
     with StepDisplay() as on_step:
         workload = make_workload(case, device, seed)
         found = kernel_search.time_shipped(

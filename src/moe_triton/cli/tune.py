@@ -33,6 +33,7 @@ def tune(
     experts: arguments.NumExperts = None,
     top_k: arguments.TopK = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, or several with commas.")] = None,
+    format: arguments.Format = None,
     ops: Annotated[
         str | None, typer.Option(help="up, down, d_hidden, d_weight, d_rows, or several. Default: all.")
     ] = None,
@@ -81,8 +82,7 @@ def tune(
             raise ValueError(f"suite: missing; name one (see moe-triton bench --list), or give {', '.join(shape)}")
         # here or not: a dry run needs no GPU
         cases = arguments.pick_cases(suite if is_given else "models", shape, dtype, {}, torch.device("cuda"))
-        if not is_given:
-            cases = cases[:1]
+        cases = arguments.with_formats(cases if is_given else cases[:1], format)
         names = list(STAGES_OF) if ops is None else arguments.pick_several(ops, "ops", tuple(STAGES_OF))
         arguments.check_settings(budget, threads, seed, [])
         if not 0 <= candidate_s < float("inf"):
@@ -92,6 +92,7 @@ def tune(
             give(dry(tuning.problems_of(cases, names, arch), budget))
             return
         architecture = measurable(where, cases)
+        problems = tuning.problems_of(cases, names, architecture)
         path = table_path(table)
         arguments.lock(ctx, path, "table")
         entries = tuning.read_table(path)
@@ -100,7 +101,6 @@ def tune(
         circumstances |= {name: facts["versions"].get(name) for name in ("torch", "triton", "ptxas")}
         progress = tuning.Progress(path=path.with_suffix(".progress.json"), circumstances=circumstances)
         progress.load()
-    problems = tuning.problems_of(cases, names, architecture)
     settings = tuning.Settings(device=where, seed=seed, threads=threads, candidate_s=candidate_s)
     try:
         give({"table": str(path), "entries": run(problems, progress, settings, budget, path, entries, facts)})
@@ -205,8 +205,9 @@ def dry(problems: list[Problem], budget: float) -> list[dict[str, str]]:
     for problem in problems:
         case = problem.case
         running = chosen_config(
-            problem.name, case.hidden, case.intermediate, case.torch_dtype, problem.bucket, problem.architecture
-        )
+            problem.name, case.hidden, case.intermediate, case.torch_dtype, problem.bucket, problem.architecture,
+            case.format,
+        )  # fmt: skip
         near = neighbours(running, problem.name, case.hidden, case.intermediate)
         configs = list(dict.fromkeys([running, *tuning.first_candidates(problem, running), *near]))
         print(f"{problem.title()}, {problem.architecture}: today's configuration and {len(configs) - 1} candidates")

@@ -36,7 +36,9 @@ class ExpertGroups(NamedTuple):
 
 
 def expert_groups(given: object) -> ExpertGroups:
-    """Return the groups that a user's process group, mesh or ParallelGroups names."""
+    """Return the groups that a user's process group, mesh or ParallelGroups names; ExpertGroups as they are."""
+    if isinstance(given, ExpertGroups):
+        return given
     if isinstance(given, ParallelGroups):
         # with replicated experts the copies of a token at the tp ranks go to copies of its experts
         tp = given.alone if given.tables.order == "tp-replicated" else given.tp

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from moe_triton.checks import check_choice, check_number
 from moe_triton.distributed.exchange.channel import Channel, end_step
+from moe_triton.distributed.exchange.schedule import described
 from moe_triton.distributed.groups import Group, ParallelGroups, device_type, group_from_handle, number_of_ranks
 from moe_triton.distributed.holders import spread_experts
 from moe_triton.distributed.parameters import check_rule, data_groups, expert_parameters
@@ -195,7 +196,7 @@ def start_sum(group: Group, tensors: Sequence[Tensor], divisor: int, what: str) 
         layout = zlib.crc32(repr([(tuple(tensor.shape), tensor.dtype) for tensor in tensors]).encode())
         same = {"reduced": what, "tensors": len(tensors), "layout": layout, "divisor": divisor}
         channel = Channel(group=group, layer="gradients")
-        channel.agree(same, f"comparison of {what}", tensors[0].device)
+        channel.agree(described(same), f"comparison of {what}", tensors[0].device)
         for bucket in _buckets(tensors):
             # one large contiguous tensor needs no copy
             alone = len(bucket) == 1 and bucket[0].is_contiguous()

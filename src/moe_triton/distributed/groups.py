@@ -47,7 +47,7 @@ class Group:
     def size(self) -> int:
         return len(self.ranks)
 
-    @property
+    @cached_property
     def name(self) -> str:
         """torch's name of the group, the same on all of its ranks."""
         return "" if self.handle is None else self.handle.group_name

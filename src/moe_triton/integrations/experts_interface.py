@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import nn
@@ -28,3 +29,18 @@ def registry_of(cls: Any) -> Any:
 def implementation(module: nn.Module) -> str | None:
     """Return the name of the implementation that the module's config asks for."""
     return getattr(getattr(module, "config", None), "_experts_implementation", None)
+
+
+def use_ours(module: nn.Module, whole: Any = None) -> None:
+    """Let an experts module look ours up: by the switch of the transformers model around it, or by its own config.
+
+    whole: the model; None: its switch is not to be used, which affects all of its experts.
+    """
+    if implementation(module) != KEY and whole is not None:
+        whole.set_experts_implementation(KEY)
+    if implementation(module) != KEY:
+        config: Any = copy.copy(module.config)
+        # PreTrainedConfig's public setter also writes to the sub-configs, which the copy shares with the original
+        internal = hasattr(config, "_experts_implementation_internal")
+        setattr(config, f"_experts_implementation{'_internal' if internal else ''}", KEY)
+        module.config = config

@@ -143,9 +143,10 @@ def install() -> None:
         return
     wrapper._activate_lora, wrapper.update_layer, wrapper.merge = _activate_lora, _update_layer, _merge
     wrapper._get_in_out_features = _get_in_out_features
-    model = sys.modules["peft.tuners.lora.model"]
+    model: Any = sys.modules["peft.tuners.lora.model"]
+    model.LoraModel._inject_parameters = _with_stand_ins(model.LoraModel._inject_parameters)
     if hasattr(model, "get_tp_plan_and_mesh"):  # since 0.21.2
-        model.get_tp_plan_and_mesh = _without_experts(model.get_tp_plan_and_mesh)  # type: ignore[attr-defined]
+        model.get_tp_plan_and_mesh = _without_experts(model.get_tp_plan_and_mesh)
 
 
 @contextmanager
@@ -184,6 +185,36 @@ def _get_in_out_features(self: Any, module: nn.Module) -> Any:
     if is_spread(experts := self.get_base_layer()):
         self.num_experts = experts.num_experts
     return found
+
+
+def _with_stand_ins(inject: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    """PEFT's search for parameters to adapt, which finds quantised projections of our experts as well."""
+
+    def _inject_parameters(self: Any, peft_config: Any, model: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
+        with _stand_ins(model):
+            return inject(self, peft_config, model, *args, **kwargs)
+
+    return _inject_parameters
+
+
+@contextmanager
+def _stand_ins(model: nn.Module) -> Iterator[None]:
+    """Parameters in the place of quantised projections, with their shape and without memory, as long as this lasts."""
+    found = [
+        (module, name, part)
+        for module in model.modules()
+        for name, part in module.named_children()
+        if isinstance(part, QuantizedProjection) and takes_factors(module, name)
+    ]
+    for module, name, part in found:
+        delattr(module, name)
+        module.register_parameter(name, nn.Parameter(torch.zeros((), device=part.device).expand(part.shape), False))
+    try:
+        yield
+    finally:
+        for module, name, part in found:
+            delattr(module, name)
+            setattr(module, name, part)
 
 
 def is_spread(module: Any) -> bool:

@@ -122,7 +122,7 @@ def scaled(module: nn.Module, tensor: Projection | None) -> Any:
 
 
 def compute_over_ranks(
-    module: SpreadExperts, call: ExpertCall, parallel: ExpertParallel, compute: Compute, adapters: Sequence[Lora]
+    module: Any, call: ExpertCall, parallel: ExpertParallel, compute: Compute, adapters: Sequence[Lora]
 ) -> Tensor:
     """Return the experts' outputs [T, d] for this rank's tokens by a function of rows.
 
@@ -130,7 +130,7 @@ def compute_over_ranks(
     the adapters, and of what else the module holds.
     """
     projections = [tensor for tensor in call.parameters if isinstance(tensor, Tensor)]
-    held = set(module.held_parameters())
+    held = set(module.exchanged_layer.held())
     others = [parameter for parameter in module.parameters() if parameter not in held]
     opaque = OpaqueCall(
         hidden=call.hidden,

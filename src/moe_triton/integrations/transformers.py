@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from moe_triton.checks import FLOATS
 from moe_triton.dispatch import dispatch
 from moe_triton.distributed.exchange.expert_parallel import ExpertParallel, unless_alone
-from moe_triton.experts import moe_mlp, with_adapters
-from moe_triton.integrations import fp8_experts, peft
+from moe_triton.experts import fp8_flags, moe_mlp, with_adapters
+from moe_triton.integrations import ep_implementation, fp8_experts, peft
 from moe_triton.integrations.called_gate import called_gate_mlp
 from moe_triton.integrations.experts_interface import KEY
 from moe_triton.integrations.spread_experts import SpreadExperts, compute_over_ranks, scaled, spread
@@ -107,6 +107,7 @@ def register() -> str:
         ) from error
     ALL_EXPERTS_FUNCTIONS.register(KEY, experts_forward)
     fp8_experts.register(experts_forward)
+    ep_implementation.register()
     peft.install()
     return KEY
 
@@ -188,13 +189,13 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     call = ExpertCall(
         hidden=x,
         weights=top_k_weights,
-        dispatched=dispatch(top_k_index, module.num_experts, backend=backend),
+        dispatched=dispatch(top_k_index, module.exchanged_layer.num_experts, backend=backend),
         parameters=ExpertParameters(up_proj, down_proj, up_bias, down_bias),
         spec=ExpertSpec(
             **(activation._asdict() if activation else {}),
             is_transposed=is_transposed,
             is_concatenated=is_concatenated,
-            fp8=fp8,
+            **fp8_flags(fp8),
         ),
     )
     if is_fused(module):

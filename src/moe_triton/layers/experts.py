@@ -20,7 +20,15 @@ from moe_triton.distributed.exchange.overlap import Deferred
 from moe_triton.distributed.exchange.stages import ExchangedLayer
 from moe_triton.distributed.holders import StackedExperts
 from moe_triton.distributed.replicas.placement import build_placement, plan_placement, replica_of
-from moe_triton.experts import check_activation, check_adapters, check_call, check_fp8, moe_mlp, with_adapters
+from moe_triton.experts import (
+    check_activation,
+    check_adapters,
+    check_call,
+    check_fp8,
+    fp8_flags,
+    moe_mlp,
+    with_adapters,
+)
 from moe_triton.layers.load import CountsLoad
 from moe_triton.layers.lora import TakesLora
 from moe_triton.layers.quantized import QuantizedProjection, projection_of
@@ -59,7 +67,7 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
         activation_limit: float | None = None,
         activation_alpha: float | None = None,
         bias: bool = False,
-        fp8: bool = False,
+        fp8: bool | str = False,
         recompute: bool = False,
         expert_parallel: ExpertParallel | None = None,
         backend: str = "auto",
@@ -72,7 +80,10 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
         check_int("num_experts", num_experts, low=1)
         check_activation(activation, activation_limit, activation_alpha)
         self.spec = ExpertSpec(
-            activation=activation, activation_limit=activation_limit, activation_alpha=activation_alpha, fp8=fp8
+            activation=activation,
+            activation_limit=activation_limit,
+            activation_alpha=activation_alpha,
+            **fp8_flags(fp8),
         )
         self.recompute = recompute
         self.backend = backend
@@ -274,7 +285,7 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
         spec, sizes = self.spec, f"{num_local}{of} x ({hidden_size}, {intermediate_size})"
         limit = "" if spec.limit is None else f", activation_limit={spec.limit}"
         alpha = "" if spec.alpha == 1 else f", activation_alpha={spec.alpha}"
-        fp8 = ", fp8" if spec.fp8 else ""
+        fp8 = f", fp8={spec.fp8_mode!r}" if spec.fp8 else ""
         return f"{sizes}, activation={spec.activation}{limit}{alpha}{fp8}{self.lora_repr()}"
 
 

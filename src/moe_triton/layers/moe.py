@@ -114,7 +114,7 @@ class MoE(nn.Module):
         aux_loss_weight: float = 0.0,
         z_loss_weight: float = 0.0,
         sequence_loss_weight: float = 0.0,
-        fp8: bool = False,
+        fp8: bool | str = False,
         recompute: bool = False,
         batch_invariant: bool = False,
         expert_parallel: ExpertParallel | None = None,

@@ -19,6 +19,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from moe_triton.checks import check_choice
+
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by the lower three bits of a code; the fourth is the sign
 E2M1_MAX, E4M3_MAX = 6.0, 448.0
 E8M0_BIAS, E8M0_NAN = 127, 255
@@ -69,6 +71,16 @@ FORMATS = {
         Format(name="int4", bits=4, rows=1, groups=(32, 64, 128), codes=torch.uint8, scales=FLOAT_SCALES),
     )
 }
+
+
+def check_format(format: str, group: int | None, symmetric: bool) -> None:
+    """Raise ValueError for a format, a group or a symmetry that there is not."""
+    check_choice("format", format, tuple(FORMATS))
+    kind = FORMATS[format]
+    if group is not None and group not in kind.groups:
+        raise ValueError(f"group: got {group} for {format}, wanted {' or '.join(map(str, sorted(kind.groups)))}")
+    if not (symmetric or kind.is_integer):
+        raise ValueError(f"symmetric: got False for {format}, wanted True")
 
 
 def unpack(codes: Tensor) -> Tensor:
@@ -137,6 +149,20 @@ def e8m0_of(largest: Tensor) -> Tensor:
     infinity gets the scale NaN, a block of zeros 2^-127.
     """
     exponent = torch.frexp(largest)[1] - 1  # largest = m 2^exponent with m in [1, 2)
-    biased = (exponent - 2 + E8M0_BIAS).clamp(0, E8M0_NAN - 1)
+    return _e8m0(exponent - 2, largest)
+
+
+def e8m0_above(largest: Tensor) -> Tensor:
+    """Return the E8M0 scales of blocks of e4m3: the smallest power of two by which nothing is larger than 448.
+
+    OCP MX v1.0 leaves the choice open; so no number saturates, on which training depends (arXiv 2506.08027). What is
+    not finite, and zeros, as in `e8m0_of`.
+    """
+    mantissa, exponent = torch.frexp(largest)  # the mantissa is in [0.5, 1), and 448 is 0.875 * 2^9
+    return _e8m0(exponent - 9 + (mantissa > 0.875), largest)
+
+
+def _e8m0(exponent: Tensor, largest: Tensor) -> Tensor:
+    biased = (exponent + E8M0_BIAS).clamp(0, E8M0_NAN - 1)
     biased = torch.where(largest > 0, biased, 0)
     return torch.where(largest.isfinite(), biased, E8M0_NAN).to(torch.uint8)

@@ -116,6 +116,10 @@ class QuantizedWeight:
         """Return the same on another device."""
         return self._with(lambda part: part.to(device))
 
+    def resized(self, num_experts: int) -> QuantizedWeight:
+        """Return an uninitialised weight of so many experts, of the same format and sizes."""
+        return self._with(lambda part: part.new_empty((num_experts, *part.shape[1:])))
+
     def _with(self, change: Callable[[Tensor], Tensor]) -> QuantizedWeight:
         changed: dict[str, Any] = {name: change(part) for name, part in self.parts().items()}
         return replace(self, **changed)
@@ -214,13 +218,9 @@ class QuantizedWeight:
 
         Raises ValueError where `in` is no multiple of the group (fp8 takes any size), and for what a format has not.
         """
-        check_choice("format", format, tuple(FORMATS))
+        formats.check_format(format, group, symmetric)
         check_tensor("weight", weight, shape=("E", "out", "in"), dtypes=FLOATS)
         kind = FORMATS[format]
-        if group is not None and group not in kind.groups:
-            raise ValueError(f"group: got {group} for {format}, wanted {' or '.join(map(str, sorted(kind.groups)))}")
-        if not (symmetric or kind.is_integer):
-            raise ValueError(f"symmetric: got False for {format}, wanted True")
         group = kind.groups[0] if group is None else group
         rows_first = weight.mT if is_transposed else weight
         if kind.rows == 1 and rows_first.shape[2] % group:

@@ -5,6 +5,9 @@ along the contraction, projections in blocks of 128 x 128 of the tensor as it li
 projection's gradient, where an expert's rows are contracted, both operands are rounded anew in groups of 128 x 1, which
 begin at the expert's first row. What is rounded is what is stored in the hidden states' dtype, but for the activation,
 which is rounded as it is computed. Router, biases and adapters are as they are.
+
+In MXFP8 (`fp8="mxfp8"`; OCP Microscaling Formats v1.0) groups are 32 along the contraction of every operand, so that a
+projection is rounded anew for each direction, and scales are powers of two.
 """
 
 from __future__ import annotations
@@ -15,14 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_triton.quantization.fp8 import GROUP, rounded
+from moe_triton.quantization.fp8 import BLOCKWISE, MXFP8, Recipe
 from moe_triton.records import ExpertCall, ExpertParameters
 from moe_triton.reference import activate, adapted
 
-
-def in_fp8(x: Tensor, rows: int, columns: int) -> Tensor:
-    """Return x [R, C] rounded to e4m3 by groups, in float64."""
-    return rounded(x, rows, columns, torch.float64)
+WIDE = torch.float64
 
 
 class Fp8Product(torch.autograd.Function):
@@ -33,21 +33,21 @@ class Fp8Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
-        return factors[:, None] * (in_fp8(x, 1, GROUP) @ in_fp8(weight, GROUP, GROUP).T)
+    def forward(x: Tensor, weight: Tensor, factors: Tensor, dtype: torch.dtype, recipe: Recipe) -> Tensor:
+        return factors[:, None] * (recipe.rows(x, WIDE) @ recipe.projection(weight, 1, WIDE).T)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.dtype = inputs
+        *tensors, ctx.dtype, ctx.recipe = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,), (x, weight, factors) = grads, ctx.saved_tensors
-        dx = in_fp8(dy, 1, GROUP) @ in_fp8(weight, GROUP, GROUP)
+        (dy,), (x, weight, factors), recipe = grads, ctx.saved_tensors, ctx.recipe
+        dx = recipe.rows(dy, WIDE) @ recipe.projection(weight, 0, WIDE)
         weighted_x = (factors[:, None] * x).to(ctx.dtype)
-        d_weight = in_fp8(dy, GROUP, 1).T @ in_fp8(weighted_x, GROUP, 1)
-        return factors[:, None] * dx, d_weight, (dx * x).sum(-1), None
+        d_weight = recipe.columns(dy, WIDE).T @ recipe.columns(weighted_x, WIDE)
+        return factors[:, None] * dx, d_weight, (dx * x).sum(-1), None, None
 
 
 def moe_experts(call: ExpertCall) -> Tensor:
@@ -57,6 +57,7 @@ def moe_experts(call: ExpertCall) -> Tensor:
     hidden states' dtype.
     """
     spec, dispatched, dtype = call.spec, call.dispatched, call.hidden.dtype
+    recipe = MXFP8 if spec.microscaled else BLOCKWISE
     hidden_Td, weights_S = call.hidden.double(), call.weights.double().reshape(-1)
     gate_up, down, gate_up_bias, down_bias, *factors = map(_in_float64, call.parameters)
     wide = replace(call, parameters=ExpertParameters(gate_up, down, gate_up_bias, down_bias, *factors))
@@ -69,14 +70,14 @@ def moe_experts(call: ExpertCall) -> Tensor:
         if spec.is_transposed:
             up_of_e, down_of_e = up_of_e.T, down_of_e.T
         x = hidden_Td[tokens]
-        h = adapted(Fp8Product.apply(x, up_of_e, torch.ones_like(w), dtype), x, wide.gate_up_lora, e)
+        h = adapted(Fp8Product.apply(x, up_of_e, torch.ones_like(w), dtype, recipe), x, wide.gate_up_lora, e)
         if gate_up_bias is not None:
             h = h + gate_up_bias[e]
         a = activate(h.to(dtype).double(), spec.activation, spec.is_concatenated, spec.limit, spec.alpha)
         rows = w[:, None] * adapted(torch.zeros_like(x), a, wide.down_lora, e)
         if down_bias is not None:
             rows = rows + w[:, None] * down_bias[e]
-        rows = rows + Fp8Product.apply(a, down_of_e, w, dtype)
+        rows = rows + Fp8Product.apply(a, down_of_e, w, dtype, recipe)
         out = out.index_add(0, tokens, rows.to(dtype).double())
     return out.to(dtype)
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from moe_triton import QuantizedWeight
-from moe_triton.backends.torch import decoded, fused
+from moe_triton.backends.torch import decoded, fused, stored
 from moe_triton.backends.torch.cpu import CpuPolicy, invariant_policy
 from moe_triton.backends.torch.decoded import Decoded
-from moe_triton.backends.torch.fused import in_planes, stored_codes
+from moe_triton.backends.torch.stored import in_planes, stored_codes
 from tests.helpers.compare import relative_rms
 
 numba = pytest.importorskip("numba")
@@ -57,11 +57,11 @@ def natural(planes: Tensor, count: int) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_decoding_has_the_bits_of_torch(kind: str, dtype: torch.dtype) -> None:
     weight = with_all_codes(quantized(kind))
-    stored = stored_codes(weight, dtype)
-    assert stored is not None
+    reader = stored_codes(weight, dtype)
+    assert reader is not None
     for expert, rows, columns in ((0, slice(0, OUT), slice(0, IN)), (2, slice(128, OUT), slice(128, IN))):
         out = torch.empty(OUT, columns.stop - columns.start, dtype=dtype)
-        found = natural(stored.decode(expert, rows, columns, out), stored.planes)
+        found = natural(reader.decode(expert, rows, columns, out), reader.planes)
         expected = weight.dequantize(dtype, expert=expert, rows=rows, columns=columns)
         assert found.isnan().any() == (expert == 0 and kind in ("mxfp4", "nvfp4", "fp8"))
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
@@ -70,9 +70,9 @@ def test_decoding_has_the_bits_of_torch(kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_few_rows(kind: str) -> None:
     weight, x = quantized(kind), torch.randn(8, IN)
-    stored = stored_codes(weight, torch.float32)
-    assert stored is not None
-    found = stored.few_rows(x, [2, 0], [0, 7, 8])  # 4 + 2 + 1 rows, and 1
+    reader = stored_codes(weight, torch.float32)
+    assert reader is not None
+    found = reader.few_rows(x, [2, 0], [0, 7, 8])  # 4 + 2 + 1 rows, and 1
     dense = weight.dequantize(torch.float64)
     expected = torch.cat([x[:7].double() @ dense[2].T, x[7:].double() @ dense[0].T])
     assert relative_rms(found, expected) < 3e-7
@@ -81,9 +81,9 @@ def test_few_rows(kind: str) -> None:
 @pytest.mark.parametrize("scales", [torch.bfloat16, torch.float16])
 def test_scales_of_16_bits(scales: torch.dtype) -> None:
     weight = quantized("int4", scales)
-    stored = stored_codes(weight, torch.float32)
-    assert stored is not None
-    found = natural(stored.decode(1, slice(0, OUT), slice(0, IN), torch.empty(OUT, IN)), stored.planes)
+    reader = stored_codes(weight, torch.float32)
+    assert reader is not None
+    found = natural(reader.decode(1, slice(0, OUT), slice(0, IN), torch.empty(OUT, IN)), reader.planes)
     assert torch.equal(found, weight.dequantize(torch.float32, expert=1))
 
 
@@ -97,9 +97,9 @@ def test_numbers_that_are_nan_or_large(kind: str) -> None:
         weight.codes.view(torch.uint8)[0, 1, 5] = 0xFF
         weight.scales[0, 1] = 2.0**118
     x = torch.full((3, IN), 2.0**-20)
-    stored = stored_codes(weight, torch.float32)
-    assert stored is not None
-    found, dense = stored.few_rows(x, [0], [0, 3]), weight.dequantize(torch.float64)[0]
+    reader = stored_codes(weight, torch.float32)
+    assert reader is not None
+    found, dense = reader.few_rows(x, [0], [0, 3]), weight.dequantize(torch.float64)[0]
     assert found.isnan().any(0).nonzero().tolist() == [[1]]
     expected = x.double() @ dense.T
     is_number = ~expected.isnan()
@@ -139,17 +139,17 @@ def test_a_rows_bits_depend_on_it_alone_where_they_must_not() -> None:
 
 
 def test_the_bits_depend_on_neither_threads_nor_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "WORTH_A_THREAD", 1)
+    monkeypatch.setattr(stored, "WORTH_A_THREAD", 1)
     weight, x = quantized("mxfp4"), torch.randn(6, IN)
-    stored = stored_codes(weight, torch.float32)
-    assert stored is not None
+    reader = stored_codes(weight, torch.float32)
+    assert reader is not None
     threads = torch.get_num_threads()
     try:
         found = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            decoded_part = stored.decode(1, slice(0, OUT), slice(0, IN), torch.empty(OUT, IN))
-            found.append(torch.cat([stored.few_rows(x, [0, 2], [0, 5, 6]), decoded_part.T[:, :OUT]]))
+            decoded_part = reader.decode(1, slice(0, OUT), slice(0, IN), torch.empty(OUT, IN))
+            found.append(torch.cat([reader.few_rows(x, [0, 2], [0, 5, 6]), decoded_part.T[:, :OUT]]))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1])
@@ -164,11 +164,11 @@ def test_projections_beyond_two_gigabytes_of_words() -> None:
     assert codes.numel() // 2 > 2**31
     scales[-1, -1] = 127
     codes[-1, -1] = 0x22
-    stored = stored_codes(QuantizedWeight(format="mxfp4", codes=codes, scales=scales), torch.float32)
-    assert stored is not None
-    found = stored.few_rows(torch.ones(1, columns), [num_experts - 1], [0, 1])
+    reader = stored_codes(QuantizedWeight(format="mxfp4", codes=codes, scales=scales), torch.float32)
+    assert reader is not None
+    found = reader.few_rows(torch.ones(1, columns), [num_experts - 1], [0, 1])
     assert found[0, -1] == columns
-    last = stored.decode(num_experts - 1, slice(rows - 1, rows), slice(0, columns), torch.empty(1, columns))
+    last = reader.decode(num_experts - 1, slice(rows - 1, rows), slice(0, columns), torch.empty(1, columns))
     assert torch.equal(last, torch.ones(1, columns))
 
 
@@ -177,6 +177,8 @@ def test_what_torch_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stored_codes(weight, torch.float32) is not None
     assert stored_codes(weight, torch.float16) is None
     assert stored_codes(weight, torch.float64) is None
+    assert "write no torch.float16" in fused.codes_in_words(torch.float16)
+    assert "compiled loops" in fused.codes_in_words(torch.bfloat16)
     odd = QuantizedWeight.quantize(torch.randn(1, 4, 129), "fp8")
     assert stored_codes(odd, torch.float32) is None
     strided = replace(weight, codes=weight.codes.mT.contiguous().mT)
@@ -184,7 +186,8 @@ def test_what_torch_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stored_codes(weight[:0], torch.float32) is None
     monkeypatch.setenv(fused.VARIABLE, "0")
     assert stored_codes(weight, torch.float32) is None
-    assert "MOE_TRITON_CPU_LOOPS=0" in fused.loops_in_words()
+    assert fused.loops_in_words() == "none (MOE_TRITON_CPU_LOOPS=0)"
+    assert fused.codes_in_words(torch.float32).endswith("in cache: MOE_TRITON_CPU_LOOPS=0")
     monkeypatch.setenv(fused.VARIABLE, "yes")
     with pytest.raises(ValueError, match="MOE_TRITON_CPU_LOOPS: got 'yes', wanted one of 0, 1"):
         stored_codes(weight, torch.float32)
@@ -195,9 +198,9 @@ def test_codes_at_an_odd_address() -> None:
     weight = quantized("mxfp4")
     memory = torch.empty(weight.codes.numel() + 1, dtype=torch.uint8)
     codes = memory[1:].view(weight.codes.shape).copy_(weight.codes)
-    stored = stored_codes(replace(weight, codes=codes), torch.float32)
-    assert stored is not None
-    found = natural(stored.decode(1, slice(0, OUT), slice(0, IN), torch.empty(OUT, IN)), stored.planes)
+    reader = stored_codes(replace(weight, codes=codes), torch.float32)
+    assert reader is not None
+    found = natural(reader.decode(1, slice(0, OUT), slice(0, IN), torch.empty(OUT, IN)), reader.planes)
     assert torch.equal(found, weight.dequantize(torch.float32, expert=1))
 
 
@@ -227,10 +230,11 @@ import sys
 sys.modules["numba"] = None
 import torch
 from moe_triton import QuantizedWeight
-from moe_triton.backends.torch.fused import loops_in_words, stored_codes
+from moe_triton.backends.torch.fused import loops_in_words
+from moe_triton.backends.torch.stored import stored_codes
 assert stored_codes(QuantizedWeight.quantize(torch.randn(1, 8, 32), "mxfp4"), torch.float32) is None
 print(loops_in_words())
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert "decoded by torch" in done.stdout
+    assert done.stdout.startswith("none (numba cannot be imported")
     assert "pip install moe-triton[cpu]" in done.stdout

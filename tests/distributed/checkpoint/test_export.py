@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import resource
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moe_triton import MoE
-from moe_triton.distributed import CheckpointError, export_safetensors
+from moe_triton.distributed import CheckpointError, ExpertParallel, export_safetensors, make_groups
+from moe_triton.distributed.checkpoint import export as export_module
+from moe_triton.distributed.checkpoint.team import Team
+from moe_triton.distributed.exchange import channel
 from tests.helpers.checkpoint_models import Net, Spread
 
 
@@ -136,3 +144,68 @@ def test_bad_arguments_are_named(tmp_path):
     layer.register_buffer("odd", torch.zeros(1, dtype=torch.complex128))
     with pytest.raises(TypeError, match=r"model: 'odd' has dtype torch.complex128"):
         export_safetensors(tmp_path / "x.safetensors", layer)
+
+
+@dataclass
+class World:
+    """One rank of a world of torch's fake backend.
+
+    bytes_sent  to and from collectives, by this rank
+    scattered   bytes of the largest part that the first rank gives another
+    """
+
+    size: int
+    rank: int
+    bytes_sent: int = 0
+    scattered: int = 0
+
+    def run(self, path: Path) -> None:
+        """Export a model of one expert a rank; as on the first rank, which is given the other ranks' descriptions."""
+        dist.init_process_group("fake", store=FakeStore(), rank=self.rank, world_size=self.size)
+        try:
+            layer = MoE(8, 4, self.size, expert_parallel=ExpertParallel(make_groups(ep=self.size)))
+            Team.of(None, "before").run("who the processes are", lambda: None)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(dist, "all_reduce", self.counted(dist.all_reduce))
+                patch.setattr(channel, "all_gather_single", self.counted(channel.all_gather_single))
+                patch.setattr(channel.Channel, "broadcast_object", self.broadcast_object)
+                patch.setattr(dist, "gather_object", self.gather_object)
+                patch.setattr(dist, "scatter_object_list", self.scatter_object_list)
+                patch.setattr(dist, "send", lambda *args, **options: None)
+                export_safetensors(path, layer)
+        finally:
+            dist.destroy_process_group()
+
+    def counted(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
+            self.bytes_sent += tensor.nbytes
+            return original(tensor, *args, **options)
+
+        return call
+
+    def broadcast_object(self, value: Any, phase: str, source: int) -> Any:
+        self.bytes_sent += len(pickle.dumps(value))
+        return value
+
+    def gather_object(self, mine: Any, found: list[Any] | None, **options: Any) -> None:
+        self.bytes_sent += len(pickle.dumps(mine))
+        for rank in range(self.size) if found is not None else ():
+            found[rank] = {
+                name: {(rank, *offset[1:]) if name.startswith("experts.") else offset: shape
+                       for offset, shape in boxes.items()}
+                for name, boxes in mine.items()
+            }  # fmt: skip
+
+    def scatter_object_list(self, found: list[Any], parts: list[Any] | None, **options: Any) -> None:
+        self.scattered = max((len(pickle.dumps(part)) for part in parts[1:]), default=0) if parts else 0
+        found[0] = parts[0] if parts else {}
+
+
+def test_what_a_rank_says_of_its_tensors_does_not_grow_with_the_world(tmp_path, monkeypatch):
+    monkeypatch.setattr(export_module, "_receive", lambda like, owner, team: like)
+    others, firsts = [World(size, 3) for size in (8, 64)], [World(size, 0) for size in (8, 64)]
+    for world in (*others, *firsts):
+        world.run(tmp_path / "model.safetensors")
+    assert 0 < others[0].bytes_sent == others[1].bytes_sent < 1000
+    assert 0 < firsts[0].scattered == firsts[1].scattered < 1000
+    assert load_file(tmp_path / "model.safetensors")["experts.gate_up_proj"].shape[0] == 64

@@ -49,7 +49,7 @@ def results() -> None:
     team, rank = Team.of(None, "a save"), dist.get_rank()
     assert team.run("running", lambda: rank) == rank
     assert team.first("running", lambda: LARGE) == LARGE
-    assert team.each("running", lambda: rank * "x") == ["", "x", "xx", "xxx"]
+    assert team.scatter("running", lambda: ["", "x", "xx", "xxx"]) == rank * "x"
     assert team.gather("running", lambda: {rank: LARGE}) == ([{i: LARGE} for i in range(4)] if rank == 0 else [])
     assert torch.is_tensor(team.first("running", lambda: torch.ones(2)))
 
@@ -77,7 +77,7 @@ def test_results(four_ranks):
     four_ranks.run(results)
 
 
-@pytest.mark.parametrize("how", ["run", "distinct", "each", "gather"])
+@pytest.mark.parametrize("how", ["run", "distinct", "gather"])
 @pytest.mark.parametrize(("kind", "raised"), [(ValueError, ValueError), (OSError, CheckpointError)])
 def test_a_failure_is_raised_on_all(four_ranks, kind, raised, how):
     four_ranks.run(failing, kind, raised, how)
@@ -86,4 +86,4 @@ def test_a_failure_is_raised_on_all(four_ranks, kind, raised, how):
 def test_one_process_without_groups():
     team = Team.of(None, "a save")
     assert (team.run("", lambda: 1), team.first("", lambda: 2)) == (1, 2)
-    assert (team.distinct("", lambda: 3), team.each("", lambda: 4), team.gather("", lambda: 5)) == ({0: 3}, [4], [5])
+    assert (team.distinct("", lambda: 3), team.gather("", lambda: 4), team.scatter("", lambda: [5])) == ({0: 3}, [4], 5)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import gc
 import weakref
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
 from moe_triton.distributed import ExpertParallel
+from moe_triton.distributed.exchange import failure_board
 from moe_triton.distributed.exchange.channel import Channel
-from moe_triton.distributed.exchange.failure_board import FailureBoard
+from moe_triton.distributed.exchange.failure_board import FailureBoard, QueuedWait
 from moe_triton.distributed.groups import Group, default_timeout, device_type
 from tests.helpers.faults import Model, fresh_groups, outcomes, step
 
@@ -50,6 +52,27 @@ def test_a_difference_that_was_found_here_is_found_by_this_rank_too():
     other.report(HERE, differs=True)
     assert not mine.cannot_complete(PAIR, HERE), "the collective in which it was found completes"
     assert mine.cannot_complete(PAIR, "MoE layer 0, results of chunk 0")
+
+
+@pytest.mark.parametrize("meets_it", [True, False])
+def test_a_rank_that_meets_a_failure_itself_is_not_ended_by_the_thread_that_watches(monkeypatch, meets_it):
+    mine, other = two_boards()
+    over = SimpleNamespace(record=lambda: None, query=lambda: True)
+    mine.queued["ep"] = QueuedWait(group=PAIR, place=HERE, event=over, since=0.0, limit_s=1.0)
+    other.report(HERE, "a cause")
+    other.mark_handled()
+
+    def find_cause(group: Group) -> str:
+        if meets_it:
+            mine.mark_handled()
+        return "a cause"
+
+    monkeypatch.setattr(failure_board, "abort_groups", lambda: None)
+    monkeypatch.setattr(failure_board, "FAILURE_GRACE_S", 0.1)
+    monkeypatch.setattr(mine, "find_cause", find_cause)
+    mine.look()
+    assert mine.ended == ("" if meets_it else "a cause")
+    assert not other.cannot_complete(PAIR, HERE), "they have failed together"
 
 
 def restarts(rank: int, stores: list[str]) -> None:

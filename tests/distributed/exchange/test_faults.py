@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ from moe_triton.distributed import (
 from tests.helpers import faults
 from tests.helpers.compare import relative_rms
 from tests.helpers.faults import EXPERTS, HIDDEN, Model, Scenario, fresh_groups, outcomes, step
-from tests.helpers.ranks import free_port
+from tests.helpers.ranks import at_once, free_port
 
 WORLD = 4
 
@@ -43,25 +44,15 @@ DEATHS = {
 }
 
 
-@pytest.mark.parametrize("scenario", DEATHS.values(), ids=DEATHS.keys())
-def test_a_rank_that_dies_is_named_by_all_others(scenario):
-    found = outcomes(WORLD, faults.live, scenario)
-    dead = found.pop(scenario.victim)
-    assert dead.code in (-signal.SIGKILL, 3)
-    for outcome in found:
-        assert outcome.code == 0
-        assert re.match(r"ExpertParallelError: rank \d, (MoE layer \d|gradients), [^:]+: ", outcome.error)
-        assert f"rank {scenario.victim} has died" in outcome.error
-
-
-@pytest.mark.parametrize("victim", [2, 0], ids=["another", "the one that serves the store"])
-def test_a_rank_that_hangs_is_named_by_all_others(victim):
-    scenario = Scenario("experts 0", victim=victim, signal=signal.SIGSTOP, seconds=6)
-    found = outcomes(WORLD, faults.live, scenario, without=victim)
-    for rank, outcome in enumerate(found):
-        if rank != victim:
-            assert outcome.code == 0
-            assert f"rank {victim} does not answer (its process is stopped)" in outcome.error
+def test_a_rank_that_dies_is_named_by_all_others():
+    for name, found in at_once({name: partial(outcomes, WORLD, faults.live, DEATHS[name]) for name in DEATHS}).items():
+        victim = DEATHS[name].victim
+        dead = found.pop(victim)
+        assert dead.code in (-signal.SIGKILL, 3), name
+        for outcome in found:
+            assert outcome.code == 0, name
+            assert re.match(r"ExpertParallelError: rank \d, (MoE layer \d|gradients), [^:]+: ", outcome.error), name
+            assert f"rank {victim} has died" in outcome.error, name
 
 
 def one_is_busy(rank: int) -> None:
@@ -70,14 +61,6 @@ def one_is_busy(rank: int) -> None:
     if rank == 1:
         time.sleep(faults.DEADLINE)
     step(model)
-
-
-def test_a_rank_that_is_busy_elsewhere_is_named_by_all_others():
-    """Rank 0 serves the store, and may end before rank 2 has asked it."""
-    found = outcomes(3, one_is_busy, without=1)
-    for rank in (0, 2):
-        wanted = rf"ExpertParallelError: rank {rank}, MoE layer 0, [^:]+: rank 1 does not answer \("
-        assert re.match(wanted, found[rank].error), found[rank].error
 
 
 def in_other_places(rank: int, folder: str) -> None:
@@ -89,15 +72,34 @@ def in_other_places(rank: int, folder: str) -> None:
     step(model)
 
 
-def test_every_rank_says_where_the_others_wait(tmp_path):
-    forward = r"MoE layer 0, comparison of configurations \(forward\)"
-    saving = r"save_checkpoint to [^,]+, [a-z ]+"
-    found = outcomes(3, in_other_places, str(tmp_path))
+def test_a_rank_that_does_not_answer_is_named_by_all_others(tmp_path):
+    """It is stopped, also where it serves the store; busy elsewhere; or in another function of the package.
+
+    Where rank 0 serves the store, it may end before rank 2 has asked it.
+    """
+    stopped = {v: Scenario("experts 0", victim=v, signal=signal.SIGSTOP, seconds=6) for v in (2, 0)}
+    found = at_once(
+        {
+            **{v: partial(outcomes, WORLD, faults.live, stopped[v], without=v) for v in stopped},
+            "busy": partial(outcomes, 3, one_is_busy, without=1),
+            "saving": partial(outcomes, 3, in_other_places, str(tmp_path)),
+        }
+    )
+    for victim in stopped:
+        for rank, outcome in enumerate(found[victim]):
+            if rank != victim:
+                assert outcome.code == 0
+                assert f"rank {victim} does not answer (its process is stopped)" in outcome.error
+    for rank in (0, 2):
+        wanted = rf"ExpertParallelError: rank {rank}, MoE layer 0, [^:]+: rank 1 does not answer \("
+        assert re.match(wanted, found["busy"][rank].error), found["busy"][rank].error
+    forward, saving = r"MoE layer 0, comparison of configurations \(forward\)", r"save_checkpoint to [^,]+, [a-z ]+"
+    errors = [outcome.error for outcome in found["saving"]]
     for rank, other in ((0, 2), (2, 0)):
         places = f"rank 1 waits in {saving}, rank {other} waits in {forward}"
-        assert re.match(f"ExpertParallelError: rank {rank}, {forward}: {places}", found[rank].error), found[rank].error
+        assert re.match(f"ExpertParallelError: rank {rank}, {forward}: {places}", errors[rank]), errors[rank]
     places = f"ranks 0, 2 wait in {forward}"
-    assert re.match(f"ExpertParallelError: rank 1, {saving}: {places}", found[1].error), found[1].error
+    assert re.match(f"ExpertParallelError: rank 1, {saving}: {places}", errors[1]), errors[1]
 
 
 def over_the_default_group(rank: int) -> None:

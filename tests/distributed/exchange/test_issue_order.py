@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -19,10 +20,11 @@ from tests.helpers.ranks import products
 CHUNKS = 3
 
 
-def record(mode: str, **exchange) -> tuple[list[str], list[str]]:
+def record(mode: str, sizes: dict[str, int] | None = None, **exchange) -> tuple[list[str], list[str]]:
     """The events of one forward and one backward, of a layer with a shared expert."""
     events: list[str] = []
-    parallel = ExpertParallel(fresh_groups(ep=4), mode=mode, chunks=CHUNKS, listener=events.append, **exchange)
+    groups = fresh_groups(**(sizes or {"ep": 4}))
+    parallel = ExpertParallel(groups, mode=mode, **{"chunks": CHUNKS, "listener": events.append, **exchange})
     case = Case([6] * 4, layer={"shared_intermediate_size": 8, "capacity_factor": 1.0, "aux_loss_weight": 0.1})
     layer = parity.make_layer(case, parallel)
     original, start_copy = FeedForward.forward, channel.copy_to_host
@@ -39,6 +41,8 @@ def record(mode: str, **exchange) -> tuple[list[str], list[str]]:
         patch.setattr(FeedForward, "forward", shared)
         patch.setattr(channel, "copy_to_host", copy_to_host)
         x = torch.randn(6, HIDDEN, dtype=case.dtype, requires_grad=True)
+        layer(x)  # the first call of a group exchanges who its processes are
+        events.clear()
         out = layer(x)
         forward = list(events)
         events.clear()
@@ -66,7 +70,7 @@ def test_exchanges_are_issued_before_the_work_that_hides_them(four_ranks, mode):
     early = ["shared expert", rows[0]] if mode == "dropless" else [rows[0], "shared expert"]
     assert in_order(forward, *counts, *early, "experts 0")
     if mode == "dropless":  # each of both is read when nothing is left to do without it
-        reads = [i for i, event in enumerate(forward) if event == "host read" and i > forward.index(counts[0])]
+        reads = [i for i, event in enumerate(forward) if event == "host read"]
         assert len(reads) == 2
         assert forward.index("shared expert") < reads[0] < reads[1] < forward.index(rows[0])
     for chunk in range(CHUNKS):
@@ -85,15 +89,24 @@ def test_exchanges_are_issued_before_the_work_that_hides_them(four_ranks, mode):
     assert not any("counts" in event for event in backward), "backward uses the forward's counts"
 
 
-def test_two_levels(four_ranks):
-    orders = four_ranks.run(_two_levels)
+def of_many_levels(chunks: int) -> list[tuple[list[str], list[str]]]:
+    """In two levels, and with slices of experts."""
+    two_levels = record("dropless", chunks=chunks, ranks_per_node=2)
+    return [two_levels, record("dropless", {"ep": 2, "etp": 2}, chunks=chunks)]
+
+
+@pytest.mark.parametrize("chunks", [1, CHUNKS])
+def test_every_level_is_counted_before_rows_travel(four_ranks, chunks):
+    orders = four_ranks.run(of_many_levels, chunks)
     assert all(order == orders[0] for order in orders)
-    forward, _ = orders[0]
-    assert forward.count("issue exchange of counts") == 1 + CHUNKS, "between nodes once, in the node for each chunk"
-
-
-def _two_levels() -> tuple[list[str], list[str]]:
-    return record("dropless", ranks_per_node=2)
+    for (forward, backward), levels in zip(orders[0], (2, 1), strict=True):
+        assert forward.count("issue exchange of counts") == levels
+        counted = max(i for i, event in enumerate(forward) if re.match("issue exchange of .*counts", event))
+        reads = [i for i, event in enumerate(forward) if event == "host read"]
+        assert counted < forward.index("shared expert"), "the host has work while the counts travel"
+        assert max(reads) < forward.index("issue rows of chunk 0"), "no chunk's rows are waited for by the host"
+        assert forward.count("issue rows of chunk 0") == 1 + chunks, "and inside, once for each chunk"
+        assert "host read" not in backward
 
 
 class HostReads:
@@ -116,9 +129,10 @@ class HostReads:
         return call
 
 
-def host_reads(mode: str, most: int | None, **sizes: int) -> int:
+def host_reads(mode: str, most: int | None, sizes: dict[str, int] | None = None, **exchange) -> int:
     """In a forward and a backward, leaving out what is compared on CPUs alone."""
-    parallel = ExpertParallel(fresh_groups(**(sizes or {"ep": 4})), mode=mode, chunks=2, max_tokens_per_rank=most)
+    options = {"chunks": 2, **exchange}
+    parallel = ExpertParallel(fresh_groups(**(sizes or {"ep": 4})), mode=mode, max_tokens_per_rank=most, **options)
     case = Case([6] * 4, layer={"capacity_factor": 1.0, "aux_loss_weight": 0.1})
     layer = parity.make_layer(case, parallel)
     x = torch.randn(6, HIDDEN, dtype=case.dtype, requires_grad=True)
@@ -139,10 +153,25 @@ def test_host_reads(four_ranks, mode, most):
 
 
 def host_reads_with_slices(mode: str) -> int:
-    return host_reads(mode, 6, ep=2, etp=2)
+    return host_reads(mode, 6, {"ep": 2, "etp": 2})
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_host_reads_with_slices_of_experts(four_ranks, mode):
     wanted = 3 if mode == "dropless" else 0  # one more for the sizes, which differ between the slices' ranks
     assert four_ranks.run(host_reads_with_slices, mode) == [wanted] * 4
+
+
+def host_reads_by_chunks() -> list[tuple[int, int]]:
+    """In two levels, and with slices of experts, by the number of chunks."""
+    sliced = {"ep": 2, "etp": 2}
+    return [
+        (host_reads("dropless", None, chunks=chunks, ranks_per_node=2),
+         host_reads("dropless", None, sliced, chunks=chunks))
+        for chunks in (1, 2, 4)
+    ]  # fmt: skip
+
+
+def test_host_reads_do_not_grow_with_the_chunks(four_ranks):
+    # of each level: the first chunk's counts, and the others' where there are some; and the slices' sizes
+    assert four_ranks.run(host_reads_by_chunks) == [[(2, 2), (4, 3), (4, 3)]] * 4

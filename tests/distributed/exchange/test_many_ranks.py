@@ -60,8 +60,19 @@ def in_threads(world: int, function: Callable[[], Any]) -> list[Any]:
     return results
 
 
-@pytest.mark.parametrize("sizes", [{"ep": 32}, {"ep": 8}], ids=["ep=32", "ep=8 x edp=4"])
-def test_32_ranks_equal_one(sizes):
+def part_of(layer: MoE, name: str, whole: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of an expert parameter, or of its gradient."""
+    experts = whole[list(layer.experts.local_experts)]
+    return torch.stack([layer.experts.local_slice(name, expert) for expert in experts])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "exchange"),
+    [({"ep": 32}, {}), ({"ep": 8}, {}), ({"ep": 8, "etp": 2}, {"ranks_per_node": 4})],
+    ids=["ep=32", "ep=8 x edp=4", "ep=2x4 x etp=2 x edp=2"],
+)
+def test_32_ranks_equal_one(monkeypatch, sizes, exchange):
+    monkeypatch.setattr(groups_module, "default_timeout", lambda: timedelta(seconds=60))  # threaded groups have none
     world, experts = 32, 64
     tokens = [rank % 3 for rank in range(world)]
     torch.manual_seed(0)
@@ -74,14 +85,14 @@ def test_32_ranks_equal_one(sizes):
 
     def rank_of_many() -> None:
         rank = dist.get_rank()
-        groups = make_groups(timeout=timedelta(seconds=60), **sizes)
-        parallel = ExpertParallel(groups, chunks=2, loss_reduction="sum")
+        groups = make_groups(**sizes)
+        parallel = ExpertParallel(groups, chunks=2, loss_reduction="sum", **exchange)
         layer = MoE(HIDDEN, INTERMEDIATE, experts, expert_parallel=parallel, **arguments)
-        mine, here = layer.experts.local_experts, slice(sum(tokens[:rank]), sum(tokens[: rank + 1]))
+        here = slice(sum(tokens[:rank]), sum(tokens[: rank + 1]))
         with torch.no_grad():
             layer.router.weight.copy_(whole.router.weight)
             for name, parameter in layer.experts.named_parameters():
-                parameter.copy_(getattr(whole.experts, name)[mine.start : mine.stop])
+                parameter.copy_(part_of(layer, name, getattr(whole.experts, name)))
         x = x_all[here].clone().requires_grad_()
         got = layer(x)
         ((got.output * grad_all[here]).sum() + got.aux_loss).backward()
@@ -91,7 +102,7 @@ def test_32_ranks_equal_one(sizes):
             total = parameter.grad.clone()
             if groups.edp.size > 1:
                 dist.all_reduce(total, group=groups.edp.handle)
-            assert_close(total, getattr(whole.experts, name).grad[mine.start : mine.stop])
+            assert_close(total, part_of(layer, name, getattr(whole.experts, name).grad))
         total = layer.router.weight.grad.clone()
         dist.all_reduce(total)
         assert_close(total, whole.router.weight.grad)

@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 import re
-import signal
-import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from moe_triton.distributed import ConfigurationMismatch, ExpertParallel, ExpertParallelError, reduce_gradients
+from moe_triton.distributed import ConfigurationMismatch, ExpertParallel, reduce_gradients
 from moe_triton.distributed.exchange.failure_board import failure_board
 from tests.helpers import faults
-from tests.helpers.faults import HIDDEN, Model, outcomes, step
+from tests.helpers.faults import HIDDEN, Model, step
 from tests.helpers.queued import start_anew, waits_only_queue
-from tests.helpers.ranks import Ranks, products, started
+from tests.helpers.ranks import Ranks, at_once, started
+from tests.helpers.schedule_faults import (
+    CASES,
+    DIFFERENCES,
+    FAILURES,
+    MODES,
+    STAYS,
+    VICTIM,
+    WORLD,
+    Raised,
+    differs,
+    fails,
+    rows,
+)
 
-WORLD, VICTIM = 3, 1
-MODES = {"dropless": {}, "bounded": {"mode": "bounded", "max_tokens_per_rank": 6}}
+PAGE = Path(__file__).parents[3] / "docs" / "distributed.md"
 
 
 @pytest.fixture(scope="module")
@@ -30,28 +44,7 @@ def three_ranks() -> Iterator[Ranks]:
         yield ranks
 
 
-def live(rank: int, mode: str, fault: str, seconds: float) -> None:
-    """A step in good health, then the victim's fault in the middle of the second."""
-    armed = False
-
-    def listen(event: str) -> None:
-        if not armed or rank != VICTIM or event != "row gradients 0":
-            return
-        if fault == "raises":
-            raise MemoryError("no memory left")
-        if fault == "sleeps":
-            time.sleep(faults.DEADLINE)
-        os.kill(os.getpid(), {"is killed": signal.SIGKILL, "is stopped": signal.SIGSTOP}[fault])
-
-    with waits_only_queue(seconds, ep=WORLD) as groups:
-        model = Model(ExpertParallel(groups, listener=listen, **MODES[mode]))
-        step(model)
-        armed = True
-        while True:
-            step(model)
-
-
-FAULTS = {
+CAUSES = {
     "is killed": "rank 1 has died",
     "raises": "rank 1 failed with MemoryError: no memory left",
     "sleeps": "rank 1 has done nothing since MoE layer 1, output gradients of chunk 0",
@@ -59,83 +52,55 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("mode", "fault"),
-    [
-        *products(mode=tuple(MODES), fault=("is killed", "raises")),
-        ("dropless", "sleeps"),  # until the time-out, whatever the mode
-        ("bounded", "is stopped"),
-    ],
-)
-def test_a_rank_that_fails_is_named_by_all_others(mode, fault):
-    seconds = 60 if fault in ("is killed", "raises") else 5
-    stays = fault in ("sleeps", "is stopped")
-    found = outcomes(WORLD, live, mode, fault, seconds, without=VICTIM if stays else None)
-    for rank, outcome in enumerate(found):
-        if rank != VICTIM:
-            assert outcome.code == 0
-            wanted = rf"ExpertParallelError: rank {rank}, (MoE layer \d|gradients), [^:]+: {FAULTS[fault]}.* \(step 2; "
-            assert re.match(wanted, outcome.error), outcome.error
-    if fault == "raises":
-        assert found[VICTIM].error.startswith("MemoryError: no memory left")
+def test_a_rank_that_fails_is_named_by_all_others():
+    cases = itertools.product(MODES, FAILURES)
+    found = at_once({case: partial(fails, *case, 5 if case[1] in STAYS else 60) for case in cases})
+    for (mode, fault), ranks in found.items():
+        for rank, raised in enumerate(ranks):
+            if rank != VICTIM:
+                wanted = rf"rank {rank}, (MoE layer \d|gradients), [^:]+: {CAUSES[fault]}.* \(step 2; "
+                assert raised.error == "ExpertParallelError"
+                assert re.match(wanted, raised.message), (mode, fault, raised.message)
+        if fault == "raises":
+            assert (ranks[VICTIM].error, ranks[VICTIM].message) == ("MemoryError", "no memory left")
 
 
-def go_on(model: Model, parallel: ExpertParallel, fault: str) -> None:
-    """Three more steps, of which the victim does the first in its own way."""
-    is_other = dist.get_rank() == VICTIM
-    x = torch.randn(6, HIDDEN)
-    if is_other and "skips layer" in fault:
-        del model.layers[int(fault[-1])]
-    if is_other and fault == "other top_k":
-        for layer in model.layers:
-            layer.router.spec = replace(layer.router.spec, top_k=3)
-    if is_other and fault == "other chunks":
-        parallel.chunks = 3
-    if is_other and fault == "evaluates":
-        with torch.no_grad():
-            model(x)
-    if fault == "no backward":
-        loss = model(x)
-        if not is_other:
-            loss.backward()
-    for _ in range(3):
-        step(model)
-
-
-def one_goes_its_own_way(mode: str, fault: str) -> str:
-    """Every rank raises within the time-out. Returns its message."""
-    with waits_only_queue(3, ep=WORLD) as groups:
-        parallel = ExpertParallel(groups, **MODES[mode])
-        model = Model(parallel, top_k=2)
-        step(model)
-        names = [layer.experts.layer_name for layer in model.layers]
-        with pytest.raises(ExpertParallelError) as raised:
-            go_on(model, parallel, fault)
-        start_anew()
-    message = str(raised.value)
-    for i, name in enumerate(names):
-        message = re.sub(rf"{name}\b", f"layer {i}", message)
-    return message
-
-
-@pytest.mark.parametrize(
-    ("mode", "fault"),
-    [
-        *products(mode=tuple(MODES), fault=("other top_k", "other chunks", "evaluates")),
-        ("dropless", "skips layer 0"),
-        ("bounded", "skips layer 1"),
-        ("dropless", "no backward"),
-    ],
-)
-def test_a_rank_that_does_something_else_is_named(three_ranks, mode, fault):
-    """By what differs, or by where the others wait."""
+def test_a_rank_that_does_something_else_is_named():
+    """By what differs, or by where the others wait. As many ranks as it takes wait at the same time."""
     names = rf"on rank {VICTIM}\b|rank {VICTIM} (waits in|has done nothing since) layer"
     elsewhere = r"on rank [02]\b|ranks? [02](, 2)? (waits?|has done nothing since|have done nothing since)"
-    for rank, message in enumerate(three_ranks.run(one_goes_its_own_way, mode, fault)):
-        assert re.match(rf"rank {rank}, (layer \d|gradients), [^:]+: ", message), message
-        assert re.search(elsewhere if rank == VICTIM else names, message), message
-        if mode == "dropless" and fault.startswith("other"):
-            assert f"differ in {fault.removeprefix('other ')}: " in message
+    free: SimpleQueue[Ranks] = SimpleQueue()
+
+    def run(mode: str, fault: str) -> list[Raised]:
+        ranks = free.get()
+        try:
+            return ranks.run(differs, mode, fault, 3)
+        finally:
+            free.put(ranks)
+
+    with ExitStack() as stack:
+        for _ in range(4):
+            free.put(stack.enter_context(started(WORLD)))
+        found = at_once({case: partial(run, *case) for case in itertools.product(MODES, DIFFERENCES)})
+    for (mode, fault), ranks in found.items():
+        for rank, raised in enumerate(ranks):
+            assert re.match(rf"rank {rank}, (layer \d|gradients), [^:]+: ", raised.message), (fault, raised.message)
+            assert re.search(elsewhere if rank == VICTIM else names, raised.message), (fault, raised.message)
+            if mode == "dropless" and fault.startswith("other"):
+                assert raised.error == "ConfigurationMismatch"
+                assert f"differ in {fault.removeprefix('other ')}: " in raised.message
+
+
+def test_the_page_has_these_faults():
+    table = re.search(r"<!-- table: schedule faults \(.*?\) -->\n(.*?)<!-- end", PAGE.read_text(), re.DOTALL)
+    assert table
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[1].splitlines()[2:]]
+    nothing = [Raised(error="", message="", seconds=0.0)]
+    wanted = [line.split(" | ")[:2] for line in rows(dict.fromkeys(CASES, nothing), 0)[2:]]
+    assert [[f"| {fault}", mode] for fault, mode, *_ in cells] == wanted
+    for fault, mode, errors, seconds, timeout in cells:
+        assert set(errors.replace("`", "").split(" or ")) <= {"ExpertParallelError", "ConfigurationMismatch"}, fault
+        assert 0 <= float(seconds) < float(timeout), (fault, mode)
 
 
 def compared_always() -> str:

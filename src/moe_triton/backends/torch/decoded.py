@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_triton.backends.torch.cpu import CpuPolicy
-from moe_triton.backends.torch.fused import StoredCodes, in_planes, stored_codes
+from moe_triton.backends.torch.stored import StoredCodes, in_planes, stored_codes
 from moe_triton.quantization import QuantizedWeight
 from moe_triton.records import ExpertWeight
 

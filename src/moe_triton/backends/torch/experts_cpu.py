@@ -9,12 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_triton.backends.torch.activations import (
-    activate,
-    activate_backward,
-    activate_by_full_vectors,
-    activate_for_backward,
-)
+from moe_triton.backends.torch.activations import activate_by_full_vectors
 from moe_triton.backends.torch.blocks import Block, Layout
 from moe_triton.backends.torch.cpu import (
     GROUPED_DTYPES,
@@ -22,6 +17,7 @@ from moe_triton.backends.torch.cpu import (
     invariant_policy,
     this_cpu,
 )
+from moe_triton.backends.torch.gated_rows import activate_rows, activate_rows_backward
 from moe_triton.backends.torch.memory import LARGE, empty
 from moe_triton.backends.torch.products import (
     Adapters,
@@ -64,7 +60,7 @@ def experts_forward(
     # every choice has a row; a Dispatch that an exchange has shortened has fewer rows than choices
     if layout.is_one_block and layout.num_rows == call.num_rows == call.dispatched.position.numel():
         h = affine(layout, layout.blocks[0], hidden.index_select(0, tokens), up, parameters.gate_up_bias, up_lora)
-        a = activate_by_full_vectors(h, spec) if spec.batch_invariant else activate(h, spec)
+        a = activate_by_full_vectors(h, spec) if spec.batch_invariant else activate_rows(h, spec)
         y = affine(layout, layout.blocks[0], a, down, parameters.down_bias, down_lora).mul_(weights)
         return sum_rows(y, call.dispatched.position), h if keep_preactivation else hidden.new_empty(0)
     y = empty((layout.num_places + 1, call.hidden_size), hidden.dtype)
@@ -76,7 +72,7 @@ def experts_forward(
         h = affine(layout, block, x, up, parameters.gate_up_bias, up_lora, h_out)
         if kept is not None and h_out is None:
             layout.collect(index, h, kept)
-        a = activate_by_full_vectors(h, spec) if spec.batch_invariant else activate(h, spec)
+        a = activate_by_full_vectors(h, spec) if spec.batch_invariant else activate_rows(h, spec)
         rows = affine(layout, block, a, down, parameters.down_bias, down_lora)
         torch.mul(rows, weights[here], out=y[here])
     out = sum_rows(y, layout.places(call.dispatched.position), zero_row=layout.num_places)
@@ -199,19 +195,15 @@ class RowsPass:
         else:
             h = affine(self.layout, block, x, self.up, parameters.gate_up_bias, self.up_lora)
             h = self.layout.clear(index, h)
-        a, activated_gate = activate_for_backward(h, spec)
         da = products(self.layout, block, dy, self.down_back)
         if self.down_lora is not None:
             work.down_u = narrow(self.layout, block, dy, self.down_lora.b.mT)
             add_products(self.layout, block, work.down_u, self.down_lora.a.mT, da)
-        if self.dw is not None:
-            self.dw[here] = torch.linalg.vecdot(da, a)
-            if parameters.down_bias is not None:
-                for e, part in block.parts:
-                    self.dw[here][part] += torch.mv(dy[part], parameters.down_bias[e])
-        if need_a:
-            torch.mul(a, w, out=weighted_a)
-        activate_backward(da.mul_(w), h, activated_gate, spec, dh)
+        dw = None if self.dw is None else self.dw[here]
+        activate_rows_backward(h, da, w, spec, dh, weighted_a if need_a else None, dw)
+        if dw is not None and parameters.down_bias is not None:
+            for e, part in block.parts:
+                dw[part] += torch.mv(dy[part], parameters.down_bias[e])
         if self.dx is not None:
             if self.up_lora is None:
                 products(self.layout, block, dh, self.up_back, out=self.dx[here])

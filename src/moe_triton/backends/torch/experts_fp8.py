@@ -28,7 +28,7 @@ from moe_triton.backends.torch.experts_device import (
     stack,
 )
 from moe_triton.backends.torch.grouped import product_by_row, sum_per_expert
-from moe_triton.quantization.fp8 import GROUP, rounded
+from moe_triton.quantization.fp8 import BLOCKWISE, MXFP8, Recipe
 from moe_triton.records import (
     ExpertCall,
     ExpertGradients,
@@ -107,9 +107,9 @@ def experts_backward_weights(
     x_Sd, dy_Sd = rows.gather(call.hidden), rows.gather(grad_out)
     up = down = up_bias = down_bias = None
     if wanted.gate_up:
-        up = _outer(*as_laid_out(x_Sd, grad_h, call.spec), rows)
+        up = _outer(*as_laid_out(x_Sd, grad_h, call.spec), rows, _recipe(call))
     if wanted.down:
-        down = _outer(*as_laid_out(row_grads.weighted_a, dy_Sd, call.spec), rows)
+        down = _outer(*as_laid_out(row_grads.weighted_a, dy_Sd, call.spec), rows, _recipe(call))
     if wanted.gate_up_bias:
         up_bias = sum_per_expert(grad_h, rows)
     if wanted.down_bias:
@@ -118,6 +118,10 @@ def experts_backward_weights(
     down_lora = adapter_gradients(call.down_lora, row_grads.weighted_a, dy_Sd, rows, wanted[8:10])
     grads = (up, down, up_bias, down_bias, *up_lora, *down_lora)
     return ParameterGradients(*(as_given(p, grad) for p, grad in zip(call.parameters, grads, strict=True)))
+
+
+def _recipe(call: ExpertCall) -> Recipe:
+    return MXFP8 if call.spec.microscaled else BLOCKWISE
 
 
 def _up(call: ExpertCall, rows: Rows) -> Tensor:
@@ -133,19 +137,20 @@ def _product(x_SI: Tensor, call: ExpertCall, projection: Projection, rows: Rows,
     """Multiply every row by its expert's projection, [S, O] fp32; or with `back` by the transpose of it."""
     matrices = cast(ExpertWeight, projection)  # a quantised one is refused with fp8
     from_in = call.spec.is_transposed != back  # whether the product contracts over a matrix's first dimension
-    x_SI, size_out = rounded(x_SI, 1, GROUP), matrices[0].shape[1 if from_in else 0]
+    recipe = _recipe(call)
+    x_SI, size_out = recipe.rows(x_SI), matrices[0].shape[1 if from_in else 0]
     out_SO = x_SI.new_zeros(rows.num_rows, size_out)
     product = product_by_row if rows.by_row else torch.mm
     for e, part in rows.ranges:
-        matrix = rounded(matrices[e], GROUP, GROUP)
+        matrix = recipe.projection(matrices[e], 0 if from_in else 1)
         out_SO[part] = product(x_SI[part], matrix if from_in else matrix.mT)
     return out_SO
 
 
-def _outer(left_SM: Tensor, right_SN: Tensor, rows: Rows) -> Tensor:
+def _outer(left_SM: Tensor, right_SN: Tensor, rows: Rows, recipe: Recipe) -> Tensor:
     """Sum left x right over each expert's rows, both rounded by groups of these, [E, M, N] in left's dtype."""
     out_EMN = left_SM.new_zeros(rows.num_experts, left_SM.shape[1], right_SN.shape[1])
     for e, part in rows.ranges:
-        left, right = (rounded(x[part], GROUP, 1) for x in (left_SM, right_SN))
+        left, right = (recipe.columns(x[part]) for x in (left_SM, right_SN))
         out_EMN[e] = left.T @ right
     return out_EMN

@@ -1,22 +1,19 @@
-"""Whether the compiled loops of `loops` run, and their arguments: arrays of numpy over a projection's tensors."""
+"""Whether the compiled loops of `loops` run on this CPU, and how tensors become their arguments."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from moe_triton.backends.torch.threads import share
 from moe_triton.checks import check_choice
-from moe_triton.quantization import QuantizedWeight, formats
 
 VARIABLE = "MOE_TRITON_CPU_LOOPS"
 DTYPES = (torch.float32, torch.bfloat16)  # that the loops write
+BITS = {torch.float8_e4m3fn: torch.uint8, torch.bfloat16: torch.uint16, torch.float16: torch.uint16}
 WORTH_A_THREAD = 1 << 19  # numbers to decode: 0.1 ms, some times what it takes to wake a thread
 
 
@@ -39,86 +36,23 @@ def _import_problem() -> str | None:
     return None
 
 
-def loops_in_words(dtype: torch.dtype = torch.bfloat16) -> str:
-    """Return what decodes quantised projections on the CPU to a dtype, for `info` and `explain`."""
+def loops_in_words() -> str:
+    """Return whether the compiled loops run, and for what, in words."""
+    problem = loops_problem()
+    if problem is not None:
+        return f"none ({problem})"
+    return "by numba, for quantised projections and for gated activations and their gradients"
+
+
+def codes_in_words(dtype: torch.dtype) -> str:
+    """Return what decodes quantised projections on the CPU to a dtype, in words."""
     problem = loops_problem() or ("" if dtype in DTYPES else f"the compiled loops write no {dtype}")
     if problem:
         return f"decoded by torch, in parts that stay in cache: {problem}"
     return "decoded by compiled loops (numba), with few rows inside their product, else in parts that stay in cache"
 
 
-class StoredCodes:
-    """A projection [E, rows, columns] as the loops read it.
-
-    planes    codes in a word of 16 bits
-    stored    codes uint16 [E, rows, columns / planes], scales, table, factors [E] fp32, zeros
-    step      words that share a scale
-    """
-
-    def __init__(self, weight: QuantizedWeight) -> None:
-        from moe_triton.backends.torch.loops import code_loops
-
-        kind = weight.kind
-        self.planes, self.step = 16 // kind.bits, weight.group * kind.bits // 16
-        self.loops = code_loops(kind.name, weight.scales.dtype, weight.zeros is not None)
-        codes = weight.codes.view(torch.uint8).numpy().view(np.uint16)
-        factors = _ones(len(weight)) if weight.global_scale is None else weight.global_scale.numpy()
-        zeros = NO_ZEROS if weight.zeros is None else weight.zeros.numpy()
-        self.stored = (codes, _bits(weight.scales), _numbers_of_bytes(weight.scales.dtype), factors, zeros)
-
-    def few_rows(self, x_mI: Tensor, experts: Sequence[int], bounds: Sequence[int]) -> Tensor:
-        """Return x[r] @ projection(experts[p]).T for bounds[p] <= r < bounds[p+1], [m, rows] fp32."""
-        codes = self.stored[0]
-        x, y = in_planes(x_mI.float(), self.planes).numpy(), torch.empty(x_mI.shape[0], codes.shape[1])
-        arguments = (self.stored, self.step, np.array(experts), np.array(bounds), x, y.numpy())
-        numbers = codes.shape[2] * self.planes * len(experts)
-        share(
-            lambda first, last: self.loops.few_rows(*arguments, first, last),
-            codes.shape[1],
-            WORTH_A_THREAD // max(numbers, 1),
-        )
-        return y
-
-    def decode(self, expert: int, rows: slice, columns: slice, out: Tensor) -> Tensor:
-        """Write a part of a projection to the first rows of `out`, fp32 or bf16, in planes; return these rows."""
-        num_rows, words = rows.stop - rows.start, (columns.start // self.planes, columns.stop // self.planes)
-        decode = self.loops.decode if out.dtype == torch.float32 else self.loops.decode_to_bf16
-        found = out[:num_rows, : columns.stop - columns.start]
-        arguments = (self.stored, self.step, expert, rows.start, words, _bits(found))
-        share(lambda first, last: decode(*arguments, first, last), num_rows, WORTH_A_THREAD // max(found.shape[1], 1))
-        return found
-
-
-def stored_codes(weight: QuantizedWeight, dtype: torch.dtype) -> StoredCodes | None:
-    """Return a projection for the loops; None where they do not run, or cannot read it or write `dtype`."""
-    is_readable = all(part.is_contiguous() for part in weight.parts().values()) and weight.codes.numel() > 0
-    has_words = weight.codes.shape[2] * weight.codes.element_size() % 2 == 0
-    can_run = is_readable and has_words and dtype in DTYPES and loops_problem() is None
-    return StoredCodes(weight) if can_run else None
-
-
-def in_planes(x: Tensor, planes: int) -> Tensor:
-    """Return [m, I] as [m, planes, I / planes], plane k with the columns that are k modulo planes."""
-    return x.unflatten(1, (-1, planes)).mT.contiguous()
-
-
-def _bits(x: Tensor) -> np.ndarray:
-    """The array of a tensor whose dtype numpy may lack: then as unsigned integers."""
-    unsigned = {torch.float8_e4m3fn: torch.uint8, torch.bfloat16: torch.uint16, torch.float16: torch.uint16}
-    return x.view(unsigned.get(x.dtype, x.dtype)).numpy()
-
-
-NO_ZEROS = np.zeros((1, 1, 1), dtype=np.uint8)
-
-
-@cache
-def _ones(size: int) -> np.ndarray:
-    return np.ones(size, dtype=np.float32)
-
-
-@cache
-def _numbers_of_bytes(dtype: torch.dtype) -> Any:
-    """The numbers of all bytes of a scale's dtype, [256] fp32."""
-    if dtype == torch.float8_e4m3fn:
-        return torch.arange(256, dtype=torch.uint8).view(dtype).float().numpy()
-    return formats.powers(torch.device("cpu")).numpy()
+def array(x: Tensor) -> np.ndarray:
+    """Return the array of a tensor; where numpy lacks its dtype, that of its bits as unsigned integers."""
+    bits = BITS.get(x.dtype)
+    return x.numpy() if bits is None else x.view(bits).numpy()

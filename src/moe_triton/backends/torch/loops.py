@@ -1,12 +1,8 @@
-"""Loops over quantised projections that numba compiles for the processor at hand (`pip install moe-triton[cpu]`).
+"""Loops that numba compiles for the processor at hand (`pip install moe-triton[cpu]`): over codes, and activations.
 
-torch's element-wise operations decode a projection in several passes over memory; here codes become numbers in
-registers, on their way into a product. `fused` says whether these loops run, and imports this module at the first use:
-importing numba takes half a second.
-
-A word is 16 bits of codes: four codes of four bits, or two of eight. Plane k of a row holds the number of code k of
-every word, so that a loop over a plane reads neighbouring words and needs no shuffles. Everything that a product
-contracts is in the order of planes, which changes no result but for the order of its sum.
+torch's element-wise operations take several passes over memory; here intermediate numbers stay in registers. `fused`
+says whether these loops run, and imports this module at the first use: importing numba takes half a second. All of them
+are in one file, since what numba keeps on disk is valid until the file of a loop changes.
 
 Each element of a result is computed by one thread in a fixed order: the bits depend on neither the threads nor the run.
 """
@@ -23,15 +19,17 @@ from numba.extending import intrinsic, register_jitable
 from moe_triton.quantization.formats import FORMATS
 
 f32, i32, u16, u32 = np.float32, np.int32, np.uint16, np.uint32
+FUSED = {"contract"}  # lets a product and a sum become one instruction
 SUMS = {"reassoc", "contract", "nsz"}  # lets a sum be cut into as many partial ones as a vector has lanes
 
 
 def compiled(function, **options):
     """Compile at the first call, and keep the result on disk where there is a writable folder for it."""
+    options |= {"nogil": True, "error_model": "numpy"}  # a check for a divisor of zero would forbid vectors
     try:
-        return njit(function, nogil=True, cache=True, **options)
+        return njit(function, cache=True, **options)
     except RuntimeError:  # numba found no such folder
-        return njit(function, nogil=True, **options)
+        return njit(function, **options)
 
 
 @intrinsic
@@ -60,7 +58,25 @@ def float_of_bits(typing_context, bits):
     return types.float32(types.uint32), lower
 
 
+@register_jitable
+def widened(bits):
+    """The number whose bf16 bits these are."""
+    return float_of_bits(u32(u32(bits) << u32(16)))
+
+
+@register_jitable
+def rounded(number):
+    """The bits of the nearest bf16 number, ties to even."""
+    bits = bits_of_float(number)
+    nearest = (bits + u32(0x7FFF) + ((bits >> u32(16)) & u32(1))) >> u32(16)
+    return u16(nearest) if number == number else u16(0x7FC0)
+
+
 # Codes: the number of code k of a word, divided by the format's unit --------------------------------------------------
+#
+# A word is 16 bits of codes: four codes of four bits, or two of eight. Plane k of a row holds the number of code k of
+# every word, so that a loop over a plane reads neighbouring words and needs no shuffles. Everything that a product
+# contracts is in the order of planes, which changes no result but for the order of its sum.
 
 
 @register_jitable
@@ -134,7 +150,7 @@ def as_stored(stored, table):
 
 @register_jitable
 def of_bf16(stored, table):
-    return float_of_bits(u32(u32(stored) << u32(16)))
+    return widened(stored)
 
 
 @register_jitable
@@ -151,19 +167,11 @@ SCALES = {
 }
 
 
-@register_jitable
-def rounded(number):
-    """The bits of the nearest bf16 number, ties to even."""
-    bits = bits_of_float(number)
-    nearest = (bits + u32(0x7FFF) + ((bits >> u32(16)) & u32(1))) >> u32(16)
-    return u16(nearest) if number == number else u16(0x7FC0)
-
-
-# Loops ----------------------------------------------------------------------------------------------------------------
+# Loops over codes -----------------------------------------------------------------------------------------------------
 
 
 class CodeLoops(NamedTuple):
-    """The compiled loops of one kind of projection. `stored`: see `fused.StoredCodes`; `step`: the words of a group.
+    """The compiled loops of one kind of projection. `stored`: see `stored.StoredCodes`; `step`: the words of a group.
 
     few_rows(stored, step, experts, bounds, x, y, first, last)
         y[r, o] = x[r] . projection(experts[p])[o] for bounds[p] <= r < bounds[p+1] and first <= o < last
@@ -282,3 +290,109 @@ def loops_over(codes_of, scale, planes, block_rows, zero_point, has_zeros):
         return compiled(decode)
 
     return CodeLoops(compiled(few_rows, fastmath=SUMS), decoder(False), decoder(True))
+
+
+# Activations: those with a gate times its sigmoid ---------------------------------------------------------------------
+
+
+@register_jitable
+def at_most(x, limit):
+    """The smaller one; a NaN stays."""
+    return limit if x > limit else x
+
+
+@register_jitable
+def at_least(x, limit):
+    """The larger one; a NaN stays."""
+    return limit if x < limit else x
+
+
+@register_jitable
+def exp(x):
+    """e^x to 1e-7: 2^n times a polynomial, by S. Moshier's coefficients in Cephes (expf), |x - n ln 2| <= ln 2 / 2."""
+    inside = at_least(at_most(x, f32(88)), f32(-87))
+    n = np.floor(inside * f32(1.4426950408889634) + f32(0.5))
+    r = inside - n * f32(0.693359375) + n * f32(2.12194440e-4)  # ln 2 in two parts, of which the first is exact
+    p = f32(1.9875691500e-4)
+    p = p * r + f32(1.3981999507e-3)
+    p = p * r + f32(8.3334519073e-3)
+    p = p * r + f32(4.1665795894e-2)
+    p = p * r + f32(1.6666665459e-1)
+    p = p * r + f32(5.0000001201e-1)
+    found = (p * r * r + r + f32(1)) * float_of_bits(u32(i32(n) + i32(127)) << u32(23))
+    return f32(np.inf) if x > f32(88) else found
+
+
+@register_jitable
+def sigmoid(x):
+    return f32(1) / (f32(1) + exp(-x))
+
+
+@njit(nogil=True, fastmath=SUMS)
+def sum_of(terms):
+    """The sum of a row. Its own function: where sums may be cut, the two parts of ln 2 would become one."""
+    total = f32(0)
+    for j in range(len(terms)):
+        total += terms[j]
+    return total
+
+
+class ActivationLoops(NamedTuple):
+    """The compiled loops of gate * sigmoid(alpha * gate) * (up + offset) over rows h = (gate, up) [m, 2n].
+
+    Gate and up are cut at `limit` as `activations` says; for bf16 all arrays but those of rows hold bits.
+
+    forward(h, alpha, limit, offset, a, first, last)
+        writes the activation a [m, n] of the rows first <= i < last
+    backward(h, grad_a, w, alpha, limit, offset, grad_h, weighted_a, grad_w, first, last)
+        writes w * a to weighted_a, a . grad_a to grad_w [m] fp32, and to grad_h the gradient that w * grad_a gives
+    """
+
+    forward: object
+    backward: object
+
+
+@cache
+def activation_loops(is_bf16):
+    """Return the loops over rows in bf16, or in fp32."""
+
+    @register_jitable
+    def number(stored):
+        return widened(stored) if is_bf16 else stored
+
+    @register_jitable
+    def stored(number):
+        return rounded(number) if is_bf16 else number
+
+    @register_jitable
+    def parts(gate, up, alpha, limit, offset):
+        """What is activated, its sigmoid, and what it is multiplied by."""
+        g = at_most(number(gate), limit)
+        return g, sigmoid(alpha * g), at_least(at_most(number(up), limit), -limit) + offset
+
+    def forward(h, alpha, limit, offset, a, first, last):
+        n, alpha, limit, offset = a.shape[1], f32(alpha), f32(limit), f32(offset)
+        for i in range(first, last):
+            gate, up, out = h[i, :n], h[i, n:], a[i]
+            for j in range(n):
+                g, s, u = parts(gate[j], up[j], alpha, limit, offset)
+                out[j] = stored(g * s * u)
+
+    def backward(h, grad_a, w, alpha, limit, offset, grad_h, weighted_a, grad_w, first, last):
+        n, alpha, limit, offset = grad_a.shape[1], f32(alpha), f32(limit), f32(offset)
+        terms = np.empty(n, f32)
+        for i in range(first, last):
+            gate, up, grad, out = h[i, :n], h[i, n:], grad_a[i], weighted_a[i]
+            grad_gate, grad_up, weight = grad_h[i, :n], grad_h[i, n:], w[i]
+            for j in range(n):
+                g, s, u = parts(gate[j], up[j], alpha, limit, offset)
+                a, da = g * s * u, number(grad[j])
+                terms[j] = a * da
+                out[j] = stored(a * weight)
+                slope = s * (f32(1) + alpha * g * (f32(1) - s))  # d (g * sigmoid(alpha * g)) / d g
+                cut_gate, cut_up = number(gate[j]) > limit, abs(number(up[j])) > limit
+                grad_gate[j] = stored(f32(0) if cut_gate else weight * da * u * slope)
+                grad_up[j] = stored(f32(0) if cut_up else weight * da * g * s)
+            grad_w[i] = sum_of(terms)
+
+    return ActivationLoops(compiled(forward, fastmath=FUSED), compiled(backward, fastmath=FUSED))

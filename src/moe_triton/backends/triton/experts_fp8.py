@@ -1,5 +1,7 @@
 """The experts with fp8 products on the triton backend: by kernels where the GPU multiplies e4m3, emulated elsewhere.
 
+MXFP8 is emulated everywhere: its kernels (`moe_triton_kernels.mxfp8`) are compiled for Blackwell, and were never run.
+
 Definition: `moe_triton.reference.fp8`.
 """
 
@@ -33,7 +35,7 @@ def runs_kernels(device: torch.device) -> bool:
 
 
 def _backend(call: ExpertCall) -> ExpertsBackend:
-    return experts if runs_kernels(call.hidden.device) else emulated
+    return experts if runs_kernels(call.hidden.device) and not call.spec.microscaled else emulated
 
 
 def experts_forward(call: ExpertCall, keep_preactivation: bool) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from moe_triton_kernels.d_hidden import d_hidden, d_router_weights
 from moe_triton_kernels.d_weight import d_bias, d_weight
 from moe_triton_kernels.down import down
 from moe_triton_kernels.fp8 import RowCodes
-from moe_triton_kernels.heuristics import BUCKETS, adapter_tile, decodes_in_loop, over_codes
+from moe_triton_kernels.heuristics import BUCKETS, adapter_tile, decodes_in_loop
 from moe_triton_kernels.launch import Config, target_of
 from moe_triton_kernels.lora import Adapter
 from moe_triton_kernels.narrow import narrow
@@ -81,7 +81,7 @@ class Problem:
     def config(self, op: str, weight: PerExpert | None = None) -> Config:
         """How the kernel of this op is launched; weight: what it multiplies by."""
         name = f"{op}_gated" if self.activation.is_gated and op in ("up", "d_hidden") else op
-        config = choose_config(
+        return choose_config(
             name,
             d=self.size_d,
             n=self.size_n,
@@ -89,8 +89,8 @@ class Problem:
             num_rows=self.rows_of_config(op),
             num_experts=self.num_experts,
             architecture=target_of(self.hidden.device).architecture,
+            format=None if weight is None or weight.decoding is None else weight.decoding.format,
         )
-        return config if weight is None or weight.decoding is None else over_codes(name, config)
 
     def rows_of_config(self, op: str) -> int:
         return rows_of_config(self.call) if op in ("up", "down") else self.num_rows

@@ -29,6 +29,7 @@ def ours(backend: str) -> Callable[[Workload], Block]:
             setattr(layer.experts, f"{projection}_proj{'_bias' if bias else ''}", parameter)
         for name, weight in workload.packed.items():
             quantize_projection(layer.experts, f"{name}_proj", weight)
+            del experts[name]
         return Block(
             forward=lambda x: layer(x).output,
             choose=lambda x: layer.router(x).experts,

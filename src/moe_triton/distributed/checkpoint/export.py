@@ -29,6 +29,8 @@ DTYPES = {
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
+Shapes = dict[Offset, tuple[int, ...]]  # of boxes
+Owners = dict[str, dict[Offset, tuple[int, tuple[int, ...]]]]  # of each tensor's boxes: the rank, and the box's shape
 
 
 def export_safetensors(
@@ -92,7 +94,6 @@ def export_safetensors(
                 shape=tuple(part.shape) if tensor.live.dim() else (),
                 dtype=part.dtype,
                 rows=1 if tensor.is_expert else max(1, part.shape[0]),
-                boxes={offset: tuple(box.shape) for offset, box in part.boxes.items()},
                 parts=[Part(name)],
             )
             tensors[name] = part
@@ -105,12 +106,17 @@ def export_safetensors(
             config.update(config_files(of_transformers, floats[0]))
         return found
 
-    described = team.each("collecting the tensors", collect)
-    parts = _parts({name: value for mine in described for name, value in mine.items()}, max_file_bytes)
+    phase = "collecting the tensors"
+    described = team.distinct(phase, collect)
+    parts = _parts({name: value for mine in described.values() for name, value in mine.items()}, max_file_bytes)
+    shapes = team.gather(phase, lambda: {name: _shapes(tensor) for name, tensor in tensors.items()})
+    owners = _owners(shapes)
+    mine = team.scatter(phase, lambda: _by_owner(owners, team.group.size))
+    sources = _Sources(team=team, tensors=tensors, owners=owners, mine=mine)
     files = _file_names(target, len(parts))
     failure: OSError | None = None
     for file, part in zip(files, parts, strict=True):
-        pieces = _pieces(part, described, tensors, team)
+        pieces = _pieces(part, sources)
         if not team.is_first:
             for _ in pieces:
                 pass
@@ -158,7 +164,6 @@ class _Described:
     shape: tuple[int, ...]
     dtype: torch.dtype
     rows: int
-    boxes: dict[Offset, tuple[int, ...]]
     parts: list[Part]
 
     @property
@@ -212,21 +217,57 @@ def _file_bytes(part: dict[str, _Described], pieces: Iterator[Tensor]) -> Iterat
         yield piece.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _pieces(
-    part: dict[str, _Described], described: list[dict[str, _Described]], tensors: dict[str, GlobalTensor], team: Team
-) -> Iterator[Tensor]:
-    """The part's tensors, some rows at a time: whole on the first rank; the others send it what they have and see None.
+@dataclass(frozen=True, kw_only=True)
+class _Sources:
+    """Where the boxes of every tensor are.
 
-    All ranks walk over the same boxes in the same order.
+    tensors  what is on this rank
+    owners   on the first rank: who gives each box
+    mine     the offsets of the boxes that this rank gives, by tensor
+    """
+
+    team: Team
+    tensors: dict[str, GlobalTensor]
+    owners: Owners
+    mine: dict[str, list[Offset]]
+
+
+def _shapes(tensor: GlobalTensor) -> Shapes:
+    return {offset: tuple(box.shape) for offset, box in tensor.boxes.items()}
+
+
+def _owners(shapes: list[dict[str, Shapes]]) -> Owners:
+    """The first of the ranks that have a box gives it."""
+    found: Owners = {}
+    for rank, mine in enumerate(shapes):
+        for name, boxes in mine.items():
+            owners = found.setdefault(name, {})
+            for offset, shape in boxes.items():
+                owners.setdefault(offset, (rank, shape))
+    return found
+
+
+def _by_owner(owners: Owners, size: int) -> list[dict[str, list[Offset]]]:
+    """What each rank gives."""
+    found: list[dict[str, list[Offset]]] = [{} for _ in range(size)]
+    for name, boxes in owners.items():
+        for offset, (rank, _) in boxes.items():
+            found[rank].setdefault(name, []).append(offset)
+    return found
+
+
+def _pieces(part: dict[str, _Described], sources: _Sources) -> Iterator[Tensor]:
+    """The part's tensors, some rows at a time: whole on the first rank; the others send it what they have and see none.
+
+    All ranks walk over the same rows in the same order.
     """
     for name, tensor in part.items():
-        owners: dict[Offset, tuple[int, tuple[int, ...]]] = {}
-        for rank, mine in enumerate(described):
-            for offset, shape in (mine[name].boxes if name in mine else {}).items():
-                owners.setdefault(offset, (rank, shape))
         for start in range(0, tensor.shape[0] if tensor.shape else 1, tensor.rows):
-            whole = _rows(name, tensor, start, owners, tensors, team)
-            if tensor.parts[0].expert is None or not team.is_first:
+            if not sources.team.is_first:
+                _send_rows(name, start, start + tensor.rows, sources)
+                continue
+            whole = _rows(name, tensor, start, sources)
+            if tensor.parts[0].expert is None:
                 yield whole
                 continue
             for written in tensor.parts:
@@ -234,30 +275,31 @@ def _pieces(
                     yield whole[0, written.low : written.high]
 
 
-def _rows(
-    name: str,
-    tensor: _Described,
-    start: int,
-    owners: dict[Offset, tuple[int, tuple[int, ...]]],
-    tensors: dict[str, GlobalTensor],
-    team: Team,
-) -> Tensor:
-    """Rows [start, start + rows) of the tensor on the first rank."""
-    whole = torch.zeros(tensor.rows, *tensor.shape[1:], dtype=tensor.dtype) if team.is_first else torch.zeros(0)
-    for offset, (owner, shape) in owners.items():
+def _send_rows(name: str, start: int, stop: int, sources: _Sources) -> None:
+    """Send the first rank what this rank gives of rows [start, stop) of a tensor."""
+    team = sources.team
+    for offset in sources.mine.get(name, ()):
+        box = sources.tensors[name].boxes[offset]
+        low, high = max(offset[0], start), min(offset[0] + box.shape[0], stop)
+        if low < high:
+            with team.error_context("sending"):
+                rows = box[low - offset[0] : high - offset[0]].to(device_type())
+                dist.send(_as_bytes(rows), team.group.ranks[0], group=team.group.handle)
+
+
+def _rows(name: str, tensor: _Described, start: int, sources: _Sources) -> Tensor:
+    """Rows [start, start + rows) of the tensor, on the first rank."""
+    team, whole = sources.team, torch.zeros(tensor.rows, *tensor.shape[1:], dtype=tensor.dtype)
+    for offset, (owner, shape) in sources.owners[name].items():
         low, high = max(offset[0], start), min(offset[0] + shape[0], start + tensor.rows)
         if low >= high:
             continue
-        source = None
-        if owner == team.group.rank:
-            source = tensors[name].boxes[offset][low - offset[0] : high - offset[0]]
         here = tuple(slice(begin, begin + size) for begin, size in zip(offset[1:], shape[1:], strict=True))
-        if team.is_first:
-            into = whole[(slice(low - start, high - start), *here)]
-            into.copy_(source if source is not None else _receive(into, owner, team))
-        elif source is not None:
-            with team.error_context("sending"):
-                dist.send(_as_bytes(source.to(device_type())), team.group.ranks[0], group=team.group.handle)
+        into = whole[(slice(low - start, high - start), *here)]
+        if owner == team.group.rank:
+            into.copy_(sources.tensors[name].boxes[offset][low - offset[0] : high - offset[0]])
+        else:
+            into.copy_(_receive(into, owner, team))
     return whole
 
 

@@ -97,13 +97,11 @@ class Team:
             firsts.setdefault(theirs, rank)
         return {rank: channel.broadcast_object(mine, phase, rank) for rank in firsts.values()}  # type: ignore[misc]
 
-    def each(self, phase: str, function: Callable[[], T]) -> list[T]:
-        """Return what `function` returns on every rank, in rank order, on all of them; exceptions as in `run`."""
-        mine = self.run(phase, function)
-        return [mine] if self.is_alone else self._channel.gather_objects(mine, phase)  # type: ignore[return-value]
-
     def gather(self, phase: str, function: Callable[[], T]) -> list[T]:
-        """Return what `each` returns on the first rank, nothing on the others."""
+        """Return what `function` returns on every rank, in rank order, on the first; nothing on the others.
+
+        Exceptions are as in `run`.
+        """
         mine = self.run(phase, function)
         if self.is_alone:
             return [mine]
@@ -111,6 +109,16 @@ class Team:
         with self.error_context(phase):
             dist.gather_object(mine, found, dst=self.control.ranks[0], group=self.control.handle)
         return found or []
+
+    def scatter(self, phase: str, function: Callable[[], list[T]]) -> T:
+        """Return this rank's part of the list that `function` returns on the first rank; exceptions as in `first`."""
+        parts: Any = self.run(phase, lambda: function() if self.is_first else None)
+        if self.is_alone:
+            return parts[0]
+        found: list[Any] = [None]
+        with self.error_context(phase):
+            dist.scatter_object_list(found, parts, src=self.control.ranks[0], group=self.control.handle)
+        return found[0]
 
     @property
     def _channel(self) -> Channel:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from moe_triton.distributed.exchange import transport as transports
 from moe_triton.distributed.exchange.channel import Channel
+from moe_triton.distributed.exchange.counts import NodeCounts, SliceSizes
 from moe_triton.distributed.exchange.overlap import Deferred
 from moe_triton.distributed.exchange.rows import Exchange
 from moe_triton.distributed.exchange.stages import ExchangeSpec, InnerStage
-from moe_triton.distributed.exchange.tensor_parallel import SliceSizes
 from moe_triton.distributed.exchange.transport import Shape, Transport
 
 
@@ -39,7 +39,7 @@ class AllToAll:
     def _plan(self, ids: Tensor, weights: Tensor, spec: ExchangeSpec) -> Callable[[Callable[[], None]], Transport]:
         channel, shape, max_tokens = spec.channel, spec.shape, spec.max_tokens
         if not self.has_fixed_sizes(spec.places):
-            return transports.plan_dropless(channel, ids, weights, shape, spec.slices)
+            return transports.plan_dropless(channel, ids, weights, shape, spec.slices, spec.node)
         assert max_tokens is not None
         if spec.places is not None:
             transport = transports.plan_capacity(channel, ids, weights, shape, capacity=spec.places)
@@ -53,6 +53,19 @@ class AllToAll:
         else:
             transport = transports.plan_allgather(channel, ids, weights, shape, max_tokens=max_tokens)
         return lambda meanwhile: transport
+
+
+def exchange_in_node(inner: InnerStage, spec: ExchangeSpec, counts: NodeCounts) -> Exchange:
+    """Return the exchange inside a node, whose counts the exchange between the nodes learns."""
+
+    def planner(ids: Tensor, weights: Tensor, _assignments: int) -> Callable[[Callable[[], None]], Transport]:
+        transport = transports.plan_counted(spec.channel, ids, weights, spec.shape, counts.next())
+        return lambda meanwhile: transport
+
+    return Exchange(
+        planner=planner, inner=inner, channel=spec.channel, backend=spec.shape.backend,
+        dispatch_dtype=spec.dispatch_dtype,
+    )  # fmt: skip
 
 
 def exchange_over_slices(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache
@@ -21,9 +21,9 @@ from torch.profiler import record_function
 from moe_triton.distributed.errors import ConfigurationMismatch, ExpertParallelError
 from moe_triton.distributed.exchange.failure_board import FailureBoard, failure_board, knows_ranks, logger
 from moe_triton.distributed.exchange.processes import identity
-from moe_triton.distributed.exchange.schedule import Schedule, fingerprint_of
+from moe_triton.distributed.exchange.schedule import DescribedCall, Schedule
 from moe_triton.distributed.groups import Group, all_gather_single, device_type, group_from_handle, has_cpu_backend
-from moe_triton.torch_internals import ends_recomputation
+from moe_triton.torch_internals import ends_recomputation, is_profiling
 
 Listener = Callable[[str], None]
 Error = TypeVar("Error", bound=BaseException)
@@ -31,6 +31,7 @@ Error = TypeVar("Error", bound=BaseException)
 ISSUE, WAIT = "moe_triton: ", "moe_triton, wait: "  # names of ranges in torch.profiler, and then the phase's
 POLL_INTERVAL_S = 0.2  # how long to wait for a collective before checking whether it can still complete
 SPIN_S = 0.001  # how long to ask a device without a pause
+NOTHING = nullcontext()
 COMPARE_ALWAYS = "MOE_TRITON_COMPARE_ALWAYS"  # set to 1, ranks on GPUs compare every call, over a gloo group
 
 
@@ -116,25 +117,25 @@ class Channel:
         """Where Python values travel: on CPUs, unless the group has collectives of other devices only."""
         return torch.device("cpu" if has_cpu_backend(self.group.handle) else device_type())
 
-    def agree(self, what: Mapping[str, object], phase: str, device: torch.device) -> int:
-        """Return the hash of all that this rank has done on the group, with `what` it is about to do.
+    def agree(self, call: DescribedCall, phase: str, device: torch.device) -> int:
+        """Return the hash of all that this rank has done on the group, with the call that it is about to make.
 
-        On a CPU `what` is compared at once, in one small message: gloo answers messages of unequal sizes with stale
+        On a CPU the call is compared at once, in one small message: gloo answers messages of unequal sizes with stale
         rows or with an abort. Elsewhere that would be a host sync: the hash travels with the counts of mode "dropless",
         and is compared once a step (`end_step`), or at once where MOE_TRITON_COMPARE_ALWAYS is 1.
 
         Raises:
             ConfigurationMismatch: on every rank, with what differs.
         """
-        name, fingerprint = self.group.name, fingerprint_of(what)
-        board = self._board(phase)
-        board.doing = what
-        schedule = board.schedules.setdefault(name, Schedule(self.group))
-        rolling = schedule.add(what, fingerprint)
+        board, name = self._board(phase), self.group.name
+        board.doing = call.what
+        if name not in board.schedules:
+            board.schedules[name] = Schedule(self.group)
+        rolling = board.schedules[name].add(call)
         if not only_queues(device):
-            self._compare(fingerprint, phase, device)
+            self._compare(call.fingerprint, phase, device)
         elif os.environ.get(COMPARE_ALWAYS) == "1":
-            replace(self, group=self._side_group(board))._compare(fingerprint, phase, torch.device("cpu"))
+            replace(self, group=self._side_group(board))._compare(call.fingerprint, phase, torch.device("cpu"))
         return rolling
 
     def _compare(self, fingerprint: int, phase: str, device: torch.device) -> None:
@@ -166,7 +167,7 @@ class Channel:
 
         def read() -> list[list[int]]:
             board, start = self._board(phase), time.monotonic()
-            with self._error_context(phase, board):
+            with _ErrorContext(self, phase, board):
                 while not arrived():
                     if board.ended:
                         raise RuntimeError("another rank has failed")
@@ -202,7 +203,7 @@ class Channel:
         """The failure board, unless it says that the job has ended."""
         board = failure_board()
         if board.ended:
-            raise self._failure(phase, board, board.ended, "the process groups are aborted")
+            raise self.failure(phase, board, board.ended, "the process groups are aborted")
         return board
 
     def _issue(self, phase: str, tensor: Tensor, start: Callable[[], Work | None]) -> Callable[[], None]:
@@ -210,11 +211,11 @@ class Channel:
         if self.group.name not in board.identified:
             self._exchange_identities(board, tensor.device)
         self.note(f"issue {phase}")
-        with self._error_context(phase, board), record_function(f"{ISSUE}{phase}"):
+        with _ErrorContext(self, phase, board), _range(ISSUE, phase):
             work = start()
 
         def wait() -> None:
-            with self._error_context(phase, board), record_function(f"{WAIT}{phase}"):
+            with _ErrorContext(self, phase, board), _range(WAIT, phase):
                 if work is None:
                     return
                 if only_queues(tensor.device):
@@ -255,24 +256,38 @@ class Channel:
 
     def error_context(self, phase: str) -> AbstractContextManager[None]:
         """`with channel.error_context(phase):` name the error of other code's collective."""
-        return self._error_context(phase, failure_board())
+        return _ErrorContext(self, phase, failure_board())
 
-    @contextmanager
-    def _error_context(self, phase: str, board: FailureBoard) -> Iterator[None]:
-        """Turn a collective's RuntimeError into one that names rank, layer, phase and the ranks that are missing."""
-        try:
-            yield
-        except ExpertParallelError:
-            raise
-        except RuntimeError as error:
-            reason = board.ended or board.explain(self.group, f"{self.layer}, {phase}")
-            board.mark_handled()
-            raise self._failure(phase, board, reason, _first_line(error) or type(error).__name__) from error
-
-    def _failure(self, phase: str, board: FailureBoard, reason: str, detail: str) -> ExpertParallelError:
+    def failure(self, phase: str, board: FailureBoard, reason: str, detail: str) -> ExpertParallelError:
+        """Return the error of a collective that cannot complete, for `reason`; it is logged."""
         message = f"{self.where(phase)}: {reason} (step {board.step}; {detail})"
         logger.error(message)  # at once: a launcher may end this process before its traceback is printed
         return _reported(ExpertParallelError(message))
+
+
+class _ErrorContext:
+    """Turns a collective's RuntimeError into one that names rank, layer, phase and the ranks that are missing."""
+
+    __slots__ = ("board", "channel", "phase")
+
+    def __init__(self, channel: Channel, phase: str, board: FailureBoard) -> None:
+        self.channel, self.phase, self.board = channel, phase, board
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, _trace: object) -> None:
+        if not isinstance(error, RuntimeError) or isinstance(error, ExpertParallelError):
+            return
+        channel, phase, board = self.channel, self.phase, self.board
+        reason = board.ended or board.explain(channel.group, f"{channel.layer}, {phase}")
+        board.mark_handled()
+        raise channel.failure(phase, board, reason, _first_line(error) or type(error).__name__) from error
+
+
+def _range(kind: str, phase: str) -> AbstractContextManager[object]:
+    """A range of torch.profiler, where one runs: it costs microseconds where none does."""
+    return record_function(kind + phase) if is_profiling() else NOTHING
 
 
 def only_queues(device: torch.device) -> bool:
@@ -337,7 +352,7 @@ def _first_line(error: BaseException) -> str:
 def copy_to_host(tensors: Sequence[Tensor]) -> tuple[Callable[[], bool], Callable[[], list[list[int]]]]:
     """Start the copy of `Channel.to_host`: (whether it has arrived, the elements by tensor)."""
     sizes = [tensor.numel() for tensor in tensors]
-    packed = torch.cat([tensor.reshape(-1).to(torch.int64) for tensor in tensors])
+    packed = torch.cat([tensor.reshape(-1) for tensor in tensors])
     if packed.device.type != "cuda":
         return lambda: True, lambda: [part.tolist() for part in packed.split(sizes)]
     host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)

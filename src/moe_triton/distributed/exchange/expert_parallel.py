@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,14 +15,16 @@ from moe_triton import runtime
 from moe_triton.autograd.experts import in_context
 from moe_triton.autograd.flat import flatten, form_of
 from moe_triton.checks import check_choice, check_int
-from moe_triton.distributed.exchange.all_to_all import AllToAll, exchange_over_slices
+from moe_triton.distributed.exchange.all_to_all import AllToAll, exchange_in_node, exchange_over_slices
 from moe_triton.distributed.exchange.channel import Channel, Listener, report_failure
+from moe_triton.distributed.exchange.counts import NodeCounts, SliceSizes
 from moe_triton.distributed.exchange.function import Exchanged
 from moe_triton.distributed.exchange.layer_names import new_layer_name
 from moe_triton.distributed.exchange.local_experts import LocalExperts
 from moe_triton.distributed.exchange.overflow import Overflows
 from moe_triton.distributed.exchange.overlap import Deferred
 from moe_triton.distributed.exchange.plain_ddp import refuse_plain_ddp
+from moe_triton.distributed.exchange.schedule import DescribedCall, described
 from moe_triton.distributed.exchange.stages import (
     ExchangedLayer,
     ExchangeSpec,
@@ -31,14 +33,9 @@ from moe_triton.distributed.exchange.stages import (
     Stage,
 )
 from moe_triton.distributed.exchange.telemetry import metered_exchange, metered_experts
-from moe_triton.distributed.exchange.tensor_parallel import (
-    SliceSizes,
-    gather_tokens,
-    slice_tokens,
-    sum_slices_gradients,
-)
+from moe_triton.distributed.exchange.tensor_parallel import gather_tokens, slice_tokens, sum_slices_gradients
 from moe_triton.distributed.exchange.transport import Shape
-from moe_triton.distributed.expert_groups import all_ep_groups, expert_groups, two_levels
+from moe_triton.distributed.expert_groups import ExpertGroups, all_ep_groups, expert_groups, two_levels
 from moe_triton.distributed.groups import Group, ParallelGroups, number_of_ranks
 from moe_triton.records import Dispatch, ExpertCall, matrix_shape
 from moe_triton.torch_internals import never_compiled
@@ -96,7 +93,7 @@ class ExpertParallel:
 
     def __init__(
         self,
-        group_or_mesh: dist.ProcessGroup | DeviceMesh | ParallelGroups | None = None,
+        group_or_mesh: dist.ProcessGroup | DeviceMesh | ParallelGroups | ExpertGroups | None = None,
         *,
         mode: str = "dropless",
         chunks: int = 1,
@@ -146,6 +143,8 @@ class ExpertParallel:
             self.between_nodes, self.in_node = two_levels(groups, every_ep, ranks_per_node, mode)
         self._all_ranks = tuple(sorted(rank for ranks in every_ep for rank in ranks))
         self._overflows = Overflows()
+        self._channels: dict[tuple[str, str], Channel] = {}
+        self._calls: dict[tuple[object, ...], tuple[DescribedCall, DescribedCall]] = {}  # by all that they depend on
 
     @property
     def is_alone(self) -> bool:
@@ -183,7 +182,7 @@ class ExpertParallel:
 
     def __getstate__(self) -> dict[str, object]:
         """Return what can be pickled: neither process groups (see `Group`) nor the listener."""
-        return {**vars(self), "listener": None, "_overflows": Overflows()}
+        return {**vars(self), "listener": None, "_overflows": Overflows(), "_channels": {}, "_calls": {}}
 
     def most_tokens(self, num_tokens: int, device: torch.device, layer: str) -> int:
         """Return the most tokens that any rank passes in this call: as the user said, or asked of the others."""
@@ -260,11 +259,12 @@ class ExpertParallel:
             self.check()
             refuse_plain_ddp(layer.name, layer.held(), self.has_copies_on)
             ids = layer.ids(dispatched)
-            what = self._configuration(hidden, ids, experts, layer)
-            schedule = self._agree(what, layer.name, "forward", hidden.device)
+            forward, backward = self._described(hidden, ids, experts, layer)
+            schedule = self._agree(forward, layer.name, hidden.device)
             num_tokens, tp = hidden.shape[0], self._channel(self.tp, layer.name)
             if self.tp.size > 1:
-                tp.agree({"tokens of the tp ranks": num_tokens}, "comparison of the number of tokens", hidden.device)
+                same = described({"tokens of the tp ranks": num_tokens})
+                tp.agree(same, "comparison of the number of tokens", hidden.device)
             limit = self._token_limit(num_tokens, hidden.device, layer.name)
             if self.tp.size > 1:  # the tp ranks hold the same tokens: each sends a share of them
                 hidden, weights, ids = (slice_tokens(x, tp) for x in (hidden, weights, ids))
@@ -278,7 +278,7 @@ class ExpertParallel:
             is_training = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, weights, *parameters))
 
             def before_backward() -> report_failure:
-                self._agree(what, layer.name, "backward", hidden.device)
+                self._agree(backward, layer.name, hidden.device)
                 return report_failure(layer.name)
 
             out = Exchanged.apply(hidden, weights, ids, stage, experts, is_training, before_backward, *parameters)
@@ -297,7 +297,7 @@ class ExpertParallel:
                 channel = self._channel(group, layer)
                 if group.ranks != self.ep.ranks:  # those have agreed already
                     what = {"layer": str(layer), "num_experts": counts.numel()}
-                    channel.agree(what, "sum of the expert counts", both.device)
+                    channel.agree(described(what), "sum of the expert counts", both.device)
                 channel.all_reduce(both, "sum of the expert counts")
         return both[:-1].to(counts.dtype), both[-1].to(num_tokens.dtype)
 
@@ -307,7 +307,9 @@ class ExpertParallel:
         return 1 if self.loss_reduction == "sum" else number_of_ranks(self.data)
 
     def _channel(self, group: Group, layer: str) -> Channel:
-        return Channel(group=group, layer=layer, listener=self.listener)
+        if (found := self._channels.get((group.name, layer))) is None:
+            found = self._channels[group.name, layer] = Channel(group=group, layer=layer, listener=self.listener)
+        return found
 
     def _stages(
         self,
@@ -319,58 +321,62 @@ class ExpertParallel:
         overlap_with: Deferred | None,
     ) -> Stage:
         """The local experts, inside the exchange over their slices, inside the exchange over their ranks."""
-        levels = [(self.in_node, shape)] if self.ep.size > 1 or self.always_exchange else []
-        if self.between_nodes.size > 1:
-            node = replace(shape, per_rank=shape.per_rank * self.in_node.size)
-            levels = [(self.in_node, replace(shape, chunks=1)), (self.between_nodes, node)]
         inner = metered_experts(experts, layer.meters, self.first_expert(layer.num_experts))
+        exchanges = self.ep.size > 1 or self.always_exchange
         if overlap_with is not None:
             overlap_with.meters = layer.meters
         sizes = None
         if self.etp.size > 1:
             slices = self._channel(self.etp, f"{layer.name}, expert slices")
             are_equal = (
-                bool(levels) and self.make_exchange is self.own_exchange and self.own_exchange.has_fixed_sizes(places)
+                exchanges and self.make_exchange is self.own_exchange and self.own_exchange.has_fixed_sizes(places)
             )
             sizes = None if are_equal else SliceSizes(slices)
-            inner = exchange_over_slices(inner, shape, slices, sizes, None if levels else overlap_with)
-        specs = [
-            ExchangeSpec(
-                channel=self._channel(group, layer.name), shape=level, watch=self._overflows.watch, max_tokens=limit,
-                places=places, dispatch_dtype=self.dispatch_dtype, slices=sizes if i == 0 else None,
-                overlap_with=overlap_with if i == len(levels) - 1 else None,
-            )
-            for i, (group, level) in enumerate(levels)
-        ]  # fmt: skip
-        for spec in specs[:-1]:
-            inner = self.own_exchange(inner, spec)
-        outermost = self.make_exchange(inner, specs[-1]) if specs else inner
-        return metered_exchange(outermost, layer.meters)
+            inner = exchange_over_slices(inner, shape, slices, sizes, None if exchanges else overlap_with)
+        if not exchanges:
+            return metered_exchange(inner, layer.meters)
+        spec = ExchangeSpec(
+            channel=self._channel(self.in_node, layer.name), shape=shape, watch=self._overflows.watch,
+            max_tokens=limit, places=places, dispatch_dtype=self.dispatch_dtype, overlap_with=overlap_with,
+            slices=sizes,
+        )  # fmt: skip
+        if self.between_nodes.size > 1:
+            counts = NodeCounts(channel=spec.channel, schedule=shape.schedule, slices=sizes)
+            inner = exchange_in_node(inner, replace(spec, shape=replace(shape, chunks=1)), counts)
+            nodes = replace(shape, per_rank=shape.per_rank * self.in_node.size)
+            between = self._channel(self.between_nodes, layer.name)
+            spec = replace(spec, channel=between, shape=nodes, slices=None, node=counts)
+        return metered_exchange(self.make_exchange(inner, spec), layer.meters)
 
-    def _configuration(
+    def _described(
         self, hidden: Tensor, ids: Tensor, experts: InnermostStage, layer: ExchangedLayer
-    ) -> dict[str, object]:
-        """What has to be the same on all ranks of a layer, by the names of its arguments where it has some."""
+    ) -> tuple[DescribedCall, DescribedCall]:
+        """What has to be the same on all ranks of a layer, forward and backward, by the names of its arguments."""
         # two values tell any two capacities apart: the floor and the factor
-        deduplicate = layer.deduplicate and self.deduplicate
         even = (layer.capacity(0), layer.capacity(1 << 20)) if self.mode == "capacity" else None
-        return {
-            "num_experts": layer.num_experts, "top_k": ids.shape[1], "hidden_size": hidden.shape[1],
-            "dtype": str(hidden.dtype), "ep": self.ep.size, "etp": self.etp.size, "mode": self.mode,
-            "chunks": self.chunks, "deduplicate": deduplicate, "max_tokens_per_rank": self.max_tokens_per_rank,
-            "max_rows_per_pair": self.max_rows_per_pair, "ranks_per_node": self.in_node.size,
-            "backend": experts.backend, "capacity": even, "loss_reduction": self.loss_reduction,
-            "exchange": ADDRESS.sub("", repr(self.make_exchange)), "dispatch_dtype": str(self.dispatch_dtype),
-            **experts.description(),
-        }  # fmt: skip
+        shown = experts.description()
+        sizes = layer.name, layer.num_experts, ids.shape[1], hidden.shape[1], hidden.dtype, layer.deduplicate, even
+        key = (*sizes, self.mode, self.chunks, self.loss_reduction, experts.backend, *shown.values())
+        if key not in self._calls:
+            what = {
+                "layer": layer.name, "num_experts": layer.num_experts, "top_k": ids.shape[1],
+                "hidden_size": hidden.shape[1], "dtype": str(hidden.dtype), "ep": self.ep.size, "etp": self.etp.size,
+                "mode": self.mode, "chunks": self.chunks, "deduplicate": layer.deduplicate and self.deduplicate,
+                "max_tokens_per_rank": self.max_tokens_per_rank, "max_rows_per_pair": self.max_rows_per_pair,
+                "ranks_per_node": self.in_node.size, "backend": experts.backend, "capacity": even,
+                "loss_reduction": self.loss_reduction, "exchange": ADDRESS.sub("", repr(self.make_exchange)),
+                "dispatch_dtype": str(self.dispatch_dtype), **shown,
+            }  # fmt: skip
+            forward, backward = (described({"direction": name, **what}) for name in ("forward", "backward"))
+            self._calls[key] = forward, backward
+        return self._calls[key]
 
-    def _agree(self, what: Mapping[str, object], layer: str, direction: str, device: torch.device) -> int:
-        """The schedule of the expert-parallel group with what is about to happen; compared as `Channel.agree` says."""
-        what = {"layer": str(layer), "direction": direction, **what}
-        phase, schedule = f"comparison of configurations ({direction})", 0
+    def _agree(self, call: DescribedCall, layer: str, device: torch.device) -> int:
+        """The schedule of the expert-parallel group with the call; compared as `Channel.agree` says."""
+        phase, schedule = f"comparison of configurations ({call.what['direction']})", 0
         for group in (self.ep, self.etp, self.tp):
             if group.size > 1:
-                rolling = self._channel(group, layer).agree(what, phase, device)
+                rolling = self._channel(group, layer).agree(call, phase, device)
                 schedule = rolling if group is self.ep else schedule
         return schedule
 

@@ -46,7 +46,7 @@ class Event(Protocol):
     def query(self) -> bool: ...
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class QueuedWait:
     """The last wait for a collective of a group that was queued on a device.
 
@@ -121,17 +121,20 @@ class FailureBoard:
     store_failed: bool = False
     reading: threading.Lock = field(default_factory=threading.Lock)
 
-    def report(self, place: str, cause: str | None = None, *, waits: bool = True, differs: bool = False) -> None:
-        """Write a failure report of this rank for the other ranks."""
+    def report(
+        self,
+        place: str,
+        cause: str | None = None,
+        *,
+        waits: bool = True,
+        differs: bool = False,
+        number: int | None = None,
+    ) -> None:
+        """Write a failure report of this rank for the other ranks; by default of its next failure."""
         doing = {name: repr(value) for name, value in self.doing.items()}
+        number = self.failures + 1 if number is None else number
         report = FailureReport(
-            rank=self.rank,
-            number=self.failures + 1,
-            place=place,
-            cause=cause,
-            waits=waits,
-            differs=differs,
-            doing=doing,
+            rank=self.rank, number=number, place=place, cause=cause, waits=waits, differs=differs, doing=doing
         )
         entry = json.dumps(asdict(report))
         self._ask(lambda: self.store.set(f"moe_triton/failure/{self.store.add('moe_triton/failures', 1)}", entry))
@@ -154,9 +157,10 @@ class FailureBoard:
 
     def explain(self, group: Group, place: str, *, waits: bool = True) -> str:
         """Report that this rank cannot go on, and say why, as far as the ranks find out together."""
-        self.report(place, waits=waits)
+        number = self.failures + 1
+        self.report(place, waits=waits, number=number)
         cause = self.find_cause(group)
-        self.report(place, cause, waits=waits)
+        self.report(place, cause, waits=waits, number=number)
         return cause or self.describe_places(group, place)
 
     def find_cause(self, group: Group) -> str:
@@ -217,15 +221,13 @@ class FailureBoard:
         """Let the thread watch that a wait which was queued on the device now is over in time."""
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return  # an event would become part of the graph
-        last = self.queued.get(group.name)
+        last, now = self.queued.get(group.name), time.monotonic()
         if last is None:
-            event, limit_s = device_event(device), STALL_FRACTION * _timeout_s(group, device)
-        else:
-            event, limit_s = last.event, last.limit_s
-        self.queued[group.name] = QueuedWait(
-            group=group, place=place, event=event, since=time.monotonic(), limit_s=limit_s
-        )
-        event.record()
+            limit_s = STALL_FRACTION * _timeout_s(group, device)
+            last = QueuedWait(group=group, place=place, event=device_event(device), since=now, limit_s=limit_s)
+            self.queued[group.name] = last
+        last.place, last.since = place, now
+        last.event.record()
         if self.watcher is None:
             self.watcher = threading.Thread(target=_watch, args=(ref(self),), name="moe_triton failures", daemon=True)
             self.watcher.start()
@@ -248,8 +250,10 @@ class FailureBoard:
         if not late and not (waits and self._open_reports()):
             return
         stuck = late or [wait for wait in waits if not wait.event.query()]
-        last = max(stuck or waits, key=lambda wait: wait.since)
+        last, failures = max(stuck or waits, key=lambda wait: wait.since), self.failures
         reason = self.explain(last.group, last.place, waits=bool(stuck))
+        if self.failures > failures:
+            return  # the rank has met the failure itself meanwhile, and may go on
         logger.error("rank %d, %s: %s; the process groups are aborted", self.rank, last.place, reason)
         self.stay()
         self.ended = reason

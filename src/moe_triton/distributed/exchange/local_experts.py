@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from torch import Tensor
 from moe_triton import runtime
 from moe_triton.autograd.flat import Form, flatten_gradients, split, unflatten
 from moe_triton.backends.protocols import ExpertsBackend
-from moe_triton.dispatch import chosen_experts, dispatch, sorted_dispatch
+from moe_triton.dispatch import chosen_experts, dispatch
+from moe_triton.distributed.exchange.dispatched_rows import DispatchedRows, shortened
 from moe_triton.distributed.exchange.stages import Saved
 from moe_triton.records import Dispatch, ExpertCall, ExpertSpec, ExpertWeight, RowGradients, Wanted
 
@@ -32,12 +33,11 @@ class LocalCall:
 
 
 @dataclass
-class LocalExperts:
+class LocalExperts(DispatchedRows):
     """See `stages.InnermostStage`.
 
     form          of the flat parameters (`moe_triton.autograd.flat`)
     width         shape of one expert's gate_up, which has to be the same on all ranks
-    first_expert  what to subtract from an id; ids of other ranks' experts are skipped
     adds_bias     whether the down bias is added here: of several ranks that hold slices of an expert only one does
     """
 
@@ -55,21 +55,10 @@ class LocalExperts:
     def description(self) -> Mapping[str, object]:
         gate = {"activation_limit": self.spec.limit, "activation_alpha": self.spec.alpha}
         has_adapters = self.form[4:]  # a and b of both projections
-        what = {"activation": self.spec.activation, **gate, "fp8": self.spec.fp8}
+        what = {"activation": self.spec.activation, **gate, "fp8": self.spec.fp8_mode}
         return {**what, "width": self.width, "has_adapters": has_adapters}
 
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, assignments: int, saved: Saved) -> Tensor:
-        local = ids - self.first_expert
-        local = torch.where((local >= 0) & (local < self.num_experts), local, -1)
-        dispatched = _shortened(dispatch(local, self.num_experts, backend=self.backend), assignments)
-        return self._forward(x, weights, dispatched, saved)
-
-    def forward_sorted(self, x: Tensor, weights: Tensor, counts: Tensor, starts: Tensor | None, saved: Saved) -> Tensor:
-        here = slice(self.num_experts)  # the last rank may have fewer experts than the others
-        starts = None if starts is None else starts[here]
-        return self._forward(x, weights, sorted_dispatch(counts[here], x.shape[0], starts), saved)
-
-    def _forward(self, x: Tensor, weights: Tensor, dispatched: Dispatch, saved: Saved) -> Tensor:
+    def compute(self, x: Tensor, weights: Tensor, dispatched: Dispatch, saved: Saved) -> Tensor:
         self.note(f"experts {len(self.calls)}")
         call, keep = self._call(x, weights, dispatched, saved), saved.is_training and not self.recompute
         out, preactivation = self._experts(x.device).experts_forward(call, keep)
@@ -121,7 +110,7 @@ class LocalExperts:
         experts = torch.cat([chosen_experts(dispatched) for dispatched in parts])
         num_rows = sum(dispatched.source.shape[0] for dispatched in parts)
         whole = dispatch(experts, self.num_experts, backend=self.backend)
-        merged = self._call(joined([saved[call.x] for call in self.calls]), weights, _shortened(whole, num_rows), saved)
+        merged = self._call(joined([saved[call.x] for call in self.calls]), weights, shortened(whole, num_rows), saved)
         return (
             merged,
             joined(grad_outs),
@@ -164,13 +153,6 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
     if not neighbours:
         return torch.cat(list(parts))
     return first.as_strided((sum(part.shape[0] for part in parts), first.shape[1]), first.stride())
-
-
-def _shortened(dispatched: Dispatch, num_rows: int) -> Dispatch:
-    """The same Dispatch with room for `num_rows` rows, which the kept ones must not exceed."""
-    if num_rows >= dispatched.source.shape[0]:
-        return dispatched
-    return replace(dispatched, source=dispatched.source[:num_rows])
 
 
 def _zeros_like(bias: ExpertWeight) -> ExpertWeight:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_triton import runtime
-from moe_triton.dispatch import dispatch, sorted_dispatch
+from moe_triton.distributed.exchange.dispatched_rows import DispatchedRows
 from moe_triton.distributed.exchange.expert_parallel import ExpertParallel
 from moe_triton.distributed.exchange.stages import ExchangedLayer, Saved
 from moe_triton.records import Dispatch
@@ -43,7 +43,7 @@ def exchange_opaque(call: OpaqueCall, parallel: ExpertParallel, layer: Exchanged
         return parallel.exchange(call.hidden, call.weights, call.dispatched, experts, call.parameters, layer)
 
 
-class OpaqueExperts:
+class OpaqueExperts(DispatchedRows):
     """Any modules as the innermost stage of an exchange (`distributed.exchange.stages`): a graph of their own."""
 
     def __init__(self, call: OpaqueCall, first_expert: int, backend: str) -> None:
@@ -58,19 +58,7 @@ class OpaqueExperts:
     def description(self) -> Mapping[str, object]:
         return {"activation": self.name, "width": tuple(self.parameters[0].shape) if self.parameters else ()}
 
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, assignments: int, saved: Saved) -> Tensor:
-        """Rows [R, d], ids [R, J], weights [R, J] -> [R, d]."""
-        local = ids - self.first_expert
-        local = torch.where((local >= 0) & (local < self.num_experts), local, -1)
-        return self._forward(x, weights, dispatch(local, self.num_experts))
-
-    def forward_sorted(self, x: Tensor, weights: Tensor, counts: Tensor, starts: Tensor | None, saved: Saved) -> Tensor:
-        """Rows [R, d] in expert order, weights [R, 1] -> [R, d]."""
-        here = slice(self.num_experts)
-        starts = None if starts is None else starts[here]
-        return self._forward(x, weights, sorted_dispatch(counts[here], x.shape[0], starts))
-
-    def _forward(self, x: Tensor, weights: Tensor, dispatched: Dispatch) -> Tensor:
+    def compute(self, x: Tensor, weights: Tensor, dispatched: Dispatch, saved: Saved) -> Tensor:
         cast = torch.autocast(x.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None)
         with torch.set_grad_enabled(self.keeps_graph), cast:
             x, weights = (t.detach().requires_grad_(self.keeps_graph) for t in (x, weights))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from moe_triton.distributed.exchange.fp8_rows import pack_rows, unpack_rows
 from moe_triton.distributed.exchange.overlap import Deferred
 from moe_triton.distributed.exchange.stages import InnerStage, Saved
 from moe_triton.distributed.exchange.tails import parts_of, tail_of, tail_width
-from moe_triton.distributed.exchange.transport import Transport
+from moe_triton.distributed.exchange.transport import Transport, expand
 
 # ids, weights and the most (row, id) pairs -> the wait for the transport, which may compute something meanwhile
 Planner = Callable[[Tensor, Tensor, int], Callable[[Callable[[], None]], Transport]]
@@ -55,7 +55,7 @@ class Exchange:
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, assignments: int, saved: Saved) -> Tensor:
         transport = self.planner(ids, weights, assignments)(self._compute_beside)
-        chunks, bounds = transport.chunks, transport.received_bounds
+        chunks, bounds = transport.chunks, transport.counts.received_bounds
         sent = x if self.dispatch_dtype is None else pack_rows(x)
         width, message = sent.shape[1], transport.message(sent)
         arrived = message.new_empty(bounds[-1], message.shape[1])
@@ -75,7 +75,7 @@ class Exchange:
             row_x = arrived[here, :width]
             rows[here] = row_x if self.dispatch_dtype is None else unpack_rows(row_x, x.shape[1], x.dtype)
             row_ids, row_weights = transport.ids_and_weights(arrived[here], width)
-            y = self.inner.forward(rows[here], row_ids, row_weights, transport.assignments[chunk], saved)
+            y = self.inner.forward(rows[here], row_ids, row_weights, transport.counts.assignments[chunk], saved)
             returning.append(transport.start_back(y, home, chunk, f"results of chunk {chunk}"))
         for wait in returning:
             wait()
@@ -88,7 +88,7 @@ class Exchange:
                 inner_calls=range(first, self.inner_calls),
             )
         )
-        return self._combine(home, transport)
+        return self._combine(home, transport.position)
 
     def forward_sorted(self, x: Tensor, weights: Tensor, counts: Tensor, starts: Tensor | None, saved: Saved) -> Tensor:
         ids = chosen_experts(sorted_dispatch(counts, x.shape[0], starts))
@@ -97,9 +97,9 @@ class Exchange:
     def start_backward(self, call: int, grad: Tensor, saved: Saved) -> Callable[[], tuple[Tensor, Tensor]]:
         """Issue all of backward's exchanges; what is returned waits for the last ones and sums up."""
         here = self.calls[call]
-        transport = replace(here.transport, tokens=saved[here.tokens], position=saved[here.position])
-        chunks, bounds, d, weights = transport.chunks, transport.received_bounds, grad.shape[1], [transport.weights]
-        rows = transport.expand(grad)
+        transport, position = here.transport, saved[here.position]
+        chunks, bounds, d = transport.chunks, transport.counts.received_bounds, grad.shape[1]
+        rows, weights = expand(grad, saved[here.tokens]), [transport.weights]
         arrived = grad.new_empty(bounds[-1], d)
         home = grad.new_empty(transport.home_bounds[-1], d + tail_width(weights, grad.dtype))
 
@@ -120,7 +120,7 @@ class Exchange:
             for wait in returning:
                 wait()
             (grad_weights,) = parts_of(home[:, d:], weights)
-            return self._combine(home[:, :d].contiguous(), transport), transport.choice_gradients(grad_weights)
+            return self._combine(home[:, :d].contiguous(), position), transport.choice_gradients(grad_weights, position)
 
         return finish
 
@@ -128,5 +128,5 @@ class Exchange:
         if self.overlap_with is not None:
             self.overlap_with.compute()
 
-    def _combine(self, rows: Tensor, transport: Transport) -> Tensor:
-        return runtime.experts_backend(self.backend, rows.device).combine_rows(rows, transport.position)
+    def _combine(self, rows: Tensor, position: Tensor) -> Tensor:
+        return runtime.experts_backend(self.backend, rows.device).combine_rows(rows, position)

@@ -7,15 +7,23 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 from moe_triton.distributed.groups import Group
 
 MOST_CALLS = 1024  # of a step that are kept to say what differs
 
 
-def fingerprint_of(what: Mapping[str, object]) -> int:
-    """Return 31 bits that are the same on all ranks for the same names and values, which have to be hashable."""
-    return _fingerprint(tuple(what.items()))
+class DescribedCall(NamedTuple):
+    """What a rank is about to do on a group, by name, and 31 bits that are the same on all ranks for the same."""
+
+    what: Mapping[str, object]
+    fingerprint: int
+
+
+def described(what: Mapping[str, object]) -> DescribedCall:
+    """Return the call with these names and values, which have to be hashable."""
+    return DescribedCall(what, _fingerprint(tuple(what.items())))
 
 
 @lru_cache(maxsize=4096)  # layers do the same in every step
@@ -37,10 +45,10 @@ class Schedule:
     compared: int = 0
     calls: deque[Mapping[str, object]] = field(default_factory=lambda: deque(maxlen=MOST_CALLS))
 
-    def add(self, what: Mapping[str, object], fingerprint: int) -> int:
+    def add(self, call: DescribedCall) -> int:
         """Add one call and return the new hash."""
-        self.calls.append(what)
-        self.rolling = zlib.crc32(fingerprint.to_bytes(4, "little"), self.rolling) & 0x7FFFFFFF
+        self.calls.append(call.what)
+        self.rolling = zlib.crc32(call.fingerprint.to_bytes(4, "little"), self.rolling) & 0x7FFFFFFF
         return self.rolling
 
     def cut(self) -> list[Mapping[str, object]]:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from moe_triton.dispatch import chosen_experts
 from moe_triton.distributed.exchange.channel import Channel
+from moe_triton.distributed.exchange.counts import NodeCounts, SliceSizes
 from moe_triton.distributed.exchange.meter import ExchangeMeter
 from moe_triton.distributed.exchange.overlap import Deferred
-from moe_triton.distributed.exchange.tensor_parallel import SliceSizes
 from moe_triton.distributed.exchange.transport import Shape
 from moe_triton.distributed.groups import Group
 from moe_triton.records import Dispatch
@@ -125,6 +125,7 @@ class ExchangeSpec:
     overlap_with    may be computed while rows travel; what is not computed there is computed afterwards
     slices          where ranks hold slices of the same experts: may be given the sizes of what arrives before it does,
                     which saves an exchange of them for each chunk
+    node            between nodes: is given the counts of the exchange inside the node, which then has none of its own
     """
 
     channel: Channel
@@ -135,6 +136,7 @@ class ExchangeSpec:
     dispatch_dtype: torch.dtype | None = None
     overlap_with: Deferred | None = None
     slices: SliceSizes | None = None
+    node: NodeCounts | None = None
 
     @property
     def group(self) -> Group:

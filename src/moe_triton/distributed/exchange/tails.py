@@ -17,7 +17,8 @@ def as_bytes(part: Tensor) -> Tensor:
 def tail_of(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Return the bytes of parts [R, .] as elements [R, t] of another dtype, padded to whole ones."""
     bytes_RB = torch.cat([as_bytes(part) for part in parts], dim=1)
-    return F.pad(bytes_RB, (0, -bytes_RB.shape[1] % dtype.itemsize)).view(dtype)
+    missing = -bytes_RB.shape[1] % dtype.itemsize
+    return (F.pad(bytes_RB, (0, missing)) if missing else bytes_RB).view(dtype)
 
 
 def tail_width(parts: Sequence[Tensor], dtype: torch.dtype) -> int:
@@ -26,11 +27,11 @@ def tail_width(parts: Sequence[Tensor], dtype: torch.dtype) -> int:
 
 
 def parts_of(tail: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Return the parts [R, .] of a tail [R, t], which have the widths and dtypes of `like`."""
-    bytes_RB, parts, start = as_bytes(tail), [], 0
+    """Return the parts [R, .] of a tail [R, t], whose rows have no gaps: they have the widths and dtypes of `like`."""
+    bytes_RB, parts, start = tail.view(torch.uint8), [], 0
     for part in like:
         end = start + part.shape[1] * part.dtype.itemsize
         # a copy is aligned, as fp64 has to be
-        parts.append(bytes_RB[:, start:end].reshape(-1).clone().view(part.dtype).view(tail.shape[0], part.shape[1]))
+        parts.append(bytes_RB[:, start:end].clone(memory_format=torch.contiguous_format).view(part.dtype))
         start = end
     return parts

@@ -6,13 +6,9 @@ drop_tokens and gather_tokens do the same around its exchange.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from moe_triton.distributed.exchange.channel import Channel
@@ -39,35 +35,6 @@ def slice_tokens(x: Tensor, channel: Channel) -> Tensor:
 def gather_tokens(x: Tensor, channel: Channel, num_tokens: int) -> Tensor:
     """Gather all T tokens, from every rank's share; backward takes this rank's share of the gradient."""
     return _Gather.apply(x, channel, num_tokens)
-
-
-@dataclass
-class SliceSizes:
-    """The most rows and assignments that any of the ranks with slices of the same experts has, for each call in turn.
-
-    channel  of these ranks
-    """
-
-    channel: Channel
-    known: deque[tuple[int, int]] = field(default_factory=deque)
-
-    def start(self, sizes: Tensor) -> Callable[[], None]:
-        """Start to compare this rank's sizes [calls, 2] with the others'; what is returned waits on the host."""
-        phase = "exchange of the row counts"
-        self.channel.all_reduce(sizes, phase, dist.ReduceOp.MAX)  # on a GPU this only queues
-        read = self.channel.to_host(phase, sizes)
-
-        def finish() -> None:
-            (flat,) = read()
-            self.known.extend(zip(flat[::2], flat[1::2], strict=True))
-
-        return finish
-
-    def next(self, rows: int, assignments: int, device: torch.device) -> tuple[int, int]:
-        """Return those of the next call, which has so many here; asks the others where nobody has done so before."""
-        if not self.known:
-            self.start(torch.tensor([[rows, assignments]], device=device))()
-        return self.known.popleft()
 
 
 @never_compiled

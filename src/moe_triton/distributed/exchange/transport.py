@@ -8,19 +8,17 @@ rank, or 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moe_triton.dispatch import dispatch
-from moe_triton.distributed.errors import ExpertParallelError
 from moe_triton.distributed.exchange.channel import Channel
+from moe_triton.distributed.exchange.counts import Counts, NodeCounts, SliceSizes, start_counts
 from moe_triton.distributed.exchange.tails import parts_of, tail_of, tail_width
-from moe_triton.distributed.exchange.tensor_parallel import SliceSizes
-from moe_triton.records import Dispatch
 
 Wait = Callable[[], None]
 
@@ -45,9 +43,7 @@ class Transport:
     ids          [R, J] int32
     weights      [R, J] fp32 or fp64
     position     [T, .] int32, the rows that are summed into each token once they are back; -1 for none
-    sent         rows by chunk and destination
-    received     rows by chunk and source
-    assignments  most (row, id) pairs that can arrive, by chunk
+    counts       how many rows travel
     by_choice    a row per (token, choice), and position [T, K] is each choice's; J = 1
     gathers      every rank gets all rows, and the ids are global
     """
@@ -57,50 +53,37 @@ class Transport:
     ids: Tensor
     weights: Tensor
     position: Tensor
-    sent: list[list[int]]
-    received: list[list[int]]
-    assignments: list[int]
+    counts: Counts
     by_choice: bool = False
     gathers: bool = False
 
     @property
     def chunks(self) -> int:
-        return len(self.sent)
-
-    @property
-    def received_bounds(self) -> list[int]:
-        """Return the first received row of each chunk, and the end."""
-        return [0, *accumulate(sum(rows) for rows in self.received)]
+        return len(self.counts.sent)
 
     @property
     def home_bounds(self) -> list[int]:
         """Return the first row of each chunk among those that come back, and the end."""
-        rows = self.received if self.gathers else self.sent
-        return [0, *accumulate(sum(part) for part in rows)]
-
-    def expand(self, x_Td: Tensor) -> Tensor:
-        """Return the rows to send, [R, d]."""
-        if x_Td.shape[0] == 0:
-            return x_Td.new_zeros(self.tokens.shape[0], *x_Td.shape[1:])
-        return x_Td.index_select(0, self.tokens)
+        return self.counts.received_bounds if self.gathers else self.counts.sent_bounds
 
     def start(self, rows: Tensor, out: Tensor, chunk: int, phase: str) -> Wait:
         """Send a chunk of rows [R, ...]; it arrives in its part of `out`, which has room for all chunks."""
-        bounds = self.received_bounds
+        bounds = self.counts.received_bounds
         arriving = out[bounds[chunk] : bounds[chunk + 1]]
         if self.gathers:
             size = rows.shape[0] // self.chunks
             return self.channel.all_gather(arriving, rows[chunk * size : (chunk + 1) * size], phase)
         bounds = self.home_bounds
         leaving = rows[bounds[chunk] : bounds[chunk + 1]]
-        return self.channel.all_to_all(arriving, leaving, self.received[chunk], self.sent[chunk], phase)
+        return self.channel.all_to_all(arriving, leaving, self.counts.received[chunk], self.counts.sent[chunk], phase)
 
     def start_back(self, rows: Tensor, home: Tensor, chunk: int, phase: str) -> Wait:
         """Send a chunk's results back to where the rows came from, into their part of `home`."""
         bounds = self.home_bounds
         arriving = home[bounds[chunk] : bounds[chunk + 1]]
-        sizes = self.received[chunk] if self.gathers else self.sent[chunk]
-        return self.channel.all_to_all(arriving, rows.contiguous(), sizes, self.received[chunk], phase)
+        received = self.counts.received[chunk]
+        sizes = received if self.gathers else self.counts.sent[chunk]
+        return self.channel.all_to_all(arriving, rows.contiguous(), sizes, received, phase)
 
     def message(self, x_Td: Tensor) -> Tensor:
         """Return the rows to send with their ids and weights as tails, [R, d + t]."""
@@ -120,77 +103,69 @@ class Transport:
 
     def without_tensors(self) -> Transport:
         """Return the host's part of it, which alone may outlive the forward pass: autograd keeps the tensors."""
-        ids, weights = (x.new_empty(0, x.shape[1]) for x in (self.ids, self.weights))
-        return replace(self, tokens=ids, ids=ids, weights=weights, position=ids)
+        nothing = self.weights.new_empty(0, self.weights.shape[1])
+        return replace(self, tokens=nothing, ids=nothing, weights=nothing, position=nothing)
 
-    def choice_gradients(self, home_RJ: Tensor) -> Tensor:
-        """Return the router weights' gradients [T, K], from those of the returned rows' slots."""
+    def choice_gradients(self, home_RJ: Tensor, position: Tensor) -> Tensor:
+        """Return the router weights' gradients [T, K], from those of the returned rows' slots, by `position`."""
         padded = torch.cat([home_RJ, home_RJ.new_zeros(1, home_RJ.shape[1])])
-        slots = padded[self.position.long()]  # [T, ., J]; position -1 is the row of zeros
+        slots = padded[position.long()]  # [T, ., J]; position -1 is the row of zeros
         return slots[:, :, 0] if self.by_choice else slots.sum(1)  # a choice's slot is zero in all rows but one
 
 
+def expand(x_Td: Tensor, tokens: Tensor) -> Tensor:
+    """Return the rows [R, d] of the tokens [R], which are padding where there is no token."""
+    if x_Td.shape[0] == 0:
+        return x_Td.new_zeros(tokens.shape[0], *x_Td.shape[1:])
+    return x_Td.index_select(0, tokens)
+
+
 def plan_dropless(
-    channel: Channel, ids: Tensor, weights: Tensor, shape: Shape, slices: SliceSizes | None = None
+    channel: Channel,
+    ids: Tensor,
+    weights: Tensor,
+    shape: Shape,
+    slices: SliceSizes | None = None,
+    node: NodeCounts | None = None,
 ) -> Callable[[Callable[[], None]], Transport]:
     """Plan exactly the rows that are wanted. Starts the exchange of counts, and prepares what needs none.
 
     What is returned calls its argument, a computation to make meanwhile, and then waits for the counts on the host.
 
-    ids [T, K]: global, -1 where nothing is to be computed. The message to each rank is [4]: the schedule, the number of
-    chunks, and the rows and assignments of the first chunk. It has this size whatever the ranks are about to do, so
-    that they can find out that they differ. The counts of further chunks follow it. slices: learn what arrives here.
+    ids [T, K]: global, -1 where nothing is to be computed. slices, node: learn what arrives here, of all chunks.
     """
-    num_ranks, chunks, top_k = channel.group.size, shape.chunks, ids.shape[1]
-    owner_TK = _owner(ids, shape)
-    chunk_T1 = (torch.arange(ids.shape[0], device=ids.device) * chunks // max(ids.shape[0], 1))[:, None]
-    dispatched = _by_bucket(owner_TK, chunk_T1, num_ranks, shape)
-    rows_CP = dispatched.offsets.diff().view(chunks, num_ranks)
-    bucket = torch.where(owner_TK >= 0, chunk_T1 * num_ranks + owner_TK, chunks * num_ranks).reshape(-1).long()
-    assigned = torch.zeros(chunks * num_ranks + 1, dtype=torch.int32, device=ids.device)
-    assigned.scatter_add_(0, bucket, torch.ones_like(bucket, dtype=torch.int32))
-    counts_PC2 = torch.stack([rows_CP, assigned[:-1].view(chunks, num_ranks)], dim=2).transpose(0, 1)
-    header = torch.empty(num_ranks, 4, dtype=torch.int32, device=ids.device)
-    header[:, 0], header[:, 1], header[:, 2:] = shape.schedule, chunks, counts_PC2[:, 0]
-    phase, ones = "exchange of counts", [1] * num_ranks
-    headers = torch.empty_like(header)
-    channel.all_to_all(headers, header, ones, ones, phase)()  # on a GPU this only queues
-    read = channel.to_host(phase, headers, rows_CP)
-    if chunks > 1:
-        more = counts_PC2[:, 1:].reshape(num_ranks, -1).contiguous()
-        further = torch.empty_like(more)
-        channel.all_to_all(further, more, ones, ones, "exchange of further counts")()
-        read_further = channel.to_host("exchange of further counts", further)
-    if slices is not None:
-        arriving = headers[:, 2:] if chunks == 1 else torch.cat([headers[:, 2:], further], dim=1)
-        read_slices = slices.start(arriving.sum(0).view(chunks, 2))
-    source = dispatched.source.clamp_min(0).long()
-    tokens = source // top_k
-    row_ids, row_weights = _row_slots(ids, weights, owner_TK, tokens, source % top_k, shape)
+    most = ids.shape[1] if shape.deduplicate else 1
+    buckets = _buckets(ids, _chunks(ids, shape), channel.group.size, shape)
+    counts_CP2 = _count(buckets, shape.chunks, channel.group.size)
+    read_inner = _nothing
+    if node is not None:
+        in_node = replace(shape, per_rank=shape.per_rank // node.channel.group.size)
+        num_ranks = channel.group.size * node.channel.group.size
+        counts_of_ranks = _count(_buckets(ids, _chunks(ids, shape), num_ranks, in_node), shape.chunks, num_ranks)
+        started = start_counts(channel, counts_CP2, shape.schedule, most, node.to_carry(counts_of_ranks))
+        read_inner = node.start(started.carried, most)
+    else:
+        started = start_counts(channel, counts_CP2, shape.schedule, most)
+        if slices is not None:
+            read_inner = slices.start(started.arriving.sum(0))
+    transport_of = _dropless_rows(channel, ids, weights, buckets, shape)
 
     def finish(meanwhile: Callable[[], None]) -> Transport:
         meanwhile()
-        flat, sent = read()
-        if any(flat[i : i + 2] != [shape.schedule, chunks] for i in range(0, len(flat), 4)):
-            raise channel.mismatch(phase, channel.calls())
-        counts = [[(rows, wanted)] for rows, wanted in zip(flat[2::4], flat[3::4], strict=True)]
-        if chunks > 1:
-            pairs = iter(read_further()[0])
-            for found in counts:
-                found += [(next(pairs), next(pairs)) for _ in range(chunks - 1)]
-        _check_counts(channel, counts, top_k if shape.deduplicate else 1)
-        if slices is not None:
-            read_slices()
-        num_rows = sum(sent)
-        return Transport(
-            channel=channel, tokens=tokens[:num_rows], ids=row_ids[:num_rows], weights=row_weights[:num_rows],
-            position=dispatched.position, sent=[sent[c * num_ranks : (c + 1) * num_ranks] for c in range(chunks)],
-            received=[[found[c][0] for found in counts] for c in range(chunks)],
-            assignments=[sum(found[c][1] for found in counts) for c in range(chunks)],
-            by_choice=not shape.deduplicate,
-        )  # fmt: skip
+        counts = started.read()
+        read_inner()
+        return transport_of(counts)
 
     return finish
+
+
+def plan_counted(channel: Channel, ids: Tensor, weights: Tensor, shape: Shape, counts: Counts) -> Transport:
+    """Plan exactly the rows that are wanted, in one chunk, where the host knows already how many they are."""
+    return _dropless_rows(channel, ids, weights, _buckets(ids, None, channel.group.size, shape), shape)(counts)
+
+
+def _nothing() -> None:
+    pass
 
 
 def plan_bounded(
@@ -206,16 +181,16 @@ def plan_bounded(
     most_ids = min(top_k, shape.per_rank)
     room = tokens_per_chunk * (1 if shape.deduplicate else most_ids)
     room = room if max_rows is None else min(room, max_rows)
-    owner_TK = _owner(ids, shape)
     chunk_T1 = (torch.arange(ids.shape[0], device=ids.device) // max(tokens_per_chunk, 1))[:, None]
-    dispatched = _by_bucket(owner_TK, chunk_T1, num_ranks, shape)
-    bucket_TK = torch.where(dispatched.position >= 0, chunk_T1 * num_ranks + owner_TK, 0)
+    buckets = _buckets(ids, chunk_T1, num_ranks, shape)
+    dispatched = dispatch(buckets.sent.int(), chunks * num_ranks, backend=shape.backend)
+    bucket_TK = torch.where(dispatched.position >= 0, buckets.sent, 0)
     within = dispatched.position - dispatched.offsets[bucket_TK.long()]
     fits = (dispatched.position >= 0) & (within < room)
     row_TK = torch.where(fits, bucket_TK * room + within, -1)
     overflow = ((dispatched.position >= 0) & ~fits).any().int()
     transport = _fixed_rows(
-        channel, ids, weights, row_TK, owner_TK, shape,
+        channel, ids, weights, row_TK, buckets.owner, shape,
         room_per_pair=room, assignments=num_ranks * room * (most_ids if shape.deduplicate else 1),
     )  # fmt: skip
     return transport, overflow
@@ -252,6 +227,7 @@ def plan_allgather(
     num_ranks, chunks, (num_tokens, top_k) = channel.group.size, shape.chunks, ids.shape
     room = -(-max_tokens // chunks)
     most = num_ranks * room * min(top_k, shape.per_rank)
+    most = most if assignments is None else min(most, num_ranks * assignments)
     padding = chunks * room - num_tokens
     token_T = torch.arange(num_tokens, device=ids.device)
     source_P = torch.arange(num_ranks, device=ids.device)
@@ -262,40 +238,96 @@ def plan_allgather(
         ids=torch.cat([ids.int(), ids.new_full((padding, top_k), -1, dtype=torch.int32)]),
         weights=torch.cat([weights, weights.new_zeros(padding, top_k)]),
         position=(first[:, None] + source_P * room).int(),
-        sent=[[room] * num_ranks] * chunks,
-        received=[[room] * num_ranks] * chunks,
-        assignments=[most if assignments is None else min(most, num_ranks * assignments)] * chunks,
+        counts=_fixed_counts(
+            num_ranks, chunks, room, most if assignments is None else min(most, num_ranks * assignments)
+        ),
         gathers=True,
     )
 
 
+def _fixed_counts(num_ranks: int, chunks: int, room: int, assignments: int) -> Counts:
+    """The counts of `room` rows for each (chunk, pair of ranks)."""
+    rows = [[room] * num_ranks] * chunks
+    return Counts(sent=rows, received=rows, assignments=[assignments] * chunks)
+
+
 def _owner(ids: Tensor, shape: Shape) -> Tensor:
-    """The rank of every choice's expert, [T, K]; -1 where there is none."""
-    return torch.where(ids >= 0, ids // shape.per_rank, -1)
+    """The rank of every choice's expert, [T, K]; -1 where there is none, whose id is -1."""
+    return ids // shape.per_rank
 
 
-def _by_bucket(owner_TK: Tensor, chunk_T1: Tensor, num_ranks: int, shape: Shape) -> Dispatch:
-    """The dispatch of rows to (chunk, destination): our own stable sort, with ranks in the place of experts."""
-    travels = owner_TK >= 0
-    if shape.deduplicate:
-        same = owner_TK[:, :, None] == owner_TK[:, None, :]
-        earlier = torch.ones(same.shape[1:], dtype=torch.bool, device=same.device).tril(-1)
-        travels = travels & ~(same & earlier).any(-1)
-    bucket = torch.where(travels, chunk_T1 * num_ranks + owner_TK, -1)
-    return dispatch(bucket.int(), shape.chunks * num_ranks, backend=shape.backend)
+def _chunks(ids: Tensor, shape: Shape) -> Tensor | None:
+    """The chunk of each token, [T, 1], of runs as equal as can be; None where there is one."""
+    if shape.chunks == 1:
+        return None
+    return (torch.arange(ids.shape[0], device=ids.device) * shape.chunks // max(ids.shape[0], 1))[:, None]
+
+
+class _Buckets(NamedTuple):
+    """Where every choice goes, [T, K]: a bucket is a (chunk, destination).
+
+    owner   the rank of its expert, -1 where there is none
+    wanted  its bucket, -1 where there is no expert
+    sent    its bucket, -1 also where another choice of the token has sent the row
+    """
+
+    owner: Tensor
+    wanted: Tensor
+    sent: Tensor
+
+
+def _buckets(ids: Tensor, chunk_T1: Tensor | None, num_ranks: int, shape: Shape) -> _Buckets:
+    owner_TK = wanted = _owner(ids, shape)
+    if chunk_T1 is not None:
+        wanted = torch.where(owner_TK >= 0, chunk_T1 * num_ranks + owner_TK, -1)
+    if not shape.deduplicate:
+        return _Buckets(owner_TK, wanted, wanted)
+    repeats = (owner_TK[:, :, None] == owner_TK[:, None, :]).tril(-1).any(-1)
+    return _Buckets(owner_TK, wanted, wanted.masked_fill(repeats, -1))
+
+
+def _count(buckets: _Buckets, chunks: int, num_ranks: int) -> Tensor:
+    """The rows and assignments for each rank, by chunk: [C, P, 2] int32."""
+    both_S2 = torch.stack([buckets.sent >= 0, buckets.wanted >= 0], dim=-1).view(-1, 2).int()
+    found = both_S2.new_zeros(chunks * num_ranks, 2)
+    found.index_add_(0, buckets.wanted.reshape(-1).clamp_min(0), both_S2)
+    return found.view(chunks, num_ranks, 2)
+
+
+def _dropless_rows(
+    channel: Channel, ids: Tensor, weights: Tensor, buckets: _Buckets, shape: Shape
+) -> Callable[[Counts], Transport]:
+    """All of a transport of exactly the wanted rows that needs no counts; what is returned takes them.
+
+    The rows are sorted by bucket: our own stable sort, with buckets in the place of experts.
+    """
+    dispatched = dispatch(buckets.sent.int(), shape.chunks * channel.group.size, backend=shape.backend)
+    slots = dispatched.source.clamp_min(0).long()
+    row_ids, row_weights, tokens = _row_slots(ids, weights, buckets.owner, slots, shape)
+
+    def transport_of(counts: Counts) -> Transport:
+        num_rows = counts.sent_bounds[-1]
+        return Transport(
+            channel=channel, tokens=tokens[:num_rows], ids=row_ids[:num_rows], weights=row_weights[:num_rows],
+            position=dispatched.position, counts=counts, by_choice=not shape.deduplicate,
+        )  # fmt: skip
+
+    return transport_of
 
 
 def _row_slots(
-    ids: Tensor, weights: Tensor, owner_TK: Tensor, tokens: Tensor, choices: Tensor, shape: Shape
-) -> tuple[Tensor, Tensor]:
-    """The ids, local to their receiver, and the weights of the rows of these (token, choice) pairs."""
+    ids: Tensor, weights: Tensor, owner_TK: Tensor, slots: Tensor, shape: Shape
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The ids, local to their receiver, the weights, and the tokens of the rows of these slots, token*K + choice."""
+    tokens = slots // ids.shape[1]
     if not shape.deduplicate:
-        row_ids, row_weights = ids[tokens, choices][:, None], weights[tokens, choices][:, None]
-        return (row_ids % shape.per_rank).int(), row_weights
-    destination = owner_TK[tokens, choices][:, None]
-    is_there = owner_TK[tokens] == destination
-    row_ids = torch.where(is_there, ids[tokens] - destination * shape.per_rank, -1)
-    return row_ids.int(), torch.where(is_there, weights[tokens], 0)
+        row_ids, row_weights = (x.reshape(-1).index_select(0, slots)[:, None] for x in (ids, weights))
+        return (row_ids % shape.per_rank).int(), row_weights, tokens
+    destination = owner_TK.view(-1).index_select(0, slots)[:, None]
+    row_ids, row_weights, owners = (x.index_select(0, tokens) for x in (ids, weights, owner_TK))
+    is_elsewhere = owners != destination
+    row_ids = (row_ids - destination * shape.per_rank).masked_fill(is_elsewhere, -1)
+    return row_ids.int(), row_weights.masked_fill(is_elsewhere, 0), tokens
 
 
 def _fixed_rows(
@@ -322,24 +354,11 @@ def _fixed_rows(
         row_ids = torch.full((num_rows, width), -1, dtype=torch.int32, device=ids.device)
         row_weights = weights.new_zeros(num_rows, width)
     else:
-        slots = slot_R.clamp_min(0)
-        row_ids, row_weights = _row_slots(ids, weights, owner_TK, slots // top_k, slots % top_k, shape)
+        row_ids, row_weights, _ = _row_slots(ids, weights, owner_TK, slot_R.clamp_min(0), shape)
         row_ids = torch.where((slot_R >= 0)[:, None], row_ids, -1)
         row_weights = torch.where((slot_R >= 0)[:, None], row_weights, 0)
-    sizes = [[room_per_pair] * num_ranks for _ in range(chunks)]
     return Transport(
         channel=channel, tokens=slot_R.clamp_min(0) // max(top_k, 1), ids=row_ids, weights=row_weights,
-        position=row_TK.int(), sent=sizes, received=sizes, assignments=[assignments] * chunks,
+        position=row_TK.int(), counts=_fixed_counts(num_ranks, chunks, room_per_pair, assignments),
         by_choice=not shape.deduplicate,
     )  # fmt: skip
-
-
-def _check_counts(channel: Channel, counts: Sequence[Sequence[tuple[int, int]]], most: int) -> None:
-    """Every announced row has one to `most` assignments: rows that do not come would be whatever was in the memory."""
-    for rank, found in zip(channel.group.ranks, counts, strict=True):
-        for num_rows, num_assigned in found:
-            if not 0 <= num_rows <= num_assigned <= num_rows * most:
-                where = channel.where("exchange of counts")
-                raise ExpertParallelError(
-                    f"{where}: rank {rank} announced {num_rows} rows for {num_assigned} assignments"
-                )

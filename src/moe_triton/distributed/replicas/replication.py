@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moe_triton.distributed.exchange.channel import Channel
 from moe_triton.distributed.exchange.expert_parallel import ExpertParallel
+from moe_triton.distributed.exchange.schedule import described
 from moe_triton.distributed.holders import ExpertHolder, StackedExperts, spread_experts
 from moe_triton.distributed.replicas.placement import Placement, build_placement, moves, plan_placement
 
@@ -96,7 +97,9 @@ def rebalance(
         device = tensors[0].device
         if parallel.ep.size > 1:  # a rank without gradients or state would leave the others waiting
             what = {"moved": tuple((tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors)}
-            Channel(group=parallel.ep, layer=name).agree(what, "comparison of what moves with the experts", device)
+            Channel(group=parallel.ep, layer=name).agree(
+                described(what), "comparison of what moves with the experts", device
+            )
         for tensor in tensors:
             _move(tensor, todo, new.slots_per_rank, parallel, name)
         module.set_placement(new)

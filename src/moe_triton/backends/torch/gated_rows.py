@@ -1,0 +1,88 @@
+"""Activations of a block's rows on a CPU: in one pass over memory where the compiled loops have them, else by torch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from moe_triton.backends.torch.activations import activate, activate_backward, activate_for_backward
+from moe_triton.backends.torch.fused import DTYPES, array, loops_problem
+from moe_triton.backends.torch.threads import share
+from moe_triton.records import LIMITED, ExpertSpec
+
+LEAST = 1 << 14  # numbers of an activation from which one call of a loop takes less time than torch's several
+WORTH_A_THREAD = 1 << 18  # numbers of an activation: 0.1 ms
+# torch's threads, above which its operations are ahead of a loop in one thread (forward, backward)
+MOST_THREADS = (1, 2)
+
+
+def activate_rows(h_SN: Tensor, spec: ExpertSpec) -> Tensor:
+    """`activations.activate`."""
+    num_rows, n = h_SN.shape[0], h_SN.shape[1] // 2
+    if not _runs_loops(spec, h_SN, backward=False):
+        return activate(h_SN, spec)
+    from moe_triton.backends.torch.loops import activation_loops
+
+    forward = activation_loops(h_SN.dtype == torch.bfloat16).forward
+    a_Sn = h_SN.new_empty(num_rows, n)
+    arguments = (array(h_SN), *_constants(spec), array(a_Sn))
+    share(lambda first, last: forward(*arguments, first, last), num_rows, WORTH_A_THREAD // n)
+    return a_Sn
+
+
+def activate_rows_backward(
+    h_SN: Tensor,
+    grad_Sn: Tensor,
+    weights_S1: Tensor,
+    spec: ExpertSpec,
+    grad_h_SN: Tensor,
+    weighted_a_Sn: Tensor | None,
+    grad_weights_S: Tensor | None,
+) -> None:
+    """Write what follows from the gradient of the unweighted activation a, which may be overwritten.
+
+    grad_h_SN         the gradient of h, given that of weights * a
+    weighted_a_Sn     weights * a, where it is asked for
+    grad_weights_S    the sum over n of grad * a, where it is asked for
+    """
+    outputs = [x for x in (grad_h_SN, weighted_a_Sn) if x is not None]
+    if not _runs_loops(spec, h_SN, grad_Sn, *outputs, backward=True):
+        a, activated_gate = activate_for_backward(h_SN, spec)
+        if grad_weights_S is not None:
+            grad_weights_S.copy_(torch.linalg.vecdot(grad_Sn, a))
+        if weighted_a_Sn is not None:
+            torch.mul(a, weights_S1, out=weighted_a_Sn)
+        activate_backward(grad_Sn.mul_(weights_S1), h_SN, activated_gate, spec, grad_h_SN)
+        return
+    from moe_triton.backends.torch.loops import activation_loops
+
+    backward = activation_loops(h_SN.dtype == torch.bfloat16).backward
+    (num_rows, n), sums = grad_Sn.shape, torch.empty(grad_Sn.shape[0])
+    # memory of its own also where nobody reads it: loops over arrays that overlap are not vectorised
+    weighted_a = torch.empty_like(grad_Sn) if weighted_a_Sn is None else weighted_a_Sn
+    given = (array(h_SN), array(grad_Sn), weights_S1.float().flatten().numpy(), *_constants(spec))
+    arguments = (*given, array(grad_h_SN), array(weighted_a), sums.numpy())
+    share(lambda first, last: backward(*arguments, first, last), num_rows, WORTH_A_THREAD // n)
+    if grad_weights_S is not None:
+        grad_weights_S.copy_(sums)
+
+
+def _runs_loops(spec: ExpertSpec, h_SN: Tensor, *others: Tensor, backward: bool) -> bool:
+    """Whether the loops have the activation, read the tensors, and are faster than torch's threads together."""
+    numbers, threads = h_SN.numel() // 2, torch.get_num_threads()
+    return (
+        spec.activation in LIMITED
+        and spec.is_concatenated
+        and numbers >= LEAST
+        and (threads <= MOST_THREADS[backward] or numbers >= threads * WORTH_A_THREAD)
+        and all(x.dtype == h_SN.dtype and x.dtype in DTYPES and x.is_contiguous() for x in (h_SN, *others))
+        and loops_problem() is None
+    )
+
+
+def _constants(spec: ExpertSpec) -> tuple[float, float, float]:
+    """Alpha, the limit, and what is added to up."""
+    limit = math.inf if spec.limit is None else spec.limit
+    return spec.alpha, limit, float(spec.activation == "gpt_oss")
