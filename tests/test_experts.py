@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moe_triton
-from moe_triton import reference
+from moe_triton import reference, runtime
 from moe_triton.records import ACTIVATIONS, GATED, ExpertCall, ExpertParameters, ExpertSpec
 from tests.helpers.compare import assert_close
 from tests.helpers.pairs import every_pair
@@ -374,3 +374,35 @@ def test_bad_arguments_are_named(arguments, error, message):
     moe_triton.moe_mlp(**good)
     with pytest.raises(error, match=message):
         moe_triton.moe_mlp(**(good | arguments))
+
+
+def test_a_call_that_passed_lets_no_other_pass() -> None:
+    """What is remembered of a check has every size, dtype and layout in it."""
+    dispatched = moe_triton.dispatch(torch.tensor([[0], [1]]), 2)
+    x, weights = torch.randn(2, 4), torch.ones(2, 1)
+    gate_up, down = torch.randn(2, 6, 4), torch.randn(2, 4, 3)
+    moe_triton.moe_experts(x, weights, dispatched, gate_up, down)
+    for arguments, message in (
+        ((x[:, :3], weights, dispatched, gate_up, down), "gate_up_proj: got shape"),
+        ((x, weights[:, :0], dispatched, gate_up, down), "weights: got shape"),
+        ((x, weights, dispatched, gate_up, down.half()), "down_proj: got dtype"),
+        ((x, weights, dispatched, gate_up.to_sparse(), down), "gate_up_proj: got layout"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            moe_triton.moe_experts(*arguments)
+    with torch.autocast("cpu", torch.bfloat16):  # here dtypes may differ, which is not remembered
+        moe_triton.moe_experts(x, weights, dispatched, gate_up, down.half())
+    with pytest.raises(TypeError, match="down_proj: got dtype"):
+        moe_triton.moe_experts(x, weights, dispatched, gate_up, down.half())
+
+
+def test_what_can_call_a_backend_as_it_is() -> None:
+    x, seen = torch.ones(2), []
+    assert not runtime.is_plain(x)
+    with torch.no_grad():
+        assert runtime.is_plain(x)
+        assert not runtime.is_plain(x.to("meta"))
+        torch.func.vmap(lambda row: seen.append(runtime.is_plain(row)) or row)(torch.ones(1, 2))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not runtime.is_plain(x)
+    assert seen == [False]

@@ -40,7 +40,7 @@ def test_the_kernels_and_configurations_are_those_that_run(bias):
 
 @pytest.mark.parametrize(("tokens", "route", "dispatch"), [
     (4, "small_route_kernel", "small_dispatch_kernel"),
-    (400, "top-k kernels", "small_dispatch_kernel"),
+    (400, "small_route_kernel", "small_dispatch_kernel"),
     (1000, "top-k kernels", "permutation kernels"),
 ])  # fmt: skip
 def test_few_tokens_take_fewer_launches(tokens, route, dispatch):

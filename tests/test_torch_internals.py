@@ -155,6 +155,15 @@ def test_transforms():
     assert seen == [False, True, True, True, False]
 
 
+def test_autocast_anywhere():
+    assert not torch_internals.is_autocast_anywhere()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch_internals.is_autocast_anywhere()
+        with torch.autocast("cpu", enabled=False):
+            assert not torch_internals.is_autocast_anywhere()
+    assert not torch_internals.is_autocast_anywhere()
+
+
 def test_fake_and_real_tensors():
     assert torch_internals.has_no_data(torch.empty(2, device="meta"))
     assert not torch_internals.has_no_data(torch.ones(2))

@@ -51,17 +51,17 @@ def descriptors() -> Iterator[None]:
 
 
 def run_routing() -> None:
-    for spec, num_experts in (
-        (RouterSpec(top_k=3, normalize=True), 5),
-        (RouterSpec(top_k=2, score="sigmoid", num_groups=3, top_groups=2, group_score="top2_sum"), 18),
-        (RouterSpec(top_k=4, score="topk_softmax"), 60),
+    for spec, num_experts, num_tokens in (
+        (RouterSpec(top_k=3, normalize=True), 5, 37),
+        (RouterSpec(top_k=2, score="sigmoid", num_groups=3, top_groups=2, group_score="top2_sum"), 18, 37),
+        (RouterSpec(top_k=4, score="topk_softmax"), 60, 261),  # more than one program chooses for
     ):
-        logits, noise = torch.randn(37, num_experts), torch.randn(37, num_experts)
-        mask, bias = torch.rand(37) < 0.7, torch.randn(num_experts)
+        logits, noise = torch.randn(num_tokens, num_experts), torch.randn(num_tokens, num_experts)
+        mask, bias = torch.rand(num_tokens) < 0.7, torch.randn(num_experts)
         outputs = route_forward(logits, spec, bias, noise, mask)
         expected = reference.route(logits, spec, choice_bias=bias, noise=noise, token_mask=mask)
         assert torch.equal(outputs[0], expected.experts)
-        grads = torch.randn(37, spec.top_k), torch.randn(num_experts), torch.randn(())
+        grads = torch.randn(num_tokens, spec.top_k), torch.randn(num_experts), torch.randn(())
         assert route_backward(*grads, logits, outputs[0], spec).isfinite().all()
 
 
