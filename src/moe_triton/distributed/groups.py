@@ -56,7 +56,7 @@ class Group:
         return self
 
     def __getstate__(self) -> dict[str, object]:
-        return {k: v for k, v in vars(self).items() if k != "handle" or v is None}
+        return {k: v for k, v in vars(self).items() if k != "name" and (k != "handle" or v is None)}
 
     def __getattr__(self, name: str) -> Any:
         """Raise for what is missing: for `handle` with the reason."""
