@@ -33,11 +33,11 @@ def expected_tiles(counts: list[int], block_m: int) -> list[list[int]]:
 def test_tables_match_a_loop_over_experts(counts: list[int], spare: int) -> None:
     num_rows = sum(counts) + spare
     tables = tile_tables(make_offsets(counts), num_rows)
-    assert tables.block_sizes == BLOCK_SIZES
+    assert tables.places.block_sizes == BLOCK_SIZES
     for block_m in BLOCK_SIZES:
         (table, num_tiles, _), most = tables.select(block_m)
         expected = expected_tiles(counts, block_m)
-        assert num_tiles.tolist() == [len(expected)]
+        assert num_tiles[0].item() == len(expected)
         assert table[: len(expected)].tolist() == expected
         assert most == table.shape[0] == max_tiles(num_rows, len(counts), block_m)
 
@@ -46,7 +46,7 @@ def test_an_expert_with_more_tiles_than_a_program_writes_at_a_time() -> None:
     counts = [3, 300 * 16, 17]  # 300 tiles of 16 rows: three rounds of CHUNK
     tiles, _ = tile_tables(make_offsets(counts), sum(counts)).select(16)
     assert 2 * CHUNK < 300
-    assert tiles.table[: tiles.num_tiles.item()].tolist() == expected_tiles(counts, 16)
+    assert tiles.table[: tiles.num_tiles[0].item()].tolist() == expected_tiles(counts, 16)
 
 
 @pytest.mark.parametrize("block_m", [1, 3, 16])
@@ -73,7 +73,7 @@ def test_other_block_sizes_and_an_unknown_one() -> None:
     tables = tile_tables(make_offsets(counts), 71, block_sizes=(64, 8))
     for block_m in (8, 64):
         (table, num_tiles, _), _ = tables.select(block_m)
-        assert table[: num_tiles.item()].tolist() == expected_tiles(counts, block_m)
+        assert table[: num_tiles[0].item()].tolist() == expected_tiles(counts, block_m)
     with pytest.raises(ValueError, match=r"block_m must be one of \(64, 8\), got 16"):
         tables.select(16)
 
