@@ -39,7 +39,7 @@ def test_tables_match_a_loop_over_experts(counts: list[int], spare: int) -> None
         expected = expected_tiles(counts, block_m)
         assert num_tiles[0].item() == len(expected)
         assert table[: len(expected)].tolist() == expected
-        assert most == table.shape[0] == max_tiles(num_rows, len(counts), block_m)
+        assert table.shape[0] >= most == max_tiles(num_rows, len(counts), block_m)
 
 
 def test_an_expert_with_more_tiles_than_a_program_writes_at_a_time() -> None:
