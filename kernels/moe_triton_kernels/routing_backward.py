@@ -8,7 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_triton_kernels.launch import constants
-from moe_triton_kernels.routing import NUM_WARPS, TopK, lanes_of, rule_of
 from moe_triton_kernels.scores import (
     EPS,
     SIGMOID,
@@ -19,6 +18,7 @@ from moe_triton_kernels.scores import (
     sigmoid,
     softmax_rows,
 )
+from moe_triton_kernels.topk_options import NUM_WARPS, TopK, lanes_of, rule_of
 
 
 @triton.jit(do_not_specialize=["num_tokens", "sequence_length"])

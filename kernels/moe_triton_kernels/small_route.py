@@ -17,9 +17,10 @@ from torch import Tensor
 from moe_triton_kernels import small_dispatch
 from moe_triton_kernels.launch import MAX_REGISTERS, register_limit, target_of
 from moe_triton_kernels.permutation import block_experts
-from moe_triton_kernels.routing import NUM_WARPS, TopK, choice_of, choose_experts, programs_of
+from moe_triton_kernels.routing import choice_of, choose_experts
 from moe_triton_kernels.small_dispatch import MAX_SLOTS, few_rows, place_few
 from moe_triton_kernels.tiles import BLOCK_SIZES, TileTables
+from moe_triton_kernels.topk_options import NUM_WARPS, TopK, programs_of
 
 CHUNK = tl.constexpr(small_dispatch.CHUNK)
 

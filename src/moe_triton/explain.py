@@ -371,7 +371,7 @@ def triton_parts(
 def _routing_parts(tokens: int, num_experts: int, top_k: int) -> list[Part]:
     """What runs before the experts where nothing is dropped; for few tokens it takes fewer launches."""
     from moe_triton_kernels import small_dispatch, small_route  # need Triton
-    from moe_triton_kernels.routing import TopK
+    from moe_triton_kernels.topk_options import TopK
 
     route, dispatch = "top-k kernels", "permutation kernels"
     if tokens * top_k <= small_dispatch.MAX_SLOTS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_triton import reference
-from moe_triton.backends.triton.routing import route_backward, route_forward
+from moe_triton.backends.triton.routing import options_of, route_backward, route_forward
 from moe_triton.records import SCORES, RouterSpec
-from moe_triton_kernels import routing
+from moe_triton_kernels import routing, topk_options
 from moe_triton_kernels.scores import EPS
 from tests.helpers.compare import assert_close
 from tests.helpers.pairs import every_pair
@@ -230,11 +231,26 @@ def test_strided_inputs_and_expanded_gradients() -> None:
     assert grad.abs().sum() > 0
 
 
+@pytest.fixture
+def nothing_kept() -> Iterator[None]:
+    """The sizes of launches are chosen anew, and forgotten after the test."""
+    cached = (topk_options.lanes_of, topk_options.choice_constants, topk_options.programs_of)
+    for function in cached:
+        function.cache_clear()
+    yield
+    for function in cached:
+        function.cache_clear()
+
+
+@pytest.mark.usefixtures("nothing_kept")
 def test_many_programs_loop_over_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moe_triton_kernels.routing.MAX_PROGRAMS", 3)
-    monkeypatch.setattr("moe_triton_kernels.routing.SUM_PROGRAMS", 2)
-    monkeypatch.setattr("moe_triton_kernels.routing.TILE_ELEMENTS", 64)
-    check_forward(make_logits(85, 8), RouterSpec(top_k=2), token_mask=(torch.rand(85) < 0.6).to(device))
+    monkeypatch.setattr(topk_options, "MAX_PROGRAMS", 3)
+    monkeypatch.setattr(topk_options, "TILE_ELEMENTS", 64)
+    monkeypatch.setattr(topk_options, "MAX_SLOTS", 80)  # one program takes fewer
+    monkeypatch.setattr(routing, "SUM_PROGRAMS", 2)
+    spec = RouterSpec(top_k=2)
+    assert topk_options.programs_of(85, 8, options_of(spec)).number == 3
+    check_forward(make_logits(85, 8), spec, token_mask=(torch.rand(85) < 0.6).to(device))
 
 
 class Counted:

@@ -17,6 +17,7 @@ from moe_triton_kernels import (
     small_dispatch,
     small_route,
     tiles,
+    topk_options,
 )
 from moe_triton_kernels.tools.case import Case
 
@@ -139,23 +140,23 @@ def routing_cases() -> Iterator[Case]:
         ("deepseek_v4", 256, 6, "bf16", "sqrt_softplus", 1, 1),
         ("experts_1024", 1024, 16, "fp32", "softmax", 1, 1),
     ):
-        router = routing.TopK(top_k, score, True, 1.0, num_groups, top_groups, "top2_sum")
+        router = topk_options.TopK(top_k, score, True, 1.0, num_groups, top_groups, "top2_sum")
         signature = types | {
             "logits": f"*{dtype}",
             "grad_logits": f"*{dtype}",
-            "RULE": routing.rule_of(num_experts, router),
-            "LIMIT": routing.limit_of(router),
-            "LANES": routing.lanes_of(num_experts, top_k, num_groups),
+            "RULE": topk_options.rule_of(num_experts, router),
+            "LIMIT": topk_options.limit_of(router),
+            "LANES": topk_options.lanes_of(num_experts, top_k, num_groups),
         }
         if num_groups == 1:
             signature |= {"bias": None, "noise": None, "token_mask": None, "given": None}
-        backward = signature | {"LANES": routing.lanes_of(num_experts, top_k)}
-        options: dict[str, Any] = {"num_warps": routing.NUM_WARPS, "sample": name in ("qwen3", "deepseek_v3")}
+        backward = signature | {"LANES": topk_options.lanes_of(num_experts, top_k)}
+        options: dict[str, Any] = {"num_warps": topk_options.NUM_WARPS, "sample": name in ("qwen3", "deepseek_v3")}
         packed = {"PACKED": dtype != "fp32"}
         topk = Case(name=f"topk_{name}", fn=routing.topk_kernel, signature=signature, constexprs=packed, **options)
         yield topk
-        few = signature | {"LANES": routing.lanes_of(num_experts, top_k, num_groups, routing.FEW_WARPS)}
-        yield replace(topk, name=f"topk_few_{name}", signature=few, num_warps=routing.FEW_WARPS)
+        few = signature | {"LANES": topk_options.lanes_of(num_experts, top_k, num_groups, topk_options.FEW_WARPS)}
+        yield replace(topk, name=f"topk_few_{name}", signature=few, num_warps=topk_options.FEW_WARPS)
         kernel = routing_backward.topk_backward_kernel
         yield Case(name=f"topk_backward_{name}", fn=kernel, signature=backward, **options)
 

@@ -7,9 +7,10 @@ from functools import lru_cache
 from torch import Tensor
 
 from moe_triton.records import RouterSpec, TiledDispatch
-from moe_triton_kernels.routing import TopK, topk_forward
+from moe_triton_kernels.routing import topk_forward
 from moe_triton_kernels.routing_backward import topk_backward
 from moe_triton_kernels.small_route import is_small, small_route
+from moe_triton_kernels.topk_options import TopK
 
 
 def route_forward(
