@@ -268,7 +268,7 @@ def test_few_tokens_take_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     counted = [Counted(routing.topk_kernel), Counted(routing.sum_partials_kernel)]
     monkeypatch.setattr(routing, "topk_kernel", counted[0])
     monkeypatch.setattr(routing, "sum_partials_kernel", counted[1])
-    few = routing.MAX_SLOTS // 2
+    few = topk_options.MAX_SLOTS // 2
     check_forward(make_logits(few, 20), RouterSpec(top_k=2))
     assert [kernel.launches for kernel in counted] == [1, 0]
     check_forward(make_logits(few + 1, 20), RouterSpec(top_k=2))
