@@ -1,6 +1,6 @@
 """moe_triton: a mixture-of-experts runtime for PyTorch, with fused Triton kernels under a thin autograd layer."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_triton import compat
 from moe_triton.dispatch import dispatch, expert_capacity, renormalize
@@ -30,6 +30,9 @@ from moe_triton.runtime import batch_invariant
 from moe_triton.swap import SwapReport, swap
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from moe_triton.integrations.quantizer import MoeTritonConfig
 
 __all__ = [
     "BalanceAccumulator",
