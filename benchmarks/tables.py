@@ -360,6 +360,25 @@ def lora_cost() -> str:
     return f"{markdown(header, rows)}\n\n{caption(found[0])}"
 
 
+def kernel_binaries() -> str:
+    """What the kernels compile to for Hopper."""
+    found = load("offline/sm_90.json")
+    counts = ("loop", "wgmma", "mma", "cp_async", "tma", "resident_blocks")
+    rows = [
+        [
+            f"`{row['kernel']}`",
+            str(row["registers"]),
+            str(row["spills"]),
+            three_digits(row["shared_bytes"] / 1024),
+            *(str(row[key]) for key in counts),
+        ]
+        for row in found["rows"]
+    ]
+    headings = ["kernel", "registers", "spills", "shared, KiB", "loop", "wgmma", "mma", "cp.async", "TMA", "per SM"]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return f"{markdown(headings, rows)}\n\n{found['arch']}, {versions}, commit {found['commit']['hash'][:10]}"
+
+
 def invariance_cost() -> str:
     """What batch invariance costs on a CPU."""
     result = load("cpu/invariance-cost.json")
@@ -390,6 +409,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "routers": routers,
     "LoRA cost": lora_cost,
     "invariance cost": invariance_cost,
+    "kernel binaries": kernel_binaries,
     "commands": commands,
     "comparison": comparison,
     "comparison sources": comparison_sources,

@@ -16,7 +16,7 @@ Made by `python benchmarks/tables.py` from the files in `results/`; do not edit.
 of what was tried: [NOTES.md](NOTES.md). The CPU suite: `python benchmarks/cpu.py`, results in `results/cpu/`.
 
 On a machine with a GPU, `make gpu` proves the kernels and measures them, in one command of 560 seconds; `make
-gpu-again` does what failed or is missing ([docs/kernels.md](../docs/kernels.md)).
+gpu-again` does what failed or is missing ([docs/gpu.md](../docs/gpu.md)).
 """
 NONE = "Not measured: `make gpu` has not run on a GPU."
 Found = dict[str, Any]

@@ -68,6 +68,7 @@ def test_a_rank_that_meets_a_failure_itself_is_not_ended_by_the_thread_that_watc
         return "a cause"
 
     monkeypatch.setattr(failure_board, "abort_groups", lambda: None)
+    monkeypatch.setattr(failure_board, "_aborted", [])  # this process goes on
     monkeypatch.setattr(failure_board, "FAILURE_GRACE_S", 0.1)
     monkeypatch.setattr(mine, "find_cause", find_cause)
     mine.look()
