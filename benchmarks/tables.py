@@ -360,9 +360,36 @@ def lora_cost() -> str:
     return f"{markdown(header, rows)}\n\n{caption(found[0])}"
 
 
+def cpu_codes() -> str:
+    """Decoding over every format of few bits on a CPU, beside bf16."""
+    found = load("cpu/codes.json")
+    rows = [
+        [name, f"{1e3 * way['seconds']['p50']:.1f}", f"{way['times_bf16']['p50']:.2f}", f"{way['bytes'] / 1e6:.0f}"]
+        for name, way in found["ways"].items()
+    ]
+    return f"{markdown(['projections', 'ms', 'times bf16', 'MB read'], rows)}\n\n{caption(found)}"
+
+
+def trainer_steps() -> str:
+    """A step of transformers' Trainer on a CPU by the experts' implementation."""
+    found = load("cpu/trainer.json")
+    rows = [
+        [f"`{name}`", f"{1e3 * way['seconds']['p50']:.0f}", f"{way['times_ours']['p50']:.2f}"]
+        for name, way in found["ways"].items()
+    ]
+    return f"{markdown(['experts', 'ms a step', 'times ours'], rows)}\n\n{caption(found)}"
+
+
+OTHER_SIZES = re.compile(r"fp32|fp16|_E8$|_E1024|experts_1024|mixtral|gpt_oss|deepseek")
+
+
 def kernel_binaries() -> str:
-    """What the kernels compile to for Hopper."""
+    """What the kernels compile to for Hopper: the first configuration of each, in 16 and 8 bits, at Qwen3's sizes."""
     found = load("offline/sm_90.json")
+    first: dict[str, dict[str, Any]] = {}
+    for row in found["rows"]:
+        if not OTHER_SIZES.search(row["kernel"]):
+            first.setdefault(re.split(r"_\d+x\d+x\d+", row["kernel"])[0], row)
     counts = ("loop", "wgmma", "mma", "cp_async", "tma", "resident_blocks")
     rows = [
         [
@@ -372,7 +399,7 @@ def kernel_binaries() -> str:
             three_digits(row["shared_bytes"] / 1024),
             *(str(row[key]) for key in counts),
         ]
-        for row in found["rows"]
+        for row in first.values()
     ]
     headings = ["kernel", "registers", "spills", "shared, KiB", "loop", "wgmma", "mma", "cp.async", "TMA", "per SM"]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
@@ -410,6 +437,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "LoRA cost": lora_cost,
     "invariance cost": invariance_cost,
     "kernel binaries": kernel_binaries,
+    "CPU codes": cpu_codes,
+    "Trainer steps": trainer_steps,
     "commands": commands,
     "comparison": comparison,
     "comparison sources": comparison_sources,

@@ -125,10 +125,10 @@ class Event:
 
 
 @contextmanager
-def waits_only_queue(seconds: float, grace_s: float | None = 1.0, **sizes: Any) -> Iterator[ParallelGroups]:
+def waits_only_queue(seconds: float, grace_s: float | None = 2.5, **sizes: Any) -> Iterator[ParallelGroups]:
     """`with waits_only_queue(seconds, ep=4) as groups:` groups with this time-out whose collectives are as NCCL's.
 
-    grace_s: in the place of FAILURE_GRACE_S, with looks ten times as often; None: as users have both.
+    grace_s: in the place of FAILURE_GRACE_S, with a look every twenty-fifth of it; None: as users have both.
     """
     groups, twins = fresh_groups(seconds, **sizes), fresh_groups(1000, **sizes)
     device = Device()
@@ -156,7 +156,7 @@ def waits_only_queue(seconds: float, grace_s: float | None = 1.0, **sizes: Any) 
         patch.setattr(failure_board, "abort_groups", device.aborted.set)
         if grace_s is not None:
             patch.setattr(failure_board, "FAILURE_GRACE_S", grace_s)
-            patch.setattr(failure_board, "WATCH_INTERVAL_S", grace_s / 10)
+            patch.setattr(failure_board, "WATCH_INTERVAL_S", grace_s / 25)
         yield groups
 
 

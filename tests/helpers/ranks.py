@@ -36,8 +36,11 @@ def fork_context() -> Any:
     return context
 
 
-def at_once(calls: Mapping[Key, Callable[[], Result]], workers: int = 4) -> dict[Key, Result]:
-    """Make calls that mostly wait for other processes, several at a time, and return their results."""
+def at_once(calls: Mapping[Key, Callable[[], Result]], workers: int = 2) -> dict[Key, Result]:
+    """Make calls that mostly wait for other processes, two at a time, and return their results.
+
+    With more of them a busy machine keeps a rank from answering in time.
+    """
     with ThreadPoolExecutor(workers) as pool:
         started = {key: pool.submit(call) for key, call in calls.items()}
     return {key: future.result() for key, future in started.items()}

@@ -36,7 +36,7 @@ class Raised:
     seconds: float
 
 
-def differs(mode: str, fault: str, timeout_s: float, grace_s: float | None = 1.0) -> Raised:
+def differs(mode: str, fault: str, timeout_s: float, grace_s: float | None = 2.5) -> Raised:
     """Run in every rank: a good step, then the victim goes its own way; every rank raises."""
     with waits_only_queue(timeout_s, grace_s, ep=WORLD) as groups:
         parallel = ExpertParallel(groups, **MODES[mode])
@@ -76,7 +76,7 @@ def _go_on(model: Model, parallel: ExpertParallel, fault: str) -> None:
         step(model)
 
 
-def fails(mode: str, fault: str, timeout_s: float, grace_s: float | None = 1.0) -> list[Raised | None]:
+def fails(mode: str, fault: str, timeout_s: float, grace_s: float | None = 2.5) -> list[Raised | None]:
     """Start ranks of their own: a good step, then the victim's fault in the middle of the second. By rank.
 
     None for a rank that raised nothing: it was killed, or has to be ended from outside.

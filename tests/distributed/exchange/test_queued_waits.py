@@ -73,12 +73,12 @@ def test_a_rank_that_does_something_else_is_named():
     def run(mode: str, fault: str) -> list[Raised]:
         ranks = free.get()
         try:
-            return ranks.run(differs, mode, fault, 4)
+            return ranks.run(differs, mode, fault, 8)
         finally:
             free.put(ranks)
 
     with ExitStack() as stack:
-        for _ in range(4):
+        for _ in range(2):
             free.put(stack.enter_context(started(WORLD)))
         cases = [*itertools.product(MODES, ("other top_k", "other chunks", "evaluates"))]
         cases += [("dropless", "skips layer 0"), ("bounded", "skips layer 1"), ("dropless", "no backward")]
