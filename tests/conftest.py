@@ -25,7 +25,8 @@ __all__ = ["four_ranks", "two_ranks"]
 TESTS = Path(__file__).parent
 PEERS = re.compile(r"(deepspeed|peft|transformers|moe_triton\.compat\.deepspeed)(\.|$)")  # the last imports the first
 # files that start programs of their own or compile: a test of them takes seconds
-SLOW_FILES = ("test_compile", "test_documents", "test_grouped", "test_structure", "test_torch_internals")
+SLOW_FILES = ("test_compile", "test_documents", "test_gated_rows", "test_grouped", "test_loops", "test_structure")
+SLOW_FILES += ("test_torch_internals",)
 SLOW_FOLDERS = ("benchmarking", "benchmarks", "checkpoint", "cli", "training")
 OWN_PROCESSES = {"tests.helpers.faults", "tests.helpers.ranks.fork_context", "tests.helpers.ranks.started"}
 
