@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -19,12 +18,12 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before triton is f
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from marked_table import write_table  # noqa: E402
 
 from moe_triton import MoE  # noqa: E402
 from tests.helpers.loss_gradients import CELLS, error_of_cell, table  # noqa: E402
 from tests.helpers.ranks import started  # noqa: E402
 
-PAGE = ROOT / "docs" / "numbers.md"
 TOKENS, HIDDEN = 512, 256
 SIZES = (1, 2, 7, 32, 33, 100, 255)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -70,15 +69,8 @@ def of_ranks() -> list[str]:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    text = PAGE.read_text(encoding="utf-8")
     for name, lines in (("batches", of_batches()), ("gradients", of_ranks())):
-        place = re.compile(
-            rf"(<!-- table: {name} \(benchmarks/invariance\.py\) -->\n).*?(<!-- end of table -->)", re.DOTALL
-        )
-        body = "\n".join(lines)
-        text, found = place.subn(lambda match, body=body: f"{match[1]}{body}\n{match[2]}", text)
-        assert found == 1, f"{PAGE.name} has no table {name!r}"
-    PAGE.write_text(text, encoding="utf-8")
+        write_table("numbers.md", name, "invariance", "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from moe_triton_kernels.activations import GATED_CASES, UNGATED_CASES
+from moe_triton_kernels.activations import GATED_CASES, UNGATED_CASES, Activation
 from moe_triton_kernels.gluon import d_hidden, down, up
 from moe_triton_kernels.gluon.launch import layout_of, tile_of, weight_block
 from moe_triton_kernels.gluon.schedules import BLOCK_K, BLOCK_M, DERIVATIVES, SCHEDULES, TYPES
@@ -88,22 +88,28 @@ def down_cases() -> Iterator[Case]:
             )
 
 
+Variant = tuple[str, Activation, bool, torch.dtype]  # schedule, activation, k is contiguous, type
+
+
+def forms_of(variants: Sequence[Variant], gated: bool) -> list[tuple[*Variant, bool, bool]]:
+    """Variants with whether gate and up lie apart and whether 64 divides k: not all of the product."""
+    forms = [(*variant, True, True) for variant in variants]
+    first = variants[0][1]
+    forms += [(name, first, by_k, torch.bfloat16, True, False) for name in SCHEDULES for by_k in (True, False)]
+    if gated:
+        forms += [(*variant, False, True) for variant in variants]
+    return forms
+
+
 def up_cases() -> Iterator[Case]:
     """Both forms in every schedule; the first also with every activation in both types, and in the other layout."""
     for op, activations in (("up_gated", GATED_CASES), ("up", UNGATED_CASES)):
         gated = op == "up_gated"
-        # (schedule, activation, k is contiguous, type)
         variants = [(name, activations[0], True, torch.bfloat16) for name in SCHEDULES]
         variants += [("cooperative", activation, True, torch.bfloat16) for activation in activations[1:]]
         variants += [("cooperative", activation, True, torch.float16) for activation in activations]
         variants += [("cooperative", activations[0], False, torch.bfloat16)]
-        # (..., gate and up apart, 64 divides k)
-        forms = [(*variant, True, True) for variant in variants]
-        forms += [
-            (name, activations[0], by_k, torch.bfloat16, True, False) for name in SCHEDULES for by_k in (True, False)
-        ]
-        if gated:
-            forms += [(*variant, False, True) for variant in variants]
+        forms = forms_of(variants, gated)
         for number, (schedule, activation, by_k, dtype, concatenated, is_even) in enumerate(forms):
             width, stored = SCHEDULES[schedule].block_n // (2 if gated else 1), TYPES[dtype]
             yield gluon_case(
@@ -129,18 +135,12 @@ def d_hidden_cases() -> Iterator[Case]:
     """Both forms in every schedule; the last also with every activation in both types, and in the other layout."""
     for op, gated in (("d_hidden_gated", True), ("d_hidden", False)):
         activations = [activation for activation in DERIVATIVES if activation.is_gated == gated]
-        # (schedule, activation, k is contiguous, type); the down projection's columns are contiguous: [d, n]
+        # the down projection's columns are contiguous: [d, n]
         variants = [(name, activations[0], False, torch.bfloat16) for name in SCHEDULES]
         variants += [("ping_pong", activation, False, torch.bfloat16) for activation in activations[1:]]
         variants += [("ping_pong", activation, False, torch.float16) for activation in activations]
         variants += [("ping_pong", activations[0], True, torch.bfloat16)]
-        # (..., gate and up apart, 64 divides k)
-        forms = [(*variant, True, True) for variant in variants]
-        forms += [
-            (name, activations[0], by_k, torch.bfloat16, True, False) for name in SCHEDULES for by_k in (True, False)
-        ]
-        if gated:
-            forms += [(*variant, False, True) for variant in variants]
+        forms = forms_of(variants, gated)
         for number, (schedule, activation, by_k, dtype, concatenated, is_even) in enumerate(forms):
             width, stored = SCHEDULES[schedule].block_n, TYPES[dtype]
             yield gluon_case(
