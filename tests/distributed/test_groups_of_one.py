@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -99,7 +100,7 @@ def of_colossalai(max_ep_size: int, num_experts: int) -> list[tuple[Any, ...]]:
         found += [(global_context.get_world_size(mode), global_context.get_group(mode)) for mode in
                   (ParallelMode.GLOBAL, ParallelMode.DATA, ParallelMode.TENSOR, ParallelMode.MOE_DATA,
                    ParallelMode.MOE_MODEL)]  # fmt: skip
-        return [seen(Group(ranks=(0,) * size, rank=0, handle=handle)) for size, handle in found]
+        return [seen(Group(ranks=(0,) * size, rank=0, reference=ref(handle))) for size, handle in found]
 
 
 @pytest.mark.parametrize(("max_ep_size", "num_experts"), [(4, 1), (4, 2), (4, 4), (2, 8), (1, 8)])
@@ -123,7 +124,7 @@ def of_deepspeed(ep_size: int) -> list[tuple[Any, ...]]:
         (deepspeed_groups.tensor_parallel_world_size(), deepspeed_groups.tensor_parallel_group()),
         (deepspeed_groups.get_data_parallel_world_size(), deepspeed_groups.get_data_parallel_group()),
     )  # fmt: skip
-    found = [seen(Group(ranks=(0,) * size, rank=0, handle=handle)) for size, handle in handles]
+    found = [seen(Group(ranks=(0,) * size, rank=0, reference=ref(handle))) for size, handle in handles]
     deepspeed_groups.reset()
     return found
 

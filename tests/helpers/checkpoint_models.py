@@ -8,6 +8,7 @@ import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -48,8 +49,9 @@ class Spread:
         if self.ranks not in _groups:
             _groups[self.ranks] = dist.new_group(list(self.ranks))
         rank = dist.get_rank()
-        place = self.ranks.index(rank) if rank in self.ranks else -1
-        return Group(ranks=self.ranks, rank=place, handle=_groups[self.ranks])
+        if rank not in self.ranks:
+            return Group(ranks=self.ranks, rank=-1)
+        return Group(ranks=self.ranks, rank=self.ranks.index(rank), reference=ref(_groups[self.ranks]))
 
 
 _groups: dict[tuple[int, ...], dist.ProcessGroup] = {}

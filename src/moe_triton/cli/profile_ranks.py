@@ -15,6 +15,7 @@ from moe_triton.benchmarking.environment import environment
 from moe_triton.benchmarking.exchange import RankExchange, as_json, profile_exchange
 from moe_triton.benchmarking.report import milliseconds, write_json
 from moe_triton.benchmarking.text_tables import plain_console, print_table
+from moe_triton.distributed.groups import default_group
 from moe_triton.metrics.statistics import exchange_statistics
 
 
@@ -26,8 +27,7 @@ def profile_over_ranks(
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     record = None
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
+    with default_group(device):
         ranks = profile_exchange(
             case, device, backend=backend, mode=mode, chunks=chunks, steps=steps, seed=seed, out=out
         )
@@ -37,8 +37,6 @@ def profile_over_ranks(
             record = {"schema": "moe-triton-profile/1", **environment(device), "exchange": exchange}
             write_json(out / "profile.json", record)
             print(f"traces: {out / 'trace-rank-0.json'} and one per rank (open them at ui.perfetto.dev)")
-    finally:
-        dist.destroy_process_group()
     return record
 
 

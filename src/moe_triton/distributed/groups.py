@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 import torch
@@ -32,16 +34,27 @@ all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tens
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """One of this rank's groups: its members' global ranks, this rank's place, and torch's handle.
+    """One of this rank's groups: its members' global ranks, this rank's place, and a reference to torch's handle.
 
-    A group of one has a process group of its own too, since torch takes None for all ranks; `handle` is None without
-    torch.distributed only. A deep copy shares the process group; pickling leaves it out, and `handle` of an unpickled
-    group raises RuntimeError.
+    A group of one has a process group of its own too, since torch takes None for all ranks; the reference is None
+    without torch.distributed only. It is a weak one: a layer that lives longer than `destroy_process_group()` would
+    keep gloo's threads running, and they can end a process with SIGABRT at its exit. A deep copy shares the process
+    group; pickling leaves it out.
     """
 
     ranks: tuple[int, ...]
     rank: int
-    handle: dist.ProcessGroup | None = field(default_factory=lambda: None, repr=False)  # no class attribute: see below
+    reference: ref[dist.ProcessGroup] | None = field(default_factory=lambda: None, repr=False)  # no class attribute
+
+    @property
+    def handle(self) -> dist.ProcessGroup | None:
+        """torch's process group. Raises RuntimeError where it was destroyed, and for an unpickled group."""
+        handle = None if self.reference is None else self.reference()
+        if handle is None and self.reference is not None:
+            raise RuntimeError(
+                "handle: got a group that destroy_process_group() has ended; wanted one of make_groups()"
+            )
+        return handle
 
     @property
     def size(self) -> int:
@@ -50,17 +63,18 @@ class Group:
     @cached_property
     def name(self) -> str:
         """torch's name of the group, the same on all of its ranks."""
-        return "" if self.handle is None else self.handle.group_name
+        handle = self.handle
+        return "" if handle is None else handle.group_name
 
     def __deepcopy__(self, memo: object) -> Group:
         return self
 
     def __getstate__(self) -> dict[str, object]:
-        return {k: v for k, v in vars(self).items() if k != "name" and (k != "handle" or v is None)}
+        return {k: v for k, v in vars(self).items() if k != "name" and (k != "reference" or v is None)}
 
     def __getattr__(self, name: str) -> Any:
-        """Raise for what is missing: for `handle` with the reason."""
-        if name == "handle":
+        """Raise for what is missing: for `reference` with the reason."""
+        if name == "reference":
             raise RuntimeError(
                 "handle: got an unpickled group, which has no process group; wanted a layer made in this process with "
                 "ExpertParallel(...), which can load the unpickled layer's state_dict"
@@ -71,10 +85,22 @@ class Group:
 ALONE = Group(ranks=(0,), rank=0)  # without torch.distributed
 
 
+@contextmanager
+def default_group(device: torch.device) -> Iterator[None]:
+    """Make the default process group of the processes that torchrun has started, and destroy it in the end."""
+    importlib.import_module("torch.distributed.nn.functional")  # later its default arguments would keep the group alive
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 def group_from_handle(handle: dist.ProcessGroup | None) -> Group:
     """Return the Group of a torch process group that this rank is in; None is the default group."""
     handle = dist.group.WORLD if handle is None else handle
-    return Group(ranks=tuple(dist.get_process_group_ranks(handle)), rank=dist.get_rank(handle), handle=handle)
+    assert handle is not None
+    return Group(ranks=tuple(dist.get_process_group_ranks(handle)), rank=dist.get_rank(handle), reference=ref(handle))
 
 
 def number_of_ranks(groups: Iterable[Group]) -> int:
@@ -283,7 +309,7 @@ def my_group(
             "group_desc": options.description or f"moe_triton {kind}",
         }
         made[key] = _split(partition, how) if _is_splittable() else _made_one_by_one(partition, how)
-    return Group(ranks=tuple(ranks), rank=ranks.index(rank), handle=made[key])
+    return Group(ranks=tuple(ranks), rank=ranks.index(rank), reference=ref(made[key]))
 
 
 def _is_splittable() -> bool:
@@ -310,7 +336,7 @@ def group_of_one() -> Group:
     rank, made = dist.get_rank(), _made_here()
     if (rank,) not in made:
         made[(rank,)] = dist.new_group([rank], use_local_synchronization=True)
-    return Group(ranks=(rank,), rank=0, handle=made[(rank,)])
+    return Group(ranks=(rank,), rank=0, reference=ref(made[(rank,)]))
 
 
 def control_group() -> Group:

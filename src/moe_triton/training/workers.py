@@ -14,6 +14,7 @@ from torch import Tensor
 from moe_triton.checks import check_choice, check_int
 from moe_triton.distributed import ExpertParallel, ParallelGroups, explain_termination, make_groups
 from moe_triton.distributed.exchange.expert_parallel import MODES
+from moe_triton.distributed.groups import default_group
 from moe_triton.training.config import check_device
 from moe_triton.training.errors import TrainingError
 
@@ -96,10 +97,7 @@ def started_workers(ep: int, mode: str, chunks: int, device: str) -> Iterator[Wo
         return
     if torch.device(device).type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
-    explain_termination()  # torchrun ends the others when one process dies: they log which one did
-    try:
+    with default_group(torch.device(device)):
+        explain_termination()  # torchrun ends the others when one process dies: they log which one did
         groups = make_groups(ep=ep)
         yield Workers(rank=groups.rank, world=world, groups=groups, mode=mode, chunks=chunks)
-    finally:
-        dist.destroy_process_group()

@@ -364,7 +364,8 @@ def failure_board() -> FailureBoard:
     world = dist.group.WORLD
     if world is None and _aborted:
         return _aborted[0]
-    assert world is not None
+    if world is None:
+        raise RuntimeError("expert parallelism: got no default process group, wanted one until the layer's last call")
     if world not in _boards:
         _boards[world] = FailureBoard(store=default_store(), rank=dist.get_rank())
     return _boards[world]
