@@ -31,7 +31,19 @@ from typing import Any
 
 import numpy as np
 
-from tests.helpers.gluon_memory import Barrier, Barriers, Descriptor, Pointer, Race, Scalar, Shared, Tile, load, store
+from tests.helpers.gluon_memory import (
+    Barrier,
+    Barriers,
+    Descriptor,
+    Pointer,
+    PointerType,
+    Race,
+    Scalar,
+    Shared,
+    Tile,
+    load,
+    store,
+)
 
 EMULATED = [
     f"moe_triton_kernels.{name}"
@@ -315,6 +327,8 @@ class Emulator:
             **types,
             shared_memory_descriptor=Shared,
             constexpr=same,
+            pointer_type=PointerType,
+            multiple_of=lambda pointer, _: pointer,
             static_range=range,
             range=range,
             to_tensor=Scalar,

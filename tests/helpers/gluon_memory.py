@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 
 class Race(Exception):
@@ -28,11 +30,26 @@ class Tile(np.ndarray):
         return self[..., 0], self[..., 1]
 
 
-class Scalar(int):
-    """A loaded integer."""
+class PointerType:
+    """What an address is converted to."""
 
-    def to(self, _: Any) -> int:
-        return int(self)
+    def __init__(self, dtype: Any) -> None:
+        self.dtype = dtype
+
+
+class Scalar(int):
+    """A loaded integer; of an address it makes a pointer into a megabyte of memory."""
+
+    def __sub__(self, other: int) -> Scalar:
+        return Scalar(int(self) - other)
+
+    def __floordiv__(self, other: int) -> Scalar:
+        return Scalar(int(self) // other)
+
+    def to(self, dtype: Any) -> int | Pointer:
+        if not isinstance(dtype, PointerType):
+            return int(self)
+        return Pointer(np.frombuffer((ctypes.c_byte * 2**20).from_address(self), dtype.dtype))
 
 
 class Pointer:
@@ -78,6 +95,12 @@ class Descriptor:
         part = self.matrix[tuple(slice(start, start + size) for start, size in zip(at, self.block, strict=True))]
         result[tuple(slice(0, size) for size in part.shape)] = part
         return result
+
+
+def view_of(base: Tensor, shape: Sequence[int], strides: Sequence[int]) -> np.ndarray:
+    """A tensor's memory and what lies above it, as a descriptor sees it: the bounds of the tensor are not known."""
+    array = base.numpy()
+    return np.lib.stride_tricks.as_strided(array, shape, [stride * array.itemsize for stride in strides])
 
 
 class Shared:

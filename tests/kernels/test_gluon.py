@@ -26,7 +26,7 @@ from moe_triton_kernels.gluon import d_hidden as gluon_d_hidden
 from moe_triton_kernels.gluon import down as gluon_down
 from moe_triton_kernels.gluon import launch, schedules
 from moe_triton_kernels.gluon import up as gluon_up
-from moe_triton_kernels.gluon.schedules import DERIVATIVES, SCHEDULES, why_unsupported
+from moe_triton_kernels.gluon.schedules import DERIVATIVES, SCHEDULES, places_of, why_unsupported
 from moe_triton_kernels.launch import Config, Target, shared_limit
 from moe_triton_kernels.operands import per_expert
 from moe_triton_kernels.tiles import tile_tables
@@ -35,7 +35,7 @@ from moe_triton_kernels.tools.offline import compile_apart
 from moe_triton_kernels.up import up
 from tests.helpers.compare import assert_close
 from tests.helpers.gluon_emulator import Emulator
-from tests.helpers.gluon_memory import Descriptor, Pointer
+from tests.helpers.gluon_memory import Descriptor, Pointer, view_of
 from tests.helpers.problems import check, make_problem, random_choices, run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -71,7 +71,7 @@ class EmulatedKernel:
         if isinstance(value, triton.language.constexpr):
             return value.value
         if isinstance(value, launch.TensorDescriptor):
-            return Descriptor(value.base.as_strided(value.shape, value.strides).numpy(), value.block_shape)
+            return Descriptor(view_of(value.base, value.shape, value.strides), value.block_shape)
         return Pointer(value.reshape(-1).numpy()) if isinstance(value, Tensor) else value
 
 
@@ -269,10 +269,53 @@ def test_a_gate_in_pairs_and_a_contraction_that_ends_within_a_block(
         assert [tile.EVEN_K.value for tile in tiles] == [False] * 4
 
 
-def test_what_is_not_supported_runs_on_the_plain_kernels() -> None:
-    """The experts' matrices are tensors of their own: the result is the one without a schedule."""
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_one_tensor_per_expert(
+    hopper: dict[str, EmulatedKernel], schedule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits as of one stack, from matrices and biases of their own."""
+
+    def choose(op: str, **sizes: Any) -> Config:
+        return replace(configs.choose_config(op, **sizes), gluon=schedule)
+
+    monkeypatch.setattr(calls, "choose_config", choose)
+    problem = make_problem(random_choices(9, 2, 4), 4, d=80, n=48, dtype=torch.float16)
+    stacked, found = run(problem), run(problem, sequence=True)
+    check(found, problem, tolerance=2e-3)
+    assert all(torch.equal(found[name], stacked[name]) for name in stacked)
+    if hopper:
+        for name, number in (("up", 1), ("down", 2), ("d_hidden", 1)):
+            places = [call[1]["places"] for call in hopper[name].calls]
+            assert [p if p is None else p.STEP.value for p in places] == [None] * number + [512] * number
+
+
+@pytest.mark.parametrize(("gap", "step"), [(256, 512), (24, 16)])
+def test_matrices_in_any_order_with_anything_between(
+    hopper: dict[str, EmulatedKernel], gap: int, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     setting = Setting()
-    weight = per_expert(list(setting.weight(128, 144, transposed=True)))
+    a, weight, bias = setting.random(NUM_ROWS, 64), setting.weight(64, 272), setting.random(3, 272)
+    memory = torch.full((3, 272 * 64 + gap), float("nan"), dtype=setting.dtype, device=DEVICE)
+    lowest_last = [memory[2 - e, gap:].view(272, 64).copy_(weight[e].T) for e in range(3)]
+    table = per_expert(lowest_last).transposed()
+    config = replace(PLAIN, gluon="cooperative")
+    sizes: dict[str, Any] = {"size_columns": 272, "config": config, "bias": per_expert(list(bias))}
+    out = down(a, setting.tiles, table, **sizes)
+    for e, span in setting.experts():
+        assert_close(out[span], a[span].double() @ weight[e].double() + bias[e].double())
+    if hopper:
+        ((_, arguments),) = hopper["down"].calls
+        assert arguments["places"].STEP.value == step
+        assert arguments["places"].first == lowest_last[2].data_ptr()
+    monkeypatch.setattr(schedules, "REACH", places_of(table).steps - 1)
+    reason = why_unsupported("cooperative", a, table, None, size_columns=272)
+    assert reason == "the experts' matrices lie further apart than a descriptor reaches"
+
+
+def test_what_is_not_supported_runs_on_the_plain_kernels() -> None:
+    """The experts' matrices have others between them: the result is the one without a schedule."""
+    setting = Setting()
+    weight = per_expert(setting.weight(128, 144, transposed=True).repeat_interleave(2, 0)[::2])
     sizes = {"size_n": 72, "top_k": TOP_K, "activation": Activation("swiglu"), "is_concatenated": True}
     kept = slice(0, OFFSETS[-1])
     found = []
@@ -298,7 +341,7 @@ def test_what_is_not_supported_runs_on_the_plain_kernels() -> None:
 
 def test_the_reasons(hopper: dict[str, EmulatedKernel]) -> None:
     rows, weight = torch.randn(8, 128, device=DEVICE).bfloat16(), torch.randn(3, 160, 128, device=DEVICE).bfloat16()
-    stacked = per_expert(weight).transposed()
+    stacked, table = per_expert(weight).transposed(), per_expert(list(weight)).transposed()
 
     def reason(rows: Tensor = rows, weight: Any = stacked, bias: Any = None, **changed: Any) -> str | None:
         arguments = {"schedule": "ping_pong", "size_columns": 160, **changed}
@@ -311,11 +354,16 @@ def test_the_reasons(hopper: dict[str, EmulatedKernel]) -> None:
     assert reason(schedule=None) == "no schedule is chosen"
     assert "torch.float32 rows and torch.bfloat16 weights, wanted both in one of" in reason(rows=rows.float())
     assert "torch.float16 rows and torch.bfloat16 weights" in reason(rows=rows.half())
-    not_one = "the experts' matrices are not one contiguous tensor"
-    assert reason(weight=per_expert(list(weight)).transposed()) == not_one
+    assert "torch.float16 rows and torch.bfloat16 weights" in reason(rows=rows.half(), weight=table)
+    assert reason(weight=table) is None
+    not_one = "the experts' matrices are neither one contiguous tensor nor one each"
+    assert reason(weight=per_expert(list(weight[:, :, ::2])).transposed()) == not_one
     assert reason(weight=per_expert(weight[:, :, ::2]).transposed()) == not_one
     assert reason(weight=per_expert(torch.randn(6, 160, 128, device=DEVICE).bfloat16()[::2]).transposed()) == not_one
-    assert "biases are not one tensor" in reason(bias=per_expert(list(torch.randn(3, 160, device=DEVICE))))
+    assert reason(bias=per_expert(list(torch.randn(3, 160, device=DEVICE)))) is None
+    assert (
+        reason(bias=per_expert(torch.randn(3, 320, device=DEVICE)[:, ::2])) == "the experts' biases are not contiguous"
+    )
     assert reason(derivative=Activation("swiglu")) is None
     limited = reason(derivative=Activation("swiglu", limit=10.0))
     assert limited == "the derivative of swiglu_limit10, wanted that of one of swiglu, geglu_tanh, silu, gelu_tanh"
@@ -325,7 +373,10 @@ def test_the_reasons(hopper: dict[str, EmulatedKernel]) -> None:
     narrow = per_expert(torch.randn(3, 12, 128, device=DEVICE).bfloat16()).transposed()
     assert reason(weight=narrow, size_columns=12) == "12 columns, wanted a multiple of 16"
     shifted = torch.randn(8 * 128 + 1, device=DEVICE).bfloat16()[1:].view(8, 128)
-    assert reason(rows=shifted) == "rows or weights do not begin at a multiple of 16 bytes"
+    not_aligned = "rows or weights do not begin at a multiple of 16 bytes"
+    assert reason(rows=shifted) == not_aligned
+    askew = torch.randn(2 * 160 * 128 + 1, device=DEVICE).bfloat16()[1:].view(2, 160, 128)
+    assert reason(weight=per_expert(list(askew)).transposed()) == not_aligned
     with pytest.raises(ValueError, match="gluon: got 'solo', wanted None or one of cooperative, ping_pong"):
         reason(schedule="solo")
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from moe_triton import reference
 from moe_triton_kernels.activations import Activation
+from moe_triton_kernels.gluon.launch import PlacesArgument
 from moe_triton_kernels.gluon.schedules import RingTile
 from moe_triton_kernels.operands import BiasArgument
 from moe_triton_kernels.tiles import TilesArgument
@@ -53,16 +54,45 @@ def descriptor(weight: np.ndarray, k_contiguous: bool, width: int) -> Descriptor
     return Descriptor(weight, [1, BLOCK_K, width])
 
 
+def table(random: np.random.Generator, weight: np.ndarray, k_contiguous: bool, width: int) -> dict[str, Any]:
+    """The same as matrices of their own: in any order in memory, at multiples of 16 bytes, with NaN between them."""
+    stored = weight.transpose(0, 2, 1) if k_contiguous else weight
+    _, rows, line = stored.shape
+    starts = random.permutation(EXPERTS) * (rows * line // 4 + 2) * 4
+    memory = np.full(starts.max() + rows * line, np.nan, np.float32)
+    for start, matrix in zip(starts, stored, strict=True):
+        memory[start : start + matrix.size] = matrix.reshape(-1)
+    steps = np.lib.stride_tricks.as_strided(memory, (starts.max() // 4 + 1, rows, line), (16, 4 * line, 4))
+    block = [1, width, BLOCK_K] if k_contiguous else [1, BLOCK_K, width]
+    return {
+        "weight": Descriptor(steps, block),
+        "places": PlacesArgument(Pointer(2**40 + 4 * starts), 2**40, 16),
+    }
+
+
 class Case:
     """A product that the emulator runs, and its float64 answer."""
 
     def __init__(
-        self, *, ping_pong: bool, stages: int, steps: int, k_contiguous: bool = True, tail: int = 0, seed: int = 0
+        self,
+        *,
+        ping_pong: bool,
+        stages: int,
+        steps: int,
+        k_contiguous: bool = True,
+        tail: int = 0,
+        is_table: bool = False,
+        seed: int = 0,
     ) -> None:
         """tail: k that the last step lacks."""
         self.random = np.random.default_rng(seed)
         self.k_contiguous, self.size_k = k_contiguous, steps * BLOCK_K - tail
-        self.ping_pong, self.stages = ping_pong, stages
+        self.ping_pong, self.stages, self.is_table = ping_pong, stages, is_table
+
+    def weight(self, weight: np.ndarray, width: int) -> dict[str, Any]:
+        if self.is_table:
+            return table(self.random, weight, self.k_contiguous, width)
+        return {"weight": descriptor(weight, self.k_contiguous, width), "places": None}
 
     def constants(self, block_n: int, parts: int = 2) -> dict[str, Any]:
         tile = RingTile(
@@ -85,7 +115,7 @@ class Case:
             "down_kernel",
             programs,
             a=Descriptor(a, [BLOCK_M, BLOCK_K]),
-            weight=descriptor(weight, self.k_contiguous, block_n),
+            **self.weight(weight, block_n),
             bias=BiasArgument(Pointer(bias.reshape(-1)), columns, 1, 4, 1),
             router_weights=Pointer(router_weights),
             source=Pointer(source),
@@ -127,7 +157,7 @@ class Case:
             programs,
             x=Pointer(x.reshape(-1)),
             source=Pointer(source),
-            weight=descriptor(weight, self.k_contiguous, width),
+            **self.weight(weight, width),
             bias=BiasArgument(Pointer(bias.reshape(-1)), projections * size_n, 1, 4, 1),
             a=Pointer(a),
             h=Pointer(h) if keep_h else None,
@@ -171,7 +201,7 @@ class Case:
             programs,
             grad_out=Pointer(grad_out.reshape(-1)),
             source=Pointer(source),
-            weight=descriptor(weight, self.k_contiguous, block_n),
+            **self.weight(weight, block_n),
             h=Pointer(h.reshape(-1)),
             router_weights=Pointer(router_weights),
             **{name: Pointer(output) for name, output in outputs.items()},
@@ -210,6 +240,7 @@ cases = st.builds(
     steps=st.integers(1, 7),
     k_contiguous=st.booleans(),
     tail=st.integers(0, BLOCK_K - 1),
+    is_table=st.booleans(),
     seed=st.integers(0, 99),
 )
 
@@ -332,6 +363,17 @@ def test_experts_below_one_another_give_the_next_ones_numbers(monkeypatch: pytes
         case = Case(ping_pong=False, stages=STAGES, steps=3, k_contiguous=False, tail=tail)
         with expected:
             case.rows(Emulator(0, changes={APART: BELOW}))
+
+
+@pytest.mark.parametrize("k_contiguous", [True, False])
+def test_matrices_of_their_own_are_found_by_their_addresses(k_contiguous: bool) -> None:
+    def rows(**changes: Any) -> None:
+        case = Case(ping_pong=False, stages=STAGES, steps=3, k_contiguous=k_contiguous, tail=2, is_table=True)
+        case.rows(Emulator(0, **changes))
+
+    rows()
+    with pytest.raises(AssertionError):
+        rows(changes={"if places is not None:": "if False:"})
 
 
 def test_both_consumers_have_to_release_a_shared_stage() -> None:

@@ -6,9 +6,13 @@ tile's loads and stores hide behind the products of another. `Config.gluon` name
 these kernels have been compiled, and run in an emulator of the barrier protocol, but have never run on a GPU. Where
 `schedules.why_unsupported` has a reason, the plain kernel runs.
 
-Not built: tables of addresses, since a TMA descriptor is of one tensor; and TMA multicast (`multicast=True` of
-`tma.async_load`, which Triton 3.8 compiles for a cluster of two warp-specialized programs), since programs that share a
-stage need barriers of the cluster.
+The experts' matrices come by TMA, also where each is a tensor of its own: a table of addresses. One descriptor reaches
+all of them, as its first dimension goes through memory in steps of 512 bytes (or 16): an expert's coordinate is how far
+its matrix lies from the lowest one. That the dimensions of a descriptor overlap is nothing new: those that Triton makes
+of ragged rows (`triton.tools.ragged_tma`) do.
+
+Not built: TMA multicast (`multicast=True` of `tma.async_load`, which Triton 3.8 compiles for a cluster of two
+warp-specialized programs), since programs that share a stage need barriers of the cluster.
 
 schedules  which schedules there are, and what they can run; imports no Gluon
 names      Gluon's names in every supported version of Triton

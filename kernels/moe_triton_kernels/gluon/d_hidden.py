@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from moe_triton_kernels.activations import Activation, is_gated
-from moe_triton_kernels.gluon.launch import grid, tile_of, weight_descriptor
+from moe_triton_kernels.gluon.launch import grid, tile_of, weight_arguments
 from moe_triton_kernels.gluon.names import gl, gluon
 from moe_triton_kernels.gluon.pipeline import (
     Work,
@@ -96,6 +96,7 @@ def d_hidden_kernel(
     grad_out,  # [T, d]
     source,  # [S]
     weight,  # descriptor [E, n, d] or [E, d, n]
+    places,  # of a table's matrices (PlacesArgument), or None
     h,  # [S, n] or [S, 2n]
     router_weights,  # [T * K]
     weighted_a,  # [S, n]
@@ -119,7 +120,7 @@ def d_hidden_kernel(
         [
             (consume, (0, work, ring, source, h, router_weights, outputs, num_slots, DTYPE, ACTIVATION, CONCATENATED)),
             (consume, (1, work, ring, source, h, router_weights, outputs, num_slots, DTYPE, ACTIVATION, CONCATENATED)),
-            (produce, (work, ring, grad_out, source, weight, TOP_K)),
+            (produce, (work, ring, grad_out, source, weight, places, TOP_K)),
         ],
         [4, 4],
         [232, 40],
@@ -154,7 +155,7 @@ def d_hidden(
     d_hidden_kernel[grid(grad_out.device, max_tiles, size_n, schedule.block_n)](
         grad_out,
         source,
-        weight_descriptor(weight, schedule.block_n),
+        *weight_arguments(weight, schedule.block_n),
         h,
         router_weights,
         weighted_a,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moe_triton_kernels.gluon.launch import grid, rows_descriptor, tile_of, weight_descriptor
+from moe_triton_kernels.gluon.launch import grid, rows_descriptor, tile_of, weight_arguments
 from moe_triton_kernels.gluon.names import gl, gluon
 from moe_triton_kernels.gluon.pipeline import (
     Work,
@@ -61,6 +61,7 @@ def consume(CONSUMER: gl.constexpr, work, ring, bias, router_weights, source, ou
 def down_kernel(
     a,  # descriptor [S, k]
     weight,  # descriptor [E, columns, k] or [E, k, columns]
+    places,  # of a table's matrices (PlacesArgument), or None
     bias,  # per expert [columns], or None
     router_weights,  # [T * K], or None
     source,  # [S], or None
@@ -77,7 +78,7 @@ def down_kernel(
         [
             (consume, (0, work, ring, bias, router_weights, source, out)),
             (consume, (1, work, ring, bias, router_weights, source, out)),
-            (produce, (work, ring, a, source, weight, 1)),
+            (produce, (work, ring, a, source, weight, places, 1)),
         ],
         [4, 1],
         [240, 24],
@@ -110,7 +111,7 @@ def down(
     table, max_tiles = tiles.select(BLOCK_M)
     down_kernel[grid(a.device, max_tiles, size_columns, schedule.block_n)](
         rows_descriptor(a),
-        weight_descriptor(weight, schedule.block_n),
+        *weight_arguments(weight, schedule.block_n),
         None if bias is None else bias.bias(),
         router_weights,
         source,

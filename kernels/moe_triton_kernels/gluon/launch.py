@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 from torch import Tensor
 
 from moe_triton_kernels.gluon.names import TensorDescriptor, gl
-from moe_triton_kernels.gluon.schedules import BLOCK_K, BLOCK_M, RingTile, Schedule, is_k_contiguous
-from moe_triton_kernels.launch import target_of
+from moe_triton_kernels.gluon.schedules import BLOCK_K, BLOCK_M, RingTile, Schedule, is_k_contiguous, places_of
+from moe_triton_kernels.launch import constant, target_of
 from moe_triton_kernels.operands import PerExpert
 
 
@@ -26,12 +28,35 @@ def weight_block(width: int, k_contiguous: bool) -> list[int]:
     return [1, width, BLOCK_K] if k_contiguous else [1, BLOCK_K, width]
 
 
-def weight_descriptor(weight: PerExpert, width: int) -> TensorDescriptor:
-    """Of the experts' matrices as they lie in memory, whatever view of it `weight` is."""
+class PlacesArgument(NamedTuple):
+    """Where the matrices of a table lie, among a kernel's arguments.
+
+    table  pointer to their addresses [E] in int64
+    first  the lowest of them, where the descriptor begins
+    STEP   bytes from one coordinate of the descriptor's first dimension to the next
+    """
+
+    table: Any
+    first: Any
+    STEP: Any
+
+
+def weight_arguments(weight: PerExpert, width: int) -> tuple[TensorDescriptor, PlacesArgument | None]:
+    """The experts' matrices as they lie in memory, whatever view of it `weight` is.
+
+    A descriptor [E, rows, columns], and None. Of a table the descriptor begins with the matrix that lies lowest, and
+    has as many steps in place of E as lead to the highest one: beside it is what makes coordinates of addresses.
+    """
     line = max(weight.strides)  # elements from one row in memory to the next: the other stride is 1
-    shape = [weight.data.shape[0], weight.layout.stride_e // line, line]
     block = weight_block(width, is_k_contiguous(weight))
-    return TensorDescriptor(weight.data, shape, [weight.layout.stride_e, line, 1], block, layout_of(3))
+    if weight.is_table:
+        places = places_of(weight)
+        base, size, step = weight.held[places.lowest], places.steps, places.step // weight.layout.itemsize
+        rows, argument = base.numel() // line, PlacesArgument(weight.data, places.first, constant(places.step))
+    else:
+        base, size, step = weight.data, weight.data.shape[0], weight.layout.stride_e
+        rows, argument = step // line, None
+    return TensorDescriptor(base, [size, rows, line], [step, line, 1], block, layout_of(3)), argument
 
 
 def tile_of(schedule: Schedule, *, group: int, parts: int, size_k: int) -> RingTile:

@@ -146,12 +146,13 @@ def locate(work, tile, num_m, num_n):
 
 
 @gluon.jit
-def produce(work, ring, a, source, weight, TOP_K: gl.constexpr):
+def produce(work, ring, a, source, weight, places, TOP_K: gl.constexpr):
     """The producer partition: every step of every tile, as soon as its stage is empty.
 
     a is a descriptor of A, or, gathered, a pointer to the token rows, of which row r takes source[r] // TOP_K. weight
-    is a descriptor of the experts' matrices, each of which TMA fills up with zeros. What a tile has past its expert's
-    rows are its neighbours': they give results that nobody stores. Past the end of k both sides are zeros.
+    is a descriptor of the experts' matrices, each of which TMA fills up with zeros; places (None: a stack) makes an
+    expert's coordinate of its address. What a tile has past its expert's rows are its neighbours': they give results
+    that nobody stores. Past the end of k both sides are zeros.
     """
     FACTOR: gl.constexpr = 2 if work.GATED else 1
     WIDTH: gl.constexpr = work.BLOCK_N // FACTOR
@@ -162,6 +163,8 @@ def produce(work, ring, a, source, weight, TOP_K: gl.constexpr):
     phase = gl.to_tensor(0)
     for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
         expert, first_row, end_row, tile_n = locate(work, tile, num_m, num_n)
+        if places is not None:
+            expert = ((gl.load(places.table + expert) - places.first) // places.STEP).to(gl.int32)
         if work.GATHERED:
             rows = first_row + gl.arange(0, work.BLOCK_M, layout=gl.SliceLayout(1, GATHER))
             slots = gl.load(source + gl.minimum(rows, end_row - 1))

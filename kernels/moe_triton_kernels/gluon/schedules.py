@@ -15,6 +15,10 @@ from moe_triton_kernels.launch import HOPPER, target_of
 from moe_triton_kernels.operands import PerExpert
 
 BLOCK_M, BLOCK_K = 128, 64
+# bytes from one coordinate to the next where matrices are tensors of their own. torch allocates by 512; views of one
+# buffer begin at any multiple of 16. A coordinate is an int32, so that is 1 TiB and 32 GiB.
+STEPS = (512, 16)
+REACH = 2**31 - 1
 # by their names in tables: what has a warp-specialized kernel
 OPS = ("up_gated", "up", "down", "d_hidden_gated", "d_hidden", "d_rows")
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -76,10 +80,37 @@ def is_k_contiguous(weight: PerExpert) -> bool:
     return weight.strides[0] == 1
 
 
-def is_one_stack(weight: PerExpert, size_k: int, size_columns: int) -> bool:
-    """Whether the matrices [k, columns], or their transposes, lie one below the other without gaps."""
+def are_dense(weight: PerExpert, size_k: int, size_columns: int) -> bool:
+    """Whether the matrices [k, columns], or their transposes, have no gaps, nor, in a stack, any between them."""
     dense = weight.strides in ((1, size_k), (size_columns, 1))
-    return dense and not weight.is_table and weight.layout.stride_e == size_k * size_columns
+    return dense and (weight.is_table or weight.layout.stride_e == size_k * size_columns)
+
+
+class Places(NamedTuple):
+    """Where the matrices of a table lie: each some steps above the lowest one.
+
+    lowest  number of the expert whose matrix lies lowest
+    first   its address
+    step    bytes
+    steps   how many there are up to the highest one, that one included
+    """
+
+    lowest: int
+    first: int
+    step: int
+    steps: int
+
+
+def places_of(weight: PerExpert) -> Places:
+    """Of a table whose addresses are multiples of 16."""
+    return _places_of(tuple(matrix.data_ptr() for matrix in weight.held))
+
+
+@lru_cache(maxsize=1024)
+def _places_of(addresses: tuple[int, ...]) -> Places:
+    first, last = min(addresses), max(addresses)
+    step = next(step for step in STEPS if all((address - first) % step == 0 for address in addresses))
+    return Places(addresses.index(first), first, step, (last - first) // step + 1)
 
 
 def why_unsupported(
@@ -105,14 +136,15 @@ def why_unsupported(
     architecture = target_of(rows.device).architecture
     if architecture not in HOPPER:
         return f"architecture {architecture}, wanted one of {', '.join(HOPPER)}"
-    if rows.dtype not in TYPES or (not weight.is_table and weight.data.dtype != rows.dtype):
-        return f"{rows.dtype} rows and {weight.data.dtype} weights, wanted both in one of {', '.join(map(str, TYPES))}"
-    if not is_one_stack(weight, size_k, projections * size_columns):
-        return "the experts' matrices are not one contiguous tensor"
+    dtype = weight.held[0].dtype if weight.is_table else weight.data.dtype
+    if rows.dtype not in TYPES or dtype != rows.dtype:
+        return f"{rows.dtype} rows and {dtype} weights, wanted both in one of {', '.join(map(str, TYPES))}"
+    if not are_dense(weight, size_k, projections * size_columns):
+        return "the experts' matrices are neither one contiguous tensor nor one each"
     if weight.adapter is not None:
         return "an adapter beside the experts' matrices"
-    if bias is not None and (bias.is_table or bias.strides != (1,)):
-        return "the experts' biases are not one tensor with contiguous rows"
+    if bias is not None and bias.strides != (1,):
+        return "the experts' biases are not contiguous"
     if derivative is not None and derivative not in DERIVATIVES:
         return f"the derivative of {derivative}, wanted that of one of {', '.join(map(str, DERIVATIVES))}"
     if rows.shape[0] == 0:
@@ -121,6 +153,9 @@ def why_unsupported(
         return f"a contraction of {size_k}, wanted a multiple of 16"
     if size_columns % 16 != 0:
         return f"{size_columns} columns, wanted a multiple of 16"
-    if rows.data_ptr() % 16 != 0 or weight.data.data_ptr() % 16 != 0:
+    begins = weight.layout.alignment if weight.is_table else weight.data.data_ptr()
+    if rows.data_ptr() % 16 != 0 or begins % 16 != 0:
         return "rows or weights do not begin at a multiple of 16 bytes"
+    if weight.is_table and places_of(weight).steps > REACH:
+        return "the experts' matrices lie further apart than a descriptor reaches"
     return import_error()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from moe_triton_kernels.activations import Activation, is_gated
-from moe_triton_kernels.gluon.launch import grid, tile_of, weight_descriptor
+from moe_triton_kernels.gluon.launch import grid, tile_of, weight_arguments
 from moe_triton_kernels.gluon.names import gl, gluon
 from moe_triton_kernels.gluon.pipeline import (
     Work,
@@ -79,6 +79,7 @@ def up_kernel(
     x,  # [T, d]
     source,  # [S]
     weight,  # descriptor [E, n or 2n, d], or [E, d, n or 2n]
+    places,  # of a table's matrices (PlacesArgument), or None
     bias,  # per expert [n] or [2n], or None
     a,  # [S, n], or None
     h,  # [S, n] or [S, 2n], or None
@@ -100,7 +101,7 @@ def up_kernel(
         [
             (consume, (0, work, ring, bias, a, h, DTYPE, ACTIVATION)),
             (consume, (1, work, ring, bias, a, h, DTYPE, ACTIVATION)),
-            (produce, (work, ring, x, source, weight, TOP_K)),
+            (produce, (work, ring, x, source, weight, places, TOP_K)),
         ],
         [4, 4],
         [232, 40],
@@ -138,7 +139,7 @@ def up(
     up_kernel[grid(x.device, max_tiles, size_n, width)](
         x,
         source,
-        weight_descriptor(weight, width if is_concatenated else schedule.block_n),
+        *weight_arguments(weight, width if is_concatenated else schedule.block_n),
         None if bias is None else bias.bias(),
         a if keep_activation else None,
         h if keep_preactivation else None,

@@ -9,8 +9,8 @@ import torch
 
 from moe_triton_kernels.activations import GATED_CASES, UNGATED_CASES, Activation
 from moe_triton_kernels.gluon import d_hidden, down, up
-from moe_triton_kernels.gluon.launch import layout_of, tile_of, weight_block
-from moe_triton_kernels.gluon.schedules import BLOCK_K, BLOCK_M, DERIVATIVES, SCHEDULES, TYPES
+from moe_triton_kernels.gluon.launch import PlacesArgument, layout_of, tile_of, weight_block
+from moe_triton_kernels.gluon.schedules import BLOCK_K, BLOCK_M, DERIVATIVES, SCHEDULES, STEPS, TYPES
 from moe_triton_kernels.tools.case import Case, integers_of, pointers_of
 from moe_triton_kernels.tools.product_cases import TILES, bias_type, only_of_down
 
@@ -28,11 +28,12 @@ def gluon_case(
     signature: Mapping[str, Any],
     sample: bool = False,
     is_even: bool = True,
+    is_table: bool = False,
     **constants: Any,
 ) -> Case:
     """A kernel in one schedule: `descriptors` gives the block of each; sizes are multiples of 16.
 
-    is_even: BLOCK_K divides the contraction.
+    is_even: BLOCK_K divides the contraction. is_table: the experts' matrices are tensors of their own.
     """
     stored = TYPES[dtype]
     types: dict[str, Any] = {
@@ -40,13 +41,16 @@ def gluon_case(
     }
     types |= {
         **signature,
+        "places": PlacesArgument(table="*i64", first="i64", STEP=STEPS[0]) if is_table else None,
         "tiles": TILES,
         "TILE": tile_of(SCHEDULES[schedule], group=8, parts=parts, size_k=BLOCK_K if is_even else 16),
     }
     numbers = integers_of(kernel, types, constants)
     is_gathered = "a" not in descriptors
     return Case(
-        name=f"{op}_{stored}_{BLOCK_M}x{width}x{BLOCK_K}_{schedule}_{variant}" + "_tail" * (not is_even),
+        name=f"{op}_{stored}_{BLOCK_M}x{width}x{BLOCK_K}_{schedule}_{variant}"
+        + "_tail" * (not is_even)
+        + "_table" * is_table,
         fn=kernel,
         signature={**types, **dict.fromkeys(numbers, "i32")},
         constexprs=constants,
@@ -55,6 +59,7 @@ def gluon_case(
             *pointers_of(types),
             *(name for name in numbers if name != "num_slots"),
             *(["bias.stride_e"] if signature.get("bias") else []),
+            *(["places.first"] if is_table else []),
         ],
         sample=sample,
         wants=["wgmma", "tma", "setmaxnreg", "proxy_fence", *(["cp_async"] if is_gathered else [])],
@@ -66,13 +71,16 @@ def gluon_cases() -> list[Case]:
 
 
 def down_cases() -> Iterator[Case]:
-    """down (bias, router weights) and d_rows in every schedule; the first also in the other layout and type."""
+    """down (bias, router weights) and d_rows in every schedule, of tables too; one in the other layout and type."""
     for op in ("down", "d_rows"):
         default = op == "down"  # its k is contiguous: [columns, k]; the other way round for d_rows
-        variants = [(name, default, torch.bfloat16) for name in SCHEDULES]
-        variants += [("cooperative", not default, torch.bfloat16), ("cooperative", default, torch.float16)]
-        for schedule, by_k, dtype in variants:
-            width, bias = SCHEDULES[schedule].block_n, bias_type(TYPES[dtype]) if op == "down" else None
+        variants = [(name, default, torch.bfloat16, is_table) for is_table in (False, True) for name in SCHEDULES]
+        variants += [
+            ("cooperative", not default, torch.bfloat16, False),
+            ("cooperative", default, torch.float16, False),
+        ]
+        for schedule, by_k, dtype, is_table in variants:
+            width, bias = SCHEDULES[schedule].block_n, bias_type(TYPES[dtype], is_table) if op == "down" else None
             yield gluon_case(
                 down.down_kernel,
                 op,
@@ -83,7 +91,8 @@ def down_cases() -> Iterator[Case]:
                 parts=down.parts_of(SCHEDULES[schedule]),
                 descriptors={"a": [BLOCK_M, BLOCK_K], "weight": weight_block(width, by_k)},
                 signature={"out": f"*{TYPES[dtype]}", "bias": bias, **only_of_down(op)},
-                sample=op == "down" and by_k and dtype == torch.bfloat16,
+                sample=op == "down" and by_k and dtype == torch.bfloat16 and not is_table,
+                is_table=is_table,
                 K_CONTIGUOUS=by_k,
             )
 
@@ -91,13 +100,15 @@ def down_cases() -> Iterator[Case]:
 Variant = tuple[str, Activation, bool, torch.dtype]  # schedule, activation, k is contiguous, type
 
 
-def forms_of(variants: Sequence[Variant], gated: bool) -> list[tuple[*Variant, bool, bool]]:
-    """Variants with whether gate and up lie apart and whether 64 divides k: not all of the product."""
-    forms = [(*variant, True, True) for variant in variants]
+def forms_of(variants: Sequence[Variant], gated: bool) -> list[tuple[*Variant, bool, bool, bool]]:
+    """Variants with whether gate and up lie apart, whether 64 divides k, and whether it is a table: not all of the
+    product."""
+    forms = [(*variant, True, True, False) for variant in variants]
     first = variants[0][1]
-    forms += [(name, first, by_k, torch.bfloat16, True, False) for name in SCHEDULES for by_k in (True, False)]
+    forms += [(name, first, by_k, torch.bfloat16, True, False, False) for name in SCHEDULES for by_k in (True, False)]
+    forms += [(*variant, True, True, True) for variant in variants[: len(SCHEDULES)]]
     if gated:
-        forms += [(*variant, False, True) for variant in variants]
+        forms += [(*variant, False, True, False) for variant in variants]
     return forms
 
 
@@ -110,7 +121,7 @@ def up_cases() -> Iterator[Case]:
         variants += [("cooperative", activation, True, torch.float16) for activation in activations]
         variants += [("cooperative", activations[0], False, torch.bfloat16)]
         forms = forms_of(variants, gated)
-        for number, (schedule, activation, by_k, dtype, concatenated, is_even) in enumerate(forms):
+        for number, (schedule, activation, by_k, dtype, concatenated, is_even, is_table) in enumerate(forms):
             width, stored = SCHEDULES[schedule].block_n // (2 if gated else 1), TYPES[dtype]
             yield gluon_case(
                 up.up_kernel,
@@ -121,9 +132,14 @@ def up_cases() -> Iterator[Case]:
                 width=width,
                 parts=up.parts_of(SCHEDULES[schedule], gated, concatenated),
                 descriptors={"weight": weight_block(width if concatenated else SCHEDULES[schedule].block_n, by_k)},
-                signature=dict.fromkeys(("x", "a", "h"), f"*{stored}") | {"source": "*i32", "bias": bias_type(stored)},
+                signature={
+                    **dict.fromkeys(("x", "a", "h"), f"*{stored}"),
+                    "source": "*i32",
+                    "bias": bias_type(stored, is_table),
+                },
                 sample=gated and number < len(SCHEDULES),
                 is_even=is_even,
+                is_table=is_table,
                 TOP_K=8,
                 ACTIVATION=activation,
                 CONCATENATED=concatenated,
@@ -141,7 +157,7 @@ def d_hidden_cases() -> Iterator[Case]:
         variants += [("ping_pong", activation, False, torch.float16) for activation in activations]
         variants += [("ping_pong", activations[0], True, torch.bfloat16)]
         forms = forms_of(variants, gated)
-        for number, (schedule, activation, by_k, dtype, concatenated, is_even) in enumerate(forms):
+        for number, (schedule, activation, by_k, dtype, concatenated, is_even, is_table) in enumerate(forms):
             width, stored = SCHEDULES[schedule].block_n, TYPES[dtype]
             yield gluon_case(
                 d_hidden.d_hidden_kernel,
@@ -159,6 +175,7 @@ def d_hidden_cases() -> Iterator[Case]:
                 },
                 sample=gated and number < len(SCHEDULES),
                 is_even=is_even,
+                is_table=is_table,
                 TOP_K=8,
                 ACTIVATION=activation,
                 CONCATENATED=concatenated,
