@@ -23,6 +23,8 @@ from moe_triton_kernels.tiles import BLOCK_SIZES, TileTables
 from moe_triton_kernels.topk_options import NUM_WARPS, TopK, programs_of
 
 CHUNK = tl.constexpr(small_dispatch.CHUNK)
+# per thread at most: without a limit, ptxas takes 128 for some cases, and on sm_103 spills
+REGISTERS = MAX_REGISTERS - 1
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -55,11 +57,6 @@ def place_constants(num_experts: int, num_warps: int) -> dict[str, Any]:
     return {"SIZES": BLOCK_SIZES, "BLOCK": block, "BLOCK_E": block_experts(num_experts)}
 
 
-def registers_of(num_warps: int) -> int:
-    """Registers per thread at most: without a limit, ptxas takes 128 for eight warps, and on sm_103 spills some."""
-    return MAX_REGISTERS if num_warps == NUM_WARPS else MAX_REGISTERS - 1
-
-
 def small_route(
     logits: Tensor,
     options: TopK,
@@ -77,7 +74,7 @@ def small_route(
     programs = programs_of(num_tokens, num_experts, options)
     choice = choice_of(logits, options, programs, choice_bias, noise, token_mask, given)
     rows, tiles = few_rows((num_tokens, options.top_k), num_experts, logits.device)
-    limit = register_limit(target_of(logits.device).architecture, registers_of(programs.num_warps))
+    limit = register_limit(target_of(logits.device).architecture, REGISTERS)
     small_route_kernel[(1,)](
         *choice.read, choice.experts, choice.weights, choice.partials, rows,
         num_tokens, float(options.scale),

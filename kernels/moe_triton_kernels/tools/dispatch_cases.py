@@ -172,7 +172,7 @@ def small_route_cases() -> Iterator[Case]:
                 fn=small_route.small_route_kernel,
                 signature={**case.signature, "rows": FEW_ROWS},
                 constexprs={**case.constexprs, **places},
-                maxnreg=small_route.registers_of(case.num_warps),
+                maxnreg=small_route.REGISTERS,
             )
 
 
