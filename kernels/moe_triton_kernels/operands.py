@@ -141,12 +141,13 @@ layout_of = lru_cache(maxsize=4096)(Layout)
 class PerExpert(NamedTuple):
     """A parameter of every expert as a kernel reads it: one stacked tensor, or a table of addresses.
 
-    data      the stacked tensor [E, ...], or an int64 [E] tensor of addresses on the device
-    layout    how the experts' tensors lie in memory
-    held      the tensors that the addresses point to, kept alive with this record
-    adapter   what is added to a product by these matrices, or None
-    decoding  what makes numbers of the tensor where that is codes, or None
-    scales    where these are codes of 8 bits, their scales: [E, blocks of k, blocks of columns] (see `fp8`)
+    data       the stacked tensor [E, ...], or an int64 [E] tensor of addresses on the device
+    layout     how the experts' tensors lie in memory
+    held       the tensors that the addresses point to, kept alive with this record
+    adapter    what is added to a product by these matrices, or None
+    decoding   what makes numbers of the tensor where that is codes, or None
+    scales     where these are codes of 8 bits, their scales: [E, blocks of k, blocks of columns] (see `fp8`)
+    addresses  of a table, on the host
     """
 
     data: Tensor
@@ -155,6 +156,7 @@ class PerExpert(NamedTuple):
     adapter: Adapter | None = None
     scales: Tensor | None = None
     decoding: Decoding | None = None
+    addresses: tuple[int, ...] = ()
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -167,7 +169,7 @@ class PerExpert(NamedTuple):
     def transposed(self) -> PerExpert:
         """The same matrices with their two dimensions swapped; nothing moves."""
         decoding = None if self.decoding is None else self.decoding.transposed()
-        return PerExpert(self.data, self.layout.transposed, self.held, self.adapter, None, decoding)
+        return PerExpert(self.data, self.layout.transposed, self.held, self.adapter, None, decoding, self.addresses)
 
     def weight(self) -> WeightArgument:
         if self.decoding is None:
@@ -199,7 +201,8 @@ def per_expert(parameter: ExpertParameter, *, transposed: bool = False) -> PerEx
     aligned = all(address % 16 == 0 for address in addresses)
     itemsize = held[0].element_size()
     layout = layout_of(0, held[0].stride(), 16 if aligned else itemsize, itemsize)
-    return PerExpert(address_table(addresses, held[0].device), layout.transposed if transposed else layout, held)
+    table = address_table(addresses, held[0].device)
+    return PerExpert(table, layout.transposed if transposed else layout, held, addresses=addresses)
 
 
 @triton.jit

@@ -26,7 +26,15 @@ from moe_triton_kernels.scores import (
     scores_of_chosen,
     softmax_rows,
 )  # fmt: skip
-from moe_triton_kernels.topk_options import Programs, TopK, choice_constants, limit_of, programs_of
+from moe_triton_kernels.topk_options import (
+    FEW_WARPS,
+    Programs,
+    TopK,
+    choice_constants,
+    few_registers,
+    limit_of,
+    programs_of,
+)
 
 TAKEN = tl.constexpr(-(2**31))  # below every score, -inf included
 INDEX_BITS = tl.constexpr(2**13 - 1)  # a 16-bit float has at least 13 zeros at the end of its fp32 pattern
@@ -289,9 +297,11 @@ def topk_forward(
     if num_tokens == 0:
         zeros = torch.zeros(of_experts, dtype=torch.float32, device=device)
         return experts, weights, zeros.int(), zeros, torch.zeros((), dtype=torch.float32, device=device)
+    limit = few_registers(device) if programs.num_warps == FEW_WARPS else {}
     topk_kernel[(sequences, programs.number)](
-        *choice.read, experts, weights, partials, num_tokens // sequences, float(options.scale), **choice.constants
-    )
+        *choice.read, experts, weights, partials, num_tokens // sequences, float(options.scale),
+        **choice.constants, **limit,
+    )  # fmt: skip
     if sequences == programs.number == 1:
         return experts, weights, *partials
     counts = torch.empty(of_experts, dtype=torch.int32, device=device)

@@ -15,16 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_triton_kernels import small_dispatch
-from moe_triton_kernels.launch import MAX_REGISTERS, register_limit, target_of
 from moe_triton_kernels.permutation import block_experts
 from moe_triton_kernels.routing import choice_of, choose_experts
 from moe_triton_kernels.small_dispatch import MAX_SLOTS, few_rows, place_few
 from moe_triton_kernels.tiles import BLOCK_SIZES, TileTables
-from moe_triton_kernels.topk_options import NUM_WARPS, TopK, programs_of
+from moe_triton_kernels.topk_options import NUM_WARPS, TopK, few_registers, programs_of
 
 CHUNK = tl.constexpr(small_dispatch.CHUNK)
-# per thread at most: without a limit, ptxas takes 128 for some cases, and on sm_103 spills
-REGISTERS = MAX_REGISTERS - 1
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -74,11 +71,10 @@ def small_route(
     programs = programs_of(num_tokens, num_experts, options)
     choice = choice_of(logits, options, programs, choice_bias, noise, token_mask, given)
     rows, tiles = few_rows((num_tokens, options.top_k), num_experts, logits.device)
-    limit = register_limit(target_of(logits.device).architecture, REGISTERS)
     small_route_kernel[(1,)](
         *choice.read, choice.experts, choice.weights, choice.partials, rows,
         num_tokens, float(options.scale),
-        **choice.constants, **place_constants(num_experts, programs.num_warps), **limit,
+        **choice.constants, **place_constants(num_experts, programs.num_warps), **few_registers(logits.device),
     )  # fmt: skip
     routed = (choice.experts, choice.weights, *choice.partials)
     return routed, (rows.offsets, rows.source, rows.position, tiles)

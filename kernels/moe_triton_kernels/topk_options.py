@@ -8,8 +8,10 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import torch
+
 from moe_triton_kernels.arithmetic import cdiv, next_power_of_2
-from moe_triton_kernels.launch import constants
+from moe_triton_kernels.launch import MAX_REGISTERS, constants, register_limit, target_of
 from moe_triton_kernels.scores import SCORES
 from moe_triton_kernels.small_dispatch import MAX_SLOTS
 
@@ -17,6 +19,7 @@ MAX_PROGRAMS = 2048  # a constant, not the number of processors: sums have the s
 TILE_ELEMENTS = 512
 FEW_WARPS = 8  # of the program that takes all tokens, where they are more than a tile of one warp but a few
 FEW_TILES = 8  # that it takes, one after another, rather than leave sums to another launch [estimated, not measured]
+FEW_REGISTERS = MAX_REGISTERS - 1  # of its threads: without a limit, ptxas takes 128 in some cases, and spills
 NUM_WARPS = 1  # a token's experts lie in one warp, so that an arg-max needs no shared memory
 
 
@@ -101,6 +104,11 @@ def choice_constants(num_experts: int, options: TopK, packed: bool, num_warps: i
         "PACKED": packed,
         "num_warps": num_warps,
     }
+
+
+def few_registers(device: torch.device) -> dict[str, int]:
+    """The option of a launch in which one program takes all of a few tokens."""
+    return register_limit(target_of(device).architecture, FEW_REGISTERS)
 
 
 class Programs(NamedTuple):

@@ -308,7 +308,7 @@ def test_matrices_in_any_order_with_anything_between(
         ((_, arguments),) = hopper["down"].calls
         assert arguments["places"].STEP.value == step
         assert arguments["places"].first == lowest_last[2].data_ptr()
-    monkeypatch.setattr(schedules, "REACH", places_of(table).steps - 1)
+    monkeypatch.setattr(schedules, "REACH", places_of(table.addresses).steps - 1)
     reason = why_unsupported("cooperative", a, table, None, size_columns=272)
     assert reason == "the experts' matrices lie further apart than a descriptor reaches"
 
@@ -428,6 +428,7 @@ def test_every_kernel_has_its_cases() -> None:
         assert all(any(case.name.startswith(stored) for case in mine) for stored in types)
         assert {case.constants["PING_PONG"] for case in mine} == {False, True}
         assert {case.constants["K_CONTIGUOUS"] for case in mine} == {False, True}
+        assert {case.constants["PING_PONG"] for case in mine if "places.STEP" in case.constants} == {False, True}
         if op in ("down", "d_rows"):
             continue
         known = DERIVATIVES if op.startswith("d_hidden") else ALL

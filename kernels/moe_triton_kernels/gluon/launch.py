@@ -50,7 +50,7 @@ def weight_arguments(weight: PerExpert, width: int) -> tuple[TensorDescriptor, P
     line = max(weight.strides)  # elements from one row in memory to the next: the other stride is 1
     block = weight_block(width, is_k_contiguous(weight))
     if weight.is_table:
-        places = places_of(weight)
+        places = places_of(weight.addresses)
         base, size, step = weight.held[places.lowest], places.steps, places.step // weight.layout.itemsize
         rows, argument = base.numel() // line, PlacesArgument(weight.data, places.first, constant(places.step))
     else:

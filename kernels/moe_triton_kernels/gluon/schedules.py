@@ -101,13 +101,9 @@ class Places(NamedTuple):
     steps: int
 
 
-def places_of(weight: PerExpert) -> Places:
-    """Of a table whose addresses are multiples of 16."""
-    return _places_of(tuple(matrix.data_ptr() for matrix in weight.held))
-
-
 @lru_cache(maxsize=1024)
-def _places_of(addresses: tuple[int, ...]) -> Places:
+def places_of(addresses: tuple[int, ...]) -> Places:
+    """Of addresses that are multiples of 16."""
     first, last = min(addresses), max(addresses)
     step = next(step for step in STEPS if all((address - first) % step == 0 for address in addresses))
     return Places(addresses.index(first), first, step, (last - first) // step + 1)
@@ -156,6 +152,6 @@ def why_unsupported(
     begins = weight.layout.alignment if weight.is_table else weight.data.data_ptr()
     if rows.data_ptr() % 16 != 0 or begins % 16 != 0:
         return "rows or weights do not begin at a multiple of 16 bytes"
-    if weight.is_table and places_of(weight).steps > REACH:
+    if weight.is_table and places_of(weight.addresses).steps > REACH:
         return "the experts' matrices lie further apart than a descriptor reaches"
     return import_error()

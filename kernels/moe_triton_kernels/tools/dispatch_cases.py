@@ -156,7 +156,8 @@ def routing_cases() -> Iterator[Case]:
         topk = Case(name=f"topk_{name}", fn=routing.topk_kernel, signature=signature, constexprs=packed, **options)
         yield topk
         few = signature | {"LANES": topk_options.lanes_of(num_experts, top_k, num_groups, topk_options.FEW_WARPS)}
-        yield replace(topk, name=f"topk_few_{name}", signature=few, num_warps=topk_options.FEW_WARPS)
+        launch: dict[str, Any] = {"num_warps": topk_options.FEW_WARPS, "maxnreg": topk_options.FEW_REGISTERS}
+        yield replace(topk, name=f"topk_few_{name}", signature=few, **launch)
         kernel = routing_backward.topk_backward_kernel
         yield Case(name=f"topk_backward_{name}", fn=kernel, signature=backward, **options)
 
@@ -172,7 +173,7 @@ def small_route_cases() -> Iterator[Case]:
                 fn=small_route.small_route_kernel,
                 signature={**case.signature, "rows": FEW_ROWS},
                 constexprs={**case.constexprs, **places},
-                maxnreg=small_route.REGISTERS,
+                maxnreg=topk_options.FEW_REGISTERS,
             )
 
 
