@@ -125,7 +125,7 @@ def test_a_schedule_that_did_not_run_is_noticed(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(numerics, "GLUON_SHAPES", ((64, 16, "swiglu", False, True),))
     monkeypatch.setattr(numerics, "make_problem", lambda *_, **__: None)
-    monkeypatch.setattr(numerics, "run", lambda problem: {})
+    monkeypatch.setattr(numerics, "run", lambda problem, **_: {})
     with pytest.raises(AssertionError, match="launched: "):
         numerics.gluon("ping_pong")(Setting(device=torch.device("cpu")))
 
