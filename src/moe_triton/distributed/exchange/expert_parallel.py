@@ -213,7 +213,8 @@ class ExpertParallel:
         call: of all ranks' experts, with the parameters of the local ones. overlap_with: computed while rows travel.
         """
         dtype, call = call.hidden.dtype, in_context(call)
-        layer = replace(layer, deduplicate=self.deduplicate and not call.spec.batch_invariant)
+        if call.spec.batch_invariant:
+            layer = replace(layer, deduplicate=False)
         if call.spec.batch_invariant and self.mode == "allgather":  # each rank adds up what its own experts make
             raise ValueError("mode: got 'allgather' with batch_invariant, wanted 'dropless' or 'bounded'")
         if self.etp.size > 1:
@@ -254,7 +255,7 @@ class ExpertParallel:
             if experts.backend == "reference":
                 raise ValueError("backend: got 'reference' with expert parallelism, wanted 'auto', 'triton' or 'torch'")
             self.check()
-            refuse_plain_ddp(layer.name, layer.held(), self.has_copies_on)
+            refuse_plain_ddp(layer.name, layer.held, self.has_copies_on)
             ids = layer.ids(dispatched)
             forward, backward, shape = self._described(hidden, ids, experts, layer)
             schedule = self._agree(forward, layer.name, hidden.device)

@@ -36,7 +36,9 @@ def tail_of(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _words(part: Tensor) -> Tensor:
-    """The bits of a part [R, .] as int32 [R, .], a view of contiguous rows."""
+    """The bits of a part [R, .] as int32 [R, .]; a view of contiguous rows."""
+    if part.dtype == torch.int32:
+        return part
     # torch calls any strides of no elements contiguous
     return (part.contiguous() if part.numel() else part.new_empty(part.shape)).view(torch.int32)
 

@@ -312,7 +312,7 @@ def _buckets(ids: Tensor, chunk_T1: Tensor | None, num_ranks: int, shape: Shape)
         wanted = torch.where(owner_TK >= 0, chunk_T1 * num_ranks + owner_TK, -1)
     if not shape.deduplicate:
         return _Buckets(wanted, wanted, None)
-    repeats = (owner_TK[:, :, None] == owner_TK[:, None, :]).tril(-1).any(-1)
+    repeats = (owner_TK.unsqueeze(2) == owner_TK.unsqueeze(1)).tril(-1).any(-1)
     return _Buckets(wanted, wanted.masked_fill(repeats, -1), repeats)
 
 
