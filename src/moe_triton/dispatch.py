@@ -131,7 +131,10 @@ def dispatch(
 
 
 def dropless_dispatch(experts: Tensor, num_experts: int, backend: str) -> Dispatch:
-    """`dispatch` of ids that were checked, under `runtime.plain_maths`, by backend "torch" or "triton"."""
+    """Do what `dispatch` does without a capacity, for checked ids, by backend "torch" or "triton".
+
+    Called under `runtime.plain_maths`.
+    """
     implementation = runtime.dispatch_backend(backend)
     if (small := implementation.build_small_dispatch(experts, num_experts)) is not None:
         return small

@@ -59,9 +59,10 @@ class Channel:
         self, out: Tensor, rows: Tensor, received: list[int], sent: list[int], phase: str
     ) -> Callable[[], None]:
         """Send rows [sum sent, ...] by destination into `out` [sum received, ...] by source. Return the wait for it."""
-        handle = self.group.handle
         return self._issue(
-            phase, out, lambda: dist.all_to_all_single(out, rows, received, sent, group=handle, async_op=True)
+            phase,
+            out,
+            lambda: dist.all_to_all_single(out, rows, received, sent, group=self.group.handle, async_op=True),
         )
 
     def all_gather(self, out: Tensor, rows: Tensor, phase: str) -> Callable[[], None]:

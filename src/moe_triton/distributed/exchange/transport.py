@@ -23,7 +23,7 @@ from moe_triton.distributed.exchange.counts import Counts, NodeCounts, SliceSize
 from moe_triton.distributed.exchange.tails import Part, part_of, parts_of, tail_of
 
 Wait = Callable[[], None]
-ROW, ASSIGNMENT = 1, 1 << 32  # counted in one int64, whose halves are two int32
+ROW, ASSIGNMENT = 1, 1 << 32  # both are counted in one int64, which is read as two int32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class SentRows(NamedTuple):
 
     tokens       [R] int32, the token of each row; any where a row is padding
     tails        [R] int32, which row of `ids` and `weights` each row takes along
-    ids          [N, J] int32, of the N tokens or choices, and of padding
+    ids          [N, J] int32, of tokens or choices, and of padding where there is some
     weights      [N, J] fp32 or fp64
     position     [T, .] int32, the rows that are summed into each token once they are back; -1 for none
     """
@@ -55,7 +55,7 @@ class SentRows(NamedTuple):
 
     @property
     def tail(self) -> tuple[Part, Part]:
-        """Return of what the tails consist."""
+        """Return what a row's tail consists of."""
         return part_of(self.ids), part_of(self.weights)
 
     def message(self, x_Td: Tensor) -> Tensor:
