@@ -161,15 +161,13 @@ class Channel:
         arrived, elements = copy_to_host(tensor)
 
         def read() -> list[int]:
-            board = self._board(phase)
-            if not arrived():
-                start = time.monotonic()
-                with self.error_context(phase):
-                    while not arrived():
-                        if board.ended:
-                            raise RuntimeError("another rank has failed")
-                        if time.monotonic() - start > SPIN_S:
-                            time.sleep(SPIN_S / 10)
+            board, start = self._board(phase), time.monotonic()
+            with self.error_context(phase):
+                while not arrived():
+                    if board.ended:
+                        raise RuntimeError("another rank has failed")
+                    if time.monotonic() - start > SPIN_S:
+                        time.sleep(SPIN_S / 10)
             return elements()
 
         return read
