@@ -1,6 +1,6 @@
 """Host work of an expert-parallel layer per direction, with 64 ranks and no communication.
 
-    python benchmarks/exchange_host_work.py [--ep N] [--repeats N] [--json]
+    python benchmarks/exchange_host_work.py [--ep N] [--repeats N] [--case NAME ...] [--json]
 
 A process group of torch's backend "fake" sends nothing; here an all-to-all gives every rank what it sends, and waits
 only queue, as on a GPU. So what is timed is the host's: Python, and calls of operators on next to no data. "operators
@@ -16,7 +16,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -90,29 +90,56 @@ class NoExperts:
 
     num_experts: int
     backend: str = "torch"
+    weights: list[Tensor] = field(default_factory=list)
 
     def description(self) -> Mapping[str, object]:
         return {}
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, assignments: int, saved: Saved) -> Tensor:
-        self.weights = weights
+        self.weights.append(weights)
         return x
 
     def start_backward(self, call: int, grad: Tensor, saved: Saved) -> Callable[[], tuple[Tensor, Tensor]]:
-        return lambda: (grad, self.weights)
+        return lambda: (grad, self.weights[call])
 
     def backward_weights(self, wanted: Sequence[bool], saved: Saved) -> Sequence[Tensor | None]:
         return []
 
 
-def measure(ep: int, repeats: int) -> dict[str, dict[str, float]]:
+@dataclass(frozen=True)
+class Case:
+    """An exchange: options of ExpertParallel, sizes of groups, and places of an expert where it has so many."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    etp: int = 1
+    places: int | None = None
+
+
+TOKENS = 16
+FIXED = {"max_tokens_per_rank": TOKENS}
+CASES = {
+    "dropless": Case(),
+    "row per choice": Case({"deduplicate": False}),
+    "2 chunks": Case({"chunks": 2}),
+    "2 levels": Case({"ranks_per_node": 8}),
+    "2 slices": Case(etp=2),
+    "capacity": Case({"mode": "capacity", **FIXED}, places=4),
+    "bounded": Case({"mode": "bounded", **FIXED}),
+    "allgather": Case({"mode": "allgather", **FIXED}),
+}
+
+
+def measure(case: Case, ep: int, repeats: int) -> dict[str, dict[str, float]]:
     """{direction: microseconds} of the exchange alone: its experts do nothing."""
-    num_experts, top_k, tokens, hidden = 4 * ep, 8, 16, 16
-    parallel = ExpertParallel(make_groups(ep=ep))
-    layer = ExchangedLayer(name="layer", num_experts=num_experts)
-    x = torch.randn(tokens, hidden, requires_grad=True)
-    ids = torch.rand(tokens, num_experts).topk(top_k).indices.int()
-    dispatched, weights = dispatch(ids, num_experts), torch.rand(tokens, top_k)
+    num_experts, top_k, hidden = 4 * ep, 8, 16
+    parallel = ExpertParallel(make_groups(ep=ep, etp=case.etp), **case.options)
+    layer = ExchangedLayer(name="layer", num_experts=num_experts, capacity=lambda num_tokens: case.places)
+    x = torch.randn(TOKENS, hidden, requires_grad=True)
+    # all that arrives is what left, which would be for other nodes
+    near = 4 * case.options.get("ranks_per_node", ep)
+    ids = torch.rand(TOKENS, near).topk(top_k).indices.int()
+    dispatched = dispatch(ids, num_experts, capacity=case.places)
+    weights = torch.rand(TOKENS, top_k)
 
     def forward() -> Tensor:
         return parallel.exchange(x, weights, dispatched, NoExperts(4), [], layer)
@@ -152,12 +179,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ep", type=int, default=64, help="ranks")
     parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--case", nargs="*", choices=list(CASES), default=list(CASES))
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=arguments.ep)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2 * arguments.ep)
     emulated: list[tuple[Any, str, object]] = [
         (dist, "all_to_all_single", all_to_all),
+        (dist, "all_reduce", lambda *_, **__: Over()),
         (channel, "all_gather_single", lambda *_, **__: Over()),
         (channel, "only_queues", lambda device: True),
         (failure_board, "device_event", lambda device: Over()),
@@ -166,14 +195,16 @@ def main() -> None:
     with ExitStack() as patches:
         for place, name, value in emulated:  # functions, not mocks: these take microseconds
             patches.enter_context(mock.patch.object(place, name, value))
-        found = measure(arguments.ep, arguments.repeats)
+        found = {name: measure(CASES[name], arguments.ep, arguments.repeats) for name in arguments.case}
     dist.destroy_process_group()
     if arguments.json:
         print(json.dumps(found))
         return
     print(f"{arguments.ep} ranks, microseconds per layer; the limit for Python is {LIMIT_US:.0f}")
-    for direction, times in found.items():
-        print(f"{direction:9}" + "".join(f"  {name} {value:.0f}" for name, value in times.items()))
+    for name, directions in found.items():
+        for direction, times in directions.items():
+            shown = "".join(f"  {what} {value:3.0f}" for what, value in times.items())
+            print(f"{name:15}{direction:9}{shown}")
 
 
 if __name__ == "__main__":

@@ -124,11 +124,23 @@ def dispatch(
     as_op = torch.compiler.is_compiling() or has_no_data(experts) or is_transforming()
     if capacity is None and not as_op:
         with runtime.plain_maths(experts):
-            small = runtime.dispatch_backend(name).build_small_dispatch(experts, num_experts)
-        if small is not None:
-            return small
+            return dropless_dispatch(experts, num_experts, name)
     run = _dispatch_op if as_op else _build
     counts, offsets, source, position = run(experts, num_experts, capacity, capacity_groups, by_choice, keys, name)
+    return Dispatch(counts=counts, offsets=offsets, source=source, position=position)
+
+
+def dropless_dispatch(experts: Tensor, num_experts: int, backend: str) -> Dispatch:
+    """Do what `dispatch` does without a capacity, for checked ids, by backend "torch" or "triton".
+
+    Called under `runtime.plain_maths`.
+    """
+    implementation = runtime.dispatch_backend(backend)
+    if (small := implementation.build_small_dispatch(experts, num_experts)) is not None:
+        return small
+    counts, offsets, source, position = implementation.build_dispatch(
+        experts.contiguous(), num_experts, None, 1, False, None
+    )
     return Dispatch(counts=counts, offsets=offsets, source=source, position=position)
 
 
@@ -194,6 +206,5 @@ def sorted_dispatch(counts: Tensor, num_rows: int, starts: Tensor | None = None)
 
 def chosen_experts(dispatched: Dispatch) -> Tensor:
     """Return the expert of every choice [T, K] int32, -1 for one without a row: the ids that the Dispatch kept."""
-    row = dispatched.position.reshape(-1)
-    expert = torch.searchsorted(dispatched.offsets[1:].contiguous(), row, right=True)
-    return torch.where(row >= 0, expert, -1).int().view_as(dispatched.position)
+    # row -1 lies before all experts
+    return torch.searchsorted(dispatched.offsets, dispatched.position, right=True, out_int32=True) - 1

@@ -86,10 +86,10 @@ class Device:
     def event(self, device: torch.device) -> Any:
         return Event(self)
 
-    def copy_to_host(self, tensors: Sequence[torch.Tensor]) -> tuple[Callable[[], bool], Callable[[], list[list[int]]]]:
+    def copy_to_host(self, tensor: torch.Tensor) -> tuple[Callable[[], bool], Callable[[], list[int]]]:
         done = Event(self)
         done.record()
-        return done.query, lambda: [tensor.reshape(-1).tolist() for tensor in tensors]
+        return done.query, lambda: tensor.reshape(-1).tolist()
 
     def collective(self, kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def issue(tensor: torch.Tensor, *args: Any, group: dist.ProcessGroup, async_op: bool = False) -> Any:

@@ -26,6 +26,7 @@ from moe_triton.distributed import (
     reduce_gradients,
     save_checkpoint,
 )
+from moe_triton.distributed.exchange import channel
 from tests.helpers import faults
 from tests.helpers.compare import relative_rms
 from tests.helpers.faults import EXPERTS, HIDDEN, Model, Scenario, fresh_groups, outcomes, step
@@ -258,20 +259,32 @@ def broken_backward() -> None:
 
 def wrong_counts(change: int) -> None:
     """Rank 1 announces another number of rows than it has."""
-    from moe_triton.distributed.exchange import transport
-
-    original = transport.Channel.all_to_all
+    original = channel.Channel.all_to_all
 
     def all_to_all(self, out, rows, received, sent, phase):
         if phase == "exchange of counts":
-            rows[:, 2] += change
+            rows[:, 1] += change
         return original(self, out, rows, received, sent, phase)
 
     model = Model(ExpertParallel(fresh_groups(ep=WORLD, seconds=100), deduplicate=False))
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 1:
-            patch.setattr(transport.Channel, "all_to_all", all_to_all)
+            patch.setattr(channel.Channel, "all_to_all", all_to_all)
         with pytest.raises(ExpertParallelError, match=r"rank 1 announced -?\d+ rows"):
+            step(model)
+
+
+def copy_that_fails() -> None:
+    """As an event of a device does that has failed."""
+
+    def arrived():
+        raise RuntimeError("an illegal memory access")
+
+    model = Model(ExpertParallel(fresh_groups(ep=WORLD)))
+    step(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(channel, "copy_to_host", lambda tensor: (arrived, list))
+        with pytest.raises(ExpertParallelError, match=r"MoE layer \d+, exchange of counts: .*illegal memory access"):
             step(model)
 
 
@@ -367,6 +380,10 @@ def test_an_exception_in_one_backward_is_reported_to_the_others(four_ranks):
 @pytest.mark.parametrize("change", [-1, 1])
 def test_counts_that_do_not_fit(four_ranks, change):
     four_ranks.run(wrong_counts, change)
+
+
+def test_a_copy_to_the_host_that_fails(four_ranks):
+    four_ranks.run(copy_that_fails)
 
 
 def test_parameters_that_differ_between_ranks(four_ranks):

@@ -13,7 +13,7 @@ from moe_triton.distributed.exchange.counts import NodeCounts, SliceSizes
 from moe_triton.distributed.exchange.overlap import Deferred
 from moe_triton.distributed.exchange.rows import Exchange
 from moe_triton.distributed.exchange.stages import ExchangeSpec, InnerStage
-from moe_triton.distributed.exchange.transport import Shape, Transport
+from moe_triton.distributed.exchange.transport import Routed, Shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class AllToAll:
     max_rows_per_pair: int | None = None
 
     def __call__(self, inner: InnerStage, spec: ExchangeSpec) -> Exchange:
-        def planner(ids: Tensor, weights: Tensor, _assignments: int) -> Callable[[Callable[[], None]], Transport]:
+        def planner(ids: Tensor, weights: Tensor, _assignments: int) -> Callable[[Callable[[], None]], Routed]:
             return self._plan(ids, weights, spec)
 
         return Exchange(
@@ -36,31 +36,32 @@ class AllToAll:
         """Return whether every rank receives equally many rows, of which some may be padding."""
         return self.mode in ("bounded", "allgather") or (self.mode == "capacity" and places is not None)
 
-    def _plan(self, ids: Tensor, weights: Tensor, spec: ExchangeSpec) -> Callable[[Callable[[], None]], Transport]:
+    def _plan(self, ids: Tensor, weights: Tensor, spec: ExchangeSpec) -> Callable[[Callable[[], None]], Routed]:
         channel, shape, max_tokens = spec.channel, spec.shape, spec.max_tokens
         if not self.has_fixed_sizes(spec.places):
-            return transports.plan_dropless(channel, ids, weights, shape, spec.slices, spec.node)
+            return transports.plan_dropless(channel, ids, weights, shape, spec.schedule, spec.slices, spec.node)
         assert max_tokens is not None
         if spec.places is not None:
-            transport = transports.plan_capacity(channel, ids, weights, shape, capacity=spec.places)
+            routed = transports.plan_capacity(channel, ids, weights, shape, capacity=spec.places)
         elif self.mode == "bounded":
-            transport, overflow = transports.plan_bounded(
+            routed, overflow = transports.plan_bounded(
                 channel, ids, weights, shape, max_tokens=max_tokens, max_rows=self.max_rows_per_pair
             )
-            if self.max_rows_per_pair is not None:
+            if overflow is not None:
                 limit = f"max_rows_per_pair={self.max_rows_per_pair}"
                 spec.watch(channel, overflow, f"more rows for another rank than {limit}")
         else:
-            transport = transports.plan_allgather(channel, ids, weights, shape, max_tokens=max_tokens)
-        return lambda meanwhile: transport
+            first = channel.group.rank * shape.per_rank
+            routed = transports.plan_allgather(channel, ids, weights, shape, max_tokens=max_tokens, first_expert=first)
+        return lambda meanwhile: routed
 
 
 def exchange_in_node(inner: InnerStage, spec: ExchangeSpec, counts: NodeCounts) -> Exchange:
     """Return the exchange inside a node, whose counts the exchange between the nodes learns."""
 
-    def planner(ids: Tensor, weights: Tensor, _assignments: int) -> Callable[[Callable[[], None]], Transport]:
-        transport = transports.plan_counted(spec.channel, ids, weights, spec.shape, counts.next())
-        return lambda meanwhile: transport
+    def planner(ids: Tensor, weights: Tensor, _assignments: int) -> Callable[[Callable[[], None]], Routed]:
+        routed = transports.plan_counted(spec.channel, ids, weights, spec.shape, counts.next())
+        return lambda meanwhile: routed
 
     return Exchange(
         planner=planner, inner=inner, channel=spec.channel, backend=spec.shape.backend,
@@ -77,11 +78,11 @@ def exchange_over_slices(
     """
     whole = replace(shape, chunks=1, per_rank=shape.num_experts)
 
-    def planner(ids: Tensor, weights: Tensor, assignments: int) -> Callable[[Callable[[], None]], Transport]:
+    def planner(ids: Tensor, weights: Tensor, assignments: int) -> Callable[[Callable[[], None]], Routed]:
         rows, most = ids.shape[0], assignments
         if sizes is not None:
             rows, most = sizes.next(rows, most, ids.device)
-        transport = transports.plan_allgather(channel, ids, weights, whole, max_tokens=rows, assignments=most)
-        return lambda meanwhile: transport
+        routed = transports.plan_allgather(channel, ids, weights, whole, max_tokens=rows, assignments=most)
+        return lambda meanwhile: routed
 
     return Exchange(planner=planner, inner=inner, channel=channel, backend=shape.backend, overlap_with=overlap_with)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache
@@ -27,11 +27,11 @@ from moe_triton.torch_internals import ends_recomputation, is_profiling
 
 Listener = Callable[[str], None]
 Error = TypeVar("Error", bound=BaseException)
+Result = TypeVar("Result")
 
 ISSUE, WAIT = "moe_triton: ", "moe_triton, wait: "  # names of ranges in torch.profiler, and then the phase's
 POLL_INTERVAL_S = 0.2  # how long to wait for a collective before checking whether it can still complete
 SPIN_S = 0.001  # how long to ask a device without a pause
-NOTHING = nullcontext()
 COMPARE_ALWAYS = "MOE_TRITON_COMPARE_ALWAYS"  # set to 1, ranks on GPUs compare every call, over a gloo group
 
 
@@ -48,27 +48,21 @@ class Channel:
     """A group of at least two ranks, the layer that uses it, and an optional listener.
 
     layer      as error messages call it
-    listener   called with "issue X" when collective X is issued, and with what `note` is given
+    listener   called with "issue X" when collective X is issued
     """
 
     group: Group
     layer: str
     listener: Listener | None = None
 
-    def note(self, event: str) -> None:
-        if self.listener is not None:
-            self.listener(event)
-
     def all_to_all(
-        self, out: Tensor, rows: Tensor, received: Sequence[int], sent: Sequence[int], phase: str
+        self, out: Tensor, rows: Tensor, received: list[int], sent: list[int], phase: str
     ) -> Callable[[], None]:
         """Send rows [sum sent, ...] by destination into `out` [sum received, ...] by source. Return the wait for it."""
         return self._issue(
             phase,
             out,
-            lambda: dist.all_to_all_single(
-                out, rows, list(received), list(sent), group=self.group.handle, async_op=True
-            ),
+            lambda: dist.all_to_all_single(out, rows, received, sent, group=self.group.handle, async_op=True),
         )
 
     def all_gather(self, out: Tensor, rows: Tensor, phase: str) -> Callable[[], None]:
@@ -129,12 +123,13 @@ class Channel:
         """
         board, name = self._board(phase), self.group.name
         board.doing = call.what
-        if name not in board.schedules:
-            board.schedules[name] = Schedule(self.group)
-        rolling = board.schedules[name].add(call)
+        if (schedule := board.schedules.get(name)) is None:
+            compares = os.environ.get(COMPARE_ALWAYS) == "1"
+            schedule = board.schedules[name] = Schedule(self.group, compares_always=compares)
+        rolling = schedule.add(call)
         if not only_queues(device):
             self._compare(call.fingerprint, phase, device)
-        elif os.environ.get(COMPARE_ALWAYS) == "1":
+        elif schedule.compares_always:
             replace(self, group=self._side_group(board))._compare(call.fingerprint, phase, torch.device("cpu"))
         return rolling
 
@@ -158,16 +153,16 @@ class Channel:
         board.mark_handled()
         return _reported(ConfigurationMismatch(f"{self.where(phase)}: {found}"))
 
-    def to_host(self, phase: str, *tensors: Tensor) -> Callable[[], list[list[int]]]:
-        """Start copying integer tensors to the host; what it returns waits for that copy alone, and gives the elements.
+    def to_host(self, phase: str, tensor: Tensor) -> Callable[[], list[int]]:
+        """Start copying an integer tensor to the host; what it returns waits for that copy alone: the elements, flat.
 
-        On a GPU the copy is one, into pinned memory, on a stream of its own behind what is queued now.
+        On a GPU the copy is into pinned memory, on a stream of its own behind what is queued now.
         """
-        arrived, elements = copy_to_host(tensors)
+        arrived, elements = copy_to_host(tensor)
 
-        def read() -> list[list[int]]:
+        def read() -> list[int]:
             board, start = self._board(phase), time.monotonic()
-            with _ErrorContext(self, phase, board):
+            with self.error_context(phase):
                 while not arrived():
                     if board.ended:
                         raise RuntimeError("another rank has failed")
@@ -187,7 +182,7 @@ class Channel:
         read = self.to_host(phase, everybody)
 
         def compare() -> None:
-            if any(other != mine for other in read()[0]):
+            if any(other != mine for other in read()):
                 board.doing = {}
                 raise self.mismatch(phase, calls)
 
@@ -210,23 +205,37 @@ class Channel:
         board = self._board(phase)
         if self.group.name not in board.identified:
             self._exchange_identities(board, tensor.device)
-        self.note(f"issue {phase}")
-        with _ErrorContext(self, phase, board), _range(ISSUE, phase):
-            work = start()
+        if self.listener is not None:
+            self.listener(f"issue {phase}")
+        work = self._named(ISSUE, phase, board, start)
+
+        def complete() -> None:
+            if work is None:
+                return
+            if only_queues(tensor.device):
+                work.wait()
+                board.queue(self.group, f"{self.layer}, {phase}", tensor.device)
+            else:
+                self._wait_polling(work, board, f"{self.layer}, {phase}")
 
         def wait() -> None:
-            with _ErrorContext(self, phase, board), _range(WAIT, phase):
-                if work is None:
-                    return
-                if only_queues(tensor.device):
-                    work.wait()
-                    board.queue(self.group, f"{self.layer}, {phase}", tensor.device)
-                else:
-                    self._wait_polling(work, board, f"{self.layer}, {phase}")
+            self._named(WAIT, phase, board, complete)
             if board.ended:
                 self._board(phase)
 
         return wait
+
+    def _named(self, kind: str, phase: str, board: FailureBoard, function: Callable[[], Result]) -> Result:
+        """Call a function, in a range of torch.profiler where one runs; a RuntimeError becomes one that names ranks."""
+        try:
+            if not is_profiling():  # a range costs microseconds also where none runs
+                return function()
+            with record_function(kind + phase):
+                return function()
+        except ExpertParallelError:
+            raise
+        except RuntimeError as error:
+            raise self._explained(error, phase, board) from error
 
     def _wait_polling(self, work: Work, board: FailureBoard, place: str) -> None:
         while True:
@@ -246,7 +255,7 @@ class Channel:
         everybody = torch.empty(self.group.size, 3, dtype=torch.int64, device=device)
         phase = "exchange of process identities"
         self.all_gather(everybody, torch.tensor([identity()], device=device), phase)()
-        (found,) = self.to_host(phase, everybody)()
+        found = self.to_host(phase, everybody)()
         for i, rank in enumerate(self.group.ranks):
             board.identities[rank] = (found[3 * i], found[3 * i + 1], found[3 * i + 2])
 
@@ -254,40 +263,27 @@ class Channel:
         """Name this rank, the layer and the phase, for a message."""
         return f"rank {self.group.ranks[self.group.rank]}, {self.layer}, {phase}"
 
-    def error_context(self, phase: str) -> AbstractContextManager[None]:
+    @contextmanager
+    def error_context(self, phase: str) -> Iterator[None]:
         """`with channel.error_context(phase):` name the error of other code's collective."""
-        return _ErrorContext(self, phase, failure_board())
+        try:
+            yield
+        except ExpertParallelError:
+            raise
+        except RuntimeError as error:
+            raise self._explained(error, phase, failure_board()) from error
+
+    def _explained(self, error: RuntimeError, phase: str, board: FailureBoard) -> ExpertParallelError:
+        """The error of a collective as one that names rank, layer, phase and the ranks that are missing."""
+        reason = board.ended or board.explain(self.group, f"{self.layer}, {phase}")
+        board.mark_handled()
+        return self.failure(phase, board, reason, _first_line(error) or type(error).__name__)
 
     def failure(self, phase: str, board: FailureBoard, reason: str, detail: str) -> ExpertParallelError:
         """Return the error of a collective that cannot complete, for `reason`; it is logged."""
         message = f"{self.where(phase)}: {reason} (step {board.step}; {detail})"
         logger.error(message)  # at once: a launcher may end this process before its traceback is printed
         return _reported(ExpertParallelError(message))
-
-
-class _ErrorContext:
-    """Turns a collective's RuntimeError into one that names rank, layer, phase and the ranks that are missing."""
-
-    __slots__ = ("board", "channel", "phase")
-
-    def __init__(self, channel: Channel, phase: str, board: FailureBoard) -> None:
-        self.channel, self.phase, self.board = channel, phase, board
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, _trace: object) -> None:
-        if not isinstance(error, RuntimeError) or isinstance(error, ExpertParallelError):
-            return
-        channel, phase, board = self.channel, self.phase, self.board
-        reason = board.ended or board.explain(channel.group, f"{channel.layer}, {phase}")
-        board.mark_handled()
-        raise channel.failure(phase, board, reason, _first_line(error) or type(error).__name__) from error
-
-
-def _range(kind: str, phase: str) -> AbstractContextManager[object]:
-    """A range of torch.profiler, where one runs: it costs microseconds where none does."""
-    return record_function(kind + phase) if is_profiling() else NOTHING
 
 
 def only_queues(device: torch.device) -> bool:
@@ -349,12 +345,11 @@ def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "")
 
 
-def copy_to_host(tensors: Sequence[Tensor]) -> tuple[Callable[[], bool], Callable[[], list[list[int]]]]:
-    """Start the copy of `Channel.to_host`: (whether it has arrived, the elements by tensor)."""
-    sizes = [tensor.numel() for tensor in tensors]
-    packed = torch.cat([tensor.reshape(-1) for tensor in tensors])
+def copy_to_host(tensor: Tensor) -> tuple[Callable[[], bool], Callable[[], list[int]]]:
+    """Start the copy of `Channel.to_host`: (whether it has arrived, the elements)."""
+    packed = tensor.reshape(-1)
     if packed.device.type != "cuda":
-        return lambda: True, lambda: [part.tolist() for part in packed.split(sizes)]
+        return lambda: True, packed.tolist
     host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
     side = _copy_stream(packed.device)
     side.wait_stream(torch.cuda.current_stream(packed.device))
@@ -362,7 +357,7 @@ def copy_to_host(tensors: Sequence[Tensor]) -> tuple[Callable[[], bool], Callabl
         host.copy_(packed, non_blocking=True)
         done = side.record_event()
     packed.record_stream(side)
-    return done.query, lambda: [part.tolist() for part in host.split(sizes)]
+    return done.query, host.tolist
 
 
 @cache

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -21,41 +20,55 @@ from moe_triton.distributed.errors import ExpertParallelError
 from moe_triton.distributed.exchange.channel import Channel
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Counts:
     """The rows of one call of an exchange, as the host knows them.
 
-    sent         rows by chunk and destination
-    received     rows by chunk and source
-    assignments  most (row, id) pairs that arrive, by chunk
+    sent             rows by chunk and destination
+    received         rows by chunk and source
+    assignments      most (row, id) pairs that arrive, by chunk
+    sent_bounds      the first sent row of each chunk, and the end
+    received_bounds  the first received row of each chunk, and the end
     """
 
-    sent: list[list[int]]
-    received: list[list[int]]
-    assignments: list[int]
+    sent: Sequence[list[int]]
+    received: Sequence[list[int]]
+    assignments: Sequence[int]
+    sent_bounds: list[int] = field(init=False)
+    received_bounds: list[int] = field(init=False)
 
-    @cached_property
-    def received_bounds(self) -> list[int]:
-        """The first received row of each chunk, and the end."""
-        return [0, *accumulate(map(sum, self.received))]
-
-    @cached_property
-    def sent_bounds(self) -> list[int]:
-        """The first sent row of each chunk, and the end."""
-        return [0, *accumulate(map(sum, self.sent))]
+    def __post_init__(self) -> None:
+        self.sent_bounds = [0, *accumulate(map(sum, self.sent))]
+        self.received_bounds = [0, *accumulate(map(sum, self.received))]
 
 
 class StartedCounts(NamedTuple):
-    """An exchange of counts under way.
+    """An exchange of counts under way; what has come is on the device.
 
-    arriving  [P, C, 2], the rows and assignments that each rank sends here, on the device
-    carried   [P, X], what each rank sent along
-    read      waits for the counts on the host
+    first    [P, 3], from each rank: its schedule, and the rows and assignments of the first chunk
+    further  [P, 2(C - 1) + X] where there is more: those of the further chunks, and X numbers that it sent along
+    chunks   C
+    read     waits for the counts on the host
     """
 
-    arriving: Tensor
-    carried: Tensor
+    first: Tensor
+    further: Tensor | None
+    chunks: int
     read: Callable[[], Counts]
+
+    @property
+    def arriving(self) -> Tensor:
+        """Return the rows and assignments that each rank sends here, [P, C, 2]."""
+        first = self.first[:, None, 1:]
+        if self.further is None or self.chunks == 1:
+            return first
+        return torch.cat([first, self.further[:, : 2 * (self.chunks - 1)].unflatten(1, (-1, 2))], dim=1)
+
+    @property
+    def carried(self) -> Tensor:
+        """Return what each rank sent along, [P, X]."""
+        assert self.further is not None
+        return self.further[:, 2 * (self.chunks - 1) :]
 
 
 def start_counts(
@@ -63,63 +76,54 @@ def start_counts(
 ) -> StartedCounts:
     """Start to exchange the rows and assignments for each rank, int32, and what travels with them.
 
-    The first message to each rank is [4]: the schedule, the number of chunks, and the counts of the first chunk. It has
-    this size whatever the ranks are about to do, so that they can find out that they differ. The counts of further
-    chunks and what is carried follow it. `most` assignments a row may have.
+    The first message to each rank is [3]: the schedule, and the counts of the first chunk. It has this size whatever
+    the ranks are about to do, so that they can find out that they differ. The counts of further chunks and what is
+    carried follow it. `most` assignments a row may have.
     """
     chunks, num_ranks, _ = counts_CP2.shape
     phase, more, ones = "exchange of counts", "exchange of further counts", [1] * num_ranks
-    first = counts_CP2[0]
-    header = first.new_full((num_ranks, 4), chunks)
-    header.select(1, 0).fill_(schedule)
-    header.narrow(1, 2, 2).copy_(first)
-    headers = torch.empty_like(header)
-    channel.all_to_all(headers, header, ones, ones, phase)()  # on a GPU this only queues
-    read_headers = channel.to_host(phase, headers, counts_CP2)
-    arriving, carried, read_further = headers[:, None, 2:], headers[:, 4:], _nothing
+    both = counts_CP2.new_full((2, num_ranks, 3), schedule)  # what is sent, and what arrives: one copy to the host
+    leaving, arrived = both.unbind()
+    leaving[:, 1:] = counts_CP2[0]
+    channel.all_to_all(arrived, leaving, ones, ones, phase)()  # on a GPU this only queues
+    read_first, arrived_more, read_more = channel.to_host(phase, both), None, None
     if chunks > 1 or carried_PX is not None:
-        further = counts_CP2[1:].transpose(0, 1).reshape(num_ranks, -1)
-        width = further.shape[1]
-        leaving = further if carried_PX is None else torch.cat([further, carried_PX], dim=1)
-        arrived = torch.empty_like(leaving)
-        channel.all_to_all(arrived, leaving, ones, ones, more)()
+        step = 2 * (chunks - 1)
+        further = counts_CP2[1:].transpose(0, 1).reshape(num_ranks, step)
+        further = further if carried_PX is None else torch.cat([further, carried_PX], dim=1)
+        both_more = further.new_empty(2, *further.shape)
+        leaving_more, arrived_more = both_more.unbind()
+        leaving_more.copy_(further)
+        channel.all_to_all(arrived_more, leaving_more, ones, ones, more)()
         if chunks > 1:
-            read_further = channel.to_host(more, arrived[:, :width])
-            arriving = torch.cat([arriving, arrived[:, :width].view(num_ranks, -1, 2)], dim=1)
-        carried = arrived[:, width:]
+            read_more = channel.to_host(more, both_more[:, :, :step])
 
     def read() -> Counts:
-        flat, mine = read_headers()
-        if flat[::4] != [schedule] * num_ranks or flat[1::4] != [chunks] * num_ranks:
+        flat, end = read_first(), 3 * num_ranks
+        if flat[end::3] != [schedule] * num_ranks:
             raise channel.mismatch(phase, channel.calls())
-        (further,) = read_further()
-        found = [flat[2::4], flat[3::4]]  # rows and assignments of the first chunk, by source
-        step = 2 * (chunks - 1)
-        found += [further[i::step] for i in range(step)]
-        rows, assigned = found[::2], found[1::2]
-        _check(channel, rows, assigned, most)
-        return Counts(
-            sent=[mine[i : i + 2 * num_ranks : 2] for i in range(0, len(mine), 2 * num_ranks)],
-            received=rows,
-            assignments=[sum(counts) for counts in assigned],
-        )
+        sent, rows, assigned = [flat[1:end:3]], [flat[end + 1 :: 3]], [flat[end + 2 :: 3]]
+        if read_more is not None:
+            flat, step, end = read_more(), 2 * (chunks - 1), 2 * (chunks - 1) * num_ranks
+            for i in range(0, step, 2):
+                sent.append(flat[i:end:step])
+                rows.append(flat[end + i :: step])
+                assigned.append(flat[end + i + 1 :: step])
+        for rows_P, assigned_P in zip(rows, assigned, strict=True):
+            _check(channel, rows_P, assigned_P, most)
+        return Counts(sent=sent, received=rows, assignments=[sum(numbers) for numbers in assigned])
 
-    return StartedCounts(arriving, carried, read)
-
-
-def _nothing() -> list[list[int]]:
-    return [[]]
+    return StartedCounts(arrived, arrived_more, chunks, read)
 
 
-def _check(channel: Channel, rows: Sequence[list[int]], assigned: Sequence[list[int]], most: int) -> None:
+def _check(channel: Channel, rows: Sequence[int], assigned: Sequence[int], most: int) -> None:
     """Every announced row has one to `most` assignments: rows that do not come would be whatever was in the memory."""
-    for rows_P, assigned_P in zip(rows, assigned, strict=True):
-        for rank, num_rows, num_assigned in zip(channel.group.ranks, rows_P, assigned_P, strict=True):
-            if not 0 <= num_rows <= num_assigned <= num_rows * most:
-                where = channel.where("exchange of counts")
-                raise ExpertParallelError(
-                    f"{where}: rank {rank} announced {num_rows} rows for {num_assigned} assignments"
-                )
+    for i, (num_rows, num_assigned) in enumerate(zip(rows, assigned, strict=True)):
+        if not 0 <= num_rows <= num_assigned <= num_rows * most:
+            raise ExpertParallelError(
+                f"{channel.where('exchange of counts')}: rank {channel.group.ranks[i]} announced {num_rows} rows for "
+                f"{num_assigned} assignments"
+            )
 
 
 @dataclass
@@ -139,7 +143,7 @@ class SliceSizes:
         read = self.channel.to_host(phase, sizes)
 
         def finish() -> None:
-            (flat,) = read()
+            flat = read()
             self.known.extend(zip(flat[::2], flat[1::2], strict=True))
 
         return finish

@@ -14,19 +14,16 @@ from moe_triton.records import Dispatch
 class DispatchedRows:
     """The two entries of an `InnerStage`, for a class that defines `compute`.
 
-    num_experts   of this rank
-    first_expert  what the ids of rows count from; rows of other ranks' experts are skipped
-    backend       makes the Dispatch
+    num_experts  of this rank
+    backend      makes the Dispatch
     """
 
     num_experts: int
-    first_expert: int
     backend: str
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, assignments: int, saved: Saved) -> Tensor:
         """See `stages.Stage`."""
-        local = ids - self.first_expert if self.first_expert else ids
-        dispatched = dispatch(local, self.num_experts, backend=self.backend)
+        dispatched = dispatch(ids, self.num_experts, backend=self.backend)
         return self.compute(x, weights, shortened(dispatched, assignments), saved)
 
     def forward_sorted(self, x: Tensor, weights: Tensor, counts: Tensor, starts: Tensor | None, saved: Saved) -> Tensor:

@@ -144,7 +144,9 @@ class ExpertParallel:
         self._all_ranks = tuple(sorted(rank for ranks in every_ep for rank in ranks))
         self._overflows = Overflows()
         self._channels: dict[tuple[str, str], Channel] = {}
-        self._calls: dict[tuple[object, ...], tuple[DescribedCall, DescribedCall]] = {}  # by all that they depend on
+        self._calls: dict[
+            tuple[object, ...], tuple[DescribedCall, DescribedCall, Shape]
+        ] = {}  # by all that they depend on
 
     @property
     def is_alone(self) -> bool:
@@ -195,17 +197,13 @@ class ExpertParallel:
         most = torch.tensor([num_tokens], device=device)
         channel, phase = self._channel(self.ep, layer), "exchange of the token counts"
         channel.all_reduce(most, phase, dist.ReduceOp.MAX)
-        return channel.to_host(phase, most)()[0][0]
+        return channel.to_host(phase, most)()[0]
 
     def _token_limit(self, num_tokens: int, device: torch.device, layer: str) -> int | None:
         """The most tokens of any rank in this call; None where the exchange does not need it, or nobody said it."""
         is_own = self.make_exchange is self.own_exchange
         unknown = self.mode == "dropless" if is_own else self.max_tokens_per_rank is None
         return None if unknown else self.most_tokens(num_tokens, device, layer)
-
-    def first_expert(self, num_experts: int) -> int:
-        """What the ids that reach this rank's experts count from."""
-        return self.ep.rank * -(-num_experts // self.ep.size) if self.mode == "allgather" else 0
 
     def run(
         self, call: ExpertCall, layer: ExchangedLayer, *, recompute: bool = False, overlap_with: Deferred | None = None
@@ -215,7 +213,8 @@ class ExpertParallel:
         call: of all ranks' experts, with the parameters of the local ones. overlap_with: computed while rows travel.
         """
         dtype, call = call.hidden.dtype, in_context(call)
-        layer = replace(layer, deduplicate=self.deduplicate and not call.spec.batch_invariant)
+        if call.spec.batch_invariant:
+            layer = replace(layer, deduplicate=False)
         if call.spec.batch_invariant and self.mode == "allgather":  # each rank adds up what its own experts make
             raise ValueError("mode: got 'allgather' with batch_invariant, wanted 'dropless' or 'bounded'")
         if self.etp.size > 1:
@@ -229,7 +228,6 @@ class ExpertParallel:
                 spec=call.spec,
                 width=matrix_shape(call.parameters.gate_up),
                 recompute=recompute,
-                first_expert=self.first_expert(layer.num_experts),
                 adds_bias=self.etp.rank == 0,
                 note=self.listener or (lambda event: None),
             )
@@ -257,9 +255,9 @@ class ExpertParallel:
             if experts.backend == "reference":
                 raise ValueError("backend: got 'reference' with expert parallelism, wanted 'auto', 'triton' or 'torch'")
             self.check()
-            refuse_plain_ddp(layer.name, layer.held(), self.has_copies_on)
+            refuse_plain_ddp(layer.name, layer.held, self.has_copies_on)
             ids = layer.ids(dispatched)
-            forward, backward = self._described(hidden, ids, experts, layer)
+            forward, backward, shape = self._described(hidden, ids, experts, layer)
             schedule = self._agree(forward, layer.name, hidden.device)
             num_tokens, tp = hidden.shape[0], self._channel(self.tp, layer.name)
             if self.tp.size > 1:
@@ -268,13 +266,9 @@ class ExpertParallel:
             limit = self._token_limit(num_tokens, hidden.device, layer.name)
             if self.tp.size > 1:  # the tp ranks hold the same tokens: each sends a share of them
                 hidden, weights, ids = (slice_tokens(x, tp) for x in (hidden, weights, ids))
-            shape = Shape(
-                num_experts=layer.num_experts, per_rank=-(-layer.num_experts // self.ep.size), chunks=self.chunks,
-                deduplicate=layer.deduplicate and self.deduplicate, backend=experts.backend, schedule=schedule,
-            )  # fmt: skip
             places = layer.capacity(limit) if self.mode == "capacity" and limit is not None else None
             limit = None if limit is None else -(-limit // self.tp.size)
-            stage = self._stages(experts, shape, layer, limit, places, overlap_with)
+            stage = self._stages(experts, shape, schedule, layer, limit, places, overlap_with)
             is_training = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, weights, *parameters))
 
             def before_backward() -> report_failure:
@@ -315,13 +309,14 @@ class ExpertParallel:
         self,
         experts: InnermostStage,
         shape: Shape,
+        schedule: int,
         layer: ExchangedLayer,
         limit: int | None,
         places: int | None,
         overlap_with: Deferred | None,
     ) -> Stage:
         """The local experts, inside the exchange over their slices, inside the exchange over their ranks."""
-        inner = metered_experts(experts, layer.meters, self.first_expert(layer.num_experts))
+        inner = metered_experts(experts, layer.meters)
         exchanges = self.ep.size > 1 or self.always_exchange
         if overlap_with is not None:
             overlap_with.meters = layer.meters
@@ -336,12 +331,12 @@ class ExpertParallel:
         if not exchanges:
             return metered_exchange(inner, layer.meters)
         spec = ExchangeSpec(
-            channel=self._channel(self.in_node, layer.name), shape=shape, watch=self._overflows.watch,
-            max_tokens=limit, places=places, dispatch_dtype=self.dispatch_dtype, overlap_with=overlap_with,
-            slices=sizes,
+            channel=self._channel(self.in_node, layer.name), shape=shape, schedule=schedule,
+            watch=self._overflows.watch, max_tokens=limit, places=places, dispatch_dtype=self.dispatch_dtype,
+            overlap_with=overlap_with, slices=sizes,
         )  # fmt: skip
         if self.between_nodes.size > 1:
-            counts = NodeCounts(channel=spec.channel, schedule=shape.schedule, slices=sizes)
+            counts = NodeCounts(channel=spec.channel, schedule=schedule, slices=sizes)
             inner = exchange_in_node(inner, replace(spec, shape=replace(shape, chunks=1)), counts)
             nodes = replace(shape, per_rank=shape.per_rank * self.in_node.size)
             between = self._channel(self.between_nodes, layer.name)
@@ -350,26 +345,31 @@ class ExpertParallel:
 
     def _described(
         self, hidden: Tensor, ids: Tensor, experts: InnermostStage, layer: ExchangedLayer
-    ) -> tuple[DescribedCall, DescribedCall]:
+    ) -> tuple[DescribedCall, DescribedCall, Shape]:
         """What has to be the same on all ranks of a layer, forward and backward, by the names of its arguments."""
         # two values tell any two capacities apart: the floor and the factor
         even = (layer.capacity(0), layer.capacity(1 << 20)) if self.mode == "capacity" else None
         shown = experts.description()
         sizes = layer.name, layer.num_experts, ids.shape[1], hidden.shape[1], hidden.dtype, layer.deduplicate, even
         key = (*sizes, self.mode, self.chunks, self.loss_reduction, experts.backend, *shown.values())
-        if key not in self._calls:
+        if (found := self._calls.get(key)) is None:
+            deduplicate = layer.deduplicate and self.deduplicate
             what = {
                 "layer": layer.name, "num_experts": layer.num_experts, "top_k": ids.shape[1],
                 "hidden_size": hidden.shape[1], "dtype": str(hidden.dtype), "ep": self.ep.size, "etp": self.etp.size,
-                "mode": self.mode, "chunks": self.chunks, "deduplicate": layer.deduplicate and self.deduplicate,
+                "mode": self.mode, "chunks": self.chunks, "deduplicate": deduplicate,
                 "max_tokens_per_rank": self.max_tokens_per_rank, "max_rows_per_pair": self.max_rows_per_pair,
                 "ranks_per_node": self.in_node.size, "backend": experts.backend, "capacity": even,
                 "loss_reduction": self.loss_reduction, "exchange": ADDRESS.sub("", repr(self.make_exchange)),
                 "dispatch_dtype": str(self.dispatch_dtype), **shown,
             }  # fmt: skip
             forward, backward = (described({"direction": name, **what}) for name in ("forward", "backward"))
-            self._calls[key] = forward, backward
-        return self._calls[key]
+            shape = Shape(
+                num_experts=layer.num_experts, per_rank=-(-layer.num_experts // self.ep.size), chunks=self.chunks,
+                deduplicate=deduplicate, backend=experts.backend,
+            )  # fmt: skip
+            found = self._calls[key] = forward, backward, shape
+        return found
 
     def _agree(self, call: DescribedCall, layer: str, device: torch.device) -> int:
         """The schedule of the expert-parallel group with the call; compared as `Channel.agree` says."""

@@ -47,7 +47,6 @@ class LocalExperts(DispatchedRows):
     spec: ExpertSpec
     width: tuple[int, ...]
     recompute: bool = False
-    first_expert: int = 0
     adds_bias: bool = True
     note: Callable[[str], None] = lambda event: None
     calls: list[LocalCall] = field(default_factory=list)

@@ -38,7 +38,7 @@ class OpaqueCall:
 
 def exchange_opaque(call: OpaqueCall, parallel: ExpertParallel, layer: ExchangedLayer) -> Tensor:
     """Return the experts' outputs [T, d] for this rank's tokens."""
-    experts = OpaqueExperts(call, parallel.first_expert(layer.num_experts), layer.backend)
+    experts = OpaqueExperts(call, layer.backend)
     with runtime.without_autocast(call.hidden.device):
         return parallel.exchange(call.hidden, call.weights, call.dispatched, experts, call.parameters, layer)
 
@@ -46,10 +46,10 @@ def exchange_opaque(call: OpaqueCall, parallel: ExpertParallel, layer: Exchanged
 class OpaqueExperts(DispatchedRows):
     """Any modules as the innermost stage of an exchange (`distributed.exchange.stages`): a graph of their own."""
 
-    def __init__(self, call: OpaqueCall, first_expert: int, backend: str) -> None:
+    def __init__(self, call: OpaqueCall, backend: str) -> None:
         device = call.hidden.device
         self.name, self.run, self.parameters = call.name, call.compute, call.parameters
-        self.num_experts, self.first_expert = call.num_experts, first_expert
+        self.num_experts = call.num_experts
         self.backend = runtime.choose(backend, device, torch.float32).name
         self.keeps_graph, self.autocast = torch.is_grad_enabled(), runtime.autocast_dtype(device)
         self.calls: list[tuple[Tensor, Tensor, Tensor]] = []

@@ -15,7 +15,7 @@ from moe_triton.distributed.exchange.channel import Channel
 class Overflows:
     """The flags of earlier calls: the channel that exchanged them, the limit that was passed, and how to read them."""
 
-    found: list[tuple[Channel, str, Callable[[], list[list[int]]]]] = field(default_factory=list)
+    found: list[tuple[Channel, str, Callable[[], list[int]]]] = field(default_factory=list)
 
     def watch(self, channel: Channel, overflow: Tensor, limit: str) -> None:
         """Let every rank know whether rows were left out anywhere: `overflow` [] int32 is 1 where they were here.
@@ -32,7 +32,7 @@ class Overflows:
         """Raise for the rows that found no room in an earlier call; waits for the device."""
         found, self.found = self.found, []
         for channel, limit, read in found:
-            ranks = [rank for rank, flag in zip(channel.group.ranks, read()[0], strict=True) if flag]
+            ranks = [rank for rank, flag in zip(channel.group.ranks, read(), strict=True) if flag]
             if ranks:
                 had = f"rank {', '.join(map(str, ranks))} had {limit}"
                 raise ExpertParallelError(f"{channel.layer}: {had}; they were left out")

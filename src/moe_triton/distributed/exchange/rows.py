@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,23 +15,23 @@ from moe_triton.distributed.exchange.channel import Channel
 from moe_triton.distributed.exchange.fp8_rows import pack_rows, unpack_rows
 from moe_triton.distributed.exchange.overlap import Deferred
 from moe_triton.distributed.exchange.stages import InnerStage, Saved
-from moe_triton.distributed.exchange.tails import parts_of, tail_of, tail_width
-from moe_triton.distributed.exchange.transport import Transport, expand
+from moe_triton.distributed.exchange.tails import Part, parts_of, tail_of, tail_width
+from moe_triton.distributed.exchange.transport import Routed, Transport, expand
 
-# ids, weights and the most (row, id) pairs -> the wait for the transport, which may compute something meanwhile
-Planner = Callable[[Tensor, Tensor, int], Callable[[Callable[[], None]], Transport]]
+# ids, weights and the most (row, id) pairs -> the wait for what travels, which may compute something meanwhile
+Planner = Callable[[Tensor, Tensor, int], Callable[[Callable[[], None]], Routed]]
 
 
-@dataclass
-class ExchangeCall:
-    """One forward of an exchange: its transport, and which calls of the inner stage its chunks were.
+class ExchangeCall(NamedTuple):
+    """One forward of an exchange: how its rows travelled, and which calls of the inner stage its chunks were.
 
-    The transport's tensors are in Saved, at `tokens` and `position`.
+    tokens and position of its rows are in Saved, at these places; their choices' weights are `weights`.
     """
 
     transport: Transport
     tokens: int
     position: int
+    weights: Part
     inner_calls: range
 
 
@@ -54,10 +55,10 @@ class Exchange:
     inner_calls: int = 0
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, assignments: int, saved: Saved) -> Tensor:
-        transport = self.planner(ids, weights, assignments)(self._compute_beside)
-        chunks, bounds = transport.chunks, transport.counts.received_bounds
-        sent = x if self.dispatch_dtype is None else pack_rows(x)
-        width, message = sent.shape[1], transport.message(sent)
+        transport, sent = self.planner(ids, weights, assignments)(self._compute_beside)
+        chunks, counts, tail = transport.chunks, transport.counts, sent.tail
+        bounds, payload = counts.received_bounds, x if self.dispatch_dtype is None else pack_rows(x)
+        width, message = payload.shape[1], sent.message(payload)
         arrived = message.new_empty(bounds[-1], message.shape[1])
         rows = x.new_empty(bounds[-1], x.shape[1])  # of all chunks in one buffer, so that nothing joins them later
         home = x.new_empty(transport.home_bounds[-1], x.shape[1])
@@ -72,18 +73,17 @@ class Exchange:
                 pending.append(start(chunk + 1))
             pending[chunk]()
             here = slice(bounds[chunk], bounds[chunk + 1])
-            row_x = arrived[here, :width]
-            rows[here] = row_x if self.dispatch_dtype is None else unpack_rows(row_x, x.shape[1], x.dtype)
-            row_ids, row_weights = transport.ids_and_weights(arrived[here], width)
-            y = self.inner.forward(rows[here], row_ids, row_weights, transport.counts.assignments[chunk], saved)
+            row_x, tails, chunk_rows = arrived[here, :width], arrived[here, width:], rows[here]
+            chunk_rows.copy_(row_x if self.dispatch_dtype is None else unpack_rows(row_x, x.shape[1], x.dtype))
+            row_ids, row_weights = transport.ids_and_weights(tails, tail)
+            y = self.inner.forward(chunk_rows, row_ids, row_weights, counts.assignments[chunk], saved)
             returning.append(transport.start_back(y, home, chunk, f"results of chunk {chunk}"))
         for wait in returning:
             wait()
-        out = self._combine(home, transport.position)
+        out = self._combine(home, sent.position)
         first, self.inner_calls = self.inner_calls, self.inner_calls + chunks
-        places = saved.put(transport.tokens), saved.put(transport.position)
-        transport.forget_tensors()
-        self.calls.append(ExchangeCall(transport, *places, range(first, self.inner_calls)))
+        places = saved.put(sent.tokens), saved.put(sent.position)
+        self.calls.append(ExchangeCall(transport, *places, tail[1], range(first, self.inner_calls)))
         return out
 
     def forward_sorted(self, x: Tensor, weights: Tensor, counts: Tensor, starts: Tensor | None, saved: Saved) -> Tensor:
@@ -93,9 +93,9 @@ class Exchange:
     def start_backward(self, call: int, grad: Tensor, saved: Saved) -> Callable[[], tuple[Tensor, Tensor]]:
         """Issue all of backward's exchanges; what is returned waits for the last ones and sums up."""
         here = self.calls[call]
-        transport, position = here.transport, saved[here.position]
+        transport, position, weights = here.transport, saved[here.position], [here.weights]
         chunks, bounds, d = transport.chunks, transport.counts.received_bounds, grad.shape[1]
-        rows, weights = expand(grad, saved[here.tokens]), [transport.weights]
+        rows = expand(grad, saved[here.tokens])
         arrived = grad.new_empty(bounds[-1], d)
         home = grad.new_empty(transport.home_bounds[-1], d + tail_width(weights, grad.dtype))
 

@@ -35,12 +35,14 @@ def _fingerprint(items: tuple[tuple[str, object], ...]) -> int:
 class Schedule:
     """What this rank has done on a group since its default group was made, or since the ranks failed together.
 
-    rolling   hash of all of it, 31 bits
-    compared  the hash that was compared last
-    calls     since then
+    compares_always  whether a rank on a GPU compares every call
+    rolling          hash of all of it, 31 bits
+    compared         the hash that was compared last
+    calls            since then
     """
 
     group: Group
+    compares_always: bool = False
     rolling: int = 0
     compared: int = 0
     calls: deque[Mapping[str, object]] = field(default_factory=lambda: deque(maxlen=MOST_CALLS))

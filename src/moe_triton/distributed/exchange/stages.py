@@ -1,8 +1,9 @@
 """What happens to rows between a token and its experts' outputs: stages that nest.
 
-A stage takes rows x [R, d] with their ids [R, J] (-1 for none) and weights [R, J], and gives one output row per input
-row: the sum of its choices. An exchange between nodes holds one inside the node, which holds the experts. Backward is
-in two halves, as the backends' is: the rows' gradients, which others wait for, then the parameters'.
+A stage takes rows x [R, d] with their ids [R, J] and weights [R, J], and gives one output row per input row: the sum of
+its choices. An id outside of the stage's experts is no choice: its weight is not used, and has a gradient of zero. An
+exchange between nodes holds one inside the node, which holds the experts. Backward is in two halves, as the backends'
+is: the rows' gradients, which others wait for, then the parameters'.
 
 An exchange is made anew for every call of a layer by a `MakeExchange`: `all_to_all.AllToAll` is the package's own.
 """
@@ -117,6 +118,7 @@ class ExchangeSpec:
 
     channel         the group's collectives, with names for error messages
     shape           how the experts lie on the group's ranks, and the backend that makes Dispatches and sums rows
+    schedule        hash of all that this rank has done on the group, to be compared where the sizes vary
     watch           called with the channel, a flag [] int32 on the device that is 1 where rows found no room, and a
                     limit in words: every rank raises, on a GPU in its next call, so that nothing waits for the device
     max_tokens      most tokens that a rank of the group passes in this call; None where it is not known
@@ -130,6 +132,7 @@ class ExchangeSpec:
 
     channel: Channel
     shape: Shape
+    schedule: int
     watch: Callable[[Channel, Tensor, str], None]
     max_tokens: int | None = None
     places: int | None = None

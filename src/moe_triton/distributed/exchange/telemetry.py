@@ -17,11 +17,10 @@ class MeteredExperts:
 
     experts: InnerStage
     meter: ExchangeMeter
-    first_expert: int
     num_experts: int
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, assignments: int, saved: Saved) -> Tensor:
-        is_here = (ids >= self.first_expert) & (ids < self.first_expert + self.num_experts)
+        is_here = (ids >= 0) & (ids < self.num_experts)
         self.meter.count(is_here.any(1).sum())
         with self.meter.excluding(x.device):
             return self.experts.forward(x, ids, weights, assignments, saved)
@@ -58,11 +57,11 @@ class MeteredExchange:
         return finish
 
 
-def metered_experts(experts: InnermostStage, meters: Sequence[ExchangeMeter], first_expert: int) -> InnerStage:
+def metered_experts(experts: InnermostStage, meters: Sequence[ExchangeMeter]) -> InnerStage:
     """Return the experts, counted by all of these meters."""
     found: InnerStage = experts
     for meter in meters:
-        found = MeteredExperts(found, meter, first_expert, experts.num_experts)
+        found = MeteredExperts(found, meter, experts.num_experts)
     return found
 
 

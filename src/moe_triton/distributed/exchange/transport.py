@@ -2,25 +2,28 @@
 
 Shapes: T tokens here, K choices, E experts over P ranks, L = ceil(E / P) experts per rank (the last rank may have
 fewer), R rows sent from here. Rows lie by chunk, then by destination; what arrives lies by chunk, then by source.
-A row carries J ids (local to the receiver, -1 for none) and J weights in its tail: J = K where a token travels once per
-rank, or 1.
+A row carries J global ids (-1 for none) and J weights in its tail: J = K where a token travels once per rank, or 1. The
+receiver skips those that are not for its experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from moe_triton.dispatch import dispatch
+from moe_triton.dispatch import dropless_dispatch
 from moe_triton.distributed.exchange.channel import Channel
 from moe_triton.distributed.exchange.counts import Counts, NodeCounts, SliceSizes, start_counts
-from moe_triton.distributed.exchange.tails import parts_of, tail_of, tail_width
+from moe_triton.distributed.exchange.tails import Part, part_of, parts_of, tail_of
 
 Wait = Callable[[], None]
+ROW, ASSIGNMENT = 1, 1 << 32  # both are counted in one int64, which is read as two int32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,28 +35,54 @@ class Shape:
     chunks: int
     deduplicate: bool
     backend: str
-    schedule: int  # hash of all that this rank has done, compared with every variable-size exchange
+
+
+class SentRows(NamedTuple):
+    """The rows that leave, on the device.
+
+    tokens       [R] int32, the token of each row; any where a row is padding
+    tails        [R] int32, which row of `ids` and `weights` each row takes along
+    ids          [N, J] int32, of tokens or choices, and of padding where there is some
+    weights      [N, J] fp32 or fp64
+    position     [T, .] int32, the rows that are summed into each token once they are back; -1 for none
+    """
+
+    tokens: Tensor
+    tails: Tensor
+    ids: Tensor
+    weights: Tensor
+    position: Tensor
+
+    @property
+    def tail(self) -> tuple[Part, Part]:
+        """Return what a row's tail consists of."""
+        return part_of(self.ids), part_of(self.weights)
+
+    def message(self, x_Td: Tensor) -> Tensor:
+        """Return the rows to send with their ids and weights as tails, [R, d + t]."""
+        d, tails = x_Td.shape[1], tail_of((self.ids, self.weights), x_Td.dtype)
+        out = x_Td.new_empty(self.tokens.shape[0], d + tails.shape[1])
+        if x_Td.shape[0] > 0:
+            torch.index_select(x_Td, 0, self.tokens, out=out[:, :d])
+        else:
+            out[:, :d] = 0
+        torch.index_select(tails, 0, self.tails, out=out[:, d:])
+        return out
 
 
 @dataclass(kw_only=True)
 class Transport:
-    """Where every row goes, and what comes back.
+    """How rows travel, as the host knows it; it outlives the forward pass.
 
-    tokens       [R] int64, the token of each row that is sent; 0 where a row is padding
-    ids          [R, J] int32
-    weights      [R, J] fp32 or fp64
-    position     [T, .] int32, the rows that are summed into each token once they are back; -1 for none
-    counts       how many rows travel
-    by_choice    a row per (token, choice), and position [T, K] is each choice's; J = 1
-    gathers      every rank gets all rows, and the ids are global
+    counts        how many rows travel
+    first_expert  what the ids count from that arrive here, for the inner stage
+    by_choice     a row per (token, choice), and position [T, K] is each choice's; J = 1
+    gathers       every rank gets all rows
     """
 
     channel: Channel
-    tokens: Tensor
-    ids: Tensor
-    weights: Tensor
-    position: Tensor
     counts: Counts
+    first_expert: int
     by_choice: bool = False
     gathers: bool = False
 
@@ -73,7 +102,7 @@ class Transport:
         if self.gathers:
             size = rows.shape[0] // self.chunks
             return self.channel.all_gather(arriving, rows[chunk * size : (chunk + 1) * size], phase)
-        bounds = self.home_bounds
+        bounds = self.counts.sent_bounds
         leaving = rows[bounds[chunk] : bounds[chunk + 1]]
         return self.channel.all_to_all(arriving, leaving, self.counts.received[chunk], self.counts.sent[chunk], phase)
 
@@ -85,31 +114,15 @@ class Transport:
         sizes = received if self.gathers else self.counts.sent[chunk]
         return self.channel.all_to_all(arriving, rows.contiguous(), sizes, received, phase)
 
-    def message(self, x_Td: Tensor) -> Tensor:
-        """Return the rows to send with their ids and weights as tails, [R, d + t]."""
-        d, parts = x_Td.shape[1], (self.ids, self.weights)
-        out = x_Td.new_empty(self.tokens.shape[0], d + tail_width(parts, x_Td.dtype))
-        if x_Td.shape[0] > 0:
-            torch.index_select(x_Td, 0, self.tokens, out=out[:, :d])
-        else:
-            out[:, :d] = 0
-        out[:, d:] = tail_of(parts, x_Td.dtype)
-        return out
-
-    def ids_and_weights(self, arrived: Tensor, hidden_size: int) -> tuple[Tensor, Tensor]:
-        """Return the ids and weights of arrived messages."""
-        ids, weights = parts_of(arrived[:, hidden_size:], (self.ids, self.weights))
-        return ids, weights
-
-    def forget_tensors(self) -> None:
-        """Keep the host's part alone, which may outlive the forward pass: autograd keeps the tensors."""
-        nothing = self.weights.new_empty(0, self.weights.shape[1])
-        self.tokens = self.ids = self.weights = self.position = nothing
+    def ids_and_weights(self, tails: Tensor, parts: tuple[Part, Part]) -> tuple[Tensor, Tensor]:
+        """Return the ids and weights in the tails of arrived rows; ids that are not for the inner stage are outside."""
+        ids, weights = parts_of(tails, parts)
+        return ids - self.first_expert if self.first_expert else ids, weights
 
     def choice_gradients(self, home_RJ: Tensor, position: Tensor) -> Tensor:
         """Return the router weights' gradients [T, K], from those of the returned rows' slots, by `position`."""
-        padded = torch.cat([home_RJ, home_RJ.new_zeros(1, home_RJ.shape[1])])
-        slots = padded[position.long()]  # [T, ., J]; position -1 is the row of zeros
+        padded = F.pad(home_RJ, (0, 0, 0, 1))
+        slots = padded[position]  # [T, ., J]; position -1 is the row of zeros
         return slots[:, :, 0] if self.by_choice else slots.sum(1)  # a choice's slot is zero in all rows but one
 
 
@@ -120,14 +133,18 @@ def expand(x_Td: Tensor, tokens: Tensor) -> Tensor:
     return x_Td.index_select(0, tokens)
 
 
+Routed = tuple[Transport, SentRows]
+
+
 def plan_dropless(
     channel: Channel,
     ids: Tensor,
     weights: Tensor,
     shape: Shape,
+    schedule: int,
     slices: SliceSizes | None = None,
     node: NodeCounts | None = None,
-) -> Callable[[Callable[[], None]], Transport]:
+) -> Callable[[Callable[[], None]], Routed]:
     """Plan exactly the rows that are wanted. Starts the exchange of counts, and prepares what needs none.
 
     What is returned calls its argument, a computation to make meanwhile, and then waits for the counts on the host.
@@ -142,25 +159,29 @@ def plan_dropless(
         in_node = replace(shape, per_rank=shape.per_rank // node.channel.group.size)
         num_ranks = channel.group.size * node.channel.group.size
         counts_of_ranks = _count(_buckets(ids, _chunks(ids, shape), num_ranks, in_node), shape.chunks, num_ranks)
-        started = start_counts(channel, counts_CP2, shape.schedule, most, node.to_carry(counts_of_ranks))
+        started = start_counts(channel, counts_CP2, schedule, most, node.to_carry(counts_of_ranks))
         read_inner = node.start(started.carried, most)
     else:
-        started = start_counts(channel, counts_CP2, shape.schedule, most)
+        started = start_counts(channel, counts_CP2, schedule, most)
         if slices is not None:
             read_inner = slices.start(started.arriving.sum(0))
-    transport_of = _dropless_rows(channel, ids, weights, buckets, shape)
+    rows_of = _dropless_rows(channel, ids, weights, buckets, shape)
 
-    def finish(meanwhile: Callable[[], None]) -> Transport:
+    def finish(meanwhile: Callable[[], None]) -> Routed:
         meanwhile()
         counts = started.read()
         read_inner()
-        return transport_of(counts)
+        return rows_of(counts)
 
     return finish
 
 
-def plan_counted(channel: Channel, ids: Tensor, weights: Tensor, shape: Shape, counts: Counts) -> Transport:
-    """Plan exactly the rows that are wanted, in one chunk, where the host knows already how many they are."""
+def plan_counted(channel: Channel, ids: Tensor, weights: Tensor, shape: Shape, counts: Counts) -> Routed:
+    """Plan exactly the rows that are wanted, in one chunk, where the host knows already how many they are.
+
+    ids [T, K]: those outside of the group's experts are for other groups, whose rows these are as well.
+    """
+    ids = torch.where(ids // (channel.group.size * shape.per_rank) == 0, ids, -1)
     return _dropless_rows(channel, ids, weights, _buckets(ids, None, channel.group.size, shape), shape)(counts)
 
 
@@ -170,33 +191,33 @@ def _nothing() -> None:
 
 def plan_bounded(
     channel: Channel, ids: Tensor, weights: Tensor, shape: Shape, *, max_tokens: int, max_rows: int | None
-) -> tuple[Transport, Tensor]:
+) -> tuple[Routed, Tensor | None]:
     """Plan room for whatever `max_tokens` tokens can want: nothing is counted, nothing is dropped, no host sync.
 
-    `max_rows` makes the room of each (chunk, pair of ranks) smaller. The second result is 1 [] where a row found no
-    room and was left out, else 0; it stays on the device.
+    `max_rows` makes the room of each (chunk, pair of ranks) smaller. Then the second result is 1 [] where a row found
+    no room and was left out, else 0; it stays on the device.
     """
     num_ranks, chunks, top_k = channel.group.size, shape.chunks, ids.shape[1]
     tokens_per_chunk = -(-max_tokens // chunks)
     most_ids = min(top_k, shape.per_rank)
     room = tokens_per_chunk * (1 if shape.deduplicate else most_ids)
     room = room if max_rows is None else min(room, max_rows)
-    chunk_T1 = (torch.arange(ids.shape[0], device=ids.device) // max(tokens_per_chunk, 1))[:, None]
+    chunk_T1 = None if chunks == 1 else (_indices(ids.shape[0], ids) // max(tokens_per_chunk, 1))[:, None]
     buckets = _buckets(ids, chunk_T1, num_ranks, shape)
-    dispatched = dispatch(buckets.sent.int(), chunks * num_ranks, backend=shape.backend)
-    bucket_TK = torch.where(dispatched.position >= 0, buckets.sent, 0)
-    within = dispatched.position - dispatched.offsets[bucket_TK.long()]
-    fits = (dispatched.position >= 0) & (within < room)
-    row_TK = torch.where(fits, bucket_TK * room + within, -1)
-    overflow = ((dispatched.position >= 0) & ~fits).any().int()
-    transport = _fixed_rows(
-        channel, ids, weights, row_TK, buckets.owner, shape,
+    dispatched = dropless_dispatch(buckets.sent, chunks * num_ranks, shape.backend)
+    within = dispatched.position - dispatched.offsets[buckets.sent]  # negative without a bucket, which reads the end
+    row_TK, overflow = (buckets.sent * room + within).clamp_min(-1), None
+    if max_rows is not None:
+        has_no_room = within >= room
+        row_TK, overflow = row_TK.masked_fill(has_no_room, -1), has_no_room.any().int()
+    routed = _fixed_rows(
+        channel, ids, weights, row_TK, shape,
         room_per_pair=room, assignments=num_ranks * room * (most_ids if shape.deduplicate else 1),
     )  # fmt: skip
-    return transport, overflow
+    return routed, overflow
 
 
-def plan_capacity(channel: Channel, ids: Tensor, weights: Tensor, shape: Shape, *, capacity: int) -> Transport:
+def plan_capacity(channel: Channel, ids: Tensor, weights: Tensor, shape: Shape, *, capacity: int) -> Routed:
     """Plan an even exchange of [E, C, d], as GShard's: every expert has `capacity` places in what each rank sends.
 
     The ids hold what survived the capacity already; `capacity` must be the same on all ranks. Chunks cut up the places.
@@ -204,130 +225,144 @@ def plan_capacity(channel: Channel, ids: Tensor, weights: Tensor, shape: Shape, 
     num_ranks = channel.group.size
     places = -(-capacity // shape.chunks)  # of an expert in each chunk
     experts = num_ranks * shape.per_rank
-    dispatched = dispatch(ids, experts, backend=shape.backend)
-    expert_TK = torch.where(dispatched.position >= 0, ids, 0)
-    place = dispatched.position - dispatched.offsets[expert_TK.long()]
-    chunk_TK = place // max(places, 1)
-    row = (chunk_TK * experts + expert_TK) * places + place % max(places, 1)
-    row_TK = torch.where((dispatched.position >= 0) & (place < capacity), row, -1)
-    by_choice = replace(shape, deduplicate=False)
+    dispatched = dropless_dispatch(ids, experts, shape.backend)
+    place = dispatched.position - dispatched.offsets[ids]  # negative without an expert, which reads the end
+    row = ids * places + place
+    if shape.chunks > 1:
+        row = (place // max(places, 1) * experts + ids) * places + place % max(places, 1)
+    row_TK = torch.where((place >= 0) & (place < capacity), row, -1)
     rows = shape.per_rank * places
-    return _fixed_rows(
-        channel, ids, weights, row_TK, _owner(ids, shape), by_choice, room_per_pair=rows, assignments=num_ranks * rows
-    )
+    by_choice = replace(shape, deduplicate=False)
+    return _fixed_rows(channel, ids, weights, row_TK, by_choice, room_per_pair=rows, assignments=num_ranks * rows)
 
 
 def plan_allgather(
-    channel: Channel, ids: Tensor, weights: Tensor, shape: Shape, *, max_tokens: int, assignments: int | None = None
-) -> Transport:
+    channel: Channel,
+    ids: Tensor,
+    weights: Tensor,
+    shape: Shape,
+    *,
+    max_tokens: int,
+    assignments: int | None = None,
+    first_expert: int = 0,
+) -> Routed:
     """Plan to send all tokens to all ranks, each skipping what is not its own; partial sums are added at home.
 
     `assignments` bounds what one rank's tokens can want of another, where that is known better than from the sizes.
     """
     num_ranks, chunks, (num_tokens, top_k) = channel.group.size, shape.chunks, ids.shape
     room = -(-max_tokens // chunks)
-    most = num_ranks * room * min(top_k, shape.per_rank)
-    most = most if assignments is None else min(most, num_ranks * assignments)
+    most = room * min(top_k, shape.per_rank)
+    most = num_ranks * (most if assignments is None else min(most, assignments))
     padding = chunks * room - num_tokens
-    token_T = torch.arange(num_tokens, device=ids.device)
-    source_P = torch.arange(num_ranks, device=ids.device)
-    first = (token_T // max(room, 1)) * num_ranks * room + token_T % max(room, 1)
-    return Transport(
-        channel=channel,
-        tokens=torch.cat([token_T, token_T.new_zeros(padding)]),
-        ids=torch.cat([ids.int(), ids.new_full((padding, top_k), -1, dtype=torch.int32)]),
-        weights=torch.cat([weights, weights.new_zeros(padding, top_k)]),
-        position=(first[:, None] + source_P * room).int(),
-        counts=_fixed_counts(
-            num_ranks, chunks, room, most if assignments is None else min(most, num_ranks * assignments)
-        ),
-        gathers=True,
-    )
+    token_T = first = _indices(num_tokens, ids)
+    tails = token_T
+    if chunks > 1:
+        first = token_T // max(room, 1) * (num_ranks * room) + token_T % max(room, 1)
+    if padding > 0:
+        tails = _indices(chunks * room, ids).clamp_max(num_tokens)
+        ids, weights = _with_padding(ids, weights)
+    sent = SentRows(
+        tokens=tails.clamp_max(num_tokens - 1) if padding > 0 else tails, tails=tails, ids=ids, weights=weights,
+        position=first[:, None] + _indices(num_ranks, ids) * room,
+    )  # fmt: skip
+    counts = _fixed_counts(num_ranks, chunks, room, most)
+    return Transport(channel=channel, counts=counts, first_expert=first_expert, gathers=True), sent
 
 
+@lru_cache(maxsize=64)  # layers have the same in every step
 def _fixed_counts(num_ranks: int, chunks: int, room: int, assignments: int) -> Counts:
     """The counts of `room` rows for each (chunk, pair of ranks)."""
     rows = [[room] * num_ranks] * chunks
     return Counts(sent=rows, received=rows, assignments=[assignments] * chunks)
 
 
-def _owner(ids: Tensor, shape: Shape) -> Tensor:
-    """The rank of every choice's expert, [T, K]; -1 where there is none, whose id is -1."""
-    return ids // shape.per_rank
+def _indices(number: int, like: Tensor) -> Tensor:
+    """0, 1, ... [number] int32, where `like` is."""
+    return torch.arange(number, dtype=torch.int32, device=like.device)
+
+
+def _first_expert(channel: Channel, shape: Shape) -> int:
+    return channel.group.rank * shape.per_rank
 
 
 def _chunks(ids: Tensor, shape: Shape) -> Tensor | None:
     """The chunk of each token, [T, 1], of runs as equal as can be; None where there is one."""
     if shape.chunks == 1:
         return None
-    return (torch.arange(ids.shape[0], device=ids.device) * shape.chunks // max(ids.shape[0], 1))[:, None]
+    return (_indices(ids.shape[0], ids) * shape.chunks // max(ids.shape[0], 1))[:, None]
 
 
 class _Buckets(NamedTuple):
-    """Where every choice goes, [T, K]: a bucket is a (chunk, destination).
+    """Where every choice goes, [T, K] int32: a bucket is a (chunk, destination).
 
-    owner   the rank of its expert, -1 where there is none
-    wanted  its bucket, -1 where there is no expert
-    sent    its bucket, -1 also where another choice of the token has sent the row
+    wanted   its bucket, -1 where there is no expert
+    sent     its bucket, -1 also where another choice of the token has sent the row
+    repeats  where one has; None where each choice has a row of its own
     """
 
-    owner: Tensor
     wanted: Tensor
     sent: Tensor
+    repeats: Tensor | None
 
 
 def _buckets(ids: Tensor, chunk_T1: Tensor | None, num_ranks: int, shape: Shape) -> _Buckets:
-    owner_TK = wanted = _owner(ids, shape)
+    owner_TK = wanted = ids // shape.per_rank  # -1 where there is none, whose id is -1
     if chunk_T1 is not None:
         wanted = torch.where(owner_TK >= 0, chunk_T1 * num_ranks + owner_TK, -1)
     if not shape.deduplicate:
-        return _Buckets(owner_TK, wanted, wanted)
-    repeats = (owner_TK[:, :, None] == owner_TK[:, None, :]).tril(-1).any(-1)
-    return _Buckets(owner_TK, wanted, wanted.masked_fill(repeats, -1))
+        return _Buckets(wanted, wanted, None)
+    repeats = (owner_TK.unsqueeze(2) == owner_TK.unsqueeze(1)).tril(-1).any(-1)
+    return _Buckets(wanted, wanted.masked_fill(repeats, -1), repeats)
 
 
 def _count(buckets: _Buckets, chunks: int, num_ranks: int) -> Tensor:
     """The rows and assignments for each rank, by chunk: [C, P, 2] int32."""
-    both_S2 = torch.stack([buckets.sent >= 0, buckets.wanted >= 0], dim=-1).view(-1, 2).int()
-    found = both_S2.new_zeros(chunks * num_ranks, 2)
-    found.index_add_(0, buckets.wanted.reshape(-1).clamp_min(0), both_S2)
-    return found.view(chunks, num_ranks, 2)
+    wanted = buckets.wanted
+    if buckets.repeats is None:
+        both_TK = torch.full_like(wanted, ROW + ASSIGNMENT, dtype=torch.int64)
+    else:
+        both_TK = torch.where(buckets.repeats, ASSIGNMENT, ROW + ASSIGNMENT)
+    found = both_TK.new_zeros(chunks * num_ranks + 1)  # the first is for what no rank gets
+    found.index_add_(0, (wanted + 1).view(-1), both_TK.view(-1))
+    return found[1:].view(torch.int32).view(chunks, num_ranks, 2)
 
 
 def _dropless_rows(
     channel: Channel, ids: Tensor, weights: Tensor, buckets: _Buckets, shape: Shape
-) -> Callable[[Counts], Transport]:
-    """All of a transport of exactly the wanted rows that needs no counts; what is returned takes them.
+) -> Callable[[Counts], Routed]:
+    """All of the exactly wanted rows that needs no counts; what is returned takes them.
 
     The rows are sorted by bucket: our own stable sort, with buckets in the place of experts.
     """
-    dispatched = dispatch(buckets.sent.int(), shape.chunks * channel.group.size, backend=shape.backend)
-    slots = dispatched.source.clamp_min(0).long()
-    row_ids, row_weights, tokens = _row_slots(ids, weights, buckets.owner, slots, shape)
+    dispatched = dropless_dispatch(buckets.sent, shape.chunks * channel.group.size, shape.backend)
+    tokens, tails, ids, weights = _tails(dispatched.source, ids, weights, shape)
 
-    def transport_of(counts: Counts) -> Transport:
+    def routed(counts: Counts) -> Routed:
         num_rows = counts.sent_bounds[-1]
-        return Transport(
-            channel=channel, tokens=tokens[:num_rows], ids=row_ids[:num_rows], weights=row_weights[:num_rows],
-            position=dispatched.position, counts=counts, by_choice=not shape.deduplicate,
+        kept = tokens[:num_rows]
+        transport = Transport(
+            channel=channel, counts=counts, first_expert=_first_expert(channel, shape), by_choice=not shape.deduplicate
+        )
+        return transport, SentRows(
+            tokens=kept, tails=kept if tails is tokens else tails[:num_rows], ids=ids, weights=weights,
+            position=dispatched.position,
         )  # fmt: skip
 
-    return transport_of
+    return routed
 
 
-def _row_slots(
-    ids: Tensor, weights: Tensor, owner_TK: Tensor, slots: Tensor, shape: Shape
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The ids, local to their receiver, the weights, and the tokens of the rows of these slots, token*K + choice."""
+def _tails(slots: Tensor, ids: Tensor, weights: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`tokens`, `tails`, `ids` and `weights` of `SentRows` for the rows of these slots, token*K + choice."""
     tokens = slots // ids.shape[1]
-    if not shape.deduplicate:
-        row_ids, row_weights = (x.reshape(-1).index_select(0, slots)[:, None] for x in (ids, weights))
-        return (row_ids % shape.per_rank).int(), row_weights, tokens
-    destination = owner_TK.view(-1).index_select(0, slots)[:, None]
-    row_ids, row_weights, owners = (x.index_select(0, tokens) for x in (ids, weights, owner_TK))
-    is_elsewhere = owners != destination
-    row_ids = (row_ids - destination * shape.per_rank).masked_fill(is_elsewhere, -1)
-    return row_ids.int(), row_weights.masked_fill(is_elsewhere, 0), tokens
+    if shape.deduplicate:
+        return tokens, tokens, ids, weights
+    return tokens, slots, ids.reshape(-1, 1), weights.reshape(-1, 1)
+
+
+def _with_padding(ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with one row more, for rows of padding to take along: no id, and weight 0."""
+    return F.pad(ids, (0, 0, 0, 1), value=-1), F.pad(weights, (0, 0, 0, 1))
 
 
 def _fixed_rows(
@@ -335,30 +370,19 @@ def _fixed_rows(
     ids: Tensor,
     weights: Tensor,
     row_TK: Tensor,
-    owner_TK: Tensor,
     shape: Shape,
     *,
     room_per_pair: int,
     assignments: int,
-) -> Transport:
-    """A transport of fixed sizes, given the row of every choice that travels, -1 elsewhere."""
-    num_ranks, chunks, (num_tokens, top_k) = channel.group.size, shape.chunks, ids.shape
-    num_rows = chunks * num_ranks * room_per_pair
-    slot_S = torch.arange(num_tokens * top_k, device=ids.device)
-    slot_of_row = slot_S.new_full((num_rows + 1,), -1)
-    row_S = row_TK.reshape(-1).long()
-    slot_of_row[torch.where(row_S >= 0, row_S, num_rows)] = slot_S
-    slot_R = slot_of_row[:-1]
-    width = top_k if shape.deduplicate else 1
-    if num_tokens == 0:
-        row_ids = torch.full((num_rows, width), -1, dtype=torch.int32, device=ids.device)
-        row_weights = weights.new_zeros(num_rows, width)
-    else:
-        row_ids, row_weights, _ = _row_slots(ids, weights, owner_TK, slot_R.clamp_min(0), shape)
-        row_ids = torch.where((slot_R >= 0)[:, None], row_ids, -1)
-        row_weights = torch.where((slot_R >= 0)[:, None], row_weights, 0)
-    return Transport(
-        channel=channel, tokens=slot_R.clamp_min(0) // max(top_k, 1), ids=row_ids, weights=row_weights,
-        position=row_TK.int(), counts=_fixed_counts(num_ranks, chunks, room_per_pair, assignments),
-        by_choice=not shape.deduplicate,
-    )  # fmt: skip
+) -> Routed:
+    """Rows of fixed sizes, given the row of every choice that travels, -1 elsewhere."""
+    num_ranks, chunks, num_tokens = channel.group.size, shape.chunks, ids.shape[0]
+    num_rows, num_slots = chunks * num_ranks * room_per_pair, ids.numel()
+    slots = row_TK.new_full((num_rows + 1,), num_slots)  # rows of padding are a slot past the last
+    slots[row_TK.view(-1)] = _indices(num_slots, ids)  # no row is the last one
+    tokens, tails, ids, weights = _tails(slots[:-1], ids, weights, shape)
+    ids, weights = _with_padding(ids, weights)
+    sent = SentRows(tokens.clamp_max(num_tokens - 1), tails, ids, weights, position=row_TK)
+    counts, first = _fixed_counts(num_ranks, chunks, room_per_pair, assignments), _first_expert(channel, shape)
+    transport = Transport(channel=channel, counts=counts, first_expert=first, by_choice=not shape.deduplicate)
+    return transport, sent
