@@ -36,6 +36,7 @@ KNOW_THE_KERNELS = (
     ("benchmarking", "environment.py"),
     ("benchmarking", "stages.py"),
     ("benchmarking", "stages_triton.py"),
+    ("benchmarking", "stages_fp8.py"),
     ("benchmarking", "kernel_search.py"),
     ("benchmarking", "tune_worker.py"),
     ("benchmarking", "tuning.py"),

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,21 +21,19 @@ from moe_triton.backends.triton import dispatch as dispatching
 from moe_triton.backends.triton import gate as gating
 from moe_triton.backends.triton import routing
 from moe_triton.backends.triton.experts_fp8 import runs_kernels
-from moe_triton.backends.triton.fp8_problem import Fp8Problem
 from moe_triton.backends.triton.problem import Factors, Problem
 from moe_triton.benchmarking.cases import Case, Workload
+from moe_triton.benchmarking.stages_fp8 import fp8_calls
 from moe_triton.benchmarking.stages_triton import ExpertKernels
 from moe_triton.dispatch import dispatch
 from moe_triton.kernel_stages import KERNELS, OVER_CODES
 from moe_triton.records import ExpertCall, RouterSpec
 from moe_triton_kernels import gate
 from moe_triton_kernels.address_tables import fill_table
-from moe_triton_kernels.fp8 import ColumnCodes, RowCodes
-from moe_triton_kernels.fp8_d_weight import fp8_d_weight, tile_offsets
+from moe_triton_kernels.fp8_d_weight import tile_offsets
 from moe_triton_kernels.mxfp8 import quantize_mx
 from moe_triton_kernels.operands import PerExpert
 from moe_triton_kernels.permutation import permute
-from moe_triton_kernels.quantize import quantize_columns, quantize_rows, quantize_weight
 from moe_triton_kernels.quantized import decode
 from moe_triton_kernels.tiles import TileTables, tile_tables
 from moe_triton_kernels.tools.floors import FLOORS, FP8_FLOORS, Work
@@ -138,51 +135,28 @@ def few_tokens(workload: Workload) -> dict[str, Kernel]:
 # fp8 ------------------------------------------------------------------------------------------------------------------
 
 
-class Coded(Fp8Problem):
-    """Rows are quantised once, so that a product is timed without it."""
-
-    def __init__(self, call: ExpertCall) -> None:
-        super().__init__(call)
-        self.coded: dict[int, tuple[Tensor, RowCodes]] = {}
-
-    def rows_operand(self, x: Tensor) -> RowCodes:
-        if id(x) not in self.coded:
-            self.coded[id(x)] = x, super().rows_operand(x)
-        return self.coded[id(x)][1]
+# kernel -> its stage in `stages_fp8`
+FP8_STAGES = {
+    **{f"fp8_{name}": name for name in ("up", "down", "d_hidden", "d_rows", "d_weight_down", "d_weight_up")},
+    "quantize_rows": "quantize X",
+    "quantize_columns": "quantize gathered X",
+    "quantize_both": "quantize dO",
+    "quantize_weight": "quantize W1",
+    "quantize_weight_down": "quantize W2",
+}
 
 
 def fp8(workload: Workload) -> dict[str, Kernel]:
     """Raises Skipped where the GPU does not multiply codes."""
     if not runs_kernels(workload.hidden.device):
         raise Skipped("this GPU has no products of fp8")
-    shape, grad_out = workload.case.shape, workload.grad_out
-    call = routed(workload)
-    problem = Coded(replace(call, spec=replace(call.spec, fp8=True)))
-    tiles, hidden = problem.tiles(), problem.hidden
-    a, h = problem.up(tiles, keep_a=True, keep_h=True)
-    weighted_a, grad_h, _ = problem.d_hidden(grad_out, h, tiles)
-    problem.d_rows(grad_h, tiles)  # codes of the gradient
-
-    def gathered(x: Tensor) -> ColumnCodes:
-        return quantize_columns(x, tiles, source=problem.dispatched.source, top_k=problem.top_k)
-
-    x_columns, dy_columns = gathered(hidden), gathered(grad_out)
-    h_columns, a_columns = quantize_columns(grad_h, tiles), quantize_columns(weighted_a, tiles)
-    d_weight = partial(fp8_d_weight, tiles=tiles, config=problem.config("d_weight"))
+    shape, call = workload.case.shape, routed(workload)
+    problem, stages = fp8_calls(replace(call, spec=replace(call.spec, fp8=True)), workload.grad_out)
+    offsets, hidden = problem.tiles().offsets, problem.hidden
     calls: dict[str, Run] = {
-        "fp8_up": lambda: problem.up(tiles, keep_a=True, keep_h=True),
-        "fp8_down": lambda: problem.down_rows(a, tiles),
-        "fp8_d_hidden": lambda: problem.d_hidden(grad_out, h, tiles),
-        "fp8_d_rows": lambda: problem.d_rows(grad_h, tiles),
-        "fp8_d_weight_down": lambda: d_weight(dy_columns, a_columns),
-        "fp8_d_weight_up": lambda: d_weight(h_columns, x_columns),
-        "quantize_rows": lambda: quantize_rows(hidden),
-        "quantize_columns": lambda: gathered(hidden),
-        "quantize_weight": lambda: quantize_weight(
-            problem.gate_up, size_k=problem.size_d, size_columns=problem.call.width
-        ),
+        **{name: stages[stage] for name, stage in FP8_STAGES.items()},
         "quantize_mx": lambda: quantize_mx(hidden),
-        "tile_offsets": lambda: tile_offsets(tiles.offsets),
+        "tile_offsets": lambda: tile_offsets(offsets),
     }
     return {
         name: Kernel(call, FP8_FLOORS[name](shape), "fp8" if name.startswith("fp8") else shape.dtype)

@@ -10,6 +10,8 @@ same bits.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from moe_triton_kernels.activations import Activation, is_gated
 from moe_triton_kernels.descriptors import weight_descriptor
-from moe_triton_kernels.fp8 import RowCodes, Scales, operand_of
+from moe_triton_kernels.fp8 import GROUP, CodedRows, RowCodes, Scales, operand_of
 from moe_triton_kernels.gluon.schedules import why_unsupported
 from moe_triton_kernels.grouped_gemm import rows_times_weight, split_columns, tile_order
 from moe_triton_kernels.launch import Config, launch_options, persistent_grid
@@ -31,6 +33,7 @@ from moe_triton_kernels.operands import (
     sizes_argument,
 )
 from moe_triton_kernels.preactivation import d_activate, join_pair, load_parts, split_pair
+from moe_triton_kernels.quantize import largest_of, store_codes, store_columns, store_scales
 from moe_triton_kernels.tiles import TileTables, load_tile
 
 
@@ -44,6 +47,44 @@ def h_cells(
     return offsets[:, None] + columns[None, :], row_mask[:, None] & (columns < PAIRS * size_n)[None, :]
 
 
+@triton.jit
+def larger(largest, parts, IN_SECOND: tl.constexpr):
+    """The bits of each row's largest |x| in two groups of columns, with one more part of each half, or of one group."""
+    first = largest_of(parts[0])
+    if len(parts) == 2:
+        return tl.maximum(largest[0], first), tl.maximum(largest[1], largest_of(parts[1]))
+    elif IN_SECOND:
+        return largest[0], tl.maximum(largest[1], first)
+    else:
+        return tl.maximum(largest[0], first), largest[1]
+
+
+@triton.jit
+def pack(pair, shift, DTYPE: tl.constexpr):
+    """A pair in DTYPE, two numbers of 16 bits in one register; shift: 16, as the compiler must not know.
+
+    It would keep the numbers as well, in fp32, where it saw that they come out again.
+    """
+    if len(pair) == 2 and DTYPE.primitive_bitwidth == 16:
+        first = pair[0].to(DTYPE).to(tl.uint16, bitcast=True).to(tl.uint32)
+        second = pair[1].to(DTYPE).to(tl.uint16, bitcast=True).to(tl.uint32)
+        return (first | (second << shift),)
+    elif len(pair) == 2:
+        return pair[0].to(DTYPE), pair[1].to(DTYPE)
+    else:
+        return (pair[0].to(DTYPE),)
+
+
+@triton.jit
+def unpack(packed, shift, IS_PAIR: tl.constexpr, DTYPE: tl.constexpr):
+    """The pair that was packed."""
+    if IS_PAIR and DTYPE.primitive_bitwidth == 16:
+        first = packed[0].to(tl.uint16).to(DTYPE, bitcast=True)
+        return first, (packed[0] >> shift).to(tl.uint16).to(DTYPE, bitcast=True)
+    else:
+        return packed
+
+
 @triton.jit(do_not_specialize=["num_slots"])
 def d_hidden_kernel(
     grad_out,  # [T, d], or its codes [T, padded d]
@@ -54,8 +95,11 @@ def d_hidden_kernel(
     scales,  # of grad_out and weight, or None
     h,  # [S, n] or [S, 2n]
     router_weights,  # [T * K]
-    weighted_a,  # [S, n]
-    grad_h,  # like h
+    weighted_a,  # [S, n], or None
+    weighted_a_columns,  # its ColumnCodes, or None
+    grad_h,  # like h, or None
+    grad_h_rows,  # its RowCodes, or None
+    grad_h_columns,  # its ColumnCodes, or None
     shares,  # [num_n, S] fp32
     tiles,
     sizes,  # d, or padded d, by n
@@ -65,10 +109,11 @@ def d_hidden_kernel(
     CONCATENATED: tl.constexpr,
     TILE,
 ):
-    DTYPE: tl.constexpr = grad_h.dtype.element_ty
+    DTYPE: tl.constexpr = h.dtype.element_ty
     GATED: tl.constexpr = is_gated(ACTIVATION)
     HALVES: tl.constexpr = 2 if GATED and CONCATENATED else 1
     COLUMNS_PER_HALF: tl.constexpr = 2 if GATED and not CONCATENATED else 1  # of H, side by side, for one column of A
+    GROUPS: tl.constexpr = HALVES * COLUMNS_PER_HALF  # of 128 columns of H in a tile of 128
     PARTS: tl.constexpr = TILE.PARTS
     PART: tl.constexpr = TILE.BLOCK_N // PARTS
     # H comes a part ahead, the first one during the product, in large tiles that hold no addresses of weights
@@ -98,8 +143,12 @@ def d_hidden_kernel(
             TILE,
         )
         scale = tl.load(router_weights + slots, mask=row_mask, other=0.0).to(tl.float32)[:, None]
-        a_rows = weighted_a + rows.to(tl.int64) * size_n
+        if grad_h_columns is not None or weighted_a_columns is not None:
+            tl.static_assert(TILE.BLOCK_M == GROUP)
+            acc = tl.where(row_mask[:, None], acc, 0.0)  # rows past the end must not count in a column's group
         share = tl.zeros((TILE.BLOCK_M,), dtype=tl.float32)
+        largest = (tl.zeros((TILE.BLOCK_M,), dtype=tl.int32), tl.zeros((TILE.BLOCK_M,), dtype=tl.int32))
+        held = ()
         blocks = split_columns(acc, PARTS)
         for i in tl.static_range(PARTS):
             h_at, h_mask = h_cells(rows, row_mask, n0, size_n, i, PART, HALVES, COLUMNS_PER_HALF)
@@ -111,18 +160,62 @@ def d_hidden_kernel(
                 next_at, next_mask = h_cells(rows, row_mask, n0, size_n, i + 1, PART, HALVES, COLUMNS_PER_HALF)
                 next_parts = load_parts(h + next_at, size_n, next_mask, HALVES)
             inner = n0 + i * PART + tl.arange(0, PART)
-            mask = row_mask[:, None] & (inner < size_n)[None, :]
-            grad_at = grad_h + h_at
+            inside = inner < size_n
             value, grad_pair = d_activate(blocks[i], scale, split_pair(parts, ACTIVATION, HALVES), ACTIVATION)
             grad_parts = join_pair(grad_pair, ACTIVATION, HALVES, DTYPE)
-            tl.store(grad_at, grad_parts[0], mask=h_mask)
-            if HALVES == 2:
-                tl.store(grad_at + size_n, grad_parts[1], mask=h_mask)
+            if grad_h is not None:
+                tl.store(grad_h + h_at, grad_parts[0], mask=h_mask)
+                if HALVES == 2:
+                    tl.store(grad_h + h_at + size_n, grad_parts[1], mask=h_mask)
+            if grad_h_rows is not None or grad_h_columns is not None:
+                largest = larger(largest, grad_parts, GROUPS == 2 and HALVES == 1 and i >= PARTS // 2)
+                held += (pack(grad_pair, 16 + tl.program_id(1), DTYPE),)  # type: ignore[assignment]
             if scales is None:
                 value = value.to(DTYPE).to(tl.float32)  # forward multiplied the rounded A by W2
             share += tl.sum(blocks[i] * value, 1)
-            tl.store(a_rows[:, None] + inner[None, :], (value * scale).to(DTYPE), mask=mask)
+            weighted = (value * scale).to(DTYPE)
+            if weighted_a is not None:
+                a_cells = weighted_a + rows.to(tl.int64)[:, None] * size_n + inner[None, :]
+                tl.store(a_cells, weighted, mask=row_mask[:, None] & inside[None, :])
+            if weighted_a_columns is not None:
+                store_columns(weighted.to(tl.float32), weighted_a_columns, inner, inside, size_n, tile_m)
+        if grad_h_rows is not None or grad_h_columns is not None:
+            tl.static_assert(grad_h_rows is None or (TILE.BLOCK_N == GROUP and PARTS >= COLUMNS_PER_HALF))
+            groups = (tile_n * COLUMNS_PER_HALF, tile_n * COLUMNS_PER_HALF + (1 if HALVES == 1 else size_n // GROUP))
+            if grad_h_rows is not None:
+                row_scale = store_scales(largest[0], grad_h_rows, rows, row_mask, groups[0])
+                if GROUPS == 2:
+                    row_scales = (row_scale, store_scales(largest[1], grad_h_rows, rows, row_mask, groups[1]))
+                else:
+                    row_scales = (row_scale, row_scale)
+            for i in tl.static_range(PARTS):
+                pair = unpack(held[i], 16 + tl.program_id(1), GATED, DTYPE)
+                parts = join_pair(pair, ACTIVATION, HALVES, DTYPE)
+                columns = COLUMNS_PER_HALF * (n0 + i * PART) + tl.arange(0, COLUMNS_PER_HALF * PART)
+                inside = columns < COLUMNS_PER_HALF * size_n
+                for half in tl.static_range(HALVES):
+                    numbers = parts[half].to(tl.float32)
+                    if grad_h_columns is not None:
+                        size_h = HALVES * COLUMNS_PER_HALF * size_n
+                        store_columns(numbers, grad_h_columns, half * size_n + columns, inside, size_h, tile_m)
+                    if grad_h_rows is not None:
+                        store_codes(
+                            numbers,
+                            row_scales[half if HALVES == 2 else COLUMNS_PER_HALF * i // PARTS],
+                            grad_h_rows,
+                            rows,
+                            row_mask,
+                            groups[half if HALVES == 2 else COLUMNS_PER_HALF * i // PARTS],
+                            COLUMNS_PER_HALF * i * PART % GROUP,
+                        )
         tl.store(shares + tile_n.to(tl.int64) * num_slots + rows, share, mask=row_mask)
+
+
+class Into(NamedTuple):
+    """What `d_hidden` writes, of products in fp8."""
+
+    weighted_a: CodedRows
+    grad_h: CodedRows
 
 
 def d_hidden(
@@ -137,12 +230,14 @@ def d_hidden(
     activation: Activation,
     is_concatenated: bool,
     config: Config,
-) -> tuple[Tensor, Tensor, Tensor]:
+    into: Into | None = None,
+) -> tuple[Any, Any, Tensor]:
     """w*A [S, n] and dH (like h) in grad_out's dtype, and the shares of <dA, A>, [column tiles, S] fp32.
 
     grad_out [T, d] contiguous, or its codes where weight is codes; weight: the down projection per expert as [d, n],
     any strides; h [S, 2n] or [S, n] as `up` made it; router_weights [T, K] contiguous. Rows past offsets[E] are neither
-    read nor written.
+    read nor written. into: with codes, the forms of w*A and dH that are written, and are given back in their place; for
+    any but numbers, block_m and block_n are 128, and for pairs there are two parts at least.
     """
     values, scales = operand_of(grad_out, weight, size_n)
     reason = why_unsupported(
@@ -169,8 +264,10 @@ def d_hidden(
             config=config,
         )
     num_slots, size_d = source.shape[0], values.shape[1]
-    weighted_a = h.new_empty((num_slots, size_n))
-    grad_h = torch.empty_like(h)
+    if into is None:
+        weighted_a, grad_h = CodedRows(numbers=h.new_empty((num_slots, size_n))), CodedRows(numbers=torch.empty_like(h))
+    else:
+        weighted_a, grad_h = into
     num_n = triton.cdiv(size_n, config.block_n)
     shares = h.new_empty((num_n, num_slots), dtype=torch.float32)
     table, max_tiles = tiles.select(config.block_m)
@@ -183,8 +280,11 @@ def d_hidden(
         scales,
         h,
         router_weights,
-        weighted_a,
-        grad_h,
+        weighted_a.numbers,
+        None if weighted_a.columns is None else weighted_a.columns.argument(),
+        grad_h.numbers,
+        None if grad_h.rows is None else grad_h.rows.argument(),
+        None if grad_h.columns is None else grad_h.columns.argument(),
         shares,
         table,
         sizes_argument(values, size_d, size_n, config),
@@ -194,7 +294,7 @@ def d_hidden(
         CONCATENATED=is_concatenated,
         **launch_options(h.device, config),
     )
-    return weighted_a, grad_h, shares
+    return (weighted_a.numbers, grad_h.numbers, shares) if into is None else (weighted_a, grad_h, shares)
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_shares"])

@@ -1,8 +1,8 @@
 """Products in fp8 as DeepSeek-V3 trains (arXiv 2412.19437, section 3.3): their operands, and the scales in a kernel.
 
 A code is a float8_e4m3fn, and 128 or 128 x 128 of them share a scale in fp32: max |x| / 448 of those that it stands
-for, or 1 where that is 0. code = x / scale, rounded to the nearest, ties to even, so x is about code * scale. A NaN or
-an infinity makes the whole group NaN. `quantize` makes
+for, or 1 where that is below 2^-126. code = x / scale, rounded to the nearest, ties to even, so x is about code *
+scale. A NaN or an infinity makes the whole group NaN. `quantize` makes
 
     `RowCodes`     groups of 128 along a row: an operand that is contracted along its rows
     `WeightCodes`  blocks of 128 x 128 of the experts' matrices; one scale serves both directions
@@ -43,6 +43,11 @@ def fp8_supported(architecture: str) -> bool:
     return architecture in ARCHITECTURES
 
 
+def makes_codes(architecture: str) -> bool:
+    """Return whether `d_hidden` makes codes: on Blackwell it spills (56 bytes a thread and more by Triton 3.7.1)."""
+    return architecture not in BLACKWELL
+
+
 def padded(size: int) -> int:
     """`size` rounded up to whole groups."""
     return cdiv(size, GROUP.value) * GROUP.value
@@ -71,6 +76,9 @@ class RowCodes:
             dtype=dtype,
         )
 
+    def argument(self) -> CodesArgument:
+        return CodesArgument(self.codes, self.scales, self.codes.shape[1])
+
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnCodes:
@@ -88,6 +96,34 @@ class ColumnCodes:
     scales: Tensor
     dtype: torch.dtype
 
+    @classmethod
+    def empty(cls, size: int, num_tiles: int, dtype: torch.dtype, device: torch.device) -> ColumnCodes:
+        return cls(
+            codes=torch.empty((size, num_tiles * GROUP.value), dtype=CODES, device=device),
+            scales=torch.empty((num_tiles, size), dtype=torch.float32, device=device),
+            dtype=dtype,
+        )
+
+    def argument(self) -> CodesArgument:
+        return CodesArgument(self.codes, self.scales, self.codes.shape[1])
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class CodedRows:
+    """Rows [S, size] in expert order in every form in which they are read; None for one that is not made.
+
+    numbers   [S, size] in their dtype
+    rows      for a product with a projection
+    columns   for a gradient of one
+    gathered  the other side of that gradient: the tokens' rows in expert order
+    """
+
+    numbers: Tensor | None = None
+    rows: RowCodes | None = None
+    columns: ColumnCodes | None = None
+    gathered: ColumnCodes | None = None
+
 
 @dataclass(frozen=True, kw_only=True)
 class WeightCodes:
@@ -99,6 +135,14 @@ class WeightCodes:
 
     forward: PerExpert
     backward: PerExpert
+
+
+class CodesArgument(NamedTuple):
+    """RowCodes or ColumnCodes that a kernel writes, among its arguments: codes [.., width] and scales."""
+
+    codes: Any
+    scales: Any
+    width: Any
 
 
 class ScalesArgument(NamedTuple):

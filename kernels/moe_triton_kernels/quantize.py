@@ -7,20 +7,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_triton_kernels.arithmetic import cdiv
+from moe_triton_kernels.arithmetic import cdiv, next_power_of_2
 from moe_triton_kernels.fp8 import CODES, GROUP, TRITON_TYPES, ColumnCodes, RowCodes, WeightCodes, padded
 from moe_triton_kernels.operands import PerExpert, expert_base, per_expert
 from moe_triton_kernels.tiles import TileTables, load_tile
 
-LARGEST = tl.constexpr(448.0)
+LARGEST, INVERSE = tl.constexpr(448.0), tl.constexpr(1 / 448)
+TINY = tl.constexpr(2.0**-126)  # the smallest normal number of fp32
 BLOCK_ROWS, BLOCK_COLUMNS = 32, 64  # of a program of quantize_rows and of quantize_columns
+
+
+@triton.jit
+def divide(x, y, inverse):
+    """x / y in fp32 by their product with 1 / y and its remainder, rounded as a division rounds.
+
+    (Markstein, IBM Journal of Research and Development 34, 1990.) Three instructions, where a division takes ten and a
+    branch.
+    """
+    quotient = x * inverse
+    return tl.fma(tl.fma(-quotient, y, x), inverse, quotient)
 
 
 @triton.jit
 def group_scale(largest):
     """The scale of a group, from the bits of its largest |x|: as integers, the largest of all is a NaN."""
-    scale = tl.div_rn(largest.to(tl.float32, bitcast=True), LARGEST)
-    return tl.where(scale == 0, 1.0, scale)
+    scale = divide(largest.to(tl.float32, bitcast=True), LARGEST, INVERSE)
+    return tl.where(scale < TINY, 1.0, scale)
 
 
 @triton.jit
@@ -31,42 +43,77 @@ def magnitude(x):
 
 @triton.jit
 def encode(x, scale):
-    """The codes of x in fp32."""
-    code = tl.div_rn(x, scale)
-    code = tl.where(code > LARGEST, LARGEST, tl.where(code < -LARGEST, -LARGEST, code))  # a NaN stays one
-    return code.to(tl.float8e4nv)
+    """The codes of x in fp32, whose groups have these scales, [rows, 1] or [1, columns].
+
+    No quotient exceeds LARGEST by more than the conversion rounds off. A zero loses its sign.
+    """
+    inverse = 1.0 / scale  # as the hardware approximates it
+    inverse = tl.fma(tl.fma(-inverse, scale, 1.0), inverse, inverse)
+    return divide(x, scale, inverse).to(tl.float8e4nv)
 
 
 @triton.jit
 def quantize(x, AXIS: tl.constexpr):
     """Codes of x in fp32, and a scale for each of its lines along AXIS, which are groups."""
     scale = group_scale(tl.max(magnitude(x), AXIS))
-    wide = tl.expand_dims(scale, AXIS)
-    return encode(x, tl.broadcast_to(wide, x.shape)), scale
+    return encode(x, tl.expand_dims(scale, AXIS)), scale
 
 
 @triton.jit
-def store_group(x, codes, scales, rows, row_mask, group, size):
-    """Write the codes and scales of x [rows, 128] in fp32, the group of this number of RowCodes.
+def largest_of(x):
+    """The bits of the largest |x| in each row."""
+    return tl.max(magnitude(x.to(tl.float32)), 1)
 
-    What lies past the size has to be 0.
+
+@triton.jit
+def store_scales(largest, out, rows, row_mask, group):
+    """The scales of the group of this number, from `largest_of` it, written as those of RowCodes; see `store_codes`."""
+    scale = group_scale(largest)
+    num_groups = out.width // GROUP
+    tl.store(out.scales + rows.to(tl.int64) * num_groups + group, scale, mask=row_mask & (group < num_groups))
+    return scale
+
+
+@triton.jit
+def store_codes(x, scale, out, rows, row_mask, group, first):
+    """Write the codes of x [rows, .], from column `first` of a group on; nothing for a group past the last one.
+
+    What lies past the rows' size has to be 0.
     """
-    values, scale = quantize(x, 1)
-    num_groups = tl.cdiv(size, GROUP)
-    cells = rows.to(tl.int64) * (num_groups * GROUP) + group * GROUP
-    tl.store(codes + cells[:, None] + tl.arange(0, GROUP)[None, :], values, mask=row_mask[:, None])
-    tl.store(scales + rows.to(tl.int64) * num_groups + group, scale, mask=row_mask)
+    mask = row_mask & (group < out.width // GROUP)
+    columns = group * GROUP + first + tl.arange(0, x.shape[1])
+    cells = out.codes + rows.to(tl.int64)[:, None] * out.width + columns[None, :]
+    tl.store(cells, encode(x.to(tl.float32), scale[:, None]), mask=mask[:, None])
+
+
+@triton.jit
+def store_rows(x, out, rows, row_mask, group):
+    """Write the codes and scales of x [rows, 128], the group of this number of RowCodes."""
+    scale = store_scales(largest_of(x), out, rows, row_mask, group)
+    store_codes(x, scale, out, rows, row_mask, group, 0)
+
+
+@triton.jit
+def store_columns(x, out, columns, inside, size, tile):
+    """Write codes and scales of x [128, columns] in fp32, these columns of a tile of an expert's rows, as ColumnCodes.
+
+    size: columns in all. Rows past the expert's last one have to be 0.
+    """
+    values, scale = quantize(x, 0)
+    at = out.codes + columns.to(tl.int64)[:, None] * out.width + tile * GROUP + tl.arange(0, GROUP)[None, :]
+    tl.store(at, tl.trans(values), mask=inside[:, None])
+    tl.store(out.scales + tile.to(tl.int64) * size + columns, scale, mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def quantize_rows_kernel(x, codes, scales, num_rows, size, BLOCK_R: tl.constexpr):
+def quantize_rows_kernel(x, out, num_rows, size, BLOCK_R: tl.constexpr):
     """One program per block of rows and group."""
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     group = tl.program_id(1)
     columns = group * GROUP + tl.arange(0, GROUP)
     mask = (rows < num_rows)[:, None] & (columns < size)[None, :]
     value = tl.load(x + rows.to(tl.int64)[:, None] * size + columns[None, :], mask=mask, other=0.0)
-    store_group(value.to(tl.float32), codes, scales, rows, rows < num_rows, group, size)
+    store_rows(value, out, rows, rows < num_rows, group)
 
 
 def quantize_rows(x: Tensor) -> RowCodes:
@@ -78,21 +125,31 @@ def quantize_rows(x: Tensor) -> RowCodes:
     found = RowCodes.empty(num_rows, size, x.dtype, x.device)
     if x.numel():
         quantize_rows_kernel[(cdiv(num_rows, BLOCK_ROWS), cdiv(size, GROUP.value))](
-            x, found.codes, found.scales, num_rows, size, BLOCK_R=BLOCK_ROWS
+            x, found.argument(), num_rows, size, BLOCK_R=BLOCK_ROWS
         )
     return found
+
+
+@triton.jit
+def first_of_token(slots, row_mask, position, TOP_K: tl.constexpr, CHOICES: tl.constexpr):
+    """Which rows are the first kept choice of their token; CHOICES: TOP_K or the next power of two."""
+    choices = tl.arange(0, CHOICES)
+    before = (choices[None, :] < (slots % TOP_K)[:, None]) & row_mask[:, None]
+    cells = position + (slots // TOP_K).to(tl.int64)[:, None] * TOP_K + choices[None, :]
+    return row_mask & (tl.max(tl.load(cells, mask=before, other=-1), 1) < 0)
 
 
 @triton.jit
 def quantize_columns_kernel(
     x,  # [S, size], or [T, size] where there is a source
     source,  # [S], or None
-    codes,  # [size, width]
-    scales,  # [tiles, size]
+    position,  # [T, TOP_K], or None
+    columns_out,  # ColumnCodes of the rows
+    rows_out,  # RowCodes of x, or None
     tiles,
     size,
-    width,
     TOP_K: tl.constexpr,
+    CHOICES: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """One program per tile of 128 rows and block of columns; those past the number of tiles have nothing to do."""
@@ -101,15 +158,16 @@ def quantize_columns_kernel(
         _, first_row, end_row = load_tile(tiles.table, tiles.offsets, tile, GROUP)
         rows = first_row + tl.arange(0, GROUP)
         row_mask = rows < end_row
-        index = rows if source is None else tl.load(source + rows, mask=row_mask, other=0) // TOP_K
+        slots = rows * TOP_K if source is None else tl.load(source + rows, mask=row_mask, other=0)
+        index = slots // TOP_K
         columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
         inside = columns < size
         cells = x + index.to(tl.int64)[:, None] * size + columns[None, :]
         value = tl.load(cells, mask=row_mask[:, None] & inside[None, :], other=0.0)
-        found, scale = quantize(value.to(tl.float32), 0)
-        at = codes + columns.to(tl.int64)[:, None] * width + tile * GROUP + tl.arange(0, GROUP)[None, :]
-        tl.store(at, tl.trans(found), mask=inside[:, None])
-        tl.store(scales + tile.to(tl.int64) * size + columns, scale, mask=inside)
+        store_columns(value.to(tl.float32), columns_out, columns, inside, size, tile)
+        if rows_out is not None:
+            is_first = first_of_token(slots, row_mask, position, TOP_K, CHOICES)
+            store_rows(value, rows_out, index, is_first, tl.program_id(1))
 
 
 def quantize_columns(x: Tensor, tiles: TileTables, *, source: Tensor | None = None, top_k: int = 1) -> ColumnCodes:
@@ -118,24 +176,44 @@ def quantize_columns(x: Tensor, tiles: TileTables, *, source: Tensor | None = No
     x contiguous: [S, size] with rows in expert order, or [T, size], read at source[row] // top_k. Rows past offsets[E]
     are not read.
     """
+    return _quantize_columns(x, tiles, source, top_k, None, None, BLOCK_COLUMNS)
+
+
+def quantize_both(x: Tensor, tiles: TileTables, *, source: Tensor, position: Tensor) -> tuple[RowCodes, ColumnCodes]:
+    """`quantize_rows` of x [T, size] and `quantize_columns` of the gathered rows, reading x once.
+
+    position [T, K]: the row of each choice, or -1. The codes of a token without a row are not written.
+    """
+    num_rows, size = x.shape
+    rows = RowCodes.empty(num_rows, size, x.dtype, x.device)
+    return rows, _quantize_columns(x, tiles, source, position.shape[1], position, rows, GROUP.value)
+
+
+def _quantize_columns(
+    x: Tensor,
+    tiles: TileTables,
+    source: Tensor | None,
+    top_k: int,
+    position: Tensor | None,
+    rows: RowCodes | None,
+    block_columns: int,
+) -> ColumnCodes:
     size = x.shape[1]
     table, max_tiles = tiles.select(GROUP.value)
-    found = ColumnCodes(
-        codes=torch.empty((size, max_tiles * GROUP.value), dtype=CODES, device=x.device),
-        scales=torch.empty((max_tiles, size), dtype=torch.float32, device=x.device),
-        dtype=x.dtype,
-    )
+    found = ColumnCodes.empty(size, max_tiles, x.dtype, x.device)
     if found.codes.numel():
-        quantize_columns_kernel[(max_tiles, cdiv(size, BLOCK_COLUMNS))](
+        quantize_columns_kernel[(max_tiles, cdiv(size, block_columns))](
             x,
             source,
-            found.codes,
-            found.scales,
+            position,
+            found.argument(),
+            None if rows is None else rows.argument(),
             table,
             size,
-            max_tiles * GROUP.value,
             TOP_K=top_k,
-            BLOCK_C=BLOCK_COLUMNS,
+            CHOICES=next_power_of_2(top_k),
+            BLOCK_C=block_columns,
+            num_warps=block_columns // 16,
         )
     return found
 
@@ -161,7 +239,7 @@ def quantize_weight_kernel(
     value = tl.load(cells, mask=(k < size_k)[:, None] & (columns < size_columns)[None, :], other=0.0).to(tl.float32)
     scale = group_scale(tl.max(tl.max(magnitude(value), 1), 0))
     tl.store(scales + block, scale)
-    codes = encode(value, tl.broadcast_to(scale, value.shape))
+    codes = encode(value, scale)
     across, down = blocks_n * GROUP, blocks_k * GROUP
     at = backward + expert.to(tl.int64) * size_k * across + k[:, None] * across + columns[None, :]
     tl.store(at, codes, mask=(k < size_k)[:, None])

@@ -29,7 +29,7 @@ from moe_triton_kernels.operands import (
     sizes_argument,
 )
 from moe_triton_kernels.preactivation import activate, part_blocks, round_parts, split_pair
-from moe_triton_kernels.quantize import store_group
+from moe_triton_kernels.quantize import store_rows
 from moe_triton_kernels.tiles import TileTables, load_tile
 
 
@@ -42,8 +42,8 @@ def up_kernel(
     bias,  # per expert [n] or [2n], or None
     adapter,  # of weight, or None
     scales,  # of x and weight, or None
-    a,  # [S, n], or its codes [S, padded n], or None
-    a_scales,  # of a, or None
+    a,  # [S, n], or None
+    a_codes,  # its RowCodes, or None
     h,  # [S, n] or [S, 2n], or None
     tiles,
     sizes,  # d, or padded d, by n
@@ -99,16 +99,16 @@ def up_kernel(
                 tl.store(h_rows[:, None] + columns[None, :], parts[0], mask=mask)
                 if HALVES == 2:
                     tl.store(h_rows[:, None] + (size_n + columns)[None, :], parts[1], mask=mask)
-            if a is not None:
+            if a is not None or a_codes is not None:
                 value = activate(split_pair(parts, ACTIVATION, HALVES), ACTIVATION)
                 inner = n0 + i * PART + tl.arange(0, PART)
-                if a_scales is None:
+                if a_codes is None:
                     a_mask = row_mask[:, None] & (inner < size_n)[None, :]
                     a_rows = a + rows.to(tl.int64) * size_n
                     tl.store(a_rows[:, None] + inner[None, :], value.to(DTYPE), mask=a_mask)
                 else:
                     value = tl.where((inner < size_n)[None, :], value, 0.0)
-                    store_group(value, a, a_scales, rows, row_mask, tile_n, size_n)
+                    store_rows(value, a_codes, rows, row_mask, tile_n)
 
 
 def up(
@@ -161,7 +161,7 @@ def up(
     a = new_rows(x, num_rows, size_n, keep=keep_activation)
     width = 2 * size_n if is_gated else size_n
     h = values.new_empty((num_rows, width) if keep_preactivation else 0, dtype=x.dtype)
-    a_values, a_scales = (a, None) if isinstance(a, Tensor) else (a.codes, a.scales)
+    a_values, a_codes = (a, None) if isinstance(a, Tensor) else (None, a.argument())
     table, max_tiles = tiles.select(config.block_m)
     columns_per_half = 2 if is_gated and not is_concatenated else 1
     descriptor = weight_descriptor(
@@ -181,7 +181,7 @@ def up(
         None if weight.adapter is None else weight.adapter.argument(),
         scales,
         a_values if keep_activation else None,
-        a_scales,
+        a_codes if keep_activation else None,
         h if keep_preactivation else None,
         table,
         sizes_argument(values, size_d, size_n, config),

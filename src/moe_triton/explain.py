@@ -51,7 +51,8 @@ EMULATED = Part(
 )
 OPERANDS = Part(
     step="operands in fp8",
-    runs="quantize_rows_kernel and quantize_weight_kernel; quantize_columns_kernel (backward); activations by up",
+    runs="quantize_rows_kernel and quantize_weight_kernel; quantize_columns_kernel (backward); activations by up, "
+    "their gradients by d_hidden",
 )
 
 

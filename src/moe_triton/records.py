@@ -243,6 +243,7 @@ class ExpertCall:
     hidden      [T, d]
     weights     [T, K], the router's
     dispatched  which row goes where
+    is_part     the rows of several calls are joined for the gradients of the parameters: `RowGradients` are numbers
     """
 
     hidden: Tensor
@@ -250,6 +251,7 @@ class ExpertCall:
     dispatched: Dispatch
     parameters: ExpertParameters
     spec: ExpertSpec
+    is_part: bool = False
 
     @property
     def num_experts(self) -> int:
@@ -329,7 +331,8 @@ class RowGradients(NamedTuple):
 
     hidden         [T, d], None where not wanted
     weights        [T, K], None where not wanted
-    preactivation  [S, 2n] or [S, n]; rows past offsets[E] are not defined
+    preactivation  [S, 2n] or [S, n]; rows past offsets[E] are not defined. In the backend's own form, where the call is
+                   no part of several
     weighted_a     [S, n], the activation times the router weight, which the gradient of `down` needs; as above
     gate_up_u, down_u
                    what the adapters' b makes of the products' gradients, in the backend's own form; None where the
@@ -338,8 +341,8 @@ class RowGradients(NamedTuple):
 
     hidden: Tensor | None
     weights: Tensor | None
-    preactivation: Tensor
-    weighted_a: Tensor
+    preactivation: Any
+    weighted_a: Any
     gate_up_u: Tensor | None = None
     down_u: Tensor | None = None
 

@@ -112,6 +112,46 @@ def test_the_triton_stages_over_codes():
     assert torch.equal(matrix.data.view(-1), workload.packed["gate_up"].dequantize(torch.float32).view(-1))
 
 
+def test_the_triton_stages_in_fp8():
+    """In the interpreter: every product, and what makes its codes, beside the floors of codes."""
+    case = replace(CASE, tokens=4, experts=2, dtype="bfloat16", fp8=True)
+    workload = make_workload(case, CPU)
+    opened = stages.open_layer(workload, "triton")
+    names = [(stage.name, stage.is_backward) for stage in opened.stages][3:-2]
+    assert names == [
+        ("tile_tables", False), ("quantize W1", False), ("quantize X", False), ("up", False), ("quantize W2", False),
+        ("down", False), ("combine", False),
+        ("quantize dO", True), ("d_hidden", True), ("d_router_weights", True), ("d_weight_down", True),
+        ("quantize gathered X", True), ("d_weight_up", True), ("d_rows", True), ("combine", True),
+    ]  # fmt: skip
+    calls = {(stage.name, stage.is_backward): stage.call for stage in opened.stages}
+    block = PROVIDERS["triton"].build(workload)
+    out = block.forward(workload.hidden)
+    grads = dict(zip(block.parameters, torch.autograd.grad(out, block.leaves(), workload.grad_out), strict=True))
+    assert torch.equal(calls["combine", False](), out)
+    assert torch.equal(calls["d_weight_down", True](), grads["down"])
+    assert torch.equal(calls["d_weight_up", True](), grads["gate_up"])
+    times = {name: [1e-3] for name in opened.calls}
+    speeds = stages.Speeds(flops_per_s=1e12, bytes_per_s=1e12, codes_flops_per_s=1e6)
+    table = stages.stage_table(opened, case, times, speeds)
+    up = next(row for row in table.stages if row.name == "up")
+    assert up.floor_s == up.flops / 1e6
+    gate = next(row for row in table.stages if row.name == "gate")
+    assert gate.floor_s < gate.flops / 1e6
+    assert "TFLOP/s dense of e4m3 codes" in table.title
+
+
+def test_a_cpu_says_that_it_emulates():
+    case = replace(CASE, fp8=True)
+    found = stages.measure_stages(make_workload(case, CPU), timer=CpuTimer(), budget_s=0.0, backend="torch")
+    assert "products in fp8" in found.title
+    assert "this device has no dense product of e4m3 codes" in found.title
+    assert all("emulates" in row.kernel for row in found.stages if row.name == "experts")
+    assert stages.table_from(asdict(found)) == found
+    with pytest.raises(ValueError, match="fp8: got it with format 'mxfp4', wanted one or the other"):
+        replace(CASE, fp8=True, format="mxfp4")
+
+
 def test_the_table_adds_up():
     found = stages.measure_stages(make_workload(CASE, CPU), timer=CpuTimer(), budget_s=0.0)
     timed = [row for row in found.stages if row.time_s is not None]

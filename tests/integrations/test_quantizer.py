@@ -204,6 +204,16 @@ def test_what_it_refuses(tmp_path):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
+def test_a_checkpoint_of_another_quantizer(tmp_path):
+    """transformers itself refuses it: it loads gpt-oss of the hub by its own quantizer (docs/low_precision.md)."""
+    folder = saved(tiny_gpt_oss(), tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="quantized with Mxfp4Config but you are passing a MoeTritonConfig"):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=MoeTritonConfig("mxfp4"))
+
+
 def test_the_size_of_parameters_that_will_be_codes():
     """What transformers plans a device map by."""
     model = tiny_qwen3()

@@ -54,7 +54,7 @@ BY_HAND = {  # kernel: (FLOPs, bytes) in bf16, gated
 FP8_BY_HAND = {
     "fp8_up": (1536, 96 + 4 + 320 + 4 + 2 * 96),  # of X and A together the scales of one group
     "fp8_down": (768, 48 + 4 + 160 + 4 + 2 * 96),
-    "fp8_d_hidden": (768, 48 + 4 + 160 + 4 + 2 * (96 + 96 + 48)),
+    "fp8_d_hidden": (768, 48 + 4 + 160 + 4 + 2 * 96 + 2 * (96 + 4) + 48 + 4),
     "fp8_d_rows": (1536, 96 + 4 + 320 + 4 + 2 * 96),
     "fp8_d_weight_down": (768, 96 + 4 + 48 + 4 + 2 * 160),
     "fp8_d_weight_up": (1536, 96 + 4 + 96 + 4 + 2 * 320),
@@ -62,7 +62,9 @@ FP8_BY_HAND = {
     "quantize_mx": (0, 2 * 48 + 48 + 2),
     "quantize_rows": (0, 2 * 48 + 48 + 4),
     "quantize_columns": (0, 2 * 48 + 96 + 4),
+    "quantize_both": (0, 2 * 48 + 48 + 4 + 96 + 4),
     "quantize_weight": (0, 3 * 320 + 320 + 4),
+    "quantize_weight_down": (0, 3 * 160 + 160 + 4),
     "tile_offsets": (0, 4 * 12),
 }
 

@@ -15,14 +15,14 @@ from torch import Tensor
 from moe_triton import reference
 from moe_triton_kernels.activations import Activation
 from moe_triton_kernels.configs import choose_config
-from moe_triton_kernels.d_hidden import d_hidden, d_router_weights
+from moe_triton_kernels.d_hidden import Into, d_hidden, d_router_weights
 from moe_triton_kernels.down import down
-from moe_triton_kernels.fp8 import WeightCodes, fp8_supported
+from moe_triton_kernels.fp8 import CodedRows, ColumnCodes, RowCodes, WeightCodes, fp8_supported
 from moe_triton_kernels.fp8_d_weight import fp8_d_weight, tile_offsets
 from moe_triton_kernels.launch import Config
 from moe_triton_kernels.mxfp8 import quantize_mx
 from moe_triton_kernels.operands import per_expert
-from moe_triton_kernels.quantize import quantize_columns, quantize_rows, quantize_weight
+from moe_triton_kernels.quantize import quantize_both, quantize_columns, quantize_rows, quantize_weight
 from moe_triton_kernels.tiles import tile_tables
 from moe_triton_kernels.up import up
 from tests.helpers.compare import TOLERANCE, assert_close
@@ -32,6 +32,7 @@ FP8 = torch.float8_e4m3fn
 NAN, INF = float("nan"), float("inf")
 ROWS = 200  # S: 181 kept rows of T = 100 tokens with K = 2 choices, three experts of which the second has none
 OFFSETS = (0, 150, 150, 181)
+TILES = 3
 SIZES = [(128, 128), (200, 160), (136, 72)]  # (d, n): the second needs three scales a tile of gate and up
 TURNS = [(*SIZES[0], True), (*SIZES[1], True), (*SIZES[2], False)]  # with and without descriptors
 DTYPES = (torch.bfloat16, torch.float16)
@@ -44,7 +45,7 @@ def quantized(x: Tensor, *group: int) -> tuple[Tensor, Tensor]:
         for j in range(0, x.shape[1], group[1]):
             at = (slice(i, i + group[0]), slice(j, j + group[1]))
             scale = x[at].float().abs().max() / 448
-            scale = torch.where(scale == 0, 1.0, scale)
+            scale = torch.where(scale < 2.0**-126, 1.0, scale)
             codes[at] = (x[at].float() / scale).clamp(-448, 448).to(FP8)
             scales[at] = scale
     return codes, scales
@@ -55,8 +56,9 @@ def decoded(x: Tensor, *group: int) -> Tensor:
     return codes.double() * scales.double()
 
 
-def same_bits(actual: Tensor, expected: Tensor) -> bool:
-    return torch.equal(actual.view(torch.uint8), expected.view(torch.uint8))
+def same_codes(actual: Tensor, expected: Tensor) -> bool:
+    """But for the sign of a zero."""
+    return torch.equal(actual.float(), expected.float())
 
 
 def config_of(op: str, **changes: object) -> Config:
@@ -119,7 +121,7 @@ def test_row_codes_are_those_of_the_definition() -> None:
             codes, scales = quantized(x.to(dtype).nan_to_num(), 1, 128)
             fine = x.to(dtype).isfinite().all(1)
             assert found.dtype == dtype
-            assert same_bits(found.codes[fine, :size], codes[fine])
+            assert same_codes(found.codes[fine, :size], codes[fine])
             assert torch.equal(found.scales[fine], scales[fine][:, ::128])
             assert found.codes.shape[1] % 128 == 0
             assert not found.codes[fine, size:].float().any()
@@ -161,12 +163,31 @@ def test_weight_codes_serve_both_directions(stacked: bool) -> None:
     assert found.backward.data.shape == (3, 328, 256)
     for e in range(3):
         codes, scales = quantized(weight[e], 128, 128)
-        assert same_bits(found.forward.data[e, :, :328], codes)
-        assert same_bits(found.backward.data[e, :, :200], codes.T.contiguous())
+        assert same_codes(found.forward.data[e, :, :328], codes)
+        assert same_codes(found.backward.data[e, :, :200], codes.T.contiguous())
         assert torch.equal(found.forward.scales[e], scales[::128, ::128].T)
     assert torch.equal(found.backward.scales, found.forward.scales.mT)
     assert not found.forward.data[:, :, 328:].float().any()
     assert not found.backward.data[:, :, 200:].float().any()
+
+
+def assert_columns(found: ColumnCodes, expected: ColumnCodes) -> None:
+    """Of the tiles that there are."""
+    assert same_codes(found.codes[:, : 128 * TILES], expected.codes[:, : 128 * TILES])
+    assert torch.equal(found.scales[:TILES], expected.scales[:TILES])
+
+
+def test_codes_both_ways() -> None:
+    """Of tokens with two rows, with one, and with none, whose codes stay as they are."""
+    s = Setting(d=136, n=40, dtype=torch.bfloat16)
+    position = torch.full((ROWS // 2, 2), -1, dtype=torch.int32, device=device)
+    kept = s.source[: OFFSETS[-1]].long()
+    position.view(-1)[kept] = torch.arange(OFFSETS[-1], dtype=torch.int32, device=device)
+    rows, columns = quantize_both(s.x, s.tiles, source=s.source, position=position)
+    assert_columns(columns, quantize_columns(s.x, s.tiles, source=s.source, top_k=2))
+    expected = quantize_rows(s.x)
+    assert same_codes(rows.codes[s.tokens], expected.codes[s.tokens])
+    assert torch.equal(rows.scales[s.tokens], expected.scales[s.tokens])
 
 
 @pytest.mark.parametrize("gathered", [True, False])
@@ -180,11 +201,11 @@ def test_column_codes_begin_anew_with_every_expert(gathered: bool) -> None:
         for first in range(0, len(codes), 128):
             part = codes[first : first + 128]
             here = found.codes[:, 128 * tile : 128 * tile + 128]
-            assert same_bits(here[:, : len(part)], part.T.contiguous())
+            assert same_codes(here[:, : len(part)], part.T.contiguous())
             assert not here[:, len(part) :].float().any()
             assert torch.equal(found.scales[tile], scales[first])
             tile += 1
-    assert tile == 3
+    assert tile == TILES
     assert tile_offsets(s.tiles.offsets).tolist() == [0, 2, 2, 3]
 
 
@@ -270,13 +291,27 @@ def test_down_and_d_rows(d: int, n: int, descriptors: bool) -> None:
     assert grad_x[end:].isnan().all()
 
 
-@pytest.mark.parametrize(("d", "n", "is_concatenated"), [*TURNS[:2], (*SIZES[1], False), (*SIZES[2], True)])
-def test_d_hidden(d: int, n: int, is_concatenated: bool) -> None:
-    dtype, activation = DTYPES[is_concatenated], "swiglu"
+@pytest.mark.parametrize(
+    ("d", "n", "activation", "is_concatenated"),
+    [
+        (*SIZES[0], "swiglu", True),
+        (*SIZES[1], "swiglu", True),
+        (*SIZES[1], "swiglu", False),
+        (*SIZES[2], "relu2", True),
+    ],
+)
+def test_d_hidden(d: int, n: int, activation: str, is_concatenated: bool) -> None:
+    """And its results' codes, but for rows with a group of gate and of up, which lies in two tiles."""
+    dtype = DTYPES[is_concatenated]
     s = Setting(d, n, dtype, activation)
-    end = OFFSETS[-1]
+    end, tiles = OFFSETS[-1], s.tiles.select(128)[1]
     h = s.in_order(s.width)
-    weighted_a, grad_h, shares = d_hidden(
+    rows = RowCodes.empty(ROWS, s.width, dtype, h.device) if n != 160 or not is_concatenated else None
+    into = Into(
+        CodedRows(numbers=h.new_empty(ROWS, n), columns=ColumnCodes.empty(n, tiles, dtype, h.device)),
+        CodedRows(numbers=torch.empty_like(h), rows=rows, columns=ColumnCodes.empty(s.width, tiles, dtype, h.device)),
+    )
+    coded_a, coded_h, shares = d_hidden(
         quantize_rows(s.grad_out),
         s.source,
         s.tiles,
@@ -286,8 +321,16 @@ def test_d_hidden(d: int, n: int, is_concatenated: bool) -> None:
         size_n=n,
         activation=s.activation,
         is_concatenated=is_concatenated,
-        config=config_of("d_hidden_gated", descriptors=is_concatenated, parts=4),
+        config=config_of("d_hidden", descriptors=is_concatenated, parts=4),
+        into=into,
     )
+    weighted_a, grad_h = coded_a.numbers, coded_h.numbers
+    for found in into:
+        assert_columns(found.columns, quantize_columns(found.numbers, s.tiles))
+    if rows is not None:
+        codes = quantize_rows(grad_h)
+        assert same_codes(rows.codes[:end], codes.codes[:end])
+        assert torch.equal(rows.scales[:end], codes.scales[:end])
     wide = h[:end].double().requires_grad_()
     value = reference.activate(wide, activation, is_concatenated)
     grad_a = torch.zeros(end, n, dtype=torch.float64, device=device)

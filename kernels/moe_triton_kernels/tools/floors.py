@@ -276,11 +276,20 @@ def _fp8_gradient(shape: Shape, factor: int) -> Work:
     return Work(flops=_product(shape, factor, 0).flops, bytes=codes + shape.itemsize * factor * shape.w2)
 
 
+def _quantize_weight(shape: Shape, factor: int) -> Work:
+    numbers = factor * shape.w2
+    return Work(flops=0, bytes=(shape.itemsize + 1) * numbers + _codes(numbers, 128**2))
+
+
 FP8_FLOORS: dict[str, Callable[[Shape], Work]] = {
     # codes of X and W1 -> H, codes of A
     "fp8_up": lambda s: _fp8_product(s, s.factor, s.x + s.a, s.factor * s.a),
     "fp8_down": lambda s: _fp8_product(s, 1, s.a, s.y),
-    "fp8_d_hidden": lambda s: _fp8_product(s, 1, s.x, (2 * s.factor + 1) * s.a),
+    # codes of dO and W2, H -> codes of dH both ways, and of w*A along its rows
+    "fp8_d_hidden": lambda s: Work(
+        flops=_product(s, 1, 0).flops,
+        bytes=_fp8_product(s, 1, s.x, s.factor * s.a).bytes + 2 * _codes(s.factor * s.a) + _codes(s.a),
+    ),
     "fp8_d_rows": lambda s: _fp8_product(s, s.factor, s.factor * s.a, s.y),
     "fp8_d_weight_down": lambda s: _fp8_gradient(s, 1),
     "fp8_d_weight_up": lambda s: _fp8_gradient(s, s.factor),
@@ -290,12 +299,13 @@ FP8_FLOORS: dict[str, Callable[[Shape], Work]] = {
         bytes=s.factor * (s.a + s.w2) + -(-s.factor * (s.a + s.w2) // 32) + s.itemsize * s.y,
     ),
     "quantize_mx": lambda s: Work(flops=0, bytes=(s.itemsize + 1) * s.x + -(-s.x // 32)),
-    # X -> codes; X -> codes of every expert's rows; W1 -> codes for both directions
+    # X -> codes; X -> codes of every expert's rows; W1, and W2 -> codes for both directions
     "quantize_rows": lambda s: Work(flops=0, bytes=s.itemsize * s.x + _codes(s.x)),
     "quantize_columns": lambda s: Work(flops=0, bytes=s.itemsize * s.x + _codes(s.y)),
-    "quantize_weight": lambda s: Work(
-        flops=0, bytes=(s.itemsize + 1) * s.factor * s.w2 + _codes(s.factor * s.w2, 128**2)
-    ),
+    # dO -> codes, and codes of every expert's rows
+    "quantize_both": lambda s: Work(flops=0, bytes=s.itemsize * s.x + _codes(s.x) + _codes(s.y)),
+    "quantize_weight": lambda s: _quantize_weight(s, s.factor),
+    "quantize_weight_down": lambda s: _quantize_weight(s, 1),
     "tile_offsets": lambda s: _values(2 * (s.experts + 1)),
 }
 EXPERTS_FORWARD = ("up", "down", "combine")

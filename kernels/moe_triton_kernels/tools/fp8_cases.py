@@ -11,7 +11,7 @@ import triton.language as tl
 from moe_triton_kernels.activations import GATED_CASES, UNGATED_CASES
 from moe_triton_kernels.d_hidden import d_hidden_kernel
 from moe_triton_kernels.down import down_kernel
-from moe_triton_kernels.fp8 import ScalesArgument, fp8_supported
+from moe_triton_kernels.fp8 import CodesArgument, ScalesArgument, fp8_supported, makes_codes
 from moe_triton_kernels.fp8_d_weight import fp8_d_weight_kernel, tile_offsets_kernel
 from moe_triton_kernels.launch import BLACKWELL
 from moe_triton_kernels.mxfp8 import BLOCK_K as MX_BLOCK_K
@@ -39,6 +39,7 @@ from moe_triton_kernels.tools.shipped import CODES, Shipped, shipped_configs
 from moe_triton_kernels.up import up_kernel
 
 STORED = "*bf16"  # the rows' dtype
+WRITTEN = CodesArgument(codes="*fp8e4nv", scales="*fp32", width="i32")
 
 
 def fp8_cases(arch: str) -> list[Case]:
@@ -48,7 +49,9 @@ def fp8_cases(arch: str) -> list[Case]:
     entries = shipped_configs(arch, CODES)
     gated = next(entry for entry in entries if entry.op == "up_gated")
     cases = [fp8_case(entry, arch) for entry in entries]
-    cases += [fp8_case(gated, arch, is_even=False), fp8_case(gated, arch, is_concatenated=False)]
+    hidden = next(entry for entry in entries if entry.op == "d_hidden_gated")
+    cases += [fp8_case(gated, arch, is_even=False)]
+    cases += [fp8_case(entry, arch, is_concatenated=False) for entry in (gated, hidden)]
     if arch in BLACKWELL:
         cases.append(mxfp8_case(next(entry for entry in entries if entry.op == "d_rows"), arch))
         cases += [quantize_mx_case(by_k) for by_k in (True, False)]
@@ -88,7 +91,7 @@ def fp8_case(entry: Shipped, arch: str, *, is_even: bool = True, is_concatenated
     )
     is_gated = entry.op.endswith("_gated")
     halves = 2 if entry.op == "up_gated" and is_concatenated else 1
-    block_n = entry.config.block_n * (1 if is_concatenated else 2)
+    block_n = entry.config.block_n * (2 if entry.op == "up_gated" and not is_concatenated else 1)
     signature: dict[str, Any] = {"source": "*i32", "tiles": TILES, "sizes": sizes_type(is_even=True), "scales": scales}
     signature |= weight_types(entry, addresses=False, by_k=True, halves=halves, block_n=block_n) | {"adapter": None}
     if entry.op in ("down", "d_rows"):
@@ -99,10 +102,13 @@ def fp8_case(entry: Shipped, arch: str, *, is_even: bool = True, is_concatenated
     options |= {"TOP_K": 8, "ACTIVATION": (GATED_CASES if is_gated else UNGATED_CASES)[0]}
     options["CONCATENATED"] = is_concatenated
     if entry.op.startswith("up"):
-        signature |= {"x": "*fp8e4nv", "a": "*fp8e4nv", "a_scales": "*fp32", "h": STORED, "bias": None}
+        signature |= {"x": "*fp8e4nv", "a": None, "a_codes": WRITTEN, "h": STORED, "bias": None}
         return product_case(up_kernel, entry, arch, signature=signature, **options)
-    signature |= dict.fromkeys(("h", "weighted_a", "grad_h"), STORED) | {"grad_out": "*fp8e4nv"}
+    signature |= {"grad_out": "*fp8e4nv", "h": STORED}
     signature |= dict.fromkeys(("router_weights", "shares"), "*fp32")
+    numbers, codes = (None, WRITTEN) if makes_codes(arch) else (STORED, None)
+    signature |= dict.fromkeys(("weighted_a", "grad_h"), numbers)
+    signature |= dict.fromkeys(("weighted_a_columns", "grad_h_rows", "grad_h_columns"), codes)
     return product_case(d_hidden_kernel, entry, arch, signature=signature, **options)
 
 
@@ -121,7 +127,6 @@ def gradient_types(entry: Shipped) -> dict[str, Any]:
 def quantize_cases() -> Iterator[Case]:
     """Of rows in bf16 and of weights in fp32, with sizes that are multiples of 16."""
     codes, scales = "*fp8e4nv", "*fp32"
-    rows = {"x": STORED, "codes": codes, "scales": scales, "size": "i32"}
     weight = WeightArgument(
         data="*fp32",
         decoding=0,
@@ -133,12 +138,22 @@ def quantize_cases() -> Iterator[Case]:
         K_CONTIGUOUS=True,
         QUANTIZED=False,
     )
+    columns = {"x": STORED, "source": "*i32", "columns_out": WRITTEN, "tiles": TILES, "size": "i32"}
     signatures: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
-        "quantize_rows": (quantize_rows_kernel, rows | {"num_rows": "i32"}, {"BLOCK_R": BLOCK_ROWS}),
+        "quantize_rows": (
+            quantize_rows_kernel,
+            {"x": STORED, "out": WRITTEN, "num_rows": "i32", "size": "i32"},
+            {"BLOCK_R": BLOCK_ROWS},
+        ),
         "quantize_columns": (
             quantize_columns_kernel,
-            rows | {"source": "*i32", "tiles": TILES, "width": "i32"},
-            {"TOP_K": 8, "BLOCK_C": BLOCK_COLUMNS},
+            columns | {"position": None, "rows_out": None},
+            {"TOP_K": 8, "CHOICES": 8, "BLOCK_C": BLOCK_COLUMNS},
+        ),
+        "quantize_both": (
+            quantize_columns_kernel,
+            columns | {"position": "*i32", "rows_out": WRITTEN},
+            {"TOP_K": 8, "CHOICES": 8, "BLOCK_C": 128},
         ),
         "quantize_weight": (
             quantize_weight_kernel,
@@ -153,13 +168,14 @@ def quantize_cases() -> Iterator[Case]:
         ),
     }
     for name, (fn, signature, constants) in signatures.items():
-        sizes = [size for size in ("size", "width", "size_k", "size_columns") if size in signature]
+        sizes: list[str] = [size for size in ("size", "size_k", "size_columns") if size in signature]
+        sizes += [f"{name}.width" for name in ("out", "columns_out", "rows_out") if signature.get(name) is WRITTEN]
         yield Case(
             name=name,
             fn=fn,
             signature=signature,
             constexprs=constants,
-            num_warps=8 if name == "quantize_weight" else 4,
+            num_warps=8 if name in ("quantize_weight", "quantize_both") else 4,
             aligned=[
                 *pointers_of(signature),
                 *sizes,

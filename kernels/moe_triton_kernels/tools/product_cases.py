@@ -52,6 +52,7 @@ def product_case(
     kinds = [(name, kind) for arg, value in signature.items() for name, _, kind in leaves(arg, value, ())]
     aligned = pointers_of(signature)
     aligned += [name for name, kind in kinds if name.startswith(("weight.stride_", "sizes.")) and kind == "i32"]
+    aligned += [name for name, _ in kinds if name.endswith(".width")]
     aligned += [name for name in numbers if name.startswith("size_")]
     return Case(
         name=f"{shipped.op}_{shipped.dtype}_{config.block_m}x{config.block_n}x{config.block_k}_{variant}",
@@ -135,7 +136,7 @@ def up_cases(arch: str, shipped: Sequence[Shipped]) -> list[Case]:
                     "sizes": sizes_type(is_even=not transposed),
                     "adapter": None,
                     "scales": None,
-                    "a_scales": None,
+                    "a_codes": None,
                     "bias": bias_type(entry.dtype, addresses) if bias else None,
                     **weight,
                 },
@@ -206,6 +207,7 @@ def d_hidden_cases(arch: str, shipped: Sequence[Shipped]) -> list[Case]:
                 signature={
                     **dict.fromkeys(("grad_out", "h", "weighted_a", "grad_h"), f"*{entry.dtype}"),
                     **dict.fromkeys(("router_weights", "shares"), "*fp32"),
+                    **dict.fromkeys(("weighted_a_columns", "grad_h_rows", "grad_h_columns")),
                     "source": "*i32",
                     "tiles": TILES,
                     "sizes": sizes_type(is_even=not addresses),

@@ -40,6 +40,7 @@ class Case:
             expert 0 is chosen by half of the tokens and by no other; "quarter-empty", a quarter of the experts gets no
             token.
         activation, bias: of the experts, as in `moe_triton.MoE`.
+        fp8: our experts' products are in fp8, as with `MoE(fp8=True)`.
         format: of quantised projections, as in `moe_triton.quantize`; None: they are in dtype. Only ours reads codes:
             the others work on the numbers that these stand for.
         name: of the model or preset it stands for.
@@ -58,6 +59,7 @@ class Case:
     activation: str = "swiglu"
     bias: bool = False
     format: str | None = None
+    fp8: bool = False
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -69,6 +71,8 @@ class Case:
         check_choice("activation", self.activation, ACTIVATIONS)
         if self.format is not None:
             check_choice("format", self.format, tuple(FORMATS))
+            if self.fp8:
+                raise ValueError(f"fp8: got it with format {self.format!r}, wanted one or the other")
         if self.experts > self.hidden:
             raise ValueError(
                 f"experts: got {self.experts}, wanted at most hidden = {self.hidden}: "
@@ -124,6 +128,8 @@ class Case:
             extras.append("bias")
         if self.format is not None:
             extras.append(self.format)
+        if self.fp8:
+            extras.append("products in fp8")
         return " ".join([f"{self.name}:" if self.name else "", shape, *extras]).strip()
 
 
@@ -216,7 +222,7 @@ class Workload:
 
     @property
     def spec(self) -> ExpertSpec:
-        return ExpertSpec(activation=self.case.activation)
+        return ExpertSpec(activation=self.case.activation, fp8=self.case.fp8)
 
     @property
     def parameters(self) -> ExpertParameters:

@@ -133,9 +133,9 @@ def time_shipped(
     """A stage's kernel with every configuration that ships for this device and dtype, fastest first."""
     searched = Searched(workload, OP_OF[stage], timer, stages=(stage,))
     running = searched.incumbent
-    _, flops_per_s, bytes_per_s = run_beside_speeds({}, workload, timer, budget_s / 10)
+    _, speeds = run_beside_speeds({}, workload, timer, budget_s / 10)
     work = work_of(stage, workload.case, stage in searched.kernels.problem.decoded)
-    floor_s = max(work.flops / flops_per_s, work.bytes / bytes_per_s)
+    floor_s = max(work.flops / speeds.flops_per_s, work.bytes / speeds.bytes_per_s)
     found = []
     configs = list(dict.fromkeys([running, *shipped_for(searched.kernels.problem, searched.op)]))
     for number, config in enumerate(configs):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from moe_triton import runtime
 from moe_triton.backends.torch.processor import this_processor
 from moe_triton.benchmarking.cases import PASSES, Case, Workload
 from moe_triton.torch_internals import onednn_linear
@@ -122,6 +125,33 @@ def dense_product(workload: Workload, mode: str) -> Product:
 def dense(workload: Workload, mode: str) -> Limit:
     run, way = fastest([dense_product(workload, mode)])
     return Limit(name="dense", about=f"one dense product of the same FLOPs, by {way}", call=run)
+
+
+def multiplies_codes(device: torch.device) -> bool:
+    """Return whether products in fp8 are kernels of the triton backend on this device; elsewhere they are emulated."""
+    if not runtime.TRITON_INSTALLED or not (device.type == "cuda" or runtime.interpreting()):
+        return False
+    from moe_triton.backends.triton.experts_fp8 import runs_kernels  # needs Triton
+
+    return runs_kernels(device)
+
+
+def dense_of_codes(workload: Workload, mode: str) -> Limit | None:
+    """`dense` of e4m3 codes with one scale each, by torch's scaled product; None where the device has none.
+
+    Its sums are the fastest that there are. Sizes are padded to multiples of 16, as it wants.
+    """
+    if workload.hidden.device.type != "cuda" or not multiplies_codes(workload.hidden.device):
+        return None
+    a, b, _ = dense_product(workload, mode)
+    a, b = (F.pad(x, (0, -x.shape[1] % 16, 0, -x.shape[0] % 16)).to(torch.float8_e4m3fn) for x in (a, b.T))
+    one, whole = torch.ones((), device=a.device), F.ScalingType.TensorWise
+    run = partial(F.scaled_mm, output_dtype=torch.bfloat16, use_fast_accum=True)
+    return Limit(
+        name="dense fp8",
+        about="one dense product of codes of the same FLOPs, by torch's scaled_mm",
+        call=lambda: run(a, b.T, one, whole, one, whole),
+    )
 
 
 def bandwidth_buffer(device: torch.device) -> Tensor:

@@ -197,7 +197,7 @@ def profile_layer(
     """
     opened = open_layer(workload, backend)
     calls, backward = opened.calls, whole_passes(opened, workload)[LAYER[1]]
-    _, flops_per_s, bytes_per_s = run_beside_speeds({}, workload, timer, budget_s)
+    _, speeds = run_beside_speeds({}, workload, timer, budget_s)
 
     def step() -> None:
         for name, call in calls.items():
@@ -215,7 +215,7 @@ def profile_layer(
     times: dict[str, Times] = {
         name.removeprefix(PREFIX): list(found) for name, found in trace.seconds.items() if name.startswith(PREFIX)
     }
-    table = stage_table(opened, workload.case, times, flops_per_s, bytes_per_s)
+    table = stage_table(opened, workload.case, times, speeds)
     return LayerProfile(table=table, trace=trace, counts=opened.dispatched.counts.tolist())
 
 

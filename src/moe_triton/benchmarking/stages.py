@@ -7,7 +7,7 @@ dense product and at the bandwidth that are measured in the same rounds.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from moe_triton.autograd.gate import NARROW
 from moe_triton.benchmarking import stages_torch
 from moe_triton.benchmarking.cases import Case, Workload
 from moe_triton.benchmarking.environment import now
-from moe_triton.benchmarking.limits import bandwidth_buffer, dense
+from moe_triton.benchmarking.limits import bandwidth_buffer, dense, dense_of_codes, multiplies_codes
 from moe_triton.benchmarking.providers import PROVIDERS
 from moe_triton.benchmarking.report import three_digits
 from moe_triton.benchmarking.results import spread_from, spreads_from
@@ -26,8 +26,9 @@ from moe_triton.benchmarking.stage import Stage
 from moe_triton.benchmarking.timing import Call, Fresh, Spread, Timer, Times, run_rounds, spread
 from moe_triton.benchmarking.ways import Runnable
 from moe_triton.records import Dispatch, ExpertCall, GateWanted, RouterSpec
-from moe_triton_kernels.tools.floors import FLOORS, Work
+from moe_triton_kernels.tools.floors import FLOORS, FP8_FLOORS, Work
 
+DENSE_OF_CODES = "a dense product of e4m3 codes"
 DENSE, BANDWIDTH = "a dense product", "a sum over a large buffer"
 LAYER = ("layer forward", "layer backward")  # of a training step: besides its stages, autograd, checks, allocation
 PASSES = {False: LAYER[0], True: LAYER[1]}
@@ -72,7 +73,10 @@ def stage_row(stage: Stage) -> StageRow:
 
 @dataclass(kw_only=True)
 class StageTable:
-    """The stages of one case. flops_per_s, bytes_per_s: measured beside them; layer_s: whole passes of the layer."""
+    """The stages of one case. flops_per_s, bytes_per_s: measured beside them; layer_s: whole passes of the layer.
+
+    codes_flops_per_s: of products of e4m3 codes, where the case has them and the device multiplies them.
+    """
 
     case: Case
     backend: str
@@ -80,12 +84,17 @@ class StageTable:
     flops_per_s: float
     bytes_per_s: float
     layer_s: dict[str, Spread]
+    codes_flops_per_s: float | None = None
     measured: str = ""
     key: str = ""
 
     @property
     def title(self) -> str:
         rates = f"{three_digits(self.flops_per_s / 1e12)} TFLOP/s dense, {three_digits(self.bytes_per_s / 1e9)} GB/s"
+        if self.codes_flops_per_s is not None:
+            rates += f", {three_digits(self.codes_flops_per_s / 1e12)} TFLOP/s dense of e4m3 codes"
+        elif self.case.fp8:
+            rates += "; this device has no dense product of e4m3 codes: floors are those of products in the dtype"
         return f"{self.case.title()}, backend {self.backend} ({rates})"
 
     @property
@@ -180,8 +189,12 @@ def open_layer(workload: Workload, backend: str = "auto") -> Opened:
 
 def expert_stages(backend: str, call: ExpertCall, grad_out: Tensor) -> list[Stage]:
     """The stages of the experts by backend "torch" or "triton"."""
-    if backend == "torch":
+    if backend == "torch" or (call.spec.fp8 and not multiplies_codes(call.hidden.device)):
         return stages_torch.expert_stages(call, grad_out)
+    if call.spec.fp8:
+        from moe_triton.benchmarking import stages_fp8  # needs Triton
+
+        return stages_fp8.expert_stages(call, grad_out)
     from moe_triton.benchmarking import stages_triton  # needs Triton
 
     return stages_triton.expert_stages(call, grad_out)
@@ -199,8 +212,8 @@ def works(stage: Stage, case: Case) -> list[Work]:
 
 
 def work_of(name: str, case: Case, decoded: bool = False) -> Work:
-    """What a kernel of FLOORS computes and moves for a case; decoded: with projections in its dtype."""
-    return FLOORS[name](replace(case.shape, format=None) if decoded else case.shape)
+    """What a kernel of FLOORS or FP8_FLOORS computes and moves; decoded: with projections in the case's dtype."""
+    return (FLOORS | FP8_FLOORS)[name](replace(case.shape, format=None) if decoded else case.shape)
 
 
 def trained(backend: str, workload: Workload) -> Runnable:
@@ -215,19 +228,39 @@ def whole_passes(opened: Opened, workload: Workload) -> dict[str, Call]:
     return {LAYER[0]: backward.make, LAYER[1]: backward}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Speeds:
+    """What floors divide by: FLOP/s of a dense product, bytes/s of a sum over a large buffer, FLOP/s of codes."""
+
+    flops_per_s: float
+    bytes_per_s: float
+    codes_flops_per_s: float | None = None
+
+    def of(self, stage: Stage) -> tuple[float, float]:
+        """FLOP/s and bytes/s of a stage."""
+        is_coded = self.codes_flops_per_s is not None and any(name.startswith("fp8_") for name in stage.floors)
+        return (self.codes_flops_per_s or 0.0) if is_coded else self.flops_per_s, self.bytes_per_s
+
+
 def run_beside_speeds(
     calls: Mapping[str, Call],
     workload: Workload,
     timer: Timer,
     budget_s: float,
     on_round: Callable[[float], None] | None = None,
-) -> tuple[dict[str, Times], float, float]:
-    """(the calls' times, FLOP/s of a dense product, bytes/s of a sum over a large buffer), in interleaved rounds."""
+) -> tuple[dict[str, Times], Speeds]:
+    """The calls' times, and the device's speeds in the same interleaved rounds."""
     buffer = bandwidth_buffer(workload.hidden.device)
     speeds: dict[str, Call] = {DENSE: dense(workload, "forward").call, BANDWIDTH: buffer.sum}
+    if workload.case.fp8 and (codes := dense_of_codes(workload, "forward")) is not None:
+        speeds[DENSE_OF_CODES] = codes.call
     times = run_rounds({**calls, **speeds}, timer, budget_s=budget_s, on_round=on_round)
-    flops_per_s = workload.case.flops("forward") / middle(spread(times[DENSE]))
-    return times, flops_per_s, buffer.nbytes / middle(spread(times[BANDWIDTH]))
+    flops = workload.case.flops("forward")
+    return times, Speeds(
+        flops_per_s=flops / middle(spread(times[DENSE])),
+        bytes_per_s=buffer.nbytes / middle(spread(times[BANDWIDTH])),
+        codes_flops_per_s=flops / middle(spread(times[DENSE_OF_CODES])) if DENSE_OF_CODES in times else None,
+    )
 
 
 def measure_stages(
@@ -241,21 +274,19 @@ def measure_stages(
     """Times every stage, the whole passes of the layer and the two speeds that floors need, in interleaved rounds."""
     opened = open_layer(workload, backend)
     calls = {**opened.calls, **whole_passes(opened, workload)}
-    times, flops_per_s, bytes_per_s = run_beside_speeds(calls, workload, timer, budget_s, on_round)
-    return stage_table(opened, workload.case, times, flops_per_s, bytes_per_s)
+    times, speeds = run_beside_speeds(calls, workload, timer, budget_s, on_round)
+    return stage_table(opened, workload.case, times, speeds)
 
 
-def stage_table(
-    opened: Opened, case: Case, times: Mapping[str, Times], flops_per_s: float, bytes_per_s: float
-) -> StageTable:
+def stage_table(opened: Opened, case: Case, times: Mapping[str, Times], speeds: Speeds) -> StageTable:
     """The table of what was timed, by the stages' full names and LAYER."""
     rows = [stage_row(stage) for stage in opened.stages]
     for row, stage in zip(rows, opened.stages, strict=True):
         if row.full_name in times:
-            row.fill(works(stage, case), times[row.full_name], flops_per_s, bytes_per_s)
+            row.fill(works(stage, case), times[row.full_name], *speeds.of(stage))
     fill_shares(rows)
     return StageTable(
-        case=case, backend=opened.backend, stages=rows, flops_per_s=flops_per_s, bytes_per_s=bytes_per_s,
+        case=case, backend=opened.backend, stages=rows, **asdict(speeds),
         layer_s={name: found for name in LAYER if (found := spread(times.get(name, []))) is not None}, measured=now(),
     )  # fmt: skip
 

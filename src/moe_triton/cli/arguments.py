@@ -43,6 +43,7 @@ Activation = Annotated[str | None, typer.Option(help="The experts' activation. D
 Format = Annotated[
     str | None, typer.Option(help=f"Our projections as codes: {', '.join(FORMATS)}. Default: in the dtype.")
 ]
+Fp8 = Annotated[bool, typer.Option("--fp8", help="Our experts' products in fp8; emulated where a device has none.")]
 Bias = Annotated[bool, typer.Option("--bias", help="Give the experts biases.")]
 DeviceName = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: torch's.")]

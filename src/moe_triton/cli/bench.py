@@ -51,6 +51,7 @@ def bench(
     activation: arguments.Activation = None,
     bias: arguments.Bias = False,
     format: arguments.Format = None,
+    fp8: arguments.Fp8 = False,
     mode: Annotated[
         str | None,
         typer.Option(help="forward (inference), backward, full (forward+backward); several with commas. Default: all."),
@@ -99,7 +100,7 @@ def bench(
         print_list()
         return
     shape = dict(zip(arguments.SHAPE, (tokens, hidden, intermediate, experts, top_k), strict=True))
-    overrides = {"skew": skew, "activation": activation, "bias": bias or None}
+    overrides = {"skew": skew, "activation": activation, "bias": bias or None, "fp8": fp8 or None}
     prints_json = json_file == Path("-")
     json_file = None if prints_json else json_file
     files = {"--json": json_file, "--csv": csv_file, "--chart": chart_file, "--markdown": markdown_file}

@@ -51,6 +51,7 @@ def profile(
     activation: arguments.Activation = None,
     bias: arguments.Bias = False,
     format: arguments.Format = None,
+    fp8: arguments.Fp8 = False,
     training_step: Annotated[
         bool, typer.Option("--training-step", help="Profile a step of `moe-triton train` instead.")
     ] = False,
@@ -79,6 +80,7 @@ def profile(
     give = ctx.with_resource(arguments.json_instead(as_json))
     shape = dict(zip(SHAPE, (tokens, hidden, intermediate, experts, top_k), strict=True))
     overrides = {"dtype": dtype, "skew": skew, "activation": activation, "bias": bias or None, "format": format}
+    overrides["fp8"] = fp8 or None
     with checked("profile", out):
         where = pick_device(device)
         arguments.check_settings(budget, threads, seed, [])
@@ -90,10 +92,12 @@ def profile(
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         if processes == 1 and (ep_mode is not None or ep_chunks is not None):
             raise ValueError("ep-mode, ep-chunks: got one without torchrun; wanted torchrun -m moe_triton profile ...")
-        if processes > 1 and (training_step or kernel is not None or format is not None):
+        if processes > 1 and (training_step or kernel is not None or format is not None or fp8):
             raise ValueError(
-                "training-step, kernel, format: got one under torchrun, where a layer's exchange is profiled"
+                "training-step, kernel, format, fp8: got one under torchrun, where a layer's exchange is profiled"
             )
+        if fp8 and kernel is not None:
+            raise ValueError("fp8: got it with kernel, wanted one of them: configurations are searched without fp8")
         of_a_layer = [model, kernel, tokens, *overrides.values()]
         if training_step and any(value is not None for value in of_a_layer):
             raise ValueError("training-step: got together with a layer's options, wanted sizes only")
@@ -167,6 +171,8 @@ def next_step(table: StageTable, case: Case, device: torch.device) -> str:
     furthest = table.furthest
     if furthest is None or furthest.of_floor is None or furthest.of_floor.p50 > NEAR_FLOOR:
         return "next: every stage is near its floor; fewer bytes or operations are what is left (a lower dtype, a mask)"
+    if case.fp8:
+        return f"next: fewer bytes or operations in {furthest.full_name}: moe-triton tune searches nothing for fp8"
     if device.type == "cpu":
         return "next: moe-triton tune --cpu measures which products are fastest on this processor"
     sizes += f" --dtype {case.dtype}" + (f" --format {case.format}" if case.format is not None else "")

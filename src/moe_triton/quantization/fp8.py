@@ -53,15 +53,15 @@ MXFP8 = Recipe(MX_GROUP, 1, microscaled=True)
 def quantize(x: Tensor, rows: int, columns: int, *, microscaled: bool = False) -> tuple[Tensor, Tensor]:
     """Return the codes [..., R, C] float8_e4m3fn of x, and the scales [..., ceil(R/rows), ceil(C/columns)].
 
-    scale = amax / 448 of a group in fp32, and 1 where that is 0; microscaled: the power of two that is next above, as
-    uint8 (`formats.e8m0_above`). code = x / scale rounded to the nearest, ties to even. All is computed in fp32. A NaN
-    or an infinity makes all numbers of its group NaN.
+    scale = amax / 448 of a group in fp32, and 1 where that is less than 2^-126; microscaled: the power of two that is
+    next above, as uint8 (`formats.e8m0_above`). code = x / scale rounded to the nearest, ties to even. All is computed
+    in fp32. A NaN or an infinity makes all numbers of its group NaN.
     """
     size_r, size_c = x.shape[-2:]
     blocks = _blocks(x.float(), rows, columns)
     largest = blocks.abs().amax((-3, -1))
     scales = e8m0_above(largest) if microscaled else largest / E4M3_MAX
-    scales = scales if microscaled else torch.where(scales == 0, 1.0, scales)
+    scales = scales if microscaled else torch.where(scales < torch.finfo(torch.float32).tiny, 1.0, scales)
     codes = (blocks / scales_of(scales)[..., :, None, :, None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return _whole(codes, size_r, size_c), scales
 

@@ -70,8 +70,8 @@ def experts_backward_rows(call: ExpertCall, grad_out: Tensor, preactivation: Ten
     if preactivation.numel() == 0:
         _, preactivation = problem.up(tiles, keep_a=False, keep_h=True)
     down_u = problem.u_down(grad_out, tiles)
-    weighted_a, grad_h, shares = problem.d_hidden(grad_out, preactivation, tiles, down_u)
-    gate_up_u = problem.u_gate_up(grad_h, tiles) if wanted.hidden else None
+    weighted_a, grad_h, shares = problem.d_hidden(grad_out, preactivation, tiles, down_u, wanted)
+    gate_up_u = problem.u_gate_up(problem.numbers(grad_h), tiles) if wanted.hidden else None
     return RowGradients(
         hidden=problem.combine(problem.d_rows(grad_h, tiles, gate_up_u)) if wanted.hidden else None,
         weights=problem.d_router_weights(shares, grad_out, tiles) if wanted.weights else None,
@@ -96,13 +96,13 @@ def experts_backward_weights(
     if problem.gate_up_lora is not None or problem.down_lora is not None:
         tiles = problem.tiles()
         adapters = (
-            *problem.d_gate_up_lora(grad_h, row_grads.gate_up_u, tiles, wanted),
-            *problem.d_down_lora(grad_out, weighted_a, row_grads.down_u, tiles, wanted),
+            *problem.d_gate_up_lora(problem.numbers(grad_h), row_grads.gate_up_u, tiles, wanted),
+            *problem.d_down_lora(grad_out, problem.numbers(weighted_a), row_grads.down_u, tiles, wanted),
         )
     grads = (
         problem.d_gate_up(grad_h) if wanted.gate_up else None,
         problem.d_down(grad_out, weighted_a) if wanted.down else None,
-        problem.d_gate_up_bias(grad_h) if wanted.gate_up_bias else None,
+        problem.d_gate_up_bias(problem.numbers(grad_h)) if wanted.gate_up_bias else None,
         problem.d_down_bias(grad_out) if wanted.down_bias else None,
         *(None if x is None else x.contiguous() for x in adapters),
     )

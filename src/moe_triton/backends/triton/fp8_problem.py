@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moe_triton.backends.torch.activations import activate
-from moe_triton.backends.triton.problem import Problem
-from moe_triton.records import ExpertCall
-from moe_triton_kernels.fp8 import CODES, RowCodes, WeightCodes
+from moe_triton.backends.triton.problem import ALL, Problem
+from moe_triton.records import ExpertCall, Wanted
+from moe_triton_kernels.d_hidden import Into
+from moe_triton_kernels.fp8 import CODES, GROUP, CodedRows, ColumnCodes, RowCodes, WeightCodes, makes_codes
 from moe_triton_kernels.fp8_d_weight import fp8_d_weight
+from moe_triton_kernels.launch import target_of
 from moe_triton_kernels.operands import PerExpert
-from moe_triton_kernels.quantize import quantize_columns, quantize_rows, quantize_weight
+from moe_triton_kernels.quantize import quantize_both, quantize_columns, quantize_rows, quantize_weight
 from moe_triton_kernels.tiles import TileTables
 
 
@@ -40,6 +42,10 @@ class Fp8Problem(Problem):
     def _down_codes(self) -> WeightCodes:
         return quantize_weight(self.down, size_k=self.size_n, size_columns=self.size_d)
 
+    @property
+    def _makes_codes(self) -> bool:
+        return makes_codes(target_of(self.hidden.device).architecture)
+
     @cached_property
     def _tiles(self) -> TileTables:
         return self.tiles()
@@ -50,8 +56,22 @@ class Fp8Problem(Problem):
     def down_operand(self, *, back: bool = False) -> PerExpert:
         return self._down_codes.backward if back else self._down_codes.forward
 
-    def rows_operand(self, x: Tensor) -> RowCodes:
-        return quantize_rows(x)
+    def rows_operand(self, x: Tensor | CodedRows) -> RowCodes:
+        if not isinstance(x, CodedRows):
+            return quantize_rows(x)
+        return self.rows_operand(self.numbers(x)) if x.rows is None else x.rows
+
+    def both_operands(self, x: Tensor, tiles: TileTables) -> tuple[RowCodes, ColumnCodes]:
+        """Of tokens [T, size]: for a product with a projection, and gathered for a gradient of one."""
+        return quantize_both(x, tiles, source=self.dispatched.source, position=self.dispatched.position)
+
+    def gathered_operand(self, x: Tensor) -> ColumnCodes:
+        return quantize_columns(x, self._tiles, source=self.dispatched.source, top_k=self.top_k)
+
+    def numbers(self, rows: Tensor | CodedRows) -> Tensor:
+        if not isinstance(rows, CodedRows):
+            return rows
+        return self.hidden.new_empty(0) if rows.numbers is None else rows.numbers
 
     def up(self, tiles: TileTables, *, keep_a: bool, keep_h: bool) -> tuple[Activated, Tensor]:
         codes, h = super().up(tiles, keep_a=keep_a, keep_h=keep_h or (keep_a and self.down_lora is not None))
@@ -60,11 +80,48 @@ class Fp8Problem(Problem):
     def down_rows(self, a: Activated, tiles: TileTables) -> Tensor:
         return self._down_rows(a.codes, a.h if self.down_lora is None else activate(a.h, self.spec), tiles)
 
-    def _d_weight(self, tokens: Tensor, rows: Tensor, *, tokens_first: bool) -> Tensor:
-        tiles, source = self._tiles, self.dispatched.source
-        left, right = quantize_columns(tokens, tiles, source=source, top_k=self.top_k), quantize_columns(rows, tiles)
+    def d_hidden(
+        self, grad_out: Tensor, h: Tensor, tiles: TileTables, u: Tensor | None = None, wanted: Wanted = ALL
+    ) -> tuple[Any, Any, Tensor]:
+        """Codes are made where the numbers are, and numbers are only written for what reads them."""
+        if self.call.is_part:
+            return self._d_hidden(self.rows_operand(grad_out), h, tiles, u)
+        wanted = wanted.of(self.call.parameters)
+        rows, gathered = self.both_operands(grad_out, tiles) if wanted.down else (self.rows_operand(grad_out), None)
+        into = Into(self._weighted_a_forms(tiles, wanted, gathered), self._grad_h_forms(tiles, wanted))
+        return self._d_hidden(rows, h, tiles, u, into)
+
+    def _weighted_a_forms(self, tiles: TileTables, wanted: Wanted, gathered: ColumnCodes | None) -> CodedRows:
+        columns = self._columns(tiles, self.size_n) if wanted.down else None
+        is_read = self.down_lora is not None or (wanted.down and columns is None)
+        return CodedRows(numbers=self._numbers(self.size_n, is_read), columns=columns, gathered=gathered)
+
+    def _grad_h_forms(self, tiles: TileTables, wanted: Wanted) -> CodedRows:
+        width, rows = self.call.width, None
+        # a group that holds columns of gate and of up is in two tiles
+        in_a_tile = width == self.size_n or not self.spec.is_concatenated or self.size_n % GROUP.value == 0
+        if wanted.hidden and in_a_tile and self._makes_codes:
+            rows = RowCodes.empty(self.num_rows, width, self.hidden.dtype, self.hidden.device)
+        columns = self._columns(tiles, width) if wanted.gate_up else None
+        lacks = (wanted.hidden and rows is None) or (wanted.gate_up and columns is None)
+        is_read = lacks or wanted.gate_up_bias or self.gate_up_lora is not None
+        return CodedRows(numbers=self._numbers(width, is_read), rows=rows, columns=columns)
+
+    def _columns(self, tiles: TileTables, size: int) -> ColumnCodes | None:
+        if not self._makes_codes:
+            return None
+        return ColumnCodes.empty(size, tiles.select(GROUP.value)[1], self.hidden.dtype, self.hidden.device)
+
+    def _numbers(self, size: int, is_read: bool) -> Tensor | None:
+        return self.hidden.new_empty(self.num_rows, size) if is_read else None
+
+    def _d_weight(self, tokens: Tensor, rows: Tensor | CodedRows, *, tokens_first: bool) -> Tensor:
+        coded = rows if isinstance(rows, CodedRows) else CodedRows(numbers=rows)
+        left, right = coded.gathered, coded.columns
+        left = self.gathered_operand(tokens) if left is None else left
+        right = quantize_columns(self.numbers(coded), self._tiles) if right is None else right
         left, right = (left, right) if tokens_first else (right, left)
-        return fp8_d_weight(left, right, tiles, config=self.config("d_weight"))
+        return fp8_d_weight(left, right, self._tiles, config=self.config("d_weight"))
 
 
 def problem_of(call: ExpertCall) -> Problem:

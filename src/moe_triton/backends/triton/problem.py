@@ -21,7 +21,7 @@ from moe_triton.records import (
 from moe_triton_kernels.activations import Activation
 from moe_triton_kernels.combine import combine
 from moe_triton_kernels.configs import choose_config
-from moe_triton_kernels.d_hidden import d_hidden, d_router_weights
+from moe_triton_kernels.d_hidden import Into, d_hidden, d_router_weights
 from moe_triton_kernels.d_weight import d_bias, d_weight
 from moe_triton_kernels.down import down
 from moe_triton_kernels.fp8 import RowCodes
@@ -34,6 +34,7 @@ from moe_triton_kernels.quantized import decode, quantized_per_expert
 from moe_triton_kernels.tiles import TileTables, tile_tables
 from moe_triton_kernels.up import up
 
+ALL = Wanted()
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -74,7 +75,7 @@ class Problem:
     def down_operand(self, *, back: bool = False) -> PerExpert:
         return self.down.transposed() if back else self.down
 
-    def rows_operand(self, x: Tensor) -> Tensor | RowCodes:
+    def rows_operand(self, x: Any) -> Tensor | RowCodes:
         """Rows, contiguous, as a product with a projection reads them."""
         return x
 
@@ -143,12 +144,20 @@ class Problem:
         )
 
     def d_hidden(
-        self, grad_out: Tensor, h: Tensor, tiles: TileTables, u: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Weighted activation [S, n], pre-activation's gradient, and shares of the router weights' gradient."""
+        self, grad_out: Tensor, h: Tensor, tiles: TileTables, u: Tensor | None = None, wanted: Wanted = ALL
+    ) -> tuple[Any, Any, Tensor]:
+        """Weighted activation [S, n], pre-activation's gradient, and shares of the router weights' gradient.
+
+        The first two are for the gradients that are wanted; `numbers` gives them as tensors.
+        """
+        return self._d_hidden(self.rows_operand(grad_out), h, tiles, u)
+
+    def _d_hidden(
+        self, grad_out: Tensor | RowCodes, h: Tensor, tiles: TileTables, u: Tensor | None, into: Into | None = None
+    ) -> tuple[Any, Any, Tensor]:
         weight = self._backward(self.down_operand(back=True), self.down_lora, u, "d_hidden")
         return d_hidden(
-            self.rows_operand(grad_out),
+            grad_out,
             self.dispatched.source,
             tiles,
             weight,
@@ -158,7 +167,12 @@ class Problem:
             activation=self.activation,
             is_concatenated=self.spec.is_concatenated,
             config=self.config("d_hidden", weight),
+            into=into,
         )
+
+    def numbers(self, rows: Any) -> Tensor:
+        """What `d_hidden` gave as [S, ...], for biases and adapters; an empty [0] where neither is there."""
+        return rows
 
     def _backward(self, projection: PerExpert, lora: Factors | None, u: Tensor | None, op: str) -> PerExpert:
         weight = self.read(projection, op)
@@ -167,7 +181,7 @@ class Problem:
     def d_router_weights(self, shares: Tensor, grad_out: Tensor, tiles: TileTables) -> Tensor:
         return d_router_weights(shares, grad_out, self.dispatched.source, tiles, self.down_bias, self.weights)
 
-    def d_rows(self, grad_h: Tensor, tiles: TileTables, u: Tensor | None = None) -> Tensor:
+    def d_rows(self, grad_h: Any, tiles: TileTables, u: Tensor | None = None) -> Tensor:
         """Every row's gradient of its token [S, d]."""
         weight = self._backward(self.gate_up_operand(back=True), self.gate_up_lora, u, "d_rows")
         return down(
@@ -181,15 +195,15 @@ class Problem:
     def combine(self, rows: Tensor) -> Tensor:
         return combine(rows, self.dispatched.position, self.hidden.dtype)
 
-    def d_gate_up(self, grad_h: Tensor) -> Tensor:
+    def d_gate_up(self, grad_h: Any) -> Tensor:
         """[E, 2n, d], or [E, d, 2n] where transposed."""
         return self._d_weight(self.hidden, grad_h, tokens_first=self.spec.is_transposed)
 
-    def d_down(self, grad_out: Tensor, weighted_a: Tensor) -> Tensor:
+    def d_down(self, grad_out: Tensor, weighted_a: Any) -> Tensor:
         """[E, d, n], or [E, n, d] where transposed."""
         return self._d_weight(grad_out, weighted_a, tokens_first=not self.spec.is_transposed)
 
-    def _d_weight(self, tokens: Tensor, rows: Tensor, *, tokens_first: bool) -> Tensor:
+    def _d_weight(self, tokens: Tensor, rows: Any, *, tokens_first: bool) -> Tensor:
         """tokens^T rows, contracted over each expert's rows, or its transpose where not `tokens_first`.
 
         `tokens` [T, ...] is gathered by row -> token; `rows` [S, ...] lies in expert order.

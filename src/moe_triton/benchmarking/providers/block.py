@@ -37,6 +37,7 @@ class Block:
                  has, with `unpack`
     unpack       its parameters (or their gradients) by name -> the same in the names and the layout of `Workload`
     is_trainable False: inference only
+    is_fp8       its products are in fp8, so that its results have their noise
     label        how it is shown, where that is only known now
     """
 
@@ -45,6 +46,7 @@ class Block:
     parameters: Mapping[str, Parameter]
     unpack: Callable[[Named], Named] | None = None
     is_trainable: bool = True
+    is_fp8: bool = False
     label: str | None = None
 
     def leaves(self) -> list[Tensor]:

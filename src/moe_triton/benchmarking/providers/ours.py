@@ -20,7 +20,7 @@ def ours(backend: str) -> Callable[[Workload], Block]:
             raise Unavailable("not measured", str(error)) from error
         layer = MoE(
             case.hidden, case.intermediate, case.experts, case.top_k, activation=case.activation, bias=case.bias,
-            backend=backend, device="meta", dtype=case.torch_dtype,
+            fp8=case.fp8, backend=backend, device="meta", dtype=case.torch_dtype,
         )  # fmt: skip
         layer.router.weight = share(workload.gate)
         experts = {name: share(tensor) for name, tensor in workload.experts.items()}
@@ -35,7 +35,8 @@ def ours(backend: str) -> Callable[[Workload], Block]:
             choose=lambda x: layer.router(x).experts,
             parameters={"gate": layer.router.weight, **experts},
             is_trainable=not workload.packed,
-            label=f"moe_triton ({', '.join(filter(None, (chosen.name, case.format)))})",
+            is_fp8=case.fp8,
+            label=f"moe_triton ({', '.join(filter(None, (chosen.name, 'fp8' if case.fp8 else case.format)))})",
         )
 
     return build

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -72,6 +72,7 @@ class LocalExperts(DispatchedRows):
         here = self.calls[call]
         self.note(f"row gradients {call}")
         done = self._call(saved[here.x], saved[here.weights], _dispatch_of(here, saved), saved)
+        done = replace(done, is_part=len(self.calls) > 1)
         rows = self._experts(grad.device).experts_backward_rows(done, grad, saved[here.preactivation], Wanted())
         here.grad_out, here.gradients = grad, rows
         assert rows.hidden is not None
