@@ -121,14 +121,18 @@ def dispatch(
         return reference.dispatch(
             experts, num_experts, capacity=capacity, capacity_groups=capacity_groups, by_choice=by_choice, keys=keys
         )
-    as_op = torch.compiler.is_compiling() or has_no_data(experts) or is_transforming()
-    if capacity is None and not as_op:
+    if torch.compiler.is_compiling() or has_no_data(experts) or is_transforming():
+        fields = _dispatch_op(experts, num_experts, capacity, capacity_groups, by_choice, keys, name)
+    else:
         with runtime.plain_maths(experts):
-            small = runtime.dispatch_backend(name).build_small_dispatch(experts, num_experts)
-        if small is not None:
-            return small
-    run = _dispatch_op if as_op else _build
-    counts, offsets, source, position = run(experts, num_experts, capacity, capacity_groups, by_choice, keys, name)
+            backend_ops = runtime.dispatch_backend(name)
+            small = backend_ops.build_small_dispatch(experts, num_experts) if capacity is None else None
+            if small is not None:
+                return small
+            fields = backend_ops.build_dispatch(
+                experts.contiguous(), num_experts, capacity, capacity_groups, by_choice, keys
+            )
+    counts, offsets, source, position = fields
     return Dispatch(counts=counts, offsets=offsets, source=source, position=position)
 
 
