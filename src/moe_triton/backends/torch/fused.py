@@ -42,7 +42,8 @@ def loops_in_words() -> str:
     if problem is not None:
         return f"none ({problem})"
     return (
-        "by numba, for quantised projections, gradients of gated activations, and activations that are cut at a limit"
+        "by numba, for routing and dispatch, the experts of few rows, quantised projections, gradients of gated "
+        "activations, and activations that are cut at a limit or alternate"
     )
 
 
@@ -52,6 +53,11 @@ def codes_in_words(dtype: torch.dtype) -> str:
     if problem:
         return f"decoded by torch, in parts that stay in cache: {problem}"
     return "decoded by compiled loops (numba), with few rows inside their product, else in parts that stay in cache"
+
+
+def data(x: Tensor) -> np.ndarray:
+    """Return the numbers of a tensor that a loop reads: dense, so that it is compiled for one layout."""
+    return x.detach().contiguous().numpy()
 
 
 def array(x: Tensor) -> np.ndarray:
