@@ -6,11 +6,13 @@ and 2.14.1, on CPUs.
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
 from functools import cache, wraps
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -176,6 +178,24 @@ def onednn_linear() -> Callable[..., Tensor] | None:
 
 
 # torch.distributed ----------------------------------------------------------------------------------------------------
+
+
+@cache
+def openmp_parallel() -> Callable[[int, int, int, int], None] | None:
+    """Return GOMP_parallel(function, data, threads, flags) of the library whose threads torch's operations use.
+
+    It calls function(data), addresses, in so many threads and returns when all have ended; 2 microseconds where the
+    threads have just run one of torch's operations. None where torch uses no library with this function: LLVM's and
+    Intel's have it on Linux, as GCC's does.
+    """
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        found = ctypes.CDLL(str(library)).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    found.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    found.restype = None
+    return cast(Callable[[int, int, int, int], None], found)
 
 
 def default_store() -> dist.Store:
