@@ -56,8 +56,8 @@ def route_unsummed(
     given: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Callable[[], tuple[Tensor, Tensor, Tensor]]]:
     """Return the experts and weights of `route_forward`, and what computes its sums."""
-    if _runs_loops(logits, spec) and token_mask is None and given is None:
-        experts, weights, *sums = _route_by_loop(logits, spec, choice_bias, noise)
+    if _runs_loops(logits, spec):
+        experts, weights, *sums = _route_by_loop(logits, spec, choice_bias, noise, token_mask, given)
         return experts, weights, lambda: (sums[0], sums[1], sums[2])
     logits_TE = logits.to(wide(logits.dtype))
     experts_TK = top_choices(choice_keys(logits_TE, spec, choice_bias, noise), spec.top_k)
@@ -86,18 +86,18 @@ def route_and_dispatch(
     given: Tensor | None = None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], TiledDispatch] | None:
     """Return what `route_forward` does, and a Dispatch without a capacity; None where no loop makes them."""
-    if not _runs_loops(logits, spec) or token_mask is not None or given is not None:
+    if not _runs_loops(logits, spec):
         return None
-    found = _route_by_loop(logits, spec, choice_bias, noise)
+    found = _route_by_loop(logits, spec, choice_bias, noise, token_mask, given)
     counts, offsets, source, position = sort_by_loop(found[0], logits.shape[1])
     dispatched = TiledDispatch(counts=counts, offsets=offsets, source=source, position=position, experts=found[0])
     return found, dispatched
 
 
 def _runs_loops(logits: Tensor, spec: RouterSpec) -> bool:
-    """Whether the compiled loops have the options and the dtype; neither this nor a row.s bits depend on the rows."""
+    """Whether the compiled loops have the options and the dtype; neither this nor a row's bits depend on the rows."""
     return (
-        logits.dtype == torch.float32
+        wide(logits.dtype) == torch.float32
         and logits.device.type == "cpu"
         and spec.score in LOOP_SCORES
         and spec.weightless == 0
@@ -107,20 +107,27 @@ def _runs_loops(logits: Tensor, spec: RouterSpec) -> bool:
 
 
 def _route_by_loop(
-    logits: Tensor, spec: RouterSpec, choice_bias: Tensor | None, noise: Tensor | None
+    logits: Tensor,
+    spec: RouterSpec,
+    choice_bias: Tensor | None,
+    noise: Tensor | None,
+    token_mask: Tensor | None,
+    given: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`route_forward`."""
     from moe_triton.backends.torch.small_loops import route
 
-    num_tokens, num_experts = logits.shape
+    logits, (num_tokens, num_experts) = logits.float(), logits.shape
     experts = np.empty((num_tokens, spec.top_k), np.int32)
     weights, counts = np.empty((num_tokens, spec.top_k), np.float32), np.empty(num_experts, np.int32)
     score_sums, z_sum = np.empty(num_experts, np.float32), np.empty((), np.float32)
     keys = numbers = data(logits)
     if choice_bias is not None or noise is not None or spec.num_groups > 1:
         keys = data(choice_keys(logits, spec, choice_bias, noise))
+    choices = np.empty((0, 0), np.int32) if given is None else data(given.int())
+    mask = np.empty(0, np.bool_) if token_mask is None else data(token_mask.bool())
     score = LOOP_SCORES.index(spec.score)
-    route(numbers, keys, score, spec.normalize, spec.scale, experts, weights, counts, score_sums, z_sum)
+    route(numbers, keys, choices, mask, score, spec.normalize, spec.scale, experts, weights, counts, score_sums, z_sum)
     of = torch.from_numpy
     return of(experts), of(weights), of(counts), of(score_sums), of(z_sum)
 
@@ -223,9 +230,9 @@ def _route_backward_by_loop(
     of_sums = np.zeros(num_experts, np.float32) if grad_score_sums is None else data(grad_score_sums)
     of_z = 0.0 if grad_z_sum is None else float(grad_z_sum)
     score = LOOP_SCORES.index(spec.score)
-    given = data(logits), data(experts), data(grad_weights), of_sums, of_z
+    given = data(logits.float()), data(experts), data(grad_weights), of_sums, of_z
     route_backward(*given, score, spec.normalize, spec.scale, grad_logits)
-    return torch.from_numpy(grad_logits)
+    return torch.from_numpy(grad_logits).to(logits.dtype)
 
 
 def _softmax_backward(grad: Tensor, probs: Tensor) -> Tensor:

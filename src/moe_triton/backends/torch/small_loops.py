@@ -59,17 +59,29 @@ def chosen(x, ids, score, out):
         out[k] = x[ids[k]] if ids[k] >= 0 else -INFINITY if score == 1 else f32(0)
     if score == 1:
         softmax(out, out)
+        for k in range(len(ids)):
+            if ids[k] < 0:
+                out[k] = f32(0)  # also where there is no expert at all
 
 
-def route(logits, keys, score, normalize, scale, experts, weights, counts, score_sums, z_sum):
-    """`route_forward` of `keys`, what the choice is made by; the sums are made in fp64."""
+def route(logits, keys, given, mask, score, normalize, scale, experts, weights, counts, score_sums, z_sum):
+    """`route_forward` of `keys`, what the choice is made by; the sums are made in fp64.
+
+    given [T, K] and mask [T]: as there, or empty.
+    """
     (num_tokens, num_experts), top_k = logits.shape, experts.shape[1]
     scores, best = np.empty(num_experts, f32), np.empty(top_k, f32)
     sums, z = np.zeros(num_experts), 0.0
     counts[:] = 0
     for t in range(num_tokens):
         row, ids, w = logits[t], experts[t], weights[t]
-        choose(keys[t], ids, best)
+        if len(mask) and not mask[t]:
+            ids[:], w[:] = -1, 0
+            continue
+        if len(given):
+            ids[:] = given[t]
+        if not len(given) or ids.max() == ids.min() == -1:
+            choose(keys[t], ids, best)
         log_sum = softmax(row, scores)
         z += log_sum * log_sum
         divisor = f32(1)
@@ -84,7 +96,8 @@ def route(logits, keys, score, normalize, scale, experts, weights, counts, score
         chosen(row if score == 1 else scores, ids, score, w)
         total = EPS
         for k in range(top_k):
-            counts[ids[k]] += 1
+            if ids[k] >= 0:
+                counts[ids[k]] += 1
             total += w[k]
         for k in range(top_k):
             w[k] = (w[k] / total if normalize else w[k]) * f32(scale)
