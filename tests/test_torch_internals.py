@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -171,6 +172,36 @@ def test_fake_and_real_tensors():
         assert torch_internals.has_no_data(torch.ones(2))
         with torch_internals.real_tensors():
             assert torch.ones(2).tolist() == [1, 1]
+
+
+def test_what_can_call_a_backend_as_it_is():
+    x, seen = torch.ones(2), []
+    assert not torch_internals.is_plain(x)
+    with torch.no_grad():
+        assert torch_internals.is_plain(x)
+        assert not torch_internals.is_plain(x.to("meta"))
+        with FakeTensorMode():
+            assert not torch_internals.is_plain(torch.ones(2))
+        torch.func.vmap(lambda row: seen.append(torch_internals.is_plain(row)) or row)(torch.ones(1, 2))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not torch_internals.is_plain(x)
+        with forward_ad.dual_level():
+            assert not torch_internals.is_plain(x)
+    assert seen == [False]
+
+
+def test_a_comparison_of_tensors():
+    x, weight = torch.ones(2, 6), torch.nn.Parameter(torch.ones(3))
+    is_alike = torch_internals.comparison_with(x, weight)
+    assert is_alike(torch.zeros(2, 6), torch.nn.Parameter(torch.zeros(3)))
+    assert is_alike(torch.zeros(13)[1:].view(2, 6), weight)  # at another address
+    for other in (x.half(), x[:1], x.T.contiguous().T, x.to("meta"), x.to_sparse(), torch.nn.Parameter(x)):
+        assert not is_alike(other, weight)
+    assert not is_alike(x, weight.data)
+    assert not is_alike(x, torch.nn.Parameter(torch.ones(3), requires_grad=False))
+    alive = weakref.ref(x)
+    del x, other
+    assert alive() is None
 
 
 def test_onednn():

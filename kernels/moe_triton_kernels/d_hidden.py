@@ -10,17 +10,20 @@ same bits.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from moe_triton_kernels.activations import Activation, is_gated
-from moe_triton_kernels.descriptors import weight_descriptor
+from moe_triton_kernels.arithmetic import cdiv
+from moe_triton_kernels.descriptors import at
 from moe_triton_kernels.fp8 import RowCodes, Scales, operand_of
 from moe_triton_kernels.gluon.schedules import why_unsupported
 from moe_triton_kernels.grouped_gemm import rows_times_weight, split_columns, tile_order
-from moe_triton_kernels.launch import Config, launch_options, persistent_grid
+from moe_triton_kernels.launch import Config
 from moe_triton_kernels.lora import Added
 from moe_triton_kernels.operands import (
     Columns,
@@ -28,9 +31,9 @@ from moe_triton_kernels.operands import (
     Rows,
     expert_base,
     in_units,
-    sizes_argument,
 )
 from moe_triton_kernels.preactivation import d_activate, join_pair, load_parts, split_pair
+from moe_triton_kernels.products import prepare_product
 from moe_triton_kernels.tiles import TileTables, load_tile
 
 
@@ -125,6 +128,98 @@ def d_hidden_kernel(
         tl.store(shares + tile_n.to(tl.int64) * num_slots + rows, share, mask=row_mask)
 
 
+class DHidden:
+    """`d_hidden` of operands that lie like these: what they and the arguments decide is computed once.
+
+    The arguments are those of `d_hidden`. No tensor is kept.
+    """
+
+    def __init__(
+        self,
+        grad_out: Tensor | RowCodes,
+        tiles: TileTables,
+        weight: PerExpert,
+        *,
+        size_n: int,
+        top_k: int,
+        activation: Activation,
+        is_concatenated: bool,
+        config: Config,
+    ) -> None:
+        values, _ = operand_of(grad_out, weight, size_n)
+        self.size_n, self.activation, self.is_concatenated = size_n, activation, is_concatenated
+        self.config, self.num_shares = config, cdiv(size_n, config.block_n)
+        self.product = prepare_product(
+            d_hidden_kernel,
+            values,
+            tiles,
+            weight,
+            config,
+            size_columns=size_n,
+            TOP_K=top_k,
+            ACTIVATION=activation,
+            CONCATENATED=is_concatenated,
+        )
+
+    def __call__(
+        self,
+        grad_out: Tensor | RowCodes,
+        source: Tensor,
+        tiles: TileTables,
+        weight: PerExpert,
+        h: Tensor,
+        router_weights: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        config, product = self.config, self.product
+        values: Any = grad_out
+        scales = None
+        if weight.scales is not None:  # of codes
+            values, scales = operand_of(grad_out, weight, self.size_n)
+        if (
+            config.gluon is not None
+            and isinstance(grad_out, Tensor)
+            and why_unsupported(
+                config.gluon, values, weight, None, size_columns=self.size_n, derivative=self.activation
+            )
+            is None
+        ):
+            from moe_triton_kernels.gluon import d_hidden as warp_specialized  # imports Gluon, which is experimental
+
+            return warp_specialized.d_hidden(
+                grad_out,
+                source,
+                tiles,
+                weight,
+                h,
+                router_weights,
+                size_n=self.size_n,
+                activation=self.activation,
+                is_concatenated=self.is_concatenated or not self.activation.is_gated,
+                config=config,
+            )
+        num_slots = source.shape[0]
+        weighted_a = h.new_empty((num_slots, self.size_n))
+        grad_h = torch.empty_like(h)
+        shares = h.new_empty((self.num_shares, num_slots), dtype=torch.float32)
+        product.launch(
+            values,
+            source,
+            weight.weight(),
+            at(weight.data, product.descriptor),
+            None if weight.adapter is None else weight.adapter.argument(),
+            scales,
+            h,
+            router_weights,
+            weighted_a,
+            grad_h,
+            shares,
+            tiles.select(config.block_m)[0],
+            product.sizes,
+            num_slots,
+        )
+        return weighted_a, grad_h, shares
+
+
 def d_hidden(
     grad_out: Tensor | RowCodes,
     source: Tensor,
@@ -144,57 +239,17 @@ def d_hidden(
     any strides; h [S, 2n] or [S, n] as `up` made it; router_weights [T, K] contiguous. Rows past offsets[E] are neither
     read nor written.
     """
-    values, scales = operand_of(grad_out, weight, size_n)
-    reason = why_unsupported(
-        config.gluon,
-        values,
+    prepared = DHidden(
+        grad_out,
+        tiles,
         weight,
-        None,
-        size_columns=size_n,
-        derivative=activation,
+        size_n=size_n,
+        top_k=router_weights.shape[1],
+        activation=activation,
+        is_concatenated=is_concatenated,
+        config=config,
     )
-    if isinstance(grad_out, Tensor) and reason is None:
-        from moe_triton_kernels.gluon import d_hidden as warp_specialized  # imports Gluon, which is experimental
-
-        return warp_specialized.d_hidden(
-            grad_out,
-            source,
-            tiles,
-            weight,
-            h,
-            router_weights,
-            size_n=size_n,
-            activation=activation,
-            is_concatenated=is_concatenated or not activation.is_gated,
-            config=config,
-        )
-    num_slots, size_d = source.shape[0], values.shape[1]
-    weighted_a = h.new_empty((num_slots, size_n))
-    grad_h = torch.empty_like(h)
-    num_n = triton.cdiv(size_n, config.block_n)
-    shares = h.new_empty((num_n, num_slots), dtype=torch.float32)
-    table, max_tiles = tiles.select(config.block_m)
-    d_hidden_kernel[persistent_grid(h.device, max_tiles * num_n, config)](
-        values,
-        source,
-        weight.weight(),
-        weight_descriptor(weight, config, size_k=size_d, size_columns=size_n, halves=1, block_n=config.block_n),
-        None if weight.adapter is None else weight.adapter.argument(),
-        scales,
-        h,
-        router_weights,
-        weighted_a,
-        grad_h,
-        shares,
-        table,
-        sizes_argument(values, size_d, size_n, config),
-        num_slots,
-        TOP_K=router_weights.shape[1],
-        ACTIVATION=activation,
-        CONCATENATED=is_concatenated,
-        **launch_options(h.device, config),
-    )
-    return weighted_a, grad_h, shares
+    return prepared(grad_out, source, tiles, weight, h, router_weights)
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_shares"])

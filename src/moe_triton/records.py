@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from moe_triton.quantization import QuantizedWeight
+from moe_triton.torch_internals import comparison_with
 
 GATED = ("swiglu", "geglu", "geglu_tanh", "reglu", "gpt_oss")
 UNGATED = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
@@ -18,6 +20,10 @@ LIMITED: dict[str, tuple[float | None, float]] = {"swiglu": (None, 1.0), "gpt_os
 SCORES = ("softmax", "sigmoid", "topk_softmax", "sqrt_softplus")
 EMPTY = -2  # the id of a choice that a rule leaves empty; -1 is one of a token that counts nowhere
 GROUP_SCORES = ("max", "top2_sum")
+PLAIN = (Tensor, nn.Parameter)
+_UNASKED = object()
+MOST_KINDS, MOST_ALIKE = 1024, 32  # keys, and kinds with the same one
+_KINDS: dict[tuple[Any, ...], tuple[tuple[Callable[..., bool], object], ...]] = {}
 PRIORITIES = ("position", "choice", "probability", "random")
 
 
@@ -124,9 +130,9 @@ class Routing:
     def dispatched_to(self, num_experts: int) -> TiledDispatch | None:
         """Return the Dispatch of these very choices to all of so many experts, where the backend made it with them."""
         found = self.dispatched
-        return (
-            found if found is not None and found.experts is self.experts and found.num_experts == num_experts else None
-        )
+        if found is None or found.experts is not self.experts or found.counts.shape[0] != num_experts:
+            return None
+        return found
 
     @classmethod
     def unsummed(
@@ -250,6 +256,19 @@ class ExpertCall:
     dispatched: Dispatch
     parameters: ExpertParameters
     spec: ExpertSpec
+    _kind: ClassVar[object] = _UNASKED
+
+    @property
+    def kind(self) -> object | None:
+        """What equal calls share: one object for all that differ in values and addresses only, to look things up by.
+
+        None where a tensor is not plain and strided, or a projection is not a single tensor.
+        """
+        found = self._kind
+        if found is _UNASKED:  # not a cached_property, which takes a lock up to Python 3.11
+            found = _kind_of(self)
+            object.__setattr__(self, "_kind", found)
+        return found
 
     @property
     def num_experts(self) -> int:
@@ -286,6 +305,32 @@ class ExpertCall:
         if given.down_lora_a is None or given.down_lora_b is None:
             return None
         return Lora(given.down_lora_a, given.down_lora_b, self.spec.down_scaling)
+
+
+def _kind_of(call: ExpertCall) -> object | None:
+    dispatched, parameters, absent = call.dispatched, call.parameters, None
+    gate_up, down, up_bias, down_bias, up_a, up_b, down_a, down_b = parameters
+    tensors: tuple[Any, ...] = (call.hidden, call.weights, gate_up, down)
+    if not (up_bias is down_bias is up_a is up_b is down_a is down_b is None):
+        tensors = (*tensors, *(parameter for parameter in parameters[2:] if parameter is not None))
+        absent = tuple(parameter is None for parameter in parameters)
+    for tensor in tensors:
+        if type(tensor) not in PLAIN:
+            return None
+    source = dispatched.source
+    tensors = (dispatched.counts, source, dispatched.position, *tensors)
+    key = (call.spec, source.shape, absent)
+    known = _KINDS.get(key, ())
+    for is_alike, kind in known:
+        if is_alike(*tensors):
+            return kind
+    if not all(tensor.layout is torch.strided for tensor in tensors):
+        return None
+    if len(_KINDS) >= MOST_KINDS:
+        _KINDS.clear()
+    kind = object()
+    _KINDS[key] = ((comparison_with(*tensors), kind), *known[: MOST_ALIKE - 1])
+    return kind
 
 
 class GateWanted(NamedTuple):

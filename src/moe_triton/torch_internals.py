@@ -123,6 +123,32 @@ def has_no_data(tensor: Tensor) -> bool:
     return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Return whether an operation on this tensor can call its backend as it is.
+
+    That is: nothing is differentiated, compiled, transformed or under autocast, and the tensor has data, on the current
+    GPU if on one. Asked once per operation, and in one function: its parts take as long as a launch.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if forward_ad._current_level >= 0 or torch._C._is_any_autocast_enabled():
+        return False
+    if tensor.is_meta or isinstance(tensor, FakeTensor):
+        return False
+    device = tensor.device
+    return device.type != "cuda" or device.index == torch.cuda.current_device()
+
+
+def comparison_with(*tensors: Tensor) -> Callable[..., bool]:
+    """Return a function that says whether as many tensors are like these, in all but values and addresses.
+
+    That is: their types, dtypes, devices, sizes, strides, and whether they need a gradient as things are. It keeps none
+    of these, and takes a fraction of the time in which Python asks for as much: torch.compile guards its code by it.
+    """
+    guards = torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    return cast(Callable[..., bool], guards.check)
+
+
 def real_tensors() -> AbstractContextManager[Any]:
     """Leave all modes, so that new tensors have values also while torch.export traces with fake ones."""
     return _disable_current_modes()

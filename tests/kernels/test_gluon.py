@@ -246,6 +246,7 @@ def test_experts_forward_and_backward(hopper: dict[str, EmulatedKernel], monkeyp
         return replace(configs.choose_config(op, **sizes), gluon="ping_pong")
 
     monkeypatch.setattr(calls, "choose_config", choose)
+    monkeypatch.setattr(calls, "_PREPARED", {})
     problem = make_problem(random_choices(9, 2, 4), 4, d=64, n=64, dtype=torch.float16)
     check(run(problem), problem, tolerance=2e-3)
     if hopper:
@@ -260,6 +261,7 @@ def test_a_gate_in_pairs_and_a_contraction_that_ends_within_a_block(
         return replace(configs.choose_config(op, **sizes), gluon=schedule)
 
     monkeypatch.setattr(calls, "choose_config", choose)
+    monkeypatch.setattr(calls, "_PREPARED", {})
     spec = ExpertSpec(is_concatenated=False, is_transposed=schedule == "ping_pong")
     problem = make_problem(random_choices(9, 2, 4), 4, spec=spec, d=80, n=48, dtype=torch.float16)
     check(run(problem), problem, tolerance=2e-3)

@@ -64,7 +64,7 @@ class Fp8Problem(Problem):
         tiles, source = self._tiles, self.dispatched.source
         left, right = quantize_columns(tokens, tiles, source=source, top_k=self.top_k), quantize_columns(rows, tiles)
         left, right = (left, right) if tokens_first else (right, left)
-        return fp8_d_weight(left, right, tiles, config=self.config("d_weight"))
+        return fp8_d_weight(left, right, tiles, config=self.config_of_d_weight())
 
 
 def problem_of(call: ExpertCall) -> Problem:
