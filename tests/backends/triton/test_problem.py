@@ -46,10 +46,10 @@ def test_calls_that_lie_alike_share_what_is_prepared(monkeypatch: pytest.MonkeyP
 
 
 def test_it_keeps_no_tensor() -> None:
-    problem = make(ranks=(3, 3))
+    problem = make(2)
     run(problem)
     call = problem.call
-    given = (call.hidden, call.weights, call.dispatched.source, *call.parameters, problem.grad_out)
+    given = (call.hidden, call.weights, call.dispatched.source, *call.parameters[:4], problem.grad_out)
     alive = [weakref.ref(tensor) for tensor in given]
     assert triton_problem._PREPARED
     del problem, call, given
