@@ -1,4 +1,4 @@
-"""Whether the compiled loops of `loops` run on this CPU, and how tensors become their arguments."""
+"""Whether the compiled loops of `loops` and `adapter_loops` run on this CPU, and how tensors become their arguments."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def loops_in_words() -> str:
     if problem is not None:
         return f"none ({problem})"
     return (
-        "by numba, for quantised projections, gradients of gated activations, and activations that are cut at a limit"
+        "by numba, for quantised projections, gradients of gated activations, activations that are cut at a limit, and "
+        "adapters on processors with AVX-512"
     )
 
 
