@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
+import threading
 import weakref
 from collections.abc import Iterator
 from datetime import timedelta
@@ -211,6 +214,27 @@ def test_onednn():
         return
     x, weight, bias = torch.randn(3, 5), torch.randn(4, 5), torch.randn(4)
     assert_close(linear(x, weight, bias, "none", [], ""), F.linear(x, weight, bias))
+
+
+def test_a_function_on_all_of_torchs_threads():
+    parallel = torch_internals.openmp_parallel()
+    if parallel is None:
+        assert sys.platform != "linux"
+        return
+    seen, before = [], torch.get_num_threads()
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    def function(data):
+        seen.append((data, threading.get_ident()))
+
+    try:
+        torch.set_num_threads(2)
+        parallel(ctypes.cast(function, ctypes.c_void_p).value, 77, 2, 0)
+    finally:
+        torch.set_num_threads(before)
+    assert [data for data, _ in seen] == [77, 77]
+    assert len({thread for _, thread in seen}) == 2
+    assert threading.get_ident() in [thread for _, thread in seen]
 
 
 def test_process_groups(world):

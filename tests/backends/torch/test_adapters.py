@@ -84,13 +84,23 @@ def test_numbers_of_float64(dtype: torch.dtype, rank: int, kind: type[Adapter]) 
     assert_right(results(kind(layout, lora), rows, block, keeps_u=rank != 8), expected(lora, rows), dtype)
 
 
-def test_pairs_without_the_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("numba")
-    processor = this_processor()._replace(instruction_sets=("avx512",))
-    monkeypatch.setattr(adapters, "this_processor", lambda: processor)
-    lora, rows = draw(16, torch.bfloat16)
-    layout = layout_of()
-    assert_right(results(LoopedAdapter(layout, lora), rows, layout.blocks[0]), expected(lora, rows), torch.bfloat16)
+def test_pairs_without_the_instruction() -> None:
+    """One tile: compiling whole loops for other processors than this one takes seconds."""
+    numba = pytest.importorskip("numba")
+    from moe_triton.backends.torch.adapter_loops import LANES, tile
+
+    run = tile(vectors=1, adds=False, is_bf16=True, has_instruction=False)
+
+    @numba.njit
+    def product(left: int, row: int, right: int, size_k: int, out: int, out_row: int, rows: int, columns: int) -> None:
+        run(left, row, 4, right, size_k, out, out_row, rows, columns)
+
+    left, right = torch.randn(5, 14).bfloat16(), torch.randn(14, LANES).bfloat16()
+    pairs, out = right.unflatten(0, (7, 2)).mT.contiguous(), torch.full((6, 16), torch.nan).bfloat16()
+    product(left.data_ptr(), 28, pairs.data_ptr(), 7, out.data_ptr(), 32, 5, 11)
+    assert_close(out[:5, :11], left.double() @ right[:, :11].double(), tolerance=TOLERANCE[torch.bfloat16])
+    assert out[5].isnan().all()
+    assert out[:, 11:].isnan().all()
 
 
 def test_the_bits_depend_on_neither_threads_nor_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from numba.extending import intrinsic
 LANES = 16  # of a vector
 ROWS = 8  # of a tile: with two vectors each, 16 sums that do not wait for each other
 WORD = 4  # bytes
-DONE = 8  # bytes from the start of a record to `done`
+DONE, SLOT = 8, 16  # bytes from the start of a record to `done` and to `slot`
 PRODUCT = types.void(*[types.intp] * 9)  # addresses, steps and sizes: see `product`
 PIECE_ROWS, PIECE_COLUMNS = 32, 128  # that a thread takes at a time
 
@@ -234,11 +234,12 @@ def fields(names):
 
     next           the number of the first piece that no thread has taken yet
     done           pieces that are finished
+    slot           threads that have taken a part of the scratch memory
     then           the address of the step that follows, 0 for none
     is_gradient    whether the record is a Gradient
     parts          the address of num_parts times (expert, its first row, the row past its last)
     """
-    shared = ("next", "done", "then", "is_gradient", "parts", "num_parts")
+    shared = ("next", "done", "slot", "then", "is_gradient", "parts", "num_parts")
     return [(name, c_int64) for name in (*shared, *names.split())]
 
 
@@ -252,31 +253,24 @@ class Narrow(Structure):
 
 
 class Gradient(Structure):
-    """out[e] = narrow.T @ wide over the rows of every part, or with is_transposed wide.T @ narrow."""
+    """out[e] = narrow.T @ wide over the rows of every part, or with is_transposed wide.T @ narrow.
 
-    _fields_ = fields("narrow narrow_row rank wide wide_row columns is_transposed out out_step out_row")
-
-
-def compiled(loop):
-    """Compile for an address, and keep the result on disk where there is a writable folder for it."""
-    signature = types.void(types.intp)
-    try:
-        return cfunc(signature, cache=True)(loop)
-    except RuntimeError:  # numba found no such folder
-        return cfunc(signature)(loop)
-
-
-@cache
-def adapter_loops(is_bf16, has_instruction):
-    """Return the compiled function of the address of a step: it takes this and all that follow.
-
-    Several threads may run it at once, and share the work. has_instruction: the processor multiplies pairs in bf16.
+    scratch: memory for words, scratch_step for each thread: 32 more than the columns of narrow, for the longest part.
     """
-    has_instruction = has_instruction and not (config.CPU_NAME or config.CPU_FEATURES)  # numba compiles for another
+
+    _fields_ = fields(
+        "narrow narrow_row rank wide wide_row columns is_transposed out out_step out_row scratch scratch_step"
+    )
+
+
+as_integers = pointer_to(types.int64)
+as_narrow, as_gradient = (pointer_to(from_dtype(np.dtype(record))) for record in (Narrow, Gradient))
+
+
+def loops_over(is_bf16, has_instruction):
+    """Return the loops of the two kinds of steps, which return the address of the step that follows."""
     size = 2 if is_bf16 else 4
     per_word = WORD // size
-    as_integers = pointer_to(types.int64)
-    as_narrow, as_gradient = (pointer_to(from_dtype(np.dtype(record))) for record in (Narrow, Gradient))
     spread_one, spread_two = (spread_row(vectors, is_bf16) for vectors in (1, 2))
 
     def product_by(vectors, adds):
@@ -290,11 +284,11 @@ def adapter_loops(is_bf16, has_instruction):
                     right_q, out_q = right + q * size_k * WORD, out_p + q * size
                     run(left_p, left_row, left_k, right_q, size_k, out_q, out_row, num_rows - p, num_columns - q)
 
-        return njit(PRODUCT)(product)
+        return njit(product)
 
     by_one, by_two, added = product_by(1, False), product_by(2, False), product_by(2, True)
 
-    @njit(PRODUCT)
+    @njit
     def product(left, left_row, left_k, right, size_k, out, out_row, num_rows, num_columns):
         """out[p, q] = sum over k < size_k of left[p, k] * right[k, q].
 
@@ -335,13 +329,13 @@ def adapter_loops(is_bf16, has_instruction):
                 piece += 1
         while job.then != 0 and value_of(address + DONE) < piece:
             pass
+        return job.then
 
     @njit
     def gradient_of(job, e, start, rows, begin, scratch):
         """The gradient of PIECE_COLUMNS columns from `begin` on, or as many as there are, of a part."""
-        rank, width, size_k = job.narrow_row // size, 2 * LANES, len(scratch)
-        panel = min(rank, width)
-        narrows = scratch.ctypes.data
+        rank, width, size_k = job.narrow_row // size, 2 * LANES, -(-rows // per_word)
+        panel, narrows = min(rank, width), scratch
         panel_step, wides = size_k * panel * WORD, narrows + size_k * rank * WORD
         for i in range(0, rank, panel):
             source = job.narrow + start * job.narrow_row + i * size
@@ -362,23 +356,57 @@ def adapter_loops(is_bf16, has_instruction):
     def gradient(address):
         job = carray(as_gradient(address), 1)[0]
         parts = carray(as_integers(job.parts), (job.num_parts, 3))
+        scratch = job.scratch + next_of(address + SLOT) * job.scratch_step
         mine, piece = next_of(address), 0
         for p in range(len(parts)):
             e, start, stop = parts[p, 0], parts[p, 1], parts[p, 2]
             for begin in range(0, job.columns, PIECE_COLUMNS):
                 if piece == mine:
-                    rows = stop - start
-                    scratch = np.empty((-(-rows // per_word), job.narrow_row // size + 2 * LANES), np.uint32)
-                    gradient_of(job, e, start, rows, begin, scratch)
+                    gradient_of(job, e, start, stop - start, begin, scratch)
                     mine = next_of(address)
                 piece += 1
+        return job.then
 
-    def steps(address):
-        while address != 0:
-            if carray(as_narrow(address), 1)[0].is_gradient:
-                gradient(address)
-            else:
-                narrow(address)
-            address = carray(as_narrow(address), 1)[0].then
+    return narrow, gradient
 
-    return compiled(steps)
+
+# Functions of the address of a step, which take this and all that follow. Several threads may run one at once, and
+# share the work. What they call are globals: numba would not find again on disk a function that closes over others.
+narrow_fp32, gradient_fp32 = loops_over(is_bf16=False, has_instruction=False)
+narrow_bf16, gradient_bf16 = loops_over(is_bf16=True, has_instruction=True)
+narrow_halves, gradient_halves = loops_over(is_bf16=True, has_instruction=False)
+
+
+@njit
+def is_gradient(address):
+    return carray(as_narrow(address), 1)[0].is_gradient != 0
+
+
+def steps_fp32(address):
+    while address != 0:
+        address = gradient_fp32(address) if is_gradient(address) else narrow_fp32(address)
+
+
+def steps_bf16(address):
+    while address != 0:
+        address = gradient_bf16(address) if is_gradient(address) else narrow_bf16(address)
+
+
+def steps_halves(address):
+    while address != 0:
+        address = gradient_halves(address) if is_gradient(address) else narrow_halves(address)
+
+
+@cache
+def adapter_loops(is_bf16, has_instruction):
+    """Return the compiled function over numbers in bf16, or in fp32.
+
+    has_instruction: the processor multiplies pairs in bf16; else both halves of a word are widened.
+    """
+    steps = steps_fp32
+    if is_bf16:  # with these settings numba compiles for another processor
+        steps = steps_bf16 if has_instruction and not (config.CPU_NAME or config.CPU_FEATURES) else steps_halves
+    try:
+        return cfunc(types.void(types.intp), cache=True)(steps)
+    except RuntimeError:  # numba found no folder that it can write to
+        return cfunc(types.void(types.intp))(steps)

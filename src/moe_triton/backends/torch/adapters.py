@@ -129,14 +129,16 @@ class LoopedAdapter(Adapter):
         grad_b: Tensor | None,
     ) -> None:
         parts, steps = parts_of(block), []
+        longest = max((part.stop - part.start for _, part in block.parts), default=0) + 1  # pairs of an odd number
+        scratch = x_mI.new_empty(torch.get_num_threads(), longest * (self.padded_rank + 2 * LANES))
         if grad_a is not None:
             if u_mr is None:
                 step, u_mr = self._narrow(parts, dy_mO, self.b_back)
                 steps.append(step)
-            steps.append(self._gradient(parts, u_mr, x_mI, grad_a, is_transposed=False))
+            steps.append(self._gradient(parts, scratch, u_mr, x_mI, grad_a))
         if grad_b is not None:
             step, t_mr = self._narrow(parts, x_mI, self.a_T)
-            steps += [step, self._gradient(parts, t_mr, dy_mO, grad_b, is_transposed=True)]
+            steps += [step, self._gradient(parts, scratch, t_mr, dy_mO, grad_b, is_transposed=True)]
         self._run(*steps)
 
     def _narrow(
@@ -158,12 +160,22 @@ class LoopedAdapter(Adapter):
             step.y, step.y_row, step.columns = y_mO.data_ptr(), y_mO.stride(0) * self.size, y_mO.shape[1]
         return step, t_mr
 
-    def _gradient(self, parts: Array[c_int64], t_mr: Tensor, x_mI: Tensor, grad: Tensor, *, is_transposed: bool) -> Any:
+    def _gradient(
+        self,
+        parts: Array[c_int64],
+        scratch: Tensor,
+        t_mr: Tensor,
+        x_mI: Tensor,
+        grad: Tensor,
+        *,
+        is_transposed: bool = False,
+    ) -> Any:
         """The step that writes t.T @ x to grad[e], or its transpose."""
         step = self.Gradient(is_gradient=1, is_transposed=is_transposed)
         step.parts, step.num_parts = addressof(parts), len(parts) // 3
         step.narrow, step.narrow_row, step.rank = t_mr.data_ptr(), self.padded_rank * self.size, self.rank
         step.wide, step.wide_row, step.columns = x_mI.data_ptr(), x_mI.stride(0) * self.size, x_mI.shape[1]
+        step.scratch, step.scratch_step = scratch.data_ptr(), scratch.stride(0) * self.size
         step.out, step.out_step, step.out_row = grad.data_ptr(), grad.stride(0) * self.size, grad.stride(1) * self.size
         return step
 
@@ -203,20 +215,19 @@ Adapters = tuple[Adapter | None, Adapter | None]  # of gate and up, and of down
 
 def adapters_of(call: ExpertCall, layout: Layout) -> Adapters:
     """Return those of the call, as the products of the layout's blocks take them."""
-    return _adapter(layout, call.gate_up_lora), _adapter(layout, call.down_lora)
-
-
-def _adapter(layout: Layout, lora: Lora | None) -> Adapter | None:
-    if lora is None:
-        return None
-    return LoopedAdapter(layout, lora) if runs_loops(layout, lora) else Adapter(layout, lora)
+    gate_up, down = (
+        None if lora is None else (LoopedAdapter if runs_loops(layout, lora) else Adapter)(layout, lora)
+        for lora in (call.gate_up_lora, call.down_lora)
+    )
+    return gate_up, down
 
 
 def runs_loops(layout: Layout, lora: Lora) -> bool:
     """Whether the loops take the adapter, and are faster than torch."""
     num_experts, *sizes = (*lora.a.shape, lora.b.shape[1])
     return (
-        lora.a.dtype in DTYPES
+        lora.a.dtype == lora.b.dtype
+        and lora.a.dtype in DTYPES
         and layout.num_rows >= LEAST_ROWS * num_experts
         and not any(size * lora.a.element_size() % WORD for size in sizes)
         and not layout.policy.fixed_rows

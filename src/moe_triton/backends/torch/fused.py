@@ -1,4 +1,4 @@
-"""Whether the compiled loops of `loops` run on this CPU, and how tensors become their arguments."""
+"""Whether the compiled loops of `loops` and `adapter_loops` run on this CPU, and how tensors become their arguments."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def loops_in_words() -> str:
         return f"none ({problem})"
     return (
         "by numba, for routing and dispatch, the experts of few rows, quantised projections, gradients of gated "
-        "activations, and activations that are cut at a limit or alternate"
+        "activations, activations that are cut at a limit or alternate, and adapters on processors with AVX-512"
     )
 
 
