@@ -182,11 +182,11 @@ class Dispatch:
 class TiledDispatch(Dispatch):
     """A Dispatch with what its backend made along with it for its kernels.
 
-    tiles    the `TileTables` of the triton backend
+    tiles    the `TileTables` of the triton backend; None where another backend made it
     experts  the choices that it was made of, where routing made it along with them; nothing is dropped
     """
 
-    tiles: Any
+    tiles: Any = None
     experts: Tensor | None = None
 
 

@@ -210,7 +210,6 @@ def _num_valid(logits: Tensor, spec: RouterSpec, token_mask: Tensor | None) -> T
     """The number of tokens [], or [B] for several sequences, in the dtype of the router's maths."""
     shape = () if spec.sequences == 1 else (spec.sequences,)
     if token_mask is None:
-        return torch.full(shape, logits.shape[0] // spec.sequences, device=logits.device).to(
-            reference.wide(logits.dtype)
-        )
+        dtype = reference.wide(logits.dtype)
+        return torch.full(shape, logits.shape[0] // spec.sequences, dtype=dtype, device=logits.device)
     return token_mask.view(spec.sequences, -1).sum(1).view(shape).to(reference.wide(logits.dtype))

@@ -161,7 +161,11 @@ def plain_maths(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 
 class _PlainMaths:
     def __init__(self, tensor: torch.Tensor) -> None:
-        self.parts = (torch.no_grad(), without_autocast(tensor.device), torch.cuda.device_of(tensor))
+        self.parts: list[contextlib.AbstractContextManager[Any]] = [torch.no_grad()]
+        if is_autocast_anywhere():
+            self.parts.append(without_autocast(tensor.device))
+        if tensor.device.type == "cuda":
+            self.parts.append(torch.cuda.device_of(tensor))
 
     def __enter__(self) -> None:
         for part in self.parts:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_triton.backends.torch import small_experts
 from moe_triton.backends.torch.activations import activate_by_full_vectors
 from moe_triton.backends.torch.blocks import Block, Layout
 from moe_triton.backends.torch.cpu import (
@@ -53,6 +54,8 @@ def experts_forward(
 
     The definition is `moe_triton.reference.moe_experts`.
     """
+    if policy is None and small_experts.runs_loops(call):
+        return small_experts.experts_forward(call, keep_preactivation)
     hidden, spec, layout, parameters = call.hidden, call.spec, _layout(call, policy, backward=False), call.parameters
     up, down = (matrices(p, spec, hidden.dtype) for p in parameters[:2])
     up_lora, down_lora = adapters_of(call)
@@ -87,6 +90,8 @@ def experts_backward(
     An empty `preactivation` is recomputed from hidden. An expert without rows gets zeros; so does the weight of a
     slot that is dropped or skipped. The gradient of a sequence is a list of views of one stacked buffer.
     """
+    if policy is None and small_experts.runs_loops(call):
+        return small_experts.experts_backward(call, grad_out, preactivation, wanted)
     layout = _layout(call, policy, backward=True)
     work = BlockBuffers(layout, call, grad_out)
     adapters = adapters_of(call)

@@ -54,6 +54,11 @@ def codes_in_words(dtype: torch.dtype) -> str:
     return "decoded by compiled loops (numba), with few rows inside their product, else in parts that stay in cache"
 
 
+def data(x: Tensor) -> np.ndarray:
+    """Return the numbers of a tensor that a loop reads: dense, so that it is compiled for one layout."""
+    return x.detach().contiguous().numpy()
+
+
 def array(x: Tensor) -> np.ndarray:
     """Return the array of a tensor; where numpy lacks its dtype, that of its bits as unsigned integers."""
     bits = BITS.get(x.dtype)

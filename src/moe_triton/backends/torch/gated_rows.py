@@ -28,7 +28,7 @@ def activate_rows(h_SN: Tensor, spec: ExpertSpec) -> Tensor:
 
     forward = activation_loops(h_SN.dtype == torch.bfloat16).forward
     a_Sn = h_SN.new_empty(num_rows, n)
-    arguments = (array(h_SN), *_constants(spec), array(a_Sn))
+    arguments = (array(h_SN), *constants(spec), array(a_Sn))
     share(lambda first, last: forward(*arguments, first, last), num_rows, WORTH_A_THREAD // n)
     return a_Sn
 
@@ -63,7 +63,7 @@ def activate_rows_backward(
     (num_rows, n), sums = grad_Sn.shape, torch.empty(grad_Sn.shape[0])
     # memory of its own also where nobody reads it: loops over arrays that overlap are not vectorised
     weighted_a = torch.empty_like(grad_Sn) if weighted_a_Sn is None else weighted_a_Sn
-    given = (array(h_SN), array(grad_Sn), weights_S1.float().flatten().numpy(), *_constants(spec))
+    given = (array(h_SN), array(grad_Sn), weights_S1.float().flatten().numpy(), *constants(spec))
     arguments = (*given, array(grad_h_SN), array(weighted_a), sums.numpy())
     share(lambda first, last: backward(*arguments, first, last), num_rows, WORTH_A_THREAD // n)
     if grad_weights_S is not None:
@@ -83,7 +83,7 @@ def _runs_loops(spec: ExpertSpec, h_SN: Tensor, *others: Tensor, backward: bool)
     )
 
 
-def _constants(spec: ExpertSpec) -> tuple[float, float, float]:
+def constants(spec: ExpertSpec) -> tuple[float, float, float]:
     """Alpha, the limit, and what is added to up."""
     limit = math.inf if spec.limit is None else spec.limit
     return spec.alpha, limit, float(spec.activation == "gpt_oss")

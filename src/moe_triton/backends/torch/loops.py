@@ -320,7 +320,7 @@ def exp(x):
     p = p * r + f32(1.6666665459e-1)
     p = p * r + f32(5.0000001201e-1)
     found = (p * r * r + r + f32(1)) * float_of_bits(u32(i32(n) + i32(127)) << u32(23))
-    return f32(np.inf) if x > f32(88) else found
+    return f32(np.inf) if x > f32(88) else f32(0) if x < f32(-87) else found
 
 
 @register_jitable

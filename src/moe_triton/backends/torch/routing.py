@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from moe_triton.records import RouterSpec
+from moe_triton.backends.torch.dispatch import sort_by_loop
+from moe_triton.backends.torch.fused import data, loops_problem
+from moe_triton.records import RouterSpec, TiledDispatch
 from moe_triton.reference import EPS, choice_keys, normalised_and_chosen, router_scores, unless_empty, wide
 
+LOOP_SCORES = ("softmax", "topk_softmax", "sigmoid")  # in the order of their numbers in the compiled loops
 SORTED_ELEMENTS = 4096  # of so few keys a whole sort takes less time than the operations that spare it
 
 
@@ -52,6 +56,9 @@ def route_unsummed(
     given: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Callable[[], tuple[Tensor, Tensor, Tensor]]]:
     """Return the experts and weights of `route_forward`, and what computes its sums."""
+    if _runs_loops(logits, spec) and token_mask is None and given is None:
+        experts, weights, *sums = _route_by_loop(logits, spec, choice_bias, noise)
+        return torch.from_numpy(experts), torch.from_numpy(weights), lambda: tuple(map(torch.from_numpy, sums))
     logits_TE = logits.to(wide(logits.dtype))
     experts_TK = top_choices(choice_keys(logits_TE, spec, choice_bias, noise), spec.top_k)
     all_real = given is None and not spec.weightless
@@ -70,8 +77,51 @@ def route_unsummed(
     return experts_TK.int(), weights_TK, partial(_sums, logits_TE, spec, token_mask, experts_TK, probs_TE)
 
 
-def route_and_dispatch(*_inputs: object) -> None:
-    """Return None: there are no launches to save."""
+def route_and_dispatch(
+    logits: Tensor,
+    spec: RouterSpec,
+    choice_bias: Tensor | None,
+    noise: Tensor | None,
+    token_mask: Tensor | None,
+    given: Tensor | None = None,
+) -> tuple[tuple[Tensor, ...], TiledDispatch] | None:
+    """Return what `route_forward` does, and a Dispatch without a capacity; None where no loop makes them."""
+    if not _runs_loops(logits, spec) or token_mask is not None or given is not None:
+        return None
+    found = tuple(map(torch.from_numpy, _route_by_loop(logits, spec, choice_bias, noise)))
+    counts, offsets, source, position = sort_by_loop(found[0], logits.shape[1])
+    dispatched = TiledDispatch(counts=counts, offsets=offsets, source=source, position=position, experts=found[0])
+    return found, dispatched
+
+
+def _runs_loops(logits: Tensor, spec: RouterSpec) -> bool:
+    """Whether the compiled loops have the options and the dtype; the number of tokens has no part in it, nor in bits."""
+    return (
+        logits.dtype == torch.float32
+        and logits.device.type == "cpu"
+        and spec.score in LOOP_SCORES
+        and spec.weightless == 0
+        and spec.sequences == 1
+        and loops_problem() is None
+    )
+
+
+def _route_by_loop(
+    logits: Tensor, spec: RouterSpec, choice_bias: Tensor | None, noise: Tensor | None
+) -> tuple[np.ndarray, ...]:
+    """`route_forward` as arrays."""
+    from moe_triton.backends.torch.small_loops import route
+
+    num_tokens, num_experts = logits.shape
+    experts = np.empty((num_tokens, spec.top_k), np.int32)
+    weights, counts = np.empty((num_tokens, spec.top_k), np.float32), np.empty(num_experts, np.int32)
+    score_sums, z_sum = np.empty(num_experts, np.float32), np.empty((), np.float32)
+    keys = numbers = data(logits)
+    if choice_bias is not None or noise is not None or spec.num_groups > 1:
+        keys = data(choice_keys(logits, spec, choice_bias, noise))
+    score = LOOP_SCORES.index(spec.score)
+    route(numbers, keys, score, spec.normalize, spec.scale, experts, weights, counts, score_sums, z_sum)
+    return experts, weights, counts, score_sums, z_sum
 
 
 def _sums(
@@ -112,6 +162,8 @@ def route_backward(
     grad_weights [T, K], grad_score_sums [E] and grad_z_sum [] are the gradients of the three differentiable outputs;
     None stands for zeros. all_real: every choice is of an expert that has a weight.
     """
+    if _runs_loops(logits, spec):
+        return _route_backward_by_loop(grad_weights, grad_score_sums, grad_z_sum, logits, experts, spec)
     num_experts = logits.shape[1]
     logits_TE = logits.to(wide(logits.dtype))
     experts_TK = experts.long()
@@ -154,6 +206,25 @@ def route_backward(
     if not all_real:
         grad_TE = grad_TE.masked_fill((experts == -1).all(-1, keepdim=True), 0.0)
     return grad_TE.to(logits.dtype)
+
+
+def _route_backward_by_loop(
+    grad_weights: Tensor,
+    grad_score_sums: Tensor | None,
+    grad_z_sum: Tensor | None,
+    logits: Tensor,
+    experts: Tensor,
+    spec: RouterSpec,
+) -> Tensor:
+    from moe_triton.backends.torch.small_loops import route_backward
+
+    grad_logits, num_experts = np.empty(tuple(logits.shape), np.float32), logits.shape[1]
+    of_sums = np.zeros(num_experts, np.float32) if grad_score_sums is None else data(grad_score_sums)
+    of_z = 0.0 if grad_z_sum is None else float(grad_z_sum)
+    score = LOOP_SCORES.index(spec.score)
+    given = data(logits), data(experts), data(grad_weights), of_sums, of_z
+    route_backward(*given, score, spec.normalize, spec.scale, grad_logits)
+    return torch.from_numpy(grad_logits)
 
 
 def _softmax_backward(grad: Tensor, probs: Tensor) -> Tensor:

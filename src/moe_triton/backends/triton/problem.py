@@ -58,7 +58,7 @@ class Problem:
         self.down_lora = None if call.down_lora is None else Factors(call.down_lora)
 
     def tiles(self) -> TileTables:
-        if isinstance(self.dispatched, TiledDispatch):
+        if isinstance(self.dispatched, TiledDispatch) and self.dispatched.tiles is not None:
             return self.dispatched.tiles
         return tile_tables(self.dispatched.offsets, self.num_rows)
 
