@@ -42,7 +42,8 @@ def loops_in_words() -> str:
     if problem is not None:
         return f"none ({problem})"
     return (
-        "by numba, for quantised projections, gradients of gated activations, and activations that are cut at a limit"
+        "by numba, for routing and dispatch, the experts of few rows, quantised projections, gradients of gated "
+        "activations, and activations that are cut at a limit or alternate"
     )
 
 

@@ -95,7 +95,7 @@ def route_and_dispatch(
 
 
 def _runs_loops(logits: Tensor, spec: RouterSpec) -> bool:
-    """Whether the compiled loops have the options and the dtype; the number of tokens has no part in it, nor in bits."""
+    """Whether the compiled loops have the options and the dtype; neither this nor a row.s bits depend on the rows."""
     return (
         logits.dtype == torch.float32
         and logits.device.type == "cpu"

@@ -1,14 +1,16 @@
 """Loops that numba compiles for what takes torch dozens of short operations: routing, dispatch, and few narrow rows.
 
-One call of a loop costs about as much as three operations of torch. What these loops share with those of `loops` is
-there; whoever changes it there removes the files that numba keeps of this module.
+One call of a loop costs less than an operation of torch. See `loops` on what numba keeps on disk.
 """
+
+# mypy: disallow-untyped-defs=False, check-untyped-defs=False
 
 import numpy as np
 from numba import njit
 from numba.extending import register_jitable
 
-from moe_triton.backends.torch.loops import FUSED, SUMS, at_least, at_most, compiled, exp, f32, sigmoid, sum_of
+from moe_triton.backends.torch.activation_loops import at_least, at_most, exp, sigmoid, sum_of
+from moe_triton.backends.torch.loops import FUSED, SUMS, compiled, f32
 
 SCORES = {"softmax": 0, "topk_softmax": 1, "sigmoid": 2}
 EPS = f32(1e-20)  # `reference.EPS`
@@ -212,7 +214,7 @@ def halves(h, is_concatenated):
 def experts_forward(x, w, offsets, source, up, down, is_concatenated, alpha, limit, offset, kept, out):
     """Add to `out` [T, d] the weighted outputs of the rows in expert order; `kept` gets the pre-activation if not [0].
 
-    alpha, limit, offset: see `loops.ActivationLoops`.
+    alpha, limit, offset: see `activation_loops.ActivationLoops`.
     """
     alpha, limit, offset = f32(alpha), f32(limit), f32(offset)
     top_k, h, a = w.shape[1], np.empty(up.shape[1], f32), np.empty(down.shape[2], f32)
