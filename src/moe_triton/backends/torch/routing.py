@@ -58,7 +58,7 @@ def route_unsummed(
     """Return the experts and weights of `route_forward`, and what computes its sums."""
     if _runs_loops(logits, spec) and token_mask is None and given is None:
         experts, weights, *sums = _route_by_loop(logits, spec, choice_bias, noise)
-        return torch.from_numpy(experts), torch.from_numpy(weights), lambda: tuple(map(torch.from_numpy, sums))
+        return experts, weights, lambda: (sums[0], sums[1], sums[2])
     logits_TE = logits.to(wide(logits.dtype))
     experts_TK = top_choices(choice_keys(logits_TE, spec, choice_bias, noise), spec.top_k)
     all_real = given is None and not spec.weightless
@@ -84,11 +84,11 @@ def route_and_dispatch(
     noise: Tensor | None,
     token_mask: Tensor | None,
     given: Tensor | None = None,
-) -> tuple[tuple[Tensor, ...], TiledDispatch] | None:
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], TiledDispatch] | None:
     """Return what `route_forward` does, and a Dispatch without a capacity; None where no loop makes them."""
     if not _runs_loops(logits, spec) or token_mask is not None or given is not None:
         return None
-    found = tuple(map(torch.from_numpy, _route_by_loop(logits, spec, choice_bias, noise)))
+    found = _route_by_loop(logits, spec, choice_bias, noise)
     counts, offsets, source, position = sort_by_loop(found[0], logits.shape[1])
     dispatched = TiledDispatch(counts=counts, offsets=offsets, source=source, position=position, experts=found[0])
     return found, dispatched
@@ -108,8 +108,8 @@ def _runs_loops(logits: Tensor, spec: RouterSpec) -> bool:
 
 def _route_by_loop(
     logits: Tensor, spec: RouterSpec, choice_bias: Tensor | None, noise: Tensor | None
-) -> tuple[np.ndarray, ...]:
-    """`route_forward` as arrays."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`route_forward`."""
     from moe_triton.backends.torch.small_loops import route
 
     num_tokens, num_experts = logits.shape
@@ -121,7 +121,8 @@ def _route_by_loop(
         keys = data(choice_keys(logits, spec, choice_bias, noise))
     score = LOOP_SCORES.index(spec.score)
     route(numbers, keys, score, spec.normalize, spec.scale, experts, weights, counts, score_sums, z_sum)
-    return experts, weights, counts, score_sums, z_sum
+    of = torch.from_numpy
+    return of(experts), of(weights), of(counts), of(score_sums), of(z_sum)
 
 
 def _sums(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -37,7 +39,8 @@ def experts_forward(call: ExpertCall, keep_preactivation: bool) -> tuple[Tensor,
 
     out = np.zeros(tuple(call.hidden.shape), np.float32)
     kept = np.zeros((call.num_rows if keep_preactivation else 0, call.width), np.float32)
-    experts_forward(*_arguments(call), kept, out)
+    arguments = [*_arguments(call), kept, out]
+    experts_forward(*arguments)
     return torch.from_numpy(out), torch.from_numpy(kept if keep_preactivation else kept.reshape(0))
 
 
@@ -45,19 +48,22 @@ def experts_backward(call: ExpertCall, grad_out: Tensor, preactivation: Tensor, 
     """`experts_cpu.experts_backward`."""
     from moe_triton.backends.torch.small_loops import experts_backward
 
-    inputs = (call.hidden, call.weights, *call.parameters[:2])
+    inputs = (call.hidden, call.weights, *cast(tuple[Tensor, Tensor], call.parameters[:2]))
     grads = [
         np.zeros(tuple(x.shape) if want else (0,) * x.dim(), np.float32)
         for x, want in zip(inputs, wanted[:4], strict=True)
     ]
-    kept = data(preactivation).reshape(-1, call.width)
-    experts_backward(*_arguments(call), kept, data(grad_out), *grads)
-    found = [torch.from_numpy(grad) if want else None for grad, want in zip(grads, wanted[:4], strict=True)]
-    return ExpertGradients(*found, None, None)
+    arguments = [*_arguments(call), data(preactivation).reshape(-1, call.width), data(grad_out), *grads]
+    experts_backward(*arguments)
+    hidden, weights, gate_up, down = (
+        torch.from_numpy(grad) if want else None for grad, want in zip(grads, wanted[:4], strict=True)
+    )
+    return ExpertGradients(hidden, weights, gate_up, down, None, None)
 
 
 def _arguments(call: ExpertCall) -> tuple[object, ...]:
     """What both loops read."""
-    dispatched, spec, (gate_up, down, *_) = call.dispatched, call.spec, call.parameters
-    read = (call.hidden, call.weights, dispatched.offsets, dispatched.source, gate_up, down)
+    dispatched, spec = call.dispatched, call.spec
+    projections = cast(tuple[Tensor, Tensor], call.parameters[:2])
+    read = (call.hidden, call.weights, dispatched.offsets, dispatched.source, *projections)
     return (*map(data, read), spec.is_concatenated, *constants(spec))
