@@ -175,7 +175,7 @@ def check_call(call: ExpertCall, weights_name: str = "top_k_weights") -> None:
     Not for a call whose tensors are like those of one that passed.
     """
     kind = None if torch.compiler.is_compiling() else call.kind
-    if kind in _PASSED:
+    if kind is not None and kind in _PASSED:  # torch.compile would guard the set
         return
     num_tokens, top_k = call.dispatched.position.shape
     device = call.dispatched.position.device
