@@ -29,7 +29,7 @@ PAGE = ROOT / "ARCHITECTURE.md"
 MARKED = re.compile(r"(<!-- ([^>]+?) \(docs/architecture\.py\) -->\n).*?(<!-- end -->)", re.DOTALL)
 CODE = (str(ROOT / "src" / "moe_triton"), str(ROOT / "kernels"))
 # The function that multiplies, by backend.
-PRODUCT = {"torch": ("backends/torch/products.py", "products"), "triton": ("moe_triton_kernels/up.py", "up")}
+PRODUCT = {"torch": ("backends/torch/products.py", "products"), "triton": ("moe_triton_kernels/up.py", "Up.__call__")}
 WRAPPERS = ("torch_internals.py",)  # decorators, which decide nothing about the call
 # Folder -> its lines of Python at commit 5fc9d34, and where they are now.
 SIZES: dict[str, tuple[int, list[str]]] = {
@@ -85,8 +85,9 @@ def chain(run: Callable[[], object], backend: str) -> list[tuple[str, str]]:
 
 
 def chain_of_layer(backend: str, expert_parallel: ExpertParallel | None = None) -> list[tuple[str, str]]:
-    layer = MoE(32, 16, num_experts=4, top_k=2, backend=backend, expert_parallel=expert_parallel)
-    x = torch.randn(8, 32, requires_grad=True)
+    # above the size up to which one compiled loop runs all experts on a CPU
+    layer = MoE(128, 64, num_experts=4, top_k=2, backend=backend, expert_parallel=expert_parallel)
+    x = torch.randn(128, 128, requires_grad=True)
     layer(x)  # imports the backend
     return chain(lambda: layer(x), backend)
 

@@ -94,6 +94,7 @@ def test_the_triton_backend_has_one_configuration(monkeypatch):
 
     for module in (experts, problem):
         monkeypatch.setattr(module, "choose_config", choose)
+    monkeypatch.setattr(problem, "_PREPARED", {})
     layer = make_layer("ragged", backend="triton")
     with torch.no_grad():
         layer(torch.randn(3, 50))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import moe_triton
 from moe_triton import reference
-from moe_triton.dispatch import sorted_dispatch
+from moe_triton.dispatch import chosen_experts, dropless_dispatch, sorted_dispatch
 from tests.helpers.compare import assert_close
 
 BACKENDS = ["torch", "triton"]
@@ -176,3 +176,23 @@ def test_rows_in_expert_order(data, counts):
 def test_counts_beyond_the_rows_are_cut():
     found = sorted_dispatch(torch.tensor([2, 5]), 4)
     assert_same(found, reference.dispatch(torch.tensor([[0], [0], [1], [1]]), 2))
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    ids=st.lists(st.tuples(*[st.integers(-2, 6)] * 3), max_size=9),
+    capacity=st.one_of(st.none(), st.integers(0, 3)),
+)
+def test_the_chosen_experts_are_those_that_were_kept(ids, capacity):
+    experts = torch.tensor(ids, dtype=torch.int32).view(-1, 3)
+    dispatched = reference.dispatch(experts, 5, capacity=capacity)
+    kept = torch.where(dispatched.position >= 0, experts, -1)
+    assert torch.equal(chosen_experts(dispatched), kept)
+    assert chosen_experts(dispatched).dtype == torch.int32
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("num_tokens", [0, 5, 300])
+def test_of_checked_ids(backend, num_tokens):
+    experts = (torch.arange(4 * num_tokens, dtype=torch.int32) * 7 % 9 - 1).view(4, num_tokens).T
+    assert_same(dropless_dispatch(experts, 7, backend), reference.dispatch(experts, 7))

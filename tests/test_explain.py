@@ -63,7 +63,7 @@ def test_a_schedule_is_named(monkeypatch):
     assert (up.runs, up.config, up.origin) == (
         "gluon.up_kernel", "gluon ping_pong 128x128x64 stages 6 group 8", "user table"
     )  # fmt: skip
-    monkeypatch.setattr(kernel_stages, "import_error", lambda: "ImportError: no tma")
+    monkeypatch.setattr(kernel_stages, "compile_error", lambda _: "ImportError: no tma")
     (found,) = explain(layer, tokens=20)
     assert next(part for part in found.parts if part.step == "up").runs.endswith("does not do: ImportError: no tma)")
 

@@ -15,7 +15,7 @@ SRC = ROOT / "src" / "moe_triton"
 
 # A module may import from its own level and from those above it in this list, which runs from the ground up.
 LEVELS = [
-    ["checks", "files", "quantization", "records", "simulate", "torch_internals"],
+    ["checks", "files", "kinds", "quantization", "records", "simulate", "torch_internals"],
     ["reference"],
     ["backends"],
     ["runtime"],

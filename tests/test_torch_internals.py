@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
+import threading
+import weakref
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -173,6 +177,36 @@ def test_fake_and_real_tensors():
             assert torch.ones(2).tolist() == [1, 1]
 
 
+def test_what_can_call_a_backend_as_it_is():
+    x, seen = torch.ones(2), []
+    assert not torch_internals.is_plain(x)
+    with torch.no_grad():
+        assert torch_internals.is_plain(x)
+        assert not torch_internals.is_plain(x.to("meta"))
+        with FakeTensorMode():
+            assert not torch_internals.is_plain(torch.ones(2))
+        torch.func.vmap(lambda row: seen.append(torch_internals.is_plain(row)) or row)(torch.ones(1, 2))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not torch_internals.is_plain(x)
+        with forward_ad.dual_level():
+            assert not torch_internals.is_plain(x)
+    assert seen == [False]
+
+
+def test_a_comparison_of_tensors():
+    x, weight = torch.ones(2, 6), torch.nn.Parameter(torch.ones(3))
+    is_alike = torch_internals.comparison_with(x, weight)
+    assert is_alike(torch.zeros(2, 6), torch.nn.Parameter(torch.zeros(3)))
+    assert is_alike(torch.zeros(13)[1:].view(2, 6), weight)  # at another address
+    for other in (x.half(), x[:1], x.T.contiguous().T, x.to("meta"), x.to_sparse(), torch.nn.Parameter(x)):
+        assert not is_alike(other, weight)
+    assert not is_alike(x, weight.data)
+    assert not is_alike(x, torch.nn.Parameter(torch.ones(3), requires_grad=False))
+    alive = weakref.ref(x)
+    del x, other
+    assert alive() is None
+
+
 def test_onednn():
     linear = torch_internals.onednn_linear()
     if not torch.backends.mkldnn.is_available():
@@ -180,6 +214,27 @@ def test_onednn():
         return
     x, weight, bias = torch.randn(3, 5), torch.randn(4, 5), torch.randn(4)
     assert_close(linear(x, weight, bias, "none", [], ""), F.linear(x, weight, bias))
+
+
+def test_a_function_on_all_of_torchs_threads():
+    parallel = torch_internals.openmp_parallel()
+    if parallel is None:
+        assert sys.platform != "linux"
+        return
+    seen, before = [], torch.get_num_threads()
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    def function(data):
+        seen.append((data, threading.get_ident()))
+
+    try:
+        torch.set_num_threads(2)
+        parallel(ctypes.cast(function, ctypes.c_void_p).value, 77, 2, 0)
+    finally:
+        torch.set_num_threads(before)
+    assert [data for data, _ in seen] == [77, 77]
+    assert len({thread for _, thread in seen}) == 2
+    assert threading.get_ident() in [thread for _, thread in seen]
 
 
 def test_process_groups(world):

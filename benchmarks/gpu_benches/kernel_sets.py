@@ -21,7 +21,8 @@ from moe_triton.backends.triton import dispatch as dispatching
 from moe_triton.backends.triton import gate as gating
 from moe_triton.backends.triton import routing
 from moe_triton.backends.triton.experts_fp8 import runs_kernels
-from moe_triton.backends.triton.problem import Factors, Problem
+from moe_triton.backends.triton.parameters import Factors
+from moe_triton.backends.triton.problem import Problem
 from moe_triton.benchmarking.cases import Case, Workload
 from moe_triton.benchmarking.stages_fp8 import fp8_calls
 from moe_triton.benchmarking.stages_triton import ExpertKernels

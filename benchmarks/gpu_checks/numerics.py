@@ -142,8 +142,8 @@ def few_tokens(setting: Setting) -> str:
                 whole = permute(chosen[0], experts)
                 at_once = routing_kernels.route_and_dispatch(logits, spec, None, None, None)
                 found = [dispatch_kernels.build_small_dispatch(chosen[0], experts)]
-            if at_once is not None:
-                assert all(map(torch.equal, at_once[0], chosen)), f"choice: E={experts} {spec} T={tokens}"
+            assert all(map(torch.equal, at_once[0], chosen)), f"choice: E={experts} {spec} T={tokens}"
+            if at_once[1] is not None:
                 found.append(at_once[1])
             for small in found:
                 assert small is not None

@@ -24,7 +24,7 @@ from moe_triton.benchmarking.results import FAULTS
 from moe_triton.benchmarking.timing import make_timer
 from moe_triton.kernel_stages import STAGES_OF
 from moe_triton.quantization.formats import FORMATS
-from moe_triton_kernels.gluon.schedules import SCHEDULES
+from moe_triton_kernels.gluon.schedules import available
 
 BUILDERS = 12  # beside the three processes of smoke_steps
 ITEM_S = 2.0  # of timing per shape
@@ -152,7 +152,8 @@ def smoke_steps() -> list[Listed]:
     small = {f"smoke: experts, {name}": numerics.small(name) for name in numerics.SMALL}
     names = list(small)
     gluon = {
-        f"smoke: gluon, {schedule}": numerics.gluon(schedule, (0, len(numerics.GLUON_SHAPES))) for schedule in SCHEDULES
+        f"smoke: gluon, {schedule}": numerics.gluon(schedule, (0, len(numerics.GLUON_SHAPES)))
+        for schedule in available()
     }
     return [
         listed("smoke bf16", "build", {name: small[name] for name in names if "bf16" in name}),
@@ -196,7 +197,7 @@ def prove_steps() -> list[Listed]:
     first = [
         check("sanitizer", tools.sanitizer),
         check("stress", behaviour.stress),
-        *(check(f"gluon: {schedule}", numerics.gluon(schedule)) for schedule in SCHEDULES),
+        *(check(f"gluon: {schedule}", numerics.gluon(schedule)) for schedule in available()),
         check("other assembler", tools.other_assembler),
         check("beyond_int32", behaviour.beyond_int32),
         check("no_recompilation", behaviour.no_recompilation),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from moe_triton_kernels.arithmetic import cdiv
+from moe_triton_kernels.launch import Launch, prepare
 
 BLOCK_T = 4
 BLOCK_D = 256
@@ -44,19 +47,17 @@ def combine(rows: Tensor, position: Tensor, dtype: torch.dtype) -> Tensor:
     """
     num_tokens, top_k = position.shape
     hidden = rows.shape[1]
-    out = torch.empty((num_tokens, hidden), dtype=dtype, device=rows.device)
+    out = rows.new_empty(num_tokens, hidden, dtype=dtype)
     if num_tokens == 0 or hidden == 0:
         return out
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    combine_kernel[(cdiv(num_tokens, BLOCK_T), cdiv(hidden, BLOCK_D))](
-        rows,
-        position if position.is_contiguous() else position.contiguous(),
-        out,
-        num_tokens,
-        rows.stride(0),
-        HIDDEN=hidden,
-        TOP_K=top_k,
-        BLOCK_T=BLOCK_T,
-        BLOCK_D=BLOCK_D,
-    )
+    row_stride, column_stride = rows.stride()
+    if column_stride != 1:
+        rows, row_stride = rows.contiguous(), hidden
+    _launch(num_tokens, hidden, top_k)(rows, position.contiguous(), out, num_tokens, row_stride)
     return out
+
+
+@lru_cache(maxsize=4096)
+def _launch(num_tokens: int, hidden: int, top_k: int) -> Launch:
+    grid = (cdiv(num_tokens, BLOCK_T), cdiv(hidden, BLOCK_D))
+    return prepare(combine_kernel, grid, HIDDEN=hidden, TOP_K=top_k, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D)

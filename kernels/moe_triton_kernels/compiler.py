@@ -22,7 +22,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def compiler_fences() -> bool:
     """True where Triton itself puts a proxy fence between cp.async and the matrix unit (see `grouped_gemm`)."""
-    return triton_version() >= (3, 7, 1)
+    return _numbers(triton.__version__) >= (3, 7, 1)
 
 
 @lru_cache

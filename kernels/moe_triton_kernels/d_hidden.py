@@ -18,21 +18,21 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_triton_kernels.activations import Activation, is_gated
-from moe_triton_kernels.descriptors import weight_descriptor
+from moe_triton_kernels.arithmetic import cdiv
+from moe_triton_kernels.descriptors import at
 from moe_triton_kernels.fp8 import GROUP, CodedRows, RowCodes, Scales, operand_of
 from moe_triton_kernels.gluon.schedules import why_unsupported
 from moe_triton_kernels.grouped_gemm import rows_times_weight, split_columns, tile_order
-from moe_triton_kernels.launch import Config, launch_options, persistent_grid
+from moe_triton_kernels.launch import Config
 from moe_triton_kernels.lora import Added
 from moe_triton_kernels.operands import (
     Columns,
     PerExpert,
     Rows,
-    expert_base,
     in_units,
-    sizes_argument,
 )
 from moe_triton_kernels.preactivation import d_activate, join_pair, load_parts, split_pair
+from moe_triton_kernels.products import prepare_product
 from moe_triton_kernels.quantize import largest_of, store_codes, store_columns, store_scales
 from moe_triton_kernels.tiles import TileTables, load_tile
 
@@ -218,6 +218,107 @@ class Into(NamedTuple):
     grad_h: CodedRows
 
 
+class DHidden:
+    """`d_hidden` of operands that lie like these: what they and the arguments decide is computed once.
+
+    The arguments are those of `d_hidden`. No tensor is kept.
+    """
+
+    def __init__(
+        self,
+        grad_out: Tensor | RowCodes,
+        tiles: TileTables,
+        weight: PerExpert,
+        *,
+        size_n: int,
+        top_k: int,
+        activation: Activation,
+        is_concatenated: bool,
+        config: Config,
+    ) -> None:
+        values, _ = operand_of(grad_out, weight, size_n)
+        self.size_n, self.activation, self.is_concatenated = size_n, activation, is_concatenated
+        self.config, self.num_shares = config, cdiv(size_n, config.block_n)
+        self.product = prepare_product(
+            d_hidden_kernel,
+            values,
+            tiles,
+            weight,
+            config,
+            size_columns=size_n,
+            TOP_K=top_k,
+            ACTIVATION=activation,
+            CONCATENATED=is_concatenated,
+        )
+
+    def __call__(
+        self,
+        grad_out: Tensor | RowCodes,
+        source: Tensor,
+        tiles: TileTables,
+        weight: PerExpert,
+        h: Tensor,
+        router_weights: Tensor,
+        into: Into | None = None,
+    ) -> tuple[Any, Any, Tensor]:
+        config, product = self.config, self.product
+        values: Any = grad_out
+        scales = None
+        if weight.scales is not None:  # of codes
+            values, scales = operand_of(grad_out, weight, self.size_n)
+        if (
+            config.gluon is not None
+            and isinstance(grad_out, Tensor)
+            and why_unsupported(
+                config.gluon, values, weight, None, size_columns=self.size_n, derivative=self.activation
+            )
+            is None
+        ):
+            from moe_triton_kernels.gluon import d_hidden as warp_specialized  # imports Gluon, which is experimental
+
+            return warp_specialized.d_hidden(
+                grad_out,
+                source,
+                tiles,
+                weight,
+                h,
+                router_weights,
+                size_n=self.size_n,
+                activation=self.activation,
+                is_concatenated=self.is_concatenated or not self.activation.is_gated,
+                config=config,
+            )
+        num_slots = source.shape[0]
+        if into is None:
+            weighted_a, grad_h = (
+                CodedRows(numbers=h.new_empty((num_slots, self.size_n))),
+                CodedRows(numbers=torch.empty_like(h)),
+            )
+        else:
+            weighted_a, grad_h = into
+        shares = h.new_empty((self.num_shares, num_slots), dtype=torch.float32)
+        product.launch(
+            values,
+            source,
+            weight.weight(),
+            at(weight.data, product.descriptor),
+            None if weight.adapter is None else weight.adapter.argument(),
+            scales,
+            h,
+            router_weights,
+            weighted_a.numbers,
+            None if weighted_a.columns is None else weighted_a.columns.argument(),
+            grad_h.numbers,
+            None if grad_h.rows is None else grad_h.rows.argument(),
+            None if grad_h.columns is None else grad_h.columns.argument(),
+            shares,
+            tiles.select(config.block_m)[0],
+            product.sizes,
+            num_slots,
+        )
+        return (weighted_a.numbers, grad_h.numbers, shares) if into is None else (weighted_a, grad_h, shares)
+
+
 def d_hidden(
     grad_out: Tensor | RowCodes,
     source: Tensor,
@@ -239,132 +340,14 @@ def d_hidden(
     read nor written. into: with codes, the forms of w*A and dH that are written, and are given back in their place; for
     any but numbers, block_m and block_n are 128, and for pairs there are two parts at least.
     """
-    values, scales = operand_of(grad_out, weight, size_n)
-    reason = why_unsupported(
-        config.gluon,
-        values,
-        weight,
-        None,
-        size_columns=size_n,
-        derivative=activation,
-    )
-    if isinstance(grad_out, Tensor) and reason is None:
-        from moe_triton_kernels.gluon import d_hidden as warp_specialized  # imports Gluon, which is experimental
-
-        return warp_specialized.d_hidden(
-            grad_out,
-            source,
-            tiles,
-            weight,
-            h,
-            router_weights,
-            size_n=size_n,
-            activation=activation,
-            is_concatenated=is_concatenated or not activation.is_gated,
-            config=config,
-        )
-    num_slots, size_d = source.shape[0], values.shape[1]
-    if into is None:
-        weighted_a, grad_h = CodedRows(numbers=h.new_empty((num_slots, size_n))), CodedRows(numbers=torch.empty_like(h))
-    else:
-        weighted_a, grad_h = into
-    num_n = triton.cdiv(size_n, config.block_n)
-    shares = h.new_empty((num_n, num_slots), dtype=torch.float32)
-    table, max_tiles = tiles.select(config.block_m)
-    d_hidden_kernel[persistent_grid(h.device, max_tiles * num_n, config)](
-        values,
-        source,
-        weight.weight(),
-        weight_descriptor(weight, config, size_k=size_d, size_columns=size_n, halves=1, block_n=config.block_n),
-        None if weight.adapter is None else weight.adapter.argument(),
-        scales,
-        h,
-        router_weights,
-        weighted_a.numbers,
-        None if weighted_a.columns is None else weighted_a.columns.argument(),
-        grad_h.numbers,
-        None if grad_h.rows is None else grad_h.rows.argument(),
-        None if grad_h.columns is None else grad_h.columns.argument(),
-        shares,
-        table,
-        sizes_argument(values, size_d, size_n, config),
-        num_slots,
-        TOP_K=router_weights.shape[1],
-        ACTIVATION=activation,
-        CONCATENATED=is_concatenated,
-        **launch_options(h.device, config),
-    )
-    return (weighted_a.numbers, grad_h.numbers, shares) if into is None else (weighted_a, grad_h, shares)
-
-
-@triton.jit(do_not_specialize=["num_slots", "num_shares"])
-def d_router_weights_kernel(
-    shares,  # [num_shares, S] fp32
-    grad_out,  # [T, d]
-    source,  # [S]
-    bias,  # per expert [d], or None
-    grad_weights,  # [T * K]
-    tiles,
-    num_shares,
-    size_d,
-    num_slots,
-    TOP_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """One program per row tile: the shares in column order, then <dO, b2>, to the row's slot."""
-    tile = tl.program_id(0)
-    if tile < tl.load(tiles.num_tiles):
-        expert, first_row, end_row = load_tile(tiles.table, tiles.offsets, tile, BLOCK_M)
-        rows = first_row + tl.arange(0, BLOCK_M)
-        row_mask = rows < end_row
-        slots = tl.load(source + rows, mask=row_mask, other=0)
-        total = tl.zeros((BLOCK_M,), dtype=tl.float32)
-        column_shares = shares + rows
-        for _ in tl.range(0, num_shares):
-            total += tl.load(column_shares, mask=row_mask, other=0.0)
-            column_shares += num_slots
-        if bias is not None:
-            b = expert_base(bias, expert, grad_out.dtype.element_ty)
-            grad_rows = grad_out + (slots // TOP_K).to(tl.int64) * size_d
-            for start in tl.range(0, size_d, BLOCK_D):
-                columns = start + tl.arange(0, BLOCK_D)
-                inside = columns < size_d
-                grad = tl.load(
-                    grad_rows[:, None] + columns[None, :], mask=row_mask[:, None] & inside[None, :], other=0.0
-                )
-                bias_part = tl.load(b + columns * bias.stride_n, mask=inside, other=0.0).to(tl.float32)
-                total += tl.sum(grad.to(tl.float32) * bias_part[None, :], 1)
-        tl.store(grad_weights + slots, total.to(grad_weights.dtype.element_ty), mask=row_mask)
-
-
-def d_router_weights(
-    shares: Tensor,
-    grad_out: Tensor,
-    source: Tensor,
-    tiles: TileTables,
-    bias: PerExpert | None,
-    like: Tensor,
-) -> Tensor:
-    """dw [T, K] in the dtype of `like`, the router weights; 0 where a choice has no row.
-
-    `shares` come from `d_hidden`; `bias` is the down projection's, per expert [d].
-    """
-    grad_weights = torch.zeros_like(like, memory_format=torch.contiguous_format)
-    block_m = tiles.places.block_sizes[0]
-    table, max_tiles = tiles.select(block_m)
-    d_router_weights_kernel[(max_tiles,)](
-        shares,
+    prepared = DHidden(
         grad_out,
-        source,
-        None if bias is None else bias.bias(),
-        grad_weights,
-        table,
-        shares.shape[0],
-        grad_out.shape[1],
-        shares.shape[1],
-        TOP_K=like.shape[1],
-        BLOCK_M=block_m,
-        BLOCK_D=128,
+        tiles,
+        weight,
+        size_n=size_n,
+        top_k=router_weights.shape[1],
+        activation=activation,
+        is_concatenated=is_concatenated,
+        config=config,
     )
-    return grad_weights
+    return prepared(grad_out, source, tiles, weight, h, router_weights, into)

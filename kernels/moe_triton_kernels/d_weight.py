@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from moe_triton_kernels.arithmetic import cdiv, next_power_of_2
 from moe_triton_kernels.descriptors import rows_descriptor
 from moe_triton_kernels.grouped_gemm import proxy_fence, split_columns, tile_order
 from moe_triton_kernels.launch import BLACKWELL, Config, launch_options, persistent_grid, target_of
@@ -226,7 +227,7 @@ def ordered_descriptor(rows: Tensor, config: Config, width: int) -> TensorDescri
     """
     if target_of(rows.device).architecture in BLACKWELL:
         return None
-    return rows_descriptor(rows, config, block=[config.block_k, width])
+    return rows_descriptor(rows, config, block=(config.block_k, width))
 
 
 def d_weight(
@@ -249,7 +250,7 @@ def d_weight(
     """
     size_i, size_j, num_experts = left.shape[1], right.shape[1], offsets.shape[0] - 1
     out = left.new_empty((num_experts, size_i, size_j))
-    tiles = triton.cdiv(size_i, config.block_m) * triton.cdiv(size_j, config.block_n)
+    tiles = cdiv(size_i, config.block_m) * cdiv(size_j, config.block_n)
     num_rows = source.shape[0]
     pieces = row_pieces(offsets, num_rows, piece_rows or piece_rows_for(num_rows, tiles, WEIGHT_UNITS))
     partials = left.new_empty((pieces.num_slots, size_i, size_j), dtype=torch.float32)
@@ -332,8 +333,8 @@ def d_bias(
     """
     num_experts, size = offsets.shape[0] - 1, values.shape[1]
     out = values.new_empty((num_experts, size))
-    block_c = min(128, triton.next_power_of_2(size))
-    tiles, num_rows = triton.cdiv(size, block_c), source.shape[0]
+    block_c = min(128, next_power_of_2(size))
+    tiles, num_rows = cdiv(size, block_c), source.shape[0]
     pieces = row_pieces(offsets, num_rows, piece_rows or piece_rows_for(num_rows, tiles, BIAS_UNITS))
     partials = values.new_empty((pieces.num_slots, size), dtype=torch.float32)
     d_bias_kernel[(pieces.pieces.shape[0], tiles)](

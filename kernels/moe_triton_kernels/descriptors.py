@@ -5,7 +5,6 @@ Triton checks a descriptor when it is made, which takes microseconds: it is made
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -13,42 +12,25 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_triton_kernels.launch import BLACKWELL, Config, target_of
-from moe_triton_kernels.operands import Layout, PerExpert
+from moe_triton_kernels.operands import PerExpert
 
 
-def weight_descriptor(
+def describe_weight(
     weight: PerExpert, config: Config, *, size_k: int, size_columns: int, halves: int, block_n: int
 ) -> TensorDescriptor | None:
-    """A weight, per expert [size_k, halves * size_columns], as a descriptor; None where it is read by pointers.
+    """A weight, per expert [size_k, halves * size_columns], as a descriptor without memory for `at`.
+
+    None where it is read by pointers.
 
     A descriptor where the configuration asks for it and the layout allows it: a stacked tensor in which k or the
     columns are contiguous, all else in steps of 16 bytes, an expert's in steps of whole matrices. It is [E, halves,
     columns, k] or [E, 1, k, columns], so that what lies past an expert's columns is read as 0 and never as the next
     expert's.
     """
-    data = weight.data
-    if not config.descriptors or weight.is_table or weight.decoding is not None or data.data_ptr() % 16:
+    data, layout = weight.data, weight.layout
+    if not config.descriptors or weight.is_table or weight.decoding is not None:
         return None
     architecture = target_of(data.device).architecture
-    described = _weight_descriptor(
-        weight.layout, data.shape[0], data.dtype, config, architecture, size_k, size_columns, halves, block_n
-    )
-    return None if described is None else _at(data, described)
-
-
-@lru_cache(maxsize=1024)
-def _weight_descriptor(
-    layout: Layout,
-    num_experts: int,
-    dtype: torch.dtype,
-    config: Config,
-    architecture: str,
-    size_k: int,
-    size_columns: int,
-    halves: int,
-    block_n: int,
-) -> TensorDescriptor | None:
-    """The descriptor of an aligned stacked tensor of this layout, without memory."""
     stride_k, stride_n = layout.strides
     by_k = stride_k == 1
     row_stride = stride_n if by_k else stride_k
@@ -63,53 +45,51 @@ def _weight_descriptor(
         or layout.stride_e < halves * matrix
     ):
         return None
-    shape, strides = (num_experts, halves, rows, width), (layout.stride_e, matrix, row_stride, 1)
-    return _described(dtype, shape, strides, descriptor_block(config, by_k, halves, block_n))
+    shape, strides = (data.shape[0], halves, rows, width), (layout.stride_e, matrix, row_stride, 1)
+    return _described(data.dtype, shape, strides, tuple(descriptor_block(config, by_k, halves, block_n)))
 
 
-def _at(data: Tensor, described: TensorDescriptor) -> TensorDescriptor:
-    """The descriptor of the aligned memory of a tensor: Triton checks each layout once, which takes microseconds."""
+def at(data: Tensor, described: TensorDescriptor | None) -> TensorDescriptor | None:
+    """The descriptor of a tensor's memory; None where it is not aligned, or not described."""
+    if described is None or data.data_ptr() % 16:
+        return None
     made = object.__new__(TensorDescriptor)
     made.__dict__.update(described.__dict__, base=data)
     return made
 
 
+@lru_cache(maxsize=1024)
 def _described(
-    dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], block: Sequence[int]
+    dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...]
 ) -> TensorDescriptor:
-    """A descriptor of this layout, without memory."""
+    """A descriptor of this layout, without memory; Triton checks each once."""
     empty = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
     return TensorDescriptor(empty, list(shape), list(strides), list(block))
 
 
-def rows_descriptor(
-    rows: Tensor, config: Config, *, block: list[int], size_k: int | None = None
+def describe_rows(
+    rows: Tensor, config: Config, *, block: tuple[int, int], size_k: int | None = None
 ) -> TensorDescriptor | None:
-    """Contiguous rows [., size] as a descriptor that brings `block` of them; None where they are read by pointers.
+    """Contiguous rows [., size] as a descriptor that brings `block` of them, without memory for `at`.
+
+    None where they are read by pointers.
 
     size_k is the contraction, where it is along a row. A block may reach past the rows that are meant: what it brings
     of rows that exist is theirs, and the rest is 0.
     """
-    if not config.descriptors or rows.data_ptr() % 16 or rows.numel() == 0:
+    if not config.descriptors or rows.numel() == 0:
         return None
     architecture = target_of(rows.device).architecture
-    described = _rows_descriptor(tuple(rows.shape), rows.dtype, config, architecture, tuple(block), size_k)
-    return None if described is None else _at(rows, described)
-
-
-@lru_cache(maxsize=1024)
-def _rows_descriptor(
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    config: Config,
-    architecture: str,
-    block: tuple[int, ...],
-    size_k: int | None,
-) -> TensorDescriptor | None:
-    """The descriptor of aligned rows, without memory."""
-    if not is_describable(dtype.itemsize, config, architecture, size_k, shape[1]):
+    if not is_describable(rows.element_size(), config, architecture, size_k, rows.shape[1]):
         return None
-    return _described(dtype, shape, (shape[1], 1), block)
+    return _described(rows.dtype, tuple(rows.shape), (rows.shape[1], 1), block)
+
+
+def rows_descriptor(
+    rows: Tensor, config: Config, *, block: tuple[int, int], size_k: int | None = None
+) -> TensorDescriptor | None:
+    """The same at the rows' memory."""
+    return at(rows, describe_rows(rows, config, block=block, size_k=size_k))
 
 
 def is_describable(itemsize: int, config: Config, architecture: str, size_k: int | None, *steps: int) -> bool:

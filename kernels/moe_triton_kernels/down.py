@@ -6,16 +6,17 @@ weight in fp32 before it rounds, so that combine is a plain sum.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_triton_kernels.arithmetic import cdiv
-from moe_triton_kernels.descriptors import rows_descriptor, weight_descriptor
+from moe_triton_kernels.descriptors import at, describe_rows
 from moe_triton_kernels.fp8 import RowCodes, Scales, operand_of
 from moe_triton_kernels.gluon.schedules import why_unsupported
 from moe_triton_kernels.grouped_gemm import rows_times_weight, split_columns, tile_order
-from moe_triton_kernels.launch import Config, launch_options, persistent_grid
+from moe_triton_kernels.launch import Config
 from moe_triton_kernels.lora import Added
 from moe_triton_kernels.operands import (
     Columns,
@@ -24,8 +25,8 @@ from moe_triton_kernels.operands import (
     add_bias,
     expert_base,
     in_units,
-    sizes_argument,
 )
+from moe_triton_kernels.products import prepare_product
 from moe_triton_kernels.tiles import TileTables, load_tile
 
 
@@ -83,6 +84,71 @@ def down_kernel(
             tl.store(out_rows[:, None] + columns[None, :], value.to(DTYPE), mask=row_mask[:, None] & inside[None, :])
 
 
+class Down:
+    """`down` of operands that lie like these: what they and the configuration decide is computed once.
+
+    No tensor is kept.
+    """
+
+    def __init__(
+        self, a: Tensor | RowCodes, tiles: TileTables, weight: PerExpert, *, size_columns: int, config: Config
+    ) -> None:
+        values, _ = operand_of(a, weight, size_columns)
+        self.size_columns, self.config = size_columns, config
+        self.product = prepare_product(down_kernel, values, tiles, weight, config, size_columns=size_columns)
+        block = (config.block_m, config.block_k)
+        self.rows = describe_rows(values, config, block=block, size_k=values.shape[1])
+
+    def __call__(
+        self,
+        a: Tensor | RowCodes,
+        tiles: TileTables,
+        weight: PerExpert,
+        *,
+        bias: PerExpert | None = None,
+        router_weights: Tensor | None = None,
+        source: Tensor | None = None,
+    ) -> Tensor:
+        config, product, size_columns = self.config, self.product, self.size_columns
+        values: Any = a
+        scales = None
+        if weight.scales is not None:  # of codes
+            values, scales = operand_of(a, weight, size_columns)
+        if (
+            config.gluon is not None
+            and isinstance(a, Tensor)
+            and why_unsupported(config.gluon, values, weight, bias, size_columns=size_columns) is None
+        ):
+            from moe_triton_kernels.gluon import down as warp_specialized  # imports Gluon, which is experimental
+
+            return warp_specialized.down(
+                a,
+                tiles,
+                weight,
+                size_columns=size_columns,
+                config=config,
+                bias=bias,
+                router_weights=router_weights,
+                source=source,
+            )
+        out = values.new_empty(values.shape[0], size_columns, dtype=a.dtype)
+        product.launch(
+            values,
+            at(values, self.rows),
+            weight.weight(),
+            at(weight.data, product.descriptor),
+            None if bias is None else bias.bias(),
+            None if weight.adapter is None else weight.adapter.argument(),
+            scales,
+            router_weights,
+            source,
+            out,
+            tiles.select(config.block_m)[0],
+            product.sizes,
+        )
+        return out
+
+
 def down(
     a: Tensor | RowCodes,
     tiles: TileTables,
@@ -100,40 +166,5 @@ def down(
     strides; router_weights [T, K] contiguous, read at source[row] (None: no factor; `source` is then not needed). Rows
     past offsets[E] are not written, and change nothing.
     """
-    values, scales = operand_of(a, weight, size_columns)
-    if (
-        config.gluon is not None
-        and isinstance(a, Tensor)
-        and why_unsupported(config.gluon, values, weight, bias, size_columns=size_columns) is None
-    ):
-        from moe_triton_kernels.gluon import down as warp_specialized  # imports Gluon, which is experimental
-
-        return warp_specialized.down(
-            a,
-            tiles,
-            weight,
-            size_columns=size_columns,
-            config=config,
-            bias=bias,
-            router_weights=router_weights,
-            source=source,
-        )
-    num_rows, size_k = values.shape
-    out = values.new_empty((num_rows, size_columns), dtype=a.dtype)
-    table, max_tiles = tiles.select(config.block_m)
-    down_kernel[persistent_grid(values.device, max_tiles * cdiv(size_columns, config.block_n), config)](
-        values,
-        rows_descriptor(values, config, block=[config.block_m, config.block_k], size_k=size_k),
-        weight.weight(),
-        weight_descriptor(weight, config, size_k=size_k, size_columns=size_columns, halves=1, block_n=config.block_n),
-        None if bias is None else bias.bias(),
-        None if weight.adapter is None else weight.adapter.argument(),
-        scales,
-        router_weights,
-        source,
-        out,
-        table,
-        sizes_argument(values, size_k, size_columns, config),
-        **launch_options(values.device, config),
-    )
-    return out
+    prepared = Down(a, tiles, weight, size_columns=size_columns, config=config)
+    return prepared(a, tiles, weight, bias=bias, router_weights=router_weights, source=source)

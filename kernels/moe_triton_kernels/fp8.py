@@ -186,7 +186,7 @@ def operand_of(rows: Tensor | RowCodes, weight: PerExpert, size_columns: int) ->
 def new_rows(like: Operand, num_rows: int, size: int, *, keep: bool) -> Operand:
     """Memory for rows [num_rows, size] of the same kind and dtype; empty where they are not kept."""
     if isinstance(like, Tensor):
-        return like.new_empty((num_rows, size) if keep else 0)
+        return like.new_empty(num_rows, size) if keep else like.new_empty(0)
     return RowCodes.empty(num_rows if keep else 0, size, like.dtype, like.codes.device)
 
 

@@ -117,10 +117,10 @@ def fp8_d_weight(
     fp8_d_weight_kernel[persistent_grid(device, pieces.pieces.shape[0] * units, config)](
         left.codes,
         left.scales,
-        rows_descriptor(left.codes, config, block=[config.block_m, config.block_k]),
+        rows_descriptor(left.codes, config, block=(config.block_m, config.block_k)),
         right.codes,
         right.scales,
-        rows_descriptor(right.codes, config, block=[config.block_n, config.block_k]),
+        rows_descriptor(right.codes, config, block=(config.block_n, config.block_k)),
         out,
         partials,
         pieces.pieces,

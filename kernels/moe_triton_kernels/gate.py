@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_triton_kernels.arithmetic import cdiv, next_power_of_2
-from moe_triton_kernels.launch import BLACKWELL, HOPPER, compiler_fences, target_of
+from moe_triton_kernels.launch import BLACKWELL, HOPPER, Launch, compiler_fences, prepare, target_of
 
 SPLIT_BLOCK = 1024
 
@@ -112,18 +112,20 @@ def stages(architecture: str) -> int:
 def product(a: Tensor, b: Tensor, dtype: torch.dtype, addend: Tensor | None = None) -> Tensor:
     """16-bit a [M, K] @ b [K, N] + addend [M, N], summed in fp32 and rounded once to `dtype`. Any strides."""
     (size_m, size_k), size_n = a.shape, b.shape[1]
-    out = torch.empty((size_m, size_n), dtype=dtype, device=a.device)
+    out = a.new_empty(size_m, size_n, dtype=dtype)
     if size_m == 0 or size_n == 0:
         return out
-    options = _options(size_n, target_of(a.device).architecture, compiler_fences())
-    is_even = a.stride(1) == 1 and size_k % options["BLOCK_K"] == 0  # a contraction over tokens compiles for any number
-    product_kernel[(cdiv(size_m, options["BLOCK_M"]), cdiv(size_n, options["BLOCK_N"]))](
-        a, b, None if addend is None else addend.contiguous(), out, size_m, size_k, *a.stride(), *b.stride(),
-        SIZE_N=size_n, EVEN_K=is_even, **options,
-    )  # fmt: skip
+    a_strides = a.stride()
+    architecture, fences = target_of(a.device).architecture, compiler_fences()
+    launch = _launch(size_m, size_n, size_k, a_strides[1] == 1, architecture, fences)
+    launch(a, b, None if addend is None else addend.contiguous(), out, size_m, size_k, *a_strides, *b.stride())
     return out
 
 
-@lru_cache(maxsize=1024)
-def _options(size_n: int, architecture: str, _fences: bool) -> dict[str, int]:
-    return {**blocks(size_n, architecture), "num_warps": 4, "num_stages": stages(architecture)}
+@lru_cache(maxsize=4096)
+def _launch(size_m: int, size_n: int, size_k: int, is_contiguous: bool, architecture: str, _fences: bool) -> Launch:
+    sizes = blocks(size_n, architecture)
+    is_even = is_contiguous and size_k % sizes["BLOCK_K"] == 0  # a contraction over tokens compiles for any number
+    grid = (cdiv(size_m, sizes["BLOCK_M"]), cdiv(size_n, sizes["BLOCK_N"]))
+    options = {**sizes, "num_warps": 4, "num_stages": stages(architecture)}
+    return prepare(product_kernel, grid, SIZE_N=size_n, EVEN_K=is_even, **options)

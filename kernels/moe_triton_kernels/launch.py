@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ SHARED_BYTES = {
     "sm_120": 101376, "gfx942": 65536, "gfx950": 163840,
 }  # fmt: skip
 Constants = TypeVar("Constants", bound=tuple[Any, ...])
+Launch = Callable[..., None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +77,7 @@ class Tile(NamedTuple):
     FENCE: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class Target:
+class Target(NamedTuple):
     """What kernels run on: an architecture name ("sm_90", "gfx942", "interpreter") and its multiprocessors."""
 
     architecture: str
@@ -140,6 +141,11 @@ def _options(architecture: str, config: Config, _fences: bool) -> dict[str, Any]
         "num_stages": pipeline_stages(architecture, config),
         **register_limit(architecture, config.maxnreg),
     }
+
+
+def prepare(kernel: Any, grid: tuple[int, ...], **constants: Any) -> Launch:
+    """kernel[grid], with these keyword arguments, to be called many times: it calls no Python before the launch."""
+    return partial(kernel.run, grid=grid, warmup=False, **constants)
 
 
 def register_limit(architecture: str, maxnreg: int) -> dict[str, int]:

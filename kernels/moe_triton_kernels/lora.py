@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_triton_kernels.arithmetic import next_power_of_2
 from moe_triton_kernels.operands import Columns, PerExpert, in_units, start_columns, unit_of
 
 MOST_RANK = 64
@@ -26,7 +27,7 @@ MOST_RANK = 64
 
 def rank_block(rank: int) -> int:
     """Columns of a tile of `narrow`, of which t and u have a multiple."""
-    return min(MOST_RANK, max(16, triton.next_power_of_2(rank)))
+    return min(MOST_RANK, max(16, next_power_of_2(rank)))
 
 
 def step_block(rank: int, itemsize: int) -> int:

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_triton_kernels.arithmetic import cdiv
 from moe_triton_kernels.configs import bucket_of
 from moe_triton_kernels.fp8 import Scales
 from moe_triton_kernels.grouped_gemm import rows_times_weight, tile_order
@@ -76,9 +77,9 @@ def narrow(
     size_k, block = x.shape[1], rank_block(rank)
     bucket = bucket_of(num_rows / max(tiles.offsets.shape[0] - 1, 1))
     config = narrow_tile(size_k, block, x.element_size(), target_of(x.device).architecture, bucket)
-    out = x.new_empty((num_rows, triton.cdiv(rank, block) * block))
+    out = x.new_empty((num_rows, cdiv(rank, block) * block))
     table, max_tiles = tiles.select(config.block_m)
-    narrow_kernel[persistent_grid(x.device, max_tiles * triton.cdiv(rank, block), config)](
+    narrow_kernel[persistent_grid(x.device, max_tiles * cdiv(rank, block), config)](
         x,
         source,
         weight.weight(),

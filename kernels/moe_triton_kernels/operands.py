@@ -172,9 +172,8 @@ class PerExpert(NamedTuple):
         return PerExpert(self.data, self.layout.transposed, self.held, self.adapter, None, decoding, self.addresses)
 
     def weight(self) -> WeightArgument:
-        if self.decoding is None:
-            return WeightArgument._make((self.data, NOTHING, *self.layout.of_weight, NUMBERS))
-        return WeightArgument._make((self.data, self.decoding.argument(), *self.layout.of_weight, CODES))
+        decoding, kind = (NOTHING, NUMBERS) if self.decoding is None else (self.decoding.argument(), CODES)
+        return tuple.__new__(WeightArgument, (self.data, decoding, *self.layout.of_weight, kind))
 
     def bias(self) -> BiasArgument:
         return BiasArgument(self.data, *self.layout.of_bias)

@@ -8,6 +8,8 @@ Shapes: T tokens, K choices, E experts, S = T*K slots, G capacity groups, C chun
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -135,8 +137,8 @@ def count_slots(
     group_slots = experts.numel() // groups
     blocks = cdiv(cdiv(group_slots, BLOCK), max(1, MAX_CHUNKS // groups))
     chunks = cdiv(group_slots, BLOCK * blocks)
-    table = torch.empty((groups, num_experts, chunks), dtype=torch.int32, device=experts.device)
-    totals = torch.empty((groups, num_experts), dtype=torch.int32, device=experts.device)
+    table = torch.empty(groups, num_experts, chunks, dtype=torch.int32, device=experts.device)
+    totals = table.new_empty(groups, num_experts)
     count_kernel[(groups * chunks,)](
         experts, order, table, group_slots, chunks, blocks,
         NUM_EXPERTS=num_experts, TOP_K=experts.shape[1], BY_CHOICE=by_choice,
@@ -147,6 +149,7 @@ def count_slots(
     return table, totals, chunks, blocks
 
 
+@lru_cache
 def block_experts(num_experts: int) -> int:
     return max(64, next_power_of_2(num_experts))  # a histogram has at least as many bins as a warp has lanes
 
@@ -188,8 +191,7 @@ def permute(
     experts = experts.contiguous()
     num_tokens, top_k = experts.shape
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=experts.device)
-    source = torch.empty(num_tokens * top_k, dtype=torch.int32, device=experts.device)
-    position = torch.empty((num_tokens, top_k), dtype=torch.int32, device=experts.device)
+    source, position = offsets.new_empty(num_tokens * top_k), offsets.new_empty(num_tokens, top_k)
     if experts.numel() == 0:
         return torch.zeros_like(offsets[1:]), offsets.zero_(), source, position
     counts = None

@@ -231,16 +231,6 @@ def sum_partials_kernel(
         tl.store(z_sums + sequence, tl.sum(z, 0))
 
 
-class Choice(NamedTuple):
-    """Tensors of a choice: what is read, in the order of the kernel's arguments, and what is written."""
-
-    read: tuple[Tensor | None, ...]
-    experts: Tensor
-    weights: Tensor
-    partials: PartialSums
-    constants: dict[str, Any]
-
-
 def choice_of(
     logits: Tensor,
     options: TopK,
@@ -249,25 +239,30 @@ def choice_of(
     noise: Tensor | None,
     token_mask: Tensor | None,
     given: Tensor | None,
-) -> Choice:
-    """Make the arguments of `choose_experts`; for what they are see `topk_forward`."""
-    (num_tokens, num_experts), device = logits.shape, logits.device
+) -> tuple[tuple[Tensor | None, ...], Tensor, Tensor, PartialSums, bool]:
+    """Make the arguments of `choose_experts`: what is read, the experts, the weights, the sums, and `packed`.
+
+    For what they are see `topk_forward` and `choice_constants`.
+    """
+    (num_tokens, num_experts), device, top_k = logits.shape, logits.device, options.top_k
     is_one = options.sequences == programs.number == 1  # its partial sums are the sums
     shape = () if is_one else (options.sequences, programs.number)
-    optional = (choice_bias, noise, token_mask, given)
     by_logit = noise is None and choice_bias is None and not limit_of(options).TOP2
-    return Choice(
-        read=(logits.contiguous(), *[x if x is None else x.contiguous() for x in optional]),
-        experts=torch.empty((num_tokens, options.top_k), dtype=torch.int32, device=device),
-        weights=torch.empty((num_tokens, options.top_k), dtype=torch.float32, device=device),
-        partials=PartialSums(
-            counts=torch.empty((*shape, num_experts), dtype=torch.int32, device=device),
-            scores=torch.empty((*shape, num_experts), dtype=torch.float32, device=device),
-            z=torch.empty(shape, dtype=torch.float32, device=device),
+    experts = torch.empty(num_tokens, top_k, dtype=torch.int32, device=device)
+    weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=device)
+    counts, scores = experts.new_empty(*shape, num_experts), weights.new_empty(*shape, num_experts)
+    return (
+        (
+            logits.contiguous(),
+            None if choice_bias is None else choice_bias.contiguous(),
+            None if noise is None else noise.contiguous(),
+            None if token_mask is None else token_mask.contiguous(),
+            None if given is None else given.contiguous(),
         ),
-        constants=choice_constants(
-            num_experts, options, by_logit and logits.dtype != torch.float32, programs.num_warps
-        ),
+        experts,
+        weights,
+        PartialSums(counts, scores, weights.new_empty(shape)),
+        by_logit and logits.dtype != torch.float32,
     )
 
 
@@ -292,21 +287,21 @@ def topk_forward(
     sequences, device = options.sequences, logits.device
     of_experts = (num_experts,) if sequences == 1 else (sequences, num_experts)
     programs = programs_of(num_tokens, num_experts, options)
-    choice = choice_of(logits, options, programs, choice_bias, noise, token_mask, given)
-    experts, weights, partials = choice.experts, choice.weights, choice.partials
+    read, experts, weights, partials, packed = choice_of(
+        logits, options, programs, choice_bias, noise, token_mask, given
+    )
     if num_tokens == 0:
         zeros = torch.zeros(of_experts, dtype=torch.float32, device=device)
         return experts, weights, zeros.int(), zeros, torch.zeros((), dtype=torch.float32, device=device)
     limit = few_registers(device) if programs.num_warps == FEW_WARPS else {}
     topk_kernel[(sequences, programs.number)](
-        *choice.read, experts, weights, partials, num_tokens // sequences, float(options.scale),
-        **choice.constants, **limit,
+        *read, experts, weights, partials, num_tokens // sequences, float(options.scale),
+        **choice_constants(num_experts, options, packed, programs.num_warps), **limit,
     )  # fmt: skip
     if sequences == programs.number == 1:
         return experts, weights, *partials
-    counts = torch.empty(of_experts, dtype=torch.int32, device=device)
-    score_sums = torch.empty(of_experts, dtype=torch.float32, device=device)
-    z_sums = torch.empty(sequences, dtype=torch.float32, device=device)
+    counts, score_sums = experts.new_empty(*of_experts), weights.new_empty(*of_experts)
+    z_sums = weights.new_empty(sequences)
     sum_partials_kernel[(sequences, cdiv(num_experts, SUM_EXPERTS))](
         partials, counts, score_sums, z_sums, programs.number,
         NUM_EXPERTS=num_experts, BLOCK_P=SUM_PROGRAMS, BLOCK_E=SUM_EXPERTS, num_warps=SUM_WARPS,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_triton_kernels.arithmetic import cdiv
 from moe_triton_kernels.launch import constants
 from moe_triton_kernels.scores import (
     EPS,
@@ -104,7 +105,7 @@ def topk_backward(
     if num_tokens == 0:
         return grad_logits
     lanes = lanes_of(num_experts, options.top_k)
-    topk_backward_kernel[(triton.cdiv(num_tokens, lanes.BLOCK_T),)](
+    topk_backward_kernel[(cdiv(num_tokens, lanes.BLOCK_T),)](
         grad_weights.contiguous(),
         grad_score_sums.contiguous(),
         grad_z_sum,

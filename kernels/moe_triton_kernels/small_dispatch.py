@@ -20,6 +20,7 @@ MAX_SLOTS = 1024  # S up to which one program sorts in less time than further la
 BLOCK = 128  # slots compared with each other at a time
 CHUNK = 32  # table entries that are compared with all experts at a time
 NUM_WARPS = 8
+NUM_SIZES = len(BLOCK_SIZES)
 
 
 class FewRows(NamedTuple):
@@ -89,16 +90,13 @@ def small_dispatch_kernel(
 
 def few_rows(shape: tuple[int, int], num_experts: int, device: torch.device) -> tuple[FewRows, TileTables]:
     """Memory for the rows of choices of this shape [T, K], and their tile tables as they will be."""
-    num_slots = shape[0] * shape[1]
-    places = places_of(num_slots, num_experts, BLOCK_SIZES)
-    rows = FewRows(
-        offsets=torch.empty(num_experts + 1, dtype=torch.int32, device=device),
-        source=torch.empty(num_slots, dtype=torch.int32, device=device),
-        position=torch.empty(shape, dtype=torch.int32, device=device),
-        table=torch.empty((places.size, 2), dtype=torch.int32, device=device),
-        num_tiles=torch.empty(len(BLOCK_SIZES), dtype=torch.int32, device=device),
-    )
-    return rows, TileTables(rows.offsets, places, rows.num_tiles, rows.table)
+    num_tokens, top_k = shape
+    places = places_of(num_tokens * top_k, num_experts, BLOCK_SIZES)
+    offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
+    new = offsets.new_empty  # sizes one by one, and no dtype: half a microsecond less
+    table, num_tiles = new(places.size, 2), new(NUM_SIZES)
+    rows = FewRows(offsets, new(num_tokens * top_k), new(num_tokens, top_k), table, num_tiles)
+    return rows, TileTables(offsets, places, num_tiles, table)
 
 
 def small_dispatch(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor, TileTables]:

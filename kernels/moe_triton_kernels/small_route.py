@@ -15,11 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_triton_kernels import small_dispatch
+from moe_triton_kernels.launch import Launch, prepare, register_limit, target_of
 from moe_triton_kernels.permutation import block_experts
 from moe_triton_kernels.routing import choice_of, choose_experts
 from moe_triton_kernels.small_dispatch import MAX_SLOTS, few_rows, place_few
 from moe_triton_kernels.tiles import BLOCK_SIZES, TileTables
-from moe_triton_kernels.topk_options import NUM_WARPS, TopK, few_registers, programs_of
+from moe_triton_kernels.topk_options import FEW_REGISTERS, NUM_WARPS, TopK, choice_constants, programs_of
 
 CHUNK = tl.constexpr(small_dispatch.CHUNK)
 
@@ -41,13 +42,13 @@ def small_route_kernel(
     place_few(experts, total, rows, num_tokens * RULE.TOP_K, NUM_EXPERTS, SIZES, BLOCK, BLOCK_E, CHUNK)
 
 
+@lru_cache(maxsize=4096)
 def is_small(num_tokens: int, num_experts: int, options: TopK) -> bool:
     """Whether `small_route` takes so many tokens."""
     few = 0 < num_tokens * options.top_k <= MAX_SLOTS
     return few and options.sequences == 1 == programs_of(num_tokens, num_experts, options).number
 
 
-@lru_cache(maxsize=1024)
 def place_constants(num_experts: int, num_warps: int) -> dict[str, Any]:
     """What `place_few` is compiled for. Of 128 slots compared at a time, eight warps spill registers on sm_80."""
     block = 32 if num_warps == NUM_WARPS else 64
@@ -69,12 +70,17 @@ def small_route(
     """
     num_tokens, num_experts = logits.shape
     programs = programs_of(num_tokens, num_experts, options)
-    choice = choice_of(logits, options, programs, choice_bias, noise, token_mask, given)
+    read, experts, weights, partials, packed = choice_of(
+        logits, options, programs, choice_bias, noise, token_mask, given
+    )
     rows, tiles = few_rows((num_tokens, options.top_k), num_experts, logits.device)
-    small_route_kernel[(1,)](
-        *choice.read, choice.experts, choice.weights, choice.partials, rows,
-        num_tokens, float(options.scale),
-        **choice.constants, **place_constants(num_experts, programs.num_warps), **few_registers(logits.device),
-    )  # fmt: skip
-    routed = (choice.experts, choice.weights, *choice.partials)
-    return routed, (rows.offsets, rows.source, rows.position, tiles)
+    launch = _launch(num_experts, options, packed, programs.num_warps, target_of(logits.device).architecture)
+    launch(*read, experts, weights, partials, rows, num_tokens, float(options.scale))
+    return (experts, weights, *partials), (rows.offsets, rows.source, rows.position, tiles)
+
+
+@lru_cache(maxsize=1024)
+def _launch(num_experts: int, options: TopK, packed: bool, num_warps: int, architecture: str) -> Launch:
+    limit = register_limit(architecture, FEW_REGISTERS)
+    constants = choice_constants(num_experts, options, packed, num_warps) | place_constants(num_experts, num_warps)
+    return prepare(small_route_kernel, (1,), **constants, **limit)

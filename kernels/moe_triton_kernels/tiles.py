@@ -90,14 +90,13 @@ class TileTables(NamedTuple):
 
     def select(self, block_m: int) -> tuple[TilesArgument, int]:
         """For tiles of `block_m` rows: what a kernel takes, and the most tiles there can be."""
-        places = self.places
+        offsets, places, num_tiles, table = self
         if block_m not in places.block_sizes:
             raise ValueError(f"block_m must be one of {places.block_sizes}, got {block_m}")
         index = places.block_sizes.index(block_m)
-        table, num_tiles = self.table, self.num_tiles
         if index:  # the first one begins where all of them do, and views take microseconds
             table, num_tiles = table[places.starts[index] :], num_tiles[index:]
-        return TilesArgument(table, num_tiles, self.offsets), places.most[index]
+        return TilesArgument(table, num_tiles, offsets), places.most[index]
 
 
 @triton.jit
@@ -141,8 +140,8 @@ def tile_tables(offsets: Tensor, num_rows: int, block_sizes: tuple[int, ...] = B
     """
     num_experts = offsets.shape[0] - 1
     places = places_of(num_rows, num_experts, tuple(block_sizes))
-    table = torch.empty((places.size, 2), dtype=torch.int32, device=offsets.device)
-    num_tiles = torch.empty(len(block_sizes), dtype=torch.int32, device=offsets.device)
+    table = torch.empty(places.size, 2, dtype=torch.int32, device=offsets.device)
+    num_tiles = table.new_empty(len(block_sizes))
     tile_tables_kernel[(num_experts,)](
         offsets,
         table,

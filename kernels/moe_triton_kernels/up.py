@@ -8,17 +8,18 @@ in the order of the weights' columns, which is also H's.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from moe_triton_kernels.activations import Activation, is_gated
-from moe_triton_kernels.arithmetic import cdiv
-from moe_triton_kernels.descriptors import weight_descriptor
-from moe_triton_kernels.fp8 import Operand, Scales, new_rows, operand_of
+from moe_triton_kernels.descriptors import at
+from moe_triton_kernels.fp8 import Operand, RowCodes, Scales, new_rows, operand_of
 from moe_triton_kernels.gluon.schedules import why_unsupported
 from moe_triton_kernels.grouped_gemm import rows_times_weight, tile_order
-from moe_triton_kernels.launch import Config, launch_options, persistent_grid
+from moe_triton_kernels.launch import Config
 from moe_triton_kernels.lora import Added
 from moe_triton_kernels.operands import (
     Columns,
@@ -26,9 +27,9 @@ from moe_triton_kernels.operands import (
     Rows,
     expert_base,
     in_units,
-    sizes_argument,
 )
 from moe_triton_kernels.preactivation import activate, part_blocks, round_parts, split_pair
+from moe_triton_kernels.products import prepare_product
 from moe_triton_kernels.quantize import store_rows
 from moe_triton_kernels.tiles import TileTables, load_tile
 
@@ -111,6 +112,105 @@ def up_kernel(
                     store_rows(value, a_codes, rows, row_mask, tile_n)
 
 
+class Up:
+    """The up projection of operands that lie like these: what they and the arguments decide is computed once.
+
+    The arguments are those of `up`. No tensor is kept.
+    """
+
+    def __init__(
+        self,
+        x: Tensor | RowCodes,
+        tiles: TileTables,
+        weight: PerExpert,
+        *,
+        size_n: int,
+        top_k: int,
+        activation: Activation,
+        is_concatenated: bool,
+        config: Config,
+    ) -> None:
+        values, _ = operand_of(x, weight, size_n)
+        self.size_n, self.top_k, self.activation, self.config = size_n, top_k, activation, config
+        self.is_concatenated, self.projections = is_concatenated, 2 if activation.is_gated else 1
+        self.product = prepare_product(
+            up_kernel,
+            values,
+            tiles,
+            weight,
+            config,
+            size_columns=size_n,
+            halves=self.projections if is_concatenated else 1,
+            pairs=1 if is_concatenated else self.projections,
+            TOP_K=top_k,
+            ACTIVATION=activation,
+            CONCATENATED=is_concatenated,
+        )
+
+    def __call__(
+        self,
+        x: Operand,
+        source: Tensor,
+        tiles: TileTables,
+        weight: PerExpert,
+        bias: PerExpert | None,
+        *,
+        keep_activation: bool,
+        keep_preactivation: bool,
+    ) -> tuple[Operand, Tensor]:
+        config, product, size_n = self.config, self.product, self.size_n
+        values: Any = x
+        scales = None
+        if weight.scales is not None:  # of codes
+            values, scales = operand_of(x, weight, size_n)
+        if (
+            config.gluon is not None
+            and isinstance(x, Tensor)
+            and why_unsupported(config.gluon, values, weight, bias, size_columns=size_n, projections=self.projections)
+            is None
+        ):
+            from moe_triton_kernels.gluon import up as warp_specialized  # imports Gluon, which is experimental
+
+            return warp_specialized.up(
+                x,
+                source,
+                tiles,
+                weight,
+                bias,
+                size_n=size_n,
+                top_k=self.top_k,
+                activation=self.activation,
+                is_concatenated=self.is_concatenated or not self.activation.is_gated,
+                keep_activation=keep_activation,
+                keep_preactivation=keep_preactivation,
+                config=config,
+            )
+        num_rows = source.shape[0]
+        a: Any
+        a_codes = None
+        if scales is None:
+            a = a_values = values.new_empty(num_rows, size_n) if keep_activation else values.new_empty(0)
+        else:
+            a, a_values = new_rows(x, num_rows, size_n, keep=keep_activation), None
+            a_codes = a.argument()
+        h = values.new_empty(*(num_rows, self.projections * size_n) if keep_preactivation else (0,), dtype=x.dtype)
+        product.launch(
+            values,
+            source,
+            weight.weight(),
+            at(weight.data, product.descriptor),
+            None if bias is None else bias.bias(),
+            None if weight.adapter is None else weight.adapter.argument(),
+            scales,
+            a_values if keep_activation else None,
+            a_codes if keep_activation else None,
+            h if keep_preactivation else None,
+            tiles.select(config.block_m)[0],
+            product.sizes,
+        )
+        return a, h
+
+
 def up(
     x: Operand,
     source: Tensor,
@@ -133,61 +233,16 @@ def up(
     Rows past offsets[E] are not written. With codes of x and of the weight, A is codes too, of the activation in fp32;
     block_n and block_k are then 128, and parts 1.
     """
-    values, scales = operand_of(x, weight, size_n)
-    is_gated = activation.is_gated
-    if (
-        config.gluon is not None
-        and isinstance(x, Tensor)
-        and why_unsupported(config.gluon, values, weight, bias, size_columns=size_n, projections=2 if is_gated else 1)
-        is None
-    ):
-        from moe_triton_kernels.gluon import up as warp_specialized  # imports Gluon, which is experimental
-
-        return warp_specialized.up(
-            x,
-            source,
-            tiles,
-            weight,
-            bias,
-            size_n=size_n,
-            top_k=top_k,
-            activation=activation,
-            is_concatenated=is_concatenated or not is_gated,
-            keep_activation=keep_activation,
-            keep_preactivation=keep_preactivation,
-            config=config,
-        )
-    num_rows, size_d = source.shape[0], values.shape[1]
-    a = new_rows(x, num_rows, size_n, keep=keep_activation)
-    width = 2 * size_n if is_gated else size_n
-    h = values.new_empty((num_rows, width) if keep_preactivation else 0, dtype=x.dtype)
-    a_values, a_codes = (a, None) if isinstance(a, Tensor) else (None, a.argument())
-    table, max_tiles = tiles.select(config.block_m)
-    columns_per_half = 2 if is_gated and not is_concatenated else 1
-    descriptor = weight_descriptor(
+    prepared = Up(
+        x,
+        tiles,
         weight,
-        config,
-        size_k=size_d,
-        size_columns=columns_per_half * size_n,
-        halves=2 if is_gated and is_concatenated else 1,
-        block_n=columns_per_half * config.block_n,
+        size_n=size_n,
+        top_k=top_k,
+        activation=activation,
+        is_concatenated=is_concatenated,
+        config=config,
     )
-    up_kernel[persistent_grid(values.device, max_tiles * cdiv(size_n, config.block_n), config)](
-        values,
-        source,
-        weight.weight(),
-        descriptor,
-        None if bias is None else bias.bias(),
-        None if weight.adapter is None else weight.adapter.argument(),
-        scales,
-        a_values if keep_activation else None,
-        a_codes if keep_activation else None,
-        h if keep_preactivation else None,
-        table,
-        sizes_argument(values, size_d, size_n, config),
-        TOP_K=top_k,
-        ACTIVATION=activation,
-        CONCATENATED=is_concatenated,
-        **launch_options(values.device, config),
+    return prepared(
+        x, source, tiles, weight, bias, keep_activation=keep_activation, keep_preactivation=keep_preactivation
     )
-    return a, h

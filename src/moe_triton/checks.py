@@ -26,9 +26,11 @@ def check_tensor(
     """`value` as a Tensor; a str in `shape` stands for any size and is only used to say what was wanted."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, wanted a Tensor")
-    if shape is not None and not _fits(value.shape, shape):
-        wanted = ", ".join(str(w) for w in shape)
-        raise ValueError(f"{name}: got shape {list(value.shape)}, wanted [{wanted}]")
+    if shape is not None:
+        found = value.shape
+        if found != shape and not _fits(found, shape):
+            wanted = ", ".join(str(w) for w in shape)
+            raise ValueError(f"{name}: got shape {list(found)}, wanted [{wanted}]")
     if value.layout is not torch.strided:
         raise TypeError(f"{name}: got layout {value.layout}, wanted {torch.strided}")
     if dtypes is not None and value.dtype not in dtypes:
@@ -42,7 +44,7 @@ def _fits(shape: Sequence[int], wanted: Sequence[int | str]) -> bool:
     if len(shape) != len(wanted):
         return False
     for size, want in zip(shape, wanted, strict=True):  # noqa: SIM110 -- all() takes twice as long
-        if size != want and not isinstance(want, str):
+        if size != want and type(want) is not str:
             return False
     return True
 

@@ -18,6 +18,7 @@ from moe_triton import runtime
 from moe_triton.autograd.experts import run_experts
 from moe_triton.checks import FLOATS, INTEGERS, check_choice, check_number, check_tensor
 from moe_triton.dispatch import dispatch
+from moe_triton.kinds import MOST_KINDS
 from moe_triton.quantization import QuantizedWeight
 from moe_triton.records import (
     ACTIVATIONS,
@@ -31,9 +32,9 @@ from moe_triton.records import (
     Projection,
     matrix_shape,
 )
+from moe_triton.torch_internals import is_autocast_anywhere
 
 Adapters = Lora | Sequence[Lora] | None  # of one projection; several are summed
-PLAIN = (Tensor, nn.Parameter)
 
 
 def moe_mlp(
@@ -173,8 +174,8 @@ def check_call(call: ExpertCall, weights_name: str = "top_k_weights") -> None:
 
     Not for a call whose tensors are like those of one that passed.
     """
-    checked = _checked_of(call)
-    if checked is not None and checked in _PASSED:
+    kind = None if torch.compiler.is_compiling() else call.kind
+    if kind is not None and kind in _PASSED:  # torch.compile would guard the set
         return
     num_tokens, top_k = call.dispatched.position.shape
     device = call.dispatched.position.device
@@ -182,30 +183,13 @@ def check_call(call: ExpertCall, weights_name: str = "top_k_weights") -> None:
     dtypes = _dtypes(call.hidden)
     _check_weights(weights_name, call.weights, call.hidden, top_k, dtypes)
     _check_parameters(call.parameters, call.num_experts, call.spec, call.hidden, dtypes)
-    if checked is not None:
-        if len(_PASSED) >= MOST_PASSED:
+    if kind is not None and not is_autocast_anywhere():  # which lets more pass
+        if len(_PASSED) >= MOST_KINDS:
             _PASSED.clear()
-        _PASSED.add(checked)
+        _PASSED.add(kind)
 
 
-MOST_PASSED = 4096
-_PASSED: set[tuple[Any, ...]] = set()
-
-
-def _checked_of(call: ExpertCall) -> tuple[Any, ...] | None:
-    """All that `check_call` looks at, where it is of plain tensors whose sizes are known."""
-    position, parameters = call.dispatched.position, call.parameters
-    facts: list[Any] = [call.spec, call.num_experts, position.shape, position.device]
-    given: tuple[Any, ...] = (call.hidden, call.weights, *parameters[:4])
-    for tensor in given:
-        if tensor is None:
-            facts.append(None)
-        elif type(tensor) in PLAIN:
-            facts += (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
-        else:
-            return None
-    is_settled = not torch.compiler.is_compiling() and runtime.autocast_dtype(call.hidden.device) is None
-    return tuple(facts) if is_settled else None
+_PASSED: set[object] = set()  # kinds of calls
 
 
 def _dtypes(hidden_states: Tensor) -> tuple[torch.dtype, ...]:

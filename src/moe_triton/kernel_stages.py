@@ -10,7 +10,7 @@ import torch
 
 from moe_triton.records import ExpertSpec
 from moe_triton_kernels.configs import find_config, shipped_table, user_table, user_table_path
-from moe_triton_kernels.gluon.schedules import BLOCK_K, BLOCK_M, import_error, schedule_of
+from moe_triton_kernels.gluon.schedules import BLOCK_K, cluster_error, compile_error, import_error, schedule_of
 from moe_triton_kernels.heuristics import BUCKETS, decodes_in_loop
 from moe_triton_kernels.launch import MAX_REGISTERS, Config
 
@@ -49,7 +49,7 @@ def in_words(config: Config | Mapping[str, Any]) -> str:
     config = Config(**config) if isinstance(config, Mapping) else config
     if config.gluon is not None:
         schedule = schedule_of(config.gluon)
-        blocks = f"{BLOCK_M}x{schedule.block_n}x{BLOCK_K} stages {schedule.stages}"
+        blocks = f"{schedule.block_m}x{schedule.block_n}x{BLOCK_K} stages {schedule.stages}"
         return f"gluon {config.gluon} {blocks} group {config.group}"
     text = f"{config.block_m}x{config.block_n}x{config.block_k} warps {config.num_warps} stages {config.num_stages}"
     known = ("block_m", "block_n", "block_k", "num_warps", "num_stages", "gluon")
@@ -142,6 +142,7 @@ def table_facts(architectures: Sequence[str]) -> dict[str, Any]:
         "shipped_entries": len(entries["shipped"]),
         "gluon_entries": len(schedules),
         "gluon_error": import_error(),
+        "cluster_error": cluster_error(),
     }
 
 
@@ -149,5 +150,5 @@ def kernel_in_words(kernel: str, config: Mapping[str, Any] | None) -> str:
     """Return the kernel's name, as the one in Gluon where the configuration (None: it has none) names a schedule."""
     if config is None or config["gluon"] is None:
         return kernel
-    error = import_error()
+    error = compile_error(config["gluon"])
     return f"gluon.{kernel}" if error is None else f"{kernel} (this Triton's Gluon does not do: {error})"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
+from moe_triton.kinds import UNASKED, kind_of
 from moe_triton.quantization import QuantizedWeight
 
 GATED = ("swiglu", "geglu", "geglu_tanh", "reglu", "gpt_oss")
@@ -124,9 +125,9 @@ class Routing:
     def dispatched_to(self, num_experts: int) -> TiledDispatch | None:
         """Return the Dispatch of these very choices to all of so many experts, where the backend made it with them."""
         found = self.dispatched
-        return (
-            found if found is not None and found.experts is self.experts and found.num_experts == num_experts else None
-        )
+        if found is None or found.experts is not self.experts or found.counts.shape[0] != num_experts:
+            return None
+        return found
 
     @classmethod
     def unsummed(
@@ -182,11 +183,11 @@ class Dispatch:
 class TiledDispatch(Dispatch):
     """A Dispatch with what its backend made along with it for its kernels.
 
-    tiles    the `TileTables` of the triton backend
+    tiles    the `TileTables` of the triton backend; None where another backend made it
     experts  the choices that it was made of, where routing made it along with them; nothing is dropped
     """
 
-    tiles: Any
+    tiles: Any = None
     experts: Tensor | None = None
 
 
@@ -252,6 +253,18 @@ class ExpertCall:
     parameters: ExpertParameters
     spec: ExpertSpec
     is_part: bool = False
+    _kind: ClassVar[object] = UNASKED
+
+    @property
+    def kind(self) -> object | None:
+        """What calls share that differ in values and addresses only (see `kinds`), or None."""
+        found = self._kind
+        if found is UNASKED:  # not a cached_property, which takes a lock up to Python 3.11
+            rows, facts = self.dispatched, (self.spec, self.is_part, self.dispatched.source.shape)
+            given = (rows.counts, rows.source, rows.position, self.hidden, self.weights)
+            found = kind_of(facts, given, self.parameters)
+            object.__setattr__(self, "_kind", found)
+        return found
 
     @property
     def num_experts(self) -> int:

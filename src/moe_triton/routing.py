@@ -157,11 +157,13 @@ def route_by_spec(
     sequences: int = 1,
     hidden: Tensor | None = None,
     backend: str = "auto",
+    is_plain: bool | None = None,
 ) -> Routing:
     """Do what `route` does, for logits and options that are checked already.
 
     given: [T, K] int32 in the place of `experts`, where the ids of a row are known to be in range and distinct.
     hidden: goes into the Routing.
+    is_plain: what `runtime.is_plain` says of the logits, where it was asked already.
     """
     num_tokens, num_experts = logits.shape
     if sequences != 1:
@@ -191,7 +193,7 @@ def route_by_spec(
         )
         return replace(routing, hidden=hidden)
     if hidden is not None and token_mask is None:  # nobody changes the gate's logits before the sums are read
-        found = run_inference(logits, choice_bias, noise, given, spec, name)
+        found = run_inference(logits, choice_bias, noise, given, spec, name, is_plain)
         if found is not None:
             sums = partial(_with_num_valid, found.sums, logits, spec)
             return Routing.unsummed(
@@ -210,7 +212,6 @@ def _num_valid(logits: Tensor, spec: RouterSpec, token_mask: Tensor | None) -> T
     """The number of tokens [], or [B] for several sequences, in the dtype of the router's maths."""
     shape = () if spec.sequences == 1 else (spec.sequences,)
     if token_mask is None:
-        return torch.full(shape, logits.shape[0] // spec.sequences, device=logits.device).to(
-            reference.wide(logits.dtype)
-        )
+        dtype = reference.wide(logits.dtype)
+        return torch.full(shape, logits.shape[0] // spec.sequences, dtype=dtype, device=logits.device)
     return token_mask.view(spec.sequences, -1).sum(1).view(shape).to(reference.wide(logits.dtype))

@@ -19,7 +19,7 @@ import torch
 
 from moe_triton.backends.protocols import DispatchBackend, ExpertsBackend, GateBackend, RoutingBackend
 from moe_triton.checks import check_choice
-from moe_triton.torch_internals import constant_while_compiling, has_no_data, is_autocast_anywhere, is_transforming
+from moe_triton.torch_internals import constant_while_compiling, is_autocast_anywhere, is_plain
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -85,7 +85,8 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> Choice:
     Raises ValueError for an unknown name, TypeError for "triton" with float64, RuntimeError for "triton" where the
     kernels cannot run (no supported GPU and no interpreter) and for "reference" on the meta device.
     """
-    check_choice("backend", backend, BACKENDS)
+    if backend not in BACKENDS:
+        check_choice("backend", backend, BACKENDS)
     if backend == "reference" and device.type == "meta":
         raise RuntimeError("backend: got 'reference' for tensors on the meta device, wanted 'torch'")
     if backend in ("torch", "reference"):
@@ -137,20 +138,6 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     return NOTHING if is_off else torch.autocast(device.type, enabled=False)
 
 
-def is_plain(tensor: torch.Tensor) -> bool:
-    """Return whether an operation on this tensor can call its backend as it is.
-
-    That is: nothing is differentiated, compiled, transformed or under autocast, and the tensor has data, on the current
-    GPU if on one. Asked once per operation: its parts take microseconds, as long as a launch.
-    """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transforming() or is_autocast_anywhere():
-        return False
-    if has_no_data(tensor):
-        return False
-    device = tensor.device
-    return device.type != "cuda" or device.index == torch.cuda.current_device()
-
-
 def plain_maths(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Return what an implementation runs under: no autograd, no autocast, and the tensor's GPU as the current one.
 
@@ -161,7 +148,11 @@ def plain_maths(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 
 class _PlainMaths:
     def __init__(self, tensor: torch.Tensor) -> None:
-        self.parts = (torch.no_grad(), without_autocast(tensor.device), torch.cuda.device_of(tensor))
+        self.parts: list[contextlib.AbstractContextManager[Any]] = [torch.no_grad()]
+        if is_autocast_anywhere():
+            self.parts.append(without_autocast(tensor.device))
+        if tensor.device.type == "cuda":
+            self.parts.append(torch.cuda.device_of(tensor))
 
     def __enter__(self) -> None:
         for part in self.parts:

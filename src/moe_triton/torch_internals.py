@@ -6,11 +6,13 @@ and 2.14.1, on CPUs.
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
 from functools import cache, wraps
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -123,6 +125,32 @@ def has_no_data(tensor: Tensor) -> bool:
     return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Return whether an operation on this tensor can call its backend as it is.
+
+    That is: nothing is differentiated, compiled, transformed or under autocast, and the tensor has data, on the current
+    GPU if on one. Asked once per operation, and in one function: its parts take as long as a launch.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if forward_ad._current_level >= 0 or torch._C._is_any_autocast_enabled():
+        return False
+    if tensor.is_meta or isinstance(tensor, FakeTensor):
+        return False
+    device = tensor.device
+    return device.type != "cuda" or device.index == torch.cuda.current_device()
+
+
+def comparison_with(*tensors: Tensor) -> Callable[..., bool]:
+    """Return a function that says whether as many tensors are like these, in all but values and addresses.
+
+    That is: their types, dtypes, devices, sizes, strides, and whether they need a gradient as things are. It keeps none
+    of these, and takes a fraction of the time in which Python asks for as much: torch.compile guards its code by it.
+    """
+    guards = torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    return cast(Callable[..., bool], guards.check)
+
+
 def real_tensors() -> AbstractContextManager[Any]:
     """Leave all modes, so that new tensors have values also while torch.export traces with fake ones."""
     return _disable_current_modes()
@@ -150,6 +178,24 @@ def onednn_linear() -> Callable[..., Tensor] | None:
 
 
 # torch.distributed ----------------------------------------------------------------------------------------------------
+
+
+@cache
+def openmp_parallel() -> Callable[[int, int, int, int], None] | None:
+    """Return GOMP_parallel(function, data, threads, flags) of the library whose threads torch's operations use.
+
+    It calls function(data), addresses, in so many threads and returns when all have ended; 2 microseconds where the
+    threads have just run one of torch's operations. None where torch uses no library with this function: LLVM's and
+    Intel's have it on Linux, as GCC's does.
+    """
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        found = ctypes.CDLL(str(library)).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    found.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    found.restype = None
+    return cast(Callable[[int, int, int, int], None], found)
 
 
 def default_store() -> dist.Store:

@@ -95,7 +95,7 @@ class Hopper(FakeWorker):
 
     def seconds(self, config):
         if config["gluon"] is not None:
-            return {"cooperative": 0.9, "ping_pong": 0.8}[config["gluon"]] + 0.02 * config["group"]
+            return {"cooperative": 0.9, "ping_pong": 0.8}.get(config["gluon"], 0.95) + 0.02 * config["group"]
         return (0.3 if self.plain_wins else 1.0) if config["group"] == 1 else 1.0
 
     def ask(self, question, patience_s):

@@ -130,9 +130,12 @@ def test_no_command_begins_with_a_broken_table(tmp_path, run, words):
 @pytest.mark.skipif(not runtime.TRITON_INSTALLED, reason="the tables come with the kernels")
 def test_warp_specialized_entries_are_counted():
     facts = {"architectures": ["sm_90"], "user_table": "t.json", "user_entries": 3, "shipped_entries": 0}
+    facts["cluster_error"] = None
     line = tables_line({**facts, "gluon_entries": 2, "gluon_error": None})
     assert "3 entries in the user's table (t.json)" in line
     assert line.endswith("Warp-specialized kernels (Gluon) run in 2 of them.")
+    line = tables_line({**facts, "gluon_entries": 2, "gluon_error": None, "cluster_error": "old Triton"})
+    assert line.endswith("(Gluon) run in 2 of them. None of them in clusters: old Triton.")
     line = tables_line({**facts, "gluon_entries": 2, "gluon_error": "ImportError: no tma"})
     assert line.endswith("Warp-specialized kernels (Gluon) cannot run: ImportError: no tma.")
 

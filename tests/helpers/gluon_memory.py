@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,13 +12,36 @@ from torch import Tensor
 
 
 class Race(Exception):
-    """A product of what cp.async wrote, with no proxy fence between; or more arrivals than a barrier counts."""
+    """A product of what cp.async wrote, with no proxy fence between; more arrivals than a barrier counts; something
+    that reaches a CTA after its end."""
+
+
+class Layout:
+    """How a block lies over the two CTAs of a cluster: cga says which dimension is spread, if any."""
+
+    def __init__(self, cga: Sequence[Sequence[int]] | None = None) -> None:
+        self.cga = cga or []
+
+    def without(self, dim: int) -> Layout:
+        """Of a vector along the other dimensions."""
+        return Layout([[*basis[:dim], *basis[dim + 1 :]] for basis in self.cga])
+
+    def share(self, shape: Sequence[int], ctas: int) -> tuple[int, ...]:
+        """What one of the CTAs has of a block of this shape, whose last dimensions are the layout's."""
+        share = list(shape)
+        for basis in self.cga if ctas > 1 else []:
+            for dim, step in enumerate(basis, len(shape) - len(basis)):
+                share[dim] //= ctas if step else 1
+        return tuple(share)
+
+
+ROWS_APART = Layout([[1, 0]])
 
 
 class Tile(np.ndarray):
-    """A block of values, with the methods of a Triton tensor that the kernels use."""
+    """A block of values, with the methods of a Triton tensor that the kernels use; over CTAs it is spread by rows."""
 
-    type = SimpleNamespace(layout=None)
+    type = SimpleNamespace(layout=ROWS_APART)
 
     def to(self, dtype: Any) -> Tile:
         return self.astype(dtype)
@@ -90,9 +113,9 @@ class Descriptor:
     def __init__(self, matrix: np.ndarray, block: Sequence[int]) -> None:
         self.matrix, self.block = matrix, list(block)
 
-    def read(self, at: Sequence[int]) -> np.ndarray:
-        result = np.zeros(self.block, self.matrix.dtype)
-        part = self.matrix[tuple(slice(start, start + size) for start, size in zip(at, self.block, strict=True))]
+    def read(self, at: Sequence[int], shape: Sequence[int]) -> np.ndarray:
+        result = np.zeros(shape, self.matrix.dtype)
+        part = self.matrix[tuple(slice(start, start + size) for start, size in zip(at, shape, strict=True))]
         result[tuple(slice(0, size) for size in part.shape)] = part
         return result
 
@@ -104,25 +127,36 @@ def view_of(base: Tensor, shape: Sequence[int], strides: Sequence[int]) -> np.nd
 
 
 class Shared:
-    """Shared memory: its content, and when cp.async last wrote each element (0: TMA did)."""
+    """Shared memory as a CTA sees it: its content, and when cp.async last wrote each element (0: TMA did).
 
-    def __init__(self, data: np.ndarray, written: np.ndarray) -> None:
-        self.data, self.written, self.shape = data, written, data.shape
+    copies: both of them in every CTA, where they lie at the same addresses. is_spread: the CTAs have other rows each.
+    """
+
+    def __init__(self, copies: Sequence[tuple[np.ndarray, np.ndarray]], cta: int, is_spread: bool) -> None:
+        self.copies, self.cta, self.is_spread = copies, cta, is_spread
+        self.data, self.written = copies[cta]
+        self.shape = self.data.shape
+
+    def view(self, part: Callable[[np.ndarray], np.ndarray]) -> Shared:
+        return Shared([(part(data), part(written)) for data, written in self.copies], self.cta, self.is_spread)
+
+    def seen_by(self, cta: int) -> Shared:
+        return Shared(self.copies, cta, self.is_spread)
 
     def index(self, i: int) -> Shared:
         assert 0 <= i < self.shape[0]
-        return Shared(self.data[i], self.written[i])
+        return self.view(lambda array: array[i])
 
     def slice(self, start: int, length: int, dim: int = 0) -> Shared:
         assert start + length <= self.shape[dim]
         where = (slice(None),) * dim + (slice(start, start + length),)
-        return Shared(self.data[where], self.written[where])
+        return self.view(lambda array: array[where])
 
     def reshape(self, shape: Sequence[int]) -> Shared:
-        return Shared(self.data.reshape(shape), self.written.reshape(shape))
+        return self.view(lambda array: array.reshape(shape))
 
     def permute(self, order: Sequence[int]) -> Shared:
-        return Shared(self.data.transpose(order), self.written.transpose(order))
+        return self.view(lambda array: array.transpose(order))
 
 
 class Barrier:
@@ -131,6 +165,10 @@ class Barrier:
     def __init__(self) -> None:
         self.count = self.arrivals = self.bytes = self.phases = 0
         self.fenced = self.completed_fenced = 0  # the latest proxy fence among the arrivals of this phase; of the last
+
+    def init(self, count: int) -> None:
+        self.__init__()
+        self.count = count
 
     def arrive(self, count: int, fenced: int = 0) -> None:
         self.arrivals += count
@@ -149,9 +187,20 @@ class Barrier:
         return self.phases % 2 != parity
 
 
-class Barriers:
-    def __init__(self, number: int) -> None:
-        self.members = [Barrier() for _ in range(number)]
+class Place:
+    """A barrier as a CTA names it: the one in its own shared memory, or, where all have one in common, the first's."""
 
-    def index(self, i: int) -> Barrier:
-        return self.members[i]
+    def __init__(self, barriers: Sequence[Barrier], cta: int, is_common: bool) -> None:
+        self.barriers, self.is_common = barriers, is_common
+        self.owner = 0 if is_common else cta
+        self.barrier, self.is_far = barriers[self.owner], cta != self.owner
+
+
+class Barriers:
+    """So many barriers in every CTA, as one of them sees them."""
+
+    def __init__(self, members: Sequence[Sequence[Barrier]], cta: int, is_common: bool) -> None:
+        self.members, self.cta, self.is_common = members, cta, is_common
+
+    def index(self, i: int) -> Place:
+        return Place([barriers[i] for barriers in self.members], self.cta, self.is_common)

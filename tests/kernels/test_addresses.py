@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -52,10 +53,8 @@ def far_rows(width: int) -> tuple[Tensor, int]:
 def lazy_results(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a launcher allocates takes no memory either."""
 
-    def new_empty(
-        self: Tensor, shape: tuple[int, ...] | int, *, dtype: torch.dtype | None = None, device: object = None
-    ) -> Tensor:
-        shape = (shape,) if isinstance(shape, int) else shape
+    def new_empty(self: Tensor, *sizes: Any, dtype: torch.dtype | None = None, device: object = None) -> Tensor:
+        shape = sizes if isinstance(sizes[0], int) else sizes[0]
         size = torch.Size(shape).numel()
         return lazy(max(1, size), dtype or self.dtype)[:size].view(shape)
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from moe_triton import reference
 from moe_triton_kernels.activations import Activation
 from moe_triton_kernels.configs import choose_config
-from moe_triton_kernels.d_hidden import Into, d_hidden, d_router_weights
+from moe_triton_kernels.d_hidden import Into, d_hidden
+from moe_triton_kernels.d_router_weights import d_router_weights
 from moe_triton_kernels.down import down
 from moe_triton_kernels.fp8 import CodedRows, ColumnCodes, RowCodes, WeightCodes, fp8_supported
 from moe_triton_kernels.fp8_d_weight import fp8_d_weight, tile_offsets

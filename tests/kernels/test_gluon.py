@@ -41,6 +41,7 @@ from tests.helpers.problems import check, make_problem, random_choices, run
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]  # NumPy has no bfloat16
 PLAIN = Config(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=1)
+ALONE = [name for name, schedule in SCHEDULES.items() if schedule.ctas == 1]  # not in clusters
 ALL = GATED_CASES + UNGATED_CASES
 OFFSETS = (0, 150, 150, 201)
 NUM_ROWS, TOP_K = 210, 2  # nine rows belong to nobody
@@ -55,10 +56,10 @@ class EmulatedKernel:
         self.calls: list[tuple[tuple[int], dict[str, Any]]] = []
 
     def __getitem__(self, grid: tuple[int]) -> Any:
-        def launch(*arguments: Any, num_warps: int, **constants: Any) -> None:
+        def launch(*arguments: Any, num_warps: int, num_ctas: int, **constants: Any) -> None:
             bound = self.signature.bind(*arguments, **constants)
             self.calls.append((grid, bound.arguments))
-            assert num_warps == 4
+            assert (num_warps, num_ctas) == (4, constants["TILE"].CTAS.value)
             emulated = {name: self.emulated(value) for name, value in bound.arguments.items()}
             Emulator(len(self.calls)).launch(self.module, self.kernel.fn.__name__, grid[0], **emulated)
 
@@ -84,6 +85,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> dict[str, EmulatedKernel]:
         return {}
     for module in (schedules, launch):
         monkeypatch.setattr(module, "target_of", lambda device: Target(architecture="sm_90", num_sms=2))
+    monkeypatch.setattr(schedules, "cluster_error", lambda: None)
     kernels = {
         "down": EmulatedKernel(gluon_down.down_kernel, "down"),
         "up": EmulatedKernel(gluon_up.up_kernel, "up"),
@@ -121,7 +123,7 @@ class Setting:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", ALONE)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_down(hopper: dict[str, EmulatedKernel], schedule: str, transposed: bool, dtype: torch.dtype) -> None:
     setting = Setting(dtype)
@@ -149,7 +151,7 @@ def test_down(hopper: dict[str, EmulatedKernel], schedule: str, transposed: bool
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", ALONE)
 def test_the_gradient_of_rows(hopper: dict[str, EmulatedKernel], schedule: str, dtype: torch.dtype) -> None:
     """d_rows: neither bias nor router weights, and the columns are contiguous."""
     setting = Setting(dtype)
@@ -161,7 +163,7 @@ def test_the_gradient_of_rows(hopper: dict[str, EmulatedKernel], schedule: str, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", ALONE)
 @pytest.mark.parametrize(("activation", "transposed"), [("swiglu", False), ("gpt_oss", True), ("relu2", False)])
 def test_up(
     hopper: dict[str, EmulatedKernel], schedule: str, activation: str, transposed: bool, dtype: torch.dtype
@@ -202,7 +204,7 @@ def test_up(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", ALONE)
 @pytest.mark.parametrize(("activation", "transposed"), [("swiglu", True), ("geglu_tanh", False), ("silu", True)])
 def test_d_hidden(
     hopper: dict[str, EmulatedKernel], schedule: str, activation: str, transposed: bool, dtype: torch.dtype
@@ -246,6 +248,7 @@ def test_experts_forward_and_backward(hopper: dict[str, EmulatedKernel], monkeyp
         return replace(configs.choose_config(op, **sizes), gluon="ping_pong")
 
     monkeypatch.setattr(calls, "choose_config", choose)
+    monkeypatch.setattr(calls, "_PREPARED", {})
     problem = make_problem(random_choices(9, 2, 4), 4, d=64, n=64, dtype=torch.float16)
     check(run(problem), problem, tolerance=2e-3)
     if hopper:
@@ -260,13 +263,15 @@ def test_a_gate_in_pairs_and_a_contraction_that_ends_within_a_block(
         return replace(configs.choose_config(op, **sizes), gluon=schedule)
 
     monkeypatch.setattr(calls, "choose_config", choose)
-    spec = ExpertSpec(is_concatenated=False, is_transposed=schedule == "ping_pong")
+    monkeypatch.setattr(calls, "_PREPARED", {})
+    spec = ExpertSpec(is_concatenated=False, is_transposed=SCHEDULES[schedule].ping_pong)
     problem = make_problem(random_choices(9, 2, 4), 4, spec=spec, d=80, n=48, dtype=torch.float16)
     check(run(problem), problem, tolerance=2e-3)
     if hopper:
         assert [len(hopper[name].calls) for name in ("up", "down", "d_hidden")] == [1, 2, 1]
-        tiles = [call[1]["TILE"] for kernel in hopper.values() for call in kernel.calls]
-        assert [tile.EVEN_K.value for tile in tiles] == [False] * 4
+        calls_made = [call for kernel in hopper.values() for call in kernel.calls]
+        assert [call[0] for call in calls_made] == [(2 // SCHEDULES[schedule].ctas,)] * 4  # two multiprocessors
+        assert [call[1]["TILE"].EVEN_K.value for call in calls_made] == [False] * 4
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -413,6 +418,7 @@ def test_what_the_kernels_compile_to() -> None:
         assert report.shared_bytes <= shared_limit("sm_90")
         assert report.setmaxnreg > 0
         # two main loops of BLOCK_K / 16 instructions for each 64 rows; a step's 128 rows of A in 8 copies a thread
+        assert (report.multicast > 0) == (case.num_ctas > 1)
         assert report.wgmma == (16 if ping_pong else 8)
         assert report.cp_async == (8 if gathered else 0)
         assert report.tma >= (1 if report.kernel.startswith("d_hidden") else 2)  # gathered rows need none

@@ -18,9 +18,10 @@ from moe_triton import reference
 from moe_triton_kernels import d_weight as d_weight_module
 from moe_triton_kernels import descriptors
 from moe_triton_kernels.activations import Activation
-from moe_triton_kernels.d_hidden import d_hidden, d_router_weights
+from moe_triton_kernels.d_hidden import d_hidden
+from moe_triton_kernels.d_router_weights import d_router_weights
 from moe_triton_kernels.d_weight import d_bias, d_weight
-from moe_triton_kernels.descriptors import rows_descriptor, weight_descriptor
+from moe_triton_kernels.descriptors import at, describe_weight, rows_descriptor
 from moe_triton_kernels.down import down
 from moe_triton_kernels.grouped_gemm import tile_order
 from moe_triton_kernels.launch import Config, Target
@@ -280,9 +281,8 @@ def test_a_descriptor_where_the_layout_allows_it() -> None:
     def form(parameter: Tensor | list[Tensor], by_k: bool, halves: int = 1) -> str | None:
         weight = per_expert(parameter).transposed() if by_k else per_expert(parameter)
         size_k, columns = parameter[0].shape[::-1] if by_k else parameter[0].shape
-        descriptor = weight_descriptor(
-            weight, config, size_k=size_k, size_columns=columns // halves, halves=halves, block_n=32
-        )
+        sizes = {"size_k": size_k, "size_columns": columns // halves, "halves": halves, "block_n": 32}
+        descriptor = at(weight.data, describe_weight(weight, config, **sizes))
         if descriptor is None:
             return None
         assert isinstance(descriptor, TensorDescriptor)
@@ -306,7 +306,7 @@ def test_a_descriptor_where_the_layout_allows_it() -> None:
     assert form(torch.randn(3, 8, 10, device=device), True) is None  # nor are its rows
     assert form(matrices[:, :, ::2], True) is None
     plain = per_expert(matrices)
-    assert weight_descriptor(plain, SMALL, size_k=8, size_columns=12, halves=1, block_n=32) is None
+    assert describe_weight(plain, SMALL, size_k=8, size_columns=12, halves=1, block_n=32) is None
     found = plain.weight()
     assert found.data is matrices
     assert (found.stride_e, found.stride_k, found.stride_n) == (96, 12, 1)
@@ -317,20 +317,20 @@ def test_a_descriptor_where_the_layout_allows_it() -> None:
 def test_rows_by_descriptor_where_the_layout_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(SMALL, descriptors=True)
     rows = torch.randn(5, 24, device=device)
-    made = rows_descriptor(rows, config, block=[16, 16], size_k=24)
+    made = rows_descriptor(rows, config, block=(16, 16), size_k=24)
     assert made is not None
     assert (made.shape, made.strides, made.block_shape) == ([5, 24], [24, 1], [16, 16])
-    assert rows_descriptor(rows, SMALL, block=[16, 16]) is None
-    assert rows_descriptor(rows[:0], config, block=[16, 16]) is None
-    assert rows_descriptor(torch.randn(5, 22, device=device), config, block=[16, 16]) is None
-    assert rows_descriptor(torch.randn(121, device=device)[1:].view(5, 24), config, block=[16, 16]) is None
+    assert rows_descriptor(rows, SMALL, block=(16, 16)) is None
+    assert rows_descriptor(rows[:0], config, block=(16, 16)) is None
+    assert rows_descriptor(torch.randn(5, 22, device=device), config, block=(16, 16)) is None
+    assert rows_descriptor(torch.randn(121, device=device)[1:].view(5, 24), config, block=(16, 16)) is None
     monkeypatch.setattr(descriptors, "target_of", lambda _: Target(architecture="sm_103", num_sms=1))
-    assert rows_descriptor(rows, config, block=[16, 16], size_k=24) is None  # the last block of k is not full
-    assert rows_descriptor(rows, replace(config, block_k=8), block=[16, 8], size_k=24) is not None
+    assert rows_descriptor(rows, config, block=(16, 16), size_k=24) is None  # the last block of k is not full
+    assert rows_descriptor(rows, replace(config, block_k=8), block=(16, 8), size_k=24) is not None
     weight = per_expert(torch.randn(3, 24, 16, device=device))
     sizes = {"size_k": 24, "size_columns": 16, "halves": 1, "block_n": 16}
-    assert weight_descriptor(weight, config, **sizes) is None
-    assert weight_descriptor(weight, replace(config, block_k=8), **sizes) is not None
+    assert describe_weight(weight, config, **sizes) is None
+    assert describe_weight(weight, replace(config, block_k=8), **sizes) is not None
     monkeypatch.setattr(d_weight_module, "target_of", descriptors.target_of)
     assert d_weight_module.ordered_descriptor(rows, config, 16) is None  # its rest would be a second product
 

@@ -48,6 +48,25 @@ def test_a_branch_around_the_fence() -> None:
     assert faults("@%p1 bra $L__BB0_2;", LANDED, "ret;", "$L__BB0_2:", PRODUCT) == []
 
 
+def test_a_cluster_meets_before_its_programs_use_each_others_barriers() -> None:
+    made, announced = "@%p1 mbarrier.init.shared::cta.b64 [%r1], 2;", "@%p1 fence.mbarrier_init.release.cluster ;"
+    meet = ("barrier.cluster.arrive.relaxed.aligned;", "barrier.cluster.wait.aligned;")
+    far = "@%p2 mbarrier.arrive.shared::cluster.b64 _, [%r2];"
+    copy = "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%r3], %rs1;"
+    own = "mbarrier.arrive.shared::cta.b64 _, [%r1];"
+    clusters = HEAD.replace("{", ".reqnctapercluster 2\n{")
+    unmet = ["the cluster does not meet before a program uses another's mbarrier"]
+    assert faults(made, announced, *meet, far, copy, head=clusters) == []
+    assert faults(made, announced, *meet, far, copy) == ["a multicast without a cluster"]
+    assert faults(made, announced, *meet, own, copy, head=clusters) == ["a multicast without arrivals elsewhere"]
+    assert faults(made, own, announced, *meet) == []
+    assert faults(made, announced, far) == unmet
+    assert faults(made, announced, meet[0], copy, *meet, far, head=clusters) == unmet
+    assert faults(made, announced, "@%p3 bra $L__BB0_2;", *meet, "$L__BB0_2:", far) == unmet
+    assert faults(made, *meet, far) == ["mbarriers are not announced before the cluster meets"]
+    assert faults(PRODUCT, DONE, copy, far, head=clusters) == UNGUARDED  # it is a write, too
+
+
 def test_a_switch_and_a_wait_for_an_mbarrier() -> None:
     table = "$L_brx_0: .branchtargets $L__BB0_2, $L__BB0_3;"
     switch = (LANDED, table, "brx.idx %r1, $L_brx_0;", "$L__BB0_2:", FENCE, "$L__BB0_3:", PRODUCT)

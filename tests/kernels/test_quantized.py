@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_triton import QuantizedWeight
-from moe_triton.backends.triton.problem import matrices
+from moe_triton.backends.triton.parameters import matrices
 from moe_triton_kernels.heuristics import DECODING, decodes_in_loop, over_codes
 from moe_triton_kernels.launch import Config
 from moe_triton_kernels.quantized import FORMATS, decode, quantized_per_expert

@@ -16,6 +16,7 @@ from moe_triton_kernels import configs
 from moe_triton_kernels.compiler import compiler_versions
 from moe_triton_kernels.configs import KEYS, OPS, Config, choose_config, find_config, user_table_path
 from moe_triton_kernels.gluon.schedules import OPS as GLUON_OPS
+from moe_triton_kernels.gluon.schedules import SCHEDULES, available
 from moe_triton_kernels.heuristics import over_codes
 from moe_triton_kernels.tools.search import (
     LADDERS,
@@ -135,13 +136,16 @@ def test_a_schedule_has_neighbours_in_what_it_reads(op):
     for other in neighbours(config, op, 2048, 768):
         assert replace(other, group=config.group) == config
     found = warp_specialized(config, op, torch.bfloat16, "sm_90")
-    assert [other.gluon for other in found] == (["cooperative", "ping_pong"] if op in GLUON_OPS else [])
+    assert [other.gluon for other in found] == (available() if op in GLUON_OPS else [])
     assert warp_specialized(config, op, torch.float32, "sm_90") == []
     assert warp_specialized(config, op, torch.bfloat16, "gfx942") == []
     for other in found:  # each has an offline case
         case = candidate_case(op, torch.bfloat16, other, "sm_90")
-        assert case.constants["PING_PONG"] == (other.gluon == "ping_pong")
-        assert case.name.startswith(f"{op}_bf16_128x")
+        assert (case.constants["PING_PONG"], case.num_ctas) == (
+            SCHEDULES[other.gluon].ping_pong,
+            SCHEDULES[other.gluon].ctas,
+        )
+        assert case.name.startswith(f"{op}_bf16_{SCHEDULES[other.gluon].block_m}x")
 
 
 @pytest.mark.parametrize("op", OPS)

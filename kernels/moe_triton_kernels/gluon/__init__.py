@@ -11,11 +11,9 @@ all of them, as its first dimension goes through memory in steps of 512 bytes (o
 its matrix lies from the lowest one. That the dimensions of a descriptor overlap is nothing new: those that Triton makes
 of ragged rows (`triton.tools.ragged_tma`) do.
 
-Not built: TMA multicast (`multicast=True` of `tma.async_load`, which Triton 3.8 compiles for a cluster of two
-warp-specialized programs), since programs that share a stage need barriers of the cluster.
-
 schedules  which schedules there are, and what they can run; imports no Gluon
 names      Gluon's names in every supported version of Triton
+cluster    what two programs need that share the experts' matrices (TMA multicast); from Triton 3.8 on
 pipeline   the ring of stages, its barriers, the producer, the main loop
 down, up, d_hidden   kernels and launchers of the operations of these names
 """

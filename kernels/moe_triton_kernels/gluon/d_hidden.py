@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from moe_triton_kernels.activations import Activation, is_gated
-from moe_triton_kernels.gluon.launch import grid, tile_of, weight_arguments
+from moe_triton_kernels.gluon.launch import grid, select_tiles, tile_of, weight_arguments
 from moe_triton_kernels.gluon.names import gl, gluon
 from moe_triton_kernels.gluon.pipeline import (
     Work,
@@ -25,7 +25,7 @@ from moe_triton_kernels.gluon.pipeline import (
     produce,
     store_layout,
 )
-from moe_triton_kernels.gluon.schedules import BLOCK_M, Schedule, is_k_contiguous, schedule_of
+from moe_triton_kernels.gluon.schedules import Schedule, is_k_contiguous, schedule_of
 from moe_triton_kernels.grouped_gemm import split_columns
 from moe_triton_kernels.launch import Config, constants
 from moe_triton_kernels.operands import PerExpert
@@ -42,21 +42,21 @@ def consume(
     HALVES: gl.constexpr = 2 if is_gated(ACTIVATION) and CONCATENATED else 1
     PAIRS: gl.constexpr = 2 if is_gated(ACTIVATION) and not CONCATENATED else 1  # columns of H for one of A
     PART: gl.constexpr = work.BLOCK_N // work.PARTS
-    STORE: gl.constexpr = store_layout(PART)
-    STORE_H: gl.constexpr = store_layout(PART, PAIRS)
+    STORE: gl.constexpr = store_layout(PART, work.CTAS)
+    STORE_H: gl.constexpr = store_layout(PART, work.CTAS, PAIRS)
     weighted_a, grad_h, shares = outputs
     size_n = work.size_columns
     num_m, num_n = count_tiles(work)
     first, stride, number = consumer_tiles(work, CONSUMER)
     for tile in range(first, num_m * num_n, stride):
         _, first_row, end_row, tile_n = locate(work, tile, num_m, num_n)
-        acc = multiply(work, ring, CONSUMER, number)
+        acc = multiply(work, ring, CONSUMER, number, end_row - first_row)
         if work.PING_PONG:
             number += 2
         else:
             number += 1
-            first_row += CONSUMER * acc.shape[0]
-        tile_rows = gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, STORE))
+            first_row += CONSUMER * work.ROWS
+        tile_rows = gl.arange(0, work.ROWS, layout=gl.SliceLayout(1, STORE))
         rows = first_row + tile_rows
         row_mask = rows < end_row
         slots = gl.load(source + gl.minimum(rows, end_row - 1))
@@ -65,8 +65,8 @@ def consume(
         first_cell = gl.to_tensor(first_row).to(gl.int64) * size_n
         a_tile, h_tile = weighted_a + first_cell, h + HALVES * PAIRS * first_cell
         grad_tile = grad_h + HALVES * PAIRS * first_cell
-        h_rows = gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, STORE_H))
-        share = gl.zeros([acc.shape[0]], gl.float32, gl.SliceLayout(1, STORE))
+        h_rows = gl.arange(0, work.ROWS, layout=gl.SliceLayout(1, STORE_H))
+        share = gl.zeros([work.ROWS], gl.float32, gl.SliceLayout(1, STORE))
         blocks = split_columns(acc, work.PARTS)
         for i in gl.static_range(work.PARTS):
             n0 = tile_n * work.BLOCK_N + i * PART
@@ -151,11 +151,11 @@ def d_hidden(
     weighted_a, grad_h = grad_out.new_empty((num_slots, size_n)), torch.empty_like(h)
     num_n = triton.cdiv(size_n, schedule.block_n)
     shares = grad_out.new_empty((num_n, num_slots), dtype=torch.float32)
-    table, max_tiles = tiles.select(BLOCK_M)
-    d_hidden_kernel[grid(grad_out.device, max_tiles, size_n, schedule.block_n)](
+    table, max_tiles = select_tiles(tiles, schedule, num_slots)
+    d_hidden_kernel[grid(grad_out.device, schedule, max_tiles, size_n, schedule.block_n)](
         grad_out,
         source,
-        *weight_arguments(weight, schedule.block_n),
+        *weight_arguments(weight, schedule.block_n, schedule),
         h,
         router_weights,
         weighted_a,
@@ -171,5 +171,6 @@ def d_hidden(
         K_CONTIGUOUS=is_k_contiguous(weight),
         TILE=constants(tile_of(schedule, group=config.group, parts=parts_of(schedule), size_k=size_d)),
         num_warps=4,
+        num_ctas=schedule.ctas,
     )
     return weighted_a, grad_h, shares

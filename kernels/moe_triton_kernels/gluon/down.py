@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moe_triton_kernels.gluon.launch import grid, rows_descriptor, tile_of, weight_arguments
+from moe_triton_kernels.gluon.launch import grid, rows_descriptor, select_tiles, tile_of, weight_arguments
 from moe_triton_kernels.gluon.names import gl, gluon
 from moe_triton_kernels.gluon.pipeline import (
     Work,
@@ -17,7 +17,7 @@ from moe_triton_kernels.gluon.pipeline import (
     store_block,
     store_layout,
 )
-from moe_triton_kernels.gluon.schedules import BLOCK_M, Schedule, is_k_contiguous, schedule_of
+from moe_triton_kernels.gluon.schedules import Schedule, is_k_contiguous, schedule_of
 from moe_triton_kernels.grouped_gemm import split_columns
 from moe_triton_kernels.launch import Config, constants
 from moe_triton_kernels.operands import PerExpert, add_bias, expert_base
@@ -29,23 +29,23 @@ def consume(CONSUMER: gl.constexpr, work, ring, bias, router_weights, source, ou
     """A consumer partition: (product + bias) * router weight, of its tiles or of its half of every tile."""
     DTYPE: gl.constexpr = out.dtype.element_ty
     PART: gl.constexpr = work.BLOCK_N // work.PARTS
-    STORE: gl.constexpr = store_layout(PART)
+    STORE: gl.constexpr = store_layout(PART, work.CTAS)
     num_m, num_n = count_tiles(work)
     first, stride, number = consumer_tiles(work, CONSUMER)
     for tile in range(first, num_m * num_n, stride):
         expert, first_row, end_row, tile_n = locate(work, tile, num_m, num_n)
-        acc = multiply(work, ring, CONSUMER, number)
+        acc = multiply(work, ring, CONSUMER, number, end_row - first_row)
         if work.PING_PONG:
             number += 2
         else:
             number += 1
-            first_row += CONSUMER * acc.shape[0]
+            first_row += CONSUMER * work.ROWS
         b = None if bias is None else expert_base(bias, expert, DTYPE)
         if router_weights is not None:
-            slot_rows = first_row + gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, acc.type.layout))
+            slot_rows = first_row + gl.arange(0, work.ROWS, layout=gl.SliceLayout(1, acc.type.layout))
             slots = gl.load(source + gl.minimum(slot_rows, end_row - 1))
             scale = gl.load(router_weights + slots).to(gl.float32)
-        rows = first_row + gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, STORE))
+        rows = first_row + gl.arange(0, work.ROWS, layout=gl.SliceLayout(1, STORE))
         out_rows = out + rows.to(gl.int64) * work.size_columns
         blocks = split_columns(acc, work.PARTS)
         for i in gl.static_range(work.PARTS):
@@ -108,10 +108,10 @@ def down(
     num_rows, size_k = a.shape
     schedule = schedule_of(config.gluon)
     out = a.new_empty((num_rows, size_columns))
-    table, max_tiles = tiles.select(BLOCK_M)
-    down_kernel[grid(a.device, max_tiles, size_columns, schedule.block_n)](
-        rows_descriptor(a),
-        *weight_arguments(weight, schedule.block_n),
+    table, max_tiles = select_tiles(tiles, schedule, num_rows)
+    down_kernel[grid(a.device, schedule, max_tiles, size_columns, schedule.block_n)](
+        rows_descriptor(a, schedule),
+        *weight_arguments(weight, schedule.block_n, schedule),
         None if bias is None else bias.bias(),
         router_weights,
         source,
@@ -122,5 +122,6 @@ def down(
         K_CONTIGUOUS=is_k_contiguous(weight),
         TILE=constants(tile_of(schedule, group=config.group, parts=parts_of(schedule), size_k=size_k)),
         num_warps=4,
+        num_ctas=schedule.ctas,
     )
     return out

@@ -8,19 +8,22 @@ import torch
 import triton
 from torch import Tensor
 
-from moe_triton_kernels.gluon.names import TensorDescriptor, gl
-from moe_triton_kernels.gluon.schedules import BLOCK_K, BLOCK_M, RingTile, Schedule, is_k_contiguous, places_of
+from moe_triton_kernels.gluon.cluster import matrix_in_memory, rows_in_memory
+from moe_triton_kernels.gluon.names import TensorDescriptor
+from moe_triton_kernels.gluon.schedules import BLOCK_K, RingTile, Schedule, is_k_contiguous, places_of
 from moe_triton_kernels.launch import constant, target_of
 from moe_triton_kernels.operands import PerExpert
+from moe_triton_kernels.tiles import TilesArgument, TileTables, tile_tables
 
 
-def layout_of(rank: int) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)
+def rows_block(schedule: Schedule) -> list[int]:
+    """What one load brings of A: the rows of one consumer."""
+    return [schedule.block_m // schedule.consumers, BLOCK_K]
 
 
-def rows_descriptor(a: Tensor) -> TensorDescriptor:
-    """Of a contiguous [rows, k], a tile of which is [BLOCK_M, BLOCK_K]."""
-    return TensorDescriptor.from_tensor(a, [BLOCK_M, BLOCK_K], layout_of(2))
+def rows_descriptor(a: Tensor, schedule: Schedule) -> TensorDescriptor:
+    """Of a contiguous [rows, k]."""
+    return TensorDescriptor.from_tensor(a, rows_block(schedule), rows_in_memory(schedule.ctas))
 
 
 def weight_block(width: int, k_contiguous: bool) -> list[int]:
@@ -41,7 +44,9 @@ class PlacesArgument(NamedTuple):
     STEP: Any
 
 
-def weight_arguments(weight: PerExpert, width: int) -> tuple[TensorDescriptor, PlacesArgument | None]:
+def weight_arguments(
+    weight: PerExpert, width: int, schedule: Schedule
+) -> tuple[TensorDescriptor, PlacesArgument | None]:
     """The experts' matrices as they lie in memory, whatever view of it `weight` is.
 
     A descriptor [E, rows, columns], and None. Of a table the descriptor begins with the matrix that lies lowest, and
@@ -56,23 +61,33 @@ def weight_arguments(weight: PerExpert, width: int) -> tuple[TensorDescriptor, P
     else:
         base, size, step = weight.data, weight.data.shape[0], weight.layout.stride_e
         rows, argument = step // line, None
-    return TensorDescriptor(base, [size, rows, line], [step, line, 1], block, layout_of(3)), argument
+    layout = matrix_in_memory(schedule.ctas)
+    return TensorDescriptor(base, [size, rows, line], [step, line, 1], block, layout), argument
 
 
 def tile_of(schedule: Schedule, *, group: int, parts: int, size_k: int) -> RingTile:
     """What a kernel is compiled for: the schedule, the column blocks of its epilogue, whether k ends within a block."""
     return RingTile(
         PING_PONG=schedule.ping_pong,
-        BLOCK_M=BLOCK_M,
+        BLOCK_M=schedule.block_m,
         BLOCK_N=schedule.block_n,
         BLOCK_K=BLOCK_K,
         STAGES=schedule.stages,
         GROUP=group,
         PARTS=parts,
         EVEN_K=size_k % BLOCK_K == 0,
+        CTAS=schedule.ctas,
     )
 
 
-def grid(device: torch.device, max_tiles: int, size_columns: int, width: int) -> tuple[int]:
-    """One program per multiprocessor, whose shared memory it fills, and no more than there can be tiles."""
-    return (max(1, min(max_tiles * triton.cdiv(size_columns, width), target_of(device).num_sms)),)
+def select_tiles(tiles: TileTables, schedule: Schedule, num_rows: int) -> tuple[TilesArgument, int]:
+    """As `TileTables.select`. No table has a cluster's tiles: one launch more makes it."""
+    if schedule.ctas > 1:
+        tiles = tile_tables(tiles.offsets, num_rows, (schedule.block_m,))
+    return tiles.select(schedule.block_m)
+
+
+def grid(device: torch.device, schedule: Schedule, max_tiles: int, size_columns: int, width: int) -> tuple[int]:
+    """One program of a cluster per multiprocessor, whose shared memory it fills; no more clusters than tiles."""
+    clusters = target_of(device).num_sms // schedule.ctas
+    return (max(1, min(max_tiles * triton.cdiv(size_columns, width), clusters)),)

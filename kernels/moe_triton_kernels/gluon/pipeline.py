@@ -6,7 +6,9 @@ warps each, most of the registers) multiply what is in them and write the result
     cooperative  both consumers work on the same tile, half of its rows each, and both release every stage
     ping-pong    a consumer takes every other tile to itself: one multiplies while the other writes its tile
 
-A stage holds BLOCK_M rows of A and BLOCK_N columns of B for BLOCK_K steps of the contraction. Two mbarriers guard it:
+A stage holds the rows of A that each consumer of a tile has, one block behind the other, and BLOCK_N columns of B, for
+BLOCK_K steps of the contraction. Two mbarriers guard it, and a third one where the programs of a cluster share B (see
+`cluster`):
 
     full[stage]   the copies have landed: one arrival with the byte count of the TMA loads and, where A is gathered, one
                   of every producer thread once its cp.async copies are done
@@ -24,6 +26,17 @@ source in an emulator of the barriers, in random orders of events.
 """
 
 # annotations have to be values here: Triton reads those of an aggregate
+from moe_triton_kernels.gluon.cluster import (
+    acquire,
+    drain,
+    load_columns,
+    make_common_barriers,
+    matrix_in_memory,
+    one_in_each,
+    release,
+    rows_apart,
+    rows_in_memory,
+)
 from moe_triton_kernels.gluon.names import (
     aggregate,
     cp_async,
@@ -44,9 +57,10 @@ from moe_triton_kernels.tiles import load_tile
 class Work:
     """What every partition of a program knows: the tiles, the sizes, and the form of the kernel, a RingTile among it.
 
-    size_columns is the width of the result: gated, there are as many gate columns as up columns in B. BLOCK_N counts
-    the columns of B in a tile, gate and up together; PARTS is the number of column blocks of the epilogue. Where gate
-    and up lie in pairs, B has twice the columns and GATED is False: only the epilogue knows of pairs.
+    size_columns is the width of the result: gated, there are as many gate columns as up columns in B. BLOCK_M counts
+    the rows of a tile, of all CTAS of a cluster together; each of its CONSUMERS has ROWS of them. BLOCK_N counts the
+    columns of B in a tile, gate and up together; PARTS is the number of column blocks of the epilogue. Where gate and
+    up lie in pairs, B has twice the columns and GATED is False: only the epilogue knows of pairs.
     """
 
     table: gl.tensor
@@ -65,6 +79,9 @@ class Work:
     GROUP: gl.constexpr
     PARTS: gl.constexpr
     EVEN_K: gl.constexpr
+    CTAS: gl.constexpr
+    CONSUMERS: gl.constexpr
+    ROWS: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(self, tiles, size_k, size_columns, GATHERED, GATED, K_CONTIGUOUS, TILE):
@@ -75,34 +92,40 @@ class Work:
         self.GATED = gl.constexpr(GATED)
         self.K_CONTIGUOUS = gl.constexpr(K_CONTIGUOUS)
         form = [gl.constexpr(value) for value in TILE]
-        self.PING_PONG, self.BLOCK_M, self.BLOCK_N, self.BLOCK_K, self.STAGES, self.GROUP, self.PARTS, self.EVEN_K = (
-            form
-        )
+        self.PING_PONG, self.BLOCK_M, self.BLOCK_N, self.BLOCK_K, self.STAGES, self.GROUP = form[:6]
+        self.PARTS, self.EVEN_K, self.CTAS = form[6:]
+        consumers = 1 if TILE[0] else 2
+        self.CONSUMERS, self.ROWS = gl.constexpr(consumers), gl.constexpr(TILE[1] // consumers)
 
 
 @aggregate
 class Ring:
-    """A [STAGES, BLOCK_M, BLOCK_K], B [STAGES, 1, BLOCK_N, BLOCK_K] or its transpose, and the barriers of both."""
+    """A [CONSUMERS * STAGES, ROWS, BLOCK_K], B [STAGES, 1, BLOCK_N, BLOCK_K] or its transpose, and their barriers.
+
+    released: of a cluster (see `cluster`); without one it is `empty` again, and not used.
+    """
 
     a: gl.shared_memory_descriptor
     b: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
     turn: gl.shared_memory_descriptor
+    released: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
-    def __init__(self, a, b, full, empty, turn):
+    def __init__(self, a, b, full, empty, turn, released):
         self.a = a
         self.b = b
         self.full = full
         self.empty = empty
         self.turn = turn
+        self.released = released
 
 
 @gluon.jit
-def make_barriers(NUMBER: gl.constexpr, COUNT: gl.constexpr):
-    """NUMBER mbarriers whose phase completes with COUNT arrivals."""
-    barriers = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
+def make_barriers(NUMBER: gl.constexpr, COUNT: gl.constexpr, CTAS: gl.constexpr):
+    """NUMBER mbarriers in each CTA whose phase completes with COUNT arrivals."""
+    barriers = gl.allocate_shared_memory(gl.int64, [NUMBER, CTAS], mbarrier.MBarrierLayout(one_in_each(CTAS)))
     for i in gl.static_range(NUMBER):
         mbarrier.init(barriers.index(i), count=COUNT)
     return barriers
@@ -110,18 +133,19 @@ def make_barriers(NUMBER: gl.constexpr, COUNT: gl.constexpr):
 
 @gluon.jit
 def make_ring(work, DTYPE: gl.constexpr, PRODUCER_THREADS: gl.constexpr):
-    ROWS: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    MATRIX: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
-    a = gl.allocate_shared_memory(DTYPE, [work.STAGES, work.BLOCK_M, work.BLOCK_K], ROWS)
+    ROWS: gl.constexpr = rows_in_memory(work.CTAS)
+    MATRIX: gl.constexpr = matrix_in_memory(work.CTAS)
+    a = gl.allocate_shared_memory(DTYPE, [work.CONSUMERS * work.STAGES, work.ROWS, work.BLOCK_K], ROWS)
     if work.K_CONTIGUOUS:
         b = gl.allocate_shared_memory(DTYPE, [work.STAGES, 1, work.BLOCK_N, work.BLOCK_K], MATRIX)
     else:
         b = gl.allocate_shared_memory(DTYPE, [work.STAGES, 1, work.BLOCK_K, work.BLOCK_N], MATRIX)
-    full = make_barriers(work.STAGES, 1 + PRODUCER_THREADS if work.GATHERED else 1)
-    empty = make_barriers(work.STAGES, 1 if work.PING_PONG else 2)
-    turn = make_barriers(2, 1)
+    full = make_barriers(work.STAGES, 1 + PRODUCER_THREADS if work.GATHERED else 1, work.CTAS)
+    empty = make_barriers(work.STAGES, work.CONSUMERS, work.CTAS)
+    turn = make_barriers(2, 1, work.CTAS)
+    released = make_common_barriers(work.STAGES, work.CONSUMERS) if work.CTAS > 1 else empty
     fence_async_shared()  # TMA arrives at the barriers through the asynchronous proxy
-    return Ring(a, b, full, empty, turn)
+    return Ring(a, b, full, empty, turn, released)
 
 
 @gluon.jit
@@ -145,6 +169,21 @@ def locate(work, tile, num_m, num_n):
     return expert, first_row, end_row, tile_n
 
 
+@gluon.constexpr_function
+def gather_layout(CTAS):
+    """Pointers to 64 columns, in 4 warps: 16 bytes a thread."""
+    return gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0], rows_apart(CTAS))
+
+
+@gluon.jit
+def token_pointers(work, a, source, first_row, end_row, k, TOP_K: gl.constexpr, LAYOUT: gl.constexpr):
+    """Pointers to the token rows of one consumer, at these columns: [ROWS, k]."""
+    rows = first_row + gl.arange(0, work.ROWS, layout=gl.SliceLayout(1, LAYOUT))
+    slots = gl.load(source + gl.minimum(rows, end_row - 1))
+    tokens = a + (slots // TOP_K).to(gl.int64) * work.size_k
+    return tokens[:, None] + k[None, :]
+
+
 @gluon.jit
 def produce(work, ring, a, source, weight, places, TOP_K: gl.constexpr):
     """The producer partition: every step of every tile, as soon as its stage is empty.
@@ -156,8 +195,9 @@ def produce(work, ring, a, source, weight, places, TOP_K: gl.constexpr):
     """
     FACTOR: gl.constexpr = 2 if work.GATED else 1
     WIDTH: gl.constexpr = work.BLOCK_N // FACTOR
-    TMA_BYTES: gl.constexpr = 2 * work.BLOCK_K * (work.BLOCK_N if work.GATHERED else work.BLOCK_N + work.BLOCK_M)
-    GATHER: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])  # 16 bytes a thread
+    LOADED_ROWS: gl.constexpr = 0 if work.GATHERED else work.BLOCK_M // work.CTAS
+    TMA_BYTES: gl.constexpr = 2 * work.BLOCK_K * (work.BLOCK_N + LOADED_ROWS)
+    GATHER: gl.constexpr = gather_layout(work.CTAS)
     num_m, num_n = count_tiles(work)
     stage = gl.to_tensor(0)
     phase = gl.to_tensor(0)
@@ -166,31 +206,36 @@ def produce(work, ring, a, source, weight, places, TOP_K: gl.constexpr):
         if places is not None:
             expert = ((gl.load(places.table + expert) - places.first) // places.STEP).to(gl.int32)
         if work.GATHERED:
-            rows = first_row + gl.arange(0, work.BLOCK_M, layout=gl.SliceLayout(1, GATHER))
-            slots = gl.load(source + gl.minimum(rows, end_row - 1))
-            tokens = a + (slots // TOP_K).to(gl.int64) * work.size_k
             k = gl.arange(0, work.BLOCK_K, layout=gl.SliceLayout(0, GATHER))
-            pointers = tokens[:, None] + k[None, :]
+            first = token_pointers(work, a, source, first_row, end_row, k, TOP_K, GATHER)
+            last = first
+            if work.CONSUMERS == 2:
+                last = token_pointers(work, a, source, first_row + work.ROWS, end_row, k, TOP_K, GATHER)
+            pointers = first, last
         for k0 in range(0, work.size_k, work.BLOCK_K):
-            mbarrier.wait(ring.empty.index(stage), phase ^ 1)
+            acquire(ring, stage, phase, work.CTAS)
             full = ring.full.index(stage)
             mbarrier.expect(full, TMA_BYTES)
             for half in gl.static_range(FACTOR):
                 n0 = half * work.size_columns + tile_n * WIDTH
                 b = ring.b.index(stage)
                 if work.K_CONTIGUOUS:
-                    tma_load(weight, [expert, n0, k0], full, b.slice(half * WIDTH, WIDTH, dim=1))
+                    load_columns(weight, [expert, n0, k0], full, b.slice(half * WIDTH, WIDTH, dim=1), work.CTAS)
                 else:
-                    tma_load(weight, [expert, k0, n0], full, b.slice(half * WIDTH, WIDTH, dim=2))
+                    load_columns(weight, [expert, k0, n0], full, b.slice(half * WIDTH, WIDTH, dim=2), work.CTAS)
+            for i in gl.static_range(work.CONSUMERS):
+                rows_of_a = ring.a.index(work.CONSUMERS * stage + i)
+                if work.GATHERED:
+                    if work.EVEN_K:
+                        cp_async(rows_of_a, pointers[i] + k0)
+                    else:
+                        cp_async(rows_of_a, pointers[i] + k0, (k < work.size_k - k0)[None, :])
+                else:
+                    tma_load(a, [first_row + i * work.ROWS, k0], full, rows_of_a)
             if work.GATHERED:
-                if work.EVEN_K:
-                    cp_async(ring.a.index(stage), pointers + k0)
-                else:
-                    cp_async(ring.a.index(stage), pointers + k0, (k < work.size_k - k0)[None, :])
                 cp_async_arrive(full, increment_count=False)
-            else:
-                tma_load(a, [first_row, k0], full, ring.a.index(stage))
             stage, phase = advance(stage, phase, work.STAGES)
+    drain(ring, stage, phase, work.STAGES, work.CTAS)
 
 
 @gluon.jit
@@ -204,26 +249,41 @@ def consumer_tiles(work, CONSUMER: gl.constexpr):
 
 
 @gluon.jit
-def multiply(work, ring, CONSUMER: gl.constexpr, number):
-    """The product of the program's tile `number`: fp32 [BLOCK_M, BLOCK_N], of which a cooperative consumer has half.
+def skip(work, ring, stage, phase, num_steps):
+    """Release as many stages as they come, without a product."""
+    for _ in range(num_steps):
+        mbarrier.wait(ring.full.index(stage), phase)
+        release(ring, stage, True, work.CTAS)
+        stage, phase = advance(stage, phase, work.STAGES)
 
-    Same order of the contraction as in the plain kernels.
+
+@gluon.constexpr_function
+def accumulator_layout(columns, CTAS):
+    """Registers of a consumer's product."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16], rows_apart(CTAS))
+
+
+@gluon.jit
+def multiply(work, ring, CONSUMER: gl.constexpr, number, num_rows):
+    """The product of the program's tile `number`: fp32 [ROWS, BLOCK_N], what this consumer has of it.
+
+    Same order of the contraction as in the plain kernels. num_rows: of the expert, from the tile's first row on. Where
+    all of them are the other consumer's, this one only releases the stages, and the product is zero.
     """
-    ROWS: gl.constexpr = work.BLOCK_M if work.PING_PONG else work.BLOCK_M // 2
-    FIRST_ROW: gl.constexpr = 0 if work.PING_PONG else CONSUMER * ROWS
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, work.BLOCK_N, 16])
-    acc = gl.zeros([ROWS, work.BLOCK_N], gl.float32, LAYOUT)
+    acc = gl.zeros([work.ROWS, work.BLOCK_N], gl.float32, accumulator_layout(work.BLOCK_N, work.CTAS))
     num_steps = gl.cdiv(work.size_k, work.BLOCK_K)
+    MAY_BE_IDLE: gl.constexpr = CONSUMER % work.CONSUMERS > 0  # the first one has rows in every tile
+    num_products = gl.where(num_rows > CONSUMER * work.ROWS, num_steps, 0) if MAY_BE_IDLE else num_steps
     stage = number * num_steps % work.STAGES
     phase = number * num_steps // work.STAGES % 2
     previous = stage
     if work.PING_PONG:  # the first turn is consumer 0's: on a fresh barrier it waits for the phase before the first
         mbarrier.wait(ring.turn.index(CONSUMER), (number // 2 + CONSUMER + 1) % 2)
-    for step in range(num_steps):
+    for step in range(num_products):
         mbarrier.wait(ring.full.index(stage), phase)
         if work.GATHERED:
             fence_async_shared()
-        a = ring.a.index(stage).slice(FIRST_ROW, ROWS, dim=0)
+        a = ring.a.index(work.CONSUMERS * stage + CONSUMER % work.CONSUMERS)
         b = ring.b.index(stage)
         if work.K_CONTIGUOUS:
             b = b.reshape((work.BLOCK_N, work.BLOCK_K)).permute((1, 0))
@@ -231,24 +291,28 @@ def multiply(work, ring, CONSUMER: gl.constexpr, number):
             b = b.reshape((work.BLOCK_K, work.BLOCK_N))
         acc = warpgroup_mma(a, b, acc, use_acc=step > 0, is_async=True)
         acc = warpgroup_mma_wait(1, deps=(acc,))  # the product before this one has read its stage
-        mbarrier.arrive(ring.empty.index(previous), count=1, pred=step > 0)
+        release(ring, previous, step > 0, work.CTAS)
         previous = stage
         stage, phase = advance(stage, phase, work.STAGES)
     if work.PING_PONG:
         mbarrier.arrive(ring.turn.index(1 - CONSUMER), count=1)
     acc = warpgroup_mma_wait(0, deps=(acc,))
-    mbarrier.arrive(ring.empty.index(previous), count=1)
+    if MAY_BE_IDLE:
+        release(ring, previous, num_products > 0, work.CTAS)
+        skip(work, ring, stage, phase, num_steps - num_products)
+    else:
+        release(ring, previous, True, work.CTAS)
     return acc
 
 
 @gluon.constexpr_function
-def store_layout(columns, vectors=1):
+def store_layout(columns, CTAS, vectors=1):
     """Registers of a block of 4 warps that is to be stored: 16 bytes a thread, side by side along the row.
 
     vectors: so many times 16 bytes a thread, and as many times the columns.
     """
     threads = columns // 8
-    return gl.BlockedLayout([1, 8 * vectors], [32 // threads, threads], [4, 1], [1, 0])
+    return gl.BlockedLayout([1, 8 * vectors], [32 // threads, threads], [4, 1], [1, 0], rows_apart(CTAS))
 
 
 @gluon.jit

@@ -8,9 +8,11 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from moe_triton_kernels.activations import Activation
+from moe_triton_kernels.compiler import triton_version
 from moe_triton_kernels.launch import HOPPER, target_of
 from moe_triton_kernels.operands import PerExpert
 
@@ -28,16 +30,28 @@ DERIVATIVES = tuple(map(Activation, ("swiglu", "geglu_tanh", "silu", "gelu_tanh"
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How a program's warpgroups share its tiles of 128 rows (see `pipeline`).
+    """How a program's warpgroups share its tiles, of 128 rows in each program of a cluster (see `pipeline`).
 
     ping_pong  the two consumers take turns at whole tiles; otherwise each takes half of the rows of every tile
     block_n    columns of the experts' matrix in a tile, gate and up together
     stages     depth of the ring, as shared memory allows
+    ctas       programs of a cluster, which share the columns that they multiply by (see `cluster`)
     """
 
     ping_pong: bool
     block_n: int
     stages: int
+    ctas: int = 1
+
+    @property
+    def block_m(self) -> int:
+        """Rows of a tile, of all programs of a cluster together."""
+        return BLOCK_M * self.ctas
+
+    @property
+    def consumers(self) -> int:
+        """How many warpgroups share a tile."""
+        return 1 if self.ping_pong else 2
 
 
 class RingTile(NamedTuple):
@@ -51,12 +65,18 @@ class RingTile(NamedTuple):
     GROUP: int
     PARTS: int
     EVEN_K: bool  # BLOCK_K divides the contraction
+    CTAS: int
 
 
 SCHEDULES = {
     "cooperative": Schedule(ping_pong=False, block_n=256, stages=4),
     "ping_pong": Schedule(ping_pong=True, block_n=128, stages=6),
+    "cooperative_cluster": Schedule(ping_pong=False, block_n=256, stages=4, ctas=2),
+    "ping_pong_cluster": Schedule(ping_pong=True, block_n=128, stages=6, ctas=2),
 }
+
+
+CLUSTERS_SINCE = (3, 8)  # before, Gluon's arrivals at a barrier stayed within a program
 
 
 def schedule_of(name: str | None) -> Schedule:
@@ -73,6 +93,24 @@ def import_error() -> str | None:
     except (ImportError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def cluster_error() -> str | None:
+    """Why this Triton runs no clusters, if it does not."""
+    if triton_version()[:2] >= CLUSTERS_SINCE:
+        return None
+    wanted = ".".join(map(str, CLUSTERS_SINCE))
+    return f"clusters of programs (TMA multicast) need Triton {wanted}, this is {triton.__version__}"
+
+
+def compile_error(name: str) -> str | None:
+    """Why this Triton does not compile the schedule of this name, if it does not."""
+    return import_error() or (cluster_error() if schedule_of(name).ctas > 1 else None)
+
+
+def available() -> list[str]:
+    """The names of the schedules that this Triton has."""
+    return [name for name, schedule in SCHEDULES.items() if schedule.ctas == 1 or cluster_error() is None]
 
 
 def is_k_contiguous(weight: PerExpert) -> bool:
@@ -154,4 +192,4 @@ def why_unsupported(
         return "rows or weights do not begin at a multiple of 16 bytes"
     if weight.is_table and places_of(weight.addresses).steps > REACH:
         return "the experts' matrices lie further apart than a descriptor reaches"
-    return import_error()
+    return compile_error(schedule)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from moe_triton_kernels.activations import Activation, is_gated
-from moe_triton_kernels.gluon.launch import grid, tile_of, weight_arguments
+from moe_triton_kernels.gluon.launch import grid, select_tiles, tile_of, weight_arguments
 from moe_triton_kernels.gluon.names import gl, gluon
 from moe_triton_kernels.gluon.pipeline import (
     Work,
@@ -18,7 +18,7 @@ from moe_triton_kernels.gluon.pipeline import (
     store_block,
     store_layout,
 )
-from moe_triton_kernels.gluon.schedules import BLOCK_M, Schedule, is_k_contiguous, schedule_of
+from moe_triton_kernels.gluon.schedules import Schedule, is_k_contiguous, schedule_of
 from moe_triton_kernels.launch import Config, constants
 from moe_triton_kernels.operands import PerExpert, expert_base
 from moe_triton_kernels.preactivation import activate, part_blocks, round_parts, split_pair
@@ -42,21 +42,21 @@ def consume(CONSUMER: gl.constexpr, work, ring, bias, a, h, DTYPE: gl.constexpr,
     BLOCKS: gl.constexpr = work.PARTS if work.GATED else 2 * work.PARTS  # column blocks of A
     HALVES: gl.constexpr = 2 if work.GATED else 1
     PAIRS: gl.constexpr = 2 if is_gated(ACTIVATION) and not work.GATED else 1  # columns of H for one of A
-    STORE: gl.constexpr = store_layout(PART)
-    STORE_A: gl.constexpr = store_layout(PART // PAIRS)
+    STORE: gl.constexpr = store_layout(PART, work.CTAS)
+    STORE_A: gl.constexpr = store_layout(PART // PAIRS, work.CTAS)
     size_h, size_n = work.size_columns, work.size_columns // PAIRS
     num_m, num_n = count_tiles(work)
     first, stride, number = consumer_tiles(work, CONSUMER)
     for tile in range(first, num_m * num_n, stride):
         expert, first_row, end_row, tile_n = locate(work, tile, num_m, num_n)
-        acc = multiply(work, ring, CONSUMER, number)
+        acc = multiply(work, ring, CONSUMER, number, end_row - first_row)
         if work.PING_PONG:
             number += 2
         else:
             number += 1
-            first_row += CONSUMER * acc.shape[0]
+            first_row += CONSUMER * work.ROWS
         b = None if bias is None else expert_base(bias, expert, DTYPE)
-        rows = first_row + gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, STORE))
+        rows = first_row + gl.arange(0, work.ROWS, layout=gl.SliceLayout(1, STORE))
         row_mask = rows < end_row
         blocks = column_blocks(acc, work)
         for i in gl.static_range(BLOCKS):
@@ -68,7 +68,7 @@ def consume(CONSUMER: gl.constexpr, work, ring, bias, a, h, DTYPE: gl.constexpr,
                 for half in gl.static_range(HALVES):
                     store_block(h_rows + half * size_h, row_mask, n0, size_h, parts[half], STORE)
             if a is not None:
-                a_tile = first_row + gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, STORE_A))
+                a_tile = first_row + gl.arange(0, work.ROWS, layout=gl.SliceLayout(1, STORE_A))
                 a_rows = a + a_tile.to(gl.int64) * size_n
                 value = activate(split_pair(parts, ACTIVATION, HALVES), ACTIVATION)
                 store_block(a_rows, a_tile < end_row, n0 // PAIRS, size_n, value.to(DTYPE), STORE_A)
@@ -135,11 +135,11 @@ def up(
     num_rows, size_d = source.shape[0], x.shape[1]
     a = x.new_empty((num_rows, size_n) if keep_activation else 0)
     h = x.new_empty((num_rows, projections * size_n) if keep_preactivation else 0)
-    table, max_tiles = tiles.select(BLOCK_M)
-    up_kernel[grid(x.device, max_tiles, size_n, width)](
+    table, max_tiles = select_tiles(tiles, schedule, num_rows)
+    up_kernel[grid(x.device, schedule, max_tiles, size_n, width)](
         x,
         source,
-        *weight_arguments(weight, width if is_concatenated else schedule.block_n),
+        *weight_arguments(weight, width if is_concatenated else schedule.block_n, schedule),
         None if bias is None else bias.bias(),
         a if keep_activation else None,
         h if keep_preactivation else None,
@@ -159,5 +159,6 @@ def up(
             )
         ),
         num_warps=4,
+        num_ctas=schedule.ctas,
     )
     return a, h

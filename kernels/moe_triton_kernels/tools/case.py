@@ -17,7 +17,7 @@ class Case:
                  None, or, where the argument is a tuple, a tuple of the same kind, in which anything but a string is a
                  constant; arguments that are in `constexprs` may be left out
     constexprs   argument name -> value
-    num_warps, num_stages, maxnreg   launch options
+    num_warps, num_stages, num_ctas, maxnreg   launch options
     aligned      arguments that are multiples of 16, a tuple's as "tuple.field"; None: every pointer, as torch allocates
     sample       compiled by default; the others only with --all
     wants        the counts of the Report that must not be 0: what the main loop is meant to compile to
@@ -29,6 +29,7 @@ class Case:
     constexprs: Mapping[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 3
+    num_ctas: int = 1  # programs of a cluster
     maxnreg: int = 255  # launch.MAX_REGISTERS; importing it would import Triton
     aligned: Sequence[str] | None = None
     sample: bool = True

@@ -45,6 +45,7 @@ class Report:
     wgmma, mma    Hopper's warpgroup products; every other matrix instruction (mma.sync, tcgen05, mfma)
     fp8           those of either kind that multiply codes of 8 bits (NVIDIA)
     cp_async, tma asynchronous copies to shared memory by pointers; by descriptors
+    multicast     those by descriptors that write to every program of a cluster
     setmaxnreg    changes of a warpgroup's share of the registers: warp specialization
     proxy_fence   fences between the generic and the asynchronous proxy
     loop          instructions of the main loop: the shortest one with a product (NVIDIA; 0 where there is none)
@@ -61,6 +62,7 @@ class Report:
     fp8: int = 0
     cp_async: int = 0
     tma: int = 0
+    multicast: int = 0
     setmaxnreg: int = 0
     proxy_fence: int = 0
     loop: int = 0
@@ -74,6 +76,7 @@ PATTERNS = {
         "fp8": r"\b(?:wgmma\.mma_async|mma\.sync)\S*\.e4m3|\btcgen05\.mma\S*(?:f8f6f4)",
         "cp_async": r"\bcp\.async\.c[ag]\.shared",
         "tma": r"\bcp\.async\.bulk\.tensor",
+        "multicast": r"\bcp\.async\.bulk\.tensor\S*\.multicast::cluster",
         "setmaxnreg": r"\bsetmaxnreg",
         "proxy_fence": r"\bfence\.proxy\.async",
     },
@@ -154,8 +157,8 @@ def compile_source(case: Case, arch: str) -> CompiledKernel:
     )
     # fused multiply-adds are what a launch gets up to Triton 3.9, which warns where nobody says so
     options: dict[str, Any] = {
-        "num_warps": case.num_warps, "num_stages": case.num_stages, **register_limit(arch, case.maxnreg),
-        "enable_fp_fusion": True,
+        "num_warps": case.num_warps, "num_stages": case.num_stages, "num_ctas": case.num_ctas,
+        **register_limit(arch, case.maxnreg), "enable_fp_fusion": True,
     }  # fmt: skip
     return triton.compile(source, target=TARGETS[arch], options=options)
 

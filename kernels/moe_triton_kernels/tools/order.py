@@ -1,6 +1,6 @@
 """The order of events in a compiled kernel: what lies between a copy, the product that reads it, and the next copy.
 
-Both rules are about Hopper's warpgroup products (wgmma), and both are checked over every path through the PTX:
+Two rules are about Hopper's warpgroup products (wgmma), and they are checked over every path through the PTX:
 
 fence    wgmma reads shared memory through the asynchronous proxy, cp.async writes it through the generic one. Between
          a wait for such copies and the next product there has to be a fence.proxy.async.
@@ -9,7 +9,10 @@ barrier  A program of more than one warpgroup waits for its products one warpgro
          warpgroup overwrites what another one still reads (triton-lang/triton issues 9484, 11047 and 11056).
 
 A warp-specialized kernel orders its writes by mbarriers instead of barriers of the program: for these only the fence is
-checked, after every wait for an mbarrier at which cp.async arrives.
+checked, after every wait for an mbarrier at which cp.async arrives. And in a cluster,
+
+meeting  Mbarriers that are initialised have to be announced to the cluster, and its programs have to meet, before one
+         of them arrives at another's or copies to all. A kernel that copies to all has clusters and such arrivals.
 """
 
 from __future__ import annotations
@@ -25,9 +28,15 @@ EVENTS = {
     "fence": r"fence\.proxy\.async",
     "product": r"wgmma\.mma_async",
     "products done": r"wgmma\.wait_group",
+    "initialised": r"mbarrier\.init",
+    "announced": r"fence\.mbarrier_init\.release\.cluster",
+    "met": r"barrier\.cluster\.wait",
+    "arrival elsewhere": r"mbarrier\.arrive\S*shared::cluster",
+    "multicast": r"cp\.async\.bulk\.tensor\S*multicast::cluster",
     "barrier": r"(?:bar|barrier)(?:\.cta)?\.(?:sync|red)",
     "write": r"cp\.async\.c[ag]\.shared|cp\.async\.bulk\.tensor\S*shared\S*global|st\.(?:\w+\.)*shared|stmatrix",
 }
+MULTICAST_NEEDS = {"a cluster": ".reqnctapercluster", "arrivals elsewhere": "mbarrier.arrive.shared::cluster"}
 PATTERN = re.compile("|".join(f"(?P<{name.replace(' ', '_')}>\\b(?:{pattern}))" for name, pattern in EVENTS.items()))
 LABEL = re.compile(r"(\$\w+):")
 BRANCH = re.compile(r"(@!?%\w+\s+)?bra(?:\.uni)?\s+(\$\w+)")
@@ -51,7 +60,7 @@ class Rule:
 
     begin: Sequence[str]
     between: str
-    end: str
+    end: Sequence[str]
     fault: str
 
 
@@ -59,12 +68,19 @@ def order_faults(ptx: str) -> list[str]:
     """Where a kernel's PTX breaks a rule, in words; [] where nothing is wrong."""
     is_specialized = "setmaxnreg" in ptx
     landed = ["copies landed", *(["arrived"] if "cp.async.mbarrier.arrive" in ptx else [])]
-    rules = [Rule(begin=landed, between="fence", end="product", fault="no proxy fence before the product")]
+    rules = [Rule(begin=landed, between="fence", end=["product"], fault="no proxy fence before the product")]
     if threads(ptx) > WARPGROUP and not is_specialized:
         fault = "no barrier between products and the next write"
-        rules.append(Rule(begin=["products done"], between="barrier", end="write", fault=fault))
+        rules.append(Rule(begin=["products done"], between="barrier", end=["write", "multicast"], fault=fault))
+    fault = "mbarriers are not announced before the cluster meets"
+    rules.append(Rule(begin=["initialised"], between="announced", end=["met"], fault=fault))
+    fault = "the cluster does not meet before a program uses another's mbarrier"
+    rules.append(Rule(begin=["initialised"], between="met", end=["arrival elsewhere", "multicast"], fault=fault))
     blocks, places = split(ptx)
-    return [f"{rule.fault} (PTX line {line})" for rule in rules for line in broken(rule, blocks, places)]
+    found = [f"{rule.fault} (PTX line {line})" for rule in rules for line in broken(rule, blocks, places)]
+    if "multicast::cluster" in ptx:
+        found += [f"a multicast without {what}" for what, pattern in MULTICAST_NEEDS.items() if pattern not in ptx]
+    return found
 
 
 def threads(ptx: str) -> int:
@@ -120,7 +136,7 @@ def broken(rule: Rule, blocks: Sequence[Block], places: dict[str, int]) -> list[
                 is_open = True
             elif event == rule.between:
                 is_open = False
-            elif event == rule.end and is_open:
+            elif event in rule.end and is_open:
                 faults.add(line)
         left += [(places[target], is_open) for target in blocks[number].targets if target in places]
         if blocks[number].falls_through:

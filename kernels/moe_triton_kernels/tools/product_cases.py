@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from moe_triton_kernels.activations import GATED_CASES, UNGATED_CASES
-from moe_triton_kernels.d_hidden import d_hidden_kernel, d_router_weights_kernel
+from moe_triton_kernels.d_hidden import d_hidden_kernel
+from moe_triton_kernels.d_router_weights import d_router_weights_kernel
 from moe_triton_kernels.d_weight import d_bias_kernel, d_weight_kernel
 from moe_triton_kernels.descriptors import descriptor_block
 from moe_triton_kernels.down import down_kernel

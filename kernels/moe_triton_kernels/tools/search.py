@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from moe_triton_kernels.gluon.schedules import OPS as GLUON_OPS
-from moe_triton_kernels.gluon.schedules import SCHEDULES
+from moe_triton_kernels.gluon.schedules import SCHEDULES, available, cluster_error
 from moe_triton_kernels.gluon.schedules import TYPES as GLUON_TYPES
 from moe_triton_kernels.heuristics import fit, two_programs
 from moe_triton_kernels.launch import HOPPER, MAX_REGISTERS, Config
@@ -89,11 +89,20 @@ def neighbours(config: Config, op: str, d: int, n: int) -> Iterator[Config]:
                 yield candidate
 
 
+def has_schedules(op: str, dtype: torch.dtype, architecture: str) -> bool:
+    """Whether an operation has warp-specialized kernels beside its plain one."""
+    return op in GLUON_OPS and dtype in GLUON_TYPES and architecture in HOPPER
+
+
 def warp_specialized(config: Config, op: str, dtype: torch.dtype, architecture: str) -> list[Config]:
-    """The configuration with each schedule that an operation has, beside its plain kernel."""
-    if op not in GLUON_OPS or dtype not in GLUON_TYPES or architecture not in HOPPER:
-        return []
-    return [replace(config, gluon=schedule) for schedule in SCHEDULES]
+    """The configuration with each schedule that an operation and this Triton have."""
+    return [replace(config, gluon=name) for name in available()] if has_schedules(op, dtype, architecture) else []
+
+
+def left_out(op: str, dtype: torch.dtype, architecture: str) -> str:
+    """Which schedules of an operation this Triton does not have, and why; "" where it has all."""
+    names = [name for name in SCHEDULES if name not in available()]
+    return f"without {', '.join(names)}: {cluster_error()}" if names and has_schedules(op, dtype, architecture) else ""
 
 
 def candidate_case(op: str, dtype: torch.dtype, config: Config, arch: str, format: str | None = None) -> Case:
@@ -111,10 +120,11 @@ def candidate_case(op: str, dtype: torch.dtype, config: Config, arch: str, forma
 
 def gluon_candidate(op: str, dtype: torch.dtype, schedule: str, arch: str) -> Case:
     """The offline case of a schedule, in the operation's usual layout."""
+    form = SCHEDULES[schedule]
     cases = (
         case
         for case in collect_cases(arch, ["gluon"], every=True)
-        if case.constants["PING_PONG"] == (schedule == "ping_pong")
+        if (case.constants["PING_PONG"], case.num_ctas) == (form.ping_pong, form.ctas)
     )
     return next(case for case in cases if case.name.startswith(f"{op}_{GLUON_TYPES[dtype]}_"))
 

@@ -17,7 +17,6 @@ from torch.autograd.function import once_differentiable
 from moe_triton import reference, runtime
 from moe_triton.autograd.flat import ROWS, Form, call_of, flatten_gradients, form_of, split, tensors_of
 from moe_triton.autograd.transforms import TransformedGradient, call_per_sample, refuse_jvp
-from moe_triton.backends.protocols import ExpertsBackend
 from moe_triton.quantization import QuantizedWeight
 from moe_triton.records import ExpertCall, ExpertParameters, ExpertSpec, Wanted
 from moe_triton.reference import fp8
@@ -29,12 +28,14 @@ def run_experts(call: ExpertCall, *, recompute: bool = False, backend: str = "au
 
     Under autocast as PyTorch's products do. The bits do not depend on whether a gradient is wanted.
     """
-    dtype, call = call.hidden.dtype, in_context(call)
+    dtype, is_plain = call.hidden.dtype, runtime.is_plain(call.hidden)
+    if not is_plain or runtime.is_batch_invariant():
+        call = in_context(call)
     name = runtime.choose(backend, call.hidden.device, call.hidden.dtype).name
     if call.spec.batch_invariant:
         runtime.refuse_reference(name)
-    if name != "reference" and runtime.is_plain(call.hidden):
-        return _backend_of(call, name).experts_forward(call, False)[0]
+    if is_plain and name != "reference":
+        return runtime.experts_backend(name, call.hidden.device, fp8=call.spec.fp8).experts_forward(call, False)[0]
     is_compiling = torch.compiler.is_compiling()
     with runtime.without_autocast(call.hidden.device):
         if name == "reference":
@@ -59,11 +60,7 @@ def _without_gradient(call: ExpertCall, backend: str) -> Tensor:
     if has_no_data(call.hidden):
         return _experts_op(tensors_of(call), form_of(call.parameters), *_fields(call.spec), backend, False)[0]
     with runtime.plain_maths(call.hidden):
-        return _backend_of(call, backend).experts_forward(call, False)[0]
-
-
-def _backend_of(call: ExpertCall, name: str) -> ExpertsBackend:
-    return runtime.experts_backend(name, call.hidden.device, fp8=call.spec.fp8)
+        return runtime.experts_backend(backend, call.hidden.device, fp8=call.spec.fp8).experts_forward(call, False)[0]
 
 
 def in_context(call: ExpertCall) -> ExpertCall:

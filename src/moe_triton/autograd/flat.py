@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import product
+from functools import cache
+from itertools import accumulate, pairwise, product
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -50,11 +51,14 @@ def flatten(groups: Sequence[Projection | None]) -> list[Tensor]:
 
 def split(flat: Sequence[Item], form: Form) -> list[list[Item]]:
     """The items that belong to each group."""
-    parts, start = [], 0
-    for size in map(size_of, form):
-        parts.append(list(flat[start : start + size]))
-        start += size
-    return parts
+    return [list(flat[here]) for here in _places(tuple(form))]
+
+
+@cache
+def _places(form: Form) -> list[slice]:
+    """Where each group lies among the tensors of all."""
+    ends = list(accumulate(map(size_of, form), initial=0))
+    return [slice(*bounds) for bounds in pairwise(ends)]
 
 
 def unflatten(flat: Sequence[Tensor], form: Form) -> ExpertParameters:
@@ -64,11 +68,13 @@ def unflatten(flat: Sequence[Tensor], form: Form) -> ExpertParameters:
 
 
 def _group(tensors: list[Tensor], code: int) -> Projection | None:
+    if code == STACKED:
+        return tensors[0]
     if code <= QUANTIZED:
         format_, has_zeros, is_transposed = KINDS[QUANTIZED - code]
         parts = dict(zip(parts_of(format_, has_zeros, is_transposed), tensors, strict=True))
         return QuantizedWeight(format=format_, is_transposed=is_transposed, **parts)
-    return tensors[0] if code == STACKED else tensors or None
+    return tensors or None
 
 
 def parts_of(format_: str, has_zeros: bool, _is_transposed: bool) -> tuple[str, ...]:
@@ -79,8 +85,8 @@ def parts_of(format_: str, has_zeros: bool, _is_transposed: bool) -> tuple[str, 
 def flatten_gradients(gradients: Sequence[Projection | None], form: Form) -> list[Tensor | None]:
     """One gradient per tensor of `flatten`'s, None for all of a group that has none."""
     flat: list[Tensor | None] = []
-    for gradient, code in zip(gradients, form, strict=True):
-        flat += [None] * size_of(code) if gradient is None else flatten([gradient])
+    for gradient, here in zip(gradients, _places(tuple(form)), strict=True):
+        flat += [None] * (here.stop - here.start) if gradient is None else flatten([gradient])
     return flat
 
 

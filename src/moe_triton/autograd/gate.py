@@ -22,15 +22,18 @@ from moe_triton.torch_internals import has_no_data, is_transforming
 NARROW = (torch.float16, torch.bfloat16)
 
 
-def run_gate(hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str = "auto") -> tuple[Tensor, Tensor]:
+def run_gate(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str = "auto", is_plain: bool | None = None
+) -> tuple[Tensor, Tensor]:
     """Compute `reference.gate`, differentiable: logits [T, E], and the hidden states for whoever takes them next.
 
+    is_plain: what `runtime.is_plain` says of `hidden`, where it was asked already.
     16-bit hidden states with a gate in fp32 run on the matrix unit where there is one. Others, and torch.func
     transforms, differentiate the definition as it stands.
     """
-    is_narrow = hidden.dtype in NARROW and reference.wide(weight.dtype) == torch.float32
+    is_narrow = hidden.dtype in NARROW and weight.dtype != torch.float64
     name = runtime.choose(backend, hidden.device, hidden.dtype).name if is_narrow else "reference"
-    if name != "reference" and runtime.is_plain(hidden):
+    if name != "reference" and (runtime.is_plain(hidden) if is_plain is None else is_plain):
         return runtime.gate_backend(name).gate_forward(hidden, weight, bias), hidden
     with runtime.without_autocast(hidden.device):
         if name == "reference" or (not torch.compiler.is_compiling() and is_transforming()):

@@ -52,24 +52,41 @@ def run_inference(
     given: Tensor | None,
     spec: RouterSpec,
     backend: str,
+    is_plain: bool | None = None,
 ) -> Inference | None:
-    """Route where nothing is differentiated, compiled or transformed; None elsewhere, and where that saves nothing."""
-    is_plain = runtime.is_plain(logits)
-    if not is_plain:
-        if torch.compiler.is_compiling() or is_transforming() or has_no_data(logits):
-            return None
-        if torch.is_grad_enabled() and logits.requires_grad:
-            return None
-    with runtime.NOTHING if is_plain else runtime.plain_maths(logits):
-        routing = runtime.routing_backend(backend)
-        found = routing.route_and_dispatch(logits, spec, choice_bias, noise, None, given)
-        if found is not None:
-            (experts, weights, *sums), dispatched = found
-            return Inference(experts, weights, partial(tuple, sums), dispatched)
-        if spec.sequences > 1 or logits.device.type != "cpu":  # on a GPU a graph may be captured
-            return None
-        later = routing.route_unsummed(logits, spec, choice_bias, noise, None, given)
-        return None if later is None else Inference(*later)
+    """Route where nothing is differentiated, compiled or transformed; None elsewhere, and where that saves nothing.
+
+    is_plain: what `runtime.is_plain` says of the logits, where it was asked already.
+    """
+    if runtime.is_plain(logits) if is_plain is None else is_plain:
+        return _infer(logits, choice_bias, noise, given, spec, backend)
+    if torch.compiler.is_compiling() or is_transforming() or has_no_data(logits):
+        return None
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return None
+    with runtime.plain_maths(logits):
+        return _infer(logits, choice_bias, noise, given, spec, backend)
+
+
+def _infer(
+    logits: Tensor,
+    choice_bias: Tensor | None,
+    noise: Tensor | None,
+    given: Tensor | None,
+    spec: RouterSpec,
+    backend: str,
+) -> Inference | None:
+    if spec.sequences > 1:
+        return None
+    routing = runtime.routing_backend(backend)
+    found = routing.route_and_dispatch(logits, spec, choice_bias, noise, None, given)
+    if found is not None:
+        (experts, weights, *sums), dispatched = found
+        return Inference(experts, weights, partial(tuple, sums), dispatched)
+    if logits.device.type != "cpu":  # a graph may be captured
+        return None
+    later = routing.route_unsummed(logits, spec, choice_bias, noise, None, given)
+    return None if later is None else Inference(*later)
 
 
 class Inference(NamedTuple):

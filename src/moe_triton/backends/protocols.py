@@ -61,8 +61,11 @@ class RoutingBackend(Protocol):
         noise: Tensor | None,
         token_mask: Tensor | None,
         given: Tensor | None = None,
-    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], TiledDispatch] | None:
-        """Return what `route_forward` does, and a Dispatch without a capacity, from one launch; None: it takes more."""
+    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], TiledDispatch | None] | None:
+        """Return what `route_forward` does, and a Dispatch without a capacity where it costs no launch of its own.
+
+        Of one sequence. None where `route_unsummed` does less.
+        """
 
     def route_unsummed(
         self,

@@ -26,13 +26,20 @@ class Chosen(Problem):
     decoded: operation -> its projection in numbers, where the kernel does not decode the codes itself.
     """
 
-    chosen: Mapping[str, Config] = {}
-
     def __init__(self, call: ExpertCall) -> None:
         super().__init__(call)
+        self.chosen = {}
         self.decoded: dict[str, PerExpert] = {}
         if isinstance(call.parameters.down, QuantizedWeight):
             self.decoded = {op: read for op in OVER_CODES if (read := self.decode(op)).decoding is None}
+
+    @property
+    def chosen(self) -> Mapping[str, Config]:
+        return self._chosen
+
+    @chosen.setter
+    def chosen(self, configs: Mapping[str, Config]) -> None:
+        self._chosen, self.kernels = configs, {}  # not those that calls share
 
     def config(self, op: str, weight: PerExpert | None = None) -> Config:
         return self.chosen.get(op) or super().config(op, weight)

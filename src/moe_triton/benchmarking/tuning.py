@@ -33,7 +33,7 @@ from moe_triton_kernels.configs import bucket_of, operands
 from moe_triton_kernels.configs import read_table as check_table
 from moe_triton_kernels.launch import Config
 from moe_triton_kernels.tools.offline import TARGETS
-from moe_triton_kernels.tools.search import neighbours, seeds, warp_specialized
+from moe_triton_kernels.tools.search import left_out, neighbours, seeds, warp_specialized
 
 SCHEMA = "moe-triton-tune/1"
 GAIN = 0.99  # a candidate wins with less than this share of the time of the best so far
@@ -54,6 +54,11 @@ class Problem:
     def name(self) -> str:
         """Of the operation in tables: "up_gated", "down", ..."""
         return full_name(self.op, self.case.expert_rows == 2 * self.case.intermediate)
+
+    @property
+    def left_out(self) -> str:
+        """Which candidates this Triton lacks; "" where it lacks none. No schedule reads codes."""
+        return "" if self.case.format is not None else left_out(self.name, self.case.torch_dtype, self.architecture)
 
     @property
     def bucket(self) -> int:
@@ -256,7 +261,6 @@ class Settings:
 
 def first_candidates(problem: Problem, config: Config) -> list[Config]:
     """What is far from the configuration that runs, and so is tried before its neighbours."""
-    # no schedule reads codes
     schedules = (
         warp_specialized(config, problem.name, problem.case.torch_dtype, problem.architecture)
         if problem.case.format is None

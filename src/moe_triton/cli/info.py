@@ -100,6 +100,8 @@ def tables_line(facts: dict[str, Any]) -> str:
     gluon = f"Warp-specialized kernels (Gluon) run in {facts['gluon_entries']} of them."
     if facts["gluon_error"] is not None:
         gluon = f"Warp-specialized kernels (Gluon) cannot run: {facts['gluon_error']}."
+    elif facts["cluster_error"] is not None:
+        gluon += f" None of them in clusters: {facts['cluster_error']}."
     return (
         f"Kernel configurations for {', '.join(facts['architectures'])}: {facts['user_entries']} entries in the user's "
         f"table ({where}), {facts['shipped_entries']} in the shipped one, the heuristic for everything else. {gluon}"

@@ -187,6 +187,7 @@ def summary(problem: Problem, state: Any, ratio: float, is_better: bool) -> str:
     bad = {status: statuses.count(status) for status in ("wrong", "failed") if status in statuses}
     counts = f"{len(statuses) - 1} tried" + "".join(f", {count} {status}" for status, count in bad.items())
     end = "" if state.is_done else "; the time was over before all neighbours were tried"
+    end += f"; {problem.left_out}" if problem.left_out else ""
     if not is_better:
         return f"{problem.title()}: nothing faster than {in_words(state.incumbent)} ({counts}{end})"
     better = f"{in_words(state.best)}, {1 / ratio:.2f}x as fast as {in_words(state.incumbent)}"
@@ -210,7 +211,9 @@ def dry(problems: list[Problem], budget: float) -> list[dict[str, str]]:
         )  # fmt: skip
         near = neighbours(running, problem.name, case.hidden, case.intermediate)
         configs = list(dict.fromkeys([running, *tuning.first_candidates(problem, running), *near]))
-        print(f"{problem.title()}, {problem.architecture}: today's configuration and {len(configs) - 1} candidates")
+        without = f", {problem.left_out}" if problem.left_out else ""
+        count = f"today's configuration and {len(configs) - 1} candidates"
+        print(f"{problem.title()}, {problem.architecture}: {count}{without}")
         rows: list[list[str]] = []
 
         def on_report(config: dict[str, Any], found: dict[str, Any], rows: list[list[str]] = rows) -> None:

@@ -220,7 +220,9 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
 
     @property
     def _parameters_in_order(self) -> ExpertParameters:
-        gate_up, down = projection_of(self, "gate_up_proj"), projection_of(self, "down_proj")
+        gate_up, down = self.gate_up_proj, self.down_proj
+        if isinstance(gate_up, QuantizedProjection) or isinstance(down, QuantizedProjection):
+            gate_up, down = projection_of(self, "gate_up_proj"), projection_of(self, "down_proj")
         given = ExpertParameters(gate_up, down, self.gate_up_proj_bias, self.down_proj_bias)
         return given if self.gradient_scale == 1.0 else ExpertParameters(*map(self._scaled, given))
 
@@ -260,7 +262,8 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
             device = hidden_states.device
             check_adapters(call.parameters, self.spec, device, gate_up_lora=gate_up_lora, down_lora=down_lora)
             call = with_adapters(call, gate_up_lora, down_lora)
-        self.count_load(dispatched.counts)
+        if self.load is not None:
+            self.count_load(dispatched.counts)
         if (parallel := unless_alone(self.expert_parallel)) is None:
             check_call(call)
             return run_experts(call, recompute=self.recompute, backend=self.backend)

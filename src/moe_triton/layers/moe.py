@@ -247,7 +247,8 @@ class MoE(nn.Module):
         nowhere, in no gradient either, even if it is NaN. token_ids [...], int32 or int64, are for a router with a
         `hash_table`.
         """
-        forward = self._forward if unless_alone(self.parallel) is None else self._forward_over_ranks
+        is_alone = self.parallel is None or self.parallel.is_alone
+        forward = self._forward if is_alone else self._forward_over_ranks
         if not self.batch_invariant:
             return forward(hidden_states, token_mask, token_ids)
         with batch_invariant():
@@ -262,9 +263,10 @@ class MoE(nn.Module):
 
     def _forward(self, hidden_states: Tensor, token_mask: Tensor | None, token_ids: Tensor | None) -> MoEOutput:
         check_tensor("hidden_states", hidden_states, dtypes=FLOATS)
-        if hidden_states.dim() < 1 or hidden_states.shape[-1] != self.hidden_size:
+        dim = hidden_states.dim()
+        if dim < 1 or hidden_states.shape[-1] != self.hidden_size:
             raise ValueError(f"hidden_states: got shape {list(hidden_states.shape)}, wanted [..., {self.hidden_size}]")
-        x = hidden_states if hidden_states.dim() == 2 else hidden_states.reshape(-1, self.hidden_size)
+        x = hidden_states if dim == 2 else hidden_states.reshape(-1, self.hidden_size)
         if token_mask is not None:
             shape, device = hidden_states.shape[:-1], hidden_states.device
             check_tensor("token_mask", token_mask, shape=shape, dtypes=MASKS, device=device)
@@ -325,7 +327,7 @@ class MoE(nn.Module):
         if out.dtype != hidden_states.dtype:
             out = out.to(hidden_states.dtype)
         return MoEOutput(
-            output=out if hidden_states.dim() == 2 else out.reshape(hidden_states.shape),
+            output=out if dim == 2 else out.reshape(hidden_states.shape),
             aux_loss=self.aux_loss(routing),
             expert_counts=dispatched.counts.long(),
         )

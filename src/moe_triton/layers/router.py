@@ -20,6 +20,7 @@ from moe_triton.records import RouterSpec, Routing
 from moe_triton.reference import router_scores, wide
 from moe_triton.routing import gumbel_noise, route_by_spec, router_spec
 from moe_triton.runtime import is_batch_invariant, without_autocast
+from moe_triton.torch_internals import is_plain
 
 NULL_OUTPUTS = ("identity", "zero")
 BIAS_UPDATES = ("sign", "quantile")
@@ -192,13 +193,13 @@ class Router(CountsLoad):
 
     def gate(self, hidden_states: Tensor) -> Tensor:
         """[T, d] -> logits [T, E] in fp32 (fp64 for fp64 parameters)."""
-        return self._gate(hidden_states)[0]
+        return self._gate(hidden_states, is_plain(hidden_states))[0]
 
-    def _gate(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    def _gate(self, hidden_states: Tensor, is_plain: bool) -> tuple[Tensor, Tensor]:
         """The logits, and the hidden states for whoever takes them next (see `autograd.gate`)."""
         jitters = self.training and self.jitter > 0
         if not (jitters or is_batch_invariant()):
-            return run_gate(hidden_states, self.weight, self.bias, self.backend)
+            return run_gate(hidden_states, self.weight, self.bias, self.backend, is_plain)
         dtype = wide(self.weight.dtype)
         with without_autocast(hidden_states.device):
             x = hidden_states.to(dtype)
@@ -229,14 +230,15 @@ class Router(CountsLoad):
             check_tensor("token_mask", token_mask, shape=shape, dtypes=MASKS, device=device)
             token_mask = token_mask.bool()
             hidden_states = hidden_states.masked_fill(token_mask.logical_not()[:, None], 0)  # 0 * NaN would be NaN
-        logits, hidden_states = self._gate(hidden_states)
+        plain = is_plain(hidden_states)  # and then so are the logits
+        logits, hidden_states = self._gate(hidden_states, plain)
         noise = gumbel_noise(logits) if self.gumbel and self.training else None
         given = None
         if experts is None and self.rule is not None and (self.training or not self.rule.training_only):
             given = self._by_rule(self.rule, logits, noise, token_mask, token_ids)
         routing = route_by_spec(
             logits,
-            self._spec_for(experts if given is None else given),
+            self.spec if self.rule is None else self._spec_for(self.rule, experts if given is None else given),
             choice_bias=self.choice_bias,
             noise=noise,
             token_mask=token_mask,
@@ -245,6 +247,7 @@ class Router(CountsLoad):
             sequences=sequences,
             hidden=hidden_states,
             backend=self.backend,
+            is_plain=plain,
         )
         if self.bias_update == "quantile" and self.training:
             self.count_load(self._required_biases(logits, noise, token_mask))
@@ -277,9 +280,9 @@ class Router(CountsLoad):
         )
         return rule.choose(batch)
 
-    def _spec_for(self, experts: Tensor | None) -> RouterSpec:
+    def _spec_for(self, rule: ChoiceRule, experts: Tensor | None) -> RouterSpec:
         """The options for choices of the rule's width; any other width is refused later, as one that is not K."""
-        if self.rule is None or experts is None or experts.shape[1:] != (self.rule.width(self.top_k),):
+        if experts is None or experts.shape[1:] != (rule.width(self.top_k),):
             return self.spec
         return replace(self.spec, top_k=experts.shape[1])
 

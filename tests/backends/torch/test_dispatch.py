@@ -10,8 +10,10 @@ from torch import Tensor
 
 from moe_triton import reference
 from moe_triton.backends.torch import dispatch as backend
+from moe_triton.backends.torch.fused import loops_problem
 
 RULES = ("position", "choice", "keys")
+FIELDS = ("counts", "offsets", "source", "position")
 
 
 def check(
@@ -22,8 +24,12 @@ def check(
     expected = reference.dispatch(
         experts, num_experts, capacity=capacity, capacity_groups=groups, by_choice=by_choice, keys=keys
     )
-    actual = backend.build_dispatch(experts, num_experts, capacity, groups, by_choice, keys)
-    for tensor, name in zip(actual, ("counts", "offsets", "source", "position"), strict=True):
+    results = [backend.build_dispatch(experts, num_experts, capacity, groups, by_choice, keys)]
+    if capacity is None and loops_problem() is None:
+        found = backend.build_small_dispatch(experts, num_experts)
+        assert found is not None
+        results.append((found.counts, found.offsets, found.source, found.position))
+    for tensor, name in ((x, name) for actual in results for x, name in zip(actual, FIELDS, strict=True)):
         wanted = getattr(expected, name)
         assert tensor.dtype == torch.int32, name
         assert tensor.shape == wanted.shape, name

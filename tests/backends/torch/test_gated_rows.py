@@ -16,10 +16,10 @@ SPECS = {
     "swiglu": ExpertSpec(),
     "cut, another alpha": ExpertSpec(activation_limit=1.5, activation_alpha=1.3),
     "gpt_oss": ExpertSpec(activation="gpt_oss", activation_limit=2.0),
+    "alternating": ExpertSpec(activation="gpt_oss", activation_limit=2.0, is_concatenated=False),
 }
 OTHERS = {
     "geglu": ExpertSpec(activation="geglu"),
-    "alternating": ExpertSpec(is_concatenated=False),
     "ungated": ExpertSpec(activation="silu"),
 }
 ROWS, N = 9, 37  # an odd number of elements is left after whole vectors

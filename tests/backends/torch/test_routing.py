@@ -9,12 +9,19 @@ import torch
 from torch import Tensor
 
 from moe_triton import reference
-from moe_triton.backends.torch import routing
+from moe_triton.backends.torch import fused, routing
 from moe_triton.records import SCORES, RouterSpec
 from tests.helpers.compare import assert_close
 
 GROUPS = ((1, 1, "max"), (4, 2, "max"), (4, 2, "top2_sum"))
 CASES = list(itertools.product(SCORES, (False, True), GROUPS))
+
+
+@pytest.fixture(params=["0", "1"], ids=["by torch", "by loops"], autouse=True)
+def by_loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "1":
+        pytest.importorskip("numba")
+    monkeypatch.setenv(fused.VARIABLE, request.param)
 
 
 def make_spec(score: str, normalize: bool, groups: tuple[int, int, str]) -> RouterSpec:
@@ -106,6 +113,37 @@ def test_a_masked_token_adds_nothing_even_when_it_is_nan() -> None:
     assert torch.isfinite(grad).all()
     assert grad[2].abs().sum() == 0
     assert grad[3].abs().sum() > 0
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_the_gradient_of_given_choices(score: str) -> None:
+    """-1 for a choice that counts nowhere, alone or for all of its token; -2 for one that was left empty."""
+    spec = make_spec(score, True, GROUPS[0])
+    given = torch.tensor([[3, -1, 5], [0, 1, 2], [-1, -1, -1], [-2, 4, -2], [-2, -2, -2]], dtype=torch.int32)
+    logits = torch.randn(5, 16)
+    exact_logits = logits.double().requires_grad_()
+    exact = reference.route(exact_logits, spec, given=given)
+    grads = [torch.randn_like(x) for x in (exact.weights, exact.score_sums, exact.z_sum)]
+    outputs = [exact.weights, exact.score_sums, exact.z_sum]
+    (expected,) = torch.autograd.grad(outputs, exact_logits, grads)
+    experts = exact.experts.clone()
+    assert experts[2].min() >= 0, "a token without given choices chooses by its logits"
+    actual = routing.route_backward(*(grad.float() for grad in grads), logits, experts, spec)
+    assert_close(actual, expected)
+    experts[2] = -1  # what a mask makes of it
+    masked = routing.route_backward(*(grad.float() for grad in grads), logits, experts, spec)
+    assert masked[2].tolist() == [0.0] * 16
+    assert torch.equal(masked[:2], actual[:2])
+
+
+def test_the_same_weights_without_finite_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(6, 16)
+    logits[0, 3], logits[1], logits[2, 5], logits[3, 1:] = float("nan"), -float("inf"), float("inf"), -float("inf")
+    spec = make_spec("softmax", False, GROUPS[0])
+    found = routing.route_forward(logits, spec, None, None, None)
+    monkeypatch.setenv(fused.VARIABLE, "0")
+    for actual, expected in zip(found, routing.route_forward(logits, spec, None, None, None), strict=True):
+        torch.testing.assert_close(actual, expected, equal_nan=True)
 
 
 def test_no_tokens() -> None:

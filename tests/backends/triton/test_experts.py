@@ -8,10 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
+from moe_triton.backends.triton import problem as triton_problem
 from moe_triton.backends.triton.experts import experts_forward
 from moe_triton.records import ACTIVATIONS, GATED, ExpertSpec
-from moe_triton_kernels import configs, descriptors
+from moe_triton_kernels import configs, d_hidden, descriptors, down, up
 from tests.helpers.compare import TOLERANCE
 from tests.helpers.pairs import every_pair
 from tests.helpers.problems import (
@@ -115,12 +117,19 @@ def test_tensor_descriptors_give_the_same_bits(
 ) -> None:
     problem = make_problem(random_choices(19, 2, 4), 4, d=24, n=24, spec=spec, dtype=dtype)
     expected = run(problem)
-    heuristic, made = configs.heuristic, []
+    heuristic, place, made = configs.heuristic, descriptors.at, []
     monkeypatch.setattr(configs, "heuristic", lambda *key: replace(heuristic(*key), descriptors=True))
     monkeypatch.setattr(configs, "_find", configs._find.__wrapped__)
 
-    describe = descriptors._at
-    monkeypatch.setattr(descriptors, "_at", lambda *layout: made.append(layout) or describe(*layout))
+    monkeypatch.setattr(triton_problem, "_PREPARED", {})
+
+    def at(data: Tensor, described: object) -> object:
+        placed = place(data, described)
+        made.extend([placed] * (placed is not None))
+        return placed
+
+    for module in (descriptors, up, down, d_hidden):
+        monkeypatch.setattr(module, "at", at)
     actual = run(problem)
     # the weights of up, down, d_hidden and d_rows; the rows of down, d_rows and twice d_weight
     assert len(made) == (7 if spec.is_transposed and spec.is_concatenated else 8)

@@ -87,6 +87,7 @@ def wide_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     config = Config(block_m=16, block_n=64, block_k=64, num_warps=4, num_stages=1, group=2, parts=2)
     monkeypatch.setattr(configs, "heuristic", lambda *args: config)
     monkeypatch.setattr(configs, "_find", configs._find.__wrapped__)
+    monkeypatch.setattr(triton_problem, "_PREPARED", {})
 
 
 @pytest.mark.parametrize(
@@ -103,6 +104,7 @@ def test_blocks_that_share_a_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     """16 of the contraction at once, of the 32 and 128 numbers of one scale."""
     config = Config(block_m=16, block_n=32, block_k=16, num_warps=4, num_stages=1)
     monkeypatch.setattr(configs, "heuristic", lambda *args: config)
+    monkeypatch.setattr(triton_problem, "_PREPARED", {})
     for kind in ("mxfp4", "fp8"):
         check_bits(*quantized(make(ExpertSpec(activation="relu2"), d=48 if kind == "fp8" else 64, n=32), kind))
 

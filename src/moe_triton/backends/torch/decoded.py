@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_triton.backends.torch.cpu import CpuPolicy
-from moe_triton.backends.torch.stored import StoredCodes, in_planes, stored_codes
+from moe_triton.backends.torch.stored import StoredCodes, in_planes, serial_parts, stored_codes
 from moe_triton.quantization import QuantizedWeight
 from moe_triton.records import ExpertWeight
 
@@ -78,7 +78,8 @@ class Decoded:
             if not is_all:
                 out[part] = y
         if is_all:
-            out.copy_(y_few)
+            for y, found in zip(serial_parts(y_few), serial_parts(out), strict=True):
+                found.copy_(y)
 
     def product(
         self, policy: CpuPolicy, x_mI: Tensor, expert: int, bias_O: Tensor | None, out: Tensor | None

@@ -6,6 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_triton.backends.torch.fused import data, loops_problem
+from moe_triton.records import Dispatch
+
 
 def build_dispatch(
     experts: Tensor, num_experts: int, capacity: int | None, capacity_groups: int, by_choice: bool, keys: Tensor | None
@@ -105,5 +108,20 @@ def _stable_argsort(ids: np.ndarray, num_ids: int) -> np.ndarray:
     return np.argsort(ids.astype(np.uint16) if num_ids <= 2**16 else ids, kind="stable")
 
 
-def build_small_dispatch(experts: Tensor, num_experts: int) -> None:
-    """Return None: there are no launches to save."""
+def build_small_dispatch(experts: Tensor, num_experts: int) -> Dispatch | None:
+    """`build_dispatch` without a capacity, in one loop; None where there is none."""
+    if experts.device.type != "cpu" or loops_problem() is not None:
+        return None
+    counts, offsets, source, position = sort_by_loop(experts, num_experts)
+    return Dispatch(counts=counts, offsets=offsets, source=source, position=position)
+
+
+def sort_by_loop(experts: Tensor, num_experts: int) -> tuple[Tensor, ...]:
+    """Counts, offsets, source and position [T, K] of choices [T, K], of which nothing is dropped."""
+    from moe_triton.backends.torch.small_loops import sort_by_expert
+
+    shape, size = tuple(experts.shape), experts.numel()
+    counts, offsets = np.empty(num_experts, np.int32), np.empty(num_experts + 1, np.int32)
+    source, position = np.empty(size, np.int32), np.empty(shape, np.int32)
+    sort_by_expert(data(experts).reshape(size), counts, offsets, source, position.reshape(size))
+    return tuple(map(torch.from_numpy, (counts, offsets, source, position)))

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_triton.backends.torch import small_experts
 from moe_triton.backends.torch.activations import activate_by_full_vectors
+from moe_triton.backends.torch.adapters import Adapters, adapters_of, affine, keep
 from moe_triton.backends.torch.blocks import Block, Layout
 from moe_triton.backends.torch.cpu import (
     GROUPED_DTYPES,
@@ -19,24 +21,12 @@ from moe_triton.backends.torch.cpu import (
 )
 from moe_triton.backends.torch.gated_rows import activate_rows, activate_rows_backward
 from moe_triton.backends.torch.memory import LARGE, empty
-from moe_triton.backends.torch.products import (
-    Adapters,
-    adapters_of,
-    add_products,
-    affine,
-    all_outer_products,
-    matrices,
-    narrow,
-    outer_products,
-    products,
-    transposed,
-)
+from moe_triton.backends.torch.products import all_outer_products, matrices, outer_products, products, transposed
 from moe_triton.backends.torch.rows import row_slots, scatter_to_slots, sum_rows
 from moe_triton.records import (
     ExpertCall,
     ExpertGradients,
     ExpertWeight,
-    Lora,
     ParameterGradients,
     RowGradients,
     Wanted,
@@ -53,9 +43,11 @@ def experts_forward(
 
     The definition is `moe_triton.reference.moe_experts`.
     """
+    if policy is None and small_experts.runs_loops(call):
+        return small_experts.experts_forward(call, keep_preactivation)
     hidden, spec, layout, parameters = call.hidden, call.spec, _layout(call, policy, backward=False), call.parameters
     up, down = (matrices(p, spec, hidden.dtype) for p in parameters[:2])
-    up_lora, down_lora = adapters_of(call)
+    up_lora, down_lora = adapters_of(call, layout)
     tokens, weights = row_slots(call, layout.num_rows, layout.row_of_place)
     # every choice has a row; a Dispatch that an exchange has shortened has fewer rows than choices
     if layout.is_one_block and layout.num_rows == call.num_rows == call.dispatched.position.numel():
@@ -87,9 +79,11 @@ def experts_backward(
     An empty `preactivation` is recomputed from hidden. An expert without rows gets zeros; so does the weight of a
     slot that is dropped or skipped. The gradient of a sequence is a list of views of one stacked buffer.
     """
+    if policy is None and small_experts.runs_loops(call):
+        return small_experts.experts_backward(call, grad_out, preactivation, wanted)
     layout = _layout(call, policy, backward=True)
     work = BlockBuffers(layout, call, grad_out)
-    adapters = adapters_of(call)
+    adapters = adapters_of(call, layout)
     rows = RowsPass(call, layout, preactivation, wanted, adapters)
     weights = WeightsPass(call, layout, wanted, adapters)
     for index in range(len(layout.blocks)):
@@ -104,7 +98,7 @@ def experts_backward_rows(
     """Compute the first half of `experts_backward`: what a sender waits for, and what the second half needs of it."""
     layout, dtype = _layout(call, policy, backward=True), call.hidden.dtype
     work = BlockBuffers(layout, call, grad_out)
-    rows = RowsPass(call, layout, preactivation, wanted, adapters_of(call))
+    rows = RowsPass(call, layout, preactivation, wanted, adapters_of(call, layout))
     grad_h = empty((call.num_rows, call.width), dtype)
     weighted_a = empty((call.num_rows, call.intermediate_size), dtype)
     for index, block in enumerate(layout.blocks):
@@ -120,7 +114,7 @@ def experts_backward_weights(
     """Compute the second half of `experts_backward`."""
     layout = _layout(call, policy, backward=True)
     work = BlockBuffers(layout, call, grad_out)
-    weights = WeightsPass(call, layout, wanted, adapters_of(call))
+    weights = WeightsPass(call, layout, wanted, adapters_of(call, layout))
     for index, block in enumerate(layout.blocks):
         work.load_tokens(index)
         work.dh[: block.size] = layout.spread(index, row_grads.preactivation)
@@ -197,21 +191,17 @@ class RowsPass:
             h = self.layout.clear(index, h)
         da = products(self.layout, block, dy, self.down_back)
         if self.down_lora is not None:
-            work.down_u = narrow(self.layout, block, dy, self.down_lora.b.mT)
-            add_products(self.layout, block, work.down_u, self.down_lora.a.mT, da)
+            work.down_u = self.down_lora.add_back(block, dy, da)
         dw = None if self.dw is None else self.dw[here]
         activate_rows_backward(h, da, w, spec, dh, weighted_a if need_a else None, dw)
         if dw is not None and parameters.down_bias is not None:
             for e, part in block.parts:
                 dw[part] += torch.mv(dy[part], parameters.down_bias[e])
         if self.dx is not None:
-            if self.up_lora is None:
-                products(self.layout, block, dh, self.up_back, out=self.dx[here])
-            else:
-                dx = products(self.layout, block, dh, self.up_back)
-                work.up_u = narrow(self.layout, block, dh, self.up_lora.b.mT)
-                add_products(self.layout, block, work.up_u, self.up_lora.a.mT, dx)
-                self.dx[here] = dx
+            dx = products(self.layout, block, dh, self.up_back, out=self.dx[here])
+            if self.up_lora is not None:
+                work.up_u = self.up_lora.add_back(block, dh, dx)
+                keep(dx, self.dx[here])
 
     def results(self) -> tuple[Tensor | None, Tensor | None]:
         layout, call = self.layout, self.call
@@ -257,27 +247,10 @@ class WeightsPass:
         if grad_up_bias is not None:
             for e, part in block.parts:
                 grad_up_bias[e] = dh[part].sum(0)
-        self._adapter(block, self.up_lora, x, dh, work.up_u, *grad_loras[:2])
-        self._adapter(block, self.down_lora, weighted_a, dy, work.down_u, *grad_loras[2:])
-
-    def _adapter(
-        self,
-        block: Block,
-        lora: Lora | None,
-        x: Tensor,
-        dy: Tensor,
-        u: Tensor | None,
-        grad_a: Tensor | None,
-        grad_b: Tensor | None,
-    ) -> None:
-        """The gradients of one adapter, of whose product x is the input and dy the output's gradient."""
-        if lora is None:
-            return
-        if grad_a is not None:
-            u = narrow(self.layout, block, dy, lora.b.mT) if u is None else u
-            outer_products(self.layout, block, u, x, grad_a)
-        if grad_b is not None:
-            outer_products(self.layout, block, dy, narrow(self.layout, block, x, lora.a), grad_b)
+        if self.up_lora is not None:
+            self.up_lora.gradients(block, x, dh, work.up_u, *grad_loras[:2])
+        if self.down_lora is not None:
+            self.down_lora.gradients(block, weighted_a, dy, work.down_u, *grad_loras[2:])
 
     def _as_laid_out(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
         """The factors of a projection's gradient, first the one that gives its first dimension."""

@@ -1,4 +1,4 @@
-"""Whether the compiled loops of `loops` run on this CPU, and how tensors become their arguments."""
+"""Whether the compiled loops of `loops` and `adapter_loops` run on this CPU, and how tensors become their arguments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from moe_triton.checks import check_choice
 
 VARIABLE = "MOE_TRITON_CPU_LOOPS"
 DTYPES = (torch.float32, torch.bfloat16)  # that the loops write
-BITS = {torch.float8_e4m3fn: torch.uint8, torch.bfloat16: torch.uint16, torch.float16: torch.uint16}
+# as numpy names them; where it lacks one, unsigned integers of as many bits
+TYPES = {
+    torch.float32: "<f4", torch.float64: "<f8", torch.bfloat16: "<u2", torch.float16: "<u2", torch.float8_e4m3fn: "|u1",
+    torch.uint8: "|u1", torch.int8: "|i1", torch.int32: "<i4", torch.int64: "<i8", torch.bool: "|b1",
+}  # fmt: skip
 WORTH_A_THREAD = 1 << 19  # numbers to decode: 0.1 ms, some times what it takes to wake a thread
 
 
@@ -42,7 +46,8 @@ def loops_in_words() -> str:
     if problem is not None:
         return f"none ({problem})"
     return (
-        "by numba, for quantised projections, gradients of gated activations, and activations that are cut at a limit"
+        "by numba, for routing and dispatch, the experts of few rows, quantised projections, gradients of gated "
+        "activations, activations that are cut at a limit or alternate, and adapters on processors with AVX-512"
     )
 
 
@@ -54,7 +59,23 @@ def codes_in_words(dtype: torch.dtype) -> str:
     return "decoded by compiled loops (numba), with few rows inside their product, else in parts that stay in cache"
 
 
+class _Memory:
+    """A CPU tensor as numpy reads it. After `Tensor.numpy` torch would not resize the storage, as FSDP2 does."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.tensor = x  # lives as long as the array
+        size, memory = x.element_size(), (x.data_ptr(), False)
+        strides = tuple(stride * size for stride in x.stride())
+        self.__array_interface__ = {
+            "data": memory, "shape": tuple(x.shape), "strides": strides, "typestr": TYPES[x.dtype], "version": 3,
+        }  # fmt: skip
+
+
+def data(x: Tensor) -> np.ndarray:
+    """Return the numbers of a tensor that a loop reads: dense, so that it is compiled for one layout."""
+    return np.asarray(_Memory(x.detach().contiguous()))
+
+
 def array(x: Tensor) -> np.ndarray:
     """Return the array of a tensor; where numpy lacks its dtype, that of its bits as unsigned integers."""
-    bits = BITS.get(x.dtype)
-    return x.numpy() if bits is None else x.view(bits).numpy()
+    return np.asarray(_Memory(x))

@@ -11,6 +11,7 @@ the lower half of a small gradient.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -57,7 +58,10 @@ TORCH = MatrixUnit(split, product)
 
 def has_wide_products(device: torch.device) -> bool:
     """Return whether `torch.mm` gives fp32 from 16-bit operands on this device: on CUDA GPUs that have bf16."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cuda" and torch.version.hip is None and _capability(device) >= (8, 0)
+
+
+_capability = cache(torch.cuda.get_device_capability)  # which takes microseconds
 
 
 def step_of(dtype: torch.dtype) -> float:

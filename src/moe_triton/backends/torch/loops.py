@@ -1,8 +1,9 @@
-"""Loops that numba compiles for the processor at hand (`pip install moe-triton[cpu]`): over codes, and activations.
+"""Loops over codes that numba compiles for the processor at hand (`pip install moe-triton[cpu]`).
 
 torch's element-wise operations take several passes over memory; here intermediate numbers stay in registers. `fused`
-says whether these loops run, and imports this module at the first use: importing numba takes half a second. All of them
-are in one file, since what numba keeps on disk is valid until the file of a loop changes.
+says whether these loops run, and imports this module at the first use: importing numba takes half a second. What numba
+keeps on disk of the loops of a file is valid until this file changes: whoever changes what `activation_loops` and
+`small_loops` import from here, or one from the other, removes what is kept of them.
 
 Each element of a result is computed by one thread in a fixed order: the bits depend on neither the threads nor the run.
 """
@@ -58,6 +59,31 @@ def float_of_bits(typing_context, bits):
     return types.float32(types.uint32), lower
 
 
+@intrinsic
+def shifted_with_sign(typing_context, bits, count):
+    """16 bits moved to lower places, with the highest one in all places that this leaves free."""
+
+    def lower(context, builder, signature, arguments):
+        return builder.ashr(*arguments)
+
+    return types.uint16(types.uint16, types.uint16), lower
+
+
+@intrinsic
+def write_four(typing_context, numbers, place, x):
+    """numbers[place : place + 4] = x, in one store: LLVM makes none of its own for so few."""
+
+    def lower(context, builder, signature, arguments):
+        four = ir.VectorType(ir.FloatType(), 4)
+        first = builder.gep(context.make_array(signature.args[0])(context, builder, arguments[0]).data, [arguments[1]])
+        splat = builder.insert_element(ir.Constant(four, ir.Undefined), arguments[2], ir.IntType(32)(0))
+        splat = builder.shuffle_vector(splat, splat, ir.Constant(ir.VectorType(ir.IntType(32), 4), [0] * 4))
+        builder.store(splat, builder.bitcast(first, four.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.none(numbers, types.intp, types.float32), lower
+
+
 @register_jitable
 def widened(bits):
     """The number whose bf16 bits these are."""
@@ -81,16 +107,14 @@ def rounded(number):
 
 @register_jitable
 def e2m1(word, k):
-    """Sign, exponent and mantissa go to their places in fp16, whose bias is larger by 14."""
-    at_top = u16(word << u16(12 - 4 * k))
-    return float_of_half(u16((at_top & u16(0x8000)) | ((at_top >> u16(3)) & u16(0x0E00))))
+    """Sign, exponent and mantissa go to their places in fp16, whose bias is larger by 14; a shift repeats the sign."""
+    return float_of_half(shifted_with_sign(u16(word << u16(12 - 4 * k)), u16(3)) & u16(0x8E00))
 
 
 @register_jitable
 def e4m3(word, k):
     """As `e2m1`, with a bias larger by 8. A NaN becomes 1.875: see `has_nan`."""
-    at_top = u16(word << u16(8 - 8 * k))
-    return float_of_half(u16((at_top & u16(0x8000)) | ((at_top >> u16(1)) & u16(0x3F80))))
+    return float_of_half(shifted_with_sign(u16(word << u16(8 - 8 * k)), u16(1)) & u16(0xBF80))
 
 
 @register_jitable
@@ -112,10 +136,10 @@ def is_nan(word, k):
 @register_jitable
 def has_nan(words):
     """Whether any e4m3 code is a NaN."""
-    largest = u16(0)
+    found = u16(0)
     for j in range(len(words)):
-        largest = max(largest, words[j] & u16(0x7F), (words[j] >> u16(8)) & u16(0x7F))
-    return largest == u16(0x7F)
+        found |= u16((words[j] & u16(0x7F7F)) + u16(0x0101))  # carries into a byte's last bit where all others are set
+    return found & u16(0x8080) != u16(0)
 
 
 class Codes(NamedTuple):
@@ -202,11 +226,19 @@ def loops_over(codes_of, scale, planes, block_rows, zero_point, has_zeros):
     def spread(stored, expert, o, group, step, scale_of, zero_of):
         """Write the scale and the zero point of every word of row o, from `group` on."""
         _, scales, table, factors, zeros = stored
-        for g in range(-(-len(scale_of) // step)):
-            here = slice(g * step, (g + 1) * step)
-            scale_of[here] = scale(scales[expert, o // block_rows, group + g], table) * factors[expert]
-            if has_zeros:
-                zero_of[here] = f32(zeros[expert, o, group + g])
+        of_row, factor, num_groups = scales[expert, o // block_rows], factors[expert], -(-len(scale_of) // step)
+        if (step == 4 or step == 8) and len(scale_of) % step == 0:
+            for g in range(num_groups):
+                found = scale(of_row[group + g], table) * factor
+                write_four(scale_of, g * step, found)
+                if step == 8:
+                    write_four(scale_of, g * step + 4, found)
+        else:
+            for g in range(num_groups):
+                scale_of[g * step : (g + 1) * step] = scale(of_row[group + g], table) * factor
+        if has_zeros:
+            for g in range(num_groups):
+                zero_of[g * step : (g + 1) * step] = f32(zeros[expert, o, group + g])
 
     @register_jitable
     def zero_at(zero_of, j):
@@ -237,6 +269,16 @@ def loops_over(codes_of, scale, planes, block_rows, zero_point, has_zeros):
         return y_0, y_1
 
     @register_jitable
+    def dots_3(words, scale_of, zero_of, x_0, x_1, x_2):
+        y_0 = y_1 = y_2 = f32(0)
+        for j in range(len(words)):
+            word, zero = words[j], zero_at(zero_of, j)
+            y_0 += dot(word, zero, x_0, j) * scale_of[j]
+            y_1 += dot(word, zero, x_1, j) * scale_of[j]
+            y_2 += dot(word, zero, x_2, j) * scale_of[j]
+        return y_0, y_1, y_2
+
+    @register_jitable
     def dots_4(words, scale_of, zero_of, x_0, x_1, x_2, x_3):
         y_0 = y_1 = y_2 = y_3 = f32(0)
         for j in range(len(words)):
@@ -259,7 +301,11 @@ def loops_over(codes_of, scale, planes, block_rows, zero_point, has_zeros):
                     y_0, y_1, y_2, y_3 = dots_4(words, scale_of, zero_of, x[r], x[r + 1], x[r + 2], x[r + 3])
                     y[r, o], y[r + 1, o], y[r + 2, o], y[r + 3, o] = u * y_0, u * y_1, u * y_2, u * y_3
                     r += 4
-                if r + 2 <= end:
+                if r + 3 == end:
+                    y_0, y_1, y_2 = dots_3(words, scale_of, zero_of, x[r], x[r + 1], x[r + 2])
+                    y[r, o], y[r + 1, o], y[r + 2, o] = u * y_0, u * y_1, u * y_2
+                    r += 3
+                if r + 2 == end:
                     y_0, y_1 = dots_2(words, scale_of, zero_of, x[r], x[r + 1])
                     y[r, o], y[r + 1, o] = u * y_0, u * y_1
                     r += 2
@@ -290,109 +336,3 @@ def loops_over(codes_of, scale, planes, block_rows, zero_point, has_zeros):
         return compiled(decode)
 
     return CodeLoops(compiled(few_rows, fastmath=SUMS), decoder(False), decoder(True))
-
-
-# Activations: those with a gate times its sigmoid ---------------------------------------------------------------------
-
-
-@register_jitable
-def at_most(x, limit):
-    """The smaller one; a NaN stays."""
-    return limit if x > limit else x
-
-
-@register_jitable
-def at_least(x, limit):
-    """The larger one; a NaN stays."""
-    return limit if x < limit else x
-
-
-@register_jitable
-def exp(x):
-    """e^x to 1e-7: 2^n times a polynomial, by S. Moshier's coefficients in Cephes (expf), |x - n ln 2| <= ln 2 / 2."""
-    inside = at_least(at_most(x, f32(88)), f32(-87))
-    n = np.floor(inside * f32(1.4426950408889634) + f32(0.5))
-    r = inside - n * f32(0.693359375) + n * f32(2.12194440e-4)  # ln 2 in two parts, of which the first is exact
-    p = f32(1.9875691500e-4)
-    p = p * r + f32(1.3981999507e-3)
-    p = p * r + f32(8.3334519073e-3)
-    p = p * r + f32(4.1665795894e-2)
-    p = p * r + f32(1.6666665459e-1)
-    p = p * r + f32(5.0000001201e-1)
-    found = (p * r * r + r + f32(1)) * float_of_bits(u32(i32(n) + i32(127)) << u32(23))
-    return f32(np.inf) if x > f32(88) else found
-
-
-@register_jitable
-def sigmoid(x):
-    return f32(1) / (f32(1) + exp(-x))
-
-
-@njit(nogil=True, fastmath=SUMS)
-def sum_of(terms):
-    """The sum of a row. Its own function: where sums may be cut, the two parts of ln 2 would become one."""
-    total = f32(0)
-    for j in range(len(terms)):
-        total += terms[j]
-    return total
-
-
-class ActivationLoops(NamedTuple):
-    """The compiled loops of gate * sigmoid(alpha * gate) * (up + offset) over rows h = (gate, up) [m, 2n].
-
-    Gate and up are cut at `limit` as `activations` says; for bf16 all arrays but those of rows hold bits.
-
-    forward(h, alpha, limit, offset, a, first, last)
-        writes the activation a [m, n] of the rows first <= i < last
-    backward(h, grad_a, w, alpha, limit, offset, grad_h, weighted_a, grad_w, first, last)
-        writes w * a to weighted_a, a . grad_a to grad_w [m] fp32, and to grad_h the gradient that w * grad_a gives
-    """
-
-    forward: object
-    backward: object
-
-
-@cache
-def activation_loops(is_bf16):
-    """Return the loops over rows in bf16, or in fp32."""
-
-    @register_jitable
-    def number(stored):
-        return widened(stored) if is_bf16 else stored
-
-    @register_jitable
-    def stored(number):
-        return rounded(number) if is_bf16 else number
-
-    @register_jitable
-    def parts(gate, up, alpha, limit, offset):
-        """What is activated, its sigmoid, and what it is multiplied by."""
-        g = at_most(number(gate), limit)
-        return g, sigmoid(alpha * g), at_least(at_most(number(up), limit), -limit) + offset
-
-    def forward(h, alpha, limit, offset, a, first, last):
-        n, alpha, limit, offset = a.shape[1], f32(alpha), f32(limit), f32(offset)
-        for i in range(first, last):
-            gate, up, out = h[i, :n], h[i, n:], a[i]
-            for j in range(n):
-                g, s, u = parts(gate[j], up[j], alpha, limit, offset)
-                out[j] = stored(g * s * u)
-
-    def backward(h, grad_a, w, alpha, limit, offset, grad_h, weighted_a, grad_w, first, last):
-        n, alpha, limit, offset = grad_a.shape[1], f32(alpha), f32(limit), f32(offset)
-        terms = np.empty(n, f32)
-        for i in range(first, last):
-            gate, up, grad, out = h[i, :n], h[i, n:], grad_a[i], weighted_a[i]
-            grad_gate, grad_up, weight = grad_h[i, :n], grad_h[i, n:], w[i]
-            for j in range(n):
-                g, s, u = parts(gate[j], up[j], alpha, limit, offset)
-                a, da = g * s * u, number(grad[j])
-                terms[j] = a * da
-                out[j] = stored(a * weight)
-                slope = s * (f32(1) + alpha * g * (f32(1) - s))  # d (g * sigmoid(alpha * g)) / d g
-                cut_gate, cut_up = number(gate[j]) > limit, abs(number(up[j])) > limit
-                grad_gate[j] = stored(f32(0) if cut_gate else weight * da * u * slope)
-                grad_up[j] = stored(f32(0) if cut_up else weight * da * g * s)
-            grad_w[i] = sum_of(terms)
-
-    return ActivationLoops(compiled(forward, fastmath=FUSED), compiled(backward, fastmath=FUSED))

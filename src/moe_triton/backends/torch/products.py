@@ -13,10 +13,9 @@ from moe_triton.backends.torch.blocks import Block, Layout
 from moe_triton.backends.torch.cpu import CpuPolicy, batched_product, is_aligned
 from moe_triton.backends.torch.decoded import Decoded
 from moe_triton.quantization import QuantizedWeight
-from moe_triton.records import ExpertCall, ExpertSpec, ExpertWeight, Lora, Projection
+from moe_triton.records import ExpertSpec, ExpertWeight, Projection
 
 Matrices = Callable[[int | slice], Tensor]  # expert -> its projection as [out, in]; or several experts'
-Adapters = tuple[Lora | None, Lora | None]  # of gate and up, and of down
 
 
 def matrices(projection: Projection, spec: ExpertSpec, dtype: torch.dtype) -> Matrices | Decoded:
@@ -90,55 +89,6 @@ def _product(
 ) -> Tensor:
     """x @ weight(expert).T + bias[expert] for the rows of one expert; `out`: see `CpuPolicy.product`."""
     return policy.product(x_mI, weight(expert), None if biases is None else biases[expert], out)
-
-
-def affine(
-    layout: Layout,
-    block: Block,
-    x_mI: Tensor,
-    weight: Matrices | Decoded,
-    biases: ExpertWeight | None,
-    lora: Lora | None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """`products` with the adapter's part: + scaling * (x @ a(e).T) @ b(e).T."""
-    if lora is None:
-        return products(layout, block, x_mI, weight, biases, out)
-    y_mO = products(layout, block, x_mI, weight, biases)
-    add_products(layout, block, narrow(layout, block, x_mI, lora.a), lora.b, y_mO)
-    return y_mO if out is None else out.copy_(y_mO)
-
-
-def narrow(layout: Layout, block: Block, x_mI: Tensor, factor_ErI: Tensor) -> Tensor:
-    """x @ factor[e].T for the rows of every expert e of the block, [m, r]."""
-    return products(layout, block, x_mI, lambda e: factor_ErI[e])
-
-
-def add_products(layout: Layout, block: Block, t_mr: Tensor, factor_EOr: Tensor, y_mO: Tensor) -> None:
-    """y += t @ factor[e].T for the rows of every expert e of the block."""
-    if block.batch is not None:
-        count = block.batch.stop - block.batch.start
-        t_Cmr, y_CmO = (rows.view(count, -1, rows.shape[1]) for rows in (t_mr, y_mO))
-        y_CmO.baddbmm_(t_Cmr, factor_EOr[block.batch].mT)
-        return
-    for e, part in block.parts:
-        if layout.policy.fixed_rows:
-            y_mO[part] += layout.policy.product(t_mr[part], factor_EOr[e])
-        else:
-            y_mO[part].addmm_(t_mr[part], factor_EOr[e].mT)
-
-
-def adapters_of(call: ExpertCall) -> Adapters:
-    """Those of gate and up, and of down, as the products read them."""
-    return _readable(call.gate_up_lora), _readable(call.down_lora)
-
-
-def _readable(lora: Lora | None) -> Lora | None:
-    """The adapter with factors that a product reads as they lie, and b scaled: PEFT's b has no contiguous dimension."""
-    if lora is None:
-        return None
-    a, b = (x if 1 in x.stride()[1:] else x.contiguous() for x in (lora.a, lora.b))
-    return Lora(a, b if lora.scaling == 1.0 else b * lora.scaling)
 
 
 def outer_products(layout: Layout, block: Block, left: Tensor, right: Tensor, grad: Tensor) -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from moe_triton.records import RouterSpec
+from moe_triton.backends.torch.dispatch import sort_by_loop
+from moe_triton.backends.torch.fused import data, loops_problem
+from moe_triton.records import RouterSpec, TiledDispatch
 from moe_triton.reference import EPS, choice_keys, normalised_and_chosen, router_scores, unless_empty, wide
 
+LOOP_SCORES = ("softmax", "topk_softmax", "sigmoid")  # in the order of their numbers in the compiled loops
 SORTED_ELEMENTS = 4096  # of so few keys a whole sort takes less time than the operations that spare it
 
 
@@ -52,6 +56,9 @@ def route_unsummed(
     given: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Callable[[], tuple[Tensor, Tensor, Tensor]]]:
     """Return the experts and weights of `route_forward`, and what computes its sums."""
+    if _runs_loops(logits, spec):
+        experts, weights, *sums = _route_by_loop(logits, spec, choice_bias, noise, token_mask, given)
+        return experts, weights, lambda: (sums[0], sums[1], sums[2])
     logits_TE = logits.to(wide(logits.dtype))
     experts_TK = top_choices(choice_keys(logits_TE, spec, choice_bias, noise), spec.top_k)
     all_real = given is None and not spec.weightless
@@ -70,8 +77,66 @@ def route_unsummed(
     return experts_TK.int(), weights_TK, partial(_sums, logits_TE, spec, token_mask, experts_TK, probs_TE)
 
 
-def route_and_dispatch(*_inputs: object) -> None:
-    """Return None: there are no launches to save."""
+def route_and_dispatch(
+    logits: Tensor,
+    spec: RouterSpec,
+    choice_bias: Tensor | None,
+    noise: Tensor | None,
+    token_mask: Tensor | None,
+    given: Tensor | None = None,
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], TiledDispatch] | None:
+    """Return what `route_forward` does, and a Dispatch without a capacity; None where no loop makes them."""
+    if not _runs_loops(logits, spec):
+        return None
+    found = _route_by_loop(logits, spec, choice_bias, noise, token_mask, given)
+    counts, offsets, source, position = sort_by_loop(found[0], logits.shape[1])
+    dispatched = TiledDispatch(counts=counts, offsets=offsets, source=source, position=position, experts=found[0])
+    return found, dispatched
+
+
+def _runs_loops(logits: Tensor, spec: RouterSpec) -> bool:
+    """Whether the compiled loops have the options and the dtype; neither this nor a row's bits depend on the rows."""
+    return (
+        wide(logits.dtype) == torch.float32
+        and logits.device.type == "cpu"
+        and spec.score in LOOP_SCORES
+        and spec.weightless == 0
+        and loops_problem() is None
+    )
+
+
+def _route_by_loop(
+    logits: Tensor,
+    spec: RouterSpec,
+    choice_bias: Tensor | None,
+    noise: Tensor | None,
+    token_mask: Tensor | None,
+    given: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`route_forward`."""
+    from moe_triton.backends.torch.small_loops import route
+
+    logits, (num_tokens, num_experts), parts = logits.float(), logits.shape, spec.sequences
+    experts = np.empty((num_tokens, spec.top_k), np.int32)
+    weights, counts = np.empty((num_tokens, spec.top_k), np.float32), np.empty((parts, num_experts), np.int32)
+    score_sums, z_sums = np.empty((parts, num_experts), np.float32), np.empty(parts, np.float32)
+    keys = numbers = data(logits)
+    if choice_bias is not None or noise is not None or spec.num_groups > 1:
+        keys = data(choice_keys(logits, spec, choice_bias, noise))
+    choices = np.empty((0, 0), np.int32) if given is None else data(given.int())
+    mask = np.empty(0, np.bool_) if token_mask is None else data(token_mask.bool())
+    options = LOOP_SCORES.index(spec.score), spec.normalize, spec.scale
+    for b, here in enumerate(_sequences(num_tokens, parts)):
+        sums = counts[b], score_sums[b], z_sums[b : b + 1]
+        route(numbers[here], keys[here], choices[here], mask[here], *options, experts[here], weights[here], *sums)
+    of, shape = torch.from_numpy, (num_experts,) if parts == 1 else (parts, num_experts)
+    return of(experts), of(weights), of(counts).view(shape), of(score_sums).view(shape), of(z_sums).sum()
+
+
+def _sequences(num_tokens: int, parts: int) -> list[slice]:
+    """The rows of each sequence."""
+    size = num_tokens // parts
+    return [slice(b * size, (b + 1) * size) for b in range(parts)]
 
 
 def _sums(
@@ -112,6 +177,8 @@ def route_backward(
     grad_weights [T, K], grad_score_sums [E] and grad_z_sum [] are the gradients of the three differentiable outputs;
     None stands for zeros. all_real: every choice is of an expert that has a weight.
     """
+    if _runs_loops(logits, spec):
+        return _route_backward_by_loop(grad_weights, grad_score_sums, grad_z_sum, logits, experts, spec)
     num_experts = logits.shape[1]
     logits_TE = logits.to(wide(logits.dtype))
     experts_TK = experts.long()
@@ -154,6 +221,30 @@ def route_backward(
     if not all_real:
         grad_TE = grad_TE.masked_fill((experts == -1).all(-1, keepdim=True), 0.0)
     return grad_TE.to(logits.dtype)
+
+
+def _route_backward_by_loop(
+    grad_weights: Tensor,
+    grad_score_sums: Tensor | None,
+    grad_z_sum: Tensor | None,
+    logits: Tensor,
+    experts: Tensor,
+    spec: RouterSpec,
+) -> Tensor:
+    from moe_triton.backends.torch.small_loops import route_backward
+
+    (num_tokens, num_experts), parts = logits.shape, spec.sequences
+    grad_logits = np.empty((num_tokens, num_experts), np.float32)
+    of_sums = np.zeros((parts, num_experts), np.float32)
+    if grad_score_sums is not None:
+        of_sums = data(grad_score_sums).reshape(parts, num_experts)
+    of_z = 0.0 if grad_z_sum is None else float(grad_z_sum)
+    options = LOOP_SCORES.index(spec.score), spec.normalize, spec.scale
+    numbers, choices, of_weights = data(logits.float()), data(experts), data(grad_weights)
+    for b, here in enumerate(_sequences(num_tokens, parts)):
+        given = numbers[here], choices[here], of_weights[here], of_sums[b], of_z
+        route_backward(*given, *options, grad_logits[here])
+    return torch.from_numpy(grad_logits).to(logits.dtype)
 
 
 def _softmax_backward(grad: Tensor, probs: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from moe_triton.backends.torch.fused import DTYPES, WORTH_A_THREAD, array, loops_problem
 from moe_triton.backends.torch.threads import share
 from moe_triton.quantization import QuantizedWeight, formats
+from moe_triton.torch_internals import SERIAL
 
 
 class StoredCodes:
@@ -29,16 +30,19 @@ class StoredCodes:
         kind = weight.kind
         self.planes, self.step = 16 // kind.bits, weight.group * kind.bits // 16
         self.loops = code_loops(kind.name, weight.scales.dtype, weight.zeros is not None)
-        codes = weight.codes.view(torch.uint8).numpy().view(np.uint16)
-        factors = _ones(len(weight)) if weight.global_scale is None else weight.global_scale.numpy()
-        zeros = NO_ZEROS if weight.zeros is None else weight.zeros.numpy()
+        codes = array(weight.codes.view(torch.uint8)).view(np.uint16)
+        factors = _ones(len(weight)) if weight.global_scale is None else array(weight.global_scale)
+        zeros = NO_ZEROS if weight.zeros is None else array(weight.zeros)
         self.stored = (codes, array(weight.scales), _numbers_of_bytes(weight.scales.dtype), factors, zeros)
 
     def few_rows(self, x_mI: Tensor, experts: Sequence[int], bounds: Sequence[int]) -> Tensor:
         """Return x[r] @ projection(experts[p]).T for bounds[p] <= r < bounds[p+1], [m, rows] fp32."""
         codes = self.stored[0]
-        x, y = in_planes(x_mI.float(), self.planes).numpy(), torch.empty(x_mI.shape[0], codes.shape[1])
-        arguments = (self.stored, self.step, np.array(experts), np.array(bounds), x, y.numpy())
+        num_rows, size = x_mI.shape
+        x, y = torch.empty(num_rows, self.planes, size // self.planes), torch.empty(num_rows, codes.shape[1])
+        for rows, found in zip(serial_parts(x_mI), serial_parts(x), strict=True):
+            found.copy_(rows.unflatten(1, (-1, self.planes)).mT)
+        arguments = (self.stored, self.step, np.array(experts), np.array(bounds), x.numpy(), y.numpy())
         numbers = codes.shape[2] * self.planes * len(experts)
         share(
             lambda first, last: self.loops.few_rows(*arguments, first, last),
@@ -63,6 +67,14 @@ def stored_codes(weight: QuantizedWeight, dtype: torch.dtype) -> StoredCodes | N
     has_words = weight.codes.shape[2] * weight.codes.element_size() % 2 == 0
     can_run = is_readable and has_words and dtype in DTYPES and loops_problem() is None
     return StoredCodes(weight) if can_run else None
+
+
+def serial_parts(x: Tensor) -> tuple[Tensor, ...]:
+    """Return parts of the rows so small that torch's operations on them start no threads.
+
+    Those wait busily for milliseconds when an operation has ended, on the processors that our loops need.
+    """
+    return x.split(max(SERIAL * len(x) // max(x.numel(), 1), 1))
 
 
 def in_planes(x: Tensor, planes: int) -> Tensor:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+
+from moe_triton.torch_internals import openmp_parallel
 
 _pool: ThreadPoolExecutor | None = None
 
@@ -24,6 +27,23 @@ def share(run: Callable[[int, int], object], size: int, least: int) -> None:
     finally:
         for other in others:
             other.result()
+
+
+def knows_torchs_threads() -> bool:
+    """Return whether `on_all_threads` runs on all of them."""
+    return torch.get_num_threads() == 1 or openmp_parallel() is not None
+
+
+def on_all_threads(function: int, data: int) -> None:
+    """Call a compiled function, of which `function` is the address, with the address `data` on all of torch's threads.
+
+    Where torch's library of threads is not known to us, on the calling thread only.
+    """
+    parallel = openmp_parallel()
+    if parallel is None:
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)(data)
+    else:
+        parallel(function, data, torch.get_num_threads(), 0)
 
 
 def _workers() -> ThreadPoolExecutor:

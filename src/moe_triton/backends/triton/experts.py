@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from moe_triton.backends.triton.fp8_problem import problem_of
-from moe_triton.backends.triton.problem import check_dtype
+from moe_triton.backends.triton.parameters import check_dtype
+from moe_triton.backends.triton.problem import Problem
 from moe_triton.records import (
     ExpertCall,
     ExpertGradients,
@@ -50,13 +51,18 @@ def experts_backward(call: ExpertCall, grad_out: Tensor, preactivation: Tensor, 
 
     An empty `preactivation` is recomputed from `hidden`. A sequence of parameters gets a list of views of one tensor.
     """
-    rows = experts_backward_rows(call, grad_out, preactivation, wanted)
-    return ExpertGradients(rows.hidden, rows.weights, *experts_backward_weights(call, grad_out, rows, wanted))
+    problem = problem_of(call)
+    rows = _backward_rows(problem, grad_out, preactivation, wanted)
+    return ExpertGradients(rows.hidden, rows.weights, *_backward_weights(problem, grad_out, rows, wanted))
 
 
 def experts_backward_rows(call: ExpertCall, grad_out: Tensor, preactivation: Tensor, wanted: Wanted) -> RowGradients:
     """Compute the first half of `experts_backward`: what a sender waits for, and what the second half needs of it."""
-    problem, hidden = problem_of(call), call.hidden
+    return _backward_rows(problem_of(call), grad_out, preactivation, wanted)
+
+
+def _backward_rows(problem: Problem, grad_out: Tensor, preactivation: Tensor, wanted: Wanted) -> RowGradients:
+    call, hidden = problem.call, problem.call.hidden
     if problem.num_rows == 0:
         return RowGradients(
             hidden=torch.zeros_like(hidden) if wanted.hidden else None,
@@ -86,7 +92,14 @@ def experts_backward_weights(
     call: ExpertCall, grad_out: Tensor, row_grads: RowGradients, wanted: Wanted
 ) -> ParameterGradients:
     """Compute the second half of `experts_backward`."""
-    problem, given, wanted = problem_of(call), call.parameters, wanted.of(call.parameters)
+    return _backward_weights(problem_of(call), grad_out, row_grads, wanted)
+
+
+def _backward_weights(
+    problem: Problem, grad_out: Tensor, row_grads: RowGradients, wanted: Wanted
+) -> ParameterGradients:
+    given = problem.call.parameters
+    wanted = wanted.of(given)
     if problem.num_rows == 0:
         return ParameterGradients(
             *(zeros_like(cast(ExpertWeight, p)) if want else None for p, want in zip(given, wanted[2:], strict=True))

@@ -121,7 +121,7 @@ class Fp8Problem(Problem):
         left = self.gathered_operand(tokens) if left is None else left
         right = quantize_columns(self.numbers(coded), self._tiles) if right is None else right
         left, right = (left, right) if tokens_first else (right, left)
-        return fp8_d_weight(left, right, self._tiles, config=self.config("d_weight"))
+        return fp8_d_weight(left, right, self._tiles, config=self.config_of_d_weight())
 
 
 def problem_of(call: ExpertCall) -> Problem:

@@ -2,40 +2,74 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_triton.quantization import QuantizedWeight
+from moe_triton.backends.triton.parameters import Factors, activation_of, matrices, vectors
+from moe_triton.kinds import MOST_KINDS
 from moe_triton.records import (
     ExpertCall,
-    ExpertSpec,
-    Lora,
-    Projection,
     TiledDispatch,
     Wanted,
     matrix_shape,
 )
-from moe_triton_kernels.activations import Activation
+from moe_triton_kernels import launch
 from moe_triton_kernels.combine import combine
-from moe_triton_kernels.configs import choose_config
-from moe_triton_kernels.d_hidden import Into, d_hidden, d_router_weights
+from moe_triton_kernels.configs import choose_config, shipped_table, user_table
+from moe_triton_kernels.d_hidden import DHidden, Into
+from moe_triton_kernels.d_router_weights import d_router_weights
 from moe_triton_kernels.d_weight import d_bias, d_weight
-from moe_triton_kernels.down import down
+from moe_triton_kernels.down import Down
 from moe_triton_kernels.fp8 import RowCodes
 from moe_triton_kernels.heuristics import BUCKETS, adapter_tile, decodes_in_loop
 from moe_triton_kernels.launch import Config, target_of
-from moe_triton_kernels.lora import Adapter
 from moe_triton_kernels.narrow import narrow
 from moe_triton_kernels.operands import PerExpert, per_expert
-from moe_triton_kernels.quantized import decode, quantized_per_expert
+from moe_triton_kernels.quantized import decode
 from moe_triton_kernels.tiles import TileTables, tile_tables
-from moe_triton_kernels.up import up
+from moe_triton_kernels.up import Up
 
 ALL = Wanted()
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Prepared:
+    """What all calls of one kind have in common. It keeps no tensor.
+
+    layouts  of the projections, as `Problem` has them, and of the biases; None for one that is not a single tensor
+    kernels  operation -> its kernel's launch, prepared when the first call gets there; or its configuration alone
+    """
+
+    def __init__(self, call: ExpertCall) -> None:
+        spec, parameters = call.spec, call.parameters
+        self.activation = activation_of(spec, call.hidden.dtype)
+        self.top_k, self.num_rows, self.num_experts = call.dispatched.top_k, call.num_rows, call.num_experts
+        self.size_n, self.size_d = matrix_shape(parameters.down)[:: 1 if spec.is_transposed else -1]
+        swaps = (not spec.is_transposed, not spec.is_transposed, False, False)
+        self.layouts = [
+            per_expert(given, transposed=swap).layout if isinstance(given, Tensor) else None
+            for given, swap in zip(parameters, swaps, strict=False)
+        ]
+        self.is_adapted = call.gate_up_lora is not None or call.down_lora is not None
+        self.kernels: dict[str, Any] = {}
+
+
+def prepared_for(call: ExpertCall) -> Prepared:
+    """What was prepared for calls of this kind, on this device, with these tables and this compiler."""
+    kind = call.kind
+    if kind is None:
+        return Prepared(call)
+    key = (kind, target_of(call.hidden.device), launch.compiler_fences(), user_table(), shipped_table())
+    found = _PREPARED.get(key)
+    if found is None:
+        if len(_PREPARED) >= MOST_KINDS:
+            _PREPARED.clear()
+        found = _PREPARED[key] = Prepared(call)
+    return found
+
+
+_PREPARED: dict[tuple[Any, ...], Prepared] = {}
 
 
 class Problem:
@@ -45,21 +79,26 @@ class Problem:
     """
 
     def __init__(self, call: ExpertCall) -> None:
-        spec, parameters = call.spec, call.parameters
-        self.call, self.spec, self.dispatched = call, spec, call.dispatched
+        prepared, spec, parameters = prepared_for(call), call.spec, call.parameters
+        self.call, self.spec, self.dispatched, self.kernels = call, spec, call.dispatched, prepared.kernels
         self.hidden, self.weights = call.hidden.contiguous(), call.weights.contiguous()
-        self.activation = activation_of(spec, call.hidden.dtype)
-        self.top_k, self.num_rows, self.num_experts = call.dispatched.top_k, call.num_rows, call.num_experts
-        self.size_n, self.size_d = matrix_shape(parameters.down)[:: 1 if spec.is_transposed else -1]
-        self.gate_up = matrices(parameters.gate_up, transposed=not spec.is_transposed)
-        self.down = matrices(parameters.down, transposed=not spec.is_transposed)
-        self.gate_up_bias = None if parameters.gate_up_bias is None else per_expert(parameters.gate_up_bias)
-        self.down_bias = None if parameters.down_bias is None else per_expert(parameters.down_bias)
-        self.gate_up_lora = None if call.gate_up_lora is None else Factors(call.gate_up_lora)
-        self.down_lora = None if call.down_lora is None else Factors(call.down_lora)
+        self.activation, self.size_n, self.size_d = prepared.activation, prepared.size_n, prepared.size_d
+        self.top_k, self.num_rows, self.num_experts = prepared.top_k, prepared.num_rows, prepared.num_experts
+        swap, (gate_up, down, gate_up_bias, down_bias) = not spec.is_transposed, prepared.layouts
+        self.gate_up = matrices(parameters.gate_up, gate_up, transposed=swap)
+        self.down = matrices(parameters.down, down, transposed=swap)
+        up_vectors, down_vectors = parameters.gate_up_bias, parameters.down_bias
+        self.gate_up_bias = None if up_vectors is None else vectors(up_vectors, gate_up_bias)
+        self.down_bias = None if down_vectors is None else vectors(down_vectors, down_bias)
+        self.gate_up_lora: Factors | None = None
+        self.down_lora: Factors | None = None
+        if prepared.is_adapted:
+            gate_up_lora, down_lora = call.gate_up_lora, call.down_lora
+            self.gate_up_lora = None if gate_up_lora is None else Factors(gate_up_lora)
+            self.down_lora = None if down_lora is None else Factors(down_lora)
 
     def tiles(self) -> TileTables:
-        if isinstance(self.dispatched, TiledDispatch):
+        if isinstance(self.dispatched, TiledDispatch) and self.dispatched.tiles is not None:
             return self.dispatched.tiles
         return tile_tables(self.dispatched.offsets, self.num_rows)
 
@@ -109,20 +148,29 @@ class Problem:
 
     def up(self, tiles: TileTables, *, keep_a: bool, keep_h: bool) -> tuple[Any, Tensor]:
         """The activation [S, n] for `down_rows`, and the pre-activation [S, 2n or n]; empty [0] where not kept."""
-        weight, lora = self.read(self.gate_up_operand(), "up"), self.gate_up_lora
+        weight, lora, x = self.gate_up_operand(), self.gate_up_lora, self.rows_operand(self.hidden)
+        if weight.decoding is not None:
+            weight = self.read(weight, "up")
+        up = self.kernels.get("up")
+        if up is None:
+            up = self.kernels["up"] = Up(
+                x,
+                tiles,
+                weight,
+                size_n=self.size_n,
+                top_k=self.top_k,
+                activation=self.activation,
+                is_concatenated=self.spec.is_concatenated,
+                config=self.config("up", weight),
+            )
         return up(
-            self.rows_operand(self.hidden),
+            x,
             self.dispatched.source,
             tiles,
             weight if lora is None else lora.forward(weight, self.t_gate_up(tiles)),
             self.gate_up_bias,
-            size_n=self.size_n,
-            top_k=self.top_k,
-            activation=self.activation,
-            is_concatenated=self.spec.is_concatenated,
             keep_activation=keep_a,
             keep_preactivation=keep_h,
-            config=self.config("up", weight),
         )
 
     def down_rows(self, a: Any, tiles: TileTables) -> Tensor:
@@ -131,13 +179,14 @@ class Problem:
 
     def _down_rows(self, a: Tensor | RowCodes, of_adapter: Tensor, tiles: TileTables) -> Tensor:
         """The same of the activation as the product and as the adapter reads it."""
-        weight, lora = self.read(self.down_operand(), "down"), self.down_lora
+        weight, lora = self.down_operand(), self.down_lora
+        if weight.decoding is not None:
+            weight = self.read(weight, "down")
+        down = self.kernels.get("down") or self._rows_times("down", a, tiles, weight)
         return down(
             a,
             tiles,
             weight if lora is None else lora.forward(weight, self.t_down(of_adapter, tiles)),
-            size_columns=self.size_d,
-            config=self.config("down", weight),
             bias=self.down_bias,
             router_weights=self.weights,
             source=self.dispatched.source,
@@ -156,26 +205,26 @@ class Problem:
         self, grad_out: Tensor | RowCodes, h: Tensor, tiles: TileTables, u: Tensor | None, into: Into | None = None
     ) -> tuple[Any, Any, Tensor]:
         weight = self._backward(self.down_operand(back=True), self.down_lora, u, "d_hidden")
-        return d_hidden(
-            grad_out,
-            self.dispatched.source,
-            tiles,
-            weight,
-            h,
-            self.weights,
-            size_n=self.size_n,
-            activation=self.activation,
-            is_concatenated=self.spec.is_concatenated,
-            config=self.config("d_hidden", weight),
-            into=into,
-        )
+        d_hidden = self.kernels.get("d_hidden")
+        if d_hidden is None:
+            d_hidden = self.kernels["d_hidden"] = DHidden(
+                grad_out,
+                tiles,
+                weight,
+                size_n=self.size_n,
+                top_k=self.top_k,
+                activation=self.activation,
+                is_concatenated=self.spec.is_concatenated,
+                config=self.config("d_hidden", weight),
+            )
+        return d_hidden(grad_out, self.dispatched.source, tiles, weight, h, self.weights, into)
 
     def numbers(self, rows: Any) -> Tensor:
         """What `d_hidden` gave as [S, ...], for biases and adapters; an empty [0] where neither is there."""
         return rows
 
     def _backward(self, projection: PerExpert, lora: Factors | None, u: Tensor | None, op: str) -> PerExpert:
-        weight = self.read(projection, op)
+        weight = projection if projection.decoding is None else self.read(projection, op)
         return weight if lora is None or u is None else lora.backward(weight, u)
 
     def d_router_weights(self, shares: Tensor, grad_out: Tensor, tiles: TileTables) -> Tensor:
@@ -184,13 +233,16 @@ class Problem:
     def d_rows(self, grad_h: Any, tiles: TileTables, u: Tensor | None = None) -> Tensor:
         """Every row's gradient of its token [S, d]."""
         weight = self._backward(self.gate_up_operand(back=True), self.gate_up_lora, u, "d_rows")
-        return down(
-            self.rows_operand(grad_h),
-            tiles,
-            weight,
-            size_columns=self.size_d,
-            config=self.config("d_rows", weight),
-        )
+        rows = self.rows_operand(grad_h)
+        return self._rows_times("d_rows", rows, tiles, weight)(rows, tiles, weight)
+
+    def _rows_times(self, op: str, rows: Tensor | RowCodes, tiles: TileTables, weight: PerExpert) -> Down:
+        """The kernel of one of the two products of rows in expert order, which give [S, d]."""
+        found = self.kernels.get(op)
+        if found is None:
+            config = self.config(op, weight)
+            found = self.kernels[op] = Down(rows, tiles, weight, size_columns=self.size_d, config=config)
+        return found
 
     def combine(self, rows: Tensor) -> Tensor:
         return combine(rows, self.dispatched.position, self.hidden.dtype)
@@ -209,7 +261,13 @@ class Problem:
         `tokens` [T, ...] is gathered by row -> token; `rows` [S, ...] lies in expert order.
         """
         left, right = (tokens, rows) if tokens_first else (rows, tokens)
-        return self._contract(left, right, self.config("d_weight"), gather_left=tokens_first)
+        return self._contract(left, right, self.config_of_d_weight(), gather_left=tokens_first)
+
+    def config_of_d_weight(self) -> Config:
+        found = self.kernels.get("d_weight")
+        if found is None:
+            found = self.kernels["d_weight"] = self.config("d_weight")
+        return found
 
     def _contract(self, left: Tensor, right: Tensor, config: Config, **gathering: bool) -> Tensor:
         """left^T right over each expert's rows, [E, ...]."""
@@ -296,54 +354,6 @@ class Problem:
         return d_bias(values, source, offsets, top_k=self.top_k, router_weights=router_weights)
 
 
-def matrices(projection: Projection, *, transposed: bool = False) -> PerExpert:
-    """The projection's matrices for the kernels as they are given, [out, in] or [in, out], or with these swapped."""
-    if not isinstance(projection, QuantizedWeight):
-        return per_expert(projection, transposed=transposed)
-    found = quantized_per_expert(
-        projection.format,
-        projection.codes,
-        projection.scales,
-        projection.zeros,
-        projection.global_scale,
-        block=(projection.kind.rows, projection.group),
-    )
-    return found.transposed() if projection.is_transposed is not transposed else found
-
-
-@lru_cache
-def activation_of(spec: ExpertSpec, dtype: torch.dtype) -> Activation:
-    """The spec's activation, its limit rounded to `dtype` as torch compares it with a tensor of this dtype.
-
-    Raises TypeError on a dtype that kernels do not compute with.
-    """
-    check_dtype(dtype)
-    limit = None if spec.limit is None else torch.tensor(spec.limit, dtype=dtype, device="cpu").item()
-    return Activation(spec.activation, limit, spec.alpha)
-
-
-class Factors:
-    """An adapter as the kernels take it: a as [r, in] and b as [out, r] per expert."""
-
-    def __init__(self, lora: Lora) -> None:
-        # PEFT's b has neither dimension contiguous: a kernel would load a whole sector for each element
-        a, b = (x if 1 in x.stride()[1:] else x.contiguous() for x in (lora.a, lora.b))
-        self.a, self.b, self.rank, self.scaling = per_expert(a), per_expert(b), a.shape[1], lora.scaling
-
-    def forward(self, weight: PerExpert, t: Tensor) -> PerExpert:
-        """The projection with what is added to its product, given t = scaling * x A^T."""
-        return weight._replace(adapter=Adapter(t=t, factor=self.b.transposed(), rank=self.rank))
-
-    def backward(self, weight: PerExpert, u: Tensor) -> PerExpert:
-        """The same for the gradient of the product's input, given u = scaling * dy B."""
-        return weight._replace(adapter=Adapter(t=u, factor=self.a, rank=self.rank))
-
-
 def rows_of_config(call: ExpertCall) -> int:
     """The rows that the configurations of up and down are for: one number where bits must not depend on the rows."""
     return BUCKETS[-1] * call.num_experts + 1 if call.spec.batch_invariant else call.num_rows
-
-
-def check_dtype(dtype: torch.dtype) -> None:
-    if dtype not in DTYPES:
-        raise TypeError(f"hidden: the triton backend takes float32, float16 or bfloat16, got {dtype}")

@@ -34,15 +34,13 @@ def route_and_dispatch(
     noise: Tensor | None,
     token_mask: Tensor | None,
     given: Tensor | None = None,
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], TiledDispatch] | None:
-    """Return what `route_forward` does, and the Dispatch of all choices, from one launch; None where they are many."""
-    num_tokens, num_experts = logits.shape
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], TiledDispatch | None]:
+    """Return what `route_forward` does, and, where one launch makes both, the Dispatch of all choices."""
     options = options_of(spec)
-    if not is_small(num_tokens, num_experts, options):
-        return None
-    routed, (offsets, source, position, tiles) = small_route(
-        logits, options, choice_bias=choice_bias, noise=noise, token_mask=token_mask, given=given
-    )
+    inputs = {"choice_bias": choice_bias, "noise": noise, "token_mask": token_mask, "given": given}
+    if not is_small(*logits.shape, options):
+        return topk_forward(logits, options, **inputs), None
+    routed, (offsets, source, position, tiles) = small_route(logits, options, **inputs)
     return routed, TiledDispatch(
         counts=routed[2], offsets=offsets, source=source, position=position, tiles=tiles, experts=routed[0]
     )

@@ -1,0 +1,260 @@
+"""The adapters' part of a block's products on the CPU: by compiled loops where these are faster, else by torch."""
+
+from __future__ import annotations
+
+from ctypes import Array, addressof, c_int64
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_triton.backends.torch.blocks import Block, Layout
+from moe_triton.backends.torch.decoded import Decoded
+from moe_triton.backends.torch.fused import DTYPES, loops_problem
+from moe_triton.backends.torch.processor import this_processor
+from moe_triton.backends.torch.products import Matrices, outer_products, products
+from moe_triton.backends.torch.threads import knows_torchs_threads, on_all_threads
+from moe_triton.records import ExpertCall, ExpertWeight, Lora
+
+LEAST_ROWS = (
+    16  # of an expert on average, from which the loops are ahead: they bring all experts' factors to their form
+)
+LANES, WORD = 16, 4  # of a vector; bytes
+
+
+class Adapter:
+    """An adapter [E, r, in], [E, out, r] of one projection, b scaled, as products read it; t and u are [m, r]."""
+
+    def __init__(self, layout: Layout, lora: Lora) -> None:
+        # PEFT's b has no contiguous dimension
+        self.a, b = (x if 1 in x.stride()[1:] else x.contiguous() for x in (lora.a, lora.b))
+        self.b = b if lora.scaling == 1.0 else b * lora.scaling
+        self.layout = layout
+
+    def add(self, block: Block, x_mI: Tensor, y_mO: Tensor) -> None:
+        """y += (x @ a[e].T) @ b[e].T for the rows of every expert e of the block."""
+        self._add(block, self._t(block, x_mI), self.b, y_mO)
+
+    def add_back(self, block: Block, dy_mO: Tensor, dx_mI: Tensor) -> Tensor:
+        """dx += (dy @ b[e]) @ a[e]; returns u = dy @ b[e]."""
+        u_mr = self._u(block, dy_mO)
+        self._add(block, u_mr, self.a.mT, dx_mI)
+        return u_mr
+
+    def gradients(
+        self,
+        block: Block,
+        x_mI: Tensor,
+        dy_mO: Tensor,
+        u_mr: Tensor | None,
+        grad_a: Tensor | None,
+        grad_b: Tensor | None,
+    ) -> None:
+        """Writes what is asked for: u.T @ x to grad_a[e] and dy.T @ (x @ a[e].T) to grad_b[e], which is not scaled."""
+        if grad_a is not None:
+            outer_products(self.layout, block, self._u(block, dy_mO) if u_mr is None else u_mr, x_mI, grad_a)
+        if grad_b is not None:
+            outer_products(self.layout, block, dy_mO, self._t(block, x_mI), grad_b)
+
+    def _t(self, block: Block, x_mI: Tensor) -> Tensor:
+        return products(self.layout, block, x_mI, lambda e: self.a[e])
+
+    def _u(self, block: Block, dy_mO: Tensor) -> Tensor:
+        return products(self.layout, block, dy_mO, lambda e: self.b[e].mT)
+
+    def _add(self, block: Block, t_mr: Tensor, factor_EOr: Tensor, y_mO: Tensor) -> None:
+        """y += t @ factor[e].T."""
+        if block.batch is not None:
+            count = block.batch.stop - block.batch.start
+            t_Cmr, y_CmO = (rows.view(count, -1, rows.shape[1]) for rows in (t_mr, y_mO))
+            y_CmO.baddbmm_(t_Cmr, factor_EOr[block.batch].mT)
+            return
+        for e, part in block.parts:
+            if self.layout.policy.fixed_rows:
+                y_mO[part] += self.layout.policy.product(t_mr[part], factor_EOr[e])
+            else:
+                y_mO[part].addmm_(t_mr[part], factor_EOr[e].mT)
+
+
+class LoopedAdapter(Adapter):
+    """The same by the loops, where t and u have whole vectors; factors come to the loops' form for the first block."""
+
+    def __init__(self, layout: Layout, lora: Lora) -> None:
+        from moe_triton.backends.torch import adapter_loops as loops
+
+        super().__init__(layout, lora)
+        self.Narrow, self.Gradient = loops.Narrow, loops.Gradient
+        self.run = loops.adapter_loops(self.a.dtype == torch.bfloat16, this_processor().has("avx512_bf16")).address
+        self.size, rank = self.a.element_size(), self.a.shape[1]
+        self.panel = LANES if rank <= LANES else 2 * LANES
+        self.rank, self.padded_rank = rank, -(-rank // self.panel) * self.panel
+
+    @cached_property
+    def a_T(self) -> Tensor:
+        return in_panels(self.a.mT, self.panel)
+
+    @cached_property
+    def b_T(self) -> Tensor:
+        return in_panels(self.b.mT, 2 * LANES)
+
+    @cached_property
+    def a_back(self) -> Tensor:
+        return in_panels(self.a, 2 * LANES)
+
+    @cached_property
+    def b_back(self) -> Tensor:
+        return in_panels(self.b, self.panel)
+
+    def add(self, block: Block, x_mI: Tensor, y_mO: Tensor) -> None:
+        parts = parts_of(block)
+        step, _ = self._narrow(parts, x_mI, self.a_T, self.b_T, y_mO)
+        self._run(step)
+
+    def add_back(self, block: Block, dy_mO: Tensor, dx_mI: Tensor) -> Tensor:
+        parts = parts_of(block)
+        step, u_mr = self._narrow(parts, dy_mO, self.b_back, self.a_back, dx_mI)
+        self._run(step)
+        return u_mr
+
+    def gradients(
+        self,
+        block: Block,
+        x_mI: Tensor,
+        dy_mO: Tensor,
+        u_mr: Tensor | None,
+        grad_a: Tensor | None,
+        grad_b: Tensor | None,
+    ) -> None:
+        parts, steps = parts_of(block), []
+        longest = max((part.stop - part.start for _, part in block.parts), default=0) + 1  # pairs of an odd number
+        scratch = x_mI.new_empty(torch.get_num_threads(), longest * (self.padded_rank + 2 * LANES))
+        if grad_a is not None:
+            if u_mr is None:
+                step, u_mr = self._narrow(parts, dy_mO, self.b_back)
+                steps.append(step)
+            steps.append(self._gradient(parts, scratch, u_mr, x_mI, grad_a))
+        if grad_b is not None:
+            step, t_mr = self._narrow(parts, x_mI, self.a_T)
+            steps += [step, self._gradient(parts, scratch, t_mr, dy_mO, grad_b, is_transposed=True)]
+        self._run(*steps)
+
+    def _narrow(
+        self,
+        parts: Array[c_int64],
+        x_mI: Tensor,
+        into: Tensor,
+        out_of: Tensor | None = None,
+        y_mO: Tensor | None = None,
+    ) -> tuple[Any, Tensor]:
+        """The step that makes t = x @ into[e] and adds t @ out_of[e] to y, and t."""
+        t_mr, step = x_mI.new_empty(x_mI.shape[0], self.padded_rank), self.Narrow()
+        step.parts, step.num_parts = addressof(parts), len(parts) // 3
+        step.x, step.x_row, step.x_words = x_mI.data_ptr(), x_mI.stride(0) * self.size, into.shape[2]
+        step.into, step.into_step = into.data_ptr(), into.stride(0) * WORD
+        step.t, step.t_row, step.rank = t_mr.data_ptr(), self.padded_rank * self.size, self.padded_rank
+        if out_of is not None and y_mO is not None:
+            step.out_of, step.out_of_step, step.rank_words = out_of.data_ptr(), out_of.stride(0) * WORD, out_of.shape[2]
+            step.y, step.y_row, step.columns = y_mO.data_ptr(), y_mO.stride(0) * self.size, y_mO.shape[1]
+        return step, t_mr
+
+    def _gradient(
+        self,
+        parts: Array[c_int64],
+        scratch: Tensor,
+        t_mr: Tensor,
+        x_mI: Tensor,
+        grad: Tensor,
+        *,
+        is_transposed: bool = False,
+    ) -> Any:
+        """The step that writes t.T @ x to grad[e], or its transpose."""
+        step = self.Gradient(is_gradient=1, is_transposed=is_transposed)
+        step.parts, step.num_parts = addressof(parts), len(parts) // 3
+        step.narrow, step.narrow_row, step.rank = t_mr.data_ptr(), self.padded_rank * self.size, self.rank
+        step.wide, step.wide_row, step.columns = x_mI.data_ptr(), x_mI.stride(0) * self.size, x_mI.shape[1]
+        step.scratch, step.scratch_step = scratch.data_ptr(), scratch.stride(0) * self.size
+        step.out, step.out_step, step.out_row = grad.data_ptr(), grad.stride(0) * self.size, grad.stride(1) * self.size
+        return step
+
+    def _run(self, *steps: Any) -> None:
+        for step, following in pairwise(steps):
+            step.then = addressof(following)
+        if steps:
+            on_all_threads(self.run, addressof(steps[0]))
+
+
+def parts_of(block: Block) -> Array[c_int64]:
+    """Expert, first row and the row past its last of every part; to be kept until the steps that read it have run."""
+    return (c_int64 * (3 * len(block.parts)))(*(i for e, part in block.parts for i in (e, part.start, part.stop)))
+
+
+def in_panels(factor_EKQ: Tensor, width: int) -> Tensor:
+    """A factor in words as the loops multiply by it, [E, Q / width, words of K, width], with zeros up to `width`."""
+    more = -factor_EKQ.shape[2] % width
+    if more:
+        factor_EKQ = F.pad(factor_EKQ, (0, more))
+    if factor_EKQ.element_size() == WORD:
+        return factor_EKQ.unflatten(2, (-1, width)).transpose(1, 2).contiguous()
+    if factor_EKQ.stride(1) == 1:
+        return in_panels(factor_EKQ.mT.view(torch.float32).mT, width)
+    return (
+        factor_EKQ.unflatten(2, (-1, width))
+        .unflatten(1, (-1, 2))
+        .permute(0, 3, 1, 4, 2)
+        .contiguous()
+        .view(torch.float32)
+        .squeeze(4)
+    )
+
+
+Adapters = tuple[Adapter | None, Adapter | None]  # of gate and up, and of down
+
+
+def adapters_of(call: ExpertCall, layout: Layout) -> Adapters:
+    """Return those of the call, as the products of the layout's blocks take them."""
+    gate_up, down = (
+        None if lora is None else (LoopedAdapter if runs_loops(layout, lora) else Adapter)(layout, lora)
+        for lora in (call.gate_up_lora, call.down_lora)
+    )
+    return gate_up, down
+
+
+def runs_loops(layout: Layout, lora: Lora) -> bool:
+    """Whether the loops take the adapter, and are faster than torch."""
+    num_experts, *sizes = (*lora.a.shape, lora.b.shape[1])
+    return (
+        lora.a.dtype == lora.b.dtype
+        and lora.a.dtype in DTYPES
+        and layout.num_rows >= LEAST_ROWS * num_experts
+        and not any(size * lora.a.element_size() % WORD for size in sizes)
+        and not layout.policy.fixed_rows
+        and this_processor().has("avx512")
+        and knows_torchs_threads()
+        and loops_problem() is None
+    )
+
+
+def affine(
+    layout: Layout,
+    block: Block,
+    x_mI: Tensor,
+    weight: Matrices | Decoded,
+    biases: ExpertWeight | None,
+    adapter: Adapter | None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`products` with the adapter's part."""
+    y_mO = products(layout, block, x_mI, weight, biases, out)
+    if adapter is not None:
+        adapter.add(block, x_mI, y_mO)
+        keep(y_mO, out)
+    return y_mO
+
+
+def keep(y_mO: Tensor, out: Tensor | None) -> None:
+    """Write to `out`, of a product, what has changed in y, which the product returned."""
+    if out is not None and y_mO.data_ptr() != out.data_ptr():
+        out.copy_(y_mO)
