@@ -1,6 +1,6 @@
 """Host work of an expert-parallel layer per direction, with 64 ranks and no communication.
 
-    python benchmarks/exchange_host_work.py [--ep N] [--repeats N] [--case NAME ...] [--json]
+    python benchmarks/exchange_host_work.py [--ep N] [--repeats N] [--case NAME ...] [--json | --write]
 
 A process group of torch's backend "fake" sends nothing; here an all-to-all gives every rank what it sends, and waits
 only queue, as on a GPU. So what is timed is the host's: Python, and calls of operators on next to no data. "operators
@@ -14,7 +14,7 @@ import argparse
 import gc
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +22,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from marked_table import write_table
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,11 +34,11 @@ from moe_triton.distributed.exchange import channel, failure_board
 from moe_triton.distributed.exchange.stages import ExchangedLayer, Saved
 
 LIMIT_US = 60.0
-sort_by_numpy = cpu_dispatch._in_expert_order_by_numpy
+SORTS = ("_in_expert_order_by_numpy", "sort_by_loop")  # that run on a CPU: a GPU launches a kernel
 
 
 class Recorded(TorchDispatchMode):
-    """Keeps the operators that run, to run them again; the sort, which numpy does on a CPU, is one of them."""
+    """Keeps the operators that run, to run them again; the sort, which numpy or numba does on a CPU, is one of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,9 +49,14 @@ class Recorded(TorchDispatchMode):
         self.calls.append(lambda: function(*args, **kwargs))
         return function(*args, **kwargs)
 
-    def sort(self, *args: Any) -> object:
-        self.calls.append(lambda: sort_by_numpy(*args))
-        return sort_by_numpy(*args)
+    def recording(self, sort: Callable[..., Any]) -> Callable[..., Any]:
+        """A sort that is recorded."""
+
+        def run(*args: Any) -> Any:
+            self.calls.append(lambda: sort(*args))
+            return sort(*args)
+
+        return run
 
 
 class Over:
@@ -157,7 +163,9 @@ def measure(case: Case, ep: int, repeats: int) -> dict[str, dict[str, float]]:
         for _ in range(3):
             once()()
         call = once()
-        with Recorded() as recorded, mock.patch.object(cpu_dispatch, "_in_expert_order_by_numpy", recorded.sort):
+        recorded = Recorded()
+        sorts = {name: recorded.recording(getattr(cpu_dispatch, name)) for name in SORTS}
+        with recorded, mock.patch.multiple(cpu_dispatch, **sorts):
             call()
 
         def again(calls: Sequence[Callable[[], object]] = recorded.calls) -> None:
@@ -175,12 +183,22 @@ def measure(case: Case, ep: int, repeats: int) -> dict[str, dict[str, float]]:
     return found
 
 
+def rows(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Iterator[str]:
+    """The lines of the table."""
+    columns = [(direction, what) for direction, times in next(iter(found.values())).items() for what in times]
+    yield "| exchange | " + " | ".join(f"{direction}, {what}" for direction, what in columns) + " |"
+    yield "|---" + "|--:" * len(columns) + "|"
+    for name, directions in found.items():
+        yield f"| {name} | " + " | ".join(f"{directions[direction][what]:.0f}" for direction, what in columns) + " |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ep", type=int, default=64, help="ranks")
     parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--case", nargs="*", choices=list(CASES), default=list(CASES))
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--write", action="store_true", help="write the table of docs/distributed.md")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2 * arguments.ep)
@@ -200,6 +218,8 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(found))
         return
+    if arguments.write:
+        write_table("distributed.md", "host work", "exchange_host_work", "\n".join(rows(found)))
     print(f"{arguments.ep} ranks, microseconds per layer; the limit for Python is {LIMIT_US:.0f}")
     for name, directions in found.items():
         for direction, times in directions.items():

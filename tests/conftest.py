@@ -62,6 +62,18 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if is_test and "not peer" in config.option.markexpr and imports_a_peer(collection_path) else None
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Compile what every layer runs on a CPU, once, before processes that others wait for would do so."""
+    if hasattr(session.config, "workerinput"):
+        return
+    from moe_triton import MoE
+
+    layer, x = MoE(8, 4, 4, 2), torch.randn(3, 8, requires_grad=True)
+    layer(x).output.sum().backward()
+    with torch.no_grad():
+        layer(x)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """All marks follow from names of files and folders, from fixtures and from imports."""
     for item in items:

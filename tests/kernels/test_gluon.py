@@ -284,6 +284,7 @@ def test_one_tensor_per_expert(
         return replace(configs.choose_config(op, **sizes), gluon=schedule)
 
     monkeypatch.setattr(calls, "choose_config", choose)
+    monkeypatch.setattr(calls, "_PREPARED", {})
     spec = ExpertSpec(is_concatenated=schedule == "cooperative")
     problem = make_problem(random_choices(9, 2, 4), 4, spec=spec, d=80, n=48, dtype=torch.float16)
     stacked, found = run(problem), run(problem, sequence=True)
