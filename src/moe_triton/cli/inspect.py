@@ -160,7 +160,7 @@ def float_type(case: Case) -> str | None:
     """Triton's name of the first floating-point tensor among the arguments; beside codes, of the first 16-bit one."""
 
     types = [kind for name in case.fn.arg_names for _, _, kind in leaves(name, case.signature.get(name), ())]
-    known = [found[1] for kind in types if (found := re.match(r"(?:\*|tensordesc<)(bf16|fp16|fp32)\b", kind))]
+    known = [found[1] for kind in types if (found := re.match(r"(?:\*|tensordesc<)(bf16|fp16|fp32)\b", str(kind)))]
     narrow = [kind for kind in known if kind != "fp32"]
     return next(iter(narrow if narrow and f"*{CODES}" in types else known), None)
 
