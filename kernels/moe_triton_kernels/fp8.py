@@ -43,9 +43,13 @@ def fp8_supported(architecture: str) -> bool:
     return architecture in ARCHITECTURES
 
 
-def makes_codes(architecture: str) -> bool:
-    """Return whether `d_hidden` makes codes: on Blackwell it spills (56 bytes a thread and more by Triton 3.7.1)."""
-    return architecture not in BLACKWELL
+def makes_codes(architecture: str, *, pairs: bool) -> bool:
+    """Return whether `d_hidden` makes codes; pairs: gate and up alternate.
+
+    On Blackwell it spills (56 bytes a thread and more by Triton 3.7.1), and so it does with pairs (8 by 3.6, 104
+    by 3.8).
+    """
+    return architecture not in BLACKWELL and not pairs
 
 
 def padded(size: int) -> int:

@@ -106,7 +106,7 @@ def fp8_case(entry: Shipped, arch: str, *, is_even: bool = True, is_concatenated
         return product_case(up_kernel, entry, arch, signature=signature, **options)
     signature |= {"grad_out": "*fp8e4nv", "h": STORED}
     signature |= dict.fromkeys(("router_weights", "shares"), "*fp32")
-    numbers, codes = (None, WRITTEN) if makes_codes(arch) else (STORED, None)
+    numbers, codes = (None, WRITTEN) if makes_codes(arch, pairs=not is_concatenated) else (STORED, None)
     signature |= dict.fromkeys(("weighted_a", "grad_h"), numbers)
     signature |= dict.fromkeys(("weighted_a_columns", "grad_h_rows", "grad_h_columns"), codes)
     return product_case(d_hidden_kernel, entry, arch, signature=signature, **options)

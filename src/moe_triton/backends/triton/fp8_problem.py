@@ -44,7 +44,8 @@ class Fp8Problem(Problem):
 
     @property
     def _makes_codes(self) -> bool:
-        return makes_codes(target_of(self.hidden.device).architecture)
+        pairs = self.call.width != self.size_n and not self.spec.is_concatenated
+        return makes_codes(target_of(self.hidden.device).architecture, pairs=pairs)
 
     @cached_property
     def _tiles(self) -> TileTables:
