@@ -129,16 +129,14 @@ class LoopedAdapter(Adapter):
         grad_b: Tensor | None,
     ) -> None:
         parts, steps = parts_of(block), []
-        longest = max((part.stop - part.start for _, part in block.parts), default=0) + 1  # pairs of an odd number
-        scratch = x_mI.new_empty(torch.get_num_threads(), longest * (self.padded_rank + 2 * LANES))
         if grad_a is not None:
             if u_mr is None:
                 step, u_mr = self._narrow(parts, dy_mO, self.b_back)
                 steps.append(step)
-            steps.append(self._gradient(parts, scratch, u_mr, x_mI, grad_a))
+            steps.append(self._gradient(parts, u_mr, x_mI, grad_a))
         if grad_b is not None:
             step, t_mr = self._narrow(parts, x_mI, self.a_T)
-            steps += [step, self._gradient(parts, scratch, t_mr, dy_mO, grad_b, is_transposed=True)]
+            steps += [step, self._gradient(parts, t_mr, dy_mO, grad_b, is_transposed=True)]
         self._run(*steps)
 
     def _narrow(
@@ -161,21 +159,17 @@ class LoopedAdapter(Adapter):
         return step, t_mr
 
     def _gradient(
-        self,
-        parts: Array[c_int64],
-        scratch: Tensor,
-        t_mr: Tensor,
-        x_mI: Tensor,
-        grad: Tensor,
-        *,
-        is_transposed: bool = False,
+        self, parts: Array[c_int64], t_mr: Tensor, x_mI: Tensor, grad: Tensor, *, is_transposed: bool = False
     ) -> Any:
         """The step that writes t.T @ x to grad[e], or its transpose."""
         step = self.Gradient(is_gradient=1, is_transposed=is_transposed)
+        longest = max(stop - start for start, stop in zip(parts[1::3], parts[2::3], strict=True))
+        # of this step alone: a thread may be in the next one while another is still in this
+        step.kept = t_mr.new_empty(torch.get_num_threads(), (longest + 1) * (self.padded_rank + 2 * LANES))
+        step.scratch, step.scratch_step = step.kept.data_ptr(), step.kept.stride(0) * self.size
         step.parts, step.num_parts = addressof(parts), len(parts) // 3
         step.narrow, step.narrow_row, step.rank = t_mr.data_ptr(), self.padded_rank * self.size, self.rank
         step.wide, step.wide_row, step.columns = x_mI.data_ptr(), x_mI.stride(0) * self.size, x_mI.shape[1]
-        step.scratch, step.scratch_step = scratch.data_ptr(), scratch.stride(0) * self.size
         step.out, step.out_step, step.out_row = grad.data_ptr(), grad.stride(0) * self.size, grad.stride(1) * self.size
         return step
 
