@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_triton_kernels.arithmetic import cdiv
+from moe_triton_kernels.compiler import triton_version
 from moe_triton_kernels.launch import BLACKWELL, HOPPER
 from moe_triton_kernels.operands import PerExpert
 
@@ -46,10 +47,9 @@ def fp8_supported(architecture: str) -> bool:
 def makes_codes(architecture: str, *, pairs: bool) -> bool:
     """Return whether `d_hidden` makes codes; pairs: gate and up alternate.
 
-    On Blackwell it spills (56 bytes a thread and more by Triton 3.7.1), and so it does with pairs (8 by 3.6, 104
-    by 3.8).
+    It spills on Blackwell (56 bytes a thread and more by Triton 3.7.1), with pairs (8 by 3.6, 104 by 3.8), and by 3.6.
     """
-    return architecture not in BLACKWELL and not pairs
+    return architecture not in BLACKWELL and not pairs and triton_version()[:2] >= (3, 7)
 
 
 def padded(size: int) -> int:
