@@ -95,11 +95,8 @@ def d_hidden_kernel(
     scales,  # of grad_out and weight, or None
     h,  # [S, n] or [S, 2n]
     router_weights,  # [T * K]
-    weighted_a,  # [S, n], or None
-    weighted_a_columns,  # its ColumnCodes, or None
-    grad_h,  # like h, or None
-    grad_h_rows,  # its RowCodes, or None
-    grad_h_columns,  # its ColumnCodes, or None
+    weighted_a,  # [S, n] in the forms that are written (WrittenArgument)
+    grad_h,  # like h, the same
     shares,  # [num_n, S] fp32
     tiles,
     sizes,  # d, or padded d, by n
@@ -143,7 +140,7 @@ def d_hidden_kernel(
             TILE,
         )
         scale = tl.load(router_weights + slots, mask=row_mask, other=0.0).to(tl.float32)[:, None]
-        if grad_h_columns is not None or weighted_a_columns is not None:
+        if grad_h.columns is not None or weighted_a.columns is not None:
             tl.static_assert(TILE.BLOCK_M == GROUP)
             acc = tl.where(row_mask[:, None], acc, 0.0)  # rows past the end must not count in a column's group
         share = tl.zeros((TILE.BLOCK_M,), dtype=tl.float32)
@@ -163,29 +160,29 @@ def d_hidden_kernel(
             inside = inner < size_n
             value, grad_pair = d_activate(blocks[i], scale, split_pair(parts, ACTIVATION, HALVES), ACTIVATION)
             grad_parts = join_pair(grad_pair, ACTIVATION, HALVES, DTYPE)
-            if grad_h is not None:
-                tl.store(grad_h + h_at, grad_parts[0], mask=h_mask)
+            if grad_h.numbers is not None:
+                tl.store(grad_h.numbers + h_at, grad_parts[0], mask=h_mask)
                 if HALVES == 2:
-                    tl.store(grad_h + h_at + size_n, grad_parts[1], mask=h_mask)
-            if grad_h_rows is not None or grad_h_columns is not None:
+                    tl.store(grad_h.numbers + h_at + size_n, grad_parts[1], mask=h_mask)
+            if grad_h.rows is not None or grad_h.columns is not None:
                 largest = larger(largest, grad_parts, GROUPS == 2 and HALVES == 1 and i >= PARTS // 2)
                 held += (pack(grad_pair, 16 + tl.program_id(1), DTYPE),)  # type: ignore[assignment]
             if scales is None:
                 value = value.to(DTYPE).to(tl.float32)  # forward multiplied the rounded A by W2
             share += tl.sum(blocks[i] * value, 1)
             weighted = (value * scale).to(DTYPE)
-            if weighted_a is not None:
-                a_cells = weighted_a + rows.to(tl.int64)[:, None] * size_n + inner[None, :]
+            if weighted_a.numbers is not None:
+                a_cells = weighted_a.numbers + rows.to(tl.int64)[:, None] * size_n + inner[None, :]
                 tl.store(a_cells, weighted, mask=row_mask[:, None] & inside[None, :])
-            if weighted_a_columns is not None:
-                store_columns(weighted.to(tl.float32), weighted_a_columns, inner, inside, size_n, tile_m)
-        if grad_h_rows is not None or grad_h_columns is not None:
-            tl.static_assert(grad_h_rows is None or (TILE.BLOCK_N == GROUP and PARTS >= COLUMNS_PER_HALF))
+            if weighted_a.columns is not None:
+                store_columns(weighted.to(tl.float32), weighted_a.columns, inner, inside, size_n, tile_m)
+        if grad_h.rows is not None or grad_h.columns is not None:
+            tl.static_assert(grad_h.rows is None or (TILE.BLOCK_N == GROUP and PARTS >= COLUMNS_PER_HALF))
             groups = (tile_n * COLUMNS_PER_HALF, tile_n * COLUMNS_PER_HALF + (1 if HALVES == 1 else size_n // GROUP))
-            if grad_h_rows is not None:
-                row_scale = store_scales(largest[0], grad_h_rows, rows, row_mask, groups[0])
+            if grad_h.rows is not None:
+                row_scale = store_scales(largest[0], grad_h.rows, rows, row_mask, groups[0])
                 if GROUPS == 2:
-                    row_scales = (row_scale, store_scales(largest[1], grad_h_rows, rows, row_mask, groups[1]))
+                    row_scales = (row_scale, store_scales(largest[1], grad_h.rows, rows, row_mask, groups[1]))
                 else:
                     row_scales = (row_scale, row_scale)
             for i in tl.static_range(PARTS):
@@ -195,14 +192,14 @@ def d_hidden_kernel(
                 inside = columns < COLUMNS_PER_HALF * size_n
                 for half in tl.static_range(HALVES):
                     numbers = parts[half].to(tl.float32)
-                    if grad_h_columns is not None:
+                    if grad_h.columns is not None:
                         size_h = HALVES * COLUMNS_PER_HALF * size_n
-                        store_columns(numbers, grad_h_columns, half * size_n + columns, inside, size_h, tile_m)
-                    if grad_h_rows is not None:
+                        store_columns(numbers, grad_h.columns, half * size_n + columns, inside, size_h, tile_m)
+                    if grad_h.rows is not None:
                         store_codes(
                             numbers,
                             row_scales[half if HALVES == 2 else COLUMNS_PER_HALF * i // PARTS],
-                            grad_h_rows,
+                            grad_h.rows,
                             rows,
                             row_mask,
                             groups[half if HALVES == 2 else COLUMNS_PER_HALF * i // PARTS],
@@ -306,11 +303,8 @@ class DHidden:
             scales,
             h,
             router_weights,
-            weighted_a.numbers,
-            None if weighted_a.columns is None else weighted_a.columns.argument(),
-            grad_h.numbers,
-            None if grad_h.rows is None else grad_h.rows.argument(),
-            None if grad_h.columns is None else grad_h.columns.argument(),
+            weighted_a.argument(),
+            grad_h.argument(),
             shares,
             tiles.select(config.block_m)[0],
             product.sizes,

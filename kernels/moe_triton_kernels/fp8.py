@@ -128,6 +128,10 @@ class CodedRows:
     columns: ColumnCodes | None = None
     gathered: ColumnCodes | None = None
 
+    def argument(self) -> WrittenArgument:
+        rows, columns = (None if codes is None else codes.argument() for codes in (self.rows, self.columns))
+        return WrittenArgument(self.numbers, rows, columns)
+
 
 @dataclass(frozen=True, kw_only=True)
 class WeightCodes:
@@ -147,6 +151,14 @@ class CodesArgument(NamedTuple):
     codes: Any
     scales: Any
     width: Any
+
+
+class WrittenArgument(NamedTuple):
+    """CodedRows that a kernel writes, among its arguments: a pointer and two CodesArguments; None for one not made."""
+
+    numbers: Any
+    rows: Any
+    columns: Any
 
 
 class ScalesArgument(NamedTuple):

@@ -11,7 +11,7 @@ import triton.language as tl
 from moe_triton_kernels.activations import GATED_CASES, UNGATED_CASES
 from moe_triton_kernels.d_hidden import d_hidden_kernel
 from moe_triton_kernels.down import down_kernel
-from moe_triton_kernels.fp8 import CodesArgument, ScalesArgument, fp8_supported, makes_codes
+from moe_triton_kernels.fp8 import CodesArgument, ScalesArgument, WrittenArgument, fp8_supported, makes_codes
 from moe_triton_kernels.fp8_d_weight import fp8_d_weight_kernel, tile_offsets_kernel
 from moe_triton_kernels.launch import BLACKWELL
 from moe_triton_kernels.mxfp8 import BLOCK_K as MX_BLOCK_K
@@ -106,9 +106,9 @@ def fp8_case(entry: Shipped, arch: str, *, is_even: bool = True, is_concatenated
         return product_case(up_kernel, entry, arch, signature=signature, **options)
     signature |= {"grad_out": "*fp8e4nv", "h": STORED}
     signature |= dict.fromkeys(("router_weights", "shares"), "*fp32")
-    numbers, codes = (None, WRITTEN) if makes_codes(arch, pairs=not is_concatenated) else (STORED, None)
-    signature |= dict.fromkeys(("weighted_a", "grad_h"), numbers)
-    signature |= dict.fromkeys(("weighted_a_columns", "grad_h_rows", "grad_h_columns"), codes)
+    makes = makes_codes(arch, pairs=not is_concatenated)
+    signature["weighted_a"] = WrittenArgument(None, None, WRITTEN) if makes else WrittenArgument(STORED, None, None)
+    signature["grad_h"] = WrittenArgument(None, WRITTEN, WRITTEN) if makes else WrittenArgument(STORED, None, None)
     return product_case(d_hidden_kernel, entry, arch, signature=signature, **options)
 
 

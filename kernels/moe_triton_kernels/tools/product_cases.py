@@ -11,6 +11,7 @@ from moe_triton_kernels.d_router_weights import d_router_weights_kernel
 from moe_triton_kernels.d_weight import d_bias_kernel, d_weight_kernel
 from moe_triton_kernels.descriptors import descriptor_block
 from moe_triton_kernels.down import down_kernel
+from moe_triton_kernels.fp8 import WrittenArgument
 from moe_triton_kernels.launch import BLACKWELL, pipeline_stages, tile_of
 from moe_triton_kernels.operands import BiasArgument, SizesArgument, WeightArgument
 from moe_triton_kernels.tiles import TilesArgument
@@ -206,9 +207,9 @@ def d_hidden_cases(arch: str, shipped: Sequence[Shipped]) -> list[Case]:
                 arch,
                 variant=str(activation) + "_T" * transposed + "_pairs" * (not concatenated) + "_addresses" * addresses,
                 signature={
-                    **dict.fromkeys(("grad_out", "h", "weighted_a", "grad_h"), f"*{entry.dtype}"),
+                    **dict.fromkeys(("grad_out", "h"), f"*{entry.dtype}"),
                     **dict.fromkeys(("router_weights", "shares"), "*fp32"),
-                    **dict.fromkeys(("weighted_a_columns", "grad_h_rows", "grad_h_columns")),
+                    **dict.fromkeys(("weighted_a", "grad_h"), WrittenArgument(f"*{entry.dtype}", None, None)),
                     "source": "*i32",
                     "tiles": TILES,
                     "sizes": sizes_type(is_even=not addresses),
