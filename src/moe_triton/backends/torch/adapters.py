@@ -19,10 +19,9 @@ from moe_triton.backends.torch.products import Matrices, outer_products, product
 from moe_triton.backends.torch.threads import knows_torchs_threads, on_all_threads
 from moe_triton.records import ExpertCall, ExpertWeight, Lora
 
-LEAST_ROWS = (
-    16  # of an expert on average, from which the loops are ahead: they bring all experts' factors to their form
-)
-LANES, WORD = 16, 4  # of a vector; bytes
+# of an expert on average, from which the loops are ahead: they bring all experts' factors to their form
+LEAST_ROWS = 16
+LANES, WORD = 16, 4  # of a vector; bytes, as in `vectors`, which needs numba
 
 
 class Adapter:

@@ -1,0 +1,212 @@
+"""Vectors of 512 bits in LLVM's terms, as functions that numba's compiled loops call: tiles of products, and atomics.
+
+See `adapter_loops` on what is multiplied, and `loops` on what numba keeps on disk.
+"""
+
+# mypy: allow-untyped-defs, no-check-untyped-defs
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+LANES = 16  # of a vector
+ROWS = 8  # of a tile: with two vectors each, 16 sums that do not wait for each other
+WORD = 4  # bytes
+PRODUCT = types.void(*[types.intp] * 9)  # addresses, steps and sizes: see `tile`
+
+float_type, word_type, half_type = ir.FloatType(), ir.IntType(32), ir.IntType(16)
+floats, words, halves = (ir.VectorType(element, LANES) for element in (float_type, word_type, half_type))
+
+
+class BFloatType(ir.Type):
+    """The type that llvmlite lacks."""
+
+    def _to_string(self):
+        return "bfloat"
+
+    def __eq__(self, other):
+        return isinstance(other, BFloatType)
+
+    def __hash__(self):
+        return hash(BFloatType)
+
+
+def constants(vector_type, value):
+    return ir.Constant(vector_type, [ir.Constant(vector_type.element, value)] * LANES)
+
+
+def call(builder, name, result_type, *arguments):
+    """Call one of LLVM's own functions."""
+    function_type = ir.FunctionType(result_type, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), arguments)
+
+
+def load(builder, address, element_type):
+    return builder.load(builder.inttoptr(address, element_type.as_pointer()), typ=element_type, align=2)
+
+
+def splat(builder, value):
+    """A vector of equal elements."""
+    vector_type = ir.VectorType(value.type, LANES)
+    first = builder.insert_element(ir.Constant(vector_type, ir.Undefined), value, word_type(0))
+    return builder.shuffle_vector(first, first, constants(words, 0))
+
+
+def multiply_add(builder, left, right, sums, is_bf16, has_instruction):
+    """Add the products of words to sums in fp32."""
+    if not is_bf16:
+        return call(
+            builder, f"llvm.fma.v{LANES}f32", floats, *(builder.bitcast(x, floats) for x in (left, right)), sums
+        )
+    if has_instruction:
+        pairs = [builder.bitcast(x, ir.VectorType(BFloatType(), 2 * LANES)) for x in (left, right)]
+        return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", floats, sums, *pairs)
+    for half in (
+        lambda x: builder.and_(x, constants(words, 0xFFFF0000)),
+        lambda x: builder.shl(x, constants(words, 16)),
+    ):
+        pair = [builder.bitcast(half(x), floats) for x in (left, right)]
+        sums = call(builder, f"llvm.fma.v{LANES}f32", floats, *pair, sums)
+    return sums
+
+
+def first_lanes(builder, count):
+    """The mask of so many lanes."""
+    lanes = ir.Constant(words, [word_type(j) for j in range(LANES)])
+    return builder.icmp_signed("<", lanes, splat(builder, builder.trunc(count, word_type)))
+
+
+def load_first(builder, address, mask, is_bf16):
+    """The numbers at `address`, as many as the mask says."""
+    element, kind = (halves, "i16") if is_bf16 else (floats, "f32")
+    pointer = builder.inttoptr(address, ir.IntType(8).as_pointer())
+    found = call(
+        builder, f"llvm.masked.load.v{LANES}{kind}.p0", element, pointer, word_type(2), mask, constants(element, 0)
+    )
+    if not is_bf16:
+        return found
+    return builder.bitcast(builder.shl(builder.zext(found, words), constants(words, 16)), floats)
+
+
+def store_first(builder, numbers, address, mask, is_bf16):
+    """Write as many numbers as the mask says; to bf16 the nearest, ties to even."""
+    if is_bf16:
+        bits = builder.bitcast(numbers, words)
+        odd = builder.and_(builder.lshr(bits, constants(words, 16)), constants(words, 1))
+        nearest = builder.lshr(builder.add(builder.add(bits, constants(words, 0x7FFF)), odd), constants(words, 16))
+        is_nan = builder.fcmp_unordered("uno", numbers, numbers)
+        numbers = builder.trunc(builder.select(is_nan, constants(words, 0x7FC0), nearest), halves)
+    kind = "i16" if is_bf16 else "f32"
+    pointer = builder.inttoptr(address, ir.IntType(8).as_pointer())
+    call(builder, f"llvm.masked.store.v{LANES}{kind}.p0", ir.VoidType(), numbers, pointer, word_type(2), mask)
+
+
+def tile(vectors, adds, is_bf16, has_instruction):
+    """Return a function that writes, or adds, up to ROWS rows and vectors * LANES columns of a product.
+
+    Steps are in bytes, sizes in words (k) and numbers. A row past the last is the last once more, with the same result.
+    """
+
+    def lower(context, builder, signature, arguments):
+        left, left_row, left_k, right, size_k, out, out_row, num_rows, num_columns = arguments
+        integer = left.type
+        last = builder.sub(num_rows, integer(1))
+        rows = [builder.select(builder.icmp_signed("<", integer(i), last), integer(i), last) for i in range(ROWS)]
+        lefts = [builder.add(left, builder.mul(row, left_row)) for row in rows]
+        sums = [[cgutils.alloca_once_value(builder, constants(floats, 0.0)) for _ in range(vectors)] for _ in rows]
+        with cgutils.for_range(builder, size_k) as loop:
+            right_now = builder.add(right, builder.mul(loop.index, integer(vectors * LANES * WORD)))
+            rights = [load(builder, builder.add(right_now, integer(v * LANES * WORD)), words) for v in range(vectors)]
+            step = builder.mul(loop.index, left_k)
+            for of_row, start in zip(sums, lefts, strict=True):
+                number = splat(builder, load(builder, builder.add(start, step), word_type))
+                for total, vector in zip(of_row, rights, strict=True):
+                    found = multiply_add(builder, number, vector, builder.load(total), is_bf16, has_instruction)
+                    builder.store(found, total)
+        masks = [first_lanes(builder, builder.sub(num_columns, integer(v * LANES))) for v in range(vectors)]
+        size = LANES * (2 if is_bf16 else 4)
+        places = [
+            [builder.add(builder.add(out, builder.mul(row, out_row)), integer(v * size)) for v in range(vectors)]
+            for row in rows
+        ]
+        found = [[builder.load(total) for total in of_row] for of_row in sums]
+        if adds:  # all are read before any is written: rows past the last are added once
+            found = [
+                [
+                    builder.fadd(load_first(builder, place, mask, is_bf16), total)
+                    for place, mask, total in zip(at, masks, of_row, strict=True)
+                ]
+                for at, of_row in zip(places, found, strict=True)
+            ]
+        for at, of_row in zip(places, found, strict=True):
+            for place, mask, total in zip(at, masks, of_row, strict=True):
+                store_first(builder, total, place, mask, is_bf16)
+        return context.get_dummy_value()
+
+    @intrinsic
+    def run(typing_context, left, left_row, left_k, right, size_k, out, out_row, num_rows, num_columns):
+        return PRODUCT, lower
+
+    return run
+
+
+def spread_row(vectors, is_bf16):
+    """Return a function that writes words: the columns of a row in fp32, of two rows in bf16, and zeros behind them."""
+
+    def lower(context, builder, signature, arguments):
+        lower_row, upper_row, lower_columns, upper_columns, out = arguments
+        integer = lower_row.type
+        for v in range(vectors):
+            found, *upper = [
+                load_first(builder, builder.add(row, integer(v * LANES * (2 if is_bf16 else 4))), mask, is_bf16)
+                for row, columns in ((lower_row, lower_columns), (upper_row, upper_columns))[: 1 + is_bf16]
+                for mask in (first_lanes(builder, builder.sub(columns, integer(v * LANES))),)
+            ]
+            if is_bf16:  # both are the upper halves of words
+                lower_half = builder.lshr(builder.bitcast(found, words), constants(words, 16))
+                found = builder.bitcast(builder.or_(builder.bitcast(upper[0], words), lower_half), floats)
+            place = builder.add(out, integer(v * LANES * WORD))
+            builder.store(found, builder.inttoptr(place, floats.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    @intrinsic
+    def run(typing_context, lower_row, upper_row, lower_columns, upper_columns, out):
+        return types.void(*[types.intp] * 5), lower
+
+    return run
+
+
+@intrinsic
+def next_of(typing_context, address):
+    """The number at an address, which becomes larger by 1 in one step for all threads that see it."""
+
+    def lower(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", pointer, ir.IntType(64)(1), "seq_cst")
+
+    return types.int64(types.intp), lower
+
+
+@intrinsic
+def value_of(typing_context, address):
+    """The number at an address as other threads have left it."""
+
+    def lower(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.load_atomic(pointer, "seq_cst", 8, typ=ir.IntType(64))
+
+    return types.int64(types.intp), lower
+
+
+def pointer_to(number):
+    """Return a function that makes an address a pointer to numbers of a numba type."""
+
+    @intrinsic
+    def pointer(typing_context, address):
+        def lower(context, builder, signature, arguments):
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(number)(types.intp), lower
+
+    return pointer
