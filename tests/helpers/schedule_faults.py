@@ -36,8 +36,11 @@ class Raised:
     seconds: float
 
 
-def differs(mode: str, fault: str, timeout_s: float, grace_s: float | None = 2.5) -> Raised:
-    """Run in every rank: a good step, then the victim goes its own way; every rank raises."""
+def differs(mode: str, fault: str, timeout_s: float, grace_s: float | None = 10.0) -> Raised:
+    """Run in every rank: a good step, then the victim goes its own way; every rank raises.
+
+    All of them report, so that a long grace costs no time; on a busy machine some report seconds after others.
+    """
     with waits_only_queue(timeout_s, grace_s, ep=WORLD) as groups:
         parallel = ExpertParallel(groups, **MODES[mode])
         model = Model(parallel, top_k=2)
