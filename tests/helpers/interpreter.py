@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -144,3 +145,57 @@ def spare_time() -> None:
     interpreter._patch_lang, interpreter._get_np_dtype, tl.core._unwrap_shape = patch_lang, get_np_dtype, unwrap_shape
     builder = interpreter.interpreter_builder
     builder.options = replace(builder.options, sanitize_overflow=False)
+    share_types()
+
+
+def share_types() -> None:
+    """Patch triton.language of this process: equal types of blocks share their fields, and the tensors' of one type.
+
+    Equal shapes are then one object, which spares most comparisons of shapes too.
+    """
+    make_block, make_tensor = tl.block_type.__init__, tl.tensor.__init__
+    equal, broadcast = tl.dtype.__eq__, TritonSemantic.broadcast_impl_value
+    blocks: dict[tuple[Any, ...], dict[str, Any]] = {}
+    shapes: dict[tuple[int, ...], Any] = {}
+    results: dict[tuple[int, int], Any] = {}
+
+    def block_type(self: Any, element_ty: Any, shape: Any) -> None:
+        if type(self) is not tl.block_type:  # Gluon's, which have more fields
+            return make_block(self, element_ty, shape)
+        sizes = tuple([size.value if isinstance(size, tl.constexpr) else size for size in shape])
+        key = (element_ty.name, getattr(element_ty, "address_space", 0), sizes)
+        if key not in blocks:
+            make_block(self, element_ty, shape)
+            self.shape = shapes.setdefault(sizes, self.shape)
+            blocks[key] = self.__dict__
+        self.__dict__ = blocks[key]
+
+    def tensor(self: Any, handle: Any, type: Any) -> None:
+        if "of_tensors" not in type.__dict__:
+            make_tensor(self, None, type)
+            type.of_tensors = dict(self.__dict__)
+        self.__dict__.update(type.of_tensors)
+        self.handle = handle
+
+    def broadcast_impl_value(self: Any, lhs: Any, rhs: Any) -> tuple[Any, Any]:
+        if type(lhs.type) is not tl.block_type or type(rhs.type) is not tl.block_type:
+            return broadcast(self, lhs, rhs)
+        left, right = lhs.type.shape, rhs.type.shape
+        if left is right:
+            return lhs, rhs
+        if len(left) != len(right):
+            return broadcast(self, lhs, rhs)
+        key = (id(left), id(right))
+        if key not in results:  # Triton itself says what fits
+            results[key] = broadcast(self, lhs, rhs)[0].type.shape
+        return tuple([spread(self, value, results[key]) for value in (lhs, rhs)])
+
+    def spread(semantic: Any, value: Any, shape: Any) -> Any:
+        if value.type.shape is shape:
+            return value
+        handle = semantic.builder.create_broadcast(value.handle, shape.values)
+        return semantic.tensor(handle, tl.block_type(value.type.scalar, shape))
+
+    tl.block_type.__init__, tl.tensor.__init__ = block_type, tensor
+    tl.dtype.__eq__ = lambda self, other: self is other or equal(self, other)
+    TritonSemantic.broadcast_impl_value = broadcast_impl_value
