@@ -89,8 +89,9 @@ def test_the_named_implementation_of_transformers_is_the_one_that_runs(implement
     PROVIDERS["hf-eager"].build(workload).forward(workload.hidden)
 
 
-def test_deepspeed_is_right():
-    pytest.importorskip("deepspeed", reason="the optional extra [deepspeed] is not installed")
+def test_deepspeed_is_right(monkeypatch):
+    deepspeed = pytest.importorskip("deepspeed", reason="the optional extra [deepspeed] is not installed")
+    monkeypatch.setitem(vars(deepspeed.ops), "__compatible_ops__", {})  # else it compiles a reduction for a minute
     for top_k in (1, 2, 3):
         for dtype in ("float32", "bfloat16"):
             workload = make_workload(replace(CASE, top_k=top_k, dtype=dtype), CPU)
