@@ -65,9 +65,9 @@ def descriptor_copy(a, c, M: tl.constexpr):
 
 for arch in sys.argv[1:]:
     signature = {"a": "*fp16", "b": "*fp16", "c": "*fp32", "k": "i32"}
-    for name, rows, warps in (("product", 128, 4), ("spilling", 128, 1)):
-        columns = 128 if name == "product" else 256
-        blocks = {"M": rows, "N": columns, "BLOCK": 64}
+    more = (128, 256, 16) if arch.startswith("gfx") else (64, 128, 32)  # than one warp has registers for
+    for name, (rows, columns, step), warps in (("product", (128, 128, 64), 4), ("spilling", more, 1)):
+        blocks = {"M": rows, "N": columns, "BLOCK": step}
         case = Case(
             name=name, fn=product, signature=signature, constexprs=blocks, num_warps=warps, aligned=["a", "b", "c", "k"]
         )
@@ -135,16 +135,17 @@ def test_the_sample_compiles_without_spills(arch: str) -> None:
 
 
 def test_adapters_compile_without_spills_and_in_order() -> None:
-    reports = compile_apart("sm_90", ["narrow", "lora"])
-    names = [report.kernel for report in reports]
+    names = [case.name for case in offline.collect_cases("sm_90", ["narrow", "lora"])]
     assert [name.split("_bf16")[0] for name in names] == [
         "narrow_gathered", "d_adapter_gathered", "up_gated", "d_hidden_gated",
     ]  # fmt: skip
+    plain, errors = compile_parallel("sm_90", [*names, *(name.removesuffix("_rank16") for name in names[2:])])
+    assert errors == ""
+    reports = [plain[name] for name in names]
     assert [(report.kernel, report.spills) for report in reports if report.spills] == []
     assert [(report.kernel, report.order) for report in reports if report.order] == []
     assert [report.kernel for report in reports if report.wgmma == 0] == [names[1]]  # 16 rows: mma.sync
     assert reports[1].mma > 0
-    plain = {report.kernel: report for report in compile_apart("sm_90", ["up", "d_hidden"])}
     for report in reports[2:]:
         without = plain[report.kernel.removesuffix("_rank16")]
         assert report.wgmma == without.wgmma + 1  # one more step of 16
@@ -163,9 +164,23 @@ def test_products_of_codes_compile_to_those_of_the_matrix_unit(arch: str) -> Non
         assert (report.wgmma > 0) == (arch == "sm_90"), report
 
 
-def test_the_other_targets_compile_within_their_shared_memory() -> None:
-    for arch in sorted(set(offline.TARGETS) - set(MAIN_TARGETS)):
-        reports = compile_apart(arch, ["down"])
+DOWN = """
+import json, sys
+from dataclasses import asdict
+from moe_triton_kernels.tools.cases import collect_cases
+from moe_triton_kernels.tools.offline import compile_case
+
+for arch in sys.argv[1:]:
+    for case in collect_cases(arch, ["down"]):
+        print(json.dumps(asdict(compile_case(case, arch))))
+"""
+
+
+def test_the_other_targets_compile_within_their_shared_memory(tmp_path: Path) -> None:
+    targets = sorted(set(offline.TARGETS) - set(MAIN_TARGETS))
+    found = [Report(**report) for report in run_compiled(DOWN, tmp_path, *targets)]
+    for arch in targets:
+        reports = [report for report in found if report.arch == arch]
         assert [report.kernel for report in reports] == [case.name for case in offline.collect_cases(arch, ["down"])]
         assert all(report.spills == 0 and report.wgmma == 0 and report.mma > 0 for report in reports)
         assert all(0 < report.shared_bytes <= shared_limit(arch) for report in reports)
