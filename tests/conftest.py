@@ -26,7 +26,7 @@ TESTS = Path(__file__).parent
 PEERS = re.compile(r"(deepspeed|peft|transformers|moe_triton\.compat\.deepspeed)(\.|$)")  # the last imports the first
 # files that start programs of their own or compile: a test of them takes seconds
 SLOW_FILES = ("test_compile", "test_documents", "test_gated_rows", "test_grouped", "test_loops", "test_structure")
-SLOW_FILES += ("test_torch_internals",)
+SLOW_FILES += ("test_offline", "test_torch_internals")
 SLOW_FOLDERS = ("benchmarking", "benchmarks", "checkpoint", "cli", "training")
 OWN_PROCESSES = {"tests.helpers.faults", "tests.helpers.ranks.fork_context", "tests.helpers.ranks.started"}
 
@@ -75,7 +75,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All marks follow from names of files and folders, from fixtures and from imports."""
+    """All marks follow from names of files and folders, from fixtures and from imports.
+
+    The long tests come first: one that starts last would run on one core while the other has nothing to do.
+    """
     for item in items:
         folders = item.path.relative_to(TESTS).parts
         if item.path.stem in SLOW_FILES or set(folders) & set(SLOW_FOLDERS):
@@ -88,6 +91,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("ranks")
         if imports_a_peer(item.path):
             item.add_marker("peer")
+    items.sort(key=lambda item: not {"ranks", "slow"} & {mark.name for mark in item.iter_markers()})
 
 
 @pytest.fixture(autouse=True)
