@@ -59,6 +59,7 @@ def lazy_results(monkeypatch: pytest.MonkeyPatch) -> None:
         return lazy(max(1, size), dtype or self.dtype)[:size].view(shape)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    monkeypatch.setattr(torch, "empty_like", lambda x: new_empty(x, x.shape))
 
 
 def far_tokens() -> tuple[Tensor, Tensor, Tensor, Tensor]:
