@@ -72,6 +72,9 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     layer(x).output.sum().backward()
     with torch.no_grad():
         layer(x)
+    for dtype in (torch.float32, torch.bfloat16):
+        wider, x = MoE(64, 128, 4, 2, dtype=dtype), torch.randn(64, 64, dtype=dtype, requires_grad=True)
+        wider(x).output.sum().backward()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -163,7 +163,7 @@ def test_blocks_of_tokens_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.autograd.grad(run_gate(*inputs, "torch"), inputs, (grad_logits, grad_out))
 
     whole = gradients()
-    monkeypatch.setattr(by_torch, "CACHED_ELEMENTS", 32 * WIDTH)  # blocks of 32, 32 and 6 tokens
+    monkeypatch.setattr(by_torch, "COPIED_ELEMENTS", 32 * WIDTH)  # blocks of 32, 32 and 6 tokens
     for in_blocks, at_once in zip(gradients(), whole, strict=True):
         assert in_blocks.dtype == at_once.dtype
         assert_close(in_blocks, at_once.double())

@@ -25,7 +25,8 @@ Key, Result = TypeVar("Key"), TypeVar("Result")
 # what the ranks' functions import: seconds for each process that does so itself
 PRELOADED = ["torch.distributed.tensor", "torch._dynamo", "moe_triton.distributed.gradients"]
 PRELOADED += ["moe_triton.integrations.transformers", "transformers.modeling_utils", "transformers.trainer"]
-PRELOADED += ["tests.helpers.interpreter", "moe_triton.backends.torch.small_loops"]
+PRELOADED += ["tests.helpers.interpreter"]
+PRELOADED += [f"moe_triton.backends.torch.{name}_loops" for name in ("small", "row", "activation", "product")]
 TIMEOUT = 120  # seconds for a collective, long enough for a busy machine; tests of faults make their own processes
 
 

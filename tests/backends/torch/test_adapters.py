@@ -93,7 +93,7 @@ def test_pairs_without_the_instruction() -> None:
 
     @numba.njit
     def product(left: int, row: int, right: int, size_k: int, out: int, out_row: int, rows: int, columns: int) -> None:
-        run(left, row, 4, right, size_k, out, out_row, rows, columns)
+        run(left, row, 4, right, 4 * LANES, size_k, out, out_row, rows, columns)
 
     left, right = torch.randn(5, 14).bfloat16(), torch.randn(14, LANES).bfloat16()
     pairs, out = right.unflatten(0, (7, 2)).mT.contiguous(), torch.full((6, 16), torch.nan).bfloat16()

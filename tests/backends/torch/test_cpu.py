@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_triton.backends.torch import cpu
+from moe_triton.backends.torch import cpu, fused
 from moe_triton.backends.torch.cpu import CpuPolicy
 from moe_triton.backends.torch.processor import Processor
 from tests.helpers.problems import check, make_problem, ragged_choices, run, with_policy
@@ -41,7 +41,7 @@ def processor(maker: str, *instruction_sets: str) -> Processor:
 
 KINDS = {
     "zen 5": (processor("AMD", "avx2", "avx512", "avx512_bf16")._replace(family=26), "onednn", "measured"),
-    "zen 4": (processor("AMD", "avx2", "avx512", "avx512_bf16")._replace(family=25), "onednn_large", "measured"),
+    "zen 4": (processor("AMD", "avx2", "avx512", "avx512_bf16")._replace(family=25), "loops", "measured"),
     "zen 3": (processor("AMD", "avx2"), "mkl", "measured"),
     "skylake": (processor("Intel", "avx2", "avx512"), "mkl", "measured"),
     "sapphire rapids": (processor("Intel", "avx2", "avx512", "avx512_bf16", "amx_bf16"), "mkl", "measured"),
@@ -76,10 +76,26 @@ def test_what_a_policy_is(name: str, mkl: bool, onednn: bool, monkeypatch: pytes
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
     for where, has_bf16 in ((KINDS["zen 4"][0], True), (KINDS["skylake"][0], False), (KINDS["graviton"][0], True)):
         policy = cpu.make_policy(name, where)
-        assert policy.shapes_recur == (name.startswith("onednn") and onednn)
+        assert policy.shapes_recur == (name.startswith(("onednn", "loops")) and onednn)
         assert set(policy.linear) == ({torch.float32} if policy.shapes_recur else set())
         batched = {torch.float32} if name == "mkl" and mkl else set()
         assert set(policy.most_batched_rows) == batched | ({torch.bfloat16} if has_bf16 and onednn else set())
+        has_loops = name == "loops" and where.has("avx512")
+        looped = {torch.float32, *([torch.bfloat16] if where.has("avx512_bf16") else [])} if has_loops else set()
+        assert set(policy.looped_rows) == looped
+
+
+def test_the_policies_without_loops(no_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    where = KINDS["zen 4"][0]
+    monkeypatch.setenv(fused.VARIABLE, "0")
+    assert cpu.choose_policy(where).policy == "onednn_large"
+    assert not cpu.make_policy("loops", where).looped_rows
+    monkeypatch.setenv(fused.VARIABLE, "1")
+    policy = cpu.make_policy("loops", where)
+    assert policy.most_looped(torch.float32, backward=True) == 512
+    assert [policy.most_looped(torch.bfloat16, backward=backward) for backward in (False, True)] == [64, 0]
+    monkeypatch.setenv(fused.VARIABLE, "0")
+    assert policy.most_looped(torch.float32, backward=False) == 0
 
 
 def test_the_environment_overrides(no_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:

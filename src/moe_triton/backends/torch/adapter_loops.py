@@ -14,8 +14,9 @@ from ctypes import Structure, c_int64
 from functools import cache
 
 import numpy as np
-from numba import carray, cfunc, config, from_dtype, njit, types
+from numba import carray, config, from_dtype, njit, types
 
+from moe_triton.backends.torch.loops import named, started
 from moe_triton.backends.torch.vectors import (
     LANES,
     ROWS,
@@ -79,18 +80,31 @@ def loops_over(is_bf16, has_instruction):
         run = tile(vectors, adds, is_bf16, has_instruction)
         width = vectors * LANES
 
+        @named(is_bf16, has_instruction, vectors, adds)
         def product(left, left_row, left_k, right, size_k, out, out_row, num_rows, num_columns):
             for p in range(0, num_rows, ROWS):
                 left_p, out_p = left + p * left_row, out + p * out_row
                 for q in range(0, num_columns, width):
                     right_q, out_q = right + q * size_k * WORD, out_p + q * size
-                    run(left_p, left_row, left_k, right_q, size_k, out_q, out_row, num_rows - p, num_columns - q)
+                    run(
+                        left_p,
+                        left_row,
+                        left_k,
+                        right_q,
+                        width * WORD,
+                        size_k,
+                        out_q,
+                        out_row,
+                        num_rows - p,
+                        num_columns - q,
+                    )
 
         return njit(product)
 
     by_one, by_two, added = product_by(1, False), product_by(2, False), product_by(2, True)
 
     @njit
+    @named(is_bf16, has_instruction)
     def product(left, left_row, left_k, right, size_k, out, out_row, num_rows, num_columns):
         """out[p, q] = sum over k < size_k of left[p, k] * right[k, q].
 
@@ -102,6 +116,7 @@ def loops_over(is_bf16, has_instruction):
             by_one(left, left_row, left_k, right, size_k, out, out_row, num_rows, num_columns)
 
     @njit
+    @named(is_bf16, has_instruction)
     def spread(source, step, num_rows, columns, words, width):
         """Write columns of rows, `step` bytes apart, as words[k, q], with zeros where rows or columns end."""
         for k in range(-(-num_rows // per_word)):
@@ -113,6 +128,7 @@ def loops_over(is_bf16, has_instruction):
                 spread_one(lower, lower + step, columns, upper_columns, out)
 
     @njit
+    @named(is_bf16, has_instruction)
     def narrow(address):
         job = carray(as_narrow(address), 1)[0]
         parts = carray(as_integers(job.parts), (job.num_parts, 3))
@@ -134,6 +150,7 @@ def loops_over(is_bf16, has_instruction):
         return job.then
 
     @njit
+    @named(is_bf16, has_instruction)
     def gradient_of(job, e, start, rows, begin, scratch):
         """The gradient of PIECE_COLUMNS columns from `begin` on, or as many as there are, of a part."""
         rank, width, size_k = job.narrow_row // size, 2 * LANES, -(-rows // per_word)
@@ -155,6 +172,7 @@ def loops_over(is_bf16, has_instruction):
                     by_two(left, WORD, panel * WORD, wides, size_k, out_i, job.out_row, rows_i, columns)
 
     @njit
+    @named(is_bf16, has_instruction)
     def gradient(address):
         job = carray(as_gradient(address), 1)[0]
         parts = carray(as_integers(job.parts), (job.num_parts, 3))
@@ -208,7 +226,4 @@ def adapter_loops(is_bf16, has_instruction):
     steps = steps_fp32
     if is_bf16:  # with these settings numba compiles for another processor
         steps = steps_bf16 if has_instruction and not (config.CPU_NAME or config.CPU_FEATURES) else steps_halves
-    try:
-        return cfunc(types.void(types.intp), cache=True)(steps)
-    except RuntimeError:  # numba found no folder that it can write to
-        return cfunc(types.void(types.intp))(steps)
+    return started(steps)

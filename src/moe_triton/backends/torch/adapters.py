@@ -14,6 +14,7 @@ from torch import Tensor
 from moe_triton.backends.torch.blocks import Block, Layout
 from moe_triton.backends.torch.decoded import Decoded
 from moe_triton.backends.torch.fused import DTYPES, loops_problem
+from moe_triton.backends.torch.looped import parts_of
 from moe_triton.backends.torch.processor import this_processor
 from moe_triton.backends.torch.products import Matrices, outer_products, products
 from moe_triton.backends.torch.threads import knows_torchs_threads, on_all_threads
@@ -177,11 +178,6 @@ class LoopedAdapter(Adapter):
             step.then = addressof(following)
         if steps:
             on_all_threads(self.run, addressof(steps[0]))
-
-
-def parts_of(block: Block) -> Array[c_int64]:
-    """Expert, first row and the row past its last of every part; to be kept until the steps that read it have run."""
-    return (c_int64 * (3 * len(block.parts)))(*(i for e, part in block.parts for i in (e, part.start, part.stop)))
 
 
 def in_panels(factor_EKQ: Tensor, width: int) -> Tensor:

@@ -41,6 +41,11 @@ class Block:
         return self.places.stop - self.places.start
 
     @property
+    def filled(self) -> int:
+        """The number of places from the first on behind which there is padding only."""
+        return self.size if self.batch is not None else self.rows.stop - self.rows.start
+
+    @property
     def is_padded(self) -> bool:
         return self.size > self.rows.stop - self.rows.start
 
@@ -51,9 +56,11 @@ class Layout:
     blocks         in the dispatch's order
     num_rows       kept
     num_places     of all blocks together
+    most_places    of a block
     place_of_row   [num_rows]; None where every row is at the place of its number
     row_of_place   [num_places]; row 0 in the padding; None as above
     groups         whether `F.grouped_mm` takes the weights
+    is_looped      whether `looped` makes the products
     """
 
     def __init__(
@@ -65,6 +72,7 @@ class Layout:
         *,
         shared_rows: int = 0,
         groups: bool = False,
+        is_looped: bool = False,
     ) -> None:
         """offsets: [E+1]. most_batched_rows: the policy's; 0 also where the weights are not stacked.
 
@@ -75,9 +83,10 @@ class Layout:
         self.blocks = cut(bounds, policy, most_batched_rows, flops_per_row, shared_rows)
         self.num_rows = bounds[-1]
         self.num_places = self.blocks[-1].places.stop if self.blocks else 0
+        self.most_places = max((block.size for block in self.blocks), default=0)
         self.place_of_row: Tensor | None = None
         self.row_of_place: Tensor | None = None
-        self.groups = groups
+        self.groups, self.is_looped = groups, is_looped
         self._padding_of: dict[int, Tensor] = {}
         if self.num_places > self.num_rows:
             shift = [0] * (len(bounds) - 1)
@@ -117,6 +126,21 @@ class Layout:
             is_padding[self.place_of_row[block.rows] - block.places.start] = False
             self._padding_of[index] = is_padding.nonzero().squeeze(1)
         return self._padding_of[index]
+
+    def room(self, index: int, out: Tensor) -> Tensor | None:
+        """Return where a product over all places of block `index` may write its rows of `out` [num_rows, ...]; or None.
+
+        Its padding is written behind them, where the blocks that follow write their rows later.
+        """
+        block = self.blocks[index]
+        if (block.batch is not None and block.is_padded) or block.rows.start + block.size > out.shape[0]:
+            return None
+        return out[block.rows.start : block.rows.start + block.size]
+
+    def at_filled(self, index: int, row_values: Tensor) -> Tensor:
+        """The values of block `index` at its first `filled` places; in a batch, padding is cleared."""
+        block = self.blocks[index]
+        return row_values[block.rows] if block.batch is None else self.spread(index, row_values)
 
     def spread(self, index: int, row_values: Tensor) -> Tensor:
         """The values of block `index` at its places, its padding cleared; a view where there is none."""

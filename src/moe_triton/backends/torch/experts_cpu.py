@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_triton.backends.torch import small_experts
+from moe_triton.backends.torch import looped, small_experts
 from moe_triton.backends.torch.activations import activate_by_full_vectors
 from moe_triton.backends.torch.adapters import Adapters, adapters_of, affine, keep
 from moe_triton.backends.torch.blocks import Block, Layout
@@ -19,10 +19,12 @@ from moe_triton.backends.torch.cpu import (
     invariant_policy,
     this_cpu,
 )
+from moe_triton.backends.torch.decoded import Decoded
+from moe_triton.backends.torch.fused import runs_on_threads
 from moe_triton.backends.torch.gated_rows import activate_rows, activate_rows_backward
 from moe_triton.backends.torch.memory import LARGE, empty
 from moe_triton.backends.torch.products import all_outer_products, matrices, outer_products, products, transposed
-from moe_triton.backends.torch.rows import row_slots, scatter_to_slots, sum_rows
+from moe_triton.backends.torch.rows import row_slots, scatter_to_slots, sum_rows, take_rows
 from moe_triton.records import (
     ExpertCall,
     ExpertGradients,
@@ -49,25 +51,31 @@ def experts_forward(
     up, down = (matrices(p, spec, hidden.dtype) for p in parameters[:2])
     up_lora, down_lora = adapters_of(call, layout)
     tokens, weights = row_slots(call, layout.num_rows, layout.row_of_place)
+    weighs = runs_on_threads(hidden.dtype)  # a loop that sums rows; else they are multiplied before
+    slot_weights = call.weights if weighs else None
     # every choice has a row; a Dispatch that an exchange has shortened has fewer rows than choices
     if layout.is_one_block and layout.num_rows == call.num_rows == call.dispatched.position.numel():
         h = affine(layout, layout.blocks[0], hidden.index_select(0, tokens), up, parameters.gate_up_bias, up_lora)
         a = activate_by_full_vectors(h, spec) if spec.batch_invariant else activate_rows(h, spec)
-        y = affine(layout, layout.blocks[0], a, down, parameters.down_bias, down_lora).mul_(weights)
-        return sum_rows(y, call.dispatched.position), h if keep_preactivation else hidden.new_empty(0)
+        y = affine(layout, layout.blocks[0], a, down, parameters.down_bias, down_lora)
+        out = sum_rows(y if weighs else y.mul_(weights), call.dispatched.position, weights=slot_weights)
+        return out, h if keep_preactivation else hidden.new_empty(0)
     y = empty((layout.num_places + 1, call.hidden_size), hidden.dtype)
     kept = empty((call.num_rows, call.width), hidden.dtype) if keep_preactivation else None
+    buffer = hidden.new_empty(layout.most_places, call.hidden_size)
     for index, block in enumerate(layout.blocks):
         here = block.places
-        x = hidden.index_select(0, tokens[here])  # a padding row is some token's here, and nothing reads its results
-        h_out = None if kept is None or block.is_padded else kept[block.rows]
+        x = buffer[: block.size]
+        take_rows(hidden, tokens[here], x)  # a padding row is some token's here, and nothing reads its results
+        h_out = None if kept is None else layout.room(index, kept)
         h = affine(layout, block, x, up, parameters.gate_up_bias, up_lora, h_out)
         if kept is not None and h_out is None:
             layout.collect(index, h, kept)
         a = activate_by_full_vectors(h, spec) if spec.batch_invariant else activate_rows(h, spec)
-        rows = affine(layout, block, a, down, parameters.down_bias, down_lora)
-        torch.mul(rows, weights[here], out=y[here])
-    out = sum_rows(y, layout.places(call.dispatched.position), zero_row=layout.num_places)
+        rows = affine(layout, block, a, down, parameters.down_bias, down_lora, y[here] if weighs else None)
+        if not weighs:
+            torch.mul(rows, weights[here], out=y[here])
+    out = sum_rows(y, layout.places(call.dispatched.position), layout.num_places, slot_weights)
     return out, hidden.new_empty(0) if kept is None else kept
 
 
@@ -149,7 +157,7 @@ class BlockBuffers:
     def __init__(self, layout: Layout, call: ExpertCall, grad_out: Tensor) -> None:
         self._layout, self._hidden, self._grad_out = layout, call.hidden, grad_out
         self._tokens, self.weights = row_slots(call, layout.num_rows, layout.row_of_place)
-        most = max((block.size for block in layout.blocks), default=0)
+        most = layout.most_places
         widths = (call.hidden_size, call.hidden_size, call.intermediate_size, call.width)
         self.x, self.dy, self.weighted_a, self.dh = (empty((most, width), call.hidden.dtype) for width in widths)
 
@@ -159,7 +167,7 @@ class BlockBuffers:
         self.up_u = self.down_u = None
         for values, buffer in ((self._hidden, self.x), (self._grad_out, self.dy)):
             here = buffer[: block.size]
-            torch.index_select(values, 0, self._tokens[block.places], out=here)
+            take_rows(values, self._tokens[block.places], here)
             self._layout.clear(index, here)
 
 
@@ -184,16 +192,22 @@ class RowsPass:
         work.load_tokens(index)
         x, dy, weighted_a, dh = (buffer[: block.size] for buffer in (work.x, work.dy, work.weighted_a, work.dh))
         w = work.weights[here]
+        filled = block.filled  # all places, but for padding at the end
         if self.preactivation.numel() > 0:
-            h = self.layout.spread(index, self.preactivation)
+            h = self.layout.at_filled(index, self.preactivation)
         else:
             h = affine(self.layout, block, x, self.up, parameters.gate_up_bias, self.up_lora)
-            h = self.layout.clear(index, h)
+            h = self.layout.clear(index, h)[:filled]
         da = products(self.layout, block, dy, self.down_back)
         if self.down_lora is not None:
             work.down_u = self.down_lora.add_back(block, dy, da)
         dw = None if self.dw is None else self.dw[here]
-        activate_rows_backward(h, da, w, spec, dh, weighted_a if need_a else None, dw)
+        activate_rows_backward(
+            h, da[:filled], w[:filled], spec, dh[:filled], weighted_a[:filled] if need_a else None,
+            None if dw is None else dw[:filled],
+        )  # fmt: skip
+        dh[filled:].zero_()
+        weighted_a[filled:].zero_()
         if dw is not None and parameters.down_bias is not None:
             for e, part in block.parts:
                 dw[part] += torch.mv(dy[part], parameters.down_bias[e])
@@ -269,16 +283,35 @@ def _layout(call: ExpertCall, policy: CpuPolicy | None, *, backward: bool) -> La
     policy = policy or this_cpu()
     are_stacked = all(isinstance(p, Tensor) for p in call.parameters if p is not None)
     dtype = call.hidden.dtype
-    most = policy.most_batched(dtype, backward=backward) if are_stacked else 0
-    flops_per_row = 2 * call.width * call.hidden_size if dtype in policy.linear else math.inf
+    is_looped = _is_looped(call, policy, backward=backward)
+    most = policy.most_batched(dtype, backward=backward) if are_stacked and not is_looped else 0
+    # padding is for products whose kernels are compiled for a shape
+    flops_per_row = 0 if is_looped else 2 * call.width * call.hidden_size if dtype in policy.linear else math.inf
     groups = are_stacked and dtype in GROUPED_DTYPES and not policy.fixed_rows
     shared_rows = SHARED_ELEMENTS // max(call.width + call.hidden_size, 1)
-    return Layout(call.dispatched.offsets, policy, most, flops_per_row, shared_rows=shared_rows, groups=groups)
+    return Layout(
+        call.dispatched.offsets, policy, most, flops_per_row,
+        shared_rows=shared_rows, groups=groups, is_looped=is_looped,
+    )  # fmt: skip
+
+
+def _is_looped(call: ExpertCall, policy: CpuPolicy, *, backward: bool) -> bool:
+    """Whether `looped` makes the products."""
+    dtype, projections = call.hidden.dtype, call.parameters[:2]
+    most = policy.most_looped(dtype, backward=backward)
+    if most == 0 or call.num_rows == 0 or (policy.fixed_rows and (call.gate_up_lora or call.down_lora)):
+        return False
+    for projection in projections:
+        of = matrices(projection, call.spec, dtype)
+        stored = range(1) if isinstance(projection, Tensor) else range(call.num_experts)
+        if isinstance(of, Decoded) or not looped.reads([of(e) for e in stored], dtype):
+            return False
+    return int(call.dispatched.offsets.diff().max()) <= most
 
 
 def _makes_gradients_in_one_call(call: ExpertCall, layout: Layout) -> bool:
     """Whether `all_outer_products` makes the projections' gradients, with the bits of torch.mm for each expert."""
-    if not (layout.groups and layout.is_one_block):
+    if not (layout.groups and layout.is_one_block) or layout.is_looped:
         return False
     sizes = call.hidden_size, call.width, call.intermediate_size
     matrix = call.hidden_size * call.width

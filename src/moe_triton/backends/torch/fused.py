@@ -1,4 +1,4 @@
-"""Whether the compiled loops of `loops` and `adapter_loops` run on this CPU, and how tensors become their arguments."""
+"""Whether the compiled loops (`loops` and its neighbours) run on this CPU, and how tensors become their arguments."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_triton.backends.torch.threads import knows_torchs_threads
 from moe_triton.checks import check_choice
 
 VARIABLE = "MOE_TRITON_CPU_LOOPS"
@@ -26,18 +27,25 @@ def loops_problem() -> str | None:
 
     Raises ValueError where MOE_TRITON_CPU_LOOPS is neither 0 (they do not) nor 1.
     """
-    value = os.environ.get(VARIABLE, "1")
-    check_choice(VARIABLE, value, ("0", "1"))
-    return f"{VARIABLE}=0" if value == "0" else _import_problem()
+    return _problem(os.environ.get(VARIABLE, "1"))
 
 
 @cache
-def _import_problem() -> str | None:
+def _problem(value: str) -> str | None:
+    """`loops_problem` where the variable has this value."""
+    check_choice(VARIABLE, value, ("0", "1"))
+    if value == "0":
+        return f"{VARIABLE}=0"
     try:
         import moe_triton.backends.torch.loops  # noqa: F401
     except ImportError as error:  # numba is an extra, and its versions go with some of numpy only
         return f"numba cannot be imported ({error}); pip install moe-triton[cpu]"
     return None
+
+
+def runs_on_threads(dtype: torch.dtype) -> bool:
+    """Return whether loops over rows of a dtype run, and on all of torch's threads."""
+    return dtype in DTYPES and knows_torchs_threads() and loops_problem() is None
 
 
 def loops_in_words() -> str:
@@ -46,8 +54,8 @@ def loops_in_words() -> str:
     if problem is not None:
         return f"none ({problem})"
     return (
-        "by numba, for routing and dispatch, the experts of few rows, quantised projections, gradients of gated "
-        "activations, activations that are cut at a limit or alternate, and adapters on processors with AVX-512"
+        "by numba, for routing and dispatch, gathers and sums of rows, gated activations, the experts of few rows, "
+        "quantised projections, and on processors with AVX-512 adapters and, by policy, products"
     )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from moe_triton import reference
 from moe_triton.records import GateGradients, GateWanted
 
-CACHED_ELEMENTS = 1 << 17  # of an fp32 copy: half a megabyte
+COPIED_ELEMENTS = 1 << 20  # of an fp32 copy: four megabytes
 
 
 class MatrixUnit(NamedTuple):
@@ -109,9 +109,9 @@ def backward_by(
 def wide_backward(
     grad_logits: Tensor, grad_hidden: Tensor | None, hidden: Tensor, weight: Tensor, wanted: GateWanted
 ) -> GateGradients:
-    """`gate_backward` by fp32 products: on a CPU of blocks of tokens, whose fp32 copies stay in its cache."""
-    size = max(16, CACHED_ELEMENTS // max(hidden.shape[1], 1))
-    if hidden.device.type != "cpu" or hidden.shape[0] <= size:
+    """`gate_backward` by fp32 products: on a CPU of blocks of tokens where it takes fp32 copies, which stay small."""
+    size = max(16, COPIED_ELEMENTS // max(hidden.shape[1], 1))
+    if hidden.device.type != "cpu" or hidden.dtype == torch.float32 or hidden.shape[0] <= size:
         return _products(grad_logits, grad_hidden, hidden, weight.float(), weight.dtype, wanted)
     addends = [None] * -(-hidden.shape[0] // size) if grad_hidden is None else grad_hidden.split(size)
     blocks = [

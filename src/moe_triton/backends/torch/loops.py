@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import cfunc, njit, types
 from numba.extending import intrinsic, register_jitable
 
 from moe_triton.quantization.formats import FORMATS
@@ -31,6 +31,29 @@ def compiled(function, **options):
         return njit(function, cache=True, **options)
     except RuntimeError:  # numba found no such folder
         return njit(function, **options)
+
+
+def named(*traits):
+    """Give a nested function a name of its own, made of what its kinds differ in.
+
+    Numba finds compiled functions by their names, and numbers those of the same name as they come: of two kinds that
+    different processes compiled and kept on disk, a third would take one for the other.
+    """
+
+    def renamed(function):
+        function.__qualname__ += "".join(f"_{getattr(trait, '__name__', trait)}" for trait in traits)
+        return function
+
+    return renamed
+
+
+def started(function, **options):
+    """Compile a function of a record's address, which threads of a library can call, and keep the result as above."""
+    options |= {"error_model": "numpy"}
+    try:
+        return cfunc(types.void(types.intp), cache=True, **options)(function)
+    except RuntimeError:
+        return cfunc(types.void(types.intp), **options)(function)
 
 
 @intrinsic
@@ -221,8 +244,10 @@ def code_loops(name, scale_dtype, has_zeros):
 def loops_over(codes_of, scale, planes, block_rows, zero_point, has_zeros):
     """Return the loops of all formats that these describe: mxfp4 and nvfp4 have the same."""
     number, unit, can_be_nan = codes_of
+    traits = (number, unit, can_be_nan, scale, planes, block_rows, zero_point, has_zeros)
 
     @register_jitable
+    @named(*traits)
     def spread(stored, expert, o, group, step, scale_of, zero_of):
         """Write the scale and the zero point of every word of row o, from `group` on."""
         _, scales, table, factors, zeros = stored
@@ -241,10 +266,12 @@ def loops_over(codes_of, scale, planes, block_rows, zero_point, has_zeros):
                 zero_of[g * step : (g + 1) * step] = f32(zeros[expert, o, group + g])
 
     @register_jitable
+    @named(*traits)
     def zero_at(zero_of, j):
         return zero_of[j] if has_zeros else f32(zero_point)
 
     @register_jitable
+    @named(*traits)
     def dot(word, zero, x, j):
         """The product of a word's numbers with x at the same places."""
         total = (number(word, 0) - zero) * x[0, j] + (number(word, 1) - zero) * x[1, j]
@@ -253,6 +280,7 @@ def loops_over(codes_of, scale, planes, block_rows, zero_point, has_zeros):
         return total
 
     @register_jitable
+    @named(*traits)
     def dots_1(words, scale_of, zero_of, x_0):
         y_0 = f32(0)
         for j in range(len(words)):
@@ -260,6 +288,7 @@ def loops_over(codes_of, scale, planes, block_rows, zero_point, has_zeros):
         return y_0
 
     @register_jitable
+    @named(*traits)
     def dots_2(words, scale_of, zero_of, x_0, x_1):
         y_0 = y_1 = f32(0)
         for j in range(len(words)):
@@ -269,6 +298,7 @@ def loops_over(codes_of, scale, planes, block_rows, zero_point, has_zeros):
         return y_0, y_1
 
     @register_jitable
+    @named(*traits)
     def dots_3(words, scale_of, zero_of, x_0, x_1, x_2):
         y_0 = y_1 = y_2 = f32(0)
         for j in range(len(words)):
@@ -279,6 +309,7 @@ def loops_over(codes_of, scale, planes, block_rows, zero_point, has_zeros):
         return y_0, y_1, y_2
 
     @register_jitable
+    @named(*traits)
     def dots_4(words, scale_of, zero_of, x_0, x_1, x_2, x_3):
         y_0 = y_1 = y_2 = y_3 = f32(0)
         for j in range(len(words)):
@@ -289,6 +320,7 @@ def loops_over(codes_of, scale, planes, block_rows, zero_point, has_zeros):
             y_3 += dot(word, zero, x_3, j) * scale_of[j]
         return y_0, y_1, y_2, y_3
 
+    @named(*traits)
     def few_rows(stored, step, experts, bounds, x, y, first, last):
         codes, u = stored[0], f32(unit)  # multiplies sums: a scale times u may be infinite
         scale_of, zero_of = np.empty(codes.shape[2], f32), np.empty(codes.shape[2], f32)
@@ -315,6 +347,7 @@ def loops_over(codes_of, scale, planes, block_rows, zero_point, has_zeros):
                     y[bounds[p] : end, o] = f32(np.nan)
 
     def decoder(to_bf16):
+        @named(*traits, to_bf16)
         def decode(stored, step, expert, row, word_range, out, first, last):
             codes, (start, stop) = stored[0], word_range
             size = stop - start

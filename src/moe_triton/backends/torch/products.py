@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_triton.backends.torch import looped
 from moe_triton.backends.torch.blocks import Block, Layout
 from moe_triton.backends.torch.cpu import CpuPolicy, batched_product, is_aligned
 from moe_triton.backends.torch.decoded import Decoded
@@ -41,6 +42,8 @@ def products(
     """x @ weight(e).T + bias[e] for the rows of every expert e of the block, [m, O]; `out`: see `CpuPolicy.product`."""
     if isinstance(weight, Decoded):
         return weight.products(layout.policy, block.parts, x_mI, biases, out)
+    if layout.is_looped:
+        return looped.multiply(block, x_mI, weight, biases, out)
     if block.batch is not None:
         count = block.batch.stop - block.batch.start
         x_CmI = x_mI.view(count, -1, x_mI.shape[1])
@@ -93,6 +96,9 @@ def _product(
 
 def outer_products(layout: Layout, block: Block, left: Tensor, right: Tensor, grad: Tensor) -> None:
     """Writes left.T @ right over the rows of every expert of the block."""
+    if layout.is_looped:
+        looped.multiply_outer(block, left, right, grad)
+        return
     if block.batch is not None and layout.policy.shapes_recur:
         count = block.batch.stop - block.batch.start
         left_Cmo, right_Cmi = (rows.view(count, -1, rows.shape[1]) for rows in (left, right))

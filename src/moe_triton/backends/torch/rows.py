@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from ctypes import addressof
+
 import torch
 from torch import Tensor
 
+from moe_triton.backends.torch.fused import runs_on_threads
+from moe_triton.backends.torch.threads import on_all_threads
 from moe_triton.records import ExpertCall
 
 
@@ -25,17 +29,51 @@ def scatter_to_slots(call: ExpertCall, row_values: Tensor) -> Tensor:
     return out
 
 
-def sum_rows(rows: Tensor, position: Tensor, zero_row: int | None = None) -> Tensor:
-    """Sum of each token's rows, in choice order, accumulated in fp32 (fp64 for fp64), on the CPU.
+def take_rows(source: Tensor, index: Tensor, out: Tensor) -> None:
+    """Write source[index[i]] to row i of `out`; index: int32, in range."""
+    if not (source.is_contiguous() and out.is_contiguous() and runs_on_threads(source.dtype)):
+        torch.index_select(source, 0, index, out=out)
+        return
+    from moe_triton.backends.torch.row_loops import Gather, gather_loop
 
-    Row `zero_row`, which must come after all others, is set to zeros and stands in for the choices that have none;
-    None where every choice has a row.
+    words = source.shape[1] * source.element_size() // 2
+    rows = Gather(
+        source=source.data_ptr(), out=out.data_ptr(), index=index.data_ptr(), num_rows=index.shape[0], words=words
+    )
+    on_all_threads(gather_loop().address, addressof(rows))
+
+
+def sum_rows(rows: Tensor, position: Tensor, zero_row: int | None = None, weights: Tensor | None = None) -> Tensor:
+    """Sum of each token's rows [T, K] in choice order, accumulated in fp32 (fp64 for fp64), on the CPU.
+
+    zero_row    a row after all others that stands in for the choices that have none, which position has as -1 or as
+                `zero_row`; it is set to zeros. None where every choice has a row.
+    weights     [T, K], where `runs_on_threads`: what rows are multiplied by
     """
     num_tokens, top_k = position.shape
     if position.numel() == 0 or rows.shape[1] == 0:
         return rows.new_zeros(num_tokens, rows.shape[1])
+    if runs_on_threads(rows.dtype):
+        return _sum_by_loop(rows, position, rows.shape[0] if zero_row is None else zero_row, weights)
+    assert weights is None
     if zero_row is not None:
         rows[zero_row] = 0
         position = position.remainder(zero_row + 1)  # -1 becomes zero_row
     starts = torch.arange(0, num_tokens * top_k, top_k, dtype=position.dtype)
     return torch.embedding_bag(rows, position.reshape(-1), starts)[0]
+
+
+def _sum_by_loop(rows: Tensor, position: Tensor, num_rows: int, weights: Tensor | None) -> Tensor:
+    """`sum_rows` of rows that begin with num_rows ones."""
+    from moe_triton.backends.torch.row_loops import Combine, combine_loop
+
+    rows, position = rows.contiguous(), position.to(torch.int32).contiguous()
+    weights = None if weights is None else weights.float().contiguous()
+    (num_tokens, top_k), columns = position.shape, rows.shape[1]
+    out = rows.new_empty(num_tokens, columns)
+    job = Combine(
+        rows=rows.data_ptr(), position=position.data_ptr(), weights=0 if weights is None else weights.data_ptr(),
+        out=out.data_ptr(), num_rows=num_rows, num_tokens=num_tokens, top_k=top_k, columns=columns,
+    )  # fmt: skip
+    on_all_threads(combine_loop(rows.dtype == torch.bfloat16).address, addressof(job))
+    return out

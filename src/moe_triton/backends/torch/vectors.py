@@ -13,7 +13,7 @@ from numba.extending import intrinsic
 LANES = 16  # of a vector
 ROWS = 8  # of a tile: with two vectors each, 16 sums that do not wait for each other
 WORD = 4  # bytes
-PRODUCT = types.void(*[types.intp] * 9)  # addresses, steps and sizes: see `tile`
+PRODUCT = types.void(*[types.intp] * 10)  # addresses, steps and sizes: see `tile`
 
 float_type, word_type, half_type = ir.FloatType(), ir.IntType(32), ir.IntType(16)
 floats, words, halves = (ir.VectorType(element, LANES) for element in (float_type, word_type, half_type))
@@ -44,6 +44,12 @@ def call(builder, name, result_type, *arguments):
 
 def load(builder, address, element_type):
     return builder.load(builder.inttoptr(address, element_type.as_pointer()), typ=element_type, align=2)
+
+
+def ask_for(builder, address):
+    """Bring the cache line at an address, which may be any, into the cache."""
+    pointer = builder.inttoptr(address, ir.IntType(8).as_pointer())
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, word_type(0), word_type(3), word_type(1))
 
 
 def splat(builder, value):
@@ -89,42 +95,90 @@ def load_first(builder, address, mask, is_bf16):
     return builder.bitcast(builder.shl(builder.zext(found, words), constants(words, 16)), floats)
 
 
+def nearest_bf16(builder, numbers):
+    """The bits of the nearest bf16 numbers, ties to even."""
+    bits = builder.bitcast(numbers, words)
+    odd = builder.and_(builder.lshr(bits, constants(words, 16)), constants(words, 1))
+    nearest = builder.lshr(builder.add(builder.add(bits, constants(words, 0x7FFF)), odd), constants(words, 16))
+    is_nan = builder.fcmp_unordered("uno", numbers, numbers)
+    return builder.trunc(builder.select(is_nan, constants(words, 0x7FC0), nearest), halves)
+
+
+def sums_of_vectors(builder, vectors):
+    """The sums of up to 16 vectors, a power of two, in a vector: that of vector j in lane j * 16 / their number.
+
+    However many there are, lane i is added to i + 8, then to i + 4, i + 2 and i + 1.
+    """
+
+    def half_of_each(first, second, groups, begin):
+        """Of two vectors of so many groups of lanes each, a half of every group."""
+        group = LANES // groups
+        lanes = [
+            source * LANES + g * group + begin * (group // 2) + j
+            for source in (0, 1)
+            for g in range(groups)
+            for j in range(group // 2)
+        ]
+        return builder.shuffle_vector(first, second, ir.Constant(words, [word_type(lane) for lane in lanes]))
+
+    groups = 1
+    while len(vectors) > 1:
+        pairs = zip(vectors[::2], vectors[1::2], strict=True)
+        vectors = [builder.fadd(*(half_of_each(*pair, groups, begin) for begin in (0, 1))) for pair in pairs]
+        groups *= 2
+    total, step = vectors[0], LANES // groups // 2
+    while step:
+        lanes = ir.Constant(words, [word_type((lane + step) % LANES) for lane in range(LANES)])
+        total = builder.fadd(total, builder.shuffle_vector(total, total, lanes))
+        step //= 2
+    return total
+
+
 def store_first(builder, numbers, address, mask, is_bf16):
     """Write as many numbers as the mask says; to bf16 the nearest, ties to even."""
     if is_bf16:
-        bits = builder.bitcast(numbers, words)
-        odd = builder.and_(builder.lshr(bits, constants(words, 16)), constants(words, 1))
-        nearest = builder.lshr(builder.add(builder.add(bits, constants(words, 0x7FFF)), odd), constants(words, 16))
-        is_nan = builder.fcmp_unordered("uno", numbers, numbers)
-        numbers = builder.trunc(builder.select(is_nan, constants(words, 0x7FC0), nearest), halves)
+        numbers = nearest_bf16(builder, numbers)
     kind = "i16" if is_bf16 else "f32"
     pointer = builder.inttoptr(address, ir.IntType(8).as_pointer())
     call(builder, f"llvm.masked.store.v{LANES}{kind}.p0", ir.VoidType(), numbers, pointer, word_type(2), mask)
 
 
-def tile(vectors, adds, is_bf16, has_instruction):
-    """Return a function that writes, or adds, up to ROWS rows and vectors * LANES columns of a product.
+def tile(vectors, adds, is_bf16, has_instruction, num_rows=ROWS, ahead=0):
+    """Return a function that writes, or adds, up to num_rows rows and vectors * LANES columns of a product.
 
     Steps are in bytes, sizes in words (k) and numbers. A row past the last is the last once more, with the same result.
+
+    ahead: how many rows of `right` before its use a row is asked for; 0 where `right` is in panels of full vectors,
+    which are in cache. Elsewhere nothing behind the columns is read.
     """
 
     def lower(context, builder, signature, arguments):
-        left, left_row, left_k, right, size_k, out, out_row, num_rows, num_columns = arguments
+        left, left_row, left_k, right, right_k, size_k, out, out_row, rows_left, num_columns = arguments
         integer = left.type
-        last = builder.sub(num_rows, integer(1))
-        rows = [builder.select(builder.icmp_signed("<", integer(i), last), integer(i), last) for i in range(ROWS)]
+        last = builder.sub(rows_left, integer(1))
+        rows = [builder.select(builder.icmp_signed("<", integer(i), last), integer(i), last) for i in range(num_rows)]
         lefts = [builder.add(left, builder.mul(row, left_row)) for row in rows]
         sums = [[cgutils.alloca_once_value(builder, constants(floats, 0.0)) for _ in range(vectors)] for _ in rows]
+        masks = [first_lanes(builder, builder.sub(num_columns, integer(v * LANES))) for v in range(vectors)]
+
+        def right_at(address, mask):
+            if not ahead:
+                return load(builder, address, words)
+            return builder.bitcast(load_first(builder, address, mask, is_bf16=False), words)
+
         with cgutils.for_range(builder, size_k) as loop:
-            right_now = builder.add(right, builder.mul(loop.index, integer(vectors * LANES * WORD)))
-            rights = [load(builder, builder.add(right_now, integer(v * LANES * WORD)), words) for v in range(vectors)]
+            right_now = builder.add(right, builder.mul(loop.index, right_k))
+            rights = [right_at(builder.add(right_now, integer(v * LANES * WORD)), masks[v]) for v in range(vectors)]
+            if ahead:
+                for v in range(vectors):
+                    soon = builder.add(right_now, builder.mul(right_k, integer(ahead)))
+                    ask_for(builder, builder.add(soon, integer(v * LANES * WORD)))
             step = builder.mul(loop.index, left_k)
             for of_row, start in zip(sums, lefts, strict=True):
                 number = splat(builder, load(builder, builder.add(start, step), word_type))
                 for total, vector in zip(of_row, rights, strict=True):
                     found = multiply_add(builder, number, vector, builder.load(total), is_bf16, has_instruction)
                     builder.store(found, total)
-        masks = [first_lanes(builder, builder.sub(num_columns, integer(v * LANES))) for v in range(vectors)]
         size = LANES * (2 if is_bf16 else 4)
         places = [
             [builder.add(builder.add(out, builder.mul(row, out_row)), integer(v * size)) for v in range(vectors)]
@@ -145,8 +199,70 @@ def tile(vectors, adds, is_bf16, has_instruction):
         return context.get_dummy_value()
 
     @intrinsic
-    def run(typing_context, left, left_row, left_k, right, size_k, out, out_row, num_rows, num_columns):
+    def run(typing_context, left, left_row, left_k, right, right_k, size_k, out, out_row, num_rows, num_columns):
         return PRODUCT, lower
+
+    return run
+
+
+def dots(rows, outs, is_bf16, has_instruction):
+    """Return a function that writes up to `rows` x `outs` numbers left[p] . right[q], of size_k words each.
+
+    Steps are in bytes. A row past the last is the last once more, with the same result. The order of a sum depends on
+    size_k only.
+    """
+
+    def lower(context, builder, signature, arguments):
+        left, left_row, right, right_row, size_k, out, out_row, num_rows, num_outs = arguments
+        integer = left.type
+
+        def up_to(count, limit):
+            last = builder.sub(limit, integer(1))
+            return [builder.select(builder.icmp_signed("<", integer(i), last), integer(i), last) for i in range(count)]
+
+        p_s, q_s = up_to(rows, num_rows), up_to(outs, num_outs)
+        lefts = [builder.add(left, builder.mul(p, left_row)) for p in p_s]
+        rights = [builder.add(right, builder.mul(q, right_row)) for q in q_s]
+        sums = [[cgutils.alloca_once_value(builder, constants(floats, 0.0)) for _ in q_s] for _ in p_s]
+
+        def add(load_at):
+            found = [load_at(start) for start in rights]
+            for of_row, start in zip(sums, lefts, strict=True):
+                number = load_at(start)
+                for total, vector in zip(of_row, found, strict=True):
+                    added = multiply_add(builder, number, vector, builder.load(total), is_bf16, has_instruction)
+                    builder.store(added, total)
+
+        with cgutils.for_range(builder, builder.udiv(size_k, integer(LANES))) as loop:
+            step = builder.mul(loop.index, integer(LANES * WORD))
+            for start in rights:  # of the next tile
+                ask_for(builder, builder.add(builder.add(start, builder.mul(right_row, integer(outs))), step))
+            add(lambda start: load(builder, builder.add(start, step), words))
+        rest = builder.urem(size_k, integer(LANES))
+        with builder.if_then(builder.icmp_signed("!=", rest, integer(0))):
+            step, mask = builder.mul(builder.sub(size_k, rest), integer(WORD)), first_lanes(builder, rest)
+            add(
+                lambda start: builder.bitcast(load_first(builder, builder.add(start, step), mask, is_bf16=False), words)
+            )
+        size = integer(2 if is_bf16 else 4)
+        places = [
+            builder.add(builder.add(out, builder.mul(p, out_row)), builder.mul(q, size)) for p in p_s for q in q_s
+        ]
+        vectors = [builder.load(total) for of_row in sums for total in of_row]
+        while vectors:
+            count = 1 << min(len(vectors).bit_length() - 1, 4)
+            found = sums_of_vectors(builder, vectors[:count])
+            if is_bf16:
+                found = nearest_bf16(builder, found)
+            for j, place in enumerate(places[:count]):
+                number = builder.extract_element(found, word_type(j * LANES // count))
+                builder.store(number, builder.inttoptr(place, number.type.as_pointer()), align=2)
+            vectors, places = vectors[count:], places[count:]
+        return context.get_dummy_value()
+
+    @intrinsic
+    def run(typing_context, left, left_row, right, right_row, size_k, out, out_row, num_rows, num_outs):
+        return types.void(*[types.intp] * 9), lower
 
     return run
 
@@ -197,6 +313,17 @@ def value_of(typing_context, address):
         return builder.load_atomic(pointer, "seq_cst", 8, typ=ir.IntType(64))
 
     return types.int64(types.intp), lower
+
+
+@intrinsic
+def prefetch(typing_context, address):
+    """Ask for the cache line at an address, which may be any."""
+
+    def lower(context, builder, signature, arguments):
+        ask_for(builder, arguments[0])
+        return context.get_dummy_value()
+
+    return types.none(types.intp), lower
 
 
 def pointer_to(number):

@@ -1,0 +1,70 @@
+"""The products of experts' rows by `product_loops`, where they run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from ctypes import Array, addressof, c_int64
+
+import torch
+from torch import Tensor
+
+from moe_triton.backends.torch.blocks import Block
+from moe_triton.backends.torch.threads import on_all_threads
+from moe_triton.records import ExpertWeight
+
+WORD = 4  # bytes
+Matrices = Callable[[int], Tensor]  # expert -> its matrix [out, in]
+
+
+def parts_of(block: Block, of_expert: Callable[[int], int] = int) -> Array[c_int64]:
+    """What `of_expert` gives, first row and the row past its last of every part; keep it until the loops have run."""
+    return (c_int64 * (3 * len(block.parts)))(
+        *(number for e, part in block.parts for number in (of_expert(e), part.start, part.stop))
+    )
+
+
+def reads(matrices: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    """Return whether the loops read matrices [out, in]: in rows, in fp32 also in columns, and all in the same steps."""
+    return len({matrix.stride() for matrix in matrices}) == 1 and all(_reads(matrix, dtype) for matrix in matrices)
+
+
+def _reads(matrix_OI: Tensor, dtype: torch.dtype) -> bool:
+    (step_o, step_i), size = matrix_OI.stride(), dtype.itemsize
+    is_dense = step_i == 1 or (step_o == 1 and size == WORD)
+    return matrix_OI.dtype == dtype and is_dense and matrix_OI.shape[1] * size % WORD == 0
+
+
+def multiply(
+    block: Block, x_mI: Tensor, matrices: Matrices, biases: ExpertWeight | None = None, out: Tensor | None = None
+) -> Tensor:
+    """Compute x @ matrices(e).T + biases[e] for the rows of every expert e of the block, [m, O]."""
+    from moe_triton.backends.torch.product_loops import Product, product_loop
+
+    first_OI, size = matrices(block.parts[0][0]), x_mI.element_size()
+    (size_out, size_in), (step_o, step_i) = first_OI.shape, first_OI.stride()
+    parts = parts_of(block, lambda e: matrices(e).data_ptr())
+    y_mO = x_mI.new_empty(x_mI.shape[0], size_out) if out is None else out
+    job = Product(
+        x=x_mI.data_ptr(), x_row=x_mI.stride(0) * size, step=(step_o if step_i == 1 else step_i) * size,
+        y=y_mO.data_ptr(), y_row=y_mO.stride(0) * size, size_in=size_in, size_out=size_out,
+        parts=addressof(parts), num_parts=len(block.parts),
+    )  # fmt: skip
+    on_all_threads(product_loop(x_mI.dtype == torch.bfloat16, step_i == 1).address, addressof(job))
+    if biases is not None:
+        for e, part in block.parts:
+            y_mO[part] += biases[e]
+    return y_mO
+
+
+def multiply_outer(block: Block, left_mO: Tensor, right_mI: Tensor, out_EOI: Tensor) -> None:
+    """Write left.T @ right over the rows of every expert e of the block to out[e]; fp32."""
+    from moe_triton.backends.torch.product_loops import Outer, outer_loop
+
+    address, step_e, step_o = out_EOI.data_ptr(), out_EOI.stride(0) * WORD, out_EOI.stride(1) * WORD
+    parts = parts_of(block, lambda e: address + e * step_e)
+    job = Outer(
+        left=left_mO.data_ptr(), left_row=left_mO.stride(0) * WORD, right=right_mI.data_ptr(),
+        right_row=right_mI.stride(0) * WORD, step=step_o, size_out=left_mO.shape[1], size_in=right_mI.shape[1],
+        parts=addressof(parts), num_parts=len(block.parts),
+    )  # fmt: skip
+    on_all_threads(outer_loop().address, addressof(job))

@@ -1,0 +1,136 @@
+"""The loops that multiply experts' rows: float64's numbers whatever the sizes, and bits that depend on the row only."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_triton.backends.torch import fused, looped
+from moe_triton.backends.torch.blocks import Block
+from moe_triton.backends.torch.processor import this_processor
+from tests.helpers.compare import TOLERANCE, assert_close
+
+pytest.importorskip("numba")
+pytestmark = pytest.mark.skipif(not this_processor().has("avx512"), reason="the loops are for vectors of 512 bits")
+HAS_PAIRS = pytest.mark.skipif(not this_processor().has("avx512_bf16"), reason="the processor multiplies no pairs")
+BF16, BF16_ROWS = (pytest.param(*values, marks=HAS_PAIRS) for values in ((torch.bfloat16,), (torch.bfloat16, True)))
+COUNTS = (0, 1, 2, 3, 0, 4, 5, 8, 9, 17, 0, 70)  # rows of an expert: every number of rows that a tile has
+
+
+@pytest.fixture(autouse=True)
+def loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(fused.VARIABLE, "1")
+
+
+def block_of(counts: tuple[int, ...] = COUNTS) -> Block:
+    parts, start = [], 0
+    for e, count in enumerate(counts):
+        if count:
+            parts.append((e, slice(start, start + count)))
+        start += count
+    return Block(slice(0, start), slice(0, start), parts)
+
+
+def guarded(num_rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """NaNs, and in the middle of them the place of a result, whose rows are apart."""
+    memory = torch.full((num_rows + 2, columns + 3), torch.nan).to(dtype)
+    return memory, memory[1 : num_rows + 1, :columns]
+
+
+def drawn(size_in: int, size_out: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    x, matrix = torch.randn(sum(COUNTS), size_in), torch.randn(len(COUNTS), size_out, size_in) / size_in**0.5
+    return x.to(dtype), matrix.to(dtype), torch.randn(len(COUNTS), size_out).to(dtype)
+
+
+def expected(x: Tensor, matrix: Tensor, block: Block, bias: Tensor | None = None) -> Tensor:
+    return torch.cat(
+        [x[part].double() @ matrix[e].double().T + (0 if bias is None else bias[e].double()) for e, part in block.parts]
+    )
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(("dtype", "in_rows"), [(torch.float32, True), (torch.float32, False), BF16_ROWS])
+@pytest.mark.parametrize(("size_in", "size_out"), [(2, 1), (16, 7), (38, 97), (64, 130), (130, 33)])
+def test_products(size_in: int, size_out: int, dtype: torch.dtype, in_rows: bool, has_bias: bool) -> None:
+    block, (x, matrix, bias) = block_of(), drawn(size_in, size_out, dtype)
+    stored = matrix if in_rows else matrix.mT.contiguous().mT
+    assert looped.reads(list(stored), dtype)
+    memory, out = guarded(len(x), size_out, dtype)
+    found = looped.multiply(block, x, lambda e: stored[e], bias if has_bias else None, out)
+    assert found.data_ptr() == out.data_ptr()
+    wanted = expected(x, matrix, block, bias if has_bias else None)
+    assert_close(out, wanted, tolerance=TOLERANCE[dtype])
+    assert int(memory.isnan().sum()) == memory.numel() - out.numel()  # nothing else is written
+    with pytest.raises(AssertionError):
+        assert_close(out, expected(x, matrix.roll(1, 0), block), tolerance=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(("size_out", "size_in"), [(1, 2), (7, 16), (97, 38), (130, 300), (33, 130)])
+def test_gradients(size_out: int, size_in: int) -> None:
+    block = block_of()
+    left, right = torch.randn(sum(COUNTS), size_out), torch.randn(sum(COUNTS), size_in)
+    memory = torch.full((len(COUNTS), size_out, size_in + 3), torch.nan)
+    looped.multiply_outer(block, left, right, memory[..., :size_in])
+    for e, part in block.parts:
+        assert_close(memory[e, :, :size_in], left[part].double().T @ right[part].double(), tolerance=2e-6)
+    idle = [e for e, count in enumerate(COUNTS) if count == 0]
+    assert memory[idle].isnan().all()
+    assert memory[..., size_in:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_a_rows_bits_depend_on_it_alone(dtype: torch.dtype) -> None:
+    x, matrix, _ = drawn(130, 97, dtype)
+    block, columns = block_of(), matrix.mT.contiguous().mT
+    kept = [looped.multiply(block, x, lambda e: matrix[e])]
+    if dtype == torch.float32:
+        kept.append(looped.multiply(block, x, lambda e: columns[e]))
+    threads = torch.get_num_threads()
+    try:
+        for number, of in enumerate([matrix.__getitem__, columns.__getitem__][: len(kept)]):
+            for count in (1, 3):
+                torch.set_num_threads(count)
+                assert torch.equal(looped.multiply(block, x, of), kept[number])
+            for rows in range(1, 9):
+                alone = looped.multiply(block_of((0,) * 11 + (rows,)), x[-70 : rows - 70], of)
+                assert torch.equal(alone, kept[number][-70 : rows - 70])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_what_the_loops_do_not_read() -> None:
+    dense = torch.empty(6, 8)
+    assert looped.reads([dense, dense], torch.float32)
+    assert looped.reads([dense.T], torch.float32)
+    assert looped.reads([dense.bfloat16()], torch.bfloat16)
+    assert not looped.reads([dense, torch.empty(6, 12)[:, :8]], torch.float32)
+    assert not looped.reads([dense], torch.bfloat16)
+    assert not looped.reads([dense[::2, ::2]], torch.float32)
+    assert not looped.reads([dense.bfloat16().T], torch.bfloat16)
+    assert not looped.reads([dense.bfloat16()[:, :7]], torch.bfloat16)
+
+
+def test_kinds_that_several_processes_have_compiled(tmp_path: Path) -> None:
+    """Numba finds functions by their names: those of two kinds must not stand in for each other."""
+    program = """
+import sys, torch
+from tests.backends.torch.test_looped import block_of, expected, drawn
+from moe_triton.backends.torch import looped
+for name in sys.argv[1:]:
+    torch.manual_seed(0)
+    x, matrix, _ = drawn(38, 97, getattr(torch, name))
+    wanted = expected(x, matrix, block_of())
+    error = (looped.multiply(block_of(), x, matrix.__getitem__) - wanted).norm() / wanted.norm()
+    assert error < 0.01, (name, float(error))
+"""
+    kinds = ["float32", "bfloat16"] if this_processor().has("avx512_bf16") else ["float32"]
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    for names in (*([name] for name in kinds), kinds):
+        subprocess.run([sys.executable, "-c", program, *names], check=True, env=environment)
+    assert list(tmp_path.rglob("*.nbc"))
