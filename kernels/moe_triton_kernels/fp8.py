@@ -92,24 +92,31 @@ class ColumnCodes:
             an expert's last row are 0
     scales  [tiles, size] fp32
     dtype   of the rows
+    sums    [tiles, size] fp32: of each tile's rows as they are before rounding to codes, for the gradient of a bias
+            (`d_bias` adds up an expert's tiles); None where nothing reads them
 
-    Neither is written past the number of tiles.
+    None is written past the number of tiles.
     """
 
     codes: Tensor
     scales: Tensor
     dtype: torch.dtype
+    sums: Tensor | None = None
 
     @classmethod
-    def empty(cls, size: int, num_tiles: int, dtype: torch.dtype, device: torch.device) -> ColumnCodes:
+    def empty(
+        cls, size: int, num_tiles: int, dtype: torch.dtype, device: torch.device, *, sums: bool = False
+    ) -> ColumnCodes:
+        scales = torch.empty((num_tiles, size), dtype=torch.float32, device=device)
         return cls(
             codes=torch.empty((size, num_tiles * GROUP.value), dtype=CODES, device=device),
-            scales=torch.empty((num_tiles, size), dtype=torch.float32, device=device),
+            scales=scales,
             dtype=dtype,
+            sums=torch.empty_like(scales) if sums else None,
         )
 
     def argument(self) -> CodesArgument:
-        return CodesArgument(self.codes, self.scales, self.codes.shape[1])
+        return CodesArgument(self.codes, self.scales, self.codes.shape[1], self.sums)
 
 
 @final
@@ -146,11 +153,12 @@ class WeightCodes:
 
 
 class CodesArgument(NamedTuple):
-    """RowCodes or ColumnCodes that a kernel writes, among its arguments: codes [.., width] and scales."""
+    """RowCodes or ColumnCodes that a kernel writes, among its arguments: codes [.., width], scales, any sums."""
 
     codes: Any
     scales: Any
     width: Any
+    sums: Any = None
 
 
 class WrittenArgument(NamedTuple):
