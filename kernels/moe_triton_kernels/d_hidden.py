@@ -172,15 +172,16 @@ def d_hidden_kernel(
                 tl.store(grad_h.numbers + h_at, grad_parts[0], mask=h_mask)
                 if HALVES == 2:
                     tl.store(grad_h.numbers + h_at + size_n, grad_parts[1], mask=h_mask)
-            if grad_h.rows is not None or grad_h.columns is not None:
+            if grad_h.rows is not None:
                 largest = larger(largest, grad_parts, GROUPS == 2 and HALVES == 1 and i >= PARTS // 2)
                 held += (pack(grad_pair, 16 + tl.program_id(1), DTYPE),)  # type: ignore[assignment]
             if grad_h.columns is not None:
-                # in the second loop these sums would spill
                 columns, has_column = h_columns(n0, size_n, i, PART, COLUMNS_PER_HALF)
                 for half in tl.static_range(HALVES):
                     numbers = grad_parts[half].to(tl.float32)
                     store_sums(numbers, grad_h.columns, half * size_n + columns, has_column, size_h, tile_m)
+                    if grad_h.rows is None:  # else these codes would spill here, and the sums in the second loop
+                        store_columns(numbers, grad_h.columns, half * size_n + columns, has_column, size_h, tile_m)
             if scales is None:
                 value = value.to(DTYPE).to(tl.float32)  # forward multiplied the rounded A by W2
             share += tl.sum(blocks[i] * value, 1)
@@ -190,15 +191,14 @@ def d_hidden_kernel(
                 tl.store(a_cells, weighted, mask=row_mask[:, None] & inside[None, :])
             if weighted_a.columns is not None:
                 store_columns(weighted.to(tl.float32), weighted_a.columns, inner, inside, size_n, tile_m)
-        if grad_h.rows is not None or grad_h.columns is not None:
-            tl.static_assert(grad_h.rows is None or (TILE.BLOCK_N == GROUP and PARTS >= COLUMNS_PER_HALF))
+        if grad_h.rows is not None:
+            tl.static_assert(TILE.BLOCK_N == GROUP and PARTS >= COLUMNS_PER_HALF)
             groups = (tile_n * COLUMNS_PER_HALF, tile_n * COLUMNS_PER_HALF + (1 if HALVES == 1 else size_n // GROUP))
-            if grad_h.rows is not None:
-                row_scale = store_scales(largest[0], grad_h.rows, rows, row_mask, groups[0])
-                if GROUPS == 2:
-                    row_scales = (row_scale, store_scales(largest[1], grad_h.rows, rows, row_mask, groups[1]))
-                else:
-                    row_scales = (row_scale, row_scale)
+            row_scale = store_scales(largest[0], grad_h.rows, rows, row_mask, groups[0])
+            if GROUPS == 2:
+                row_scales = (row_scale, store_scales(largest[1], grad_h.rows, rows, row_mask, groups[1]))
+            else:
+                row_scales = (row_scale, row_scale)
             for i in tl.static_range(PARTS):
                 pair = unpack(held[i], 16 + tl.program_id(1), GATED, DTYPE)
                 parts = join_pair(pair, ACTIVATION, HALVES, DTYPE)
@@ -207,16 +207,15 @@ def d_hidden_kernel(
                     numbers = parts[half].to(tl.float32)
                     if grad_h.columns is not None:
                         store_columns(numbers, grad_h.columns, half * size_n + columns, inside, size_h, tile_m)
-                    if grad_h.rows is not None:
-                        store_codes(
-                            numbers,
-                            row_scales[half if HALVES == 2 else COLUMNS_PER_HALF * i // PARTS],
-                            grad_h.rows,
-                            rows,
-                            row_mask,
-                            groups[half if HALVES == 2 else COLUMNS_PER_HALF * i // PARTS],
-                            COLUMNS_PER_HALF * i * PART % GROUP,
-                        )
+                    store_codes(
+                        numbers,
+                        row_scales[half if HALVES == 2 else COLUMNS_PER_HALF * i // PARTS],
+                        grad_h.rows,
+                        rows,
+                        row_mask,
+                        groups[half if HALVES == 2 else COLUMNS_PER_HALF * i // PARTS],
+                        COLUMNS_PER_HALF * i * PART % GROUP,
+                    )
         tl.store(shares + tile_n.to(tl.int64) * num_slots + rows, share, mask=row_mask)
 
 

@@ -44,12 +44,14 @@ def fp8_supported(architecture: str) -> bool:
     return architecture in ARCHITECTURES
 
 
-def makes_codes(architecture: str, *, pairs: bool) -> bool:
-    """Return whether `d_hidden` makes codes; pairs: gate and up alternate.
+def makes_codes(architecture: str, *, pairs: bool, by_rows: bool) -> bool:
+    """Return whether `d_hidden` makes codes by columns, or with them by rows of dH; pairs: gate and up alternate.
 
-    It spills on Blackwell (56 bytes a thread and more by Triton 3.7.1), with pairs (8 by 3.6, 104 by 3.8), and by 3.6.
+    By rows it spills on Blackwell (200 bytes a thread and more by Triton 3.7.1); with both it spills with pairs (8 by
+    3.6, 104 by 3.8), and by 3.6.
     """
-    return architecture not in BLACKWELL and not pairs and triton_version()[:2] >= (3, 7)
+    spills = pairs or (by_rows and architecture in BLACKWELL)
+    return not spills and triton_version()[:2] >= (3, 7)
 
 
 def padded(size: int) -> int:

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_triton import reference
+from moe_triton_kernels import fp8
 from moe_triton_kernels.activations import Activation
 from moe_triton_kernels.configs import choose_config
 from moe_triton_kernels.d_hidden import Into, d_hidden
 from moe_triton_kernels.d_router_weights import d_router_weights
 from moe_triton_kernels.d_weight import d_bias
 from moe_triton_kernels.down import down
-from moe_triton_kernels.fp8 import CodedRows, ColumnCodes, RowCodes, WeightCodes, fp8_supported
+from moe_triton_kernels.fp8 import CodedRows, ColumnCodes, RowCodes, WeightCodes, fp8_supported, makes_codes
 from moe_triton_kernels.fp8_d_weight import fp8_d_weight, tile_offsets
 from moe_triton_kernels.launch import Config
 from moe_triton_kernels.mxfp8 import quantize_mx
@@ -398,6 +399,18 @@ def test_codes_go_with_codes() -> None:
         down(a, s.tiles, codes, size_columns=128, config=config_of("down"))
     with pytest.raises(ValueError, match="weight: got rows together with codes, wanted codes for codes"):
         down(quantize_rows(a), s.tiles, plain, size_columns=128, config=config_of("down"))
+
+
+def test_where_d_hidden_makes_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(architecture: str, *, pairs: bool = False) -> list[bool]:
+        return [makes_codes(architecture, pairs=pairs, by_rows=by_rows) for by_rows in (False, True)]
+
+    monkeypatch.setattr(fp8, "triton_version", lambda: (3, 7, 1))
+    assert made("sm_90") == made("interpreter") == [True, True]
+    assert made("sm_100") == [True, False]
+    assert made("sm_90", pairs=True) == made("sm_100", pairs=True) == [False, False]
+    monkeypatch.setattr(fp8, "triton_version", lambda: (3, 6, 0))
+    assert made("sm_90") == made("sm_100") == [False, False]
 
 
 def test_where_codes_are_multiplied() -> None:

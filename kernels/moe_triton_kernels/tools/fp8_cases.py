@@ -54,7 +54,7 @@ def fp8_cases(arch: str) -> list[Case]:
     hidden = next(entry for entry in entries if entry.op == "d_hidden_gated")
     cases += [fp8_case(gated, arch, is_even=False)]
     cases += [fp8_case(entry, arch, is_concatenated=False) for entry in (gated, hidden)]
-    if makes_codes(arch, pairs=False):
+    if makes_codes(arch, pairs=False, by_rows=False):
         cases.append(fp8_case(hidden, arch, has_bias=True))
     if arch in BLACKWELL:
         cases.append(mxfp8_case(next(entry for entry in entries if entry.op == "d_rows"), arch))
@@ -115,10 +115,11 @@ def fp8_case(
         return product_case(up_kernel, entry, arch, signature=signature, **options)
     signature |= {"grad_out": "*fp8e4nv", "h": STORED}
     signature |= dict.fromkeys(("router_weights", "shares"), "*fp32")
-    makes = makes_codes(arch, pairs=not is_concatenated)
-    signature["weighted_a"] = WrittenArgument(None, None, WRITTEN) if makes else WrittenArgument(STORED, None, None)
-    columns = SUMMED if has_bias else WRITTEN
-    signature["grad_h"] = WrittenArgument(None, WRITTEN, columns) if makes else WrittenArgument(STORED, None, None)
+    by_rows, by_columns = (makes_codes(arch, pairs=not is_concatenated, by_rows=by_rows) for by_rows in (True, False))
+    written = WrittenArgument(None, None, WRITTEN) if by_columns else WrittenArgument(STORED, None, None)
+    signature["weighted_a"] = written
+    written = WrittenArgument(None, WRITTEN, written.columns) if by_rows else written._replace(numbers=STORED)
+    signature["grad_h"] = written._replace(columns=SUMMED) if has_bias else written
     return product_case(d_hidden_kernel, entry, arch, signature=signature, **options)
 
 

@@ -42,10 +42,9 @@ class Fp8Problem(Problem):
     def _down_codes(self) -> WeightCodes:
         return quantize_weight(self.down, size_k=self.size_n, size_columns=self.size_d)
 
-    @property
-    def _makes_codes(self) -> bool:
+    def _makes_codes(self, *, by_rows: bool) -> bool:
         pairs = self.call.width != self.size_n and not self.spec.is_concatenated
-        return makes_codes(target_of(self.hidden.device).architecture, pairs=pairs)
+        return makes_codes(target_of(self.hidden.device).architecture, pairs=pairs, by_rows=by_rows)
 
     @cached_property
     def _tiles(self) -> TileTables:
@@ -113,7 +112,7 @@ class Fp8Problem(Problem):
         width, rows = self.call.width, None
         # a group that holds columns of gate and of up is in two tiles
         in_a_tile = width == self.size_n or not self.spec.is_concatenated or self.size_n % GROUP.value == 0
-        if wanted.hidden and in_a_tile and self._makes_codes:
+        if wanted.hidden and in_a_tile and self._makes_codes(by_rows=True):
             rows = RowCodes.empty(self.num_rows, width, self.hidden.dtype, self.hidden.device)
         columns = self._columns(tiles, width, sums=wanted.gate_up_bias) if wanted.gate_up else None
         lacks = (wanted.hidden and rows is None) or (wanted.gate_up and columns is None)
@@ -121,7 +120,7 @@ class Fp8Problem(Problem):
         return CodedRows(numbers=self._numbers(width, is_read), rows=rows, columns=columns)
 
     def _columns(self, tiles: TileTables, size: int, *, sums: bool = False) -> ColumnCodes | None:
-        if not self._makes_codes:
+        if not self._makes_codes(by_rows=False):
             return None
         most = tiles.select(GROUP.value)[1]
         return ColumnCodes.empty(size, most, self.hidden.dtype, self.hidden.device, sums=sums)
