@@ -33,8 +33,15 @@ from moe_triton_kernels.operands import (
 )
 from moe_triton_kernels.preactivation import d_activate, join_pair, load_parts, split_pair
 from moe_triton_kernels.products import prepare_product
-from moe_triton_kernels.quantize import largest_of, store_codes, store_columns, store_scales
+from moe_triton_kernels.quantize import largest_of, store_codes, store_columns, store_scales, store_sums
 from moe_triton_kernels.tiles import TileTables, load_tile
+
+
+@triton.jit
+def h_columns(n0, size_n, NUMBER: tl.constexpr, PART: tl.constexpr, PAIRS: tl.constexpr):
+    """The columns of part NUMBER of a tile in H, or in each half of it, and which of them there are."""
+    columns = PAIRS * (n0 + NUMBER * PART) + tl.arange(0, PAIRS * PART)
+    return columns, columns < PAIRS * size_n
 
 
 @triton.jit
@@ -42,9 +49,9 @@ def h_cells(
     rows, row_mask, n0, size_n, NUMBER: tl.constexpr, PART: tl.constexpr, HALVES: tl.constexpr, PAIRS: tl.constexpr
 ):
     """Where part NUMBER of a tile lies in H, and a mask; PAIRS: columns of H, side by side, for one of A."""
-    columns = PAIRS * (n0 + NUMBER * PART) + tl.arange(0, PAIRS * PART)
+    columns, inside = h_columns(n0, size_n, NUMBER, PART, PAIRS)
     offsets = rows.to(tl.int64) * (HALVES * PAIRS * size_n)
-    return offsets[:, None] + columns[None, :], row_mask[:, None] & (columns < PAIRS * size_n)[None, :]
+    return offsets[:, None] + columns[None, :], row_mask[:, None] & inside[None, :]
 
 
 @triton.jit
@@ -116,6 +123,7 @@ def d_hidden_kernel(
     # H comes a part ahead, the first one during the product, in large tiles that hold no addresses of weights
     AHEAD: tl.constexpr = TILE.BLOCK_M >= 128 and descriptor is not None
     size_d, size_n = in_units(sizes.k, sizes.UNIT), in_units(sizes.columns, sizes.UNIT)
+    size_h = HALVES * COLUMNS_PER_HALF * size_n
     num_m = tl.load(tiles.num_tiles)
     num_n = tl.cdiv(size_n, TILE.BLOCK_N)
     for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
@@ -164,9 +172,16 @@ def d_hidden_kernel(
                 tl.store(grad_h.numbers + h_at, grad_parts[0], mask=h_mask)
                 if HALVES == 2:
                     tl.store(grad_h.numbers + h_at + size_n, grad_parts[1], mask=h_mask)
-            if grad_h.rows is not None or grad_h.columns is not None:
+            if grad_h.rows is not None:
                 largest = larger(largest, grad_parts, GROUPS == 2 and HALVES == 1 and i >= PARTS // 2)
                 held += (pack(grad_pair, 16 + tl.program_id(1), DTYPE),)  # type: ignore[assignment]
+            if grad_h.columns is not None:
+                columns, has_column = h_columns(n0, size_n, i, PART, COLUMNS_PER_HALF)
+                for half in tl.static_range(HALVES):
+                    numbers = grad_parts[half].to(tl.float32)
+                    store_sums(numbers, grad_h.columns, half * size_n + columns, has_column, size_h, tile_m)
+                    if grad_h.rows is None:  # else these codes would spill here, and the sums in the second loop
+                        store_columns(numbers, grad_h.columns, half * size_n + columns, has_column, size_h, tile_m)
             if scales is None:
                 value = value.to(DTYPE).to(tl.float32)  # forward multiplied the rounded A by W2
             share += tl.sum(blocks[i] * value, 1)
@@ -176,35 +191,31 @@ def d_hidden_kernel(
                 tl.store(a_cells, weighted, mask=row_mask[:, None] & inside[None, :])
             if weighted_a.columns is not None:
                 store_columns(weighted.to(tl.float32), weighted_a.columns, inner, inside, size_n, tile_m)
-        if grad_h.rows is not None or grad_h.columns is not None:
-            tl.static_assert(grad_h.rows is None or (TILE.BLOCK_N == GROUP and PARTS >= COLUMNS_PER_HALF))
+        if grad_h.rows is not None:
+            tl.static_assert(TILE.BLOCK_N == GROUP and PARTS >= COLUMNS_PER_HALF)
             groups = (tile_n * COLUMNS_PER_HALF, tile_n * COLUMNS_PER_HALF + (1 if HALVES == 1 else size_n // GROUP))
-            if grad_h.rows is not None:
-                row_scale = store_scales(largest[0], grad_h.rows, rows, row_mask, groups[0])
-                if GROUPS == 2:
-                    row_scales = (row_scale, store_scales(largest[1], grad_h.rows, rows, row_mask, groups[1]))
-                else:
-                    row_scales = (row_scale, row_scale)
+            row_scale = store_scales(largest[0], grad_h.rows, rows, row_mask, groups[0])
+            if GROUPS == 2:
+                row_scales = (row_scale, store_scales(largest[1], grad_h.rows, rows, row_mask, groups[1]))
+            else:
+                row_scales = (row_scale, row_scale)
             for i in tl.static_range(PARTS):
                 pair = unpack(held[i], 16 + tl.program_id(1), GATED, DTYPE)
                 parts = join_pair(pair, ACTIVATION, HALVES, DTYPE)
-                columns = COLUMNS_PER_HALF * (n0 + i * PART) + tl.arange(0, COLUMNS_PER_HALF * PART)
-                inside = columns < COLUMNS_PER_HALF * size_n
+                columns, inside = h_columns(n0, size_n, i, PART, COLUMNS_PER_HALF)
                 for half in tl.static_range(HALVES):
                     numbers = parts[half].to(tl.float32)
                     if grad_h.columns is not None:
-                        size_h = HALVES * COLUMNS_PER_HALF * size_n
                         store_columns(numbers, grad_h.columns, half * size_n + columns, inside, size_h, tile_m)
-                    if grad_h.rows is not None:
-                        store_codes(
-                            numbers,
-                            row_scales[half if HALVES == 2 else COLUMNS_PER_HALF * i // PARTS],
-                            grad_h.rows,
-                            rows,
-                            row_mask,
-                            groups[half if HALVES == 2 else COLUMNS_PER_HALF * i // PARTS],
-                            COLUMNS_PER_HALF * i * PART % GROUP,
-                        )
+                    store_codes(
+                        numbers,
+                        row_scales[half if HALVES == 2 else COLUMNS_PER_HALF * i // PARTS],
+                        grad_h.rows,
+                        rows,
+                        row_mask,
+                        groups[half if HALVES == 2 else COLUMNS_PER_HALF * i // PARTS],
+                        COLUMNS_PER_HALF * i * PART % GROUP,
+                    )
         tl.store(shares + tile_n.to(tl.int64) * num_slots + rows, share, mask=row_mask)
 
 

@@ -323,18 +323,19 @@ def d_bias(
     *,
     top_k: int,
     router_weights: Tensor | None = None,
+    dtype: torch.dtype | None = None,
     piece_rows: int | None = None,
 ) -> Tensor:
-    """[E, size]: the sum of each expert's rows, in values' dtype; zeros for an expert without rows.
+    """[E, size]: the sum of each expert's rows, in `dtype` (None: values'); zeros for an expert without rows.
 
-    Without `router_weights`, values [S, size] lie in expert order (db1 = sum dH). With them ([T, K] contiguous), values
-    [T, size] are read at the row's token and multiplied by its weight (db2 = sum w dO). `piece_rows` as in
-    `d_weight`.
+    Without `router_weights`, values [S, size] lie in expert order (db1 = sum dH), or are the sums of tiles, between
+    whose `tile_offsets` each expert's lie. With them ([T, K] contiguous), values [T, size] are read at the row's token
+    and multiplied by its weight (db2 = sum w dO). `piece_rows` as in `d_weight`.
     """
     num_experts, size = offsets.shape[0] - 1, values.shape[1]
-    out = values.new_empty((num_experts, size))
+    out = values.new_empty((num_experts, size), dtype=dtype)
     block_c = min(128, next_power_of_2(size))
-    tiles, num_rows = cdiv(size, block_c), source.shape[0]
+    tiles, num_rows = cdiv(size, block_c), (values if router_weights is None else source).shape[0]
     pieces = row_pieces(offsets, num_rows, piece_rows or piece_rows_for(num_rows, tiles, BIAS_UNITS))
     partials = values.new_empty((pieces.num_slots, size), dtype=torch.float32)
     d_bias_kernel[(pieces.pieces.shape[0], tiles)](

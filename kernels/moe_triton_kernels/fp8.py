@@ -44,12 +44,14 @@ def fp8_supported(architecture: str) -> bool:
     return architecture in ARCHITECTURES
 
 
-def makes_codes(architecture: str, *, pairs: bool) -> bool:
-    """Return whether `d_hidden` makes codes; pairs: gate and up alternate.
+def makes_codes(architecture: str, *, pairs: bool, by_rows: bool) -> bool:
+    """Return whether `d_hidden` makes codes by columns, or with them by rows of dH; pairs: gate and up alternate.
 
-    It spills on Blackwell (56 bytes a thread and more by Triton 3.7.1), with pairs (8 by 3.6, 104 by 3.8), and by 3.6.
+    By rows it spills on Blackwell (200 bytes a thread and more by Triton 3.7.1); with both it spills with pairs (8 by
+    3.6, 104 by 3.8), and by 3.6.
     """
-    return architecture not in BLACKWELL and not pairs and triton_version()[:2] >= (3, 7)
+    spills = pairs or (by_rows and architecture in BLACKWELL)
+    return not spills and triton_version()[:2] >= (3, 7)
 
 
 def padded(size: int) -> int:
@@ -92,24 +94,31 @@ class ColumnCodes:
             an expert's last row are 0
     scales  [tiles, size] fp32
     dtype   of the rows
+    sums    [tiles, size] fp32: of each tile's rows as they are before rounding to codes, for the gradient of a bias
+            (`d_bias` adds up an expert's tiles); None where nothing reads them
 
-    Neither is written past the number of tiles.
+    None is written past the number of tiles.
     """
 
     codes: Tensor
     scales: Tensor
     dtype: torch.dtype
+    sums: Tensor | None = None
 
     @classmethod
-    def empty(cls, size: int, num_tiles: int, dtype: torch.dtype, device: torch.device) -> ColumnCodes:
+    def empty(
+        cls, size: int, num_tiles: int, dtype: torch.dtype, device: torch.device, *, sums: bool = False
+    ) -> ColumnCodes:
+        scales = torch.empty((num_tiles, size), dtype=torch.float32, device=device)
         return cls(
             codes=torch.empty((size, num_tiles * GROUP.value), dtype=CODES, device=device),
-            scales=torch.empty((num_tiles, size), dtype=torch.float32, device=device),
+            scales=scales,
             dtype=dtype,
+            sums=torch.empty_like(scales) if sums else None,
         )
 
     def argument(self) -> CodesArgument:
-        return CodesArgument(self.codes, self.scales, self.codes.shape[1])
+        return CodesArgument(self.codes, self.scales, self.codes.shape[1], self.sums)
 
 
 @final
@@ -146,11 +155,12 @@ class WeightCodes:
 
 
 class CodesArgument(NamedTuple):
-    """RowCodes or ColumnCodes that a kernel writes, among its arguments: codes [.., width] and scales."""
+    """RowCodes or ColumnCodes that a kernel writes, among its arguments: codes [.., width], scales, any sums."""
 
     codes: Any
     scales: Any
     width: Any
+    sums: Any = None
 
 
 class WrittenArgument(NamedTuple):

@@ -121,14 +121,14 @@ def fp8_tile(op: str, architecture: str, bucket: int) -> Config:
     """For products of codes: 128 of the contraction a step, and a tile's columns within two blocks of scales.
 
     A partial sum has as many registers as the accumulator, which so is half as large as that of other products. The
-    tile of up holds whole groups of its activation, and that of d_hidden, which makes codes but on Blackwell, whole
-    groups of rows as well. wgmma takes 64 rows at least; of two programs with so many, one multiplies while the other
+    tile of up holds whole groups of its activation, and that of d_hidden, which makes codes, whole groups of rows as
+    well. wgmma takes 64 rows at least; of two programs with so many, one multiplies while the other
     adds its partial sum.
     """
     if architecture == "interpreter":
         config = Config(block_m=32, block_n=128, block_k=128, num_warps=4, num_stages=1, group=2)
         return replace(config, block_m=128, parts=2) if op.startswith("d_hidden") else config
-    whole = op == "d_weight" or (op.startswith("d_hidden") and architecture not in BLACKWELL)
+    whole = op == "d_weight" or op.startswith("d_hidden")
     short = op == "up_gated" or (not whole and bucket < BUCKETS[-1])
     parts = {"down": 2, "d_rows": 2, "d_hidden": 4, "d_hidden_gated": 4}.get(op, 1)
     config = Config(

@@ -105,6 +105,13 @@ def store_columns(x, out, columns, inside, size, tile):
     tl.store(out.scales + tile.to(tl.int64) * size + columns, scale, mask=inside)
 
 
+@triton.jit
+def store_sums(x, out, columns, inside, size, tile):
+    """Write the sums over the rows of x, as `store_columns` takes it, as those of ColumnCodes that have sums."""
+    if out.sums is not None:
+        tl.store(out.sums + tile.to(tl.int64) * size + columns, tl.sum(x, 0), mask=inside)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def quantize_rows_kernel(x, out, num_rows, size, BLOCK_R: tl.constexpr):
     """One program per block of rows and group."""
@@ -144,6 +151,7 @@ def quantize_columns_kernel(
     x,  # [S, size], or [T, size] where there is a source
     source,  # [S], or None
     position,  # [T, TOP_K], or None
+    router_weights,  # [T * TOP_K], or None
     columns_out,  # ColumnCodes of the rows
     rows_out,  # RowCodes of x, or None
     tiles,
@@ -165,6 +173,9 @@ def quantize_columns_kernel(
         cells = x + index.to(tl.int64)[:, None] * size + columns[None, :]
         value = tl.load(cells, mask=row_mask[:, None] & inside[None, :], other=0.0)
         store_columns(value.to(tl.float32), columns_out, columns, inside, size, tile)
+        if router_weights is not None:
+            scale = tl.load(router_weights + slots, mask=row_mask, other=0.0).to(tl.float32)
+            store_sums(value.to(tl.float32) * scale[:, None], columns_out, columns, inside, size, tile)
         if rows_out is not None:
             is_first = first_of_token(slots, row_mask, position, TOP_K, CHOICES)
             store_rows(value, rows_out, index, is_first, tl.program_id(1))
@@ -176,17 +187,21 @@ def quantize_columns(x: Tensor, tiles: TileTables, *, source: Tensor | None = No
     x contiguous: [S, size] with rows in expert order, or [T, size], read at source[row] // top_k. Rows past offsets[E]
     are not read.
     """
-    return _quantize_columns(x, tiles, source, top_k, None, None, BLOCK_COLUMNS)
+    return _quantize_columns(x, tiles, source, top_k, BLOCK_COLUMNS)
 
 
-def quantize_both(x: Tensor, tiles: TileTables, *, source: Tensor, position: Tensor) -> tuple[RowCodes, ColumnCodes]:
+def quantize_both(
+    x: Tensor, tiles: TileTables, *, source: Tensor, position: Tensor, router_weights: Tensor | None = None
+) -> tuple[RowCodes, ColumnCodes]:
     """`quantize_rows` of x [T, size] and `quantize_columns` of the gathered rows, reading x once.
 
-    position [T, K]: the row of each choice, or -1. The codes of a token without a row are not written.
+    position [T, K]: the row of each choice, or -1. The codes of a token without a row are not written. router_weights
+    [T, K] contiguous: where they are given, the columns have the sums of the rows times their weights.
     """
     num_rows, size = x.shape
     rows = RowCodes.empty(num_rows, size, x.dtype, x.device)
-    return rows, _quantize_columns(x, tiles, source, position.shape[1], position, rows, GROUP.value)
+    top_k = position.shape[1]
+    return rows, _quantize_columns(x, tiles, source, top_k, GROUP.value, position, rows, router_weights)
 
 
 def _quantize_columns(
@@ -194,18 +209,20 @@ def _quantize_columns(
     tiles: TileTables,
     source: Tensor | None,
     top_k: int,
-    position: Tensor | None,
-    rows: RowCodes | None,
     block_columns: int,
+    position: Tensor | None = None,
+    rows: RowCodes | None = None,
+    router_weights: Tensor | None = None,
 ) -> ColumnCodes:
     size = x.shape[1]
     table, max_tiles = tiles.select(GROUP.value)
-    found = ColumnCodes.empty(size, max_tiles, x.dtype, x.device)
+    found = ColumnCodes.empty(size, max_tiles, x.dtype, x.device, sums=router_weights is not None)
     if found.codes.numel():
         quantize_columns_kernel[(max_tiles, cdiv(size, block_columns))](
             x,
             source,
             position,
+            router_weights,
             found.argument(),
             None if rows is None else rows.argument(),
             table,

@@ -114,7 +114,7 @@ def test_the_triton_stages_over_codes():
 
 def test_the_triton_stages_in_fp8():
     """In the interpreter: every product, and what makes its codes, beside the floors of codes."""
-    case = replace(CASE, tokens=4, experts=2, dtype="bfloat16", fp8=True)
+    case = replace(CASE, tokens=4, experts=2, dtype="bfloat16", fp8=True, bias=True)
     workload = make_workload(case, CPU)
     opened = stages.open_layer(workload, "triton")
     names = [(stage.name, stage.is_backward) for stage in opened.stages][3:-2]
@@ -123,6 +123,7 @@ def test_the_triton_stages_in_fp8():
         ("down", False), ("combine", False),
         ("quantize dO", True), ("d_hidden", True), ("d_router_weights", True), ("d_weight_down", True),
         ("quantize gathered X", True), ("d_weight_up", True), ("d_rows", True), ("combine", True),
+        ("d_bias_rows", True), ("d_bias_gathered", True),
     ]  # fmt: skip
     calls = {(stage.name, stage.is_backward): stage.call for stage in opened.stages}
     block = PROVIDERS["triton"].build(workload)
@@ -131,6 +132,8 @@ def test_the_triton_stages_in_fp8():
     assert torch.equal(calls["combine", False](), out)
     assert torch.equal(calls["d_weight_down", True](), grads["down"])
     assert torch.equal(calls["d_weight_up", True](), grads["gate_up"])
+    assert torch.equal(calls["d_bias_rows", True](), grads["gate_up_bias"])
+    assert torch.equal(calls["d_bias_gathered", True](), grads["down_bias"])
     times = {name: [1e-3] for name in opened.calls}
     speeds = stages.Speeds(flops_per_s=1e12, bytes_per_s=1e12, codes_flops_per_s=1e6)
     table = stages.stage_table(opened, case, times, speeds)

@@ -58,6 +58,7 @@ FP8_BY_HAND = {
     "fp8_d_rows": (1536, 96 + 4 + 320 + 4 + 2 * 96),
     "fp8_d_weight_down": (768, 96 + 4 + 48 + 4 + 2 * 160),
     "fp8_d_weight_up": (1536, 96 + 4 + 96 + 4 + 2 * 320),
+    **dict.fromkeys(("fp8_d_bias_rows", "fp8_d_bias_gathered"), (0, 4 * 5 * 8 + 2 * 5 * 8)),  # a tile for each expert
     "mxfp8_rows": (1536, 416 + 13 + 2 * 96),
     "quantize_mx": (0, 2 * 48 + 48 + 2),
     "quantize_rows": (0, 2 * 48 + 48 + 4),

@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_triton import reference
+from moe_triton_kernels import fp8
 from moe_triton_kernels.activations import Activation
 from moe_triton_kernels.configs import choose_config
 from moe_triton_kernels.d_hidden import Into, d_hidden
 from moe_triton_kernels.d_router_weights import d_router_weights
+from moe_triton_kernels.d_weight import d_bias
 from moe_triton_kernels.down import down
-from moe_triton_kernels.fp8 import CodedRows, ColumnCodes, RowCodes, WeightCodes, fp8_supported
+from moe_triton_kernels.fp8 import CodedRows, ColumnCodes, RowCodes, WeightCodes, fp8_supported, makes_codes
 from moe_triton_kernels.fp8_d_weight import fp8_d_weight, tile_offsets
 from moe_triton_kernels.launch import Config
 from moe_triton_kernels.mxfp8 import quantize_mx
@@ -106,6 +108,13 @@ class Setting:
             out[span] = rows[span] @ decoded(weight[e], 128, 128).T
         return out
 
+    def summed(self, rows: Tensor) -> Tensor:
+        """The sum of each expert's rows, [3, .] in float64; rows in expert order."""
+        out = torch.zeros(3, rows.shape[1], dtype=torch.float64, device=device)
+        for e, span in self.spans():
+            out[e] = rows[span].double().sum(0)
+        return out
+
     def codes_of(self, weight: Tensor) -> WeightCodes:
         """weight [E, columns, k]."""
         sizes = {"size_k": weight.shape[2], "size_columns": weight.shape[1]}
@@ -178,14 +187,24 @@ def assert_columns(found: ColumnCodes, expected: ColumnCodes) -> None:
     assert torch.equal(found.scales[:TILES], expected.scales[:TILES])
 
 
+def sums_per_expert(columns: ColumnCodes, s: Setting) -> Tensor:
+    """In fp32, from the sums of tiles; those past the last tile are NaN, as all memory is that nobody writes."""
+    assert columns.sums is not None
+    assert columns.sums[TILES:].isnan().all()
+    return d_bias(columns.sums, s.source, tile_offsets(s.tiles.offsets), top_k=2)
+
+
 def test_codes_both_ways() -> None:
     """Of tokens with two rows, with one, and with none, whose codes stay as they are."""
     s = Setting(d=136, n=40, dtype=torch.bfloat16)
     position = torch.full((ROWS // 2, 2), -1, dtype=torch.int32, device=device)
     kept = s.source[: OFFSETS[-1]].long()
     position.view(-1)[kept] = torch.arange(OFFSETS[-1], dtype=torch.int32, device=device)
-    rows, columns = quantize_both(s.x, s.tiles, source=s.source, position=position)
+    rows, columns = quantize_both(s.x, s.tiles, source=s.source, position=position, router_weights=s.weights)
     assert_columns(columns, quantize_columns(s.x, s.tiles, source=s.source, top_k=2))
+    weighted = s.x[s.tokens].double() * s.row_weights
+    assert_close(sums_per_expert(columns, s), s.summed(weighted), tolerance=TOLERANCE[torch.float32])
+    assert quantize_both(s.x, s.tiles, source=s.source, position=position)[1].sums is None
     expected = quantize_rows(s.x)
     assert same_codes(rows.codes[s.tokens], expected.codes[s.tokens])
     assert torch.equal(rows.scales[s.tokens], expected.scales[s.tokens])
@@ -310,7 +329,11 @@ def test_d_hidden(d: int, n: int, activation: str, is_concatenated: bool) -> Non
     rows = RowCodes.empty(ROWS, s.width, dtype, h.device) if n != 160 or not is_concatenated else None
     into = Into(
         CodedRows(numbers=h.new_empty(ROWS, n), columns=ColumnCodes.empty(n, tiles, dtype, h.device)),
-        CodedRows(numbers=torch.empty_like(h), rows=rows, columns=ColumnCodes.empty(s.width, tiles, dtype, h.device)),
+        CodedRows(
+            numbers=torch.empty_like(h),
+            rows=rows,
+            columns=ColumnCodes.empty(s.width, tiles, dtype, h.device, sums=True),
+        ),
     )
     coded_a, coded_h, shares = d_hidden(
         quantize_rows(s.grad_out),
@@ -332,6 +355,9 @@ def test_d_hidden(d: int, n: int, activation: str, is_concatenated: bool) -> Non
         codes = quantize_rows(grad_h)
         assert same_codes(rows.codes[:end], codes.codes[:end])
         assert torch.equal(rows.scales[:end], codes.scales[:end])
+    sums = sums_per_expert(coded_h.columns, s)
+    assert_close(sums, s.summed(grad_h), tolerance=TOLERANCE[torch.float32])  # of dH as it is stored
+    assert not sums[1].any()
     wide = h[:end].double().requires_grad_()
     value = reference.activate(wide, activation, is_concatenated)
     grad_a = torch.zeros(end, n, dtype=torch.float64, device=device)
@@ -373,6 +399,18 @@ def test_codes_go_with_codes() -> None:
         down(a, s.tiles, codes, size_columns=128, config=config_of("down"))
     with pytest.raises(ValueError, match="weight: got rows together with codes, wanted codes for codes"):
         down(quantize_rows(a), s.tiles, plain, size_columns=128, config=config_of("down"))
+
+
+def test_where_d_hidden_makes_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(architecture: str, *, pairs: bool = False) -> list[bool]:
+        return [makes_codes(architecture, pairs=pairs, by_rows=by_rows) for by_rows in (False, True)]
+
+    monkeypatch.setattr(fp8, "triton_version", lambda: (3, 7, 1))
+    assert made("sm_90") == made("interpreter") == [True, True]
+    assert made("sm_100") == [True, False]
+    assert made("sm_90", pairs=True) == made("sm_100", pairs=True) == [False, False]
+    monkeypatch.setattr(fp8, "triton_version", lambda: (3, 6, 0))
+    assert made("sm_90") == made("sm_100") == [False, False]
 
 
 def test_where_codes_are_multiplied() -> None:

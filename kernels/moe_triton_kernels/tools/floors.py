@@ -34,7 +34,7 @@ Row indices and router weights (a few bytes per row) are left out where whole ro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from moe_triton_kernels.tools.gpus import GPUS, Gpu
@@ -192,10 +192,10 @@ def _gate(shape: Shape, parts: int, narrow: int, wide: int) -> Work:
     return Work(flops=2 * parts * shape.logits * shape.hidden, bytes=2 * narrow + 4 * wide)
 
 
-def _tiles(shape: Shape) -> int:
-    """Entries of the tables of all tile sizes, where the rows spread evenly over the experts."""
+def _tiles(shape: Shape, sizes: Sequence[int] = TILE_SIZES) -> int:
+    """Entries of the tables of these tile sizes, where the rows spread evenly over the experts."""
     used = min(shape.rows, shape.experts)
-    return sum(used * -(-shape.rows // (used * size)) for size in TILE_SIZES)
+    return sum(used * -(-shape.rows // (used * size)) for size in sizes)
 
 
 FLOORS: dict[str, Callable[[Shape], Work]] = {
@@ -276,6 +276,11 @@ def _fp8_gradient(shape: Shape, factor: int) -> Work:
     return Work(flops=_product(shape, factor, 0).flops, bytes=codes + shape.itemsize * factor * shape.w2)
 
 
+def _sum_of_tiles(shape: Shape, columns: int) -> Work:
+    """Sums of tiles of 128 rows -> [E, columns]."""
+    return Work(flops=0, bytes=(4 * _tiles(shape, (128,)) + shape.itemsize * shape.experts) * columns)
+
+
 def _quantize_weight(shape: Shape, factor: int) -> Work:
     numbers = factor * shape.w2
     return Work(flops=0, bytes=(shape.itemsize + 1) * numbers + _codes(numbers, 128**2))
@@ -293,6 +298,9 @@ FP8_FLOORS: dict[str, Callable[[Shape], Work]] = {
     "fp8_d_rows": lambda s: _fp8_product(s, s.factor, s.factor * s.a, s.y),
     "fp8_d_weight_down": lambda s: _fp8_gradient(s, 1),
     "fp8_d_weight_up": lambda s: _fp8_gradient(s, s.factor),
+    # where d_hidden makes codes, and sums with them; elsewhere dH is read, as without codes
+    "fp8_d_bias_rows": lambda s: _sum_of_tiles(s, s.factor * s.intermediate),
+    "fp8_d_bias_gathered": lambda s: _sum_of_tiles(s, s.hidden),
     # codes of dH and W1, of which 32 share a byte -> dX rows
     "mxfp8_rows": lambda s: Work(
         flops=_product(s, s.factor, 0).flops,

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from moe_triton_kernels.activations import GATED_CASES, UNGATED_CASES
 from moe_triton_kernels.d_hidden import d_hidden_kernel
+from moe_triton_kernels.d_weight import d_bias_kernel
 from moe_triton_kernels.down import down_kernel
 from moe_triton_kernels.fp8 import CodesArgument, ScalesArgument, WrittenArgument, fp8_supported, makes_codes
 from moe_triton_kernels.fp8_d_weight import fp8_d_weight_kernel, tile_offsets_kernel
@@ -40,6 +41,7 @@ from moe_triton_kernels.up import up_kernel
 
 STORED = "*bf16"  # the rows' dtype
 WRITTEN = CodesArgument(codes="*fp8e4nv", scales="*fp32", width="i32")
+SUMMED = WRITTEN._replace(sums="*fp32")
 
 
 def fp8_cases(arch: str) -> list[Case]:
@@ -52,6 +54,8 @@ def fp8_cases(arch: str) -> list[Case]:
     hidden = next(entry for entry in entries if entry.op == "d_hidden_gated")
     cases += [fp8_case(gated, arch, is_even=False)]
     cases += [fp8_case(entry, arch, is_concatenated=False) for entry in (gated, hidden)]
+    if makes_codes(arch, pairs=False, by_rows=False):
+        cases.append(fp8_case(hidden, arch, has_bias=True))
     if arch in BLACKWELL:
         cases.append(mxfp8_case(next(entry for entry in entries if entry.op == "d_rows"), arch))
         cases += [quantize_mx_case(by_k) for by_k in (True, False)]
@@ -80,9 +84,14 @@ def quantize_mx_case(by_k: bool) -> Case:
     )
 
 
-def fp8_case(entry: Shipped, arch: str, *, is_even: bool = True, is_concatenated: bool = True) -> Case:
-    """A product of codes; `is_even`: 128 divides the columns. Large blocks of gated experts are in the sample."""
-    variant = "uneven" if not is_even else "even" if is_concatenated else "pairs"
+def fp8_case(
+    entry: Shipped, arch: str, *, is_even: bool = True, is_concatenated: bool = True, has_bias: bool = False
+) -> Case:
+    """A product of codes; `is_even`: 128 divides the columns. Large blocks of gated experts are in the sample.
+
+    has_bias: d_hidden makes the sums for a bias's gradient.
+    """
+    variant = "bias" if has_bias else "uneven" if not is_even else "even" if is_concatenated else "pairs"
     options: dict[str, Any] = {"variant": variant, "sample": entry.op not in ("up", "d_hidden") and is_even}
     if entry.op == "d_weight":
         return product_case(fp8_d_weight_kernel, entry, arch, signature=gradient_types(entry), **options)
@@ -106,9 +115,11 @@ def fp8_case(entry: Shipped, arch: str, *, is_even: bool = True, is_concatenated
         return product_case(up_kernel, entry, arch, signature=signature, **options)
     signature |= {"grad_out": "*fp8e4nv", "h": STORED}
     signature |= dict.fromkeys(("router_weights", "shares"), "*fp32")
-    makes = makes_codes(arch, pairs=not is_concatenated)
-    signature["weighted_a"] = WrittenArgument(None, None, WRITTEN) if makes else WrittenArgument(STORED, None, None)
-    signature["grad_h"] = WrittenArgument(None, WRITTEN, WRITTEN) if makes else WrittenArgument(STORED, None, None)
+    by_rows, by_columns = (makes_codes(arch, pairs=not is_concatenated, by_rows=by_rows) for by_rows in (True, False))
+    written = WrittenArgument(None, None, WRITTEN) if by_columns else WrittenArgument(STORED, None, None)
+    signature["weighted_a"] = written
+    written = WrittenArgument(None, WRITTEN, written.columns) if by_rows else written._replace(numbers=STORED)
+    signature["grad_h"] = written._replace(columns=SUMMED) if has_bias else written
     return product_case(d_hidden_kernel, entry, arch, signature=signature, **options)
 
 
@@ -147,12 +158,12 @@ def quantize_cases() -> Iterator[Case]:
         ),
         "quantize_columns": (
             quantize_columns_kernel,
-            columns | {"position": None, "rows_out": None},
+            columns | {"position": None, "router_weights": None, "rows_out": None},
             {"TOP_K": 8, "CHOICES": 8, "BLOCK_C": BLOCK_COLUMNS},
         ),
         "quantize_both": (
             quantize_columns_kernel,
-            columns | {"position": "*i32", "rows_out": WRITTEN},
+            columns | {"position": "*i32", "router_weights": "*fp32", "columns_out": SUMMED, "rows_out": WRITTEN},
             {"TOP_K": 8, "CHOICES": 8, "BLOCK_C": 128},
         ),
         "quantize_weight": (
@@ -160,6 +171,12 @@ def quantize_cases() -> Iterator[Case]:
             {"weight": weight, "forward": codes, "backward": codes, "scales": scales}
             | dict.fromkeys(("size_k", "size_columns"), "i32"),
             {"DTYPE": tl.float32},
+        ),
+        "fp8_d_bias_rows": (  # and of dO
+            d_bias_kernel,
+            {"values": "*fp32", "router_weights": None, "source": "*i32", "out": STORED, "partials": "*fp32"}
+            | {"pieces": "*i32", "state": "*i32", "size": "i32"},
+            {"TOP_K": 8, "BLOCK_R": 32, "BLOCK_C": 128},
         ),
         "tile_offsets": (
             tile_offsets_kernel,
@@ -169,7 +186,11 @@ def quantize_cases() -> Iterator[Case]:
     }
     for name, (fn, signature, constants) in signatures.items():
         sizes: list[str] = [size for size in ("size", "size_k", "size_columns") if size in signature]
-        sizes += [f"{name}.width" for name in ("out", "columns_out", "rows_out") if signature.get(name) is WRITTEN]
+        sizes += [
+            f"{name}.width"
+            for name in ("out", "columns_out", "rows_out")
+            if isinstance(signature.get(name), CodesArgument)
+        ]
         yield Case(
             name=name,
             fn=fn,

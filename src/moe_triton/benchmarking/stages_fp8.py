@@ -14,6 +14,7 @@ from moe_triton.records import ExpertCall, Wanted
 from moe_triton_kernels.fp8 import CodedRows, ColumnCodes, RowCodes
 from moe_triton_kernels.quantize import quantize_weight
 from moe_triton_kernels.tiles import TileTables
+from moe_triton_kernels.tools.floors import FP8_FLOORS
 
 # what makes codes: name, kernel, floor; each runs before the stage that is named with it
 MAKERS = {
@@ -44,8 +45,8 @@ class Coded(Fp8Problem):
             return super().rows_operand(x)
         return self.once("rows", x, lambda: Fp8Problem.rows_operand(self, x))
 
-    def both_operands(self, x: Tensor, tiles: TileTables) -> tuple[RowCodes, ColumnCodes]:
-        return self.once("both", x, lambda: Fp8Problem.both_operands(self, x, tiles))
+    def both_operands(self, x: Tensor, tiles: TileTables, *, sums: bool) -> tuple[RowCodes, ColumnCodes]:
+        return self.once("both", x, lambda: Fp8Problem.both_operands(self, x, tiles, sums=sums))
 
     def gathered_operand(self, x: Tensor) -> ColumnCodes:
         return self.once("gathered", x, lambda: Fp8Problem.gathered_operand(self, x))
@@ -70,7 +71,7 @@ def fp8_calls(call: ExpertCall, grad_out: Tensor) -> tuple[Coded, dict[str, Call
         "quantize W2": lambda: quantize_weight(problem.down, **down_sizes),
         "down": lambda: problem.down_rows(a, tiles),
         "combine": lambda: problem.combine(rows),
-        "quantize dO": lambda: plain.both_operands(grad_out, tiles),
+        "quantize dO": lambda: plain.both_operands(grad_out, tiles, sums=problem.down_bias is not None),
         "d_hidden": lambda: problem.d_hidden(grad_out, h, tiles),
         "d_router_weights": lambda: problem.d_router_weights(shares, grad_out, tiles),
         "d_weight_down": lambda: problem.d_down(grad_out, weighted_a),
@@ -78,8 +79,8 @@ def fp8_calls(call: ExpertCall, grad_out: Tensor) -> tuple[Coded, dict[str, Call
         "d_weight_up": lambda: problem.d_gate_up(grad_h),
         "d_rows": lambda: problem.d_rows(grad_h, tiles),
         "combine_backward": lambda: problem.combine(grad_rows),
-        "d_bias_rows": lambda: problem.d_gate_up_bias(problem.numbers(grad_h)),
-        "d_bias_gathered": lambda: problem.d_down_bias(grad_out),
+        "d_bias_rows": lambda: problem.d_gate_up_bias(grad_h),
+        "d_bias_gathered": lambda: problem.d_down_bias(grad_out, weighted_a),
     }
 
 
@@ -100,7 +101,7 @@ def expert_stages(call: ExpertCall, grad_out: Tensor) -> list[Stage]:
                 is_backward=is_backward,
                 kernel=f"fp8_{kernel}" if name.startswith("d_weight") else kernel,
                 config=in_words(problem.config(OP_OF[name])) if name in OP_OF else "",
-                floors=(f"fp8_{bare}" if name in OP_OF else bare,),
+                floors=(f"fp8_{bare}" if f"fp8_{bare}" in FP8_FLOORS else bare,),
                 call=calls[name],
             )
         )

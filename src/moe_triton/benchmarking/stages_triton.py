@@ -121,7 +121,7 @@ class ExpertKernels:
             "d_rows": d_rows,
             "combine_backward": lambda: problem.combine(grad_rows),
             "d_bias_rows": lambda: problem.d_gate_up_bias(self.grad_h),
-            "d_bias_gathered": lambda: problem.d_down_bias(grad_out),
+            "d_bias_gathered": lambda: problem.d_down_bias(grad_out, self.weighted_a),
             **{f"decode_{op}": partial(problem.decode, op) for op in problem.decoded},
         }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from moe_triton.backends.triton import experts_fp8
 from moe_triton.records import ExpertSpec, Wanted
 from moe_triton_kernels.fp8 import CodedRows
+from tests.helpers.compare import TOLERANCE, assert_close
 from tests.helpers.problems import make_problem, random_choices, run
 
 E, K, D = 3, 2, 72
@@ -51,9 +53,27 @@ def test_what_is_not_wanted_changes_nothing_else(frozen):
         assert torch.equal(value, expected[name]), name
 
 
+@pytest.mark.parametrize("frozen", [(), ("gate_up",), ("down",), ("gate_up", "down")], ids=str)
+def test_gradients_of_biases(frozen):
+    """From sums of tiles, or where a frozen projection has no codes by columns, from the rows: sums in float64."""
+    choices = random_choices(210, K, E)  # an expert has 140 rows or more, and the last one none
+    problem = make_problem(choices, E, spec=PLAIN, d=D, n=72, dtype=torch.bfloat16)
+    call, wanted = problem.call, Wanted().of(problem.call.parameters)._replace(**dict.fromkeys(frozen, False))
+    found = run(problem, experts_fp8, wanted=wanted)
+    _, h = experts_fp8.experts_forward(call, True)
+    part = replace(call, is_part=True)
+    grad_h = experts_fp8.experts_backward_rows(part, problem.grad_out, h, wanted).preactivation
+    slots, offsets = call.dispatched.source.long(), call.dispatched.offsets.tolist()
+    weighted = problem.grad_out[slots // K].double() * call.weights.view(-1)[slots].double()[:, None]
+    for name, rows in (("gate_up_bias", grad_h.double()), ("down_bias", weighted)):
+        expected = torch.stack([rows[first:end].sum(0) for first, end in pairwise(offsets)])
+        assert_close(found[name], expected, tolerance=TOLERANCE[torch.bfloat16] / 4)
+        assert not found[name][-1].any()
+
+
 def test_what_is_written():
-    """Numbers only for biases and adapters, and in parts of a call, whose rows are joined."""
-    for options, kept in (({"bias": False}, (False, False)), ({}, (True, False)), ({"ranks": (4, 4)}, (True, True))):
+    """Numbers only for adapters, and in parts of a call, whose rows are joined; the biases' gradients need none."""
+    for options, kept in (({}, (False, False)), ({"ranks": (4, 4)}, (True, True))):
         problem = make(PLAIN, 128, **options)
         wanted = Wanted().of(problem.call.parameters)
         _, h = experts_fp8.experts_forward(problem.call, True)

@@ -115,8 +115,8 @@ def _backward_weights(
     grads = (
         problem.d_gate_up(grad_h) if wanted.gate_up else None,
         problem.d_down(grad_out, weighted_a) if wanted.down else None,
-        problem.d_gate_up_bias(problem.numbers(grad_h)) if wanted.gate_up_bias else None,
-        problem.d_down_bias(grad_out) if wanted.down_bias else None,
+        problem.d_gate_up_bias(grad_h) if wanted.gate_up_bias else None,
+        problem.d_down_bias(grad_out, weighted_a) if wanted.down_bias else None,
         *(None if x is None else x.contiguous() for x in adapters),
     )
     return ParameterGradients(*(as_given(p, grad) for p, grad in zip(given, grads, strict=True)))

@@ -13,7 +13,7 @@ from moe_triton.backends.triton.problem import ALL, Problem
 from moe_triton.records import ExpertCall, Wanted
 from moe_triton_kernels.d_hidden import Into
 from moe_triton_kernels.fp8 import CODES, GROUP, CodedRows, ColumnCodes, RowCodes, WeightCodes, makes_codes
-from moe_triton_kernels.fp8_d_weight import fp8_d_weight
+from moe_triton_kernels.fp8_d_weight import fp8_d_weight, tile_offsets
 from moe_triton_kernels.launch import target_of
 from moe_triton_kernels.operands import PerExpert
 from moe_triton_kernels.quantize import quantize_both, quantize_columns, quantize_rows, quantize_weight
@@ -42,14 +42,17 @@ class Fp8Problem(Problem):
     def _down_codes(self) -> WeightCodes:
         return quantize_weight(self.down, size_k=self.size_n, size_columns=self.size_d)
 
-    @property
-    def _makes_codes(self) -> bool:
+    def _makes_codes(self, *, by_rows: bool) -> bool:
         pairs = self.call.width != self.size_n and not self.spec.is_concatenated
-        return makes_codes(target_of(self.hidden.device).architecture, pairs=pairs)
+        return makes_codes(target_of(self.hidden.device).architecture, pairs=pairs, by_rows=by_rows)
 
     @cached_property
     def _tiles(self) -> TileTables:
         return self.tiles()
+
+    @cached_property
+    def _tile_offsets(self) -> Tensor:
+        return tile_offsets(self._tiles.offsets)
 
     def gate_up_operand(self, *, back: bool = False) -> PerExpert:
         return self._gate_up_codes.backward if back else self._gate_up_codes.forward
@@ -62,9 +65,14 @@ class Fp8Problem(Problem):
             return quantize_rows(x)
         return self.rows_operand(self.numbers(x)) if x.rows is None else x.rows
 
-    def both_operands(self, x: Tensor, tiles: TileTables) -> tuple[RowCodes, ColumnCodes]:
-        """Of tokens [T, size]: for a product with a projection, and gathered for a gradient of one."""
-        return quantize_both(x, tiles, source=self.dispatched.source, position=self.dispatched.position)
+    def both_operands(self, x: Tensor, tiles: TileTables, *, sums: bool) -> tuple[RowCodes, ColumnCodes]:
+        """Of tokens [T, size]: for a product with a projection, and gathered for a gradient of one.
+
+        sums: of the gathered rows times their weights, too.
+        """
+        source, position = self.dispatched.source, self.dispatched.position
+        weights = self.weights if sums else None
+        return quantize_both(x, tiles, source=source, position=position, router_weights=weights)
 
     def gathered_operand(self, x: Tensor) -> ColumnCodes:
         return quantize_columns(x, self._tiles, source=self.dispatched.source, top_k=self.top_k)
@@ -88,7 +96,10 @@ class Fp8Problem(Problem):
         if self.call.is_part:
             return self._d_hidden(self.rows_operand(grad_out), h, tiles, u)
         wanted = wanted.of(self.call.parameters)
-        rows, gathered = self.both_operands(grad_out, tiles) if wanted.down else (self.rows_operand(grad_out), None)
+        if wanted.down:
+            rows, gathered = self.both_operands(grad_out, tiles, sums=wanted.down_bias)
+        else:
+            rows, gathered = self.rows_operand(grad_out), None
         into = Into(self._weighted_a_forms(tiles, wanted, gathered), self._grad_h_forms(tiles, wanted))
         return self._d_hidden(rows, h, tiles, u, into)
 
@@ -101,17 +112,18 @@ class Fp8Problem(Problem):
         width, rows = self.call.width, None
         # a group that holds columns of gate and of up is in two tiles
         in_a_tile = width == self.size_n or not self.spec.is_concatenated or self.size_n % GROUP.value == 0
-        if wanted.hidden and in_a_tile and self._makes_codes:
+        if wanted.hidden and in_a_tile and self._makes_codes(by_rows=True):
             rows = RowCodes.empty(self.num_rows, width, self.hidden.dtype, self.hidden.device)
-        columns = self._columns(tiles, width) if wanted.gate_up else None
+        columns = self._columns(tiles, width, sums=wanted.gate_up_bias) if wanted.gate_up else None
         lacks = (wanted.hidden and rows is None) or (wanted.gate_up and columns is None)
-        is_read = lacks or wanted.gate_up_bias or self.gate_up_lora is not None
+        is_read = lacks or (wanted.gate_up_bias and columns is None) or self.gate_up_lora is not None
         return CodedRows(numbers=self._numbers(width, is_read), rows=rows, columns=columns)
 
-    def _columns(self, tiles: TileTables, size: int) -> ColumnCodes | None:
-        if not self._makes_codes:
+    def _columns(self, tiles: TileTables, size: int, *, sums: bool = False) -> ColumnCodes | None:
+        if not self._makes_codes(by_rows=False):
             return None
-        return ColumnCodes.empty(size, tiles.select(GROUP.value)[1], self.hidden.dtype, self.hidden.device)
+        most = tiles.select(GROUP.value)[1]
+        return ColumnCodes.empty(size, most, self.hidden.dtype, self.hidden.device, sums=sums)
 
     def _numbers(self, size: int, is_read: bool) -> Tensor | None:
         return self.hidden.new_empty(self.num_rows, size) if is_read else None
@@ -123,6 +135,19 @@ class Fp8Problem(Problem):
         right = quantize_columns(self.numbers(coded), self._tiles) if right is None else right
         left, right = (left, right) if tokens_first else (right, left)
         return fp8_d_weight(left, right, self._tiles, config=self.config_of_d_weight())
+
+    def d_gate_up_bias(self, grad_h: Tensor | CodedRows) -> Tensor:
+        columns = grad_h.columns if isinstance(grad_h, CodedRows) else None
+        return super().d_gate_up_bias(grad_h) if columns is None else self._sum_of_tiles(columns)
+
+    def d_down_bias(self, grad_out: Tensor, weighted_a: Tensor | CodedRows) -> Tensor:
+        columns = weighted_a.gathered if isinstance(weighted_a, CodedRows) else None
+        return super().d_down_bias(grad_out, weighted_a) if columns is None else self._sum_of_tiles(columns)
+
+    def _sum_of_tiles(self, columns: ColumnCodes) -> Tensor:
+        """[E, size] from the sums of tiles."""
+        assert columns.sums is not None
+        return self._d_bias(columns.sums, self._tile_offsets)
 
 
 def problem_of(call: ExpertCall) -> Problem:

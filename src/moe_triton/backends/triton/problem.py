@@ -220,7 +220,7 @@ class Problem:
         return d_hidden(grad_out, self.dispatched.source, tiles, weight, h, self.weights, into)
 
     def numbers(self, rows: Any) -> Tensor:
-        """What `d_hidden` gave as [S, ...], for biases and adapters; an empty [0] where neither is there."""
+        """What `d_hidden` gave as [S, ...], for biases and adapters; an empty [0] where none reads them."""
         return rows
 
     def _backward(self, projection: PerExpert, lora: Factors | None, u: Tensor | None, op: str) -> PerExpert:
@@ -340,18 +340,25 @@ class Problem:
         config = adapter_tile(left.shape[1], right.shape[1], left.element_size(), architecture)
         return self._contract(left, right, config, gather_left=gather_left, gathers=gathers)
 
-    def d_gate_up_bias(self, grad_h: Tensor) -> Tensor:
-        return self._d_bias(grad_h)
+    def d_gate_up_bias(self, grad_h: Any) -> Tensor:
+        return self._d_bias(self.numbers(grad_h), self.dispatched.offsets)
 
-    def d_down_bias(self, grad_out: Tensor) -> Tensor:
-        return self._d_bias(grad_out, self.weights)
+    def d_down_bias(self, grad_out: Tensor, weighted_a: Any) -> Tensor:
+        """weighted_a: what `d_hidden` gave, which may hold sums of grad_out's rows."""
+        return self._d_bias(grad_out, self.dispatched.offsets, self.weights)
 
-    def _d_bias(self, values: Tensor, router_weights: Tensor | None = None) -> Tensor:
-        """The sum of each expert's rows, [E, ...]."""
+    def _d_bias(self, values: Tensor, offsets: Tensor, router_weights: Tensor | None = None) -> Tensor:
+        """The sum of each expert's rows, [E, ...] in hidden's dtype."""
         if values.shape[1] == 0:  # d or n is 0: there is nothing to launch a grid for
-            return values.new_zeros(self.num_experts, 0)
-        source, offsets = self.dispatched.source, self.dispatched.offsets
-        return d_bias(values, source, offsets, top_k=self.top_k, router_weights=router_weights)
+            return self.hidden.new_zeros(self.num_experts, 0)
+        return d_bias(
+            values,
+            self.dispatched.source,
+            offsets,
+            top_k=self.top_k,
+            router_weights=router_weights,
+            dtype=self.hidden.dtype,
+        )
 
 
 def rows_of_config(call: ExpertCall) -> int:
