@@ -161,13 +161,12 @@ class Channel:
         arrived, elements = copy_to_host(tensor)
 
         def read() -> list[int]:
-            board, start = self._board(phase), time.monotonic()
-            with self.error_context(phase):
-                while not arrived():
-                    if board.ended:
-                        raise RuntimeError("another rank has failed")
-                    if time.monotonic() - start > SPIN_S:
-                        time.sleep(SPIN_S / 10)
+            board = self._board(phase)
+            try:
+                if not arrived():
+                    _poll(arrived, board)
+            except RuntimeError as error:
+                raise self._explained(error, phase, board) from error
             return elements()
 
         return read
@@ -207,16 +206,17 @@ class Channel:
             self._exchange_identities(board, tensor.device)
         if self.listener is not None:
             self.listener(f"issue {phase}")
-        work = self._named(ISSUE, phase, board, start)
+        work, device = self._named(ISSUE, phase, board, start), tensor.device
 
         def complete() -> None:
             if work is None:
                 return
-            if only_queues(tensor.device):
+            place = f"{self.layer}, {phase}"
+            if only_queues(device):
                 work.wait()
-                board.queue(self.group, f"{self.layer}, {phase}", tensor.device)
+                board.queue(self.group, place, device)
             else:
-                self._wait_polling(work, board, f"{self.layer}, {phase}")
+                self._wait_polling(work, board, place)
 
         def wait() -> None:
             self._named(WAIT, phase, board, complete)
@@ -284,6 +284,15 @@ class Channel:
         message = f"{self.where(phase)}: {reason} (step {board.step}; {detail})"
         logger.error(message)  # at once: a launcher may end this process before its traceback is printed
         return _reported(ExpertParallelError(message))
+
+
+def _poll(arrived: Callable[[], bool], board: FailureBoard) -> None:
+    start = time.monotonic()
+    while not arrived():
+        if board.ended:
+            raise RuntimeError("another rank has failed")
+        if time.monotonic() - start > SPIN_S:
+            time.sleep(SPIN_S / 10)
 
 
 def only_queues(device: torch.device) -> bool:

@@ -366,9 +366,9 @@ def failure_board() -> FailureBoard:
         return _aborted[0]
     if world is None:
         raise RuntimeError("expert parallelism: got no default process group, wanted one until the layer's last call")
-    if world not in _boards:
-        _boards[world] = FailureBoard(store=default_store(), rank=dist.get_rank())
-    return _boards[world]
+    if (board := _boards.get(world)) is None:
+        board = _boards[world] = FailureBoard(store=default_store(), rank=dist.get_rank())
+    return board
 
 
 def knows_ranks() -> bool:

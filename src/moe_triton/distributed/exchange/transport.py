@@ -9,7 +9,7 @@ receiver skips those that are not for its experts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -19,15 +19,14 @@ from torch import Tensor
 
 from moe_triton.dispatch import dropless_dispatch
 from moe_triton.distributed.exchange.channel import Channel
-from moe_triton.distributed.exchange.counts import Counts, NodeCounts, SliceSizes, start_counts
+from moe_triton.distributed.exchange.counts import Counts, NodeCounts, SliceSizes, counts_of, start_counts
 from moe_triton.distributed.exchange.tails import Part, part_of, parts_of, tail_of
 
 Wait = Callable[[], None]
 ROW, ASSIGNMENT = 1, 1 << 32  # both are counted in one int64, which is read as two int32
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shape:
+class Shape(NamedTuple):
     """What every rank of the group knows before a call: E experts in runs of L, and how the exchange is cut up."""
 
     num_experts: int
@@ -156,7 +155,7 @@ def plan_dropless(
     counts_CP2 = _count(buckets, shape.chunks, channel.group.size)
     read_inner = _nothing
     if node is not None:
-        in_node = replace(shape, per_rank=shape.per_rank // node.channel.group.size)
+        in_node = shape._replace(per_rank=shape.per_rank // node.channel.group.size)
         num_ranks = channel.group.size * node.channel.group.size
         counts_of_ranks = _count(_buckets(ids, _chunks(ids, shape), num_ranks, in_node), shape.chunks, num_ranks)
         started = start_counts(channel, counts_CP2, schedule, most, node.to_carry(counts_of_ranks))
@@ -232,7 +231,7 @@ def plan_capacity(channel: Channel, ids: Tensor, weights: Tensor, shape: Shape, 
         row = (place // max(places, 1) * experts + ids) * places + place % max(places, 1)
     row_TK = torch.where((place >= 0) & (place < capacity), row, -1)
     rows = shape.per_rank * places
-    by_choice = replace(shape, deduplicate=False)
+    by_choice = shape._replace(deduplicate=False)
     return _fixed_rows(channel, ids, weights, row_TK, by_choice, room_per_pair=rows, assignments=num_ranks * rows)
 
 
@@ -274,7 +273,7 @@ def plan_allgather(
 def _fixed_counts(num_ranks: int, chunks: int, room: int, assignments: int) -> Counts:
     """The counts of `room` rows for each (chunk, pair of ranks)."""
     rows = [[room] * num_ranks] * chunks
-    return Counts(sent=rows, received=rows, assignments=[assignments] * chunks)
+    return counts_of(rows, rows, [assignments] * chunks)
 
 
 def _indices(number: int, like: Tensor) -> Tensor:
