@@ -181,7 +181,7 @@ def plan_counted(channel: Channel, ids: Tensor, weights: Tensor, shape: Shape, c
 
     ids [T, K]: those outside of the group's experts are for other groups, whose rows these are as well.
     """
-    ids = ids.masked_fill(ids // (channel.group.size * shape.per_rank) != 0, -1)
+    ids = ids.masked_fill(ids.floor_divide(channel.group.size * shape.per_rank) != 0, -1)
     return _dropless_rows(channel, ids, weights, _buckets(ids, None, channel.group.size, shape), shape)(counts)
 
 
@@ -307,7 +307,8 @@ class _Buckets(NamedTuple):
 
 
 def _buckets(ids: Tensor, chunk_T1: Tensor | None, num_ranks: int, shape: Shape) -> _Buckets:
-    owner_TK = wanted = ids // shape.per_rank  # -1 where there is none, whose id is -1
+    # `//` of a tensor is a function in Python. -1 where there is none, whose id is -1
+    owner_TK = wanted = ids.floor_divide(shape.per_rank)
     if chunk_T1 is not None:
         wanted = (chunk_T1 * num_ranks + owner_TK).masked_fill(owner_TK < 0, -1)
     if not shape.deduplicate:
@@ -354,7 +355,7 @@ def _dropless_rows(
 
 def _tails(slots: Tensor, ids: Tensor, weights: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`tokens`, `tails`, `ids` and `weights` of `SentRows` for the rows of these slots, token*K + choice."""
-    tokens = slots // ids.shape[1]
+    tokens = slots.floor_divide(ids.shape[1])
     if shape.deduplicate:
         return tokens, tokens, ids, weights
     return tokens, slots, ids.reshape(-1, 1), weights.reshape(-1, 1)
