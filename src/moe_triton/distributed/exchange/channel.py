@@ -206,15 +206,15 @@ class Channel:
             self._exchange_identities(board, tensor.device)
         if self.listener is not None:
             self.listener(f"issue {phase}")
-        work, device = self._named(ISSUE, phase, board, start), tensor.device
+        work = self._named(ISSUE, phase, board, start)
 
         def complete() -> None:
             if work is None:
                 return
             place = f"{self.layer}, {phase}"
-            if only_queues(device):
+            if only_queues(tensor.device):
                 work.wait()
-                board.queue(self.group, place, device)
+                board.queue(self.group, place, tensor)
             else:
                 self._wait_polling(work, board, place)
 
@@ -295,6 +295,7 @@ def _poll(arrived: Callable[[], bool], board: FailureBoard) -> None:
             time.sleep(SPIN_S / 10)
 
 
+@cache  # torch makes the name of a device's type anew each time
 def only_queues(device: torch.device) -> bool:
     """Return whether waiting for a collective of tensors on this device only queues work there."""
     return device.type != "cpu"
@@ -357,7 +358,7 @@ def _first_line(error: BaseException) -> str:
 def copy_to_host(tensor: Tensor) -> tuple[Callable[[], bool], Callable[[], list[int]]]:
     """Start the copy of `Channel.to_host`: (whether it has arrived, the elements)."""
     packed = tensor.reshape(-1)
-    if packed.device.type != "cuda":
+    if not packed.is_cuda:
         return lambda: True, packed.tolist
     host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
     side = _copy_stream(packed.device)
