@@ -137,8 +137,7 @@ def is_plain(tensor: Tensor) -> bool:
         return False
     if tensor.is_meta or isinstance(tensor, FakeTensor):
         return False
-    device = tensor.device
-    return device.type != "cuda" or device.index == torch.cuda.current_device()
+    return not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device()
 
 
 def comparison_with(*tensors: Tensor) -> Callable[..., bool]:

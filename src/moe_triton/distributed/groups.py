@@ -45,6 +45,10 @@ class Group:
     ranks: tuple[int, ...]
     rank: int
     reference: ref[dist.ProcessGroup] | None = field(default_factory=lambda: None, repr=False)  # no class attribute
+    size: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", len(self.ranks))
 
     @property
     def handle(self) -> dist.ProcessGroup | None:
@@ -55,10 +59,6 @@ class Group:
                 "handle: got a group that destroy_process_group() has ended; wanted one of make_groups()"
             )
         return handle
-
-    @property
-    def size(self) -> int:
-        return len(self.ranks)
 
     @cached_property
     def name(self) -> str:

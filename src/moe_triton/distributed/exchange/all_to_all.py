@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from moe_triton.distributed.exchange import transport as transports
@@ -56,17 +57,17 @@ class AllToAll:
         return lambda meanwhile: routed
 
 
-def exchange_in_node(inner: InnerStage, spec: ExchangeSpec, counts: NodeCounts) -> Exchange:
+def exchange_in_node(
+    inner: InnerStage, shape: Shape, counts: NodeCounts, dispatch_dtype: torch.dtype | None
+) -> Exchange:
     """Return the exchange inside a node, whose counts the exchange between the nodes learns."""
+    shape, channel = shape._replace(chunks=1), counts.channel
 
     def planner(ids: Tensor, weights: Tensor, _assignments: int) -> Callable[[Callable[[], None]], Routed]:
-        routed = transports.plan_counted(spec.channel, ids, weights, spec.shape, counts.next())
+        routed = transports.plan_counted(channel, ids, weights, shape, counts.next())
         return lambda meanwhile: routed
 
-    return Exchange(
-        planner=planner, inner=inner, channel=spec.channel, backend=spec.shape.backend,
-        dispatch_dtype=spec.dispatch_dtype,
-    )  # fmt: skip
+    return Exchange(planner=planner, inner=inner, channel=channel, backend=shape.backend, dispatch_dtype=dispatch_dtype)
 
 
 def exchange_over_slices(
@@ -76,7 +77,7 @@ def exchange_over_slices(
 
     sizes: None where all of these ranks have room for equally many rows and assignments.
     """
-    whole = replace(shape, chunks=1, per_rank=shape.num_experts)
+    whole = shape._replace(chunks=1, per_rank=shape.num_experts)
 
     def planner(ids: Tensor, weights: Tensor, assignments: int) -> Callable[[Callable[[], None]], Routed]:
         rows, most = ids.shape[0], assignments

@@ -161,13 +161,12 @@ class Channel:
         arrived, elements = copy_to_host(tensor)
 
         def read() -> list[int]:
-            board, start = self._board(phase), time.monotonic()
-            with self.error_context(phase):
-                while not arrived():
-                    if board.ended:
-                        raise RuntimeError("another rank has failed")
-                    if time.monotonic() - start > SPIN_S:
-                        time.sleep(SPIN_S / 10)
+            board = self._board(phase)
+            try:
+                if not arrived():
+                    _poll(arrived, board)
+            except RuntimeError as error:
+                raise self._explained(error, phase, board) from error
             return elements()
 
         return read
@@ -212,11 +211,12 @@ class Channel:
         def complete() -> None:
             if work is None:
                 return
+            place = f"{self.layer}, {phase}"
             if only_queues(tensor.device):
                 work.wait()
-                board.queue(self.group, f"{self.layer}, {phase}", tensor.device)
+                board.queue(self.group, place, tensor)
             else:
-                self._wait_polling(work, board, f"{self.layer}, {phase}")
+                self._wait_polling(work, board, place)
 
         def wait() -> None:
             self._named(WAIT, phase, board, complete)
@@ -286,6 +286,16 @@ class Channel:
         return _reported(ExpertParallelError(message))
 
 
+def _poll(arrived: Callable[[], bool], board: FailureBoard) -> None:
+    start = time.monotonic()
+    while not arrived():
+        if board.ended:
+            raise RuntimeError("another rank has failed")
+        if time.monotonic() - start > SPIN_S:
+            time.sleep(SPIN_S / 10)
+
+
+@cache  # torch makes the name of a device's type anew each time
 def only_queues(device: torch.device) -> bool:
     """Return whether waiting for a collective of tensors on this device only queues work there."""
     return device.type != "cpu"
@@ -348,7 +358,7 @@ def _first_line(error: BaseException) -> str:
 def copy_to_host(tensor: Tensor) -> tuple[Callable[[], bool], Callable[[], list[int]]]:
     """Start the copy of `Channel.to_host`: (whether it has arrived, the elements)."""
     packed = tensor.reshape(-1)
-    if packed.device.type != "cuda":
+    if not packed.is_cuda:
         return lambda: True, packed.tolist
     host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
     side = _copy_stream(packed.device)

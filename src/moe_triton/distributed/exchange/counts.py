@@ -20,8 +20,7 @@ from moe_triton.distributed.errors import ExpertParallelError
 from moe_triton.distributed.exchange.channel import Channel
 
 
-@dataclass(kw_only=True)
-class Counts:
+class Counts(NamedTuple):
     """The rows of one call of an exchange, as the host knows them.
 
     sent             rows by chunk and destination
@@ -34,12 +33,17 @@ class Counts:
     sent: Sequence[list[int]]
     received: Sequence[list[int]]
     assignments: Sequence[int]
-    sent_bounds: list[int] = field(init=False)
-    received_bounds: list[int] = field(init=False)
+    sent_bounds: list[int]
+    received_bounds: list[int]
 
-    def __post_init__(self) -> None:
-        self.sent_bounds = [0, *accumulate(map(sum, self.sent))]
-        self.received_bounds = [0, *accumulate(map(sum, self.received))]
+
+def counts_of(sent: Sequence[list[int]], received: Sequence[list[int]], assignments: Sequence[int]) -> Counts:
+    """Return the Counts of these rows and assignments, with the bounds of the chunks."""
+    return Counts(sent, received, assignments, _bounds(sent), _bounds(received))
+
+
+def _bounds(rows: Sequence[list[int]]) -> list[int]:
+    return [0, *accumulate(map(sum, rows))]
 
 
 class StartedCounts(NamedTuple):
@@ -111,18 +115,19 @@ def start_counts(
                 assigned.append(flat[end + i + 1 :: step])
         for rows_P, assigned_P in zip(rows, assigned, strict=True):
             _check(channel, rows_P, assigned_P, most)
-        return Counts(sent=sent, received=rows, assignments=[sum(numbers) for numbers in assigned])
+        return counts_of(sent, rows, list(map(sum, assigned)))
 
     return StartedCounts(arrived, arrived_more, chunks, read)
 
 
 def _check(channel: Channel, rows: Sequence[int], assigned: Sequence[int], most: int) -> None:
     """Every announced row has one to `most` assignments: rows that do not come would be whatever was in the memory."""
-    for i, (num_rows, num_assigned) in enumerate(zip(rows, assigned, strict=True)):
+    for num_rows, num_assigned in zip(rows, assigned, strict=True):
         if not 0 <= num_rows <= num_assigned <= num_rows * most:
+            first = list(zip(rows, assigned, strict=True)).index((num_rows, num_assigned))
             raise ExpertParallelError(
-                f"{channel.where('exchange of counts')}: rank {channel.group.ranks[i]} announced {num_rows} rows for "
-                f"{num_assigned} assignments"
+                f"{channel.where('exchange of counts')}: rank {channel.group.ranks[first]} announced {num_rows} rows "
+                f"for {num_assigned} assignments"
             )
 
 
@@ -189,7 +194,7 @@ class NodeCounts:
         def finish() -> None:
             found = started.read()
             self.known.extend(
-                Counts(sent=[sent], received=[received], assignments=[assignments])
+                counts_of([sent], [received], [assignments])
                 for sent, received, assignments in zip(found.sent, found.received, found.assignments, strict=True)
             )
             if read_slices is not None:

@@ -259,12 +259,12 @@ class ExpertParallel:
             ids = layer.ids(dispatched)
             forward, backward, shape = self._described(hidden, ids, experts, layer)
             schedule = self._agree(forward, layer.name, hidden.device)
-            num_tokens, tp = hidden.shape[0], self._channel(self.tp, layer.name)
+            num_tokens, tp = hidden.shape[0], None
             if self.tp.size > 1:
-                same = described({"tokens of the tp ranks": num_tokens})
+                tp, same = self._channel(self.tp, layer.name), described({"tokens of the tp ranks": num_tokens})
                 tp.agree(same, "comparison of the number of tokens", hidden.device)
             limit = self._token_limit(num_tokens, hidden.device, layer.name)
-            if self.tp.size > 1:  # the tp ranks hold the same tokens: each sends a share of them
+            if tp is not None:  # the tp ranks hold the same tokens: each sends a share of them
                 hidden, weights, ids = (slice_tokens(x, tp) for x in (hidden, weights, ids))
             places = layer.capacity(limit) if self.mode == "capacity" and limit is not None else None
             limit = None if limit is None else -(-limit // self.tp.size)
@@ -276,7 +276,7 @@ class ExpertParallel:
                 return report_failure(layer.name)
 
             out = Exchanged.apply(hidden, weights, ids, stage, experts, is_training, before_backward, *parameters)
-            return gather_tokens(out, tp, num_tokens) if self.tp.size > 1 else out
+            return out if tp is None else gather_tokens(out, tp, num_tokens)
 
     def check(self) -> None:
         """Raise for the rows that found no room in an earlier call; waits for the device."""
@@ -320,7 +320,7 @@ class ExpertParallel:
         exchanges = self.ep.size > 1 or self.always_exchange
         if overlap_with is not None:
             overlap_with.meters = layer.meters
-        sizes = None
+        sizes = node = None
         if self.etp.size > 1:
             slices = self._channel(self.etp, f"{layer.name}, expert slices")
             are_equal = (
@@ -330,17 +330,16 @@ class ExpertParallel:
             inner = exchange_over_slices(inner, shape, slices, sizes, None if exchanges else overlap_with)
         if not exchanges:
             return metered_exchange(inner, layer.meters)
-        spec = ExchangeSpec(
-            channel=self._channel(self.in_node, layer.name), shape=shape, schedule=schedule,
-            watch=self._overflows.watch, max_tokens=limit, places=places, dispatch_dtype=self.dispatch_dtype,
-            overlap_with=overlap_with, slices=sizes,
-        )  # fmt: skip
+        channel = self._channel(self.in_node, layer.name)
         if self.between_nodes.size > 1:
-            counts = NodeCounts(channel=spec.channel, schedule=schedule, slices=sizes)
-            inner = exchange_in_node(inner, replace(spec, shape=replace(shape, chunks=1)), counts)
-            nodes = replace(shape, per_rank=shape.per_rank * self.in_node.size)
-            between = self._channel(self.between_nodes, layer.name)
-            spec = replace(spec, channel=between, shape=nodes, slices=None, node=counts)
+            node = NodeCounts(channel=channel, schedule=schedule, slices=sizes)
+            inner = exchange_in_node(inner, shape, node, self.dispatch_dtype)
+            channel, sizes = self._channel(self.between_nodes, layer.name), None
+            shape = shape._replace(per_rank=shape.per_rank * self.in_node.size)
+        spec = ExchangeSpec(
+            channel=channel, shape=shape, schedule=schedule, watch=self._overflows.watch, max_tokens=limit,
+            places=places, dispatch_dtype=self.dispatch_dtype, overlap_with=overlap_with, slices=sizes, node=node,
+        )  # fmt: skip
         return metered_exchange(self.make_exchange(inner, spec), layer.meters)
 
     def _described(

@@ -217,14 +217,14 @@ class FailureBoard:
         """Return those of the ranks whose processes ran on this machine and have ended."""
         return [rank for rank in list(ranks) if self._state(rank) == "dead"]
 
-    def queue(self, group: Group, place: str, device: torch.device) -> None:
-        """Let the thread watch that a wait which was queued on the device now is over in time."""
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    def queue(self, group: Group, place: str, tensor: torch.Tensor) -> None:
+        """Let the thread watch that a wait which was queued on the tensor's device now is over in time."""
+        if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
             return  # an event would become part of the graph
         last, now = self.queued.get(group.name), time.monotonic()
         if last is None:
-            limit_s = STALL_FRACTION * _timeout_s(group, device)
-            last = QueuedWait(group=group, place=place, event=device_event(device), since=now, limit_s=limit_s)
+            limit_s = STALL_FRACTION * _timeout_s(group, tensor.device)
+            last = QueuedWait(group=group, place=place, event=device_event(tensor.device), since=now, limit_s=limit_s)
             self.queued[group.name] = last
         last.place, last.since = place, now
         last.event.record()
@@ -366,9 +366,9 @@ def failure_board() -> FailureBoard:
         return _aborted[0]
     if world is None:
         raise RuntimeError("expert parallelism: got no default process group, wanted one until the layer's last call")
-    if world not in _boards:
-        _boards[world] = FailureBoard(store=default_store(), rank=dist.get_rank())
-    return _boards[world]
+    if (board := _boards.get(world)) is None:
+        board = _boards[world] = FailureBoard(store=default_store(), rank=dist.get_rank())
+    return board
 
 
 def knows_ranks() -> bool:

@@ -52,10 +52,11 @@ class LocalExperts(DispatchedRows):
     calls: list[LocalCall] = field(default_factory=list)
 
     def description(self) -> Mapping[str, object]:
-        gate = {"activation_limit": self.spec.limit, "activation_alpha": self.spec.alpha}
-        has_adapters = self.form[4:]  # a and b of both projections
-        what = {"activation": self.spec.activation, **gate, "fp8": self.spec.fp8_mode}
-        return {**what, "width": self.width, "has_adapters": has_adapters}
+        spec, has_adapters = self.spec, self.form[4:]  # a and b of both projections
+        return {
+            "activation": spec.activation, "activation_limit": spec.limit, "activation_alpha": spec.alpha,
+            "fp8": spec.fp8_mode, "width": self.width, "has_adapters": has_adapters,
+        }  # fmt: skip
 
     def compute(self, x: Tensor, weights: Tensor, dispatched: Dispatch, saved: Saved) -> Tensor:
         self.note(f"experts {len(self.calls)}")

@@ -16,7 +16,7 @@ from moe_triton.distributed.exchange.fp8_rows import pack_rows, unpack_rows
 from moe_triton.distributed.exchange.overlap import Deferred
 from moe_triton.distributed.exchange.stages import InnerStage, Saved
 from moe_triton.distributed.exchange.tails import Part, parts_of, tail_of, tail_width
-from moe_triton.distributed.exchange.transport import Routed, Transport, expand
+from moe_triton.distributed.exchange.transport import Routed, Transport, expand, rows_of_chunk
 
 # ids, weights and the most (row, id) pairs -> the wait for what travels, which may compute something meanwhile
 Planner = Callable[[Tensor, Tensor, int], Callable[[Callable[[], None]], Routed]]
@@ -73,7 +73,7 @@ class Exchange:
                 pending.append(start(chunk + 1))
             pending[chunk]()
             here = slice(bounds[chunk], bounds[chunk + 1])
-            row_x, tails, chunk_rows = arrived[here, :width], arrived[here, width:], rows[here]
+            row_x, tails, chunk_rows = arrived[here, :width], arrived[here, width:], rows_of_chunk(rows, bounds, chunk)
             chunk_rows.copy_(row_x if self.dispatch_dtype is None else unpack_rows(row_x, x.shape[1], x.dtype))
             row_ids, row_weights = transport.ids_and_weights(tails, tail)
             y = self.inner.forward(chunk_rows, row_ids, row_weights, counts.assignments[chunk], saved)
@@ -107,7 +107,7 @@ class Exchange:
             if chunk + 1 < chunks:
                 pending.append(start(chunk + 1))
             pending[chunk]()
-            part = arrived[bounds[chunk] : bounds[chunk + 1]]
+            part = rows_of_chunk(arrived, bounds, chunk)
             grad_x, grad_weights = self.inner.start_backward(here.inner_calls[chunk], part, saved)()
             message = torch.cat([grad_x, tail_of([grad_weights], grad.dtype)], dim=1)
             returning.append(transport.start_back(message, home, chunk, f"row gradients of chunk {chunk}"))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -112,8 +112,7 @@ class InnermostStage(InnerStage, Protocol):
         """Return the gradients of `saved.parameters` over the rows of all calls, after their `start_backward`."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExchangeSpec:
+class ExchangeSpec(NamedTuple):
     """What an exchange is made for: one call of one layer, over one group.
 
     channel         the group's collectives, with names for error messages

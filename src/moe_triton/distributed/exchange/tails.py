@@ -45,7 +45,7 @@ def _words(part: Tensor) -> Tensor:
 
 def tail_width(parts: Sequence[Part], dtype: torch.dtype) -> int:
     """Return t: how many elements the tail takes."""
-    return -(-sum(part.width * part.dtype.itemsize for part in parts) // dtype.itemsize)
+    return -(-sum([part.width * part.dtype.itemsize for part in parts]) // dtype.itemsize)
 
 
 def parts_of(tail: Tensor, parts: Sequence[Part]) -> list[Tensor]:

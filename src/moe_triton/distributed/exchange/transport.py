@@ -8,26 +8,24 @@ receiver skips those that are not for its experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moe_triton.dispatch import dropless_dispatch
 from moe_triton.distributed.exchange.channel import Channel
-from moe_triton.distributed.exchange.counts import Counts, NodeCounts, SliceSizes, start_counts
+from moe_triton.distributed.exchange.counts import Counts, NodeCounts, SliceSizes, counts_of, start_counts
 from moe_triton.distributed.exchange.tails import Part, part_of, parts_of, tail_of
 
 Wait = Callable[[], None]
 ROW, ASSIGNMENT = 1, 1 << 32  # both are counted in one int64, which is read as two int32
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shape:
+class Shape(NamedTuple):
     """What every rank of the group knows before a call: E experts in runs of L, and how the exchange is cut up."""
 
     num_experts: int
@@ -97,20 +95,17 @@ class Transport:
 
     def start(self, rows: Tensor, out: Tensor, chunk: int, phase: str) -> Wait:
         """Send a chunk of rows [R, ...]; it arrives in its part of `out`, which has room for all chunks."""
-        bounds = self.counts.received_bounds
-        arriving = out[bounds[chunk] : bounds[chunk + 1]]
+        counts = self.counts
+        arriving = rows_of_chunk(out, counts.received_bounds, chunk)
         if self.gathers:
             size = rows.shape[0] // self.chunks
             return self.channel.all_gather(arriving, rows[chunk * size : (chunk + 1) * size], phase)
-        bounds = self.counts.sent_bounds
-        leaving = rows[bounds[chunk] : bounds[chunk + 1]]
-        return self.channel.all_to_all(arriving, leaving, self.counts.received[chunk], self.counts.sent[chunk], phase)
+        leaving = rows_of_chunk(rows, counts.sent_bounds, chunk)
+        return self.channel.all_to_all(arriving, leaving, counts.received[chunk], counts.sent[chunk], phase)
 
     def start_back(self, rows: Tensor, home: Tensor, chunk: int, phase: str) -> Wait:
         """Send a chunk's results back to where the rows came from, into their part of `home`."""
-        bounds = self.home_bounds
-        arriving = home[bounds[chunk] : bounds[chunk + 1]]
-        received = self.counts.received[chunk]
+        arriving, received = rows_of_chunk(home, self.home_bounds, chunk), self.counts.received[chunk]
         sizes = received if self.gathers else self.counts.sent[chunk]
         return self.channel.all_to_all(arriving, rows.contiguous(), sizes, received, phase)
 
@@ -121,9 +116,14 @@ class Transport:
 
     def choice_gradients(self, home_RJ: Tensor, position: Tensor) -> Tensor:
         """Return the router weights' gradients [T, K], from those of the returned rows' slots, by `position`."""
-        padded = F.pad(home_RJ, (0, 0, 0, 1))
+        padded = torch.constant_pad_nd(home_RJ, (0, 0, 0, 1))
         slots = padded[position]  # [T, ., J]; position -1 is the row of zeros
         return slots[:, :, 0] if self.by_choice else slots.sum(1)  # a choice's slot is zero in all rows but one
+
+
+def rows_of_chunk(rows: Tensor, bounds: Sequence[int], chunk: int) -> Tensor:
+    """Return the chunk's rows, of those of all chunks: all of them, without a view of their own, where there is one."""
+    return rows if len(bounds) == 2 else rows[bounds[chunk] : bounds[chunk + 1]]
 
 
 def expand(x_Td: Tensor, tokens: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ def plan_dropless(
     counts_CP2 = _count(buckets, shape.chunks, channel.group.size)
     read_inner = _nothing
     if node is not None:
-        in_node = replace(shape, per_rank=shape.per_rank // node.channel.group.size)
+        in_node = shape._replace(per_rank=shape.per_rank // node.channel.group.size)
         num_ranks = channel.group.size * node.channel.group.size
         counts_of_ranks = _count(_buckets(ids, _chunks(ids, shape), num_ranks, in_node), shape.chunks, num_ranks)
         started = start_counts(channel, counts_CP2, schedule, most, node.to_carry(counts_of_ranks))
@@ -181,7 +181,7 @@ def plan_counted(channel: Channel, ids: Tensor, weights: Tensor, shape: Shape, c
 
     ids [T, K]: those outside of the group's experts are for other groups, whose rows these are as well.
     """
-    ids = torch.where(ids // (channel.group.size * shape.per_rank) == 0, ids, -1)
+    ids = ids.masked_fill(ids.floor_divide(channel.group.size * shape.per_rank) != 0, -1)
     return _dropless_rows(channel, ids, weights, _buckets(ids, None, channel.group.size, shape), shape)(counts)
 
 
@@ -230,9 +230,9 @@ def plan_capacity(channel: Channel, ids: Tensor, weights: Tensor, shape: Shape, 
     row = ids * places + place
     if shape.chunks > 1:
         row = (place // max(places, 1) * experts + ids) * places + place % max(places, 1)
-    row_TK = torch.where((place >= 0) & (place < capacity), row, -1)
+    row_TK = row.masked_fill((place < 0) | (place >= capacity), -1)
     rows = shape.per_rank * places
-    by_choice = replace(shape, deduplicate=False)
+    by_choice = shape._replace(deduplicate=False)
     return _fixed_rows(channel, ids, weights, row_TK, by_choice, room_per_pair=rows, assignments=num_ranks * rows)
 
 
@@ -274,7 +274,7 @@ def plan_allgather(
 def _fixed_counts(num_ranks: int, chunks: int, room: int, assignments: int) -> Counts:
     """The counts of `room` rows for each (chunk, pair of ranks)."""
     rows = [[room] * num_ranks] * chunks
-    return Counts(sent=rows, received=rows, assignments=[assignments] * chunks)
+    return counts_of(rows, rows, [assignments] * chunks)
 
 
 def _indices(number: int, like: Tensor) -> Tensor:
@@ -307,9 +307,10 @@ class _Buckets(NamedTuple):
 
 
 def _buckets(ids: Tensor, chunk_T1: Tensor | None, num_ranks: int, shape: Shape) -> _Buckets:
-    owner_TK = wanted = ids // shape.per_rank  # -1 where there is none, whose id is -1
+    # `//` of a tensor is a function in Python. -1 where there is none, whose id is -1
+    owner_TK = wanted = ids.floor_divide(shape.per_rank)
     if chunk_T1 is not None:
-        wanted = torch.where(owner_TK >= 0, chunk_T1 * num_ranks + owner_TK, -1)
+        wanted = (chunk_T1 * num_ranks + owner_TK).masked_fill(owner_TK < 0, -1)
     if not shape.deduplicate:
         return _Buckets(wanted, wanted, None)
     repeats = (owner_TK.unsqueeze(2) == owner_TK.unsqueeze(1)).tril(-1).any(-1)
@@ -322,7 +323,7 @@ def _count(buckets: _Buckets, chunks: int, num_ranks: int) -> Tensor:
     if buckets.repeats is None:
         both_TK = torch.full_like(wanted, ROW + ASSIGNMENT, dtype=torch.int64)
     else:
-        both_TK = torch.where(buckets.repeats, ASSIGNMENT, ROW + ASSIGNMENT)
+        both_TK = ~buckets.repeats + ASSIGNMENT  # and one row where the choice sends it
     found = both_TK.new_zeros(chunks * num_ranks + 1)  # the first is for what no rank gets
     found.index_add_(0, (wanted + 1).view(-1), both_TK.view(-1))
     return found[1:].view(torch.int32).view(chunks, num_ranks, 2)
@@ -354,7 +355,7 @@ def _dropless_rows(
 
 def _tails(slots: Tensor, ids: Tensor, weights: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`tokens`, `tails`, `ids` and `weights` of `SentRows` for the rows of these slots, token*K + choice."""
-    tokens = slots // ids.shape[1]
+    tokens = slots.floor_divide(ids.shape[1])
     if shape.deduplicate:
         return tokens, tokens, ids, weights
     return tokens, slots, ids.reshape(-1, 1), weights.reshape(-1, 1)
@@ -362,7 +363,7 @@ def _tails(slots: Tensor, ids: Tensor, weights: Tensor, shape: Shape) -> tuple[T
 
 def _with_padding(ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Both with one row more, for rows of padding to take along: no id, and weight 0."""
-    return F.pad(ids, (0, 0, 0, 1), value=-1), F.pad(weights, (0, 0, 0, 1))
+    return torch.constant_pad_nd(ids, (0, 0, 0, 1), -1), torch.constant_pad_nd(weights, (0, 0, 0, 1))
 
 
 def _fixed_rows(
