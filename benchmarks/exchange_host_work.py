@@ -28,17 +28,19 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_triton.backends.torch import dispatch as cpu_dispatch
+from moe_triton.backends.torch import rows as cpu_rows
 from moe_triton.dispatch import dispatch
 from moe_triton.distributed import ExpertParallel, make_groups
 from moe_triton.distributed.exchange import channel, failure_board
 from moe_triton.distributed.exchange.stages import ExchangedLayer, Saved
 
 LIMIT_US = 60.0
-SORTS = ("_in_expert_order_by_numpy", "sort_by_loop")  # that run on a CPU: a GPU launches a kernel
+# what runs in numpy or numba on a CPU, for which a GPU launches a kernel
+KERNELS = ((cpu_dispatch, "_in_expert_order_by_numpy"), (cpu_dispatch, "sort_by_loop"), (cpu_rows, "_sum_by_loop"))
 
 
 class Recorded(TorchDispatchMode):
-    """Keeps the operators that run, to run them again; the sort, which numpy or numba does on a CPU, is one of them."""
+    """Keeps the operators that run, to run them again; KERNELS are operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,12 +51,14 @@ class Recorded(TorchDispatchMode):
         self.calls.append(lambda: function(*args, **kwargs))
         return function(*args, **kwargs)
 
-    def recording(self, sort: Callable[..., Any]) -> Callable[..., Any]:
-        """A sort that is recorded."""
+    def recording(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
+        """A kernel that is recorded, in the place of the operators inside it."""
 
         def run(*args: Any) -> Any:
-            self.calls.append(lambda: sort(*args))
-            return sort(*args)
+            before = len(self.calls)
+            result = kernel(*args)
+            self.calls[before:] = [lambda: kernel(*args)]
+            return result
 
         return run
 
@@ -164,8 +168,9 @@ def measure(case: Case, ep: int, repeats: int) -> dict[str, dict[str, float]]:
             once()()
         call = once()
         recorded = Recorded()
-        sorts = {name: recorded.recording(getattr(cpu_dispatch, name)) for name in SORTS}
-        with recorded, mock.patch.multiple(cpu_dispatch, **sorts):
+        with recorded, ExitStack() as patches:
+            for module, name in KERNELS:
+                patches.enter_context(mock.patch.object(module, name, recorded.recording(getattr(module, name))))
             call()
 
         def again(calls: Sequence[Callable[[], object]] = recorded.calls) -> None:
