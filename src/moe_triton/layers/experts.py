@@ -43,7 +43,7 @@ from moe_triton.records import (
 )
 from moe_triton.reference import activate
 from moe_triton.runtime import autocast_dtype, is_batch_invariant
-from moe_triton.torch_internals import inside_fsdp1, is_fsdp2_class, parameter_of
+from moe_triton.torch_internals import inside_fsdp1, is_fsdp2_class, is_plain, parameter_of
 
 
 class Experts(TakesLora, CountsLoad, StackedExperts):
@@ -267,8 +267,9 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
         if self.load is not None:
             self.count_load(dispatched.counts)
         if (parallel := unless_alone(self.expert_parallel)) is None:
-            check_call(call)
-            return run_experts(call, recompute=self.recompute, backend=self.backend)
+            plain = is_plain(hidden_states)
+            check_call(call, is_plain=plain)
+            return run_experts(call, recompute=self.recompute, backend=self.backend, is_plain=plain)
         check_fp8(call.parameters, self.spec, hidden_states)
         layer = ExchangedLayer(
             name=self.layer_name,
