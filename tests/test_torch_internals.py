@@ -89,6 +89,30 @@ def test_a_module_that_runs_as_it_is():
     assert not torch_internals.runs_as_it_is(torch.compile(plain), nn.Linear)
 
 
+def test_what_a_module_has_registered():
+    class Gathering(dict):
+        def __getitem__(self, name: str) -> Any:
+            return super().__getitem__(name).detach() + 1
+
+    module = nn.Sequential(nn.BatchNorm1d(2, track_running_stats=False))
+    norm = torch_internals.submodule_of(module, "0")
+    assert norm is module[0]
+    assert torch_internals.parameter_of(norm, "weight") is norm.weight
+    assert torch_internals.buffer_of(norm, "running_mean") is None
+    norm.register_buffer("seen", torch.ones(2))
+    assert torch_internals.buffer_of(norm, "seen") is norm.seen
+    for read in (torch_internals.parameter_of, torch_internals.buffer_of, torch_internals.submodule_of):
+        assert read(norm, "eps") == norm.eps
+        with pytest.raises(AttributeError, match="absent"):
+            read(norm, "absent")
+    weight = norm.weight
+    nn.utils.parametrize.register_parametrization(norm, "weight", nn.Tanh())
+    assert torch.equal(torch_internals.parameter_of(norm, "weight"), weight.tanh())
+    nn.utils.parametrize.remove_parametrizations(norm, "weight", leave_parametrized=False)
+    norm._parameters = Gathering(norm._parameters)
+    assert torch.equal(torch_internals.parameter_of(norm, "weight"), weight + 1)
+
+
 def test_a_busy_gpu(monkeypatch):
     assert callable(torch.cuda._sleep)
     slept = []

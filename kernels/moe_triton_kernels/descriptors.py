@@ -54,7 +54,8 @@ def at(data: Tensor, described: TensorDescriptor | None) -> TensorDescriptor | N
     if described is None or data.data_ptr() % 16:
         return None
     made = object.__new__(TensorDescriptor)
-    made.__dict__.update(described.__dict__, base=data)
+    made.__dict__ = fields = described.__dict__.copy()
+    fields["base"] = data
     return made
 
 

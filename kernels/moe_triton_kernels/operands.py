@@ -182,6 +182,11 @@ class PerExpert(NamedTuple):
 NOTHING, NUMBERS, CODES = constant(0), constant(False), constant(True)  # of a WeightArgument: decoding, QUANTIZED
 
 
+def stacked(parameter: Any, layout: Layout) -> PerExpert:
+    """A single tensor [E, ...] that is known to lie so."""
+    return tuple.__new__(PerExpert, (parameter, layout, (parameter,), None, None, None, ()))
+
+
 def per_expert(parameter: ExpertParameter, *, transposed: bool = False) -> PerExpert:
     """Make a stacked parameter [E, ...] or a sequence of E equal-shaped tensors readable by a kernel.
 
@@ -192,7 +197,7 @@ def per_expert(parameter: ExpertParameter, *, transposed: bool = False) -> PerEx
         stride_e, *strides = parameter.stride()
         itemsize = parameter.element_size()
         layout = layout_of(stride_e, tuple(strides), itemsize, itemsize)
-        return PerExpert(parameter, layout.transposed if transposed else layout, (parameter,))
+        return stacked(parameter, layout.transposed if transposed else layout)
     held = tuple(parameter)
     if any(tensor.stride() != held[0].stride() for tensor in held):
         held = tuple(tensor.contiguous() for tensor in held)

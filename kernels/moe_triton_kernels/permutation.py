@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_triton_kernels.arithmetic import cdiv, next_power_of_2
+from moe_triton_kernels.launch import Launch, prepare
 
 BLOCK = 128  # slots compared with each other at a time
 MAX_CHUNKS = 4096  # bounds the table of counts, [G, E, C], however many slots there are
@@ -133,20 +134,30 @@ def place_kernel(
 def count_slots(
     experts: Tensor, order: Tensor | None, num_experts: int, groups: int, by_choice: bool
 ) -> tuple[Tensor, Tensor, int, int]:
-    """The table [G, E, C] of assignments in the chunks before, the totals [G, E], and C and the blocks per chunk."""
+    """The table [G, E, C] of assignments in the chunks before, the totals [G * E], and C and the blocks per chunk."""
     group_slots = experts.numel() // groups
-    blocks = cdiv(cdiv(group_slots, BLOCK), max(1, MAX_CHUNKS // groups))
-    chunks = cdiv(group_slots, BLOCK * blocks)
+    blocks, chunks = chunks_of(group_slots, groups)
     table = torch.empty(groups, num_experts, chunks, dtype=torch.int32, device=experts.device)
-    totals = table.new_empty(groups, num_experts)
-    count_kernel[(groups * chunks,)](
-        experts, order, table, group_slots, chunks, blocks,
-        NUM_EXPERTS=num_experts, TOP_K=experts.shape[1], BY_CHOICE=by_choice,
-        BLOCK=BLOCK, BLOCK_E=block_experts(num_experts),
-    )  # fmt: skip
-    rows = groups * num_experts
-    scan_kernel[(cdiv(rows, SCAN_ROWS),)](table, totals, rows, chunks, BLOCK_R=SCAN_ROWS, BLOCK_C=SCAN_CHUNKS)
+    totals = table.new_empty(groups * num_experts)
+    count, scan = _count_launches(groups, chunks, num_experts, experts.shape[1], by_choice)
+    count(experts, order, table, group_slots, chunks, blocks)
+    scan(table, totals, groups * num_experts, chunks)
     return table, totals, chunks, blocks
+
+
+@lru_cache(maxsize=4096)
+def chunks_of(group_slots: int, groups: int) -> tuple[int, int]:
+    """The blocks of a chunk, and the chunks of a group."""
+    blocks = cdiv(cdiv(group_slots, BLOCK), max(1, MAX_CHUNKS // groups))
+    return blocks, cdiv(group_slots, BLOCK * blocks)
+
+
+@lru_cache(maxsize=4096)
+def _count_launches(groups: int, chunks: int, num_experts: int, top_k: int, by_choice: bool) -> tuple[Launch, Launch]:
+    constants = {"NUM_EXPERTS": num_experts, "BLOCK": BLOCK, "BLOCK_E": block_experts(num_experts)}
+    count = prepare(count_kernel, (groups * chunks,), TOP_K=top_k, BY_CHOICE=by_choice, **constants)
+    programs = cdiv(groups * num_experts, SCAN_ROWS)
+    return count, prepare(scan_kernel, (programs,), BLOCK_R=SCAN_ROWS, BLOCK_C=SCAN_CHUNKS)
 
 
 @lru_cache
@@ -168,7 +179,7 @@ def keep_within_capacity(
         NUM_EXPERTS=num_experts, TOP_K=experts.shape[1], BY_CHOICE=by_choice,
         BLOCK=BLOCK, BLOCK_E=block_experts(num_experts),
     )  # fmt: skip
-    return kept, totals.sum(0, dtype=torch.int32)
+    return kept, totals.view(groups, num_experts).sum(0, dtype=torch.int32)
 
 
 def permute(
@@ -189,17 +200,21 @@ def permute(
     seven with a capacity, and with keys a sort.
     """
     experts = experts.contiguous()
-    num_tokens, top_k = experts.shape
+    (num_tokens, top_k), num_slots = experts.shape, experts.numel()
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=experts.device)
-    source, position = offsets.new_empty(num_tokens * top_k), offsets.new_empty(num_tokens, top_k)
-    if experts.numel() == 0:
+    source, position = offsets.new_empty(num_slots), offsets.new_empty(num_tokens, top_k)
+    if num_slots == 0:
         return torch.zeros_like(offsets[1:]), offsets.zero_(), source, position
     counts = None
     if capacity is not None:
         experts, counts = keep_within_capacity(experts, num_experts, capacity, capacity_groups, by_choice, keys)
     table, totals, chunks, blocks = count_slots(experts, None, num_experts, 1, False)
-    place_kernel[(chunks,)](
-        experts, table, totals, offsets, source, position, experts.numel(), chunks, blocks,
-        NUM_EXPERTS=num_experts, BLOCK=BLOCK, BLOCK_E=block_experts(num_experts),
-    )  # fmt: skip
-    return totals[0] if counts is None else counts, offsets, source, position
+    place = _place_launch(chunks, num_experts)
+    place(experts, table, totals, offsets, source, position, num_slots, chunks, blocks)
+    return totals if counts is None else counts, offsets, source, position
+
+
+@lru_cache(maxsize=4096)
+def _place_launch(chunks: int, num_experts: int) -> Launch:
+    constants = {"NUM_EXPERTS": num_experts, "BLOCK": BLOCK, "BLOCK_E": block_experts(num_experts)}
+    return prepare(place_kernel, (chunks,), **constants)

@@ -8,6 +8,7 @@ Shapes: T tokens, E experts, K choices, B sequences with sums of their own, P pr
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_triton_kernels.arithmetic import cdiv
+from moe_triton_kernels.launch import Launch, prepare, register_limit, target_of
 from moe_triton_kernels.scores import (
     EPS,
     SIGMOID,
@@ -27,11 +29,11 @@ from moe_triton_kernels.scores import (
     softmax_rows,
 )  # fmt: skip
 from moe_triton_kernels.topk_options import (
+    FEW_REGISTERS,
     FEW_WARPS,
     Programs,
     TopK,
     choice_constants,
-    few_registers,
     limit_of,
     programs_of,
 )
@@ -247,7 +249,6 @@ def choice_of(
     (num_tokens, num_experts), device, top_k = logits.shape, logits.device, options.top_k
     is_one = options.sequences == programs.number == 1  # its partial sums are the sums
     shape = () if is_one else (options.sequences, programs.number)
-    by_logit = noise is None and choice_bias is None and not limit_of(options).TOP2
     experts = torch.empty(num_tokens, top_k, dtype=torch.int32, device=device)
     weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=device)
     counts, scores = experts.new_empty(*shape, num_experts), weights.new_empty(*shape, num_experts)
@@ -262,7 +263,7 @@ def choice_of(
         experts,
         weights,
         PartialSums(counts, scores, weights.new_empty(shape)),
-        by_logit and logits.dtype != torch.float32,
+        logits.dtype != torch.float32 and noise is None and choice_bias is None and not limit_of(options).TOP2,
     )
 
 
@@ -293,17 +294,24 @@ def topk_forward(
     if num_tokens == 0:
         zeros = torch.zeros(of_experts, dtype=torch.float32, device=device)
         return experts, weights, zeros.int(), zeros, torch.zeros((), dtype=torch.float32, device=device)
-    limit = few_registers(device) if programs.num_warps == FEW_WARPS else {}
-    topk_kernel[(sequences, programs.number)](
-        *read, experts, weights, partials, num_tokens // sequences, float(options.scale),
-        **choice_constants(num_experts, options, packed, programs.num_warps), **limit,
-    )  # fmt: skip
+    launch = _launch(num_experts, options, packed, programs, target_of(device).architecture)
+    launch(*read, experts, weights, partials, num_tokens // sequences, float(options.scale))
     if sequences == programs.number == 1:
         return experts, weights, *partials
     counts, score_sums = experts.new_empty(*of_experts), weights.new_empty(*of_experts)
-    z_sums = weights.new_empty(sequences)
-    sum_partials_kernel[(sequences, cdiv(num_experts, SUM_EXPERTS))](
-        partials, counts, score_sums, z_sums, programs.number,
-        NUM_EXPERTS=num_experts, BLOCK_P=SUM_PROGRAMS, BLOCK_E=SUM_EXPERTS, num_warps=SUM_WARPS,
-    )  # fmt: skip
-    return experts, weights, counts, score_sums, z_sums[0] if sequences == 1 else z_sums.sum()
+    z_sums = weights.new_empty(() if sequences == 1 else (sequences,))
+    _sum_launch(sequences, num_experts)(partials, counts, score_sums, z_sums, programs.number)
+    return experts, weights, counts, score_sums, z_sums if sequences == 1 else z_sums.sum()
+
+
+@lru_cache(maxsize=1024)
+def _launch(num_experts: int, options: TopK, packed: bool, programs: Programs, architecture: str) -> Launch:
+    limit = register_limit(architecture, FEW_REGISTERS) if programs.num_warps == FEW_WARPS else {}
+    constants = choice_constants(num_experts, options, packed, programs.num_warps)
+    return prepare(topk_kernel, (options.sequences, programs.number), **constants, **limit)
+
+
+@lru_cache(maxsize=1024)
+def _sum_launch(sequences: int, num_experts: int) -> Launch:
+    constants = {"NUM_EXPERTS": num_experts, "BLOCK_P": SUM_PROGRAMS, "BLOCK_E": SUM_EXPERTS, "num_warps": SUM_WARPS}
+    return prepare(sum_partials_kernel, (sequences, cdiv(num_experts, SUM_EXPERTS)), **constants)

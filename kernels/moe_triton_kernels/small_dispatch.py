@@ -96,7 +96,7 @@ def few_rows(shape: tuple[int, int], num_experts: int, device: torch.device) -> 
     new = offsets.new_empty  # sizes one by one, and no dtype: half a microsecond less
     table, num_tiles = new(places.size, 2), new(NUM_SIZES)
     rows = FewRows(offsets, new(num_tokens * top_k), new(num_tokens, top_k), table, num_tiles)
-    return rows, TileTables(offsets, places, num_tiles, table)
+    return rows, TileTables(offsets, places, num_tiles, table, {})
 
 
 def small_dispatch(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor, TileTables]:

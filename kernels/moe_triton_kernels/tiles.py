@@ -11,12 +11,12 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from moe_triton_kernels.arithmetic import next_power_of_2
+from moe_triton_kernels.launch import Launch, prepare
 
 BLOCK_SIZES = (16, 32, 64, 128)
 CHUNK = 128  # table entries that a program writes at a time
@@ -75,12 +75,14 @@ class TileTables(NamedTuple):
     places     where the table of each block size is
     num_tiles  [number of block sizes] int32 on the device: how many entries of each table are filled
     table      [entries, 2] int32, all tables: (expert, first row); none is written past its num_tiles
+    selected   block size -> what `select` has returned: views take microseconds
     """
 
     offsets: Tensor
     places: Places
     num_tiles: Tensor
     table: Tensor
+    selected: dict[int, tuple[TilesArgument, int]]
 
     @property
     def tables(self) -> tuple[Tensor, ...]:
@@ -90,11 +92,17 @@ class TileTables(NamedTuple):
 
     def select(self, block_m: int) -> tuple[TilesArgument, int]:
         """For tiles of `block_m` rows: what a kernel takes, and the most tiles there can be."""
-        offsets, places, num_tiles, table = self
+        found = self.selected.get(block_m)
+        if found is None:
+            found = self.selected[block_m] = self._select(block_m)
+        return found
+
+    def _select(self, block_m: int) -> tuple[TilesArgument, int]:
+        offsets, places, num_tiles, table, _ = self
         if block_m not in places.block_sizes:
             raise ValueError(f"block_m must be one of {places.block_sizes}, got {block_m}")
         index = places.block_sizes.index(block_m)
-        if index:  # the first one begins where all of them do, and views take microseconds
+        if index:  # the first one begins where all of them do
             table, num_tiles = table[places.starts[index] :], num_tiles[index:]
         return TilesArgument(table, num_tiles, offsets), places.most[index]
 
@@ -139,17 +147,13 @@ def tile_tables(offsets: Tensor, num_rows: int, block_sizes: tuple[int, ...] = B
     `num_rows` is the most rows that offsets can hold: S of the dispatch.
     """
     num_experts = offsets.shape[0] - 1
-    places = places_of(num_rows, num_experts, tuple(block_sizes))
-    table = torch.empty(places.size, 2, dtype=torch.int32, device=offsets.device)
-    num_tiles = table.new_empty(len(block_sizes))
-    tile_tables_kernel[(num_experts,)](
-        offsets,
-        table,
-        num_tiles,
-        num_experts,
-        num_rows,
-        SIZES=places.block_sizes,
-        BLOCK_E=next_power_of_2(num_experts),
-        CHUNK=CHUNK,
-    )
-    return TileTables(offsets, places, num_tiles, table)
+    places = places_of(num_rows, num_experts, block_sizes)
+    table, num_tiles = offsets.new_empty(places.size, 2), offsets.new_empty(len(block_sizes))
+    _launch(num_experts, block_sizes)(offsets, table, num_tiles, num_experts, num_rows)
+    return TileTables(offsets, places, num_tiles, table, {})
+
+
+@lru_cache(maxsize=1024)
+def _launch(num_experts: int, block_sizes: tuple[int, ...]) -> Launch:
+    constants = {"SIZES": block_sizes, "BLOCK_E": next_power_of_2(num_experts), "CHUNK": CHUNK}
+    return prepare(tile_tables_kernel, (num_experts,), **constants)

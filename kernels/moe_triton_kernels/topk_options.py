@@ -8,10 +8,8 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import torch
-
 from moe_triton_kernels.arithmetic import cdiv, next_power_of_2
-from moe_triton_kernels.launch import MAX_REGISTERS, constants, register_limit, target_of
+from moe_triton_kernels.launch import MAX_REGISTERS, constants
 from moe_triton_kernels.scores import SCORES
 from moe_triton_kernels.small_dispatch import MAX_SLOTS
 
@@ -104,11 +102,6 @@ def choice_constants(num_experts: int, options: TopK, packed: bool, num_warps: i
         "PACKED": packed,
         "num_warps": num_warps,
     }
-
-
-def few_registers(device: torch.device) -> dict[str, int]:
-    """The option of a launch in which one program takes all of a few tokens."""
-    return register_limit(target_of(device).architecture, FEW_REGISTERS)
 
 
 class Programs(NamedTuple):

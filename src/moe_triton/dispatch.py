@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_triton import reference, runtime
 from moe_triton.autograd.transforms import call_per_sample
 from moe_triton.checks import FLOATS, INTEGERS, check_choice, check_int, check_number, check_tensor
-from moe_triton.records import PRIORITIES, Dispatch
+from moe_triton.records import PRIORITIES, Dispatch, record
 from moe_triton.torch_internals import has_no_data, is_transforming
 
 
@@ -121,6 +121,8 @@ def dispatch(
         return reference.dispatch(
             experts, num_experts, capacity=capacity, capacity_groups=capacity_groups, by_choice=by_choice, keys=keys
         )
+    if capacity is None and runtime.is_plain(experts):
+        return dropless_dispatch(experts, num_experts, name)
     as_op = torch.compiler.is_compiling() or has_no_data(experts) or is_transforming()
     if capacity is None and not as_op:
         with runtime.plain_maths(experts):
@@ -141,7 +143,7 @@ def dropless_dispatch(experts: Tensor, num_experts: int, backend: str) -> Dispat
     counts, offsets, source, position = implementation.build_dispatch(
         experts.contiguous(), num_experts, None, 1, False, None
     )
-    return Dispatch(counts=counts, offsets=offsets, source=source, position=position)
+    return record(Dispatch, counts=counts, offsets=offsets, source=source, position=position)
 
 
 def _build(

@@ -169,12 +169,13 @@ def moe_experts(
     return run_experts(with_adapters(call, gate_up_lora, down_lora), recompute=recompute, backend=backend)
 
 
-def check_call(call: ExpertCall, weights_name: str = "top_k_weights") -> None:
+def check_call(call: ExpertCall, weights_name: str = "top_k_weights", is_plain: bool = False) -> None:
     """Raise ValueError or TypeError for whatever can be wrong with a call of a valid spec, before the first launch.
 
     Not for a call whose tensors are like those of one that passed.
+    is_plain: what `runtime.is_plain` says of the hidden states, where it was asked already.
     """
-    kind = None if torch.compiler.is_compiling() else call.kind
+    kind = call.kind if is_plain or not torch.compiler.is_compiling() else None
     if kind is not None and kind in _PASSED:  # torch.compile would guard the set
         return
     num_tokens, top_k = call.dispatched.position.shape

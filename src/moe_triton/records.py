@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -20,6 +20,14 @@ SCORES = ("softmax", "sigmoid", "topk_softmax", "sqrt_softplus")
 EMPTY = -2  # the id of a choice that a rule leaves empty; -1 is one of a token that counts nowhere
 GROUP_SCORES = ("max", "top2_sum")
 PRIORITIES = ("position", "choice", "probability", "random")
+Record = TypeVar("Record")
+
+
+def record(cls: type[Record], **fields: Any) -> Record:
+    """Make a frozen record of all its fields: its constructor takes twice the time, which sets them one by one."""
+    made = object.__new__(cls)
+    made.__dict__.update(fields)
+    return made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,19 +138,9 @@ class Routing:
         return found
 
     @classmethod
-    def unsummed(
-        cls,
-        *,
-        experts: Tensor,
-        weights: Tensor,
-        hidden: Tensor | None,
-        sums: Callable[[], Sequence[Tensor]],
-        dispatched: TiledDispatch | None = None,
-    ) -> Routing:
+    def unsummed(cls, sums: Callable[[], Sequence[Tensor]], **others: Any) -> Routing:
         """Make a Routing whose `SUMS` come from `sums`, called when the first of them is read: most often never."""
-        made = object.__new__(cls)
-        made.__dict__.update(experts=experts, weights=weights, hidden=hidden, dispatched=dispatched, _sums=sums)
-        return made
+        return record(cls, _sums=sums, **others)
 
     def __getattr__(self, name: str) -> Any:  # of what is not there, or not yet
         sums = self.__dict__.get("_sums")
@@ -260,9 +258,10 @@ class ExpertCall:
         """What calls share that differ in values and addresses only (see `kinds`), or None."""
         found = self._kind
         if found is UNASKED:  # not a cached_property, which takes a lock up to Python 3.11
-            rows, facts = self.dispatched, (self.spec, self.is_part, self.dispatched.source.shape)
-            given = (rows.counts, rows.source, rows.position, self.hidden, self.weights)
-            found = kind_of(facts, given, self.parameters)
+            rows = self.dispatched
+            source = rows.source
+            given = (rows.counts, source, rows.position, self.hidden, self.weights)
+            found = kind_of((self.spec, self.is_part, source.numel()), given, self.parameters)
             object.__setattr__(self, "_kind", found)
         return found
 

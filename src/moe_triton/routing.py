@@ -197,7 +197,7 @@ def route_by_spec(
         if found is not None:
             sums = partial(_with_num_valid, found.sums, logits, spec)
             return Routing.unsummed(
-                experts=found.experts, weights=found.weights, hidden=hidden, dispatched=found.dispatched, sums=sums
+                sums, experts=found.experts, weights=found.weights, hidden=hidden, dispatched=found.dispatched
             )
     weights, score_sums, z_sum, experts, counts = run_route(logits, choice_bias, noise, token_mask, given, spec, name)
     num_valid = _num_valid(logits, spec, token_mask)

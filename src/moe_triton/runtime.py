@@ -163,6 +163,7 @@ class _PlainMaths:
             part.__exit__(*error)
 
 
+@cache
 def gate_backend(name: str) -> GateBackend:
     """Return the implementation of the gate by backend "torch" or "triton"."""
     return _module(f"{name}.gate")
@@ -201,16 +202,19 @@ def refuse_reference(name: str) -> None:
         raise ValueError("batch_invariant: got True with backend 'reference', wanted 'auto', 'triton' or 'torch'")
 
 
+@cache
 def routing_backend(name: str) -> RoutingBackend:
     """Return the implementation of routing by backend "torch" or "triton"."""
     return _module(f"{name}.routing")
 
 
+@cache
 def dispatch_backend(name: str) -> DispatchBackend:
     """Return the implementation of dispatch by backend "torch" or "triton"."""
     return _module(f"{name}.dispatch")
 
 
+@cache
 def experts_backend(name: str, device: torch.device, *, fp8: bool = False) -> ExpertsBackend:
     """Return the implementation of the experts by backend "torch" or "triton" on a device; with fp8 products or not."""
     if fp8:
@@ -220,6 +224,5 @@ def experts_backend(name: str, device: torch.device, *, fp8: bool = False) -> Ex
     return _module(f"{name}.experts")
 
 
-@cache
 def _module(path: str) -> Any:
     return importlib.import_module(f"moe_triton.backends.{path}")

@@ -73,6 +73,27 @@ def runs_as_it_is(module: nn.Module, cls: type[nn.Module]) -> bool:
     return is_own and not module._forward_pre_hooks
 
 
+def parameter_of(module: nn.Module, name: str) -> Any:
+    """Return module.name, most often a parameter, in a fifth of the time, which torch spends on failing elsewhere.
+
+    A parametrization, pruning and FSDP1 keep it as another attribute; what DeepSpeed registers gathers it when read.
+    """
+    found = module._parameters
+    return found[name] if name in found else getattr(module, name)
+
+
+def buffer_of(module: nn.Module, name: str) -> Any:
+    """Return module.name, most often a buffer, as `parameter_of` does."""
+    found = module._buffers
+    return found[name] if name in found else getattr(module, name)
+
+
+def submodule_of(module: nn.Module, name: str) -> Any:
+    """Return module.name, most often a module, as `parameter_of` does."""
+    found = module._modules
+    return found[name] if name in found else getattr(module, name)
+
+
 # Autograd, its transforms, and modes ----------------------------------------------------------------------------------
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -87,6 +89,18 @@ def test_many_experts(num_experts: int, capacity: int | None) -> None:
     check(make_experts(40, 8, num_experts, "skewed"), num_experts, capacity, groups=2)
 
 
+@pytest.fixture
+def nothing_kept() -> Iterator[None]:
+    """The sizes of launches are chosen anew, and forgotten after the test."""
+    cached = (permutation.chunks_of, permutation._count_launches, permutation._place_launch)
+    for function in cached:
+        function.cache_clear()
+    yield
+    for function in cached:
+        function.cache_clear()
+
+
+@pytest.mark.usefixtures("nothing_kept")
 @pytest.mark.parametrize("capacity", [None, 7])
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("by_choice", [False, True])
@@ -96,6 +110,7 @@ def test_chunks_of_several_blocks_and_scans_of_several_parts(
     monkeypatch.setattr(permutation, "BLOCK", 16)
     monkeypatch.setattr(permutation, "MAX_CHUNKS", 12)
     monkeypatch.setattr(permutation, "SCAN_CHUNKS", 4)
+    assert permutation.chunks_of(372 // groups, groups)[0] > 1
     check(make_experts(93, 4, 5, "invalid"), 5, capacity, groups, by_choice)
 
 

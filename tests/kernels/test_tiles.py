@@ -36,6 +36,7 @@ def test_tables_match_a_loop_over_experts(counts: list[int], spare: int) -> None
     assert tables.places.block_sizes == BLOCK_SIZES
     for block_m in BLOCK_SIZES:
         (table, num_tiles, _), most = tables.select(block_m)
+        assert tables.select(block_m)[0].table is table  # no second view of it
         expected = expected_tiles(counts, block_m)
         assert num_tiles[0].item() == len(expected)
         assert table[: len(expected)].tolist() == expected

@@ -23,12 +23,17 @@ from moe_triton.reference import fp8
 from moe_triton.torch_internals import has_no_data, is_transforming
 
 
-def run_experts(call: ExpertCall, *, recompute: bool = False, backend: str = "auto") -> Tensor:
+def run_experts(
+    call: ExpertCall, *, recompute: bool = False, backend: str = "auto", is_plain: bool | None = None
+) -> Tensor:
     """Compute `reference.moe_experts` of a call that has been checked: [T, d] in hidden's dtype, differentiable.
 
     Under autocast as PyTorch's products do. The bits do not depend on whether a gradient is wanted.
+    is_plain: what `runtime.is_plain` says of the hidden states, where it was asked already.
     """
-    dtype, is_plain = call.hidden.dtype, runtime.is_plain(call.hidden)
+    dtype = call.hidden.dtype
+    if is_plain is None:
+        is_plain = runtime.is_plain(call.hidden)
     if not is_plain or runtime.is_batch_invariant():
         call = in_context(call)
     name = runtime.choose(backend, call.hidden.device, call.hidden.dtype).name

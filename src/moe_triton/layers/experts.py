@@ -39,10 +39,11 @@ from moe_triton.records import (
     ExpertParameters,
     ExpertSpec,
     Lora,
+    record,
 )
 from moe_triton.reference import activate
 from moe_triton.runtime import autocast_dtype, is_batch_invariant
-from moe_triton.torch_internals import inside_fsdp1, is_fsdp2_class
+from moe_triton.torch_internals import inside_fsdp1, is_fsdp2_class, is_plain, parameter_of
 
 
 class Experts(TakesLora, CountsLoad, StackedExperts):
@@ -220,7 +221,7 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
 
     @property
     def _parameters_in_order(self) -> ExpertParameters:
-        gate_up, down = self.gate_up_proj, self.down_proj
+        gate_up, down = parameter_of(self, "gate_up_proj"), parameter_of(self, "down_proj")
         if isinstance(gate_up, QuantizedProjection) or isinstance(down, QuantizedProjection):
             gate_up, down = projection_of(self, "gate_up_proj"), projection_of(self, "down_proj")
         given = ExpertParameters(gate_up, down, self.gate_up_proj_bias, self.down_proj_bias)
@@ -246,7 +247,8 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
         `capacity` (tokens -> places of an expert) and `overlap_with` (computed while rows travel) are for expert
         parallelism.
         """
-        call = ExpertCall(
+        call = record(
+            ExpertCall,
             hidden=hidden_states,
             weights=uncast(top_k_weights),
             dispatched=dispatched,
@@ -265,8 +267,9 @@ class Experts(TakesLora, CountsLoad, StackedExperts):
         if self.load is not None:
             self.count_load(dispatched.counts)
         if (parallel := unless_alone(self.expert_parallel)) is None:
-            check_call(call)
-            return run_experts(call, recompute=self.recompute, backend=self.backend)
+            plain = is_plain(hidden_states)
+            check_call(call, is_plain=plain)
+            return run_experts(call, recompute=self.recompute, backend=self.backend, is_plain=plain)
         check_fp8(call.parameters, self.spec, hidden_states)
         layer = ExchangedLayer(
             name=self.layer_name,

@@ -20,7 +20,7 @@ from moe_triton.layers.experts import Experts, FeedForward, Uncast, casts_inputs
 from moe_triton.layers.router import Router
 from moe_triton.records import PRIORITIES, Dispatch, Routing, SequenceSums
 from moe_triton.runtime import BACKENDS, batch_invariant
-from moe_triton.torch_internals import never_compiled, runs_as_it_is
+from moe_triton.torch_internals import never_compiled, runs_as_it_is, submodule_of
 
 
 class MoEOutput(NamedTuple):
@@ -284,7 +284,7 @@ class MoE(nn.Module):
         more: dict[str, Any] = {} if token_ids is None else {"token_ids": self._flat(token_ids, hidden_states)}
         if self.sequence_loss_weight:
             more["sequences"] = max(1, math.prod(hidden_states.shape[:-2])) if num_tokens else 1
-        router, experts = self.router, self.experts
+        router, experts = submodule_of(self, "router"), submodule_of(self, "experts")
         routing = router(x, token_mask, **more)
         if not isinstance(routing, Routing):
             raise TypeError(f"router: returned {type(routing).__name__}, wanted a Routing")

@@ -20,7 +20,7 @@ from moe_triton.records import RouterSpec, Routing
 from moe_triton.reference import router_scores, wide
 from moe_triton.routing import gumbel_noise, route_by_spec, router_spec
 from moe_triton.runtime import is_batch_invariant, without_autocast
-from moe_triton.torch_internals import is_plain
+from moe_triton.torch_internals import buffer_of, is_plain, parameter_of
 
 NULL_OUTPUTS = ("identity", "zero")
 BIAS_UPDATES = ("sign", "quantile")
@@ -199,7 +199,7 @@ class Router(CountsLoad):
         """The logits, and the hidden states for whoever takes them next (see `autograd.gate`)."""
         jitters = self.training and self.jitter > 0
         if not (jitters or is_batch_invariant()):
-            return run_gate(hidden_states, self.weight, self.bias, self.backend, is_plain)
+            return run_gate(hidden_states, parameter_of(self, "weight"), self.bias, self.backend, is_plain)
         dtype = wide(self.weight.dtype)
         with without_autocast(hidden_states.device):
             x = hidden_states.to(dtype)
@@ -239,7 +239,7 @@ class Router(CountsLoad):
         routing = route_by_spec(
             logits,
             self.spec if self.rule is None else self._spec_for(self.rule, experts if given is None else given),
-            choice_bias=self.choice_bias,
+            choice_bias=buffer_of(self, "choice_bias"),
             noise=noise,
             token_mask=token_mask,
             experts=experts,

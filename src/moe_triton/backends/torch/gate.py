@@ -56,12 +56,10 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype, addend: Tensor | None = No
 TORCH = MatrixUnit(split, product)
 
 
+@cache
 def has_wide_products(device: torch.device) -> bool:
     """Return whether `torch.mm` gives fp32 from 16-bit operands on this device: on CUDA GPUs that have bf16."""
-    return device.type == "cuda" and torch.version.hip is None and _capability(device) >= (8, 0)
-
-
-_capability = cache(torch.cuda.get_device_capability)  # which takes microseconds
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def step_of(dtype: torch.dtype) -> float:

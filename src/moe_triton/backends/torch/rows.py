@@ -47,7 +47,7 @@ def sum_rows(rows: Tensor, position: Tensor, zero_row: int | None = None, weight
     """Sum of each token's rows [T, K] in choice order, accumulated in fp32 (fp64 for fp64), on the CPU.
 
     zero_row    a row after all others that stands in for the choices that have none, which position has as -1 or as
-                `zero_row`; it is set to zeros. None where every choice has a row.
+                `zero_row`; it is set to zeros. None where every choice has a row, or where `runs_on_threads`.
     weights     [T, K], where `runs_on_threads`: what rows are multiplied by
     """
     num_tokens, top_k = position.shape

@@ -11,7 +11,7 @@ from moe_triton.quantization import QuantizedWeight
 from moe_triton.records import ExpertSpec, ExpertWeight, Lora, Projection
 from moe_triton_kernels.activations import Activation
 from moe_triton_kernels.lora import Adapter
-from moe_triton_kernels.operands import Layout, PerExpert, per_expert
+from moe_triton_kernels.operands import Layout, PerExpert, per_expert, stacked
 from moe_triton_kernels.quantized import quantized_per_expert
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -22,8 +22,8 @@ def matrices(projection: Projection, layout: Layout | None = None, *, transposed
 
     layout: how these lie, of a single tensor, where it is known.
     """
-    if layout is not None and isinstance(projection, Tensor):
-        return PerExpert(projection, layout, (projection,))
+    if layout is not None:
+        return stacked(projection, layout)
     if not isinstance(projection, QuantizedWeight):
         return per_expert(projection, transposed=transposed)
     found = quantized_per_expert(
@@ -39,9 +39,7 @@ def matrices(projection: Projection, layout: Layout | None = None, *, transposed
 
 def vectors(bias: ExpertWeight, layout: Layout | None) -> PerExpert:
     """The biases for the kernels; layout: how these lie, of a single tensor, where it is known."""
-    if layout is not None and isinstance(bias, Tensor):
-        return PerExpert(bias, layout, (bias,))
-    return per_expert(bias)
+    return per_expert(bias) if layout is None else stacked(bias, layout)
 
 
 @lru_cache

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from moe_triton.records import RouterSpec, TiledDispatch
+from moe_triton.records import RouterSpec, TiledDispatch, record
 from moe_triton_kernels.routing import topk_forward
 from moe_triton_kernels.routing_backward import topk_backward
 from moe_triton_kernels.small_route import is_small, small_route
@@ -41,8 +41,14 @@ def route_and_dispatch(
     if not is_small(*logits.shape, options):
         return topk_forward(logits, options, **inputs), None
     routed, (offsets, source, position, tiles) = small_route(logits, options, **inputs)
-    return routed, TiledDispatch(
-        counts=routed[2], offsets=offsets, source=source, position=position, tiles=tiles, experts=routed[0]
+    return routed, record(
+        TiledDispatch,
+        counts=routed[2],
+        offsets=offsets,
+        source=source,
+        position=position,
+        tiles=tiles,
+        experts=routed[0],
     )
 
 
