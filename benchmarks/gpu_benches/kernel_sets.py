@@ -145,6 +145,7 @@ FP8_STAGES = {
     "quantize_weight": "quantize W1",
     "quantize_weight_down": "quantize W2",
 }
+FP8_BIASES = {f"fp8_{name}": name for name in ("d_bias_rows", "d_bias_gathered")}  # where the experts have biases
 
 
 def fp8(workload: Workload) -> dict[str, Kernel]:
@@ -154,8 +155,9 @@ def fp8(workload: Workload) -> dict[str, Kernel]:
     shape, call = workload.case.shape, routed(workload)
     problem, stages = fp8_calls(replace(call, spec=replace(call.spec, fp8=True)), workload.grad_out)
     offsets, hidden = problem.tiles().offsets, problem.hidden
+    read = FP8_STAGES if problem.gate_up_bias is None else FP8_STAGES | FP8_BIASES
     calls: dict[str, Run] = {
-        **{name: stages[stage] for name, stage in FP8_STAGES.items()},
+        **{name: stages[stage] for name, stage in read.items()},
         "quantize_mx": lambda: quantize_mx(hidden),
         "tile_offsets": lambda: tile_offsets(offsets),
     }

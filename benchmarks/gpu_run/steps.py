@@ -48,7 +48,9 @@ FORMAT_CASES = (
 )
 # one by one: decoding's kernels; products of codes; with adapters; over quantized projections, in the loop or in memory
 FEW_CASES = tuple(replace(case, tokens=tokens) for tokens in FEW for case in (MODELS[1], MODELS[0]))
-FP8_CASES = (NAMED["Qwen3-30B-A3B T=32768"], SONIC["30B n=512"], *GOALS)
+FP8_CASES = (
+    NAMED["Qwen3-30B-A3B T=32768"], SONIC["30B n=512"], *GOALS, replace(NAMED["Qwen3-30B-A3B T=32768"], bias=True),
+)  # fmt: skip
 ADAPTER_CASES = (MODELS[1], *GOALS)
 QUANTIZED_CASES = (
     *(replace(MODELS[1], tokens=64, format=format) for format in FORMATS),

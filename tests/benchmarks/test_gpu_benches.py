@@ -71,6 +71,7 @@ def measured(name: str) -> dict:
     """A set of kernels, at the smallest sizes that its operands allow."""
     case = {
         "training": replace(LEAST, activation="gpt_oss", bias=True),
+        "fp8": replace(LEAST, bias=True),
         "quantized": replace(LEAST, hidden=32, intermediate=32, format="int4"),
     }.get(name, LEAST)
     return measure_kernels(case, CPU, OneCall(), kernels=getattr(kernel_sets, name), **QUICK)
