@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+export PYTHONDONTWRITEBYTECODE :=  # the tests start hundreds of processes, which import the same modules
 
 .PHONY: demo quick test lint offline docs wheel gpu gpu-again clean
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ SIZES = {
 }
 
 
+@cache
 def classes_by_decorator() -> tuple[list[str], list[str]]:
     """The classes called experts in transformers' modeling files as "family.Class": with its interface, and without."""
     with_interface, without = [], []
