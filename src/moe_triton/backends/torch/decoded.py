@@ -15,7 +15,8 @@ from moe_triton.quantization import QuantizedWeight
 from moe_triton.records import ExpertWeight
 
 PART_BYTES = 1 << 20  # of decoded numbers; about the size of an L2 cache
-FEW_ROWS = 4  # of an expert, that compiled loops multiply as they decode; with more rows a library's product is faster
+# of an expert, that compiled loops multiply as they decode, by pairs and else; with more, a library's product is faster
+FEW_PAIRED_ROWS, FEW_ROWS = 16, 4
 
 
 class Decoded:
@@ -52,12 +53,14 @@ class Decoded:
     ) -> Tensor:
         """Compute x @ projection(e).T + bias[e] for the rows of every part, (e, rows), [m, O]."""
         y_mO = x_mI.new_empty(x_mI.shape[0], self.size_out) if out is None else out
-        fuses = self.stored is not None and not self.weight.is_transposed and not policy.fixed_rows
-        few = [(e, part) for e, part in parts if fuses and part.stop - part.start <= FEW_ROWS]
+        most, stored = 0, self.stored
+        if stored is not None and not self.weight.is_transposed and not policy.fixed_rows:
+            most = FEW_PAIRED_ROWS if stored.multiplies_pairs(x_mI) else FEW_ROWS
+        few = [(e, part) for e, part in parts if part.stop - part.start <= most]
         if few:
             self._few_rows(few, x_mI, biases, y_mO)
         for e, part in parts:
-            if not fuses or part.stop - part.start > FEW_ROWS:
+            if part.stop - part.start > most:
                 self.product(policy, x_mI[part], e, None if biases is None else biases[e], y_mO[part])
         return y_mO
 
@@ -70,7 +73,9 @@ class Decoded:
         bounds = list(accumulate(sizes, initial=0))
         is_all = bounds[-1] == x_mI.shape[0]
         x_few = x_mI if is_all else torch.cat([x_mI[part] for _, part in parts])
-        y_few = self.stored.few_rows(x_few, [e for e, _ in parts], bounds)
+        by_pairs = self.stored.multiplies_pairs(x_few)
+        multiply = self.stored.few_rows_in_bf16 if by_pairs else self.stored.few_rows
+        y_few = multiply(x_few, [e for e, _ in parts], bounds)
         for (e, part), start, size in zip(parts, bounds, sizes, strict=False):
             y = y_few[start : start + size]
             if biases is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from ctypes import addressof, c_int64
 from functools import cache
 from typing import Any
 
@@ -10,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_triton.backends.torch.fused import DTYPES, WORTH_A_THREAD, array, loops_problem
-from moe_triton.backends.torch.threads import share
+from moe_triton.backends.torch.fused import DTYPES, WORTH_A_THREAD, array, loops_problem, runs_on_threads
+from moe_triton.backends.torch.processor import this_processor
+from moe_triton.backends.torch.threads import on_all_threads, share
 from moe_triton.quantization import QuantizedWeight, formats
 from moe_triton.torch_internals import SERIAL
 
@@ -27,7 +29,7 @@ class StoredCodes:
     def __init__(self, weight: QuantizedWeight) -> None:
         from moe_triton.backends.torch.loops import code_loops
 
-        kind = weight.kind
+        kind, self.weight = weight.kind, weight
         self.planes, self.step = 16 // kind.bits, weight.group * kind.bits // 16
         self.loops = code_loops(kind.name, weight.scales.dtype, weight.zeros is not None)
         codes = array(weight.codes.view(torch.uint8)).view(np.uint16)
@@ -49,6 +51,44 @@ class StoredCodes:
             codes.shape[1],
             WORTH_A_THREAD // max(numbers, 1),
         )
+        return y
+
+    def multiplies_pairs(self, x_mI: Tensor) -> bool:
+        """Return whether `few_rows_in_bf16` runs for these rows."""
+        kind, size_in = self.weight.kind, self.weight.shape[2]
+        return (
+            x_mI.dtype == torch.bfloat16
+            and kind.bits == 4
+            and size_in % 32 == 0
+            and this_processor().has("avx512_bf16")
+            and runs_on_threads(x_mI.dtype)
+        )
+
+    def few_rows_in_bf16(self, x_mI: Tensor, experts: Sequence[int], bounds: Sequence[int]) -> Tensor:
+        """`few_rows` of bf16 rows, by products of pairs: codes of four bits only."""
+        from moe_triton.backends.torch.code_vectors import FewCodes, few_codes_loop
+
+        weight, (_, _, table, factors, _) = self.weight, self.stored
+        (_, size_out, size_in), x_mI = weight.shape, x_mI.contiguous()
+        parts = (c_int64 * (3 * len(experts)))(
+            *(
+                number
+                for e, start, stop in zip(experts, bounds, bounds[1:], strict=False)
+                for number in (e, start, stop)
+            )
+        )
+        numbers, y = (
+            _numbers_of_codes(weight.format, weight.zeros is not None),
+            x_mI.new_empty(len(x_mI), size_out).float(),
+        )
+        job = FewCodes(
+            x=x_mI.data_ptr(), x_row=2 * size_in, y=y.data_ptr(), y_row=4 * size_out, numbers=numbers.data_ptr(),
+            codes=weight.codes.data_ptr(), scales=weight.scales.data_ptr(), kind=SCALE_KINDS[weight.scales.dtype],
+            table=table.ctypes.data, zeros=0 if weight.zeros is None else weight.zeros.data_ptr(),
+            factors=factors.ctypes.data, group=weight.group, size_in=size_in, size_out=size_out,
+            parts=addressof(parts), num_parts=len(experts),
+        )  # fmt: skip
+        on_all_threads(few_codes_loop().address, addressof(job))
         return y
 
     def decode(self, expert: int, rows: slice, columns: slice, out: Tensor) -> Tensor:
@@ -82,6 +122,7 @@ def in_planes(x: Tensor, planes: int) -> Tensor:
     return x.unflatten(1, (-1, planes)).mT.contiguous()
 
 
+SCALE_KINDS = {torch.uint8: 0, torch.float8_e4m3fn: 0, torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 NO_ZEROS = np.zeros((1, 1, 1), dtype=np.uint8)
 
 
@@ -96,3 +137,13 @@ def _numbers_of_bytes(dtype: torch.dtype) -> Any:
     if dtype == torch.float8_e4m3fn:
         return torch.arange(256, dtype=torch.uint8).view(dtype).float().numpy()
     return formats.powers(torch.device("cpu")).numpy()
+
+
+@cache
+def _numbers_of_codes(name: str, has_zeros: bool) -> Tensor:
+    """The numbers of the 16 codes of a format; with zero points, of their differences from -15 on. [32] bf16."""
+    kind = formats.FORMATS[name]
+    if not kind.is_integer:
+        return torch.tensor([*formats.E2M1, *(-number for number in formats.E2M1)] * 2).bfloat16()
+    first = -15 if has_zeros else -kind.zero_point
+    return torch.arange(first, first + 32).bfloat16()

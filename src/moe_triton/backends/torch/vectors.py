@@ -143,6 +143,12 @@ def store_first(builder, numbers, address, mask, is_bf16):
     call(builder, f"llvm.masked.store.v{LANES}{kind}.p0", ir.VoidType(), numbers, pointer, word_type(2), mask)
 
 
+def up_to(builder, count, limit):
+    """The numbers from 0 on, `count` of them; in the place of `limit` and more, the last one below it."""
+    integer, last = limit.type, builder.sub(limit, limit.type(1))
+    return [builder.select(builder.icmp_signed("<", integer(i), last), integer(i), last) for i in range(count)]
+
+
 def tile(vectors, adds, is_bf16, has_instruction, num_rows=ROWS, ahead=0):
     """Return a function that writes, or adds, up to num_rows rows and vectors * LANES columns of a product.
 
@@ -155,8 +161,7 @@ def tile(vectors, adds, is_bf16, has_instruction, num_rows=ROWS, ahead=0):
     def lower(context, builder, signature, arguments):
         left, left_row, left_k, right, right_k, size_k, out, out_row, rows_left, num_columns = arguments
         integer = left.type
-        last = builder.sub(rows_left, integer(1))
-        rows = [builder.select(builder.icmp_signed("<", integer(i), last), integer(i), last) for i in range(num_rows)]
+        rows = up_to(builder, num_rows, rows_left)
         lefts = [builder.add(left, builder.mul(row, left_row)) for row in rows]
         sums = [[cgutils.alloca_once_value(builder, constants(floats, 0.0)) for _ in range(vectors)] for _ in rows]
         masks = [first_lanes(builder, builder.sub(num_columns, integer(v * LANES))) for v in range(vectors)]
@@ -216,11 +221,7 @@ def dots(rows, outs, is_bf16, has_instruction):
         left, left_row, right, right_row, size_k, out, out_row, num_rows, num_outs = arguments
         integer = left.type
 
-        def up_to(count, limit):
-            last = builder.sub(limit, integer(1))
-            return [builder.select(builder.icmp_signed("<", integer(i), last), integer(i), last) for i in range(count)]
-
-        p_s, q_s = up_to(rows, num_rows), up_to(outs, num_outs)
+        p_s, q_s = up_to(builder, rows, num_rows), up_to(builder, outs, num_outs)
         lefts = [builder.add(left, builder.mul(p, left_row)) for p in p_s]
         rights = [builder.add(right, builder.mul(q, right_row)) for q in q_s]
         sums = [[cgutils.alloca_once_value(builder, constants(floats, 0.0)) for _ in q_s] for _ in p_s]
