@@ -308,7 +308,9 @@ def _is_looped(call: ExpertCall, policy: CpuPolicy, *, backward: bool) -> bool:
         stored = range(1) if isinstance(projection, Tensor) else range(call.num_experts)
         if isinstance(of, Decoded) or not looped.reads([of(e) for e in stored], dtype):
             return False
-    return int(call.dispatched.offsets.diff().max()) <= most
+    fullest = int(call.dispatched.offsets.diff().max())
+    is_large = 2 * call.width * call.hidden_size * fullest >= 2 * policy.linear_from  # packing the matrix pays there
+    return fullest <= most and (policy.fixed_rows > 0 or not is_large)
 
 
 def _makes_gradients_in_one_call(call: ExpertCall, layout: Layout) -> bool:
