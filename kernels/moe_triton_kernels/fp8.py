@@ -44,14 +44,21 @@ def fp8_supported(architecture: str) -> bool:
     return architecture in ARCHITECTURES
 
 
-def makes_codes(architecture: str, *, pairs: bool, by_rows: bool) -> bool:
-    """Return whether `d_hidden` makes codes by columns, or with them by rows of dH; pairs: gate and up alternate.
+def makes_codes(
+    architecture: str, *, by_rows: bool, pairs: bool = False, sums: bool = False, gated: bool = True
+) -> bool:
+    """Return whether `d_hidden` makes codes by columns, or with them by rows of dH.
 
-    By rows it spills on Blackwell (200 bytes a thread and more by Triton 3.7.1); with both it spills with pairs (8 by
-    3.6, 104 by 3.8), and by 3.6.
+    pairs: gate and up alternate. sums: beside the codes, those of the columns of dH are written.
+
+    By rows it spills on Blackwell (200 bytes a thread and more by Triton 3.7.1), and by 3.8 with sums (104) and where
+    there is no gate (8); by columns it spills on Blackwell by 3.8 (64). With both it spills with pairs (8 by 3.6, 104
+    by 3.8), and by 3.6.
     """
-    spills = pairs or (by_rows and architecture in BLACKWELL)
-    return not spills and triton_version()[:2] >= (3, 7)
+    version = triton_version()[:2]
+    is_newer = version > (3, 7)
+    spills = pairs or (by_rows and (architecture in BLACKWELL or (is_newer and (sums or not gated))))
+    return not spills and version >= (3, 7) and not (is_newer and architecture in BLACKWELL)
 
 
 def padded(size: int) -> int:

@@ -402,15 +402,19 @@ def test_codes_go_with_codes() -> None:
 
 
 def test_where_d_hidden_makes_codes(monkeypatch: pytest.MonkeyPatch) -> None:
-    def made(architecture: str, *, pairs: bool = False) -> list[bool]:
-        return [makes_codes(architecture, pairs=pairs, by_rows=by_rows) for by_rows in (False, True)]
+    def made(architecture: str, **options: bool) -> list[bool]:
+        return [makes_codes(architecture, by_rows=by_rows, **options) for by_rows in (False, True)]
 
     monkeypatch.setattr(fp8, "triton_version", lambda: (3, 7, 1))
-    assert made("sm_90") == made("interpreter") == [True, True]
+    assert made("sm_90") == made("interpreter") == made("sm_90", sums=True) == [True, True]
     assert made("sm_100") == [True, False]
     assert made("sm_90", pairs=True) == made("sm_100", pairs=True) == [False, False]
     monkeypatch.setattr(fp8, "triton_version", lambda: (3, 6, 0))
     assert made("sm_90") == made("sm_100") == [False, False]
+    monkeypatch.setattr(fp8, "triton_version", lambda: (3, 8, 0))
+    assert made("sm_90") == [True, True]
+    assert made("sm_90", sums=True) == made("sm_90", gated=False) == [True, False]
+    assert made("sm_100") == [False, False]
 
 
 def test_where_codes_are_multiplied() -> None:

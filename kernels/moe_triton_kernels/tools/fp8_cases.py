@@ -54,7 +54,7 @@ def fp8_cases(arch: str) -> list[Case]:
     hidden = next(entry for entry in entries if entry.op == "d_hidden_gated")
     cases += [fp8_case(gated, arch, is_even=False)]
     cases += [fp8_case(entry, arch, is_concatenated=False) for entry in (gated, hidden)]
-    if makes_codes(arch, pairs=False, by_rows=False):
+    if makes_codes(arch, by_rows=False):
         cases.append(fp8_case(hidden, arch, has_bias=True))
     if arch in BLACKWELL:
         cases.append(mxfp8_case(next(entry for entry in entries if entry.op == "d_rows"), arch))
@@ -115,7 +115,10 @@ def fp8_case(
         return product_case(up_kernel, entry, arch, signature=signature, **options)
     signature |= {"grad_out": "*fp8e4nv", "h": STORED}
     signature |= dict.fromkeys(("router_weights", "shares"), "*fp32")
-    by_rows, by_columns = (makes_codes(arch, pairs=not is_concatenated, by_rows=by_rows) for by_rows in (True, False))
+    by_rows, by_columns = (
+        makes_codes(arch, by_rows=by_rows, pairs=not is_concatenated, sums=has_bias, gated=is_gated)
+        for by_rows in (True, False)
+    )
     written = WrittenArgument(None, None, WRITTEN) if by_columns else WrittenArgument(STORED, None, None)
     signature["weighted_a"] = written
     written = WrittenArgument(None, WRITTEN, written.columns) if by_rows else written._replace(numbers=STORED)

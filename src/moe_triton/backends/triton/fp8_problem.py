@@ -42,9 +42,11 @@ class Fp8Problem(Problem):
     def _down_codes(self) -> WeightCodes:
         return quantize_weight(self.down, size_k=self.size_n, size_columns=self.size_d)
 
-    def _makes_codes(self, *, by_rows: bool) -> bool:
-        pairs = self.call.width != self.size_n and not self.spec.is_concatenated
-        return makes_codes(target_of(self.hidden.device).architecture, pairs=pairs, by_rows=by_rows)
+    def _makes_codes(self, *, by_rows: bool, sums: bool = False) -> bool:
+        gated = self.call.width != self.size_n
+        pairs = gated and not self.spec.is_concatenated
+        architecture = target_of(self.hidden.device).architecture
+        return makes_codes(architecture, by_rows=by_rows, pairs=pairs, sums=sums, gated=gated)
 
     @cached_property
     def _tiles(self) -> TileTables:
@@ -112,7 +114,7 @@ class Fp8Problem(Problem):
         width, rows = self.call.width, None
         # a group that holds columns of gate and of up is in two tiles
         in_a_tile = width == self.size_n or not self.spec.is_concatenated or self.size_n % GROUP.value == 0
-        if wanted.hidden and in_a_tile and self._makes_codes(by_rows=True):
+        if wanted.hidden and in_a_tile and self._makes_codes(by_rows=True, sums=wanted.gate_up and wanted.gate_up_bias):
             rows = RowCodes.empty(self.num_rows, width, self.hidden.dtype, self.hidden.device)
         columns = self._columns(tiles, width, sums=wanted.gate_up_bias) if wanted.gate_up else None
         lacks = (wanted.hidden and rows is None) or (wanted.gate_up and columns is None)
