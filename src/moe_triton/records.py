@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 from moe_triton.kinds import UNASKED, kind_of
@@ -25,6 +26,8 @@ Record = TypeVar("Record")
 
 def record(cls: type[Record], **fields: Any) -> Record:
     """Make a frozen record of all its fields: its constructor takes twice the time, which sets them one by one."""
+    if torch.compiler.is_compiling():  # torch 2.11 compiles the constructor only
+        return cls(**fields)
     made = object.__new__(cls)
     made.__dict__.update(fields)
     return made
