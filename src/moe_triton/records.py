@@ -26,7 +26,7 @@ Record = TypeVar("Record")
 
 def record(cls: type[Record], **fields: Any) -> Record:
     """Make a frozen record of all its fields: its constructor takes twice the time, which sets them one by one."""
-    if torch.compiler.is_compiling():  # torch 2.11 compiles the constructor only
+    if torch.compiler.is_dynamo_compiling():  # which follows the constructor only, in torch 2.11
         return cls(**fields)
     made = object.__new__(cls)
     made.__dict__.update(fields)
