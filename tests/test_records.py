@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from moe_triton.dispatch import dispatch
-from moe_triton.records import ExpertCall, ExpertParameters, ExpertSpec, record
+from moe_triton.records import ExpertCall, ExpertParameters, ExpertSpec
+from moe_triton.torch_internals import record
 
 
 def make(**changes: object) -> ExpertCall:

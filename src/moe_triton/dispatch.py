@@ -15,8 +15,8 @@ from torch import Tensor
 from moe_triton import reference, runtime
 from moe_triton.autograd.transforms import call_per_sample
 from moe_triton.checks import FLOATS, INTEGERS, check_choice, check_int, check_number, check_tensor
-from moe_triton.records import PRIORITIES, Dispatch, record
-from moe_triton.torch_internals import has_no_data, is_transforming
+from moe_triton.records import PRIORITIES, Dispatch
+from moe_triton.torch_internals import has_no_data, is_transforming, record
 
 
 def expert_capacity(

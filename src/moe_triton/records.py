@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 
 from moe_triton.kinds import UNASKED, kind_of
 from moe_triton.quantization import QuantizedWeight
+from moe_triton.torch_internals import record
 
 GATED = ("swiglu", "geglu", "geglu_tanh", "reglu", "gpt_oss")
 UNGATED = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
@@ -21,16 +21,6 @@ SCORES = ("softmax", "sigmoid", "topk_softmax", "sqrt_softplus")
 EMPTY = -2  # the id of a choice that a rule leaves empty; -1 is one of a token that counts nowhere
 GROUP_SCORES = ("max", "top2_sum")
 PRIORITIES = ("position", "choice", "probability", "random")
-Record = TypeVar("Record")
-
-
-def record(cls: type[Record], **fields: Any) -> Record:
-    """Make a frozen record of all its fields: its constructor takes twice the time, which sets them one by one."""
-    if torch.compiler.is_dynamo_compiling():  # which follows the constructor only, in torch 2.11
-        return cls(**fields)
-    made = object.__new__(cls)
-    made.__dict__.update(fields)
-    return made
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import _StopRecomputationError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Record = TypeVar("Record")
 
 # The names under which torch.compile and activation checkpointing keep the module that they wrap.
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
@@ -159,6 +160,15 @@ def is_plain(tensor: Tensor) -> bool:
     if tensor.is_meta or isinstance(tensor, FakeTensor):
         return False
     return not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device()
+
+
+def record(cls: type[Record], **fields: Any) -> Record:
+    """Make a frozen record of all its fields: its constructor takes twice the time, which sets them one by one."""
+    if torch.compiler.is_dynamo_compiling():  # which follows the constructor only, in torch 2.11
+        return cls(**fields)
+    made = object.__new__(cls)
+    made.__dict__.update(fields)
+    return made
 
 
 def comparison_with(*tensors: Tensor) -> Callable[..., bool]:

@@ -39,11 +39,10 @@ from moe_triton.records import (
     ExpertParameters,
     ExpertSpec,
     Lora,
-    record,
 )
 from moe_triton.reference import activate
 from moe_triton.runtime import autocast_dtype, is_batch_invariant
-from moe_triton.torch_internals import inside_fsdp1, is_fsdp2_class, is_plain, parameter_of
+from moe_triton.torch_internals import inside_fsdp1, is_fsdp2_class, is_plain, parameter_of, record
 
 
 class Experts(TakesLora, CountsLoad, StackedExperts):

@@ -98,6 +98,16 @@ def test_the_policies_without_loops(no_files: Path, monkeypatch: pytest.MonkeyPa
     assert policy.most_looped(torch.float32, backward=False) == 0
 
 
+def test_pairs_where_numba_compiles_for_another_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    numba, where = pytest.importorskip("numba"), KINDS["zen 4"][0]
+    monkeypatch.setenv(fused.VARIABLE, "1")
+    assert fused.multiplies_pairs(where)
+    assert not fused.multiplies_pairs(KINDS["skylake"][0])
+    monkeypatch.setattr(numba.config, "CPU_NAME", "skylake-avx512")
+    assert not fused.multiplies_pairs(where)
+    assert set(cpu.make_policy("loops", where).looped_rows) == {torch.float32}
+
+
 def test_the_environment_overrides(no_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     where = KINDS["zen 3"][0]
     monkeypatch.setenv(cpu.VARIABLE, "onednn")

@@ -2,7 +2,7 @@
 
 # mypy: disallow-untyped-defs=False, check-untyped-defs=False
 
-from ctypes import Structure, c_double, c_int64
+from ctypes import Structure, c_double
 from functools import cache
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from moe_triton.backends.torch.loops import (
     u32,
     widened,
 )
-from moe_triton.backends.torch.row_loops import bits_at, floats_at
+from moe_triton.backends.torch.row_loops import bits_at, fields, floats_at
 from moe_triton.backends.torch.vectors import next_of, pointer_to
 
 
@@ -70,12 +70,12 @@ def sum_of(terms):
     return total
 
 
-class Rows(Structure):
+class Activation(Structure):
     """The activation of rows, gate * sigmoid(alpha * gate) * (up + offset) of h = (gate, up) [num_rows, 2n].
 
     Gate and up are cut at `limit` as `activations` says. In bf16, all but w and grad_w hold bits. Where gate and up
     alternate, h and grad_h are read as integers for each pair [num_rows, n], the gate's bits in the lower half: of
-    these LLVM makes vectors. The first is where threads count the pieces of rows that they take; others are addresses.
+    these LLVM makes vectors.
 
     a              [num_rows, n], which `forward` writes; `backward` reads its gradient from there
     w              the rows' weights [num_rows] fp32
@@ -84,20 +84,20 @@ class Rows(Structure):
     grad_w         the sums over n of a times its gradient [num_rows] fp32
     """
 
-    _fields_ = [(name, c_int64) for name in ("next", "num_rows", "n", "h", "a", "w", "grad_h", "weighted_a", "grad_w")]
+    _fields_ = fields("num_rows n h a w grad_h weighted_a grad_w")
     _fields_ += [(name, c_double) for name in ("alpha", "limit", "offset")]
 
 
 class ActivationLoops(NamedTuple):
-    """Two functions of the address of `Rows`, which all of torch's threads run at once: see `row_loops`."""
+    """Two functions of the address of an `Activation`, which all of torch's threads run at once: see `row_loops`."""
 
     forward: object
     backward: object
 
 
 PIECE = 16  # rows that a thread takes at a time
-as_rows, as_pairs, as_wide_pairs = (
-    pointer_to(number) for number in (from_dtype(np.dtype(Rows)), types.uint32, types.uint64)
+as_activation, as_pairs, as_wide_pairs = (
+    pointer_to(number) for number in (from_dtype(np.dtype(Activation)), types.uint32, types.uint64)
 )
 
 
@@ -178,7 +178,7 @@ def activation_loops(is_bf16, is_concatenated):
 
     @named(is_bf16, is_concatenated)
     def forward(address):
-        job = carray(as_rows(address), 1)[0]
+        job = carray(as_activation(address), 1)[0]
         n, alpha, limit, offset = job.n, f32(job.alpha), f32(job.limit), f32(job.offset)
         h, a = halves(job.h, job.num_rows, n), numbers(job.a, job.num_rows, n)
         first = next_of(address) * PIECE
@@ -193,7 +193,7 @@ def activation_loops(is_bf16, is_concatenated):
 
     @named(is_bf16, is_concatenated)
     def backward(address):
-        job = carray(as_rows(address), 1)[0]
+        job = carray(as_activation(address), 1)[0]
         n, alpha, limit, offset = job.n, f32(job.alpha), f32(job.limit), f32(job.offset)
         h, grad_h = halves(job.h, job.num_rows, n), halves(job.grad_h, job.num_rows, n)
         grad_a, weighted_a = numbers(job.a, job.num_rows, n), numbers(job.weighted_a, job.num_rows, n)

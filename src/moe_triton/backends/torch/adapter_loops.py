@@ -14,7 +14,7 @@ from ctypes import Structure, c_int64
 from functools import cache
 
 import numpy as np
-from numba import carray, config, from_dtype, njit, types
+from numba import carray, from_dtype, njit, types
 
 from moe_triton.backends.torch.loops import named, started
 from moe_triton.backends.torch.vectors import (
@@ -86,18 +86,8 @@ def loops_over(is_bf16, has_instruction):
                 left_p, out_p = left + p * left_row, out + p * out_row
                 for q in range(0, num_columns, width):
                     right_q, out_q = right + q * size_k * WORD, out_p + q * size
-                    run(
-                        left_p,
-                        left_row,
-                        left_k,
-                        right_q,
-                        width * WORD,
-                        size_k,
-                        out_q,
-                        out_row,
-                        num_rows - p,
-                        num_columns - q,
-                    )
+                    rows, columns = num_rows - p, num_columns - q
+                    run(left_p, left_row, left_k, right_q, width * WORD, size_k, out_q, out_row, rows, columns)
 
         return njit(product)
 
@@ -224,6 +214,6 @@ def adapter_loops(is_bf16, has_instruction):
     has_instruction: the processor multiplies pairs in bf16; else both halves of a word are widened.
     """
     steps = steps_fp32
-    if is_bf16:  # with these settings numba compiles for another processor
-        steps = steps_bf16 if has_instruction and not (config.CPU_NAME or config.CPU_FEATURES) else steps_halves
+    if is_bf16:
+        steps = steps_bf16 if has_instruction else steps_halves
     return started(steps)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_triton.backends.torch.blocks import Block, Layout
 from moe_triton.backends.torch.decoded import Decoded
-from moe_triton.backends.torch.fused import DTYPES, loops_problem
+from moe_triton.backends.torch.fused import DTYPES, loops_problem, multiplies_pairs
 from moe_triton.backends.torch.looped import parts_of
 from moe_triton.backends.torch.processor import this_processor
 from moe_triton.backends.torch.products import Matrices, outer_products, products
@@ -87,7 +87,7 @@ class LoopedAdapter(Adapter):
 
         super().__init__(layout, lora)
         self.Narrow, self.Gradient = loops.Narrow, loops.Gradient
-        self.run = loops.adapter_loops(self.a.dtype == torch.bfloat16, this_processor().has("avx512_bf16")).address
+        self.run = loops.adapter_loops(self.a.dtype == torch.bfloat16, multiplies_pairs(this_processor())).address
         self.size, rank = self.a.element_size(), self.a.shape[1]
         self.panel = LANES if rank <= LANES else 2 * LANES
         self.rank, self.padded_rank = rank, -(-rank // self.panel) * self.panel

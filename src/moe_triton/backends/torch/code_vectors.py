@@ -74,28 +74,14 @@ def coded_dots(rows, has_zeros, has_halves):
     """
 
     def lower(context, builder, signature, arguments):
-        (
-            x,
-            x_row,
-            codes,
-            codes_row,
-            scales,
-            shifts,
-            scales_row,
-            group,
-            table,
-            size_v,
-            out,
-            out_row,
-            num_rows,
-            num_outs,
-        ) = arguments
+        x, x_row, codes, codes_row, scales, shifts, scales_row, *others = arguments
+        group, table, size_v, out, out_row, num_rows, num_outs = others
         integer = x.type
         p_s, q_s = up_to(builder, rows, num_rows), up_to(builder, TILE, num_outs)
         numbers = builder.load(builder.inttoptr(table, shorts.as_pointer()), align=2)
         sums = [[cgutils.alloca_once_value(builder, constants(floats, 0.0)) for _ in q_s] for _ in p_s]
-        half = ir.Constant(words, [word_type(j) for j in range(LANES)])
-        is_first = builder.icmp_signed("<", half, constants(words, LANES // 2))
+        lanes = ir.Constant(words, [word_type(j) for j in range(LANES)])
+        is_first = builder.icmp_signed("<", lanes, constants(words, LANES // 2))
 
         def of_groups(address, at, element):
             """The elements of a vector's group, or of those of both halves."""
@@ -106,11 +92,10 @@ def coded_dots(rows, has_zeros, has_halves):
             return builder.select(is_first, *found) if has_halves else found[0]
 
         with cgutils.for_range(builder, size_v) as loop:
-            first = builder.mul(loop.index, integer(NUMBERS))
             if has_halves:
                 at = [builder.add(builder.mul(loop.index, integer(2)), integer(more)) for more in (0, 1)]
             else:
-                at = [builder.lshr(first, group)]
+                at = [builder.lshr(builder.mul(loop.index, integer(NUMBERS)), group)]
             vectors, factors = [], []
             for q in q_s:
                 start = builder.add(
@@ -152,28 +137,6 @@ def coded_dots(rows, has_zeros, has_halves):
     return run
 
 
-def by_rows(has_zeros, has_halves):
-    """Return `coded_dots` of as many rows as are asked for first."""
-    four, two, one = (coded_dots(rows, has_zeros, has_halves) for rows in (4, 2, 1))
-
-    @njit
-    @named(has_zeros, has_halves)
-    def run(
-        step, x, x_row, codes, codes_row, scales, shifts, scales_row, group, table, size_v, out, out_row, rows, outs
-    ):
-        if step == 4:
-            four(x, x_row, codes, codes_row, scales, shifts, scales_row, group, table, size_v, out, out_row, rows, outs)
-        elif step == 2:
-            two(x, x_row, codes, codes_row, scales, shifts, scales_row, group, table, size_v, out, out_row, rows, outs)
-        else:
-            one(x, x_row, codes, codes_row, scales, shifts, scales_row, group, table, size_v, out, out_row, rows, outs)
-
-    return run
-
-
-plain, shifted, halved = by_rows(False, False), by_rows(True, False), by_rows(False, True)
-
-
 @njit
 def read_scales(job, e, o, num_outs, groups, scales, shifts):
     """The scales of num_outs rows from o on, as fp32, and what is added to their codes."""
@@ -197,55 +160,73 @@ def read_scales(job, e, o, num_outs, groups, scales, shifts):
             shifts[g] = (15 - np.int32(zeros[g])) * 0x10001
 
 
-def few_codes(address):
-    job = carray(as_job(address), 1)[0]
-    parts = carray(as_parts(job.parts), (job.num_parts, 3))
-    groups, codes_row, group = job.size_in // job.group, job.size_in // 2, 0
-    while 1 << group < job.group:
-        group += 1
-    scales, shifts = np.empty(OUTS * groups, np.float32), np.zeros(OUTS * groups, np.int32)
-    size_v, scales_row, scales_at, shifts_at = (
-        job.size_in // NUMBERS,
-        4 * groups,
-        scales.ctypes.data,
-        shifts.ctypes.data,
-    )
-    mine, piece = next_of(address), 0
-    for part in range(len(parts)):
-        e, start, stop = parts[part, 0], parts[part, 1], parts[part, 2]
-        for first in range(0, job.size_out, OUTS):
-            if piece == mine:
-                count = min(OUTS, job.size_out - first)
-                read_scales(job, e, first, count, groups, scales, shifts)
-                for i in range(0, count, TILE):
-                    codes = job.codes + (e * job.size_out + first + i) * codes_row
-                    scale, shift = scales_at + i * scales_row, shifts_at + i * scales_row
-                    row = start
-                    while row < stop:
-                        x, y, left = job.x + row * job.x_row, job.y + row * job.y_row + 4 * (first + i), stop - row
-                        step = 4 if left > 2 else left
-                        if job.group == NUMBERS // 2:
-                            halved(
-                                step, x, job.x_row, codes, codes_row, scale, shift, scales_row, group,
-                                job.numbers, size_v, y, job.y_row, left, count - i,
+def loop_over(has_zeros, has_halves):
+    """Return the loop over the pieces of a FewCodes; see `coded_dots`."""
+    four, two, one = (coded_dots(rows, has_zeros, has_halves) for rows in (4, 2, 1))
+
+    @njit
+    @named(has_zeros, has_halves)
+    def tile(x, x_row, codes, codes_row, scales, shifts, scales_row, group, table, size_v, y, y_row, rows, outs):
+        """The sums of the next rows, whose number is returned."""
+        if rows > 2:
+            four(x, x_row, codes, codes_row, scales, shifts, scales_row, group, table, size_v, y, y_row, rows, outs)
+        elif rows == 2:
+            two(x, x_row, codes, codes_row, scales, shifts, scales_row, group, table, size_v, y, y_row, rows, outs)
+        else:
+            one(x, x_row, codes, codes_row, scales, shifts, scales_row, group, table, size_v, y, y_row, rows, outs)
+        return 4 if rows > 2 else rows
+
+    @njit
+    @named(has_zeros, has_halves)
+    def few_codes(address):
+        job = carray(as_job(address), 1)[0]
+        parts = carray(as_parts(job.parts), (job.num_parts, 3))
+        groups, codes_row, group = job.size_in // job.group, job.size_in // 2, 0
+        while 1 << group < job.group:
+            group += 1
+        scales, shifts = np.empty(OUTS * groups, np.float32), np.zeros(OUTS * groups, np.int32)
+        scales_row, size_v, x_row, y_row = 4 * groups, job.size_in // NUMBERS, job.x_row, job.y_row
+        mine, piece = next_of(address), 0
+        for part in range(len(parts)):
+            e, start, stop = parts[part, 0], parts[part, 1], parts[part, 2]
+            for first in range(0, job.size_out, OUTS):
+                if piece == mine:
+                    count = min(OUTS, job.size_out - first)
+                    read_scales(job, e, first, count, groups, scales, shifts)
+                    for i in range(0, count, TILE):
+                        codes = job.codes + (e * job.size_out + first + i) * codes_row
+                        scale, shift = scales.ctypes.data + i * scales_row, shifts.ctypes.data + i * scales_row
+                        row = start
+                        while row < stop:
+                            x, y = job.x + row * x_row, job.y + row * y_row + 4 * (first + i)
+                            row += tile(
+                                x, x_row, codes, codes_row, scale, shift, scales_row, group,
+                                job.numbers, size_v, y, y_row, stop - row, count - i,
                             )  # fmt: skip
-                        elif job.zeros == 0:
-                            plain(
-                                step, x, job.x_row, codes, codes_row, scale, shift, scales_row, group,
-                                job.numbers, size_v, y, job.y_row, left, count - i,
-                            )  # fmt: skip
-                        else:
-                            shifted(
-                                step, x, job.x_row, codes, codes_row, scale, shift, scales_row, group,
-                                job.numbers, size_v, y, job.y_row, left, count - i,
-                            )  # fmt: skip
-                        row += step
-                mine = next_of(address)
-            piece += 1
-    scales[0], shifts[0] = 0, 0  # their memory lives until here
+                    mine = next_of(address)
+                piece += 1
+        scales[0], shifts[0] = 0, 0  # their memory lives until here
+
+    return few_codes
+
+
+few_plain, few_shifted, few_halved = loop_over(False, False), loop_over(True, False), loop_over(False, True)
+
+
+# Functions of a FewCodes's address. What they call are globals: see `adapter_loops`.
+def plain_codes(address):
+    few_plain(address)
+
+
+def shifted_codes(address):
+    few_shifted(address)
+
+
+def halved_codes(address):
+    few_halved(address)
 
 
 @cache
-def few_codes_loop():
-    """Return the function of a FewCodes's address."""
-    return started(few_codes)
+def few_codes_loop(group, has_zeros):
+    """Return the function of the address of a FewCodes whose scales belong to so many codes."""
+    return started(halved_codes if group < NUMBERS else shifted_codes if has_zeros else plain_codes)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_triton.backends.torch.fused import loops_problem, runs_on_threads
+from moe_triton.backends.torch.fused import loops_problem, multiplies_pairs, runs_on_threads
 from moe_triton.backends.torch.processor import Processor, this_processor
 from moe_triton.backends.torch.threads import knows_torchs_threads
 from moe_triton.torch_internals import onednn_linear
@@ -208,7 +208,7 @@ def make_policy(name: str, processor: Processor) -> CpuPolicy:
     looped_rows: dict[torch.dtype, float] = {}
     if name == "loops" and has_loops(processor):
         looped_rows[torch.float32] = 512
-        if processor.has("avx512_bf16"):
+        if multiplies_pairs(processor):
             looped_rows[torch.bfloat16] = 64
     product = onednn_linear() if name == "onednn" or is_large else None
     most_batched_rows: dict[torch.dtype, tuple[int, int]] = {}

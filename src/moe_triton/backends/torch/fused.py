@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_triton.backends.torch.processor import Processor
 from moe_triton.backends.torch.threads import knows_torchs_threads
 from moe_triton.checks import check_choice
 
@@ -46,6 +47,18 @@ def _problem(value: str) -> str | None:
 def runs_on_threads(dtype: torch.dtype) -> bool:
     """Return whether loops over rows of a dtype run, and on all of torch's threads."""
     return dtype in DTYPES and knows_torchs_threads() and loops_problem() is None
+
+
+def multiplies_pairs(processor: Processor) -> bool:
+    """Return whether loops may use the instruction of a processor that multiplies pairs of bf16.
+
+    Where numba is told to compile for another one (NUMBA_CPU_NAME, NUMBA_CPU_FEATURES), they may not.
+    """
+    if loops_problem() is not None or not processor.has("avx512_bf16"):
+        return False
+    from numba import config
+
+    return not (config.CPU_NAME or config.CPU_FEATURES)
 
 
 def loops_in_words() -> str:

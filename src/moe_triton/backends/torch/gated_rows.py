@@ -20,17 +20,15 @@ def activate_rows(h_SN: Tensor, spec: ExpertSpec) -> Tensor:
     """`activations.activate`."""
     if not _runs_loops(spec, h_SN):
         return activate(h_SN, spec)
-    from moe_triton.backends.torch.activation_loops import Rows, activation_loops
+    from moe_triton.backends.torch.activation_loops import Activation, activation_loops
 
     a_Sn = h_SN.new_empty(h_SN.shape[0], h_SN.shape[1] // 2)
     alpha, limit, offset = constants(spec)
-    rows = Rows(
+    job = Activation(
         num_rows=a_Sn.shape[0], n=a_Sn.shape[1], h=h_SN.data_ptr(), a=a_Sn.data_ptr(),
         alpha=alpha, limit=limit, offset=offset,
     )  # fmt: skip
-    on_all_threads(
-        activation_loops(h_SN.dtype == torch.bfloat16, spec.is_concatenated).forward.address, addressof(rows)
-    )
+    on_all_threads(activation_loops(h_SN.dtype == torch.bfloat16, spec.is_concatenated).forward.address, addressof(job))
     return a_Sn
 
 
@@ -57,19 +55,19 @@ def activate_rows_backward(
             torch.mul(a, weights_S1, out=weighted_a_Sn)
         activate_backward(grad_Sn.mul_(weights_S1), h_SN, activated_gate, spec, grad_h_SN)
         return
-    from moe_triton.backends.torch.activation_loops import Rows, activation_loops
+    from moe_triton.backends.torch.activation_loops import Activation, activation_loops
 
     num_rows, n = grad_Sn.shape
     # memory of its own also where nobody reads it: loops over arrays that overlap are not vectorised
     weighted_a = torch.empty_like(grad_Sn) if weighted_a_Sn is None else weighted_a_Sn
     w, sums = weights_S1.float().contiguous(), torch.empty(num_rows)
     alpha, limit, offset = constants(spec)
-    rows = Rows(
+    job = Activation(
         num_rows=num_rows, n=n, h=h_SN.data_ptr(), a=grad_Sn.data_ptr(), w=w.data_ptr(), grad_h=grad_h_SN.data_ptr(),
         weighted_a=weighted_a.data_ptr(), grad_w=sums.data_ptr(), alpha=alpha, limit=limit, offset=offset,
     )  # fmt: skip
     on_all_threads(
-        activation_loops(h_SN.dtype == torch.bfloat16, spec.is_concatenated).backward.address, addressof(rows)
+        activation_loops(h_SN.dtype == torch.bfloat16, spec.is_concatenated).backward.address, addressof(job)
     )
     if grad_weights_S is not None:
         grad_weights_S.copy_(sums)

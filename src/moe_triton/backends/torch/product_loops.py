@@ -11,7 +11,7 @@ from ctypes import Structure
 from functools import cache
 
 import numpy as np
-from numba import carray, config, from_dtype, njit, types
+from numba import carray, from_dtype, njit, types
 
 from moe_triton.backends.torch.loops import named, started
 from moe_triton.backends.torch.row_loops import fields
@@ -203,8 +203,3 @@ def product_loop(is_bf16, is_in_rows):
 def outer_loop():
     """Return the function of an Outer's address."""
     return started(outer_fp32)
-
-
-def has_bf16_loops():
-    """Return whether numba compiles for the processor at hand: with these settings it does not."""
-    return not (config.CPU_NAME or config.CPU_FEATURES)

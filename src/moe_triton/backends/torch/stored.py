@@ -11,7 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_triton.backends.torch.fused import DTYPES, WORTH_A_THREAD, array, loops_problem, runs_on_threads
+from moe_triton.backends.torch.fused import (
+    DTYPES,
+    WORTH_A_THREAD,
+    array,
+    loops_problem,
+    multiplies_pairs,
+    runs_on_threads,
+)
 from moe_triton.backends.torch.processor import this_processor
 from moe_triton.backends.torch.threads import on_all_threads, share
 from moe_triton.quantization import QuantizedWeight, formats
@@ -60,7 +67,7 @@ class StoredCodes:
             x_mI.dtype == torch.bfloat16
             and kind.bits == 4
             and size_in % 32 == 0
-            and this_processor().has("avx512_bf16")
+            and multiplies_pairs(this_processor())
             and runs_on_threads(x_mI.dtype)
         )
 
@@ -88,7 +95,7 @@ class StoredCodes:
             factors=factors.ctypes.data, group=weight.group, size_in=size_in, size_out=size_out,
             parts=addressof(parts), num_parts=len(experts),
         )  # fmt: skip
-        on_all_threads(few_codes_loop().address, addressof(job))
+        on_all_threads(few_codes_loop(weight.group, weight.zeros is not None).address, addressof(job))
         return y
 
     def decode(self, expert: int, rows: slice, columns: slice, out: Tensor) -> Tensor:

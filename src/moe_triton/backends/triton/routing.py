@@ -6,7 +6,8 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from moe_triton.records import RouterSpec, TiledDispatch, record
+from moe_triton.records import RouterSpec, TiledDispatch
+from moe_triton.torch_internals import record
 from moe_triton_kernels.routing import topk_forward
 from moe_triton_kernels.routing_backward import topk_backward
 from moe_triton_kernels.small_route import is_small, small_route
