@@ -89,8 +89,8 @@ class RowCodes:
             dtype=dtype,
         )
 
-    def argument(self) -> CodesArgument:
-        return CodesArgument(self.codes, self.scales, self.codes.shape[1])
+    def argument(self) -> RowsArgument:
+        return RowsArgument(self.codes, self.scales, self.codes.shape[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +124,8 @@ class ColumnCodes:
             sums=torch.empty_like(scales) if sums else None,
         )
 
-    def argument(self) -> CodesArgument:
-        return CodesArgument(self.codes, self.scales, self.codes.shape[1], self.sums)
+    def argument(self) -> ColumnsArgument:
+        return ColumnsArgument(self.codes, self.scales, self.codes.shape[1], self.sums)
 
 
 @final
@@ -161,17 +161,28 @@ class WeightCodes:
     backward: PerExpert
 
 
-class CodesArgument(NamedTuple):
-    """RowCodes or ColumnCodes that a kernel writes, among its arguments: codes [.., width], scales, any sums."""
+class RowsArgument(NamedTuple):
+    """RowCodes that a kernel writes, among its arguments: codes [R, width] and scales.
+
+    It has no field that may be None: Triton 3.6 cannot hand such a record on from one function to the next.
+    """
 
     codes: Any
     scales: Any
     width: Any
-    sums: Any = None
+
+
+class ColumnsArgument(NamedTuple):
+    """ColumnCodes that a kernel writes, among its arguments: codes [size, width], scales, and any sums."""
+
+    codes: Any
+    scales: Any
+    width: Any
+    sums: Any
 
 
 class WrittenArgument(NamedTuple):
-    """CodedRows that a kernel writes, among its arguments: a pointer and two CodesArguments; None for one not made."""
+    """CodedRows that a kernel writes, among its arguments: a pointer, RowsArgument, ColumnsArgument; None: not made."""
 
     numbers: Any
     rows: Any

@@ -12,7 +12,14 @@ from moe_triton_kernels.activations import GATED_CASES, UNGATED_CASES
 from moe_triton_kernels.d_hidden import d_hidden_kernel
 from moe_triton_kernels.d_weight import d_bias_kernel
 from moe_triton_kernels.down import down_kernel
-from moe_triton_kernels.fp8 import CodesArgument, ScalesArgument, WrittenArgument, fp8_supported, makes_codes
+from moe_triton_kernels.fp8 import (
+    ColumnsArgument,
+    RowsArgument,
+    ScalesArgument,
+    WrittenArgument,
+    fp8_supported,
+    makes_codes,
+)
 from moe_triton_kernels.fp8_d_weight import fp8_d_weight_kernel, tile_offsets_kernel
 from moe_triton_kernels.launch import BLACKWELL
 from moe_triton_kernels.mxfp8 import BLOCK_K as MX_BLOCK_K
@@ -40,8 +47,9 @@ from moe_triton_kernels.tools.shipped import CODES, Shipped, shipped_configs
 from moe_triton_kernels.up import up_kernel
 
 STORED = "*bf16"  # the rows' dtype
-WRITTEN = CodesArgument(codes="*fp8e4nv", scales="*fp32", width="i32")
-SUMMED = WRITTEN._replace(sums="*fp32")
+ROWS = RowsArgument(codes="*fp8e4nv", scales="*fp32", width="i32")
+COLUMNS = ColumnsArgument(*ROWS, sums=None)
+SUMMED = COLUMNS._replace(sums="*fp32")
 
 
 def fp8_cases(arch: str) -> list[Case]:
@@ -111,7 +119,7 @@ def fp8_case(
     options |= {"TOP_K": 8, "ACTIVATION": (GATED_CASES if is_gated else UNGATED_CASES)[0]}
     options["CONCATENATED"] = is_concatenated
     if entry.op.startswith("up"):
-        signature |= {"x": "*fp8e4nv", "a": None, "a_codes": WRITTEN, "h": STORED, "bias": None}
+        signature |= {"x": "*fp8e4nv", "a": None, "a_codes": ROWS, "h": STORED, "bias": None}
         return product_case(up_kernel, entry, arch, signature=signature, **options)
     signature |= {"grad_out": "*fp8e4nv", "h": STORED}
     signature |= dict.fromkeys(("router_weights", "shares"), "*fp32")
@@ -119,9 +127,9 @@ def fp8_case(
         makes_codes(arch, by_rows=by_rows, pairs=not is_concatenated, sums=has_bias, gated=is_gated)
         for by_rows in (True, False)
     )
-    written = WrittenArgument(None, None, WRITTEN) if by_columns else WrittenArgument(STORED, None, None)
+    written = WrittenArgument(None, None, COLUMNS) if by_columns else WrittenArgument(STORED, None, None)
     signature["weighted_a"] = written
-    written = WrittenArgument(None, WRITTEN, written.columns) if by_rows else written._replace(numbers=STORED)
+    written = WrittenArgument(None, ROWS, written.columns) if by_rows else written._replace(numbers=STORED)
     signature["grad_h"] = written._replace(columns=SUMMED) if has_bias else written
     return product_case(d_hidden_kernel, entry, arch, signature=signature, **options)
 
@@ -152,11 +160,11 @@ def quantize_cases() -> Iterator[Case]:
         K_CONTIGUOUS=True,
         QUANTIZED=False,
     )
-    columns = {"x": STORED, "source": "*i32", "columns_out": WRITTEN, "tiles": TILES, "size": "i32"}
+    columns = {"x": STORED, "source": "*i32", "columns_out": COLUMNS, "tiles": TILES, "size": "i32"}
     signatures: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
         "quantize_rows": (
             quantize_rows_kernel,
-            {"x": STORED, "out": WRITTEN, "num_rows": "i32", "size": "i32"},
+            {"x": STORED, "out": ROWS, "num_rows": "i32", "size": "i32"},
             {"BLOCK_R": BLOCK_ROWS},
         ),
         "quantize_columns": (
@@ -166,7 +174,7 @@ def quantize_cases() -> Iterator[Case]:
         ),
         "quantize_both": (
             quantize_columns_kernel,
-            columns | {"position": "*i32", "router_weights": "*fp32", "columns_out": SUMMED, "rows_out": WRITTEN},
+            columns | {"position": "*i32", "router_weights": "*fp32", "columns_out": SUMMED, "rows_out": ROWS},
             {"TOP_K": 8, "CHOICES": 8, "BLOCK_C": 128},
         ),
         "quantize_weight": (
@@ -192,7 +200,7 @@ def quantize_cases() -> Iterator[Case]:
         sizes += [
             f"{name}.width"
             for name in ("out", "columns_out", "rows_out")
-            if isinstance(signature.get(name), CodesArgument)
+            if isinstance(signature.get(name), RowsArgument | ColumnsArgument)
         ]
         yield Case(
             name=name,
