@@ -107,11 +107,12 @@ def test_the_bits_depend_on_neither_threads_nor_neighbours(monkeypatch: pytest.M
     pytest.importorskip("numba")
     lora, rows = draw(16, torch.float32)
     layout = layout_of()
-    adapter, (block,) = LoopedAdapter(layout, lora), layout.blocks
+    (block,) = layout.blocks
     before, found = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
+            adapter = LoopedAdapter(layout, lora)
             found.append(results(adapter, rows, block))
     finally:
         torch.set_num_threads(before)

@@ -17,6 +17,7 @@ import numpy as np
 from numba import carray, from_dtype, njit, types
 
 from moe_triton.backends.torch.loops import named, started
+from moe_triton.backends.torch.row_loops import fields as shared_fields
 from moe_triton.backends.torch.vectors import (
     LANES,
     ROWS,
@@ -25,6 +26,7 @@ from moe_triton.backends.torch.vectors import (
     pointer_to,
     spread_row,
     tile,
+    transpose,
     value_of,
 )
 
@@ -66,8 +68,17 @@ class Gradient(Structure):
     )
 
 
+class Panels(Structure):
+    """out[e, p, k, j] = word k of column p * width + j of factor[e], 0 where there is no such column.
+
+    factor [E, size_k, size_q] has steps in bytes; along one dimension its numbers lie one by one.
+    """
+
+    _fields_ = shared_fields("factor step_e step_k step_q num_experts size_k size_q width out")
+
+
 as_integers = pointer_to(types.int64)
-as_narrow, as_gradient = (pointer_to(from_dtype(np.dtype(record))) for record in (Narrow, Gradient))
+as_narrow, as_gradient, as_panels = (pointer_to(from_dtype(np.dtype(record))) for record in (Narrow, Gradient, Panels))
 
 
 def loops_over(is_bf16, has_instruction):
@@ -177,14 +188,51 @@ def loops_over(is_bf16, has_instruction):
                 piece += 1
         return job.then
 
-    return narrow, gradient
+    return narrow, gradient, spread
 
 
 # Functions of the address of a step, which take this and all that follow. Several threads may run one at once, and
 # share the work. What they call are globals: numba would not find again on disk a function that closes over others.
-narrow_fp32, gradient_fp32 = loops_over(is_bf16=False, has_instruction=False)
-narrow_bf16, gradient_bf16 = loops_over(is_bf16=True, has_instruction=True)
-narrow_halves, gradient_halves = loops_over(is_bf16=True, has_instruction=False)
+narrow_fp32, gradient_fp32, spread_fp32 = loops_over(is_bf16=False, has_instruction=False)
+narrow_bf16, gradient_bf16, spread_bf16 = loops_over(is_bf16=True, has_instruction=True)
+narrow_halves, gradient_halves, _ = loops_over(is_bf16=True, has_instruction=False)
+
+
+@njit
+def transposed_panel(source, step, size_k, columns, out, width):
+    """A panel of words, [size_k, width], of columns that lie `step` bytes apart, each with its words one by one."""
+    for j in range(0, width, LANES):
+        for k in range(0, size_k, LANES):
+            source_jk, out_jk = source + j * step + k * WORD, out + (k * width + j) * WORD
+            transpose(source_jk, step, columns - j, min(LANES, size_k - k), out_jk, width * WORD)
+
+
+@njit
+def panels(job, address, is_bf16):
+    """One thread's part of a Panels."""
+    num_panels, size = -(-job.size_q // job.width), 2 if is_bf16 else 4
+    size_k = job.size_k * size // WORD
+    e = next_of(address)
+    while e < job.num_experts:
+        for p in range(num_panels):
+            out = job.out + (e * num_panels + p) * size_k * job.width * WORD
+            first, columns = p * job.width, min(job.width, job.size_q - p * job.width)
+            source = job.factor + e * job.step_e + first * job.step_q
+            if job.step_k == size:
+                transposed_panel(source, job.step_q, size_k, columns, out, job.width)
+            elif is_bf16:
+                spread_bf16(source, job.step_k, job.size_k, columns, out, job.width)
+            else:
+                spread_fp32(source, job.step_k, job.size_k, columns, out, job.width)
+        e = next_of(address)
+
+
+def panels_fp32(address):
+    panels(carray(as_panels(address), 1)[0], address, False)
+
+
+def panels_bf16(address):
+    panels(carray(as_panels(address), 1)[0], address, True)
 
 
 @njit
@@ -217,3 +265,9 @@ def adapter_loops(is_bf16, has_instruction):
     if is_bf16:
         steps = steps_bf16 if has_instruction else steps_halves
     return started(steps)
+
+
+@cache
+def panels_loop(is_bf16):
+    """Return the compiled function of a Panels' address."""
+    return started(panels_bf16 if is_bf16 else panels_fp32)

@@ -8,7 +8,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moe_triton.backends.torch.blocks import Block, Layout
@@ -80,7 +79,11 @@ class Adapter:
 
 
 class LoopedAdapter(Adapter):
-    """The same by the loops, where t and u have whole vectors; factors come to the loops' form for the first block."""
+    """The same by the loops, where t and u have whole vectors; for as long as torch keeps its number of threads.
+
+    Factors come to the loops' form for the first block. Steps, and the memory that they write to, are made once and
+    get only the addresses of a block: u is valid until the next block's.
+    """
 
     def __init__(self, layout: Layout, lora: Lora) -> None:
         from moe_triton.backends.torch import adapter_loops as loops
@@ -91,33 +94,15 @@ class LoopedAdapter(Adapter):
         self.size, rank = self.a.element_size(), self.a.shape[1]
         self.panel = LANES if rank <= LANES else 2 * LANES
         self.rank, self.padded_rank = rank, -(-rank // self.panel) * self.panel
-
-    @cached_property
-    def a_T(self) -> Tensor:
-        return in_panels(self.a.mT, self.panel)
-
-    @cached_property
-    def b_T(self) -> Tensor:
-        return in_panels(self.b.mT, 2 * LANES)
-
-    @cached_property
-    def a_back(self) -> Tensor:
-        return in_panels(self.a, 2 * LANES)
-
-    @cached_property
-    def b_back(self) -> Tensor:
-        return in_panels(self.b, self.panel)
+        self.t_mr, self.u_mr = (self.a.new_empty(layout.most_places, self.padded_rank) for _ in range(2))
+        self._parts: dict[int, tuple[Block, Array[c_int64]]] = {}  # by the block's id, which lives as long as these
 
     def add(self, block: Block, x_mI: Tensor, y_mO: Tensor) -> None:
-        parts = parts_of(block)
-        step, _ = self._narrow(parts, x_mI, self.a_T, self.b_T, y_mO)
-        self._run(step)
+        self._run(self._at(self.through_t, block, x_mI, y_mO))
 
     def add_back(self, block: Block, dy_mO: Tensor, dx_mI: Tensor) -> Tensor:
-        parts = parts_of(block)
-        step, u_mr = self._narrow(parts, dy_mO, self.b_back, self.a_back, dx_mI)
-        self._run(step)
-        return u_mr
+        self._run(self._at(self.through_u, block, dy_mO, dx_mI))
+        return self.u_mr
 
     def gradients(
         self,
@@ -128,49 +113,97 @@ class LoopedAdapter(Adapter):
         grad_a: Tensor | None,
         grad_b: Tensor | None,
     ) -> None:
-        parts, steps = parts_of(block), []
+        steps = []
         if grad_a is not None:
             if u_mr is None:
-                step, u_mr = self._narrow(parts, dy_mO, self.b_back)
-                steps.append(step)
-            steps.append(self._gradient(parts, u_mr, x_mI, grad_a))
+                steps.append(self._at(self.to_u, block, dy_mO))
+            steps.append(self._gradient_at(self.gradient_a, block, x_mI, grad_a))
         if grad_b is not None:
-            step, t_mr = self._narrow(parts, x_mI, self.a_T)
-            steps += [step, self._gradient(parts, t_mr, dy_mO, grad_b, is_transposed=True)]
+            steps += [self._at(self.to_t, block, x_mI), self._gradient_at(self.gradient_b, block, dy_mO, grad_b)]
         self._run(*steps)
 
-    def _narrow(
-        self,
-        parts: Array[c_int64],
-        x_mI: Tensor,
-        into: Tensor,
-        out_of: Tensor | None = None,
-        y_mO: Tensor | None = None,
-    ) -> tuple[Any, Tensor]:
-        """The step that makes t = x @ into[e] and adds t @ out_of[e] to y, and t."""
-        t_mr, step = x_mI.new_empty(x_mI.shape[0], self.padded_rank), self.Narrow()
-        step.parts, step.num_parts = addressof(parts), len(parts) // 3
-        step.x, step.x_row, step.x_words = x_mI.data_ptr(), x_mI.stride(0) * self.size, into.shape[2]
-        step.into, step.into_step = into.data_ptr(), into.stride(0) * WORD
-        step.t, step.t_row, step.rank = t_mr.data_ptr(), self.padded_rank * self.size, self.padded_rank
-        if out_of is not None and y_mO is not None:
-            step.out_of, step.out_of_step, step.rank_words = out_of.data_ptr(), out_of.stride(0) * WORD, out_of.shape[2]
-            step.y, step.y_row, step.columns = y_mO.data_ptr(), y_mO.stride(0) * self.size, y_mO.shape[1]
-        return step, t_mr
+    @cached_property
+    def a_T(self) -> Tensor:
+        return in_panels(self.a.mT, self.panel)
 
-    def _gradient(
-        self, parts: Array[c_int64], t_mr: Tensor, x_mI: Tensor, grad: Tensor, *, is_transposed: bool = False
-    ) -> Any:
-        """The step that writes t.T @ x to grad[e], or its transpose."""
-        step = self.Gradient(is_gradient=1, is_transposed=is_transposed)
-        longest = max(stop - start for start, stop in zip(parts[1::3], parts[2::3], strict=True))
+    @cached_property
+    def b_back(self) -> Tensor:
+        return in_panels(self.b, self.panel)
+
+    @cached_property
+    def to_t(self) -> Any:
+        """The step that makes t = x @ a.T."""
+        return self._narrow(self.a_T, self.t_mr)
+
+    @cached_property
+    def to_u(self) -> Any:
+        """The step that makes u = dy @ b."""
+        return self._narrow(self.b_back, self.u_mr)
+
+    @cached_property
+    def through_t(self) -> Any:
+        """The step that makes t, and adds t @ b.T to y."""
+        self.b_T = in_panels(self.b.mT, 2 * LANES)
+        return self._narrow(self.a_T, self.t_mr, self.b_T, self.b.shape[1])
+
+    @cached_property
+    def through_u(self) -> Any:
+        """The step that makes u, and adds u @ a to dx."""
+        self.a_back = in_panels(self.a, 2 * LANES)
+        return self._narrow(self.b_back, self.u_mr, self.a_back, self.a.shape[2])
+
+    @cached_property
+    def gradient_a(self) -> Any:
+        """The step that writes u.T @ x."""
+        return self._gradient(self.u_mr, self.a.shape[2])
+
+    @cached_property
+    def gradient_b(self) -> Any:
+        """The step that writes dy.T @ t."""
+        return self._gradient(self.t_mr, self.b.shape[1], is_transposed=True)
+
+    def _narrow(self, into: Tensor, t_mr: Tensor, out_of: Tensor | None = None, columns: int = 0) -> Any:
+        """The step that makes t = x @ into[e] and adds t @ out_of[e] to so many columns of y, without a block."""
+        step = self.Narrow(
+            x_words=into.shape[2], into=into.data_ptr(), into_step=into.stride(0) * WORD,
+            t=t_mr.data_ptr(), t_row=self.padded_rank * self.size, rank=self.padded_rank,
+        )  # fmt: skip
+        if out_of is not None:
+            step.out_of, step.out_of_step, step.rank_words = out_of.data_ptr(), out_of.stride(0) * WORD, out_of.shape[2]
+            step.columns = columns
+        return step
+
+    def _gradient(self, t_mr: Tensor, columns: int, *, is_transposed: bool = False) -> Any:
+        """The step that writes t.T @ x of so many columns to grad[e], or its transpose, without a block."""
+        longest = max(part.stop - part.start for block in self.layout.blocks for _, part in block.parts)
+        step = self.Gradient(
+            is_gradient=1, is_transposed=is_transposed, columns=columns,
+            narrow=t_mr.data_ptr(), narrow_row=self.padded_rank * self.size, rank=self.rank,
+        )  # fmt: skip
         # of this step alone: a thread may be in the next one while another is still in this
         step.kept = t_mr.new_empty(torch.get_num_threads(), (longest + 1) * (self.padded_rank + 2 * LANES))
         step.scratch, step.scratch_step = step.kept.data_ptr(), step.kept.stride(0) * self.size
-        step.parts, step.num_parts = addressof(parts), len(parts) // 3
-        step.narrow, step.narrow_row, step.rank = t_mr.data_ptr(), self.padded_rank * self.size, self.rank
-        step.wide, step.wide_row, step.columns = x_mI.data_ptr(), x_mI.stride(0) * self.size, x_mI.shape[1]
+        return step
+
+    def _at(self, step: Any, block: Block, x_mI: Tensor, y_mO: Tensor | None = None) -> Any:
+        """A Narrow step for this block."""
+        step.x, step.x_row = x_mI.data_ptr(), x_mI.stride(0) * self.size
+        if y_mO is not None:
+            step.y, step.y_row = y_mO.data_ptr(), y_mO.stride(0) * self.size
+        return self._started(step, block)
+
+    def _gradient_at(self, step: Any, block: Block, x_mI: Tensor, grad: Tensor) -> Any:
+        """A Gradient step for this block."""
+        step.wide, step.wide_row = x_mI.data_ptr(), x_mI.stride(0) * self.size
         step.out, step.out_step, step.out_row = grad.data_ptr(), grad.stride(0) * self.size, grad.stride(1) * self.size
+        return self._started(step, block)
+
+    def _started(self, step: Any, block: Block) -> Any:
+        found = self._parts.get(id(block))
+        if found is None:
+            found = self._parts[id(block)] = block, parts_of(block)
+        step.parts, step.num_parts = addressof(found[1]), len(block.parts)
+        step.next = step.done = step.slot = step.then = 0
         return step
 
     def _run(self, *steps: Any) -> None:
@@ -182,21 +215,20 @@ class LoopedAdapter(Adapter):
 
 def in_panels(factor_EKQ: Tensor, width: int) -> Tensor:
     """A factor in words as the loops multiply by it, [E, Q / width, words of K, width], with zeros up to `width`."""
-    more = -factor_EKQ.shape[2] % width
-    if more:
-        factor_EKQ = F.pad(factor_EKQ, (0, more))
-    if factor_EKQ.element_size() == WORD:
-        return factor_EKQ.unflatten(2, (-1, width)).transpose(1, 2).contiguous()
-    if factor_EKQ.stride(1) == 1:
-        return in_panels(factor_EKQ.mT.view(torch.float32).mT, width)
-    return (
-        factor_EKQ.unflatten(2, (-1, width))
-        .unflatten(1, (-1, 2))
-        .permute(0, 3, 1, 4, 2)
-        .contiguous()
-        .view(torch.float32)
-        .squeeze(4)
-    )
+    from moe_triton.backends.torch.adapter_loops import Panels, panels_loop
+
+    num_experts, size_k, size_q = factor_EKQ.shape
+    size = factor_EKQ.element_size()
+    if size == WORD and size_q == width and factor_EKQ.is_contiguous():
+        return factor_EKQ.unsqueeze(1)
+    step_e, step_k, step_q = (step * size for step in factor_EKQ.stride())
+    out = torch.empty(num_experts, -(-size_q // width), size_k * size // WORD, width)
+    job = Panels(
+        factor=factor_EKQ.data_ptr(), step_e=step_e, step_k=step_k, step_q=step_q,
+        num_experts=num_experts, size_k=size_k, size_q=size_q, width=width, out=out.data_ptr(),
+    )  # fmt: skip
+    on_all_threads(panels_loop(size == 2).address, addressof(job))
+    return out
 
 
 Adapters = tuple[Adapter | None, Adapter | None]  # of gate and up, and of down

@@ -295,6 +295,52 @@ def spread_row(vectors, is_bf16):
 
 
 @intrinsic
+def transpose(typing_context, source, step, num_rows, num_columns, out, out_step):
+    """out[j, i] = source[i, j] of up to 16 rows and 16 columns of words; steps are in bytes.
+
+    A row of `out` is a whole vector: zeros stand for the rows that the source lacks.
+    """
+
+    def lower(context, builder, signature, arguments):
+        source, step, num_rows, num_columns, out, out_step = arguments
+        integer, none = source.type, source.type(0)
+
+        def lanes_if(index, limit, count):
+            has = builder.icmp_signed("<", integer(index), limit)
+            return first_lanes(builder, builder.select(has, count, none))
+
+        rows = [
+            load_first(
+                builder,
+                builder.add(source, builder.mul(integer(i), step)),
+                lanes_if(i, num_rows, num_columns),
+                is_bf16=False,
+            )
+            for i in range(LANES)
+        ]
+        half = LANES // 2
+        while half:  # squares of this size change places across the diagonal
+            for i in range(LANES):
+                if not i & half:
+                    pair = rows[i], rows[i + half]
+                    places = [
+                        [lane if not lane & half else LANES + lane - half for lane in range(LANES)],
+                        [lane + half if not lane & half else LANES + lane for lane in range(LANES)],
+                    ]
+                    rows[i], rows[i + half] = (
+                        builder.shuffle_vector(*pair, ir.Constant(words, [word_type(lane) for lane in lanes]))
+                        for lanes in places
+                    )
+            half //= 2
+        for j, row in enumerate(rows):
+            place = builder.add(out, builder.mul(integer(j), out_step))
+            store_first(builder, row, place, lanes_if(j, num_columns, integer(LANES)), is_bf16=False)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 6), lower
+
+
+@intrinsic
 def next_of(typing_context, address):
     """The number at an address, which becomes larger by 1 in one step for all threads that see it."""
 
