@@ -8,9 +8,10 @@ from torch import Tensor
 
 from moe_triton import Lora, moe_mlp
 from moe_triton.backends.torch import adapters, fused, threads
-from moe_triton.backends.torch.adapters import Adapter, LoopedAdapter
+from moe_triton.backends.torch.adapters import Adapter, LoopedAdapter, affine, affine_back
 from moe_triton.backends.torch.blocks import Block, Layout
 from moe_triton.backends.torch.cpu import CpuPolicy, invariant_policy
+from moe_triton.backends.torch.fused import multiplies_pairs
 from moe_triton.backends.torch.processor import this_processor
 from tests.helpers.compare import TOLERANCE, assert_close
 
@@ -19,6 +20,7 @@ SIZES = (33, 0, 5, 70)  # rows of the experts: more than a piece, none, fewer th
 SIZE_IN, SIZE_OUT = 70, 146  # neither is a multiple of a vector
 SCALING = 0.5
 E = len(SIZES)
+EXPERT = torch.arange(E).repeat_interleave(torch.tensor(SIZES))  # of every row
 
 
 @pytest.fixture(params=["torch", "loops"])
@@ -55,12 +57,12 @@ def results(adapter: Adapter, rows: dict[str, Tensor], block: Block, *, keeps_u:
 def expected(lora: Lora, rows: dict[str, Tensor]) -> dict[str, Tensor]:
     a, b = lora.a.double(), lora.b.double()
     wide = {name: values.double() for name, values in rows.items()}
-    expert = torch.arange(E).repeat_interleave(torch.tensor(SIZES))
-    t = torch.einsum("mi,mri->mr", wide["x"], a[expert])
-    u = torch.einsum("mo,mor->mr", wide["dy"], lora.scaling * b[expert])
+    expert = EXPERT
+    t = lora.scaling * torch.einsum("mi,mri->mr", wide["x"], a[expert])
+    u = lora.scaling * torch.einsum("mo,mor->mr", wide["dy"], b[expert])
     each = torch.nn.functional.one_hot(expert, E).double()
     return {
-        "y": wide["y"] + lora.scaling * torch.einsum("mr,mor->mo", t, b[expert]),
+        "y": wide["y"] + torch.einsum("mr,mor->mo", t, b[expert]),
         "dx": wide["dx"] + torch.einsum("mr,mri->mi", u, a[expert]),
         "a": torch.einsum("me,mr,mi->eri", each, u, wide["x"]),
         "b": torch.einsum("me,mr,mo->eor", each, t, wide["dy"]),
@@ -82,6 +84,39 @@ def test_numbers_of_float64(dtype: torch.dtype, rank: int, kind: type[Adapter]) 
     layout = layout_of()
     (block,) = layout.blocks
     assert_right(results(kind(layout, lora), rows, block, keeps_u=rank != 8), expected(lora, rows), dtype)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("is_looped", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_beside_a_product(dtype: torch.dtype, is_looped: bool, has_bias: bool) -> None:
+    """In the loops of the product, and after it: both directions, and u for the gradients that follow."""
+    pytest.importorskip("numba")
+    if is_looped and dtype == torch.bfloat16 and not multiplies_pairs(this_processor()):
+        dtype = torch.float32  # as the policy does
+    lora, rows = draw(34, dtype)
+    weight = torch.randn(E, SIZE_OUT, SIZE_IN).to(dtype)
+    biases = torch.randn(E, SIZE_OUT).to(dtype) if has_bias else None
+    wide = {name: values.double() for name, values in rows.items()}
+    zeros = {"y": torch.zeros_like(rows["y"]), "dx": torch.zeros_like(rows["dx"])}
+    of_adapter = expected(lora, rows | zeros)
+    of_weight = torch.einsum("mi,moi->mo", wide["x"], weight.double()[EXPERT])
+    y = of_adapter["y"] + of_weight + (0 if biases is None else biases.double()[EXPERT])
+    dx = of_adapter["dx"] + torch.einsum("mo,moi->mi", wide["dy"], weight.double()[EXPERT])
+
+    layout = layout_of()
+    layout.is_looped = is_looped
+    adapter, (block,) = LoopedAdapter(layout, lora), layout.blocks
+    into = torch.full_like(rows["y"], torch.nan)
+    found = affine(layout, block, rows["x"], lambda e: weight[e], biases, adapter, into)
+    assert found.data_ptr() == into.data_ptr() or not is_looped
+    # in bf16 the loops read matrices in rows only
+    back = weight.mT if dtype == torch.float32 else weight.mT.contiguous()
+    found_dx, u = affine_back(layout, block, rows["dy"], lambda e: back[e], adapter)
+    grad_a, grad_b = (torch.zeros_like(factor) for factor in (adapter.a, adapter.b))
+    adapter.gradients(block, rows["x"], rows["dy"], u, grad_a, grad_b)
+    wanted = {"into": y, "dx": dx, "a": of_adapter["a"], "b": of_adapter["b"]}
+    assert_right({"into": into, "dx": found_dx, "a": grad_a, "b": grad_b}, wanted, dtype)
 
 
 def test_pairs_without_the_instruction() -> None:

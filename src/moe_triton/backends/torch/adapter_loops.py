@@ -10,7 +10,7 @@ in fp32. Each number of a result is a sum in the order of k: its bits depend on 
 
 # mypy: allow-untyped-defs, no-check-untyped-defs
 
-from ctypes import Structure, c_int64
+from ctypes import Structure, c_double, c_int64
 from functools import cache
 
 import numpy as np
@@ -49,12 +49,15 @@ def fields(names):
 
 
 class Narrow(Structure):
-    """t = x @ into[e] for the rows of every part, and y += t @ out_of[e].
+    """t = scale * x @ into[e] for the rows of every part, and y += t @ out_of[e].
 
     x_words and rank_words are what is contracted; rank: the columns of t, whole vectors; columns: of y, 0 for no y.
     """
 
-    _fields_ = fields("x x_row x_words into into_step t t_row rank out_of out_of_step rank_words y y_row columns")
+    _fields_ = [
+        *fields("x x_row x_words into into_step t t_row rank out_of out_of_step rank_words y y_row columns"),
+        ("scale", c_double),
+    ]
 
 
 class Gradient(Structure):
@@ -87,34 +90,44 @@ def loops_over(is_bf16, has_instruction):
     per_word = WORD // size
     spread_one, spread_two = (spread_row(vectors, is_bf16) for vectors in (1, 2))
 
-    def product_by(vectors, adds):
-        run = tile(vectors, adds, is_bf16, has_instruction)
+    def product_by(vectors):
+        run = tile(vectors, False, is_bf16, has_instruction, is_scaled=True)
         width = vectors * LANES
 
-        @named(is_bf16, has_instruction, vectors, adds)
-        def product(left, left_row, left_k, right, size_k, out, out_row, num_rows, num_columns):
+        @named(is_bf16, has_instruction, vectors)
+        def product(left, left_row, left_k, right, size_k, out, out_row, num_rows, num_columns, scale):
             for p in range(0, num_rows, ROWS):
                 left_p, out_p = left + p * left_row, out + p * out_row
                 for q in range(0, num_columns, width):
                     right_q, out_q = right + q * size_k * WORD, out_p + q * size
                     rows, columns = num_rows - p, num_columns - q
-                    run(left_p, left_row, left_k, right_q, width * WORD, size_k, out_q, out_row, rows, columns)
+                    run(left_p, left_row, left_k, right_q, width * WORD, size_k, out_q, out_row, rows, columns, scale)
 
         return njit(product)
 
-    by_one, by_two, added = product_by(1, False), product_by(2, False), product_by(2, True)
+    by_one, by_two, add_tile = product_by(1), product_by(2), tile(2, True, is_bf16, has_instruction)
 
     @njit
     @named(is_bf16, has_instruction)
-    def product(left, left_row, left_k, right, size_k, out, out_row, num_rows, num_columns):
-        """out[p, q] = sum over k < size_k of left[p, k] * right[k, q].
+    def product(left, left_row, left_k, right, size_k, out, out_row, num_rows, num_columns, scale):
+        """out[p, q] = scale * sum over k < size_k of left[p, k] * right[k, q].
 
         `right` is in panels: 32 columns for every k, with zeros where there are no more; 16 where these are all.
         """
         if num_columns > LANES:
-            by_two(left, left_row, left_k, right, size_k, out, out_row, num_rows, num_columns)
+            by_two(left, left_row, left_k, right, size_k, out, out_row, num_rows, num_columns, scale)
         else:
-            by_one(left, left_row, left_k, right, size_k, out, out_row, num_rows, num_columns)
+            by_one(left, left_row, left_k, right, size_k, out, out_row, num_rows, num_columns, scale)
+
+    @njit
+    @named(is_bf16, has_instruction)
+    def added(left, left_row, right, size_k, out, out_row, num_rows, num_columns):
+        """out[p, q] += sum over k < size_k of left[p, k] * right[k, q]; `right` is in panels of 32 columns."""
+        for p in range(0, num_rows, ROWS):
+            for q in range(0, num_columns, 2 * LANES):
+                left_p, right_q, out_pq = left + p * left_row, right + q * size_k * WORD, out + p * out_row + q * size
+                rows, columns = num_rows - p, num_columns - q
+                add_tile(left_p, left_row, WORD, right_q, 2 * LANES * WORD, size_k, out_pq, out_row, rows, columns)
 
     @njit
     @named(is_bf16, has_instruction)
@@ -133,7 +146,7 @@ def loops_over(is_bf16, has_instruction):
     def narrow(address):
         job = carray(as_narrow(address), 1)[0]
         parts = carray(as_integers(job.parts), (job.num_parts, 3))
-        mine, piece = next_of(address), 0
+        mine, piece, scale = next_of(address), 0, np.float32(job.scale)
         for p in range(len(parts)):
             e, start, stop = parts[p, 0], parts[p, 1], parts[p, 2]
             into, out_of = job.into + e * job.into_step, job.out_of + e * job.out_of_step
@@ -141,8 +154,8 @@ def loops_over(is_bf16, has_instruction):
                 if piece == mine:
                     rows = min(PIECE_ROWS, stop - i)
                     x, t, y = job.x + i * job.x_row, job.t + i * job.t_row, job.y + i * job.y_row
-                    product(x, job.x_row, WORD, into, job.x_words, t, job.t_row, rows, job.rank)
-                    added(t, job.t_row, WORD, out_of, job.rank_words, y, job.y_row, rows, job.columns)
+                    product(x, job.x_row, WORD, into, job.x_words, t, job.t_row, rows, job.rank, scale)
+                    added(t, job.t_row, out_of, job.rank_words, y, job.y_row, rows, job.columns)
                     next_of(address + DONE)
                     mine = next_of(address)
                 piece += 1
@@ -156,7 +169,7 @@ def loops_over(is_bf16, has_instruction):
         """The gradient of PIECE_COLUMNS columns from `begin` on, or as many as there are, of a part."""
         rank, width, size_k = job.narrow_row // size, 2 * LANES, -(-rows // per_word)
         panel, narrows = min(rank, width), scratch
-        panel_step, wides = size_k * panel * WORD, narrows + size_k * rank * WORD
+        panel_step, wides, one = size_k * panel * WORD, narrows + size_k * rank * WORD, np.float32(1)
         for i in range(0, rank, panel):
             source = job.narrow + start * job.narrow_row + i * size
             spread(source, job.narrow_row, rows, panel, narrows + i // panel * panel_step, panel)
@@ -165,12 +178,12 @@ def loops_over(is_bf16, has_instruction):
             spread(job.wide + start * job.wide_row + q * size, job.wide_row, rows, columns, wides, width)
             if job.is_transposed:
                 out += q * job.out_row
-                product(wides, WORD, width * WORD, narrows, size_k, out, job.out_row, columns, job.rank)
+                product(wides, WORD, width * WORD, narrows, size_k, out, job.out_row, columns, job.rank, one)
             else:
                 for i in range(0, job.rank, panel):
                     left, out_i = narrows + i // panel * panel_step, out + i * job.out_row + q * size
                     rows_i = min(panel, job.rank - i)
-                    by_two(left, WORD, panel * WORD, wides, size_k, out_i, job.out_row, rows_i, columns)
+                    by_two(left, WORD, panel * WORD, wides, size_k, out_i, job.out_row, rows_i, columns, one)
 
     @njit
     @named(is_bf16, has_instruction)
@@ -188,14 +201,14 @@ def loops_over(is_bf16, has_instruction):
                 piece += 1
         return job.then
 
-    return narrow, gradient, spread
+    return narrow, gradient, spread, added
 
 
 # Functions of the address of a step, which take this and all that follow. Several threads may run one at once, and
 # share the work. What they call are globals: numba would not find again on disk a function that closes over others.
-narrow_fp32, gradient_fp32, spread_fp32 = loops_over(is_bf16=False, has_instruction=False)
-narrow_bf16, gradient_bf16, spread_bf16 = loops_over(is_bf16=True, has_instruction=True)
-narrow_halves, gradient_halves, _ = loops_over(is_bf16=True, has_instruction=False)
+narrow_fp32, gradient_fp32, spread_fp32, added_fp32 = loops_over(is_bf16=False, has_instruction=False)
+narrow_bf16, gradient_bf16, spread_bf16, added_bf16 = loops_over(is_bf16=True, has_instruction=True)
+narrow_halves, gradient_halves, *_ = loops_over(is_bf16=True, has_instruction=False)
 
 
 @njit

@@ -13,7 +13,8 @@ from torch import Tensor
 from moe_triton.backends.torch.blocks import Block, Layout
 from moe_triton.backends.torch.decoded import Decoded
 from moe_triton.backends.torch.fused import DTYPES, loops_problem, multiplies_pairs
-from moe_triton.backends.torch.looped import parts_of
+from moe_triton.backends.torch.looped import Added, multiply, parts_of
+from moe_triton.backends.torch.memory import empty
 from moe_triton.backends.torch.processor import this_processor
 from moe_triton.backends.torch.products import Matrices, outer_products, products
 from moe_triton.backends.torch.threads import knows_torchs_threads, on_all_threads
@@ -25,20 +26,19 @@ LANES, WORD = 16, 4  # of a vector; bytes, as in `vectors`, which needs numba
 
 
 class Adapter:
-    """An adapter [E, r, in], [E, out, r] of one projection, b scaled, as products read it; t and u are [m, r]."""
+    """An adapter [E, r, in], [E, out, r] of one projection as products read it; t and u are [m, r]."""
 
     def __init__(self, layout: Layout, lora: Lora) -> None:
         # PEFT's b has no contiguous dimension
-        self.a, b = (x if 1 in x.stride()[1:] else x.contiguous() for x in (lora.a, lora.b))
-        self.b = b if lora.scaling == 1.0 else b * lora.scaling
-        self.layout = layout
+        self.a, self.b = (x if 1 in x.stride()[1:] else x.contiguous() for x in (lora.a, lora.b))
+        self.layout, self.scaling = layout, lora.scaling
 
     def add(self, block: Block, x_mI: Tensor, y_mO: Tensor) -> None:
-        """y += (x @ a[e].T) @ b[e].T for the rows of every expert e of the block."""
+        """y += t @ b[e].T with t = scaling * x @ a[e].T, for the rows of every expert e of the block."""
         self._add(block, self._t(block, x_mI), self.b, y_mO)
 
     def add_back(self, block: Block, dy_mO: Tensor, dx_mI: Tensor) -> Tensor:
-        """dx += (dy @ b[e]) @ a[e]; returns u = dy @ b[e]."""
+        """dx += u @ a[e]; returns u = scaling * dy @ b[e]."""
         u_mr = self._u(block, dy_mO)
         self._add(block, u_mr, self.a.mT, dx_mI)
         return u_mr
@@ -52,17 +52,20 @@ class Adapter:
         grad_a: Tensor | None,
         grad_b: Tensor | None,
     ) -> None:
-        """Writes what is asked for: u.T @ x to grad_a[e] and dy.T @ (x @ a[e].T) to grad_b[e], which is not scaled."""
+        """Writes what is asked for: u.T @ x to grad_a[e] and dy.T @ t to grad_b[e]."""
         if grad_a is not None:
             outer_products(self.layout, block, self._u(block, dy_mO) if u_mr is None else u_mr, x_mI, grad_a)
         if grad_b is not None:
             outer_products(self.layout, block, dy_mO, self._t(block, x_mI), grad_b)
 
     def _t(self, block: Block, x_mI: Tensor) -> Tensor:
-        return products(self.layout, block, x_mI, lambda e: self.a[e])
+        return self._scaled(products(self.layout, block, x_mI, lambda e: self.a[e]))
 
     def _u(self, block: Block, dy_mO: Tensor) -> Tensor:
-        return products(self.layout, block, dy_mO, lambda e: self.b[e].mT)
+        return self._scaled(products(self.layout, block, dy_mO, lambda e: self.b[e].mT))
+
+    def _scaled(self, narrow_mr: Tensor) -> Tensor:
+        return narrow_mr if self.scaling == 1.0 else narrow_mr.mul_(self.scaling)
 
     def _add(self, block: Block, t_mr: Tensor, factor_EOr: Tensor, y_mO: Tensor) -> None:
         """y += t @ factor[e].T."""
@@ -104,6 +107,16 @@ class LoopedAdapter(Adapter):
         self._run(self._at(self.through_u, block, dy_mO, dx_mI))
         return self.u_mr
 
+    def added(self, block: Block, x_mI: Tensor) -> Added:
+        """Return what `add` adds."""
+        self._run(self._at(self.to_t, block, x_mI))
+        return Added(self.t_mr, self.b_T, self._parts[id(block)][1])
+
+    def added_back(self, block: Block, dy_mO: Tensor) -> Added:
+        """Return what `add_back` adds: u and a."""
+        self._run(self._at(self.to_u, block, dy_mO))
+        return Added(self.u_mr, self.a_back, self._parts[id(block)][1])
+
     def gradients(
         self,
         block: Block,
@@ -127,29 +140,35 @@ class LoopedAdapter(Adapter):
         return in_panels(self.a.mT, self.panel)
 
     @cached_property
+    def b_T(self) -> Tensor:
+        return in_panels(self.b.mT, 2 * LANES)
+
+    @cached_property
+    def a_back(self) -> Tensor:
+        return in_panels(self.a, 2 * LANES)
+
+    @cached_property
     def b_back(self) -> Tensor:
         return in_panels(self.b, self.panel)
 
     @cached_property
     def to_t(self) -> Any:
-        """The step that makes t = x @ a.T."""
+        """The step that makes t."""
         return self._narrow(self.a_T, self.t_mr)
 
     @cached_property
     def to_u(self) -> Any:
-        """The step that makes u = dy @ b."""
+        """The step that makes u."""
         return self._narrow(self.b_back, self.u_mr)
 
     @cached_property
     def through_t(self) -> Any:
         """The step that makes t, and adds t @ b.T to y."""
-        self.b_T = in_panels(self.b.mT, 2 * LANES)
         return self._narrow(self.a_T, self.t_mr, self.b_T, self.b.shape[1])
 
     @cached_property
     def through_u(self) -> Any:
         """The step that makes u, and adds u @ a to dx."""
-        self.a_back = in_panels(self.a, 2 * LANES)
         return self._narrow(self.b_back, self.u_mr, self.a_back, self.a.shape[2])
 
     @cached_property
@@ -163,10 +182,10 @@ class LoopedAdapter(Adapter):
         return self._gradient(self.t_mr, self.b.shape[1], is_transposed=True)
 
     def _narrow(self, into: Tensor, t_mr: Tensor, out_of: Tensor | None = None, columns: int = 0) -> Any:
-        """The step that makes t = x @ into[e] and adds t @ out_of[e] to so many columns of y, without a block."""
+        """The step that makes t of x @ into[e] and adds t @ out_of[e] to so many columns of y, without a block."""
         step = self.Narrow(
             x_words=into.shape[2], into=into.data_ptr(), into_step=into.stride(0) * WORD,
-            t=t_mr.data_ptr(), t_row=self.padded_rank * self.size, rank=self.padded_rank,
+            t=t_mr.data_ptr(), t_row=self.padded_rank * self.size, rank=self.padded_rank, scale=self.scaling,
         )  # fmt: skip
         if out_of is not None:
             step.out_of, step.out_of_step, step.rank_words = out_of.data_ptr(), out_of.stride(0) * WORD, out_of.shape[2]
@@ -222,7 +241,7 @@ def in_panels(factor_EKQ: Tensor, width: int) -> Tensor:
     if size == WORD and size_q == width and factor_EKQ.is_contiguous():
         return factor_EKQ.unsqueeze(1)
     step_e, step_k, step_q = (step * size for step in factor_EKQ.stride())
-    out = torch.empty(num_experts, -(-size_q // width), size_k * size // WORD, width)
+    out = empty((num_experts, -(-size_q // width), size_k * size // WORD, width), torch.float32)
     job = Panels(
         factor=factor_EKQ.data_ptr(), step_e=step_e, step_k=step_k, step_q=step_q,
         num_experts=num_experts, size_k=size_k, size_q=size_q, width=width, out=out.data_ptr(),
@@ -268,14 +287,36 @@ def affine(
     out: Tensor | None = None,
 ) -> Tensor:
     """`products` with the adapter's part."""
+    if isinstance(adapter, LoopedAdapter) and layout.is_looped and not isinstance(weight, Decoded):
+        return multiply(block, x_mI, weight, biases, out, adapter.added(block, x_mI))
     y_mO = products(layout, block, x_mI, weight, biases, out)
     if adapter is not None:
         adapter.add(block, x_mI, y_mO)
-        keep(y_mO, out)
+        _keep(y_mO, out)
     return y_mO
 
 
-def keep(y_mO: Tensor, out: Tensor | None) -> None:
+def affine_back(
+    layout: Layout,
+    block: Block,
+    dy_mO: Tensor,
+    weight_back: Matrices | Decoded,
+    adapter: Adapter | None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradient of x in `affine`, and u where there is an adapter; weight_back: the matrices' transposes."""
+    if isinstance(adapter, LoopedAdapter) and layout.is_looped and not isinstance(weight_back, Decoded):
+        added = adapter.added_back(block, dy_mO)
+        return multiply(block, dy_mO, weight_back, None, out, added), added.t_mr
+    dx_mI = products(layout, block, dy_mO, weight_back, out=out)
+    if adapter is None:
+        return dx_mI, None
+    u_mr = adapter.add_back(block, dy_mO, dx_mI)
+    _keep(dx_mI, out)
+    return dx_mI, u_mr
+
+
+def _keep(y_mO: Tensor, out: Tensor | None) -> None:
     """Write to `out`, of a product, what has changed in y, which the product returned."""
     if out is not None and y_mO.data_ptr() != out.data_ptr():
         out.copy_(y_mO)

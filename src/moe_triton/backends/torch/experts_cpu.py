@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_triton.backends.torch import looped, small_experts
 from moe_triton.backends.torch.activations import activate_by_full_vectors
-from moe_triton.backends.torch.adapters import Adapters, adapters_of, affine, keep
+from moe_triton.backends.torch.adapters import Adapters, adapters_of, affine, affine_back
 from moe_triton.backends.torch.blocks import Block, Layout
 from moe_triton.backends.torch.cpu import (
     GROUPED_DTYPES,
@@ -22,8 +22,8 @@ from moe_triton.backends.torch.cpu import (
 from moe_triton.backends.torch.decoded import Decoded
 from moe_triton.backends.torch.fused import runs_on_threads
 from moe_triton.backends.torch.gated_rows import activate_rows, activate_rows_backward
-from moe_triton.backends.torch.memory import LARGE, empty
-from moe_triton.backends.torch.products import all_outer_products, matrices, outer_products, products, transposed
+from moe_triton.backends.torch.memory import empty
+from moe_triton.backends.torch.products import all_outer_products, matrices, outer_products, transposed
 from moe_triton.backends.torch.rows import row_slots, scatter_to_slots, sum_rows, take_rows
 from moe_triton.records import (
     ExpertCall,
@@ -35,6 +35,7 @@ from moe_triton.records import (
     as_given,
 )
 
+ONE_CALL = 4 << 20  # bytes of a projection's gradients, from which block by block in used memory is faster
 SHARED_ELEMENTS = 1 << 18  # of the input and the pre-activation of a block of narrow rows: a megabyte of fp32
 
 
@@ -200,9 +201,7 @@ class RowsPass:
         else:
             h = affine(self.layout, block, x, self.up, parameters.gate_up_bias, self.up_lora)
             h = self.layout.clear(index, h)[:filled]
-        da = products(self.layout, block, dy, self.down_back)
-        if self.down_lora is not None:
-            work.down_u = self.down_lora.add_back(block, dy, da)
+        da, work.down_u = affine_back(self.layout, block, dy, self.down_back, self.down_lora)
         dw = None if self.dw is None else self.dw[here]
         activate_rows_backward(
             h, da[:filled], w[:filled], spec, dh[:filled], weighted_a[:filled] if need_a else None,
@@ -214,10 +213,7 @@ class RowsPass:
             for e, part in block.parts:
                 dw[part] += torch.mv(dy[part], parameters.down_bias[e])
         if self.dx is not None:
-            dx = products(self.layout, block, dh, self.up_back, out=self.dx[here])
-            if self.up_lora is not None:
-                work.up_u = self.up_lora.add_back(block, dh, dx)
-                keep(dx, self.dx[here])
+            _, work.up_u = affine_back(self.layout, block, dh, self.up_back, self.up_lora, self.dx[here])
 
     def results(self) -> tuple[Tensor | None, Tensor | None]:
         layout, call = self.layout, self.call
@@ -234,7 +230,6 @@ class WeightsPass:
 
     def __init__(self, call: ExpertCall, layout: Layout, wanted: Wanted, adapters: Adapters) -> None:
         self.spec, self.layout, self.parameters = call.spec, layout, call.parameters
-        self.scalings = (call.spec.gate_up_scaling, call.spec.down_scaling)
         self.up_lora, self.down_lora = adapters
         self.wanted = wanted.of(self.parameters)
         in_one_call = _makes_gradients_in_one_call(call, layout)
@@ -273,9 +268,6 @@ class WeightsPass:
         return (x, dy) if self.spec.is_transposed else (dy, x)
 
     def results(self) -> ParameterGradients:
-        for grad_b, scaling in zip(self.grads[5::2], self.scalings, strict=True):
-            if grad_b is not None and scaling != 1.0:
-                grad_b.mul_(scaling)
         return ParameterGradients(*(as_given(p, g) for p, g in zip(self.parameters, self.grads, strict=True)))
 
 
@@ -321,7 +313,7 @@ def _makes_gradients_in_one_call(call: ExpertCall, layout: Layout) -> bool:
     matrix = call.hidden_size * call.width
     most_rows = max(part.stop - part.start for _, part in layout.blocks[0].parts)
     flops, dtype = 2 * matrix * most_rows, call.hidden.dtype
-    is_small = call.num_experts * matrix * dtype.itemsize < LARGE  # a larger one gets used memory: see `empty`
+    is_small = call.num_experts * matrix * dtype.itemsize < ONE_CALL
     return is_small and layout.policy.by_mm(dtype, flops) and not any(size * dtype.itemsize % 16 for size in sizes)
 
 

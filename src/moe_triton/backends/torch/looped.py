@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from ctypes import Array, addressof, c_int64
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,10 +35,27 @@ def _reads(matrix_OI: Tensor, dtype: torch.dtype) -> bool:
     return matrix_OI.dtype == dtype and is_dense and matrix_OI.shape[1] * size % WORD == 0
 
 
+class Added(NamedTuple):
+    """What an adapter adds to a product: t @ factor[e], t [m, columns] with zeros up to whole vectors.
+
+    factor   in panels: see `adapters.in_panels`
+    parts    of the block, by experts
+    """
+
+    t_mr: Tensor
+    factor: Tensor
+    parts: Array[c_int64]
+
+
 def multiply(
-    block: Block, x_mI: Tensor, matrices: Matrices, biases: ExpertWeight | None = None, out: Tensor | None = None
+    block: Block,
+    x_mI: Tensor,
+    matrices: Matrices,
+    biases: ExpertWeight | None = None,
+    out: Tensor | None = None,
+    added: Added | None = None,
 ) -> Tensor:
-    """Compute x @ matrices(e).T + biases[e] for the rows of every expert e of the block, [m, O]."""
+    """Compute x @ matrices(e).T + biases[e] for the rows of every expert e of the block, and what is added, [m, O]."""
     from moe_triton.backends.torch.product_loops import Product, product_loop
 
     first_OI, size = matrices(block.parts[0][0]), x_mI.element_size()
@@ -49,6 +67,10 @@ def multiply(
         y=y_mO.data_ptr(), y_row=y_mO.stride(0) * size, size_in=size_in, size_out=size_out,
         parts=addressof(parts), num_parts=len(block.parts),
     )  # fmt: skip
+    if added is not None:
+        job.t, job.t_row, job.experts = added.t_mr.data_ptr(), added.t_mr.stride(0) * size, addressof(added.parts)
+        job.out_of, job.out_of_step = added.factor.data_ptr(), added.factor.stride(0) * WORD
+        job.rank_words = added.factor.shape[2]
     on_all_threads(product_loop(x_mI.dtype == torch.bfloat16, step_i == 1).address, addressof(job))
     if biases is not None:
         for e, part in block.parts:

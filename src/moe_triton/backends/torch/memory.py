@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_triton.checks import check_choice
 
-LARGE = 4 << 20  # bytes; smaller tensors are torch's own, and numpy asks for huge pages from here on
+LARGE = 1 << 20  # bytes; smaller tensors are torch's own
 ALIGNMENT = 64  # bytes; a cache line, which is what torch's own memory is aligned to
 MOST_IDLE = 1 << 30  # bytes of idle memory that are kept
 

@@ -13,24 +13,30 @@ from functools import cache
 import numpy as np
 from numba import carray, from_dtype, njit, types
 
+from moe_triton.backends.torch.adapter_loops import added_bf16, added_fp32
 from moe_triton.backends.torch.loops import named, started
 from moe_triton.backends.torch.row_loops import fields
 from moe_triton.backends.torch.vectors import LANES, WORD, dots, next_of, pointer_to, tile
 
-PIECE, COLUMNS = 96, 128  # columns of a result that a thread takes at a time, of matrices in rows and in columns
+# columns of a result that a thread takes at a time, of matrices in rows and in columns: whole panels of an adapter's
+PIECE, COLUMNS = 96, 128
 MANY_ROWS = 64  # from which a copy of columns pays: rows that are 2^n bytes apart share few places of a cache
 IN_CACHE = 1 << 15  # numbers of the rows that are read for every few rows of a gradient
 AHEAD = 16  # rows from the one that is read to the one that is asked for
 
 
 class Product(Structure):
-    """y[r] = matrix @ x[r] for the rows of every part; steps are in bytes.
+    """y[r] = matrix @ x[r] for the rows of every part, and where there is a t, y += t @ out_of[e]; steps are in bytes.
 
     parts    the address of num_parts times (address of an expert's matrix, its first row, the row past its last)
     step     from one row of a matrix [size_out, size_in] to the next; or from one column, where these are dense
+    t        of an adapter, 0 for none; out_of and rank_words as in `adapter_loops.Narrow`
+    experts  the address of num_parts times (expert, .., ..), where there is a t
     """
 
-    _fields_ = fields("x x_row step y y_row size_in size_out parts num_parts")
+    _fields_ = fields(
+        "x x_row step y y_row size_in size_out parts num_parts t t_row out_of out_of_step rank_words experts"
+    )
 
 
 class Outer(Structure):
@@ -48,7 +54,7 @@ as_product, as_outer, as_parts, as_floats = (
 )
 
 
-def by_rows(is_bf16, has_instruction):
+def by_rows(is_bf16, has_instruction, add_adapter):
     """Return the loop over a Product whose matrices are in rows."""
     size = 2 if is_bf16 else 4
     eight, four, two, one = (dots(*tile, is_bf16, has_instruction) for tile in ((8, 3), (4, 6), (2, 8), (1, 8)))
@@ -87,12 +93,27 @@ def by_rows(is_bf16, has_instruction):
             for o in range(0, job.size_out, PIECE):
                 if piece == mine:
                     x, y = job.x + start * job.x_row, job.y + start * job.y_row + o * size
-                    matrix = parts[p, 0] + o * job.step
-                    part(x, job.x_row, matrix, job.step, words, y, job.y_row, num_rows, min(PIECE, job.size_out - o))
+                    matrix, columns = parts[p, 0] + o * job.step, min(PIECE, job.size_out - o)
+                    part(x, job.x_row, matrix, job.step, words, y, job.y_row, num_rows, columns)
+                    add_adapter(job, p, start, o, y, num_rows, columns)
                     mine = next_of(address)
                 piece += 1
 
     return product
+
+
+def adder(added, is_bf16):
+    """Return what adds an adapter's part to some columns of a part's rows, right after their product."""
+
+    @njit
+    @named(is_bf16)
+    def add_adapter(job, p, start, first, y, num_rows, columns):
+        if job.t != 0:
+            e = carray(as_parts(job.experts), (job.num_parts, 3))[p, 0]
+            out_of = job.out_of + e * job.out_of_step + first * job.rank_words * WORD
+            added(job.t + start * job.t_row, job.t_row, out_of, job.rank_words, y, job.y_row, num_rows, columns)
+
+    return add_adapter
 
 
 def by_columns():
@@ -131,7 +152,8 @@ def by_columns():
 
 
 columns_fp32 = by_columns()
-rows_fp32, rows_bf16 = by_rows(is_bf16=False, has_instruction=False), by_rows(is_bf16=True, has_instruction=True)
+add_fp32, add_bf16 = adder(added_fp32, is_bf16=False), adder(added_bf16, is_bf16=True)
+rows_fp32, rows_bf16 = by_rows(False, False, add_fp32), by_rows(True, True, add_bf16)
 
 
 @njit
@@ -171,6 +193,7 @@ def product_by_columns(address):
                     panel[0, 0] = 0  # its memory lives until here
                 else:
                     columns_fp32(x, job.x_row, WORD, matrix, job.step, job.size_in, y, job.y_row, num_rows, columns)
+                add_fp32(job, p, start, q, y, num_rows, columns)
                 mine = next_of(address)
             piece += 1
 

@@ -13,7 +13,7 @@ from numba.extending import intrinsic
 LANES = 16  # of a vector
 ROWS = 8  # of a tile: with two vectors each, 16 sums that do not wait for each other
 WORD = 4  # bytes
-PRODUCT = types.void(*[types.intp] * 10)  # addresses, steps and sizes: see `tile`
+PRODUCT = [types.intp] * 10  # addresses, steps and sizes: see `tile`
 
 float_type, word_type, half_type = ir.FloatType(), ir.IntType(32), ir.IntType(16)
 floats, words, halves = (ir.VectorType(element, LANES) for element in (float_type, word_type, half_type))
@@ -95,8 +95,11 @@ def load_first(builder, address, mask, is_bf16):
     return builder.bitcast(builder.shl(builder.zext(found, words), constants(words, 16)), floats)
 
 
-def nearest_bf16(builder, numbers):
-    """The bits of the nearest bf16 numbers, ties to even."""
+def nearest_bf16(builder, numbers, has_instruction=False):
+    """The bits of the nearest bf16 numbers, ties to even; the instruction makes numbers below 2^-126 zeros."""
+    if has_instruction:
+        found = call(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", ir.VectorType(BFloatType(), LANES), numbers)
+        return builder.bitcast(found, halves)
     bits = builder.bitcast(numbers, words)
     odd = builder.and_(builder.lshr(bits, constants(words, 16)), constants(words, 1))
     nearest = builder.lshr(builder.add(builder.add(bits, constants(words, 0x7FFF)), odd), constants(words, 16))
@@ -134,10 +137,10 @@ def sums_of_vectors(builder, vectors):
     return total
 
 
-def store_first(builder, numbers, address, mask, is_bf16):
-    """Write as many numbers as the mask says; to bf16 the nearest, ties to even."""
+def store_first(builder, numbers, address, mask, is_bf16, has_instruction=False):
+    """Write as many numbers as the mask says; in bf16 the nearest: see `nearest_bf16`."""
     if is_bf16:
-        numbers = nearest_bf16(builder, numbers)
+        numbers = nearest_bf16(builder, numbers, has_instruction)
     kind = "i16" if is_bf16 else "f32"
     pointer = builder.inttoptr(address, ir.IntType(8).as_pointer())
     call(builder, f"llvm.masked.store.v{LANES}{kind}.p0", ir.VoidType(), numbers, pointer, word_type(2), mask)
@@ -149,17 +152,19 @@ def up_to(builder, count, limit):
     return [builder.select(builder.icmp_signed("<", integer(i), last), integer(i), last) for i in range(count)]
 
 
-def tile(vectors, adds, is_bf16, has_instruction, num_rows=ROWS, ahead=0):
+def tile(vectors, adds, is_bf16, has_instruction, num_rows=ROWS, ahead=0, is_scaled=False):
     """Return a function that writes, or adds, up to num_rows rows and vectors * LANES columns of a product.
 
     Steps are in bytes, sizes in words (k) and numbers. A row past the last is the last once more, with the same result.
+
+    is_scaled: the last argument, a number in fp32, multiplies all sums before they are rounded.
 
     ahead: how many rows of `right` before its use a row is asked for; 0 where `right` is in panels of full vectors,
     which are in cache. Elsewhere nothing behind the columns is read.
     """
 
     def lower(context, builder, signature, arguments):
-        left, left_row, left_k, right, right_k, size_k, out, out_row, rows_left, num_columns = arguments
+        left, left_row, left_k, right, right_k, size_k, out, out_row, rows_left, num_columns, *scale = arguments
         integer = left.type
         rows = up_to(builder, num_rows, rows_left)
         lefts = [builder.add(left, builder.mul(row, left_row)) for row in rows]
@@ -190,6 +195,8 @@ def tile(vectors, adds, is_bf16, has_instruction, num_rows=ROWS, ahead=0):
             for row in rows
         ]
         found = [[builder.load(total) for total in of_row] for of_row in sums]
+        for factor in scale:
+            found = [[builder.fmul(total, splat(builder, factor)) for total in of_row] for of_row in found]
         if adds:  # all are read before any is written: rows past the last are added once
             found = [
                 [
@@ -200,14 +207,20 @@ def tile(vectors, adds, is_bf16, has_instruction, num_rows=ROWS, ahead=0):
             ]
         for at, of_row in zip(places, found, strict=True):
             for place, mask, total in zip(at, masks, of_row, strict=True):
-                store_first(builder, total, place, mask, is_bf16)
+                store_first(builder, total, place, mask, is_bf16, has_instruction)
         return context.get_dummy_value()
 
     @intrinsic
     def run(typing_context, left, left_row, left_k, right, right_k, size_k, out, out_row, num_rows, num_columns):
-        return PRODUCT, lower
+        return types.void(*PRODUCT), lower
 
-    return run
+    @intrinsic
+    def scaled(
+        typing_context, left, left_row, left_k, right, right_k, size_k, out, out_row, num_rows, num_columns, scale
+    ):
+        return types.void(*PRODUCT, types.float32), lower
+
+    return scaled if is_scaled else run
 
 
 def dots(rows, outs, is_bf16, has_instruction):
@@ -254,7 +267,7 @@ def dots(rows, outs, is_bf16, has_instruction):
             count = 1 << min(len(vectors).bit_length() - 1, 4)
             found = sums_of_vectors(builder, vectors[:count])
             if is_bf16:
-                found = nearest_bf16(builder, found)
+                found = nearest_bf16(builder, found, has_instruction)
             for j, place in enumerate(places[:count]):
                 number = builder.extract_element(found, word_type(j * LANES // count))
                 builder.store(number, builder.inttoptr(place, number.type.as_pointer()), align=2)
