@@ -160,20 +160,6 @@ def test_the_bits_depend_on_neither_threads_nor_neighbours(monkeypatch: pytest.M
     assert torch.equal(alone, found[0]["y"][40:41])
 
 
-def test_steps_have_scratch_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread may be in a step while another is still in the one before."""
-    pytest.importorskip("numba")
-    lora, rows = draw(16, torch.float32)
-    layout, made = layout_of(), []
-    adapter = LoopedAdapter(layout, lora)
-    monkeypatch.setattr(LoopedAdapter, "_run", lambda _, *steps: made.extend(steps))
-    grads = torch.empty_like(adapter.a), torch.empty_like(adapter.b)
-    adapter.gradients(layout.blocks[0], rows["x"], rows["dy"], None, *grads)
-    scratch = [step.scratch for step in made if step.is_gradient]
-    assert len(made) == 4
-    assert len(set(scratch)) == len(scratch) == 2
-
-
 @pytest.mark.parametrize(
     ("dtype", "rank", "rows_each", "policy", "loops", "processor", "runs"),
     [

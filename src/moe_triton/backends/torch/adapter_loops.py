@@ -17,7 +17,6 @@ import numpy as np
 from numba import carray, from_dtype, njit, types
 
 from moe_triton.backends.torch.loops import named, started
-from moe_triton.backends.torch.row_loops import fields as shared_fields
 from moe_triton.backends.torch.vectors import (
     LANES,
     ROWS,
@@ -30,8 +29,9 @@ from moe_triton.backends.torch.vectors import (
     value_of,
 )
 
-DONE, SLOT = 8, 16  # bytes from the start of a record to `done` and to `slot`
+DONE = 8  # bytes from the start of a record to `done`
 PIECE_ROWS, PIECE_COLUMNS = 32, 128  # that a thread takes at a time
+LINE = 64  # bytes of a cache line
 
 
 def fields(names):
@@ -39,49 +39,57 @@ def fields(names):
 
     next           the number of the first piece that no thread has taken yet
     done           pieces that are finished
-    slot           threads that have taken a part of the scratch memory
     then           the address of the step that follows, 0 for none
     is_gradient    whether the record is a Gradient
     parts          the address of num_parts times (expert, its first row, the row past its last)
     """
-    shared = ("next", "done", "slot", "then", "is_gradient", "parts", "num_parts")
+    shared = ("next", "done", "then", "is_gradient", "parts", "num_parts")
     return [(name, c_int64) for name in (*shared, *names.split())]
 
 
 class Narrow(Structure):
     """t = scale * x @ into[e] for the rows of every part, and y += t @ out_of[e].
 
-    x_words and rank_words are what is contracted; rank: the columns of t, whole vectors; columns: of y, 0 for no y.
+    into [E, x_size, rank] and out_of [E, rank, columns] have steps _e, _k and _q from one number to the next in each
+    dimension; in the last or the last but one, numbers lie one by one. t_columns: rank up to whole vectors; columns: of
+    y, 0 for no y.
     """
 
     _fields_ = [
-        *fields("x x_row x_words into into_step t t_row rank out_of out_of_step rank_words y y_row columns"),
+        *fields("x x_row x_size into into_e into_k into_q t t_row t_columns rank"),
+        *((name, c_int64) for name in ("out_of", "out_of_e", "out_of_k", "out_of_q", "y", "y_row", "columns")),
         ("scale", c_double),
     ]
 
 
 class Gradient(Structure):
-    """out[e] = narrow.T @ wide over the rows of every part, or with is_transposed wide.T @ narrow.
+    """out[e] = narrow.T @ wide over the rows of every part, or with is_transposed wide.T @ narrow."""
 
-    scratch: memory for words, scratch_step for each thread: 32 more than the columns of narrow, for the longest part.
-    """
-
-    _fields_ = fields(
-        "narrow narrow_row rank wide wide_row columns is_transposed out out_step out_row scratch scratch_step"
-    )
-
-
-class Panels(Structure):
-    """out[e, p, k, j] = word k of column p * width + j of factor[e], 0 where there is no such column.
-
-    factor [E, size_k, size_q] has steps in bytes; along one dimension its numbers lie one by one.
-    """
-
-    _fields_ = shared_fields("factor step_e step_k step_q num_experts size_k size_q width out")
+    _fields_ = fields("narrow narrow_row rank wide wide_row columns is_transposed out out_step out_row")
 
 
 as_integers = pointer_to(types.int64)
-as_narrow, as_gradient, as_panels = (pointer_to(from_dtype(np.dtype(record))) for record in (Narrow, Gradient, Panels))
+as_narrow, as_gradient = (pointer_to(from_dtype(np.dtype(record))) for record in (Narrow, Gradient))
+
+
+@njit
+def memory(words):
+    """Memory for words that begins before `first_line` of it."""
+    return np.empty(words + LINE // WORD, np.float32)
+
+
+@njit
+def first_line(memory):
+    return -(-memory.ctypes.data // LINE) * LINE
+
+
+@njit
+def transposed_panel(source, step, size_k, columns, out, width):
+    """A panel of words, [size_k, width], of columns that lie `step` bytes apart, each with its words one by one."""
+    for j in range(0, width, LANES):
+        for k in range(0, size_k, LANES):
+            source_jk, out_jk = source + j * step + k * WORD, out + (k * width + j) * WORD
+            transpose(source_jk, step, columns - j, min(LANES, size_k - k), out_jk, width * WORD)
 
 
 def loops_over(is_bf16, has_instruction):
@@ -143,32 +151,57 @@ def loops_over(is_bf16, has_instruction):
 
     @njit
     @named(is_bf16, has_instruction)
+    def panels(source, step_k, step_q, size_k, columns, out, width):
+        """Write a factor [size_k, columns] in panels of words, with zeros up to `width` in the last."""
+        words = size_k * size // WORD
+        for q in range(0, columns, width):
+            source_q, out_q = source + q * step_q, out + q * words * WORD
+            if step_k == size:
+                transposed_panel(source_q, step_q, words, min(width, columns - q), out_q, width)
+            else:
+                spread(source_q, step_k, size_k, min(width, columns - q), out_q, width)
+
+    @njit
+    @named(is_bf16, has_instruction)
     def narrow(address):
         job = carray(as_narrow(address), 1)[0]
         parts = carray(as_integers(job.parts), (job.num_parts, 3))
         mine, piece, scale = next_of(address), 0, np.float32(job.scale)
+        panel, x_words, rank_words = min(job.t_columns, 2 * LANES), job.x_size * size // WORD, job.rank * size // WORD
+        # as it lies, a factor may be one panel
+        is_panel = size == WORD and job.rank == panel and job.into_q == size and job.into_k == panel * WORD
+        packed = memory(x_words * job.t_columns + rank_words * -(-job.columns // (2 * LANES)) * 2 * LANES)
+        packed_of, into = -1, first_line(packed)
+        out_of = into + x_words * job.t_columns * WORD
         for p in range(len(parts)):
             e, start, stop = parts[p, 0], parts[p, 1], parts[p, 2]
-            into, out_of = job.into + e * job.into_step, job.out_of + e * job.out_of_step
             for i in range(start, stop, PIECE_ROWS):
                 if piece == mine:
+                    if packed_of != p:
+                        packed_of, into_e, out_of_e = p, job.into + e * job.into_e, job.out_of + e * job.out_of_e
+                        if is_panel:
+                            into = into_e
+                        else:
+                            panels(into_e, job.into_k, job.into_q, job.x_size, job.rank, into, panel)
+                        panels(out_of_e, job.out_of_k, job.out_of_q, job.rank, job.columns, out_of, 2 * LANES)
                     rows = min(PIECE_ROWS, stop - i)
                     x, t, y = job.x + i * job.x_row, job.t + i * job.t_row, job.y + i * job.y_row
-                    product(x, job.x_row, WORD, into, job.x_words, t, job.t_row, rows, job.rank, scale)
-                    added(t, job.t_row, out_of, job.rank_words, y, job.y_row, rows, job.columns)
+                    product(x, job.x_row, WORD, into, x_words, t, job.t_row, rows, job.t_columns, scale)
+                    added(t, job.t_row, out_of, rank_words, y, job.y_row, rows, job.columns)
                     next_of(address + DONE)
                     mine = next_of(address)
                 piece += 1
+        packed[0] = 0  # its memory lives until here
         while job.then != 0 and value_of(address + DONE) < piece:
             pass
         return job.then
 
     @njit
     @named(is_bf16, has_instruction)
-    def gradient_of(job, e, start, rows, begin, scratch):
+    def gradient_of(job, e, start, rows, begin, narrows):
         """The gradient of PIECE_COLUMNS columns from `begin` on, or as many as there are, of a part."""
         rank, width, size_k = job.narrow_row // size, 2 * LANES, -(-rows // per_word)
-        panel, narrows = min(rank, width), scratch
+        panel = min(rank, width)
         panel_step, wides, one = size_k * panel * WORD, narrows + size_k * rank * WORD, np.float32(1)
         for i in range(0, rank, panel):
             source = job.narrow + start * job.narrow_row + i * size
@@ -190,62 +223,29 @@ def loops_over(is_bf16, has_instruction):
     def gradient(address):
         job = carray(as_gradient(address), 1)[0]
         parts = carray(as_integers(job.parts), (job.num_parts, 3))
-        scratch = job.scratch + next_of(address + SLOT) * job.scratch_step
+        longest = 0
+        for p in range(len(parts)):
+            longest = max(longest, parts[p, 2] - parts[p, 1])
+        packed = memory(-(-longest // per_word) * (job.narrow_row // size + 2 * LANES))
         mine, piece = next_of(address), 0
         for p in range(len(parts)):
             e, start, stop = parts[p, 0], parts[p, 1], parts[p, 2]
             for begin in range(0, job.columns, PIECE_COLUMNS):
                 if piece == mine:
-                    gradient_of(job, e, start, stop - start, begin, scratch)
+                    gradient_of(job, e, start, stop - start, begin, first_line(packed))
                     mine = next_of(address)
                 piece += 1
+        packed[0] = 0  # its memory lives until here
         return job.then
 
-    return narrow, gradient, spread, added
+    return narrow, gradient, panels, added
 
 
 # Functions of the address of a step, which take this and all that follow. Several threads may run one at once, and
 # share the work. What they call are globals: numba would not find again on disk a function that closes over others.
-narrow_fp32, gradient_fp32, spread_fp32, added_fp32 = loops_over(is_bf16=False, has_instruction=False)
-narrow_bf16, gradient_bf16, spread_bf16, added_bf16 = loops_over(is_bf16=True, has_instruction=True)
+narrow_fp32, gradient_fp32, panels_fp32, added_fp32 = loops_over(is_bf16=False, has_instruction=False)
+narrow_bf16, gradient_bf16, panels_bf16, added_bf16 = loops_over(is_bf16=True, has_instruction=True)
 narrow_halves, gradient_halves, *_ = loops_over(is_bf16=True, has_instruction=False)
-
-
-@njit
-def transposed_panel(source, step, size_k, columns, out, width):
-    """A panel of words, [size_k, width], of columns that lie `step` bytes apart, each with its words one by one."""
-    for j in range(0, width, LANES):
-        for k in range(0, size_k, LANES):
-            source_jk, out_jk = source + j * step + k * WORD, out + (k * width + j) * WORD
-            transpose(source_jk, step, columns - j, min(LANES, size_k - k), out_jk, width * WORD)
-
-
-@njit
-def panels(job, address, is_bf16):
-    """One thread's part of a Panels."""
-    num_panels, size = -(-job.size_q // job.width), 2 if is_bf16 else 4
-    size_k = job.size_k * size // WORD
-    e = next_of(address)
-    while e < job.num_experts:
-        for p in range(num_panels):
-            out = job.out + (e * num_panels + p) * size_k * job.width * WORD
-            first, columns = p * job.width, min(job.width, job.size_q - p * job.width)
-            source = job.factor + e * job.step_e + first * job.step_q
-            if job.step_k == size:
-                transposed_panel(source, job.step_q, size_k, columns, out, job.width)
-            elif is_bf16:
-                spread_bf16(source, job.step_k, job.size_k, columns, out, job.width)
-            else:
-                spread_fp32(source, job.step_k, job.size_k, columns, out, job.width)
-        e = next_of(address)
-
-
-def panels_fp32(address):
-    panels(carray(as_panels(address), 1)[0], address, False)
-
-
-def panels_bf16(address):
-    panels(carray(as_panels(address), 1)[0], address, True)
 
 
 @njit
@@ -278,9 +278,3 @@ def adapter_loops(is_bf16, has_instruction):
     if is_bf16:
         steps = steps_bf16 if has_instruction else steps_halves
     return started(steps)
-
-
-@cache
-def panels_loop(is_bf16):
-    """Return the compiled function of a Panels' address."""
-    return started(panels_bf16 if is_bf16 else panels_fp32)

@@ -14,7 +14,6 @@ from moe_triton.backends.torch.blocks import Block, Layout
 from moe_triton.backends.torch.decoded import Decoded
 from moe_triton.backends.torch.fused import DTYPES, loops_problem, multiplies_pairs
 from moe_triton.backends.torch.looped import Added, multiply, parts_of
-from moe_triton.backends.torch.memory import empty
 from moe_triton.backends.torch.processor import this_processor
 from moe_triton.backends.torch.products import Matrices, outer_products, products
 from moe_triton.backends.torch.threads import knows_torchs_threads, on_all_threads
@@ -22,7 +21,7 @@ from moe_triton.records import ExpertCall, ExpertWeight, Lora
 
 # of an expert on average, from which the loops are ahead: they bring all experts' factors to their form
 LEAST_ROWS = 16
-LANES, WORD = 16, 4  # of a vector; bytes, as in `vectors`, which needs numba
+LANES, WORD = 16, 4  # of a vector; bytes: as in `vectors`, which needs numba
 
 
 class Adapter:
@@ -82,10 +81,10 @@ class Adapter:
 
 
 class LoopedAdapter(Adapter):
-    """The same by the loops, where t and u have whole vectors; for as long as torch keeps its number of threads.
+    """The same by the loops, where t and u have whole vectors.
 
-    Factors come to the loops' form for the first block. Steps, and the memory that they write to, are made once and
-    get only the addresses of a block: u is valid until the next block's.
+    Steps, and the memory that they write to, are made once and get only the addresses of a block: u is valid until the
+    next block's.
     """
 
     def __init__(self, layout: Layout, lora: Lora) -> None:
@@ -94,10 +93,9 @@ class LoopedAdapter(Adapter):
         super().__init__(layout, lora)
         self.Narrow, self.Gradient = loops.Narrow, loops.Gradient
         self.run = loops.adapter_loops(self.a.dtype == torch.bfloat16, multiplies_pairs(this_processor())).address
-        self.size, rank = self.a.element_size(), self.a.shape[1]
-        self.panel = LANES if rank <= LANES else 2 * LANES
-        self.rank, self.padded_rank = rank, -(-rank // self.panel) * self.panel
-        self.t_mr, self.u_mr = (self.a.new_empty(layout.most_places, self.padded_rank) for _ in range(2))
+        self.size, self.rank = self.a.element_size(), self.a.shape[1]
+        panel = LANES if self.rank <= LANES else 2 * LANES
+        self.t_mr, self.u_mr = (self.a.new_empty(layout.most_places, -(-self.rank // panel) * panel) for _ in range(2))
         self._parts: dict[int, tuple[Block, Array[c_int64]]] = {}  # by the block's id, which lives as long as these
 
     def add(self, block: Block, x_mI: Tensor, y_mO: Tensor) -> None:
@@ -110,12 +108,12 @@ class LoopedAdapter(Adapter):
     def added(self, block: Block, x_mI: Tensor) -> Added:
         """Return what `add` adds."""
         self._run(self._at(self.to_t, block, x_mI))
-        return Added(self.t_mr, self.b_T, self._parts[id(block)][1])
+        return Added(self.t_mr, self.b.mT, self._parts[id(block)][1])
 
     def added_back(self, block: Block, dy_mO: Tensor) -> Added:
         """Return what `add_back` adds: u and a."""
         self._run(self._at(self.to_u, block, dy_mO))
-        return Added(self.u_mr, self.a_back, self._parts[id(block)][1])
+        return Added(self.u_mr, self.a, self._parts[id(block)][1])
 
     def gradients(
         self,
@@ -136,40 +134,24 @@ class LoopedAdapter(Adapter):
         self._run(*steps)
 
     @cached_property
-    def a_T(self) -> Tensor:
-        return in_panels(self.a.mT, self.panel)
-
-    @cached_property
-    def b_T(self) -> Tensor:
-        return in_panels(self.b.mT, 2 * LANES)
-
-    @cached_property
-    def a_back(self) -> Tensor:
-        return in_panels(self.a, 2 * LANES)
-
-    @cached_property
-    def b_back(self) -> Tensor:
-        return in_panels(self.b, self.panel)
-
-    @cached_property
     def to_t(self) -> Any:
         """The step that makes t."""
-        return self._narrow(self.a_T, self.t_mr)
+        return self._narrow(self.a.mT, self.t_mr)
 
     @cached_property
     def to_u(self) -> Any:
         """The step that makes u."""
-        return self._narrow(self.b_back, self.u_mr)
+        return self._narrow(self.b, self.u_mr)
 
     @cached_property
     def through_t(self) -> Any:
         """The step that makes t, and adds t @ b.T to y."""
-        return self._narrow(self.a_T, self.t_mr, self.b_T, self.b.shape[1])
+        return self._narrow(self.a.mT, self.t_mr, self.b.mT)
 
     @cached_property
     def through_u(self) -> Any:
         """The step that makes u, and adds u @ a to dx."""
-        return self._narrow(self.b_back, self.u_mr, self.a_back, self.a.shape[2])
+        return self._narrow(self.b, self.u_mr, self.a)
 
     @cached_property
     def gradient_a(self) -> Any:
@@ -181,28 +163,24 @@ class LoopedAdapter(Adapter):
         """The step that writes dy.T @ t."""
         return self._gradient(self.t_mr, self.b.shape[1], is_transposed=True)
 
-    def _narrow(self, into: Tensor, t_mr: Tensor, out_of: Tensor | None = None, columns: int = 0) -> Any:
-        """The step that makes t of x @ into[e] and adds t @ out_of[e] to so many columns of y, without a block."""
+    def _narrow(self, into: Tensor, t_mr: Tensor, out_of: Tensor | None = None) -> Any:
+        """The step that makes t of x @ into[e] and adds t @ out_of[e] to y, without a block."""
         step = self.Narrow(
-            x_words=into.shape[2], into=into.data_ptr(), into_step=into.stride(0) * WORD,
-            t=t_mr.data_ptr(), t_row=self.padded_rank * self.size, rank=self.padded_rank, scale=self.scaling,
+            x_size=into.shape[1], into=into.data_ptr(), t=t_mr.data_ptr(), t_row=t_mr.shape[1] * self.size,
+            t_columns=t_mr.shape[1], rank=self.rank, scale=self.scaling,
         )  # fmt: skip
+        step.into_e, step.into_k, step.into_q = (stride * self.size for stride in into.stride())
         if out_of is not None:
-            step.out_of, step.out_of_step, step.rank_words = out_of.data_ptr(), out_of.stride(0) * WORD, out_of.shape[2]
-            step.columns = columns
+            step.out_of, step.columns = out_of.data_ptr(), out_of.shape[2]
+            step.out_of_e, step.out_of_k, step.out_of_q = (stride * self.size for stride in out_of.stride())
         return step
 
     def _gradient(self, t_mr: Tensor, columns: int, *, is_transposed: bool = False) -> Any:
         """The step that writes t.T @ x of so many columns to grad[e], or its transpose, without a block."""
-        longest = max(part.stop - part.start for block in self.layout.blocks for _, part in block.parts)
-        step = self.Gradient(
+        return self.Gradient(
             is_gradient=1, is_transposed=is_transposed, columns=columns,
-            narrow=t_mr.data_ptr(), narrow_row=self.padded_rank * self.size, rank=self.rank,
+            narrow=t_mr.data_ptr(), narrow_row=t_mr.shape[1] * self.size, rank=self.rank,
         )  # fmt: skip
-        # of this step alone: a thread may be in the next one while another is still in this
-        step.kept = t_mr.new_empty(torch.get_num_threads(), (longest + 1) * (self.padded_rank + 2 * LANES))
-        step.scratch, step.scratch_step = step.kept.data_ptr(), step.kept.stride(0) * self.size
-        return step
 
     def _at(self, step: Any, block: Block, x_mI: Tensor, y_mO: Tensor | None = None) -> Any:
         """A Narrow step for this block."""
@@ -222,7 +200,7 @@ class LoopedAdapter(Adapter):
         if found is None:
             found = self._parts[id(block)] = block, parts_of(block)
         step.parts, step.num_parts = addressof(found[1]), len(block.parts)
-        step.next = step.done = step.slot = step.then = 0
+        step.next = step.done = step.then = 0
         return step
 
     def _run(self, *steps: Any) -> None:
@@ -230,24 +208,6 @@ class LoopedAdapter(Adapter):
             step.then = addressof(following)
         if steps:
             on_all_threads(self.run, addressof(steps[0]))
-
-
-def in_panels(factor_EKQ: Tensor, width: int) -> Tensor:
-    """A factor in words as the loops multiply by it, [E, Q / width, words of K, width], with zeros up to `width`."""
-    from moe_triton.backends.torch.adapter_loops import Panels, panels_loop
-
-    num_experts, size_k, size_q = factor_EKQ.shape
-    size = factor_EKQ.element_size()
-    if size == WORD and size_q == width and factor_EKQ.is_contiguous():
-        return factor_EKQ.unsqueeze(1)
-    step_e, step_k, step_q = (step * size for step in factor_EKQ.stride())
-    out = empty((num_experts, -(-size_q // width), size_k * size // WORD, width), torch.float32)
-    job = Panels(
-        factor=factor_EKQ.data_ptr(), step_e=step_e, step_k=step_k, step_q=step_q,
-        num_experts=num_experts, size_k=size_k, size_q=size_q, width=width, out=out.data_ptr(),
-    )  # fmt: skip
-    on_all_threads(panels_loop(size == 2).address, addressof(job))
-    return out
 
 
 Adapters = tuple[Adapter | None, Adapter | None]  # of gate and up, and of down

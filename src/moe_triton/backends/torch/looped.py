@@ -36,9 +36,8 @@ def _reads(matrix_OI: Tensor, dtype: torch.dtype) -> bool:
 
 
 class Added(NamedTuple):
-    """What an adapter adds to a product: t @ factor[e], t [m, columns] with zeros up to whole vectors.
+    """What an adapter adds to a product: t @ factor[e], for t [m, columns] and factor [E, rank, O].
 
-    factor   in panels: see `adapters.in_panels`
     parts    of the block, by experts
     """
 
@@ -69,8 +68,8 @@ def multiply(
     )  # fmt: skip
     if added is not None:
         job.t, job.t_row, job.experts = added.t_mr.data_ptr(), added.t_mr.stride(0) * size, addressof(added.parts)
-        job.out_of, job.out_of_step = added.factor.data_ptr(), added.factor.stride(0) * WORD
-        job.rank_words = added.factor.shape[2]
+        job.out_of, job.rank = added.factor.data_ptr(), added.factor.shape[1]
+        job.out_of_e, job.out_of_k, job.out_of_q = (step * size for step in added.factor.stride())
     on_all_threads(product_loop(x_mI.dtype == torch.bfloat16, step_i == 1).address, addressof(job))
     if biases is not None:
         for e, part in block.parts:

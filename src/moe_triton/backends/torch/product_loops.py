@@ -13,13 +13,20 @@ from functools import cache
 import numpy as np
 from numba import carray, from_dtype, njit, types
 
-from moe_triton.backends.torch.adapter_loops import added_bf16, added_fp32
+from moe_triton.backends.torch.adapter_loops import (
+    added_bf16,
+    added_fp32,
+    first_line,
+    memory,
+    panels_bf16,
+    panels_fp32,
+)
 from moe_triton.backends.torch.loops import named, started
 from moe_triton.backends.torch.row_loops import fields
 from moe_triton.backends.torch.vectors import LANES, WORD, dots, next_of, pointer_to, tile
 
-# columns of a result that a thread takes at a time, of matrices in rows and in columns: whole panels of an adapter's
-PIECE, COLUMNS = 96, 128
+PIECE, COLUMNS = 96, 128  # columns of a result that a thread takes at a time, of matrices in rows and in columns
+PANEL = 2 * LANES  # columns of an adapter's factor that are added at a time
 MANY_ROWS = 64  # from which a copy of columns pays: rows that are 2^n bytes apart share few places of a cache
 IN_CACHE = 1 << 15  # numbers of the rows that are read for every few rows of a gradient
 AHEAD = 16  # rows from the one that is read to the one that is asked for
@@ -30,12 +37,12 @@ class Product(Structure):
 
     parts    the address of num_parts times (address of an expert's matrix, its first row, the row past its last)
     step     from one row of a matrix [size_out, size_in] to the next; or from one column, where these are dense
-    t        of an adapter, 0 for none; out_of and rank_words as in `adapter_loops.Narrow`
+    t        of an adapter, 0 for none; rank and out_of as in `adapter_loops.Narrow`
     experts  the address of num_parts times (expert, .., ..), where there is a t
     """
 
     _fields_ = fields(
-        "x x_row step y y_row size_in size_out parts num_parts t t_row out_of out_of_step rank_words experts"
+        "x x_row step y y_row size_in size_out parts num_parts experts t t_row rank out_of out_of_e out_of_k out_of_q"
     )
 
 
@@ -102,16 +109,21 @@ def by_rows(is_bf16, has_instruction, add_adapter):
     return product
 
 
-def adder(added, is_bf16):
+def adder(panels, added, is_bf16):
     """Return what adds an adapter's part to some columns of a part's rows, right after their product."""
+    size = 2 if is_bf16 else 4
 
     @njit
     @named(is_bf16)
     def add_adapter(job, p, start, first, y, num_rows, columns):
         if job.t != 0:
-            e = carray(as_parts(job.experts), (job.num_parts, 3))[p, 0]
-            out_of = job.out_of + e * job.out_of_step + first * job.rank_words * WORD
-            added(job.t + start * job.t_row, job.t_row, out_of, job.rank_words, y, job.y_row, num_rows, columns)
+            words = job.rank * size // WORD
+            packed = memory(words * -(-columns // PANEL) * PANEL)
+            e, right = carray(as_parts(job.experts), (job.num_parts, 3))[p, 0], first_line(packed)
+            source = job.out_of + e * job.out_of_e + first * job.out_of_q
+            panels(source, job.out_of_k, job.out_of_q, job.rank, columns, right, PANEL)
+            added(job.t + start * job.t_row, job.t_row, right, words, y, job.y_row, num_rows, columns)
+            packed[0] = 0  # its memory lives until here
 
     return add_adapter
 
@@ -152,7 +164,7 @@ def by_columns():
 
 
 columns_fp32 = by_columns()
-add_fp32, add_bf16 = adder(added_fp32, is_bf16=False), adder(added_bf16, is_bf16=True)
+add_fp32, add_bf16 = adder(panels_fp32, added_fp32, False), adder(panels_bf16, added_bf16, True)
 rows_fp32, rows_bf16 = by_rows(False, False, add_fp32), by_rows(True, True, add_bf16)
 
 
