@@ -22,6 +22,7 @@ from moe_triton.backends.torch.vectors import (
     ROWS,
     WORD,
     next_of,
+    pause,
     pointer_to,
     spread_row,
     tile,
@@ -193,7 +194,7 @@ def loops_over(is_bf16, has_instruction):
                 piece += 1
         packed[0] = 0  # its memory lives until here
         while job.then != 0 and value_of(address + DONE) < piece:
-            pass
+            pause()
         return job.then
 
     @njit

@@ -106,14 +106,16 @@ class LoopedAdapter(Adapter):
         return self.u_mr
 
     def added(self, block: Block, x_mI: Tensor) -> Added:
-        """Return what `add` adds."""
-        self._run(self._at(self.to_t, block, x_mI))
-        return Added(self.t_mr, self.b.mT, self._parts[id(block)][1])
+        """Return what `add` adds, for the loop of a product that comes first."""
+        return self._added(self._at(self.to_t, block, x_mI), self.t_mr, self.b.mT)
 
     def added_back(self, block: Block, dy_mO: Tensor) -> Added:
-        """Return what `add_back` adds: u and a."""
-        self._run(self._at(self.to_u, block, dy_mO))
-        return Added(self.u_mr, self.a, self._parts[id(block)][1])
+        """Return what `add_back` adds, as above: of u and a."""
+        return self._added(self._at(self.to_u, block, dy_mO), self.u_mr, self.a)
+
+    def _added(self, step: Any, t_mr: Tensor, factor: Tensor) -> Added:
+        step.then = addressof(step)  # the product follows, which waits for the whole t
+        return Added(step, t_mr, factor)
 
     def gradients(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from ctypes import Array, addressof, c_int64
+from ctypes import Array, Structure, addressof, c_int64
 from typing import NamedTuple
 
 import torch
@@ -38,12 +38,12 @@ def _reads(matrix_OI: Tensor, dtype: torch.dtype) -> bool:
 class Added(NamedTuple):
     """What an adapter adds to a product: t @ factor[e], for t [m, columns] and factor [E, rank, O].
 
-    parts    of the block, by experts
+    narrow   the `adapter_loops.Narrow` that makes t for the block, with a step that follows
     """
 
+    narrow: Structure
     t_mr: Tensor
     factor: Tensor
-    parts: Array[c_int64]
 
 
 def multiply(
@@ -67,7 +67,8 @@ def multiply(
         parts=addressof(parts), num_parts=len(block.parts),
     )  # fmt: skip
     if added is not None:
-        job.t, job.t_row, job.experts = added.t_mr.data_ptr(), added.t_mr.stride(0) * size, addressof(added.parts)
+        job.narrow, job.experts = addressof(added.narrow), added.narrow.parts
+        job.t, job.t_row = added.t_mr.data_ptr(), added.t_mr.stride(0) * size
         job.out_of, job.rank = added.factor.data_ptr(), added.factor.shape[1]
         job.out_of_e, job.out_of_k, job.out_of_q = (step * size for step in added.factor.stride())
     on_all_threads(product_loop(x_mI.dtype == torch.bfloat16, step_i == 1).address, addressof(job))

@@ -18,6 +18,8 @@ from moe_triton.backends.torch.adapter_loops import (
     added_fp32,
     first_line,
     memory,
+    narrow_bf16,
+    narrow_fp32,
     panels_bf16,
     panels_fp32,
 )
@@ -37,12 +39,14 @@ class Product(Structure):
 
     parts    the address of num_parts times (address of an expert's matrix, its first row, the row past its last)
     step     from one row of a matrix [size_out, size_in] to the next; or from one column, where these are dense
-    t        of an adapter, 0 for none; rank and out_of as in `adapter_loops.Narrow`
-    experts  the address of num_parts times (expert, .., ..), where there is a t
+    narrow   the address of the `adapter_loops.Narrow` that makes t, with a step that follows, 0 for none
+    t        of an adapter; rank and out_of as in that record
+    experts  the address of num_parts times (expert, .., ..), where there is one
     """
 
     _fields_ = fields(
-        "x x_row step y y_row size_in size_out parts num_parts experts t t_row rank out_of out_of_e out_of_k out_of_q"
+        "x x_row step y y_row size_in size_out parts num_parts "
+        "experts narrow t t_row rank out_of out_of_e out_of_k out_of_q"
     )
 
 
@@ -116,7 +120,7 @@ def adder(panels, added, is_bf16):
     @njit
     @named(is_bf16)
     def add_adapter(job, p, start, first, y, num_rows, columns):
-        if job.t != 0:
+        if job.narrow != 0:
             words = job.rank * size // WORD
             packed = memory(words * -(-columns // PANEL) * PANEL)
             e, right = carray(as_parts(job.experts), (job.num_parts, 3))[p, 0], first_line(packed)
@@ -181,15 +185,23 @@ def copied(source, step, num_rows, columns):
 
 # Functions of a record's address. What they call are globals: see `adapter_loops`.
 def product_fp32(address):
+    job = carray(as_product(address), 1)[0]
+    if job.narrow != 0:
+        narrow_fp32(job.narrow)
     rows_fp32(address)
 
 
 def product_bf16(address):
+    job = carray(as_product(address), 1)[0]
+    if job.narrow != 0:
+        narrow_bf16(job.narrow)
     rows_bf16(address)
 
 
 def product_by_columns(address):
     job = carray(as_product(address), 1)[0]
+    if job.narrow != 0:
+        narrow_fp32(job.narrow)
     parts = carray(as_parts(job.parts), (job.num_parts, 3))
     mine, piece = next_of(address), 0
     for p in range(len(parts)):

@@ -376,6 +376,17 @@ def value_of(typing_context, address):
 
 
 @intrinsic
+def pause(typing_context):
+    """Let a thread on the same core go first, in a loop that waits."""
+
+    def lower(context, builder, signature, arguments):
+        call(builder, "llvm.x86.sse2.pause", ir.VoidType())
+        return context.get_dummy_value()
+
+    return types.none(), lower
+
+
+@intrinsic
 def prefetch(typing_context, address):
     """Ask for the cache line at an address, which may be any."""
 
