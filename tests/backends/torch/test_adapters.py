@@ -12,6 +12,7 @@ from moe_triton.backends.torch.adapters import Adapter, LoopedAdapter, affine, a
 from moe_triton.backends.torch.blocks import Block, Layout
 from moe_triton.backends.torch.cpu import CpuPolicy, invariant_policy
 from moe_triton.backends.torch.fused import multiplies_pairs
+from moe_triton.backends.torch.looped import multiply
 from moe_triton.backends.torch.processor import this_processor
 from tests.helpers.compare import TOLERANCE, assert_close
 
@@ -110,6 +111,10 @@ def test_beside_a_product(dtype: torch.dtype, is_looped: bool, has_bias: bool) -
     into = torch.full_like(rows["y"], torch.nan)
     found = affine(layout, block, rows["x"], lambda e: weight[e], biases, adapter, into)
     assert found.data_ptr() == into.data_ptr() or not is_looped
+    if is_looped and biases is None:
+        after = multiply(block, rows["x"], lambda e: weight[e])
+        adapter.add(block, rows["x"], after)
+        assert torch.equal(into, after)
     # in bf16 the loops read matrices in rows only
     back = weight.mT if dtype == torch.float32 else weight.mT.contiguous()
     found_dx, u = affine_back(layout, block, rows["dy"], lambda e: back[e], adapter)
