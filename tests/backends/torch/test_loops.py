@@ -238,3 +238,30 @@ print(loops_in_words())
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("none (numba cannot be imported")
     assert "pip install moe-triton[cpu]" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["rounded", "quickly_rounded"])
+def test_rounding_to_bf16(name: str) -> None:
+    """The nearest number, ties to even; quickly, subnormal numbers may become 0."""
+    from moe_triton.backends.torch import loops
+
+    rounded, small = getattr(loops, name), 2.0**-126
+
+    @numba.njit
+    def round_all(numbers: Any, out: Any) -> None:
+        for i in range(len(numbers)):
+            out[i] = rounded(numbers[i])
+
+    bits = torch.randint(-(1 << 31), 1 << 31, (100_003,)).int()
+    bits[:1000] = (bits[:1000] & ~0xFFFF) | 0x8000  # halfway between two
+    numbers = torch.cat([bits.view(torch.float32), torch.tensor([0.0, -0.0, torch.inf, small, small / 3])])
+    found = torch.empty(len(numbers), dtype=torch.bfloat16)
+    round_all(numbers.numpy(), found.view(torch.uint16).numpy())
+    expected = numbers.bfloat16()
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert expected.isnan().any()
+    is_zero = (name == "quickly_rounded") & (numbers.abs() < small) & (found == 0)
+    assert torch.equal(
+        found.nan_to_num(0)[~is_zero].view(torch.int16), expected.nan_to_num(0)[~is_zero].view(torch.int16)
+    )
+    assert is_zero.sum() < 0.01 * len(numbers)

@@ -18,7 +18,7 @@ from moe_triton.backends.torch.loops import (
     float_of_bits,
     i32,
     named,
-    rounded,
+    quickly_rounded,
     started,
     u16,
     u32,
@@ -123,7 +123,7 @@ def activation_loops(is_bf16, is_concatenated):
     @register_jitable
     @named(is_bf16, is_concatenated)
     def stored(number):
-        return rounded(number) if is_bf16 else number
+        return quickly_rounded(number) if is_bf16 else number
 
     if is_concatenated:
 
@@ -139,7 +139,7 @@ def activation_loops(is_bf16, is_concatenated):
     else:
         word, narrow = (u32, u16) if is_bf16 else (np.uint64, u32)
         half, mask = word(16 if is_bf16 else 32), word(0xFFFF if is_bf16 else 0xFFFFFFFF)
-        of_bits, bits_of = (widened, rounded) if is_bf16 else (float_of_bits, bits_of_float)
+        of_bits, bits_of = (widened, quickly_rounded) if is_bf16 else (float_of_bits, bits_of_float)
 
         @register_jitable
         @named(is_bf16, is_concatenated)

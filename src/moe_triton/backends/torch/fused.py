@@ -50,15 +50,12 @@ def runs_on_threads(dtype: torch.dtype) -> bool:
 
 
 def multiplies_pairs(processor: Processor) -> bool:
-    """Return whether loops may use the instruction of a processor that multiplies pairs of bf16.
-
-    Where numba is told to compile for another one (NUMBA_CPU_NAME, NUMBA_CPU_FEATURES), they may not.
-    """
+    """Return whether loops may use the instruction of a processor that multiplies pairs of bf16."""
     if loops_problem() is not None or not processor.has("avx512_bf16"):
         return False
-    from numba import config
+    from moe_triton.backends.torch.loops import compiles_for_another
 
-    return not (config.CPU_NAME or config.CPU_FEATURES)
+    return not compiles_for_another()
 
 
 def loops_in_words() -> str:

@@ -14,14 +14,24 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import cfunc, njit, types
+from numba import cfunc, config, njit, types
 from numba.extending import intrinsic, register_jitable
 
+from moe_triton.backends.torch.processor import this_processor
+from moe_triton.backends.torch.vectors import BFloatType
 from moe_triton.quantization.formats import FORMATS
 
 f32, i32, u16, u32 = np.float32, np.int32, np.uint16, np.uint32
 FUSED = {"contract"}  # lets a product and a sum become one instruction
 SUMS = {"reassoc", "contract", "nsz"}  # lets a sum be cut into as many partial ones as a vector has lanes
+
+
+def compiles_for_another() -> bool:
+    """Return whether numba is told to compile for another processor (NUMBA_CPU_NAME, NUMBA_CPU_FEATURES)."""
+    return bool(config.CPU_NAME or config.CPU_FEATURES)
+
+
+HAS_BF16 = this_processor().has("avx512_bf16") and not compiles_for_another()
 
 
 def compiled(function, **options):
@@ -113,12 +123,30 @@ def widened(bits):
     return float_of_bits(u32(u32(bits) << u32(16)))
 
 
+@intrinsic
+def truncated(typing_context, number):
+    """`rounded` by AVX512-BF16, of which LLVM makes one instruction for a whole vector. Subnormal numbers become 0."""
+
+    def lower(context, builder, signature, arguments):
+        return builder.bitcast(builder.fptrunc(arguments[0], BFloatType()), ir.IntType(16))
+
+    return types.uint16(types.float32), lower
+
+
 @register_jitable
 def rounded(number):
     """The bits of the nearest bf16 number, ties to even."""
     bits = bits_of_float(number)
     nearest = (bits + u32(0x7FFF) + ((bits >> u32(16)) & u32(1))) >> u32(16)
     return u16(nearest) if number == number else u16(0x7FC0)
+
+
+@register_jitable
+def quickly_rounded(number):
+    """As `rounded`; a subnormal number may become 0."""
+    if HAS_BF16:
+        return truncated(number)
+    return rounded(number)
 
 
 # Codes: the number of code k of a word, divided by the format's unit --------------------------------------------------

@@ -14,7 +14,7 @@ import numpy as np
 from numba import carray, from_dtype, types
 from numba.extending import register_jitable
 
-from moe_triton.backends.torch.loops import f32, named, rounded, started, widened
+from moe_triton.backends.torch.loops import f32, named, quickly_rounded, started, widened
 from moe_triton.backends.torch.vectors import next_of, pointer_to, prefetch
 
 GATHERED, COMBINED = 64, 16  # rows of a piece
@@ -102,7 +102,7 @@ def combine_loop(is_bf16):
     @register_jitable
     @named(is_bf16)
     def stored(number):
-        return rounded(number) if is_bf16 else number
+        return quickly_rounded(number) if is_bf16 else number
 
     @register_jitable
     @named(is_bf16)
