@@ -27,7 +27,11 @@ POINTS = 60  # of a curve
 SIZES = {
     "hidden_size": 128, "intermediate_size": 128, "num_heads": 4, "num_experts": 8, "batch_size": 16, "lr": 8e-3,
 }  # fmt: skip
-NAMES = {("float32", False): "fp32", ("bfloat16", False): "bf16", ("bfloat16", True): "fp8"}  # by dtype and `fp8`
+NAMES = {  # by dtype, `fp8` and backend
+    ("bfloat16", False, "auto"): "bf16", ("bfloat16", True, "auto"): "fp8",
+    ("bfloat16", False, "reference"): "bf16 by other sums", ("float32", False, "auto"): "fp32",
+}  # fmt: skip
+FURTHER = (3, 4, 5)  # seeds of bf16 and fp8 alone
 COLORS = {"fp32": "#8a8a8a", "bf16": "#1f6f8b", "fp8": "#c8553d"}
 Runs = dict[str, dict[int, dict[str, Any]]]  # by name and seed
 
@@ -35,7 +39,7 @@ Runs = dict[str, dict[int, dict[str, Any]]]  # by name and seed
 def runs_of(results: dict[str, Any]) -> Runs:
     found: Runs = {}
     for run in results["runs"]:
-        found.setdefault(NAMES[run["dtype"], run["fp8"]], {})[run["seed"]] = run
+        found.setdefault(NAMES[run["dtype"], run["fp8"], run.get("backend", "auto")], {})[run["seed"]] = run
     return found
 
 
@@ -117,7 +121,9 @@ def main() -> None:
     options = parser.parse_args()
     if not options.report:
         options.out.mkdir(parents=True, exist_ok=True)
-        jobs = [("moe", {"seed": seed, "dtype": dtype, "fp8": fp8}) for seed in SEEDS for dtype, fp8 in NAMES]
+        kinds = [(seed, kind) for seed in SEEDS for kind in NAMES]
+        kinds += [(seed, kind) for seed in FURTHER for kind in list(NAMES)[:2]]
+        jobs = [("moe", {"seed": seed, **dict(zip(("dtype", "fp8", "backend"), kind, strict=True))}) for seed, kind in kinds]
         common: dict[str, Any] = {"steps": options.steps, **SIZES}
         run_all(options.out / "curves.json", jobs, "held_out", workers=options.jobs, points=POINTS, **common)
     report(options.out)
