@@ -123,7 +123,9 @@ def main() -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         kinds = [(seed, kind) for seed in SEEDS for kind in NAMES]
         kinds += [(seed, kind) for seed in FURTHER for kind in list(NAMES)[:2]]
-        jobs = [("moe", {"seed": seed, **dict(zip(("dtype", "fp8", "backend"), kind, strict=True))}) for seed, kind in kinds]
+        jobs = [
+            ("moe", {"seed": seed, **dict(zip(("dtype", "fp8", "backend"), kind, strict=True))}) for seed, kind in kinds
+        ]
         common: dict[str, Any] = {"steps": options.steps, **SIZES}
         run_all(options.out / "curves.json", jobs, "held_out", workers=options.jobs, points=POINTS, **common)
     report(options.out)
