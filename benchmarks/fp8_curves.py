@@ -1,19 +1,22 @@
-"""The language model of `moe-triton train` in fp32, in bf16, and with its experts in fp8, three seeds each.
+"""The language model of `moe-triton train` in bf16, with its experts in fp8, and how far other rounding leads.
 
     python benchmarks/fp8_curves.py            # all runs
     python benchmarks/fp8_curves.py --report   # the table and the chart of what is there
 
 Writes curves.json run by run, and goes on from there when it is started again; then curves.png, and prints the table
 that benchmarks/tables.py puts into docs/few_bits.md. The runs of a seed have the same first weights and the same
-batches; where the experts are in fp8, all else is in bf16. Those in fp32 show what other rounding does by itself.
+batches, and fp32 for all that is kept (parameters, AdamW's moments) and for the router, norms and loss. In bf16 and
+fp8 everything else is the same but for the experts' products. Runs in bf16 by the reference, whose sums have another
+order, and in fp32 show what other rounding does by itself; further seeds of bf16 and fp8, how far three can be trusted.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 from training_sweep import SEEDS, run_all
@@ -27,39 +30,53 @@ POINTS = 60  # of a curve
 SIZES = {
     "hidden_size": 128, "intermediate_size": 128, "num_heads": 4, "num_experts": 8, "batch_size": 16, "lr": 8e-3,
 }  # fmt: skip
-NAMES = {("float32", False): "fp32", ("bfloat16", False): "bf16", ("bfloat16", True): "fp8"}  # by dtype and `fp8`
-COLORS = {"fp32": "#8a8a8a", "bf16": "#1f6f8b", "fp8": "#c8553d"}
+NAMES = {  # by dtype, `fp8` and backend
+    ("bfloat16", False, "auto"): "bf16", ("bfloat16", True, "auto"): "fp8",
+    ("bfloat16", False, "reference"): "bf16 by other sums", ("float32", False, "auto"): "fp32",
+}  # fmt: skip
+FURTHER = (3, 4, 5)  # seeds of bf16 and fp8 alone
+COLORS = {"fp32": "#8a8a8a", "bf16": "#1f6f8b", "fp8": "#c8553d", "bf16 by other sums": "#8a6bb1"}
 Runs = dict[str, dict[int, dict[str, Any]]]  # by name and seed
 
 
 def runs_of(results: dict[str, Any]) -> Runs:
     found: Runs = {}
     for run in results["runs"]:
-        found.setdefault(NAMES[run["dtype"], run["fp8"]], {})[run["seed"]] = run
+        found.setdefault(NAMES[run["dtype"], run["fp8"], run.get("backend", "auto")], {})[run["seed"]] = run
     return found
+
+
+def differences(losses: dict[int, float], bases: dict[int, float], seeds: Sequence[int]) -> str:
+    """The mean loss over seeds, and beside it how far from the mean of the others, with its standard error."""
+    percent = [100 * (losses[seed] / bases[seed] - 1) for seed in seeds]
+    middle = mean(losses[seed] for seed in seeds)
+    distance = 100 * (middle / mean(bases[seed] for seed in seeds) - 1)
+    return f"{middle:.4f} ({distance:+.2f}% ± {stdev(percent) / len(percent) ** 0.5:.2f}%)"
 
 
 def table(results: dict[str, Any]) -> str:
     """Markdown: the held-out losses of every seed and their means, and the differences to bf16 in percent."""
     runs, config = runs_of(results), results["config"]
-    lines = ["| seed | bf16, held-out loss in nats per byte | experts in fp8 | all in fp32 |", "|---|--:|--:|--:|"]
-    order = ("bf16", "fp8", "fp32")
-    losses = {name: {seed: run["held_out_loss"] for seed, run in runs[name].items()} for name in order}
-    seeds: list[Any] = sorted(losses["bf16"])
-    if all(sorted(of_seeds) == seeds for of_seeds in losses.values()):
-        seeds.append("mean")
-        for of_seeds in losses.values():
-            of_seeds["mean"] = mean(of_seeds.values())
-    for seed in seeds:
-        base, *others = (losses[name].get(seed) for name in order)
-        cells = ["-" if loss is None else f"{loss:.4f} ({loss / base - 1:+.2%})" for loss in others]
-        lines.append(f"| {seed} | {base:.4f} | {' | '.join(cells)} |")
+    titles = ("bf16, held-out loss in nats per byte", "experts in fp8", "bf16 by other sums", "all in fp32")
+    lines = [f"| seed | {' | '.join(titles)} |", "|---|--:|--:|--:|--:|"]
+    base, *others = (
+        {seed: run["held_out_loss"] for seed, run in runs.get(name, {}).items()} for name in NAMES.values()
+    )
+    for seed in sorted(base):
+        cells = [f"{of[seed]:.4f} ({of[seed] / base[seed] - 1:+.2%})" if seed in of else "-" for of in others]
+        lines.append(f"| {seed} | {base[seed]:.4f} | {' | '.join(cells)} |")
+    for seeds in (SEEDS, (*SEEDS, *FURTHER)):
+        cells = [differences(of, base, seeds) if {*seeds} <= {*of} & {*base} else "-" for of in others]
+        if any(cell != "-" for cell in cells):
+            about = f"mean of {seeds[0]} to {seeds[-1]}"
+            lines.append(f"| {about} | {mean(base[seed] for seed in seeds):.4f} | {' | '.join(cells)} |")
     lines += [
         "",
         f"{config['steps']} steps of {config['batch_size']} sequences of {config['seq_len']} bytes;"
         f" {config['num_layers']} layers, d = {config['hidden_size']}, n = {config['intermediate_size']},"
         f" {config['num_experts']} experts, {config['top_k']} per token,"
         f" {results['runs'][0]['parameters']:,} parameters.",
+        "±: the standard error of a mean, by the differences of its seeds.",
         f"{results['processor']} ({results['machine']}), torch {results['versions']['torch']}; fp8 is emulated there.",
     ]
     return "\n".join(lines)
@@ -117,7 +134,11 @@ def main() -> None:
     options = parser.parse_args()
     if not options.report:
         options.out.mkdir(parents=True, exist_ok=True)
-        jobs = [("moe", {"seed": seed, "dtype": dtype, "fp8": fp8}) for seed in SEEDS for dtype, fp8 in NAMES]
+        kinds = [(seed, kind) for seed in SEEDS for kind in NAMES]
+        kinds += [(seed, kind) for seed in FURTHER for kind in list(NAMES)[:2]]
+        jobs = [
+            ("moe", {"seed": seed, **dict(zip(("dtype", "fp8", "backend"), kind, strict=True))}) for seed, kind in kinds
+        ]
         common: dict[str, Any] = {"steps": options.steps, **SIZES}
         run_all(options.out / "curves.json", jobs, "held_out", workers=options.jobs, points=POINTS, **common)
     report(options.out)

@@ -31,8 +31,9 @@ from moe_triton.training.loop import evaluate, train_model
 RESULTS = Path(__file__).parent / "results" / "training"
 RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 SEEDS = (0, 1, 2)
-OF_A_RUN = ("model", "seed", "lr", "router", "dtype", "fp8")  # what tells the runs of a file apart
-LATER = {name: getattr(TrainConfig, name) for name in ("router", "dtype", "fp8")}  # older results are of the defaults
+OF_A_RUN = ("model", "seed", "lr", "router", "dtype", "fp8", "backend")  # what tells the runs of a file apart
+# older results are of the defaults
+LATER = {name: getattr(TrainConfig, name) for name in ("router", "dtype", "fp8", "backend")}
 
 
 def run(kind: str, settings: dict[str, Any], part: str, points: int = 0) -> dict[str, Any]:

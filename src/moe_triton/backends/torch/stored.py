@@ -62,17 +62,15 @@ class StoredCodes:
 
     def multiplies_pairs(self, x_mI: Tensor) -> bool:
         """Return whether `few_rows_in_bf16` runs for these rows."""
-        kind, size_in = self.weight.kind, self.weight.shape[2]
         return (
             x_mI.dtype == torch.bfloat16
-            and kind.bits == 4
-            and size_in % 32 == 0
+            and self.weight.shape[2] % 32 == 0
             and multiplies_pairs(this_processor())
             and runs_on_threads(x_mI.dtype)
         )
 
     def few_rows_in_bf16(self, x_mI: Tensor, experts: Sequence[int], bounds: Sequence[int]) -> Tensor:
-        """`few_rows` of bf16 rows, by products of pairs: codes of four bits only."""
+        """`few_rows` of bf16 rows, by products of pairs."""
         from moe_triton.backends.torch.code_vectors import FewCodes, few_codes_loop
 
         weight, (_, _, table, factors, _) = self.weight, self.stored
@@ -90,12 +88,14 @@ class StoredCodes:
         )
         job = FewCodes(
             x=x_mI.data_ptr(), x_row=2 * size_in, y=y.data_ptr(), y_row=4 * size_out, numbers=numbers.data_ptr(),
-            codes=weight.codes.data_ptr(), scales=weight.scales.data_ptr(), kind=SCALE_KINDS[weight.scales.dtype],
-            table=table.ctypes.data, zeros=0 if weight.zeros is None else weight.zeros.data_ptr(),
-            factors=factors.ctypes.data, group=weight.group, size_in=size_in, size_out=size_out,
-            parts=addressof(parts), num_parts=len(experts),
+            codes=weight.codes.data_ptr(), codes_row=weight.codes.shape[2], scales=weight.scales.data_ptr(),
+            kind=SCALE_KINDS[weight.scales.dtype], table=table.ctypes.data,
+            zeros=0 if weight.zeros is None else weight.zeros.data_ptr(), factors=factors.ctypes.data,
+            block=weight.kind.rows, group=weight.group, size_in=size_in, size_out=size_out, parts=addressof(parts),
+            num_parts=len(experts),
         )  # fmt: skip
-        on_all_threads(few_codes_loop(weight.group, weight.zeros is not None).address, addressof(job))
+        loop = few_codes_loop(weight.format, weight.group, weight.zeros is not None)
+        on_all_threads(loop.address, addressof(job))
         return y
 
     def decode(self, expert: int, rows: slice, columns: slice, out: Tensor) -> Tensor:
@@ -148,7 +148,11 @@ def _numbers_of_bytes(dtype: torch.dtype) -> Any:
 
 @cache
 def _numbers_of_codes(name: str, has_zeros: bool) -> Tensor:
-    """The numbers of the 16 codes of a format; with zero points, of their differences from -15 on. [32] bf16."""
+    """The table that `code_vectors` looks up the codes of a format in, bf16; empty for int8."""
+    if name == "int8":
+        return torch.empty(0, dtype=torch.bfloat16)
+    if name == "fp8":
+        return torch.arange(128, dtype=torch.uint8).view(torch.float8_e4m3fn).bfloat16()
     kind = formats.FORMATS[name]
     if not kind.is_integer:
         return torch.tensor([*formats.E2M1, *(-number for number in formats.E2M1)] * 2).bfloat16()

@@ -33,7 +33,7 @@ class BFloatType(ir.Type):
 
 
 def constants(vector_type, value):
-    return ir.Constant(vector_type, [ir.Constant(vector_type.element, value)] * LANES)
+    return ir.Constant(vector_type, [ir.Constant(vector_type.element, value)] * vector_type.count)
 
 
 def call(builder, name, result_type, *arguments):
