@@ -13,7 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from gpu_run.device import assembler, tool, torch_ptxas, version_of
+from gpu_run.device import assembler, tool, torch_ptxas, torch_replaces_assembler, version_of
 
 from gpu_checks import numerics
 from gpu_checks.setting import Setting, Skipped
@@ -54,6 +54,8 @@ def other_assembler(setting: Setting) -> str:
     path = torch_ptxas()
     if path is None:
         raise Skipped("torch comes with no assembler")
+    if not torch_replaces_assembler():
+        raise Skipped("torch.compile leaves Triton's assembler for this GPU as it is")
     own = assembler()
     with mock.patch.dict(os.environ, {"TRITON_PTXAS_PATH": str(path)}):
         assert assembler() == version_of(str(path)), f"Triton still uses {assembler()}"

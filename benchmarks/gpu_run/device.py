@@ -14,6 +14,7 @@ from gpu_benches.limits import COPY, COPY_BYTES, DENSE, DENSE_SIZE, limit_calls,
 from gpu_checks.setting import Setting
 
 from moe_triton.benchmarking.timing import make_timer, run_rounds
+from moe_triton_kernels.compiler import ptxas_version, triton_version
 
 TOOLS = ("ncu", "compute-sanitizer", "nvcc", "cuobjdump")
 QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,memory.total,ecc.mode.current"
@@ -36,14 +37,22 @@ def torch_ptxas() -> Path | None:
     return path if path.is_file() else None
 
 
-def assembler() -> str | None:
-    """The version of the assembler that Triton uses at this moment."""
-    from triton import knobs
+def capability() -> tuple[int, int]:
+    """Of this GPU; Hopper's where there is none."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
 
+
+def assembler() -> str | None:
+    """The version of the assembler that Triton uses at this moment for this GPU."""
     try:
-        return version_of(knobs.nvidia.ptxas.path)
+        return ptxas_version("sm_{}{}".format(*capability()))
     except (RuntimeError, AttributeError):  # Triton found none
         return None
+
+
+def torch_replaces_assembler() -> bool:
+    """Whether what torch.compile sets counts for this GPU: it names the older one of Triton's two assemblers."""
+    return capability() < ((9, 0) if triton_version() >= (3, 9) else (10, 0))
 
 
 def tool(name: str) -> str | None:

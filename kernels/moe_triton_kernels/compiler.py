@@ -8,8 +8,6 @@ from functools import lru_cache
 
 import triton
 
-BLACKWELL_ASSEMBLER = ("sm_100", "sm_103", "sm_110", "sm_120", "sm_121")  # these have one of their own
-
 
 def triton_version() -> tuple[int, ...]:
     return _numbers(triton.__version__)
@@ -39,12 +37,14 @@ def version_of(assembler: str) -> str | None:
 def ptxas_version(architecture: str) -> str | None:
     """The version of the ptxas that Triton calls now for "sm_90", ...; None for an architecture that has none.
 
-    Not of the process: the first compilation of torch.compile makes Triton call another ptxas, that of torch.
+    Triton has two: "ptxas-blackwell" is for Blackwell, and from Triton 3.9 on for Hopper too. Not of the process: the
+    first compilation of torch.compile may make Triton call another ptxas, that of torch.
     """
     if not architecture.startswith("sm_"):
         return None
-    tools = triton.knobs.nvidia
-    return version_of((tools.ptxas_blackwell if architecture in BLACKWELL_ASSEMBLER else tools.ptxas).path)
+    from triton.backends.nvidia.compiler import get_ptxas  # a Triton for AMD alone has none
+
+    return version_of(get_ptxas(int(architecture.removeprefix("sm_"))).path)
 
 
 def compiler_versions(architecture: str) -> dict[str, str | None]:

@@ -51,13 +51,14 @@ def makes_codes(
 
     pairs: gate and up alternate. sums: beside the codes, those of the columns of dH are written.
 
-    By rows it spills on Blackwell (200 bytes a thread and more by Triton 3.7.1), and by 3.8 with sums (104) and where
-    there is no gate (8); by columns it spills on Blackwell by 3.8 (64). With both it spills with pairs (8 by 3.6, 104
-    by 3.8), and by 3.6.
+    By rows it spills on Blackwell (200 bytes a thread and more by Triton 3.7.1), by 3.8 with sums (104) and where
+    there is no gate (8), and by 3.9 (32); by columns it spills on Blackwell by 3.8 (64). With both it spills with pairs
+    (8 by 3.6, 104 by 3.8), and by 3.6.
     """
     version = triton_version()[:2]
     is_newer = version > (3, 7)
-    spills = pairs or (by_rows and (architecture in BLACKWELL or (is_newer and (sums or not gated))))
+    by_rows_spills = architecture in BLACKWELL or version > (3, 8) or (is_newer and (sums or not gated))
+    spills = pairs or (by_rows and by_rows_spills)
     return not spills and version >= (3, 7) and not (is_newer and architecture in BLACKWELL)
 
 

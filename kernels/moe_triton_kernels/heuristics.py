@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from moe_triton_kernels.arithmetic import next_power_of_2
+from moe_triton_kernels.compiler import triton_version
 from moe_triton_kernels.launch import BLACKWELL, HOPPER, Config, shared_limit
 
 DECODED = ("up_gated", "up", "down")  # the kernels of a forward pass
@@ -130,7 +131,8 @@ def fp8_tile(op: str, architecture: str, bucket: int) -> Config:
         return replace(config, block_m=128, parts=2) if op.startswith("d_hidden") else config
     whole = op == "d_weight" or op.startswith("d_hidden")
     short = op == "up_gated" or (not whole and bucket < BUCKETS[-1])
-    parts = {"down": 2, "d_rows": 2, "d_hidden": 4, "d_hidden_gated": 4}.get(op, 1)
+    hidden = 8 if triton_version() >= (3, 9) else 4  # with 4, its assembler for Hopper spills
+    parts = {"down": 2, "d_rows": 2, "d_hidden": hidden, "d_hidden_gated": hidden}.get(op, 1)
     config = Config(
         block_m=64 if short else 128, block_n=128, block_k=128, num_warps=8, num_stages=6, parts=parts,
         descriptors=architecture in HOPPER + BLACKWELL,

@@ -63,7 +63,8 @@ def place_few(
         tl.store(rows.num_tiles + i, here)
         for start in range(0, here, CHUNK):
             tile = start + tl.arange(0, CHUNK)
-            expert = tl.sum((last[None, :] <= tile[:, None]).to(tl.int32), 1)  # as many have all their tiles before
+            # as many have all their tiles before; of a sum of comparisons Triton 3.9 counts bits, by way of the stack
+            expert = -tl.sum((last[None, :] - tile[:, None] - 1) >> 31, 1)
             expert = tl.minimum(expert, NUM_EXPERTS - 1)  # past the end
             first_row = tl.gather(ends - total, expert, 0)
             first_tile = tl.gather(last - tiles, expert, 0)

@@ -1,7 +1,7 @@
 """Every private name of torch that is in use here, each behind a function.
 
-Private names change without notice. tests/test_torch_internals.py has a test of each; it passed on torch 2.11.0, 2.13.0
-and 2.14.1, on CPUs.
+Private names change without notice. tests/test_torch_internals.py has a test of each; it passed on torch 2.11.0,
+2.13.0, 2.14.1 and 2.15.0, on CPUs.
 """
 
 from __future__ import annotations

@@ -268,8 +268,9 @@ def test_the_assemblers_version(tmp_path: Path) -> None:
     ptxas.chmod(0o755)
     assert device.version_of(str(ptxas)) == "12.8.93"
     assert device.version_of(str(tmp_path / "none")) is None
-    own = device.own_assembler()["TRITON_PTXAS_PATH"]
-    assert device.assembler() == device.version_of(own) is not None  # Triton brings one
+    own = device.version_of(device.own_assembler()["TRITON_PTXAS_PATH"])
+    assert own is not None  # Triton brings one, and since 3.9 another one for Hopper
+    assert (device.assembler() == own) == device.torch_replaces_assembler()
 
 
 def test_the_commit_where_there_is_no_repository(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_triton import reference
-from moe_triton_kernels import fp8
+from moe_triton_kernels import fp8, heuristics
 from moe_triton_kernels.activations import Activation
 from moe_triton_kernels.configs import choose_config
 from moe_triton_kernels.d_hidden import Into, d_hidden
@@ -415,6 +415,15 @@ def test_where_d_hidden_makes_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made("sm_90") == [True, True]
     assert made("sm_90", sums=True) == made("sm_90", gated=False) == [True, False]
     assert made("sm_100") == [False, False]
+    monkeypatch.setattr(fp8, "triton_version", lambda: (3, 9, 0))
+    assert made("sm_90") == made("sm_90", sums=True) == made("sm_90", gated=False) == [True, False]
+    assert made("sm_90", pairs=True) == made("sm_100") == [False, False]
+
+
+def test_the_parts_of_d_hidden_follow_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version, parts in (((3, 8, 0), 4), ((3, 9, 0), 8)):
+        monkeypatch.setattr(heuristics, "triton_version", lambda version=version: version)
+        assert heuristics.fp8_tile("d_hidden_gated", "sm_90", 128).parts == parts
 
 
 def test_where_codes_are_multiplied() -> None:

@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from moe_triton_kernels.activations import Activation, is_gated
+from moe_triton_kernels.compiler import triton_version
 from moe_triton_kernels.gluon.launch import grid, select_tiles, tile_of, weight_arguments
 from moe_triton_kernels.gluon.names import gl, gluon
 from moe_triton_kernels.gluon.pipeline import (
@@ -128,8 +129,8 @@ def d_hidden_kernel(
 
 
 def parts_of(schedule: Schedule) -> int:
-    """Column blocks of the epilogue: with fewer, registers spill."""
-    return 16 if schedule.ping_pong else 8
+    """Column blocks of the epilogue: with fewer, registers spill. Triton 3.9 calls another assembler."""
+    return 16 if schedule.ping_pong or triton_version() >= (3, 9) else 8
 
 
 def d_hidden(
