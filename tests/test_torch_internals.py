@@ -183,6 +183,28 @@ def test_transforms():
     assert seen == [False, True, True, True, False]
 
 
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, factor: float) -> torch.Tensor:
+        ctx.factor = 2 * factor
+        return x * ctx.factor
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return grads[0] * ctx.factor, None
+
+
+def test_an_applied_function():
+    x = torch.randn(3, requires_grad=True)
+    out = torch_internals.applied(Doubled, x, 3.0)
+    assert torch.equal(out, 6 * x)
+    assert torch.equal(torch.autograd.grad(out.sum(), x)[0], torch.full((3,), 6.0))
+    assert torch_internals.applied(Doubled, x.detach(), 3.0).grad_fn is None
+    for apply in (Doubled.apply, lambda *args: torch_internals.applied(Doubled, *args)):
+        with pytest.raises(RuntimeError, match="setup_context"):
+            torch.func.grad(lambda x, apply=apply: apply(x, 3.0).sum())(torch.ones(3))
+
+
 def test_autocast_anywhere():
     assert not torch_internals.is_autocast_anywhere()
     with torch.autocast("cpu", torch.bfloat16):

@@ -103,6 +103,13 @@ def recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """Return function.apply(*args), in half the time, which torch's spends on what torch.func transforms need."""
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
 def nodes_made() -> int:
     """Return how many autograd nodes this thread has made: the sequence number of the next one."""
     return torch.autograd._get_sequence_nr()

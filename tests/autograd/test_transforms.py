@@ -45,6 +45,17 @@ def test_func_grad_gives_the_bits_of_backward(backend):
         assert torch.equal(a, b)
 
 
+def test_a_second_derivative_is_refused():
+    """Eager backward records nothing for one; what was asked to is an error once it is differentiated."""
+    leaves = [t.requires_grad_() for t in operands()]
+    found = torch.autograd.grad(loss(*leaves), leaves, create_graph=True)
+    for gradient, wanted in zip(found, by_backward(*leaves), strict=True):
+        assert gradient.requires_grad
+        assert torch.equal(gradient, wanted)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        found[2].sum().backward()
+
+
 def test_per_sample_gradients():
     parameters = operands()[1:]
     batch = torch.randn(TOKENS, 3, WIDTH)  # batched along dimension 1

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moe_triton import reference, runtime
 from moe_triton.autograd.flat import ROWS, Form, call_of, flatten_gradients, form_of, split, tensors_of
-from moe_triton.autograd.transforms import TransformedGradient, call_per_sample, refuse_jvp
+from moe_triton.autograd.transforms import TransformedGradient, call_per_sample, once_differentiable, refuse_jvp
 from moe_triton.quantization import QuantizedWeight
 from moe_triton.records import ExpertCall, ExpertParameters, ExpertSpec, Wanted
 from moe_triton.reference import fp8

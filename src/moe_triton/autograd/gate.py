@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moe_triton import reference, runtime
+from moe_triton.autograd.transforms import once_differentiable
 from moe_triton.records import GateWanted
 from moe_triton.torch_internals import has_no_data, is_transforming
 

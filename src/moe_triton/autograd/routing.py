@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moe_triton import runtime
-from moe_triton.autograd.transforms import TransformedGradient, call_per_sample, refuse_jvp
+from moe_triton.autograd.transforms import TransformedGradient, call_per_sample, once_differentiable, refuse_jvp
 from moe_triton.records import RouterSpec, TiledDispatch
 from moe_triton.reference import wide
 from moe_triton.torch_internals import has_no_data, is_transforming

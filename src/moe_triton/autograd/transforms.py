@@ -1,12 +1,24 @@
-"""What the autograd Functions need under torch.func transforms."""
+"""What the autograd Functions need under torch.func transforms, and for second derivatives that they have not."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Do what torch's does to a Function's backward; it enters contexts only where gradients are differentiated."""
+    recorded = torch.autograd.function.once_differentiable(backward)
+
+    @wraps(backward)
+    def call(ctx: Any, *grads: Tensor | None) -> Any:
+        return recorded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+    return call
 
 
 def refuse_jvp(name: str) -> Any:

@@ -8,8 +8,8 @@ from moe_triton.distributed.checkpoint.save_load import load_checkpoint, save_ch
 from moe_triton.distributed.checkpoint.whole_tensors import load_experts_from
 from moe_triton.distributed.errors import CheckpointError, ConfigurationMismatch, ExpertParallelError
 from moe_triton.distributed.exchange.expert_parallel import ExpertParallel
-from moe_triton.distributed.exchange.failure_board import explain_termination
 from moe_triton.distributed.exchange.stages import ExchangeSpec, InnerStage, MakeExchange, Saved, Stage
+from moe_triton.distributed.exchange.termination import explain_termination
 from moe_triton.distributed.groups import Group, GroupOptions, ParallelGroups, make_groups
 from moe_triton.distributed.rank_tables import RankTables, plan
 

@@ -58,7 +58,8 @@ def test_a_difference_that_was_found_here_is_found_by_this_rank_too():
 def test_a_rank_that_meets_a_failure_itself_is_not_ended_by_the_thread_that_watches(monkeypatch, meets_it):
     mine, other = two_boards()
     over = SimpleNamespace(record=lambda: None, query=lambda: True)
-    mine.queued["ep"] = QueuedWait(group=PAIR, place=HERE, event=over, since=0.0, limit_s=1.0)
+    place = ("MoE layer 0", "rows of chunk 0")
+    mine.queued["ep"] = QueuedWait(group=PAIR, place=place, event=over, since=0.0, limit_s=1.0)
     other.report(HERE, "a cause")
     other.mark_handled()
 
@@ -74,6 +75,19 @@ def test_a_rank_that_meets_a_failure_itself_is_not_ended_by_the_thread_that_watc
     mine.look()
     assert mine.ended == ("" if meets_it else "a cause")
     assert not other.cannot_complete(PAIR, HERE), "they have failed together"
+
+
+def test_every_default_group_has_a_board_of_its_own():
+    boards, kept = [], []
+    for _ in range(2):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        kept.append(dist.group.WORLD)  # another one is the default although this one is still there
+        boards.append(failure_board.failure_board())
+        assert failure_board.failure_board() is boards[-1]
+        dist.destroy_process_group()
+        with pytest.raises(RuntimeError, match="no default process group"):
+            failure_board.failure_board()
+    assert boards[0] is not boards[1]
 
 
 def restarts(rank: int, stores: list[str]) -> None:

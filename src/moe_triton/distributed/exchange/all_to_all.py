@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,19 +26,15 @@ class AllToAll:
     max_rows_per_pair: int | None = None
 
     def __call__(self, inner: InnerStage, spec: ExchangeSpec) -> Exchange:
-        def planner(ids: Tensor, weights: Tensor, _assignments: int) -> Callable[[Callable[[], None]], Routed]:
-            return self._plan(ids, weights, spec)
-
-        return Exchange(
-            planner=planner, inner=inner, channel=spec.channel, backend=spec.shape.backend,
-            dispatch_dtype=spec.dispatch_dtype, overlap_with=spec.overlap_with,
-        )  # fmt: skip
+        return Exchange(partial(self._plan, spec), inner, spec.shape.backend, spec.dispatch_dtype, spec.overlap_with)
 
     def has_fixed_sizes(self, places: int | None) -> bool:
         """Return whether every rank receives equally many rows, of which some may be padding."""
         return self.mode in ("bounded", "allgather") or (self.mode == "capacity" and places is not None)
 
-    def _plan(self, ids: Tensor, weights: Tensor, spec: ExchangeSpec) -> Callable[[Callable[[], None]], Routed]:
+    def _plan(
+        self, spec: ExchangeSpec, ids: Tensor, weights: Tensor, _assignments: int
+    ) -> Callable[[Callable[[], None]], Routed]:
         channel, shape, max_tokens = spec.channel, spec.shape, spec.max_tokens
         if not self.has_fixed_sizes(spec.places):
             return transports.plan_dropless(channel, ids, weights, shape, spec.schedule, spec.slices, spec.node)
@@ -67,7 +64,7 @@ def exchange_in_node(
         routed = transports.plan_counted(channel, ids, weights, shape, counts.next())
         return lambda meanwhile: routed
 
-    return Exchange(planner=planner, inner=inner, channel=channel, backend=shape.backend, dispatch_dtype=dispatch_dtype)
+    return Exchange(planner, inner, shape.backend, dispatch_dtype)
 
 
 def exchange_over_slices(
@@ -86,4 +83,4 @@ def exchange_over_slices(
         routed = transports.plan_allgather(channel, ids, weights, whole, max_tokens=rows, assignments=most)
         return lambda meanwhile: routed
 
-    return Exchange(planner=planner, inner=inner, channel=channel, backend=shape.backend, overlap_with=overlap_with)
+    return Exchange(planner, inner, shape.backend, overlap_with=overlap_with)

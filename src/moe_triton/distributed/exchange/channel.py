@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from typing import Protocol, TypeVar
 
 import torch
@@ -158,18 +158,16 @@ class Channel:
 
         On a GPU the copy is into pinned memory, on a stream of its own behind what is queued now.
         """
-        arrived, elements = copy_to_host(tensor)
+        return partial(self._read, phase, *copy_to_host(tensor))
 
-        def read() -> list[int]:
-            board = self._board(phase)
-            try:
-                if not arrived():
-                    _poll(arrived, board)
-            except RuntimeError as error:
-                raise self._explained(error, phase, board) from error
-            return elements()
-
-        return read
+    def _read(self, phase: str, arrived: Callable[[], bool], elements: Callable[[], list[int]]) -> list[int]:
+        board = self._board(phase)
+        try:
+            if not arrived():
+                _poll(arrived, board)
+        except RuntimeError as error:
+            raise self._explained(error, phase, board) from error
+        return elements()
 
     def _compare_late(
         self, mine: int, calls: Sequence[Mapping[str, object]], device: torch.device
@@ -207,23 +205,7 @@ class Channel:
         if self.listener is not None:
             self.listener(f"issue {phase}")
         work = self._named(ISSUE, phase, board, start)
-
-        def complete() -> None:
-            if work is None:
-                return
-            place = f"{self.layer}, {phase}"
-            if only_queues(tensor.device):
-                work.wait()
-                board.queue(self.group, place, tensor)
-            else:
-                self._wait_polling(work, board, place)
-
-        def wait() -> None:
-            self._named(WAIT, phase, board, complete)
-            if board.ended:
-                self._board(phase)
-
-        return wait
+        return partial(self._named, WAIT, phase, board, partial(self._complete, work, phase, board, tensor))
 
     def _named(self, kind: str, phase: str, board: FailureBoard, function: Callable[[], Result]) -> Result:
         """Call a function, in a range of torch.profiler where one runs; a RuntimeError becomes one that names ranks."""
@@ -236,6 +218,17 @@ class Channel:
             raise
         except RuntimeError as error:
             raise self._explained(error, phase, board) from error
+
+    def _complete(self, work: Work | None, phase: str, board: FailureBoard, tensor: Tensor) -> None:
+        """Wait for a collective."""
+        if work is not None:
+            if only_queues(tensor.device):
+                work.wait()
+                board.queue(self.group, (self.layer, phase), tensor)
+            else:
+                self._wait_polling(work, board, f"{self.layer}, {phase}")
+        if board.ended:
+            self._board(phase)
 
     def _wait_polling(self, work: Work, board: FailureBoard, place: str) -> None:
         while True:
@@ -359,7 +352,7 @@ def copy_to_host(tensor: Tensor) -> tuple[Callable[[], bool], Callable[[], list[
     """Start the copy of `Channel.to_host`: (whether it has arrived, the elements)."""
     packed = tensor.reshape(-1)
     if not packed.is_cuda:
-        return lambda: True, packed.tolist
+        return _at_once, packed.tolist
     host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
     side = _copy_stream(packed.device)
     side.wait_stream(torch.cuda.current_stream(packed.device))
@@ -368,6 +361,10 @@ def copy_to_host(tensor: Tensor) -> tuple[Callable[[], bool], Callable[[], list[
         done = side.record_event()
     packed.record_stream(side)
     return done.query, host.tolist
+
+
+def _at_once() -> bool:
+    return True
 
 
 @cache

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -43,7 +42,10 @@ def counts_of(sent: Sequence[list[int]], received: Sequence[list[int]], assignme
 
 
 def _bounds(rows: Sequence[list[int]]) -> list[int]:
-    return [0, *accumulate(map(sum, rows))]
+    bounds = [0]
+    for rows_P in rows:
+        bounds.append(bounds[-1] + sum(rows_P))
+    return bounds
 
 
 class StartedCounts(NamedTuple):
@@ -104,7 +106,7 @@ def start_counts(
 
     def read() -> Counts:
         flat, end = read_first(), 3 * num_ranks
-        if flat[end::3] != [schedule] * num_ranks:
+        if flat[end::3].count(schedule) != num_ranks:
             raise channel.mismatch(phase, channel.calls())
         sent, rows, assigned = [flat[1:end:3]], [flat[end + 1 :: 3]], [flat[end + 2 :: 3]]
         if read_more is not None:
@@ -113,9 +115,9 @@ def start_counts(
                 sent.append(flat[i:end:step])
                 rows.append(flat[end + i :: step])
                 assigned.append(flat[end + i + 1 :: step])
-        for rows_P, assigned_P in zip(rows, assigned, strict=True):
-            _check(channel, rows_P, assigned_P, most)
-        return counts_of(sent, rows, list(map(sum, assigned)))
+        for chunk in range(chunks):
+            _check(channel, rows[chunk], assigned[chunk], most)
+        return counts_of(sent, rows, [sum(assigned_P) for assigned_P in assigned])
 
     return StartedCounts(arrived, arrived_more, chunks, read)
 

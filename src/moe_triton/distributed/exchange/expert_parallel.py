@@ -18,7 +18,7 @@ from moe_triton.checks import check_choice, check_int
 from moe_triton.distributed.exchange.all_to_all import AllToAll, exchange_in_node, exchange_over_slices
 from moe_triton.distributed.exchange.channel import Channel, Listener, report_failure
 from moe_triton.distributed.exchange.counts import NodeCounts, SliceSizes
-from moe_triton.distributed.exchange.function import Exchanged
+from moe_triton.distributed.exchange.function import Exchanged, StagedCall
 from moe_triton.distributed.exchange.layer_names import new_layer_name
 from moe_triton.distributed.exchange.local_experts import LocalExperts
 from moe_triton.distributed.exchange.overflow import Overflows
@@ -38,11 +38,12 @@ from moe_triton.distributed.exchange.transport import Shape
 from moe_triton.distributed.expert_groups import ExpertGroups, all_ep_groups, expert_groups, two_levels
 from moe_triton.distributed.groups import Group, ParallelGroups, number_of_ranks
 from moe_triton.records import Dispatch, ExpertCall, matrix_shape
-from moe_triton.torch_internals import never_compiled
+from moe_triton.torch_internals import applied, never_compiled
 
 MODES = ("dropless", "capacity", "bounded", "allgather")
 LOSS_REDUCTIONS = ("sum", "mean")
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the repr of functions and objects
+COMPARISON = "comparison of configurations (forward)", "comparison of configurations (backward)"
 DISPATCH_DTYPES = (None, torch.float8_e4m3fn)
 
 
@@ -258,7 +259,7 @@ class ExpertParallel:
             refuse_plain_ddp(layer.name, layer.held, self.has_copies_on)
             ids = layer.ids(dispatched)
             forward, backward, shape = self._described(hidden, ids, experts, layer)
-            schedule = self._agree(forward, layer.name, hidden.device)
+            schedule = self._agree(forward, COMPARISON[0], layer.name, hidden.device)
             num_tokens, tp = hidden.shape[0], None
             if self.tp.size > 1:
                 tp, same = self._channel(self.tp, layer.name), described({"tokens of the tp ranks": num_tokens})
@@ -269,13 +270,16 @@ class ExpertParallel:
             places = layer.capacity(limit) if self.mode == "capacity" and limit is not None else None
             limit = None if limit is None else -(-limit // self.tp.size)
             stage = self._stages(experts, shape, schedule, layer, limit, places, overlap_with)
-            is_training = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, weights, *parameters))
+            is_training = torch.is_grad_enabled() and (
+                hidden.requires_grad or weights.requires_grad or any(x.requires_grad for x in parameters)
+            )
 
             def before_backward() -> report_failure:
-                self._agree(backward, layer.name, hidden.device)
+                self._agree(backward, COMPARISON[1], layer.name, hidden.device)
                 return report_failure(layer.name)
 
-            out = Exchanged.apply(hidden, weights, ids, stage, experts, is_training, before_backward, *parameters)
+            call = StagedCall(stage, experts, is_training, before_backward)
+            out = applied(Exchanged, hidden, weights, ids, call, *parameters)
             return out if tp is None else gather_tokens(out, tp, num_tokens)
 
     def check(self) -> None:
@@ -336,10 +340,8 @@ class ExpertParallel:
             inner = exchange_in_node(inner, shape, node, self.dispatch_dtype)
             channel, sizes = self._channel(self.between_nodes, layer.name), None
             shape = shape._replace(per_rank=shape.per_rank * self.in_node.size)
-        spec = ExchangeSpec(
-            channel=channel, shape=shape, schedule=schedule, watch=self._overflows.watch, max_tokens=limit,
-            places=places, dispatch_dtype=self.dispatch_dtype, overlap_with=overlap_with, slices=sizes, node=node,
-        )  # fmt: skip
+        watch, dtype = self._overflows.watch, self.dispatch_dtype
+        spec = ExchangeSpec(channel, shape, schedule, watch, limit, places, dtype, overlap_with, sizes, node)
         return metered_exchange(self.make_exchange(inner, spec), layer.meters)
 
     def _described(
@@ -370,9 +372,9 @@ class ExpertParallel:
             found = self._calls[key] = forward, backward, shape
         return found
 
-    def _agree(self, call: DescribedCall, layer: str, device: torch.device) -> int:
+    def _agree(self, call: DescribedCall, phase: str, layer: str, device: torch.device) -> int:
         """The schedule of the expert-parallel group with the call; compared as `Channel.agree` says."""
-        phase, schedule = f"comparison of configurations ({call.what['direction']})", 0
+        schedule = 0
         for group in (self.ep, self.etp, self.tp):
             if group.size > 1:
                 rolling = self._channel(group, layer).agree(call, phase, device)

@@ -10,14 +10,11 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
-import signal
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from types import FrameType
 from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary, ref
 
@@ -50,13 +47,14 @@ class Event(Protocol):
 class QueuedWait:
     """The last wait for a collective of a group that was queued on a device.
 
+    place    layer and phase
     event    recorded behind it
     since    when, in seconds of the monotonic clock
     limit_s  how long it may take
     """
 
     group: Group
-    place: str
+    place: tuple[str, str]
     event: Event
     since: float
     limit_s: float
@@ -217,7 +215,7 @@ class FailureBoard:
         """Return those of the ranks whose processes ran on this machine and have ended."""
         return [rank for rank in list(ranks) if self._state(rank) == "dead"]
 
-    def queue(self, group: Group, place: str, tensor: torch.Tensor) -> None:
+    def queue(self, group: Group, place: tuple[str, str], tensor: torch.Tensor) -> None:
         """Let the thread watch that a wait which was queued on the tensor's device now is over in time."""
         if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
             return  # an event would become part of the graph
@@ -251,10 +249,11 @@ class FailureBoard:
             return
         stuck = late or [wait for wait in waits if not wait.event.query()]
         last, failures = max(stuck or waits, key=lambda wait: wait.since), self.failures
-        reason = self.explain(last.group, last.place, waits=bool(stuck))
+        place = ", ".join(last.place)
+        reason = self.explain(last.group, place, waits=bool(stuck))
         if self.failures > failures:
             return  # the rank has met the failure itself meanwhile, and may go on
-        logger.error("rank %d, %s: %s; the process groups are aborted", self.rank, last.place, reason)
+        logger.error("rank %d, %s: %s; the process groups are aborted", self.rank, place, reason)
         self.stay()
         self.ended = reason
         _aborted[:] = [self]
@@ -357,42 +356,27 @@ def _watch(board: ref[FailureBoard]) -> None:
 
 _boards: WeakKeyDictionary[dist.ProcessGroup, FailureBoard] = WeakKeyDictionary()
 _aborted: list[FailureBoard] = []  # the last one whose groups were aborted: then there is no default group
+# the default group and its board of the last call; not kept alive
+_latest: tuple[Callable[[], dist.ProcessGroup | None], Callable[[], FailureBoard | None]] = (lambda: None, lambda: None)
 
 
 def failure_board() -> FailureBoard:
     """Return the one of the present default group, or of the one that was aborted."""
+    global _latest
     world = dist.group.WORLD
     if world is None and _aborted:
         return _aborted[0]
     if world is None:
         raise RuntimeError("expert parallelism: got no default process group, wanted one until the layer's last call")
+    known, latest = _latest
+    if known() is world and (board := latest()) is not None:  # in a third of the time of a look into `_boards`
+        return board
     if (board := _boards.get(world)) is None:
         board = _boards[world] = FailureBoard(store=default_store(), rank=dist.get_rank())
+    _latest = ref(world), ref(board)
     return board
 
 
 def knows_ranks() -> bool:
     """Return whether there is a default group, or was one until it was aborted."""
     return dist.is_available() and (dist.is_initialized() or bool(_aborted))
-
-
-def explain_termination() -> None:
-    """Log on SIGTERM which ranks have died, then end as usual; otherwise the process exits silently.
-
-    For programs under a launcher such as torchrun, which ends the other ranks a moment after one has died. Call it in
-    the main thread.
-    """
-    before = signal.getsignal(signal.SIGTERM)
-
-    def explain(number: int, frame: FrameType | None) -> None:
-        if dist.is_available() and dist.is_initialized():
-            board = failure_board()
-            dead = ", ".join(f"rank {rank} has died" for rank in board.dead(board.identities))
-            logger.error("rank %d: terminated: %s", dist.get_rank(), dead or "no rank is known to have died")
-        if callable(before):
-            before(number, frame)
-        else:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-
-    signal.signal(signal.SIGTERM, explain)

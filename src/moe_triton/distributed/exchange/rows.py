@@ -11,7 +11,6 @@ from torch import Tensor
 
 from moe_triton import runtime
 from moe_triton.dispatch import chosen_experts, sorted_dispatch
-from moe_triton.distributed.exchange.channel import Channel
 from moe_triton.distributed.exchange.fp8_rows import pack_rows, unpack_rows
 from moe_triton.distributed.exchange.overlap import Deferred
 from moe_triton.distributed.exchange.stages import InnerStage, Saved
@@ -47,7 +46,6 @@ class Exchange:
 
     planner: Planner
     inner: InnerStage
-    channel: Channel
     backend: str
     dispatch_dtype: torch.dtype | None = None
     overlap_with: Deferred | None = None

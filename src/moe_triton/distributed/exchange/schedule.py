@@ -12,6 +12,8 @@ from typing import NamedTuple
 from moe_triton.distributed.groups import Group
 
 MOST_CALLS = 1024  # of a step that are kept to say what differs
+MASK = (1 << 31) - 1
+MULTIPLIER = 1_000_003  # odd, so that what differs once goes on to differ
 
 
 class DescribedCall(NamedTuple):
@@ -28,7 +30,7 @@ def described(what: Mapping[str, object]) -> DescribedCall:
 
 @lru_cache(maxsize=4096)  # layers do the same in every step
 def _fingerprint(items: tuple[tuple[str, object], ...]) -> int:
-    return zlib.crc32(repr(sorted(items)).encode()) & 0x7FFFFFFF
+    return zlib.crc32(repr(sorted(items)).encode()) & MASK
 
 
 @dataclass
@@ -50,7 +52,7 @@ class Schedule:
     def add(self, call: DescribedCall) -> int:
         """Add one call and return the new hash."""
         self.calls.append(call.what)
-        self.rolling = zlib.crc32(call.fingerprint.to_bytes(4, "little"), self.rolling) & 0x7FFFFFFF
+        self.rolling = (self.rolling * MULTIPLIER + call.fingerprint) & MASK
         return self.rolling
 
     def cut(self) -> list[Mapping[str, object]]:

@@ -9,7 +9,6 @@ receiver skips those that are not for its experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -68,8 +67,7 @@ class SentRows(NamedTuple):
         return out
 
 
-@dataclass(kw_only=True)
-class Transport:
+class Transport(NamedTuple):
     """How rows travel, as the host knows it; it outlives the forward pass.
 
     counts        how many rows travel
@@ -165,13 +163,13 @@ def plan_dropless(
         started = start_counts(channel, counts_CP2, schedule, most)
         if slices is not None:
             read_inner = slices.start(started.arriving.sum(0))
-    rows_of = _dropless_rows(channel, ids, weights, buckets, shape)
+    rows = _dropless_rows(channel, ids, weights, buckets, shape)
 
     def finish(meanwhile: Callable[[], None]) -> Routed:
         meanwhile()
         counts = started.read()
         read_inner()
-        return rows_of(counts)
+        return _counted(channel, counts, shape, rows)
 
     return finish
 
@@ -182,7 +180,8 @@ def plan_counted(channel: Channel, ids: Tensor, weights: Tensor, shape: Shape, c
     ids [T, K]: those outside of the group's experts are for other groups, whose rows these are as well.
     """
     ids = ids.masked_fill(ids.floor_divide(channel.group.size * shape.per_rank) != 0, -1)
-    return _dropless_rows(channel, ids, weights, _buckets(ids, None, channel.group.size, shape), shape)(counts)
+    rows = _dropless_rows(channel, ids, weights, _buckets(ids, None, channel.group.size, shape), shape)
+    return _counted(channel, counts, shape, rows)
 
 
 def _nothing() -> None:
@@ -282,10 +281,6 @@ def _indices(number: int, like: Tensor) -> Tensor:
     return torch.arange(number, dtype=torch.int32, device=like.device)
 
 
-def _first_expert(channel: Channel, shape: Shape) -> int:
-    return channel.group.rank * shape.per_rank
-
-
 def _chunks(ids: Tensor, shape: Shape) -> Tensor | None:
     """The chunk of each token, [T, 1], of runs as equal as can be; None where there is one."""
     if shape.chunks == 1:
@@ -329,28 +324,22 @@ def _count(buckets: _Buckets, chunks: int, num_ranks: int) -> Tensor:
     return found[1:].view(torch.int32).view(chunks, num_ranks, 2)
 
 
-def _dropless_rows(
-    channel: Channel, ids: Tensor, weights: Tensor, buckets: _Buckets, shape: Shape
-) -> Callable[[Counts], Routed]:
-    """All of the exactly wanted rows that needs no counts; what is returned takes them.
+def _dropless_rows(channel: Channel, ids: Tensor, weights: Tensor, buckets: _Buckets, shape: Shape) -> SentRows:
+    """The exactly wanted rows, which are the first ones of as many as there are choices: that takes no counts.
 
-    The rows are sorted by bucket: our own stable sort, with buckets in the place of experts.
+    They are sorted by bucket: our own stable sort, with buckets in the place of experts.
     """
     dispatched = dropless_dispatch(buckets.sent, shape.chunks * channel.group.size, shape.backend)
-    tokens, tails, ids, weights = _tails(dispatched.source, ids, weights, shape)
+    return SentRows(*_tails(dispatched.source, ids, weights, shape), dispatched.position)
 
-    def routed(counts: Counts) -> Routed:
-        num_rows = counts.sent_bounds[-1]
-        kept = tokens[:num_rows]
-        transport = Transport(
-            channel=channel, counts=counts, first_expert=_first_expert(channel, shape), by_choice=not shape.deduplicate
-        )
-        return transport, SentRows(
-            tokens=kept, tails=kept if tails is tokens else tails[:num_rows], ids=ids, weights=weights,
-            position=dispatched.position,
-        )  # fmt: skip
 
-    return routed
+def _counted(channel: Channel, counts: Counts, shape: Shape, rows: SentRows) -> Routed:
+    """`_dropless_rows` once it is known how many they are."""
+    num_rows, (tokens, tails, ids, weights, position) = counts.sent_bounds[-1], rows
+    kept = tokens[:num_rows]
+    kept_tails = kept if tails is tokens else tails[:num_rows]
+    transport = Transport(channel, counts, channel.group.rank * shape.per_rank, not shape.deduplicate)
+    return transport, SentRows(kept, kept_tails, ids, weights, position)
 
 
 def _tails(slots: Tensor, ids: Tensor, weights: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -384,6 +373,5 @@ def _fixed_rows(
     tokens, tails, ids, weights = _tails(slots[:-1], ids, weights, shape)
     ids, weights = _with_padding(ids, weights)
     sent = SentRows(tokens.clamp_max(num_tokens - 1), tails, ids, weights, position=row_TK)
-    counts, first = _fixed_counts(num_ranks, chunks, room_per_pair, assignments), _first_expert(channel, shape)
-    transport = Transport(channel=channel, counts=counts, first_expert=first, by_choice=not shape.deduplicate)
-    return transport, sent
+    counts = _fixed_counts(num_ranks, chunks, room_per_pair, assignments)
+    return Transport(channel, counts, channel.group.rank * shape.per_rank, not shape.deduplicate), sent
