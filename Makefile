@@ -1,5 +1,5 @@
 # `make demo` and `make test` set up everything they need on a fresh machine: a virtual environment in .venv, of 2.3 GB,
-# with the versions of constraints.txt. On two cores `make demo` takes about 3 minutes and `make test` about 17, besides
+# with the versions of constraints.txt. On two cores `make demo` takes about 3 minutes and `make test` about 10, besides
 # the set-up.
 
 PYTHON ?= python3

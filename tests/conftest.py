@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import importlib.util
 import os
 import re
@@ -36,6 +37,7 @@ if importlib.util.find_spec("triton"):
     compute_in_bf16()
     convert_fp8()
     spare_time()
+gc.disable()  # until all tests are collected: what is imported stays
 torch.set_num_threads(1 if os.environ.get("PYTEST_XDIST_WORKER") else 2)
 
 
@@ -52,6 +54,7 @@ def imports(path: Path) -> frozenset[str]:
     return frozenset(found.union(*(imports(helper) for helper in helpers if helper.is_file())))
 
 
+@cache
 def imports_a_peer(path: Path) -> bool:
     return any(PEERS.match(name) for name in imports(path))
 
@@ -66,15 +69,9 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """Compile what every layer runs on a CPU, once, before processes that others wait for would do so."""
     if hasattr(session.config, "workerinput"):
         return
-    from moe_triton import MoE
+    from tests.helpers.layers import run_layers
 
-    layer, x = MoE(8, 4, 4, 2), torch.randn(3, 8, requires_grad=True)
-    layer(x).output.sum().backward()
-    with torch.no_grad():
-        layer(x)
-    for dtype in (torch.float32, torch.bfloat16):
-        wider, x = MoE(64, 128, 4, 2, dtype=dtype), torch.randn(64, 64, dtype=dtype, requires_grad=True)
-        wider(x).output.sum().backward()
+    run_layers()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -95,6 +92,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if imports_a_peer(item.path):
             item.add_marker("peer")
     items.sort(key=lambda item: not {"ranks", "slow"} & {mark.name for mark in item.iter_markers()})
+
+
+def pytest_collection_finish() -> None:
+    """Let the collector of garbage look only at what the tests themselves make: the millions of objects before stay."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import re
 from functools import cache
@@ -26,22 +25,25 @@ SIZES = {
 }
 
 
+# a decorator, a class or a function at the left margin: to parse the files would take two seconds
+HEAD = re.compile(r"^(?:@([\w.]+)|(class|def|async def) (\w+))", re.M)
+
+
 @cache
 def classes_by_decorator() -> tuple[list[str], list[str]]:
     """The classes called experts in transformers' modeling files as "family.Class": with its interface, and without."""
     with_interface, without = [], []
     for path in sorted(MODELS.glob("*/modeling_*.py")):
-        text = path.read_text()
-        if not re.search(r"^class \w*[Ee]xpert", text, re.M) and "@use_experts_implementation" not in text:
-            continue
-        for node in ast.parse(text).body:
-            if not isinstance(node, ast.ClassDef):
+        decorators = []
+        for decorator, kind, name in HEAD.findall(path.read_text()):
+            if decorator:
+                decorators.append(decorator)
                 continue
-            decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
-            if any(decorator.startswith("use_experts_implementation") for decorator in decorators):
-                with_interface.append(f"{path.parent.name}.{node.name}")
-            elif EXPERTS.search(node.name):
-                without.append(f"{path.parent.name}.{node.name}")
+            if kind == "class" and "use_experts_implementation" in decorators:
+                with_interface.append(f"{path.parent.name}.{name}")
+            elif kind == "class" and EXPERTS.search(name):
+                without.append(f"{path.parent.name}.{name}")
+            decorators = []
     return with_interface, without
 
 

@@ -25,13 +25,12 @@ Key, Result = TypeVar("Key"), TypeVar("Result")
 # what the ranks' functions import: seconds for each process that does so itself
 PRELOADED = ["torch.distributed.tensor", "torch._dynamo", "moe_triton.distributed.gradients"]
 PRELOADED += ["moe_triton.integrations.transformers", "transformers.modeling_utils", "transformers.trainer"]
-PRELOADED += ["tests.helpers.interpreter"]
-PRELOADED += [f"moe_triton.backends.torch.{name}_loops" for name in ("small", "row", "activation", "product")]
+PRELOADED += ["deepspeed", "tests.helpers.interpreter", "tests.helpers.preloaded"]  # the last runs layers
 TIMEOUT = 120  # seconds for a collective, long enough for a busy machine; tests of faults make their own processes
 
 
 def fork_context() -> Any:
-    """Processes are forks of one that has imported everything, once, and done nothing."""
+    """Processes are forks of one that has imported everything and loaded the CPU's loops, on one thread."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context

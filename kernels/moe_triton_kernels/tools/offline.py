@@ -271,9 +271,11 @@ def compile_parallel(
 
 
 def broken_gates(case: Case, report: Report) -> list[str]:
-    """What a shipped kernel must not do: spill, ask for more shared memory than there is, miss the matrix units, read
-    or overwrite shared memory out of order."""
+    """What a shipped kernel must not do: spill, ask for more shared memory than there is, miss the matrix units,
+    multiply anything but codes where it should, read or overwrite shared memory out of order."""
     broken = [f"{what} 0" for what in case.wants if getattr(report, what) == 0]
+    if "fp8" in case.wants and report.fp8 != (products := report.wgmma + report.mma):
+        broken.append(f"fp8 {report.fp8} of {products}")
     if report.spills > 0:
         broken.append(f"spills {report.spills}")
     if report.shared_bytes > shared_limit(report.arch):
