@@ -284,6 +284,7 @@ def test_a_function_on_all_of_torchs_threads():
 
 
 def test_process_groups(world):
+    assert torch_internals.default_group() is world
     torch_internals.default_store().set("key", "value")
     assert torch_internals.default_store().get("key") == b"value"
     made = dist.new_group([0], timeout=timedelta(seconds=55))

@@ -60,9 +60,9 @@ def freed() -> None:
     kept: list[weakref.ref] = []
     original = stages.Saved.put
 
-    def put(self, tensor):
-        kept.append(weakref.ref(tensor))
-        return original(self, tensor)
+    def put(self, *tensors):
+        kept.extend(map(weakref.ref, tensors))
+        return original(self, *tensors)
 
     def alive(*, checkpointed: bool) -> int:
         kept.clear()

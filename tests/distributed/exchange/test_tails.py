@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_triton.distributed.exchange.tails import part_of, parts_of, tail_of, tail_width
+from moe_triton.distributed.exchange.tails import Part, parts_of, tail_of, tail_width
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -21,7 +21,7 @@ def test_round_trip(dtype, weights, rows, slots):
     if rows:
         parts[1][0, 0] = float("nan")
     tail = tail_of(parts, dtype)
-    what = [part_of(part) for part in parts]
+    what = [Part(part.shape[1], part.dtype) for part in parts]
     assert tail.shape == (rows, tail_width(what, dtype))
     message = torch.cat([torch.randn(rows, 7).to(dtype), tail], dim=1)
     for got, wanted in zip(parts_of(message[:, 7:], what), parts, strict=True):
@@ -30,5 +30,5 @@ def test_round_trip(dtype, weights, rows, slots):
 
 def test_no_rows_of_any_strides():
     parts = [torch.empty(4, 0, dtype=torch.int32).t().expand(0, 4), torch.empty(0, 1)[:, :, None].expand(0, 1, 3)[:, 0]]
-    what = [part_of(part) for part in parts]
+    what = [Part(part.shape[1], part.dtype) for part in parts]
     assert [part.shape for part in parts_of(tail_of(parts, torch.bfloat16), what)] == [(0, 4), (0, 3)]

@@ -134,9 +134,7 @@ def experts_backward_weights(
 
 def combine_rows(rows: Tensor, position: Tensor) -> Tensor:
     """Sum each token's rows [R, d] in the order of position [T, J], where -1 adds nothing: [T, d]."""
-    if runs_on_threads(rows.dtype):
-        return sum_rows(rows, position)
-    return sum_rows(torch.cat([rows, rows.new_zeros(1, rows.shape[1])]), position, zero_row=rows.shape[0])
+    return sum_rows(rows, position, zero_row=rows.shape[0])
 
 
 def linear(x_mI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:

@@ -47,7 +47,8 @@ def sum_rows(rows: Tensor, position: Tensor, zero_row: int | None = None, weight
     """Sum of each token's rows [T, K] in choice order, accumulated in fp32 (fp64 for fp64), on the CPU.
 
     zero_row    a row after all others that stands in for the choices that have none, which position has as -1 or as
-                `zero_row`; it is set to zeros. None where every choice has a row, or where `runs_on_threads`.
+                `zero_row`; it is set to zeros, and added where `rows` end before it. None where every choice has a row,
+                or where `runs_on_threads`.
     weights     [T, K], where `runs_on_threads`: what rows are multiplied by
     """
     num_tokens, top_k = position.shape
@@ -57,7 +58,10 @@ def sum_rows(rows: Tensor, position: Tensor, zero_row: int | None = None, weight
         return _sum_by_loop(rows, position, rows.shape[0] if zero_row is None else zero_row, weights)
     assert weights is None
     if zero_row is not None:
-        rows[zero_row] = 0
+        if zero_row == rows.shape[0]:
+            rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+        else:
+            rows[zero_row] = 0
         position = position.remainder(zero_row + 1)  # -1 becomes zero_row
     starts = torch.arange(0, num_tokens * top_k, top_k, dtype=position.dtype)
     return torch.embedding_bag(rows, position.reshape(-1), starts)[0]

@@ -58,7 +58,7 @@ def exchange_in_node(
     inner: InnerStage, shape: Shape, counts: NodeCounts, dispatch_dtype: torch.dtype | None
 ) -> Exchange:
     """Return the exchange inside a node, whose counts the exchange between the nodes learns."""
-    shape, channel = shape._replace(chunks=1), counts.channel
+    shape, channel = shape.runs_of(shape.per_rank, chunks=1), counts.channel
 
     def planner(ids: Tensor, weights: Tensor, _assignments: int) -> Callable[[Callable[[], None]], Routed]:
         routed = transports.plan_counted(channel, ids, weights, shape, counts.next())
@@ -74,7 +74,7 @@ def exchange_over_slices(
 
     sizes: None where all of these ranks have room for equally many rows and assignments.
     """
-    whole = shape._replace(chunks=1, per_rank=shape.num_experts)
+    whole = shape.runs_of(shape.num_experts, chunks=1)
 
     def planner(ids: Tensor, weights: Tensor, assignments: int) -> Callable[[Callable[[], None]], Routed]:
         rows, most = ids.shape[0], assignments

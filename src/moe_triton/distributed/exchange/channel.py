@@ -205,15 +205,17 @@ class Channel:
         if self.listener is not None:
             self.listener(f"issue {phase}")
         work = self._named(ISSUE, phase, board, start)
-        return partial(self._named, WAIT, phase, board, partial(self._complete, work, phase, board, tensor))
+        return partial(self._named, WAIT, phase, board, self._complete, work, phase, board, tensor)
 
-    def _named(self, kind: str, phase: str, board: FailureBoard, function: Callable[[], Result]) -> Result:
+    def _named(
+        self, kind: str, phase: str, board: FailureBoard, function: Callable[..., Result], *args: object
+    ) -> Result:
         """Call a function, in a range of torch.profiler where one runs; a RuntimeError becomes one that names ranks."""
         try:
             if not is_profiling():  # a range costs microseconds also where none runs
-                return function()
+                return function(*args)
             with record_function(kind + phase):
-                return function()
+                return function(*args)
         except ExpertParallelError:
             raise
         except RuntimeError as error:
@@ -319,6 +321,8 @@ def end_step(layer: str, device: torch.device) -> None:
 
 class report_failure:
     """`with report_failure(layer):` publish this rank's exception, so that the other ranks stop waiting."""
+
+    __slots__ = ("layer",)
 
     def __init__(self, layer: str) -> None:
         self.layer = layer

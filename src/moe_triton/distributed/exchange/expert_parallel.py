@@ -255,7 +255,8 @@ class ExpertParallel:
         with report_failure(layer.name):
             if experts.backend == "reference":
                 raise ValueError("backend: got 'reference' with expert parallelism, wanted 'auto', 'triton' or 'torch'")
-            self.check()
+            if self._overflows.found:
+                self.check()
             refuse_plain_ddp(layer.name, layer.held, self.has_copies_on)
             ids = layer.ids(dispatched)
             forward, backward, shape = self._described(hidden, ids, experts, layer)
@@ -339,7 +340,7 @@ class ExpertParallel:
             node = NodeCounts(channel=channel, schedule=schedule, slices=sizes)
             inner = exchange_in_node(inner, shape, node, self.dispatch_dtype)
             channel, sizes = self._channel(self.between_nodes, layer.name), None
-            shape = shape._replace(per_rank=shape.per_rank * self.in_node.size)
+            shape = shape.runs_of(shape.per_rank * self.in_node.size, shape.chunks)
         watch, dtype = self._overflows.watch, self.dispatch_dtype
         spec = ExchangeSpec(channel, shape, schedule, watch, limit, places, dtype, overlap_with, sizes, node)
         return metered_exchange(self.make_exchange(inner, spec), layer.meters)

@@ -34,7 +34,7 @@ class ExchangeCall(NamedTuple):
     inner_calls: range
 
 
-@dataclass
+@dataclass(slots=True)
 class Exchange:
     """Sends rows to where their experts are, lets the inner stage compute there, and sums what comes back.
 
@@ -54,7 +54,8 @@ class Exchange:
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, assignments: int, saved: Saved) -> Tensor:
         transport, sent = self.planner(ids, weights, assignments)(self._compute_beside)
-        chunks, counts, tail = transport.chunks, transport.counts, sent.tail
+        counts, tail = transport.counts, sent.tail
+        chunks = len(counts.sent)
         bounds, payload = counts.received_bounds, x if self.dispatch_dtype is None else pack_rows(x)
         width, message = payload.shape[1], sent.message(payload)
         arrived = message.new_empty(bounds[-1], message.shape[1])
@@ -80,8 +81,8 @@ class Exchange:
             wait()
         out = self._combine(home, sent.position)
         first, self.inner_calls = self.inner_calls, self.inner_calls + chunks
-        places = saved.put(sent.tokens), saved.put(sent.position)
-        self.calls.append(ExchangeCall(transport, *places, tail[1], range(first, self.inner_calls)))
+        place = saved.put(sent.tokens, sent.position)
+        self.calls.append(ExchangeCall(transport, place, place + 1, tail[1], range(first, self.inner_calls)))
         return out
 
     def forward_sorted(self, x: Tensor, weights: Tensor, counts: Tensor, starts: Tensor | None, saved: Saved) -> Tensor:

@@ -62,12 +62,16 @@ class Saved:
     is_training  whether a backward may come
     """
 
+    __slots__ = ("is_training", "parameters", "tensors")
+
     def __init__(self, parameters: Sequence[Tensor], tensors: Sequence[Tensor] = (), is_training: bool = True) -> None:
         self.parameters, self.tensors, self.is_training = parameters, list(tensors), is_training
 
-    def put(self, tensor: Tensor) -> int:
-        self.tensors.append(tensor)
-        return len(self.tensors) - 1
+    def put(self, *tensors: Tensor) -> int:
+        """Keep tensors; return the place of the first, behind which the others are."""
+        place = len(self.tensors)
+        self.tensors += tensors
+        return place
 
     def __getitem__(self, index: int) -> Tensor:
         return self.tensors[index]

@@ -22,11 +22,6 @@ class Part(NamedTuple):
     dtype: torch.dtype
 
 
-def part_of(part: Tensor) -> Part:
-    """Describe a part [R, .]."""
-    return Part(part.shape[1], part.dtype)
-
-
 def tail_of(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Return the bits of parts [R, .] as elements [R, t] of another dtype, padded to whole ones."""
     words = [_words(part) for part in parts]

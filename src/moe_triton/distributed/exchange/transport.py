@@ -18,7 +18,7 @@ from torch import Tensor
 from moe_triton.dispatch import dropless_dispatch
 from moe_triton.distributed.exchange.channel import Channel
 from moe_triton.distributed.exchange.counts import Counts, NodeCounts, SliceSizes, counts_of, start_counts
-from moe_triton.distributed.exchange.tails import Part, part_of, parts_of, tail_of
+from moe_triton.distributed.exchange.tails import Part, parts_of, tail_of
 
 Wait = Callable[[], None]
 ROW, ASSIGNMENT = 1, 1 << 32  # both are counted in one int64, which is read as two int32
@@ -32,6 +32,10 @@ class Shape(NamedTuple):
     chunks: int
     deduplicate: bool
     backend: str
+
+    def runs_of(self, per_rank: int, chunks: int) -> Shape:
+        """Return the same experts in other runs, exchanged in so many chunks."""
+        return Shape(self.num_experts, per_rank, chunks, self.deduplicate, self.backend)
 
 
 class SentRows(NamedTuple):
@@ -53,7 +57,7 @@ class SentRows(NamedTuple):
     @property
     def tail(self) -> tuple[Part, Part]:
         """Return what a row's tail consists of."""
-        return part_of(self.ids), part_of(self.weights)
+        return Part(self.ids.shape[1], self.ids.dtype), Part(self.weights.shape[1], self.weights.dtype)
 
     def message(self, x_Td: Tensor) -> Tensor:
         """Return the rows to send with their ids and weights as tails, [R, d + t]."""
@@ -154,7 +158,7 @@ def plan_dropless(
     counts_CP2 = _count(buckets, shape.chunks, channel.group.size)
     read_inner = _nothing
     if node is not None:
-        in_node = shape._replace(per_rank=shape.per_rank // node.channel.group.size)
+        in_node = shape.runs_of(shape.per_rank // node.channel.group.size, shape.chunks)
         num_ranks = channel.group.size * node.channel.group.size
         counts_of_ranks = _count(_buckets(ids, _chunks(ids, shape), num_ranks, in_node), shape.chunks, num_ranks)
         started = start_counts(channel, counts_CP2, schedule, most, node.to_carry(counts_of_ranks))
