@@ -156,7 +156,9 @@ def test_products_of_codes_compile_to_those_of_the_matrix_unit(arch: str) -> Non
     products = [report for name, report in reports.items() if "_fp8e4nv_" in name]
     assert len(products) >= 8
     for report in products:
-        assert report.fp8 == report.wgmma + report.mma > 0, report
+        assert report.fp8 > 0, report
+        of_adapters = report.wgmma + report.mma - report.fp8  # these are in 16 bits
+        assert of_adapters > 0 if "_rank" in report.kernel else of_adapters == 0, report
         assert (report.wgmma > 0) == (arch == "sm_90"), report
 
 
