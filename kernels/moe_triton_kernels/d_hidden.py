@@ -120,8 +120,9 @@ def d_hidden_kernel(
     GROUPS: tl.constexpr = HALVES * COLUMNS_PER_HALF  # of 128 columns of H in a tile of 128
     PARTS: tl.constexpr = TILE.PARTS
     PART: tl.constexpr = TILE.BLOCK_N // PARTS
-    # H comes a part ahead, the first one during the product, in large tiles that hold no addresses of weights
-    AHEAD: tl.constexpr = TILE.BLOCK_M >= 128 and descriptor is not None
+    # H comes a part ahead, the first one during the product, in large tiles that hold no addresses of weights, nor both
+    # scales and an adapter
+    AHEAD: tl.constexpr = TILE.BLOCK_M >= 128 and descriptor is not None and (scales is None or adapter is None)
     size_d, size_n = in_units(sizes.k, sizes.UNIT), in_units(sizes.columns, sizes.UNIT)
     size_h = HALVES * COLUMNS_PER_HALF * size_n
     num_m = tl.load(tiles.num_tiles)

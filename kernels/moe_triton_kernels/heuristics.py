@@ -143,6 +143,11 @@ def fp8_tile(op: str, architecture: str, bucket: int) -> Config:
     return fit_shared_memory(config, (config.block_m + columns) * config.block_k, architecture)
 
 
+def hidden_beside_adapter(config: Config) -> Config:
+    """The configuration of d_hidden by codes, where an adapter's steps follow them: with fewer parts it spills."""
+    return replace(config, parts=8)
+
+
 def small_tile(op: str, bucket: int) -> Config:
     warps = 8 if op in ("d_hidden_gated", "d_hidden") else 4  # its epilogue needs many registers
     block_n = 64 if op == "up_gated" else 128

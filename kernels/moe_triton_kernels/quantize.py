@@ -66,11 +66,17 @@ def largest_of(x):
 
 
 @triton.jit
+def only_if(condition, mask):
+    """`mask & condition`, which the interpreter of Triton 3.9 makes a block of integers where one side is a number."""
+    return tl.where(condition, mask, False)
+
+
+@triton.jit
 def store_scales(largest, out, rows, row_mask, group):
     """The scales of the group of this number, from `largest_of` it, written as those of RowCodes; see `store_codes`."""
     scale = group_scale(largest)
     num_groups = out.width // GROUP
-    tl.store(out.scales + rows.to(tl.int64) * num_groups + group, scale, mask=row_mask & (group < num_groups))
+    tl.store(out.scales + rows.to(tl.int64) * num_groups + group, scale, mask=only_if(group < num_groups, row_mask))
     return scale
 
 
@@ -80,7 +86,7 @@ def store_codes(x, scale, out, rows, row_mask, group, first):
 
     What lies past the rows' size has to be 0.
     """
-    mask = row_mask & (group < out.width // GROUP)
+    mask = only_if(group < out.width // GROUP, row_mask)
     columns = group * GROUP + first + tl.arange(0, x.shape[1])
     cells = out.codes + rows.to(tl.int64)[:, None] * out.width + columns[None, :]
     tl.store(cells, encode(x.to(tl.float32), scale[:, None]), mask=mask[:, None])

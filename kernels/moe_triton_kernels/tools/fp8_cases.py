@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,8 @@ from moe_triton_kernels.fp8 import (
     makes_codes,
 )
 from moe_triton_kernels.fp8_d_weight import fp8_d_weight_kernel, tile_offsets_kernel
-from moe_triton_kernels.launch import BLACKWELL
+from moe_triton_kernels.heuristics import hidden_beside_adapter
+from moe_triton_kernels.launch import BLACKWELL, HOPPER
 from moe_triton_kernels.mxfp8 import BLOCK_K as MX_BLOCK_K
 from moe_triton_kernels.mxfp8 import BLOCK_ROWS as MX_BLOCK_ROWS
 from moe_triton_kernels.mxfp8 import mxfp8_rows_kernel, quantize_mx_kernel
@@ -34,6 +35,7 @@ from moe_triton_kernels.quantize import (
     quantize_weight_kernel,
 )
 from moe_triton_kernels.tools.case import Case, pointers_of
+from moe_triton_kernels.tools.lora_cases import RANKS, with_adapter
 from moe_triton_kernels.tools.product_cases import (
     TILES,
     bias_type,
@@ -67,7 +69,19 @@ def fp8_cases(arch: str) -> list[Case]:
     if arch in BLACKWELL:
         cases.append(mxfp8_case(next(entry for entry in entries if entry.op == "d_rows"), arch))
         cases += [quantize_mx_case(by_k) for by_k in (True, False)]
-    return [*cases, *quantize_cases()]
+    return [*cases, *fp8_adapter_cases(entries, arch), *quantize_cases()]
+
+
+def fp8_adapter_cases(entries: Sequence[Shipped], arch: str) -> Iterator[Case]:
+    """up and d_hidden beside an adapter of each rank; d_hidden then writes numbers, which adapters read."""
+    for entry in entries:
+        if not entry.op.startswith(("up", "d_hidden")):
+            continue
+        is_hidden = entry.op.startswith("d_hidden")
+        beside = replace(entry, config=hidden_beside_adapter(entry.config)) if is_hidden else entry
+        for is_concatenated in (True, False) if entry.op.endswith("_gated") else (True,):
+            plain = fp8_case(beside, arch, is_concatenated=is_concatenated, only_numbers=True)
+            yield from (with_adapter(plain, rank) for rank in (RANKS if arch in HOPPER else (16,)))
 
 
 def mxfp8_case(entry: Shipped, arch: str) -> Case:
@@ -93,11 +107,17 @@ def quantize_mx_case(by_k: bool) -> Case:
 
 
 def fp8_case(
-    entry: Shipped, arch: str, *, is_even: bool = True, is_concatenated: bool = True, has_bias: bool = False
+    entry: Shipped,
+    arch: str,
+    *,
+    is_even: bool = True,
+    is_concatenated: bool = True,
+    has_bias: bool = False,
+    only_numbers: bool = False,
 ) -> Case:
     """A product of codes; `is_even`: 128 divides the columns. Large blocks of gated experts are in the sample.
 
-    has_bias: d_hidden makes the sums for a bias's gradient.
+    has_bias: d_hidden makes the sums for a bias's gradient. only_numbers: it makes no codes.
     """
     variant = "bias" if has_bias else "uneven" if not is_even else "even" if is_concatenated else "pairs"
     options: dict[str, Any] = {"variant": variant, "sample": entry.op not in ("up", "d_hidden") and is_even}
@@ -124,7 +144,8 @@ def fp8_case(
     signature |= {"grad_out": "*fp8e4nv", "h": STORED}
     signature |= dict.fromkeys(("router_weights", "shares"), "*fp32")
     by_rows, by_columns = (
-        makes_codes(arch, by_rows=by_rows, pairs=not is_concatenated, sums=has_bias, gated=is_gated)
+        not only_numbers
+        and makes_codes(arch, by_rows=by_rows, pairs=not is_concatenated, sums=has_bias, gated=is_gated)
         for by_rows in (True, False)
     )
     written = WrittenArgument(None, None, COLUMNS) if by_columns else WrittenArgument(STORED, None, None)

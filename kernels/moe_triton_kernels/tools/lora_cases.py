@@ -102,7 +102,7 @@ def adapter_cases(arch: str, shipped: Sequence[Shipped]) -> list[Case]:
 
 def with_adapter(case: Case, rank: int) -> Case:
     """The same kernel with an adapter of this rank; 8 is 16, of which half are zeros."""
-    dtype = case.signature["h" if case.name.startswith("d_hidden") else "a"]
+    dtype = case.signature["h" if case.name.startswith(("up", "d_hidden")) else "a"]
     is_forward = case.name.startswith(("up", "down"))
     unit = unit_of(2 if dtype == "*bf16" else 4, rank)
     factor = WeightArgument(

@@ -14,7 +14,8 @@ from moe_triton.records import ExpertCall, Wanted
 from moe_triton_kernels.d_hidden import Into
 from moe_triton_kernels.fp8 import CODES, GROUP, CodedRows, ColumnCodes, RowCodes, WeightCodes, makes_codes
 from moe_triton_kernels.fp8_d_weight import fp8_d_weight, tile_offsets
-from moe_triton_kernels.launch import target_of
+from moe_triton_kernels.heuristics import hidden_beside_adapter
+from moe_triton_kernels.launch import Config, target_of
 from moe_triton_kernels.operands import PerExpert
 from moe_triton_kernels.quantize import quantize_both, quantize_columns, quantize_rows, quantize_weight
 from moe_triton_kernels.tiles import TileTables
@@ -42,7 +43,15 @@ class Fp8Problem(Problem):
     def _down_codes(self) -> WeightCodes:
         return quantize_weight(self.down, size_k=self.size_n, size_columns=self.size_d)
 
+    def config(self, op: str, weight: PerExpert | None = None) -> Config:
+        found = super().config(op, weight)
+        is_beside = op == "d_hidden" and weight is not None and weight.adapter is not None
+        return hidden_beside_adapter(found) if is_beside else found
+
     def _makes_codes(self, *, by_rows: bool, sums: bool = False) -> bool:
+        """Whether `d_hidden` does; adapters read numbers, and beside them, or an adapter's steps, codes would spill."""
+        if self.gate_up_lora is not None or self.down_lora is not None:
+            return False
         gated = self.call.width != self.size_n
         pairs = gated and not self.spec.is_concatenated
         architecture = target_of(self.hidden.device).architecture
