@@ -27,7 +27,7 @@ COUNTS = ("registers", "spills", "shared_bytes", "loop", "wgmma", "mma", "cp_asy
 
 def fine(kernel: str, arch: str = "sm_90", **changes: Any) -> Report:
     counts = {"registers": 128, "spills": 0, "shared_bytes": 1024, "wgmma": 4, "mma": 4, "cp_async": 8, "tma": 4}
-    counts |= {"setmaxnreg": 0, "proxy_fence": 1, "fp8": 4}
+    counts |= {"setmaxnreg": 0, "proxy_fence": 1, "fp8": 4 if "_rank" in kernel else 8}  # adapters are in 16 bits
     if "cooperative" in kernel or "ping_pong" in kernel:
         counts["setmaxnreg"] = 8
     return Report(kernel=kernel, arch=arch, **{**counts, **changes})
