@@ -37,6 +37,7 @@ from moe_triton.records import (
 
 ONE_CALL = 4 << 20  # bytes of a projection's gradients, from which block by block in used memory is faster
 SHARED_ELEMENTS = 1 << 18  # of the input and the pre-activation of a block of narrow rows: a megabyte of fp32
+SHARED_BESIDE_ADAPTERS = 1 << 19  # the same where each block has the calls of adapters too
 
 
 def experts_forward(
@@ -280,7 +281,8 @@ def _layout(call: ExpertCall, policy: CpuPolicy | None, *, backward: bool) -> La
     # padding is for products whose kernels are compiled for a shape
     flops_per_row = 0 if is_looped else 2 * call.width * call.hidden_size if dtype in policy.linear else math.inf
     groups = are_stacked and dtype in GROUPED_DTYPES and not policy.fixed_rows
-    shared_rows = SHARED_ELEMENTS // max(call.width + call.hidden_size, 1)
+    shared = SHARED_BESIDE_ADAPTERS if call.gate_up_lora or call.down_lora else SHARED_ELEMENTS
+    shared_rows = shared // max(call.width + call.hidden_size, 1)
     return Layout(
         call.dispatched.offsets, policy, most, flops_per_row,
         shared_rows=shared_rows, groups=groups, is_looped=is_looped,
