@@ -24,7 +24,7 @@ quick: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not interpreter and not ranks and not peer and not slow"
 
 test: $(READY)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 5 --dist worksteal
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 4 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .
