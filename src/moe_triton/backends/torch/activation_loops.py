@@ -10,6 +10,7 @@ import numpy as np
 from numba import carray, from_dtype, njit, types
 from numba.extending import register_jitable
 
+from moe_triton.backends.torch.addresses import next_of, pointer_to
 from moe_triton.backends.torch.loops import (
     FUSED,
     SUMS,
@@ -25,7 +26,6 @@ from moe_triton.backends.torch.loops import (
     widened,
 )
 from moe_triton.backends.torch.row_loops import bits_at, fields, floats_at
-from moe_triton.backends.torch.vectors import next_of, pointer_to
 
 
 @register_jitable

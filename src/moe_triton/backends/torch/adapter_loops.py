@@ -16,19 +16,9 @@ from functools import cache
 import numpy as np
 from numba import carray, from_dtype, njit, types
 
+from moe_triton.backends.torch.addresses import next_of, pause, pointer_to, value_of
 from moe_triton.backends.torch.loops import named, started
-from moe_triton.backends.torch.vectors import (
-    LANES,
-    ROWS,
-    WORD,
-    next_of,
-    pause,
-    pointer_to,
-    spread_row,
-    tile,
-    transpose,
-    value_of,
-)
+from moe_triton.backends.torch.vectors import LANES, ROWS, WORD, spread_row, tile, transpose
 
 DONE = 8  # bytes from the start of a record to `done`
 PIECE_ROWS, PIECE_COLUMNS = 32, 128  # that a thread takes at a time

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from ctypes import Array, addressof, c_int64
+from ctypes import Array, Structure, addressof, c_int64
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,7 +112,7 @@ class LoopedAdapter(Adapter):
         """Return what `add_back` adds, as above: of u and a."""
         return self._added(self._at(self.to_u, block, dy_mO), self.u_mr, self.a)
 
-    def _added(self, step: Any, t_mr: Tensor, factor: Tensor) -> Added:
+    def _added(self, step: Structure, t_mr: Tensor, factor: Tensor) -> Added:
         step.then = addressof(step)  # the product follows, which waits for the whole t
         return Added(step, t_mr, factor)
 
@@ -136,36 +135,36 @@ class LoopedAdapter(Adapter):
         self._run(*steps)
 
     @cached_property
-    def to_t(self) -> Any:
+    def to_t(self) -> Structure:
         """The step that makes t."""
         return self._narrow(self.a.mT, self.t_mr)
 
     @cached_property
-    def to_u(self) -> Any:
+    def to_u(self) -> Structure:
         """The step that makes u."""
         return self._narrow(self.b, self.u_mr)
 
     @cached_property
-    def through_t(self) -> Any:
+    def through_t(self) -> Structure:
         """The step that makes t, and adds t @ b.T to y."""
         return self._narrow(self.a.mT, self.t_mr, self.b.mT)
 
     @cached_property
-    def through_u(self) -> Any:
+    def through_u(self) -> Structure:
         """The step that makes u, and adds u @ a to dx."""
         return self._narrow(self.b, self.u_mr, self.a)
 
     @cached_property
-    def gradient_a(self) -> Any:
+    def gradient_a(self) -> Structure:
         """The step that writes u.T @ x."""
         return self._gradient(self.u_mr, self.a.shape[2])
 
     @cached_property
-    def gradient_b(self) -> Any:
+    def gradient_b(self) -> Structure:
         """The step that writes dy.T @ t."""
         return self._gradient(self.t_mr, self.b.shape[1], is_transposed=True)
 
-    def _narrow(self, into: Tensor, t_mr: Tensor, out_of: Tensor | None = None) -> Any:
+    def _narrow(self, into: Tensor, t_mr: Tensor, out_of: Tensor | None = None) -> Structure:
         """The step that makes t of x @ into[e] and adds t @ out_of[e] to y, without a block."""
         step = self.Narrow(
             x_size=into.shape[1], into=into.data_ptr(), t=t_mr.data_ptr(), t_row=t_mr.shape[1] * self.size,
@@ -177,27 +176,27 @@ class LoopedAdapter(Adapter):
             step.out_of_e, step.out_of_k, step.out_of_q = (stride * self.size for stride in out_of.stride())
         return step
 
-    def _gradient(self, t_mr: Tensor, columns: int, *, is_transposed: bool = False) -> Any:
+    def _gradient(self, t_mr: Tensor, columns: int, *, is_transposed: bool = False) -> Structure:
         """The step that writes t.T @ x of so many columns to grad[e], or its transpose, without a block."""
         return self.Gradient(
             is_gradient=1, is_transposed=is_transposed, columns=columns,
             narrow=t_mr.data_ptr(), narrow_row=t_mr.shape[1] * self.size, rank=self.rank,
         )  # fmt: skip
 
-    def _at(self, step: Any, block: Block, x_mI: Tensor, y_mO: Tensor | None = None) -> Any:
+    def _at(self, step: Structure, block: Block, x_mI: Tensor, y_mO: Tensor | None = None) -> Structure:
         """A Narrow step for this block."""
         step.x, step.x_row = x_mI.data_ptr(), x_mI.stride(0) * self.size
         if y_mO is not None:
             step.y, step.y_row = y_mO.data_ptr(), y_mO.stride(0) * self.size
         return self._started(step, block)
 
-    def _gradient_at(self, step: Any, block: Block, x_mI: Tensor, grad: Tensor) -> Any:
+    def _gradient_at(self, step: Structure, block: Block, x_mI: Tensor, grad: Tensor) -> Structure:
         """A Gradient step for this block."""
         step.wide, step.wide_row = x_mI.data_ptr(), x_mI.stride(0) * self.size
         step.out, step.out_step, step.out_row = grad.data_ptr(), grad.stride(0) * self.size, grad.stride(1) * self.size
         return self._started(step, block)
 
-    def _started(self, step: Any, block: Block) -> Any:
+    def _started(self, step: Structure, block: Block) -> Structure:
         found = self._parts.get(id(block))
         if found is None:
             found = self._parts[id(block)] = block, parts_of(block)
@@ -205,7 +204,7 @@ class LoopedAdapter(Adapter):
         step.next = step.done = step.then = 0
         return step
 
-    def _run(self, *steps: Any) -> None:
+    def _run(self, *steps: Structure) -> None:
         for step, following in pairwise(steps):
             step.then = addressof(following)
         if steps:

@@ -14,6 +14,7 @@ from numba import carray, from_dtype, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from moe_triton.backends.torch.addresses import next_of, pointer_to
 from moe_triton.backends.torch.loops import float_of_half, named, started, widened
 from moe_triton.backends.torch.row_loops import fields
 from moe_triton.backends.torch.vectors import (
@@ -25,8 +26,6 @@ from moe_triton.backends.torch.vectors import (
     floats,
     load,
     multiply_add,
-    next_of,
-    pointer_to,
     splat,
     sums_of_vectors,
     up_to,

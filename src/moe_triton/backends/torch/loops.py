@@ -27,7 +27,7 @@ SUMS = {"reassoc", "contract", "nsz"}  # lets a sum be cut into as many partial 
 
 
 def compiles_for_another() -> bool:
-    """Return whether numba is told to compile for another processor (NUMBA_CPU_NAME, NUMBA_CPU_FEATURES)."""
+    """Return whether numba compiles for another processor than this (NUMBA_CPU_NAME, NUMBA_CPU_FEATURES)."""
     return bool(config.CPU_NAME or config.CPU_FEATURES)
 
 

@@ -23,9 +23,10 @@ from moe_triton.backends.torch.adapter_loops import (
     panels_bf16,
     panels_fp32,
 )
+from moe_triton.backends.torch.addresses import next_of, pointer_to
 from moe_triton.backends.torch.loops import named, started
 from moe_triton.backends.torch.row_loops import fields
-from moe_triton.backends.torch.vectors import LANES, WORD, dots, next_of, pointer_to, tile
+from moe_triton.backends.torch.vectors import LANES, WORD, dots, tile
 
 PIECE, COLUMNS = 96, 128  # columns of a result that a thread takes at a time, of matrices in rows and in columns
 PANEL = 2 * LANES  # columns of an adapter's factor that are added at a time

@@ -14,8 +14,8 @@ import numpy as np
 from numba import carray, from_dtype, types
 from numba.extending import register_jitable
 
+from moe_triton.backends.torch.addresses import next_of, pointer_to, prefetch
 from moe_triton.backends.torch.loops import f32, named, quickly_rounded, started, widened
-from moe_triton.backends.torch.vectors import next_of, pointer_to, prefetch
 
 GATHERED, COMBINED = 64, 16  # rows of a piece
 LINE = 64  # bytes of a cache line
@@ -46,7 +46,7 @@ as_gather, as_combine = (pointer_to(from_dtype(np.dtype(record))) for record in 
 as_bits, as_floats, as_indices = (pointer_to(number) for number in (types.uint16, types.float32, types.int32))
 
 
-# Arrays at addresses. Closures of a loop may name these, but not the functions of `vectors`: numba would not find the
+# Arrays at addresses. Closures of a loop may name these, but not the functions of `addresses`: numba would not find the
 # loop again on disk.
 @register_jitable
 def bits_at(address, num_rows, columns):
