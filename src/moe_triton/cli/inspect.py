@@ -66,8 +66,9 @@ def inspect(
 ) -> None:
     """Compile every kernel and shipped configuration for a GPU that is not there, and read its binary.
 
-    Gates: no spills, shared memory within the limit, matrix instructions and asynchronous copies in the main loops, and
-    on Hopper the order of copies, fences, barriers and products.
+    Gates: no spills, shared memory within the limit, matrix instructions (in fp8 none but those that multiply codes,
+    and adapters') and asynchronous copies in the main loops, and on Hopper the order of copies, fences, barriers and
+    products.
     Exit code: 0; 1 when a gate is broken; 2 for bad arguments; 3 when Triton is not installed.
     """
     if not runtime.TRITON_INSTALLED:
