@@ -127,7 +127,7 @@ def test_beside_a_product(dtype: torch.dtype, is_looped: bool, has_bias: bool) -
 def test_pairs_without_the_instruction() -> None:
     """One tile: compiling whole loops for other processors than this one takes seconds."""
     numba = pytest.importorskip("numba")
-    from moe_triton.backends.torch.adapter_loops import LANES, tile
+    from moe_triton.backends.torch.vectors import LANES, tile
 
     run = tile(vectors=1, adds=False, is_bf16=True, has_instruction=False)
 

@@ -82,20 +82,19 @@ def test_what_a_policy_is(name: str, mkl: bool, onednn: bool, monkeypatch: pytes
         assert set(policy.most_batched_rows) == batched | ({torch.bfloat16} if has_bf16 and onednn else set())
         has_loops = name == "loops" and where.has("avx512")
         looped = {torch.float32, *([torch.bfloat16] if where.has("avx512_bf16") else [])} if has_loops else set()
-        assert set(policy.looped_rows) == looped
+        assert policy.looped == looped
 
 
 def test_the_policies_without_loops(no_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     where = KINDS["zen 4"][0]
     monkeypatch.setenv(fused.VARIABLE, "0")
     assert cpu.choose_policy(where).policy == "onednn_large"
-    assert not cpu.make_policy("loops", where).looped_rows
+    assert not cpu.make_policy("loops", where).looped
     monkeypatch.setenv(fused.VARIABLE, "1")
     policy = cpu.make_policy("loops", where)
-    assert policy.most_looped(torch.float32, backward=True) == 512
-    assert [policy.most_looped(torch.bfloat16, backward=backward) for backward in (False, True)] == [64, 0]
+    assert policy.loops(torch.float32) and policy.loops(torch.bfloat16)
     monkeypatch.setenv(fused.VARIABLE, "0")
-    assert policy.most_looped(torch.float32, backward=False) == 0
+    assert not policy.loops(torch.float32)
 
 
 def test_pairs_where_numba_compiles_for_another_processor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +104,7 @@ def test_pairs_where_numba_compiles_for_another_processor(monkeypatch: pytest.Mo
     assert not fused.multiplies_pairs(KINDS["skylake"][0])
     monkeypatch.setattr(numba.config, "CPU_NAME", "skylake-avx512")
     assert not fused.multiplies_pairs(where)
-    assert set(cpu.make_policy("loops", where).looped_rows) == {torch.float32}
+    assert set(cpu.make_policy("loops", where).looped) == {torch.float32}
 
 
 def test_the_environment_overrides(no_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from tests.helpers.compare import TOLERANCE, assert_close
 pytest.importorskip("numba")
 pytestmark = pytest.mark.skipif(not this_processor().has("avx512"), reason="the loops are for vectors of 512 bits")
 HAS_PAIRS = pytest.mark.skipif(not this_processor().has("avx512_bf16"), reason="the processor multiplies no pairs")
-BF16, BF16_ROWS = (pytest.param(*values, marks=HAS_PAIRS) for values in ((torch.bfloat16,), (torch.bfloat16, True)))
+BF16 = pytest.param(torch.bfloat16, marks=HAS_PAIRS)
 COUNTS = (0, 1, 2, 3, 0, 4, 5, 8, 9, 17, 0, 70)  # rows of an expert: every number of rows that a tile has
 
 
@@ -55,7 +55,8 @@ def expected(x: Tensor, matrix: Tensor, block: Block, bias: Tensor | None = None
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize(("dtype", "in_rows"), [(torch.float32, True), (torch.float32, False), BF16_ROWS])
+@pytest.mark.parametrize("in_rows", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize(("size_in", "size_out"), [(2, 1), (16, 7), (38, 97), (64, 130), (130, 33)])
 def test_products(size_in: int, size_out: int, dtype: torch.dtype, in_rows: bool, has_bias: bool) -> None:
     block, (x, matrix, bias) = block_of(), drawn(size_in, size_out, dtype)
@@ -71,14 +72,23 @@ def test_products(size_in: int, size_out: int, dtype: torch.dtype, in_rows: bool
         assert_close(out, expected(x, matrix.roll(1, 0), block), tolerance=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("cache", [1 << 17, 1 << 10])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize(("size_out", "size_in"), [(1, 2), (7, 16), (97, 38), (130, 300), (33, 130)])
-def test_gradients(size_out: int, size_in: int) -> None:
+def test_gradients(
+    size_out: int, size_in: int, dtype: torch.dtype, cache: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(looped, "LEFT_BYTES", cache)
+    monkeypatch.setattr(looped, "RIGHT_BYTES", 2 * cache)
     block = block_of()
-    left, right = torch.randn(sum(COUNTS), size_out), torch.randn(sum(COUNTS), size_in)
-    memory = torch.full((len(COUNTS), size_out, size_in + 3), torch.nan)
+    left, right = (torch.randn(sum(COUNTS), size).to(dtype) for size in (size_out, size_in))
+    memory = torch.full((len(COUNTS), size_out, size_in + 3), torch.nan, dtype=dtype)
     looped.multiply_outer(block, left, right, memory[..., :size_in])
-    for e, part in block.parts:
-        assert_close(memory[e, :, :size_in], left[part].double().T @ right[part].double(), tolerance=2e-6)
+    wanted = {e: left[part].double().T @ right[part].double() for e, part in block.parts}
+    for e, _ in block.parts:
+        assert_close(memory[e, :, :size_in], wanted[e], tolerance=TOLERANCE[dtype])
+    with pytest.raises(AssertionError):
+        assert_close(memory[1, :, :size_in], wanted[2], tolerance=TOLERANCE[dtype])
     idle = [e for e, count in enumerate(COUNTS) if count == 0]
     assert memory[idle].isnan().all()
     assert memory[..., size_in:].isnan().all()
@@ -88,20 +98,28 @@ def test_gradients(size_out: int, size_in: int) -> None:
 def test_a_rows_bits_depend_on_it_alone(dtype: torch.dtype) -> None:
     x, matrix, _ = drawn(130, 97, dtype)
     block, columns = block_of(), matrix.mT.contiguous().mT
-    kept = [looped.multiply(block, x, lambda e: matrix[e])]
-    if dtype == torch.float32:
-        kept.append(looped.multiply(block, x, lambda e: columns[e]))
-    threads = torch.get_num_threads()
+    for of in (matrix.__getitem__, columns.__getitem__):
+        kept = looped.multiply(block, x, of, by_row=True)
+        for rows in range(1, 9):
+            alone = looped.multiply(block_of((0,) * 11 + (rows,)), x[-70 : rows - 70], of, by_row=True)
+            assert torch.equal(alone, kept[-70 : rows - 70])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_threads_change_no_bit(dtype: torch.dtype) -> None:
+    x, matrix, _ = drawn(130, 97, dtype)
+    block, columns, threads = block_of(), matrix.mT.contiguous().mT, torch.get_num_threads()
+    found = []
     try:
-        for number, of in enumerate([matrix.__getitem__, columns.__getitem__][: len(kept)]):
-            for count in (1, 3):
-                torch.set_num_threads(count)
-                assert torch.equal(looped.multiply(block, x, of), kept[number])
-            for rows in range(1, 9):
-                alone = looped.multiply(block_of((0,) * 11 + (rows,)), x[-70 : rows - 70], of)
-                assert torch.equal(alone, kept[number][-70 : rows - 70])
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            grad = torch.zeros(len(COUNTS), 97, 130, dtype=dtype)
+            by_rows = looped.multiply(block, x, matrix.__getitem__)
+            looped.multiply_outer(block, by_rows, x, grad)
+            found.append((by_rows, looped.multiply(block, x, columns.__getitem__), grad))
     finally:
         torch.set_num_threads(threads)
+    assert all(torch.equal(*pair) for other in found[1:] for pair in zip(found[0], other, strict=True))
 
 
 def test_what_the_loops_do_not_read() -> None:
@@ -112,7 +130,7 @@ def test_what_the_loops_do_not_read() -> None:
     assert not looped.reads([dense, torch.empty(6, 12)[:, :8]], torch.float32)
     assert not looped.reads([dense], torch.bfloat16)
     assert not looped.reads([dense[::2, ::2]], torch.float32)
-    assert not looped.reads([dense.bfloat16().T], torch.bfloat16)
+    assert looped.reads([dense.bfloat16().T], torch.bfloat16)
     assert not looped.reads([dense.bfloat16()[:, :7]], torch.bfloat16)
 
 

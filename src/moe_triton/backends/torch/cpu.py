@@ -42,8 +42,7 @@ class CpuPolicy:
                         MKL's cost of m rows, in rows of a batched product: m + batched_overhead in one, and
                         alone_per_row * m + alone_overhead in a product alone
     num_threads         None for torch's at the time of the call
-    looped_rows         by dtype, up to how many rows of an expert are multiplied by the loops of `looped`, which read
-                        a matrix where it is; in bf16 in forward only
+    looped              the dtypes whose products are made by the loops of `looped`
     fixed_rows          the rows of every product where a row's bits must not depend on how many there are; 0: any
     """
 
@@ -59,7 +58,7 @@ class CpuPolicy:
     alone_per_row: float = 1.1
     alone_overhead: int = 36
     num_threads: int | None = None
-    looped_rows: Mapping[torch.dtype, float] = field(default_factory=dict)
+    looped: frozenset[torch.dtype] = frozenset()
     fixed_rows: int = 0
 
     @property
@@ -72,11 +71,9 @@ class CpuPolicy:
             return 0  # without threads MKL's batches gain nothing that pays for padding
         return self.most_batched_rows.get(dtype, (0, 0))[backward]
 
-    def most_looped(self, dtype: torch.dtype, *, backward: bool) -> float:
-        """Return the most rows of an expert that the loops multiply; 0 where they do not run."""
-        if (backward and dtype == torch.bfloat16) or not runs_on_threads(dtype):
-            return 0
-        return self.looped_rows.get(dtype, 0)
+    def loops(self, dtype: torch.dtype) -> bool:
+        """Return whether the loops make the products of a dtype."""
+        return dtype in self.looped and runs_on_threads(dtype)
 
     def padded(self, num_rows: int, *, batched: bool = False, flops_per_row: float = math.inf) -> int:
         """Return the number of rows to compute for `num_rows`, which recurs where shapes should.
@@ -193,8 +190,9 @@ def make_policy(name: str, processor: Processor) -> CpuPolicy:
     onednn_large
             the same for products of 2^28 FLOPs or more, and gradients of projections of 2^20 numbers or more; below
             these torch.mm
-    loops   products by our compiled loops (see `looped`), fp32 up to 512 rows, bf16 forward up to 64; all else as
-            onednn_large. Only where the loops run, on processors with AVX-512.
+    loops   products by our compiled loops (see `looped`), in bf16 where the processor multiplies it; gradients of more
+            than 2048 rows an expert, and all else, as onednn_large. Only where the loops run, on processors with
+            AVX-512.
     mkl     by torch.mm; up to 320 rows an expert forward and 48 backward, neighbours share one of MKL's batched
             products, which gives every thread products of its own (backward, where more is done to the padding, the
             gain ends sooner). Not where torch lacks MKL.
@@ -205,11 +203,9 @@ def make_policy(name: str, processor: Processor) -> CpuPolicy:
     """
     has_onednn = torch.backends.mkldnn.is_available()
     is_large = name in ("loops", "onednn_large")
-    looped_rows: dict[torch.dtype, float] = {}
-    if name == "loops" and has_loops(processor):
-        looped_rows[torch.float32] = 512
-        if multiplies_pairs(processor):
-            looped_rows[torch.bfloat16] = 64
+    looped = [torch.float32] if name == "loops" and has_loops(processor) else []
+    if looped and multiplies_pairs(processor):
+        looped.append(torch.bfloat16)
     product = onednn_linear() if name == "onednn" or is_large else None
     most_batched_rows: dict[torch.dtype, tuple[int, int]] = {}
     if has_onednn and processor.has_bf16_products:
@@ -222,7 +218,7 @@ def make_policy(name: str, processor: Processor) -> CpuPolicy:
         linear_from=1 << (28 if is_large else 24),
         gradient_from=1 << 20 if is_large else 0,
         most_batched_rows=most_batched_rows,
-        looped_rows=looped_rows,
+        looped=frozenset(looped),
     )
 
 
@@ -301,8 +297,7 @@ def invariant_policy() -> CpuPolicy:
     at hand.
     """
     policy = this_cpu()
-    looped_rows = dict.fromkeys(policy.looped_rows, math.inf)  # a sum's order depends on neither rows nor threads there
-    return replace(policy, shapes_recur=True, most_batched_rows={}, looped_rows=looped_rows, fixed_rows=32)
+    return replace(policy, shapes_recur=True, most_batched_rows={}, fixed_rows=32)
 
 
 def batched_product(

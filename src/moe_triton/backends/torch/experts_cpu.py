@@ -36,8 +36,7 @@ from moe_triton.records import (
 )
 
 ONE_CALL = 4 << 20  # bytes of a projection's gradients, from which block by block in used memory is faster
-SHARED_ELEMENTS = 1 << 18  # of the input and the pre-activation of a block of narrow rows: a megabyte of fp32
-SHARED_BESIDE_ADAPTERS = 1 << 19  # the same where each block has the calls of adapters too
+SHARED_BYTES = 1 << 23  # of the input and the pre-activation of a block of narrow rows
 
 
 def experts_forward(
@@ -276,33 +275,29 @@ def _layout(call: ExpertCall, policy: CpuPolicy | None, *, backward: bool) -> La
     policy = policy or this_cpu()
     are_stacked = all(isinstance(p, Tensor) for p in call.parameters if p is not None)
     dtype = call.hidden.dtype
-    is_looped = _is_looped(call, policy, backward=backward)
+    is_looped = _is_looped(call, policy)
     most = policy.most_batched(dtype, backward=backward) if are_stacked and not is_looped else 0
     # padding is for products whose kernels are compiled for a shape
     flops_per_row = 0 if is_looped else 2 * call.width * call.hidden_size if dtype in policy.linear else math.inf
     groups = are_stacked and dtype in GROUPED_DTYPES and not policy.fixed_rows
-    shared = SHARED_BESIDE_ADAPTERS if call.gate_up_lora or call.down_lora else SHARED_ELEMENTS
-    shared_rows = shared // max(call.width + call.hidden_size, 1)
+    shared_rows = SHARED_BYTES // max((call.width + call.hidden_size) * dtype.itemsize, 1)
     return Layout(
         call.dispatched.offsets, policy, most, flops_per_row,
         shared_rows=shared_rows, groups=groups, is_looped=is_looped,
     )  # fmt: skip
 
 
-def _is_looped(call: ExpertCall, policy: CpuPolicy, *, backward: bool) -> bool:
+def _is_looped(call: ExpertCall, policy: CpuPolicy) -> bool:
     """Whether `looped` makes the products."""
     dtype, projections = call.hidden.dtype, call.parameters[:2]
-    most = policy.most_looped(dtype, backward=backward)
-    if most == 0 or call.num_rows == 0 or (policy.fixed_rows and (call.gate_up_lora or call.down_lora)):
+    if call.num_rows == 0 or not policy.loops(dtype) or (policy.fixed_rows and (call.gate_up_lora or call.down_lora)):
         return False
     for projection in projections:
         of = matrices(projection, call.spec, dtype)
         stored = range(1) if isinstance(projection, Tensor) else range(call.num_experts)
         if isinstance(of, Decoded) or not looped.reads([of(e) for e in stored], dtype):
             return False
-    fullest = int(call.dispatched.offsets.diff().max())
-    is_large = 2 * call.width * call.hidden_size * fullest >= 2 * policy.linear_from  # packing the matrix pays there
-    return fullest <= most and (policy.fixed_rows > 0 or not is_large)
+    return True
 
 
 def _makes_gradients_in_one_call(call: ExpertCall, layout: Layout) -> bool:

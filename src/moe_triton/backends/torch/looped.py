@@ -14,6 +14,11 @@ from moe_triton.backends.torch.threads import on_all_threads
 from moe_triton.records import ExpertWeight
 
 WORD = 4  # bytes
+PANEL = 32  # columns: see `panels`
+MANY_ROWS = 32  # from which copying a matrix into panels pays
+ALL = 1 << 62  # more rows than there are
+MOST_SUMMED = 2048  # rows of an expert: over more, panels of a gradient's factors are too narrow to be used often
+PANEL_BYTES, LEFT_BYTES, RIGHT_BYTES = 1 << 18, 1 << 17, 3 << 17  # of a thread's cache
 Matrices = Callable[[int], Tensor]  # expert -> its matrix [out, in]
 
 
@@ -25,14 +30,12 @@ def parts_of(block: Block, of_expert: Callable[[int], int] = int) -> Array[c_int
 
 
 def reads(matrices: Sequence[Tensor], dtype: torch.dtype) -> bool:
-    """Return whether the loops read matrices [out, in]: in rows, in fp32 also in columns, and all in the same steps."""
+    """Return whether the loops read matrices [out, in]: dense in rows or in columns, and all in the same steps."""
     return len({matrix.stride() for matrix in matrices}) == 1 and all(_reads(matrix, dtype) for matrix in matrices)
 
 
 def _reads(matrix_OI: Tensor, dtype: torch.dtype) -> bool:
-    (step_o, step_i), size = matrix_OI.stride(), dtype.itemsize
-    is_dense = step_i == 1 or (step_o == 1 and size == WORD)
-    return matrix_OI.dtype == dtype and is_dense and matrix_OI.shape[1] * size % WORD == 0
+    return matrix_OI.dtype == dtype and 1 in matrix_OI.stride() and matrix_OI.shape[1] * dtype.itemsize % WORD == 0
 
 
 class Added(NamedTuple):
@@ -53,8 +56,13 @@ def multiply(
     biases: ExpertWeight | None = None,
     out: Tensor | None = None,
     added: Added | None = None,
+    *,
+    by_row: bool = False,
 ) -> Tensor:
-    """Compute x @ matrices(e).T + biases[e] for the rows of every expert e of the block, and what is added, [m, O]."""
+    """Compute x @ matrices(e).T + biases[e] for the rows of every expert e of the block, and what is added, [m, O].
+
+    by_row: a row's bits depend on this row alone.
+    """
     from moe_triton.backends.torch.product_loops import Product, product_loop
 
     first_OI, size = matrices(block.parts[0][0]), x_mI.element_size()
@@ -65,6 +73,7 @@ def multiply(
         x=x_mI.data_ptr(), x_row=x_mI.stride(0) * size, step=(step_o if step_i == 1 else step_i) * size,
         y=y_mO.data_ptr(), y_row=y_mO.stride(0) * size, size_in=size_in, size_out=size_out,
         parts=addressof(parts), num_parts=len(block.parts),
+        columns=taken(size_in * size, size_out, PANEL_BYTES), many=ALL if by_row else MANY_ROWS,
     )  # fmt: skip
     if added is not None:
         job.narrow, job.experts = addressof(added.narrow), added.narrow.parts
@@ -79,14 +88,24 @@ def multiply(
 
 
 def multiply_outer(block: Block, left_mO: Tensor, right_mI: Tensor, out_EOI: Tensor) -> None:
-    """Write left.T @ right over the rows of every expert e of the block to out[e]; fp32."""
+    """Write left.T @ right over the rows of every expert e of the block to out[e]."""
     from moe_triton.backends.torch.product_loops import Outer, outer_loop
 
-    address, step_e, step_o = out_EOI.data_ptr(), out_EOI.stride(0) * WORD, out_EOI.stride(1) * WORD
+    size, address = left_mO.element_size(), out_EOI.data_ptr()
+    step_e, step_o = out_EOI.stride(0) * size, out_EOI.stride(1) * size
     parts = parts_of(block, lambda e: address + e * step_e)
+    column = max(part.stop - part.start for _, part in block.parts) * size
     job = Outer(
-        left=left_mO.data_ptr(), left_row=left_mO.stride(0) * WORD, right=right_mI.data_ptr(),
-        right_row=right_mI.stride(0) * WORD, step=step_o, size_out=left_mO.shape[1], size_in=right_mI.shape[1],
+        left=left_mO.data_ptr(), left_row=left_mO.stride(0) * size, right=right_mI.data_ptr(),
+        right_row=right_mI.stride(0) * size, step=step_o, size_out=left_mO.shape[1], size_in=right_mI.shape[1],
         parts=addressof(parts), num_parts=len(block.parts),
+        outs=taken(column, left_mO.shape[1], LEFT_BYTES), columns=taken(column, right_mI.shape[1], RIGHT_BYTES, 1),
     )  # fmt: skip
-    on_all_threads(outer_loop().address, addressof(job))
+    on_all_threads(outer_loop(left_mO.dtype == torch.bfloat16).address, addressof(job))
+
+
+def taken(column: int, count: int, most_bytes: int, threads: int | None = None) -> int:
+    """Return how many of `count` columns of so many bytes a thread takes at a time: whole panels, as many for each."""
+    panels, threads = max(-(-count // PANEL), 1), threads or torch.get_num_threads()
+    pieces = -(-panels // max(most_bytes // max(column, 1) // PANEL, 1))
+    return PANEL * -(-panels // (-(-pieces // threads) * threads))

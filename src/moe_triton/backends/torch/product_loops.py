@@ -1,8 +1,9 @@
 """Products of rows with experts' matrices, which numba compiles for processors with vectors of 512 bits.
 
-A library copies a matrix into an order of its own before it multiplies, which with few rows takes longer than the
-product. These loops read it where it is: sums of a tile stay in registers. A number's sum depends on its row and its
-column only, not on how many rows there are, nor on the threads. See `row_loops` on records and threads.
+With many rows, some columns of a matrix are copied into panels in a thread's own cache, and multiplied from there:
+see `panels`. With few rows the copy would take longer than the product, so that the matrix is read where it is. In both
+cases a number's sum depends on its row and its column only, neither on other rows nor on the threads, but the order of
+the sums differs. See `row_loops` on records and threads.
 """
 
 # mypy: allow-untyped-defs, no-check-untyped-defs
@@ -13,25 +14,13 @@ from functools import cache
 import numpy as np
 from numba import carray, from_dtype, njit, types
 
-from moe_triton.backends.torch.adapter_loops import (
-    added_bf16,
-    added_fp32,
-    first_line,
-    memory,
-    narrow_bf16,
-    narrow_fp32,
-    panels_bf16,
-    panels_fp32,
-)
-from moe_triton.backends.torch.addresses import next_of, pointer_to
+from moe_triton.backends.torch.adapter_loops import narrow_bf16, narrow_fp32
+from moe_triton.backends.torch.addresses import next_of, pointer_to, value_of
 from moe_triton.backends.torch.loops import named, started
-from moe_triton.backends.torch.row_loops import fields
-from moe_triton.backends.torch.vectors import LANES, WORD, dots, tile
+from moe_triton.backends.torch.panels import PANEL, first_line, memory, panel_functions
+from moe_triton.backends.torch.row_loops import fields, prefetch_row
+from moe_triton.backends.torch.vectors import LANES, ROWS, WORD, dots, tile
 
-PIECE, COLUMNS = 96, 128  # columns of a result that a thread takes at a time, of matrices in rows and in columns
-PANEL = 2 * LANES  # columns of an adapter's factor that are added at a time
-MANY_ROWS = 64  # from which a copy of columns pays: rows that are 2^n bytes apart share few places of a cache
-IN_CACHE = 1 << 15  # numbers of the rows that are read for every few rows of a gradient
 AHEAD = 16  # rows from the one that is read to the one that is asked for
 
 
@@ -40,40 +29,43 @@ class Product(Structure):
 
     parts    the address of num_parts times (address of an expert's matrix, its first row, the row past its last)
     step     from one row of a matrix [size_out, size_in] to the next; or from one column, where these are dense
+    columns  of y that a thread takes at a time
+    many     how many rows of a part are multiplied from panels
     narrow   the address of the `adapter_loops.Narrow` that makes t, with a step that follows, 0 for none
     t        of an adapter; rank and out_of as in that record
     experts  the address of num_parts times (expert, .., ..), where there is one
     """
 
     _fields_ = fields(
-        "x x_row step y y_row size_in size_out parts num_parts "
+        "x x_row step y y_row size_in size_out parts num_parts columns many "
         "experts narrow t t_row rank out_of out_of_e out_of_k out_of_q"
     )
 
 
 class Outer(Structure):
-    """out[e] = left.T @ right over the rows of every part, fp32; steps are in bytes.
+    """out[e] = left.T @ right over the rows of every part; steps are in bytes.
 
-    parts    the address of num_parts times (address of out[e], its first row, the row past its last)
+    parts             the address of num_parts times (address of out[e], its first row, the row past its last)
+    outs, columns     of left and right, both multiples of PANEL: what a thread takes at a time
     """
 
-    _fields_ = fields("left left_row right right_row step size_out size_in parts num_parts")
+    _fields_ = fields("left left_row right right_row step size_out size_in parts num_parts outs columns")
 
 
-as_product, as_outer, as_parts, as_floats = (
-    pointer_to(number)
-    for number in (from_dtype(np.dtype(Product)), from_dtype(np.dtype(Outer)), types.int64, types.float32)
+as_product, as_outer, as_parts = (
+    pointer_to(number) for number in (from_dtype(np.dtype(Product)), from_dtype(np.dtype(Outer)), types.int64)
 )
 
 
-def by_rows(is_bf16, has_instruction, add_adapter):
-    """Return the loop over a Product whose matrices are in rows."""
+def few_by_rows(is_bf16, has_instruction):
+    """Return the product of few rows with a matrix in rows, where it is."""
     size = 2 if is_bf16 else 4
     eight, four, two, one = (dots(*tile, is_bf16, has_instruction) for tile in ((8, 3), (4, 6), (2, 8), (1, 8)))
 
     @njit
     @named(is_bf16, has_instruction)
-    def part(x, x_row, matrix, step, words, y, y_row, num_rows, num_outs):
+    def few(x, x_row, matrix, step, size_k, y, y_row, num_rows, num_outs):
+        words = size_k * size // WORD
         row = 0
         while row < num_rows:
             left, x_r, y_r = num_rows - row, x + row * x_row, y + row * y_row
@@ -94,24 +86,42 @@ def by_rows(is_bf16, has_instruction, add_adapter):
                     one(x_r, x_row, matrix + o * step, step, words, y_r + o * size, y_row, left, num_outs - o)
                 row += 1
 
-    @njit
-    @named(is_bf16, has_instruction)
-    def product(address):
-        job = carray(as_product(address), 1)[0]
-        parts = carray(as_parts(job.parts), (job.num_parts, 3))
-        mine, piece, words = next_of(address), 0, job.size_in * size // WORD
-        for p in range(len(parts)):
-            start, num_rows = parts[p, 1], parts[p, 2] - parts[p, 1]
-            for o in range(0, job.size_out, PIECE):
-                if piece == mine:
-                    x, y = job.x + start * job.x_row, job.y + start * job.y_row + o * size
-                    matrix, columns = parts[p, 0] + o * job.step, min(PIECE, job.size_out - o)
-                    part(x, job.x_row, matrix, job.step, words, y, job.y_row, num_rows, columns)
-                    add_adapter(job, p, start, o, y, num_rows, columns)
-                    mine = next_of(address)
-                piece += 1
+    return few
 
-    return product
+
+def few_by_columns():
+    """Return the product of few rows with a matrix in columns, where it is, in fp32."""
+    eight, four, two, one = (
+        tile(vectors, False, False, False, rows, AHEAD) for rows, vectors in ((8, 2), (4, 4), (2, 8), (1, 8))
+    )
+
+    @njit
+    def few(x, x_row, matrix, step, size_k, y, y_row, num_rows, num_columns):
+        row = 0
+        while row < num_rows:
+            rows, x_r, y_r = num_rows - row, x + row * x_row, y + row * y_row
+            if rows > 4:
+                for q in range(0, num_columns, 2 * LANES):
+                    matrix_q, y_q, more = matrix + q * WORD, y_r + q * WORD, num_columns - q
+                    eight(x_r, x_row, WORD, matrix_q, step, size_k, y_q, y_row, rows, more)
+                row += 8
+            elif rows > 2:
+                for q in range(0, num_columns, 4 * LANES):
+                    matrix_q, y_q, more = matrix + q * WORD, y_r + q * WORD, num_columns - q
+                    four(x_r, x_row, WORD, matrix_q, step, size_k, y_q, y_row, rows, more)
+                row += 4
+            elif rows == 2:
+                for q in range(0, num_columns, 8 * LANES):
+                    matrix_q, y_q, more = matrix + q * WORD, y_r + q * WORD, num_columns - q
+                    two(x_r, x_row, WORD, matrix_q, step, size_k, y_q, y_row, rows, more)
+                row += 2
+            else:
+                for q in range(0, num_columns, 8 * LANES):
+                    matrix_q, y_q, more = matrix + q * WORD, y_r + q * WORD, num_columns - q
+                    one(x_r, x_row, WORD, matrix_q, step, size_k, y_q, y_row, rows, more)
+                row += 1
+
+    return few
 
 
 def adder(panels, added, is_bf16):
@@ -133,121 +143,139 @@ def adder(panels, added, is_bf16):
     return add_adapter
 
 
-def by_columns():
-    """Return the loop over some columns of a product, in fp32, whose right side is in rows of numbers."""
-    eight, four, two, one = (
-        tile(vectors, False, False, False, rows, AHEAD) for rows, vectors in ((8, 2), (4, 4), (2, 8), (1, 8))
-    )
+def product_over(is_bf16, is_in_rows, few, narrow):
+    """Return the loop over a Product whose matrices are in rows or in columns.
+
+    few: the product of fewer rows than `many`; None where there are none.
+    """
+    size = 2 if is_bf16 else 4
+    _, panels, _, wide_product, added = panel_functions(is_bf16, is_bf16)
+    add_adapter = adder(panels, added, is_bf16)
+    has_few = few is not None
 
     @njit
-    def part(left, left_row, left_k, right, right_k, size_k, out, out_row, num_rows, num_columns):
-        row = 0
-        while row < num_rows:
-            rows, left_r, out_r = num_rows - row, left + row * left_row, out + row * out_row
-            if rows > 4:
-                for q in range(0, num_columns, 2 * LANES):
-                    right_q, out_q, more = right + q * WORD, out_r + q * WORD, num_columns - q
-                    eight(left_r, left_row, left_k, right_q, right_k, size_k, out_q, out_row, rows, more)
-                row += 8
-            elif rows > 2:
-                for q in range(0, num_columns, 4 * LANES):
-                    right_q, out_q, more = right + q * WORD, out_r + q * WORD, num_columns - q
-                    four(left_r, left_row, left_k, right_q, right_k, size_k, out_q, out_row, rows, more)
-                row += 4
-            elif rows == 2:
-                for q in range(0, num_columns, 8 * LANES):
-                    right_q, out_q, more = right + q * WORD, out_r + q * WORD, num_columns - q
-                    two(left_r, left_row, left_k, right_q, right_k, size_k, out_q, out_row, rows, more)
-                row += 2
+    @named(is_bf16, is_in_rows)
+    def product(address):
+        job = carray(as_product(address), 1)[0]
+        if job.narrow != 0:
+            narrow(job.narrow)
+        parts = carray(as_parts(job.parts), (job.num_parts, 3))
+        words, one = job.size_in * size // WORD, np.float32(1)
+        step_k, step_o = (size, job.step) if is_in_rows else (job.step, size)
+        packed = memory(words * -(-job.columns // PANEL) * PANEL)
+        right, pieces = first_line(packed), -(-job.size_out // job.columns)  # of each part
+        mine = next_of(address)
+        while mine < pieces * len(parts):
+            p, o = mine // pieces, mine % pieces * job.columns
+            start, num_rows = parts[p, 1], parts[p, 2] - parts[p, 1]
+            x, y = job.x + start * job.x_row, job.y + start * job.y_row + o * size
+            matrix, columns = parts[p, 0] + o * step_o, min(job.columns, job.size_out - o)
+            soon = value_of(address)  # most likely this thread's next piece
+            if has_few and num_rows < job.many:
+                few(x, job.x_row, matrix, job.step, job.size_in, y, job.y_row, num_rows, columns)
             else:
-                for q in range(0, num_columns, 8 * LANES):
-                    right_q, out_q, more = right + q * WORD, out_r + q * WORD, num_columns - q
-                    one(left_r, left_row, left_k, right_q, right_k, size_k, out_q, out_row, rows, more)
-                row += 1
+                panels(matrix, step_k, step_o, job.size_in, columns, right, PANEL)
+                following, lines = 0, 0
+                if soon < pieces * len(parts):  # comes into the cache meanwhile
+                    following = parts[soon // pieces, 0] + soon % pieces * job.columns * step_o
+                    lines = min(job.columns, job.size_out - soon % pieces * job.columns) if is_in_rows else job.size_in
+                length = job.size_in * size if is_in_rows else job.columns * size
+                for r in range(0, num_rows, ROWS):
+                    for line in range(lines * r // num_rows, min(lines * (r + ROWS) // num_rows, lines)):
+                        prefetch_row(following + line * job.step, length)
+                    x_r, y_r, rows = x + r * job.x_row, y + r * job.y_row, min(ROWS, num_rows - r)
+                    wide_product(x_r, job.x_row, WORD, right, words, y_r, job.y_row, rows, columns, one)
+            add_adapter(job, p, start, o, y, num_rows, columns)
+            mine = next_of(address)
+        packed[0] = 0  # its memory lives until here
 
-    return part
+    return product
 
 
-columns_fp32 = by_columns()
-add_fp32, add_bf16 = adder(panels_fp32, added_fp32, False), adder(panels_bf16, added_bf16, True)
-rows_fp32, rows_bf16 = by_rows(False, False, add_fp32), by_rows(True, True, add_bf16)
+def outer_over(is_bf16):
+    """Return the loop over an Outer."""
+    size = 2 if is_bf16 else 4
+    _, panels, _, wide_product, _ = panel_functions(is_bf16, is_bf16)
+
+    @njit
+    @named(is_bf16)
+    def outer(address):
+        job = carray(as_outer(address), 1)[0]
+        parts = carray(as_parts(job.parts), (job.num_parts, 3))
+        longest, one = 0, np.float32(1)
+        for p in range(len(parts)):
+            longest = max(longest, parts[p, 2] - parts[p, 1])
+        words = -(-longest * size // WORD)
+        packed = memory(words * (job.outs + job.columns))
+        mine, piece, rights, held = next_of(address), 0, first_line(packed), -1
+        lefts = rights + words * job.columns * WORD
+        for p in range(len(parts)):
+            start, num_rows = parts[p, 1], parts[p, 2] - parts[p, 1]
+            size_k = -(-num_rows * size // WORD)
+            for q in range(0, job.size_in, job.columns):
+                right, columns = job.right + start * job.right_row + q * size, min(job.columns, job.size_in - q)
+                first = piece  # of those that share these columns
+                for o in range(0, job.size_out, job.outs):
+                    if piece == mine:
+                        if held != first:
+                            held = first
+                            panels(right, job.right_row, size, num_rows, columns, rights, PANEL)
+                        left, outs = job.left + start * job.left_row + o * size, min(job.outs, job.size_out - o)
+                        panels(left, job.left_row, size, num_rows, outs, lefts, PANEL)
+                        out = parts[p, 0] + o * job.step + q * size
+                        for i in range(0, outs, PANEL):
+                            left_i, out_i, outs_i = lefts + i * size_k * WORD, out + i * job.step, min(PANEL, outs - i)
+                            wide_product(
+                                left_i, WORD, PANEL * WORD, rights, size_k, out_i, job.step, outs_i, columns, one
+                            )
+                        mine = next_of(address)
+                    piece += 1
+        packed[0] = 0  # its memory lives until here
+
+    return outer
 
 
-@njit
-def copied(source, step, num_rows, columns):
-    """Columns of fp32 rows, `step` bytes apart, one row after another."""
-    out = np.empty((num_rows, COLUMNS), np.float32)
-    for i in range(num_rows):
-        row = carray(as_floats(source + i * step), columns)
-        for j in range(columns):
-            out[i, j] = row[j]
-    return out
+rows_fp32 = product_over(False, True, few_by_rows(False, False), narrow_fp32)
+rows_bf16 = product_over(True, True, few_by_rows(True, True), narrow_bf16)
+columns_fp32 = product_over(False, False, few_by_columns(), narrow_fp32)
+columns_bf16 = product_over(True, False, None, narrow_bf16)
+outers_fp32, outers_bf16 = outer_over(False), outer_over(True)
 
 
 # Functions of a record's address. What they call are globals: see `adapter_loops`.
-def product_fp32(address):
-    job = carray(as_product(address), 1)[0]
-    if job.narrow != 0:
-        narrow_fp32(job.narrow)
+def product_by_rows_fp32(address):
     rows_fp32(address)
 
 
-def product_bf16(address):
-    job = carray(as_product(address), 1)[0]
-    if job.narrow != 0:
-        narrow_bf16(job.narrow)
+def product_by_rows_bf16(address):
     rows_bf16(address)
 
 
-def product_by_columns(address):
-    job = carray(as_product(address), 1)[0]
-    if job.narrow != 0:
-        narrow_fp32(job.narrow)
-    parts = carray(as_parts(job.parts), (job.num_parts, 3))
-    mine, piece = next_of(address), 0
-    for p in range(len(parts)):
-        start, num_rows = parts[p, 1], parts[p, 2] - parts[p, 1]
-        for q in range(0, job.size_out, COLUMNS):
-            if piece == mine:
-                x, y = job.x + start * job.x_row, job.y + start * job.y_row + q * WORD
-                matrix, columns = parts[p, 0] + q * WORD, min(COLUMNS, job.size_out - q)
-                if num_rows >= MANY_ROWS:
-                    panel = copied(matrix, job.step, job.size_in, columns)
-                    right, step = panel.ctypes.data, COLUMNS * WORD
-                    columns_fp32(x, job.x_row, WORD, right, step, job.size_in, y, job.y_row, num_rows, columns)
-                    panel[0, 0] = 0  # its memory lives until here
-                else:
-                    columns_fp32(x, job.x_row, WORD, matrix, job.step, job.size_in, y, job.y_row, num_rows, columns)
-                add_fp32(job, p, start, q, y, num_rows, columns)
-                mine = next_of(address)
-            piece += 1
+def product_by_columns_fp32(address):
+    columns_fp32(address)
+
+
+def product_by_columns_bf16(address):
+    columns_bf16(address)
 
 
 def outer_fp32(address):
-    job = carray(as_outer(address), 1)[0]
-    parts = carray(as_parts(job.parts), (job.num_parts, 3))
-    mine, piece = next_of(address), 0
-    for p in range(len(parts)):
-        start, num_rows = parts[p, 1], parts[p, 2] - parts[p, 1]
-        for o in range(0, job.size_out, PIECE):
-            if piece == mine:
-                left, outs = job.left + start * job.left_row + o * WORD, min(PIECE, job.size_out - o)
-                width = max(IN_CACHE // num_rows // COLUMNS, 1) * COLUMNS
-                for q in range(0, job.size_in, width):
-                    right = job.right + start * job.right_row + q * WORD
-                    out, columns = parts[p, 0] + o * job.step + q * WORD, min(width, job.size_in - q)
-                    columns_fp32(left, WORD, job.left_row, right, job.right_row, num_rows, out, job.step, outs, columns)
-                mine = next_of(address)
-            piece += 1
+    outers_fp32(address)
+
+
+def outer_bf16(address):
+    outers_bf16(address)
 
 
 @cache
 def product_loop(is_bf16, is_in_rows):
-    """Return the function of a Product's address; of matrices in columns, in fp32."""
-    return started(product_by_columns if not is_in_rows else product_bf16 if is_bf16 else product_fp32)
+    """Return the function of a Product's address."""
+    if is_in_rows:
+        return started(product_by_rows_bf16 if is_bf16 else product_by_rows_fp32)
+    return started(product_by_columns_bf16 if is_bf16 else product_by_columns_fp32)
 
 
 @cache
-def outer_loop():
+def outer_loop(is_bf16):
     """Return the function of an Outer's address."""
-    return started(outer_fp32)
+    return started(outer_bf16 if is_bf16 else outer_fp32)

@@ -43,7 +43,7 @@ def products(
     if isinstance(weight, Decoded):
         return weight.products(layout.policy, block.parts, x_mI, biases, out)
     if layout.is_looped:
-        return looped.multiply(block, x_mI, weight, biases, out)
+        return looped.multiply(block, x_mI, weight, biases, out, by_row=layout.policy.fixed_rows > 0)
     if block.batch is not None:
         count = block.batch.stop - block.batch.start
         x_CmI = x_mI.view(count, -1, x_mI.shape[1])
@@ -96,7 +96,7 @@ def _product(
 
 def outer_products(layout: Layout, block: Block, left: Tensor, right: Tensor, grad: Tensor) -> None:
     """Writes left.T @ right over the rows of every expert of the block."""
-    if layout.is_looped:
+    if layout.is_looped and all(part.stop - part.start <= looped.MOST_SUMMED for _, part in block.parts):
         looped.multiply_outer(block, left, right, grad)
         return
     if block.batch is not None and layout.policy.shapes_recur:
