@@ -208,8 +208,11 @@ def test_bf16_layer_routes_in_fp32():
     x = torch.randn(20, 32, dtype=torch.bfloat16)
     out = layer(x)
     assert out.output.dtype == torch.bfloat16
+    exact = F.linear(x.double(), layer.router.weight.double())
+    assert_close(layer.router.gate(x), exact, tolerance=2e-6)
+    with pytest.raises(AssertionError):
+        assert_close(F.linear(x, layer.router.weight), exact, tolerance=2e-6)
     want = F.linear(x.float(), layer.router.weight.float())
-    assert torch.equal(layer.router.gate(x), want)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(layer.float().router.gate(x), want)
 

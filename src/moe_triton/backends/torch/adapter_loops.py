@@ -17,6 +17,7 @@ from moe_triton.backends.torch.loops import named, started
 from moe_triton.backends.torch.panels import PANEL, first_line, memory, panel_functions
 from moe_triton.backends.torch.vectors import WORD
 
+WAITS = -1
 DONE = 8  # bytes from the start of a record to `done`
 PIECE_ROWS, PIECE_COLUMNS = 32, 128  # that a thread takes at a time
 
@@ -26,7 +27,7 @@ def fields(names):
 
     next           the number of the first piece that no thread has taken yet
     done           pieces that are finished
-    then           the address of the step that follows, 0 for none
+    then           the address of the step that follows, 0 for none; WAITS: none, but the threads wait for each other
     is_gradient    whether the record is a Gradient
     parts          the address of num_parts times (expert, its first row, the row past its last)
     """
@@ -158,17 +159,17 @@ def is_gradient(address):
 
 
 def steps_fp32(address):
-    while address != 0:
+    while address > 0:
         address = gradient_fp32(address) if is_gradient(address) else narrow_fp32(address)
 
 
 def steps_bf16(address):
-    while address != 0:
+    while address > 0:
         address = gradient_bf16(address) if is_gradient(address) else narrow_bf16(address)
 
 
 def steps_halves(address):
-    while address != 0:
+    while address > 0:
         address = gradient_halves(address) if is_gradient(address) else narrow_halves(address)
 
 

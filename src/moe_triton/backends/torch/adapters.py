@@ -90,7 +90,7 @@ class LoopedAdapter(Adapter):
         from moe_triton.backends.torch import adapter_loops as loops
 
         super().__init__(layout, lora)
-        self.Narrow, self.Gradient = loops.Narrow, loops.Gradient
+        self.Narrow, self.Gradient, self.waits = loops.Narrow, loops.Gradient, loops.WAITS
         self.run = loops.adapter_loops(self.a.dtype == torch.bfloat16, multiplies_pairs(this_processor())).address
         self.size, self.rank = self.a.element_size(), self.a.shape[1]
         panel = LANES if self.rank <= LANES else 2 * LANES
@@ -113,8 +113,8 @@ class LoopedAdapter(Adapter):
         return self._added(self._at(self.to_u, block, dy_mO), self.u_mr, self.a)
 
     def _added(self, step: Structure, t_mr: Tensor, factor: Tensor) -> Added:
-        step.then = addressof(step)  # the product follows, which waits for the whole t
-        return Added(step, t_mr, factor)
+        step.then = self.waits  # the product follows
+        return Added(step, self.run, t_mr, factor)
 
     def gradients(
         self,

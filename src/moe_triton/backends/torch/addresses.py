@@ -46,6 +46,18 @@ def pause(typing_context):
 
 
 @intrinsic
+def call_at(typing_context, function, argument):
+    """Call the compiled function at an address, which takes another address and returns nothing."""
+
+    def lower(context, builder, signature, arguments):
+        kind = ir.FunctionType(ir.VoidType(), [arguments[1].type])
+        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [arguments[1]])
+        return context.get_dummy_value()
+
+    return types.none(types.intp, types.intp), lower
+
+
+@intrinsic
 def prefetch(typing_context, address):
     """Ask for the cache line at an address, which may be any."""
 

@@ -18,6 +18,11 @@ import torch
 from torch import Tensor
 
 from moe_triton import reference
+from moe_triton.backends.torch import looped
+from moe_triton.backends.torch.blocks import Block
+from moe_triton.backends.torch.cpu import this_cpu
+from moe_triton.backends.torch.memory import empty
+from moe_triton.backends.torch.rows import round_rows, widen_rows
 from moe_triton.records import GateGradients, GateWanted
 
 COPIED_ELEMENTS = 1 << 20  # of an fp32 copy: four megabytes
@@ -108,7 +113,7 @@ def wide_backward(
     grad_logits: Tensor, grad_hidden: Tensor | None, hidden: Tensor, weight: Tensor, wanted: GateWanted
 ) -> GateGradients:
     """`gate_backward` by fp32 products: on a CPU of blocks of tokens where it takes fp32 copies, which stay small."""
-    size = max(16, COPIED_ELEMENTS // max(hidden.shape[1], 1))
+    size = min(max(16, COPIED_ELEMENTS // max(hidden.shape[1], 1)), looped.MOST_SUMMED)
     if hidden.device.type != "cpu" or hidden.dtype == torch.float32 or hidden.shape[0] <= size:
         return _products(grad_logits, grad_hidden, hidden, weight.float(), weight.dtype, wanted)
     addends = [None] * -(-hidden.shape[0] // size) if grad_hidden is None else grad_hidden.split(size)
@@ -135,6 +140,8 @@ def _products(
 ) -> GateGradients:
     """`wide_backward` of one block and an fp32 weight, whose gradient is rounded to `dtype`."""
     grad_x = grad_w = None
+    if hidden.dtype == torch.bfloat16 and 0 < hidden.shape[0] <= looped.MOST_SUMMED and _runs_loops(hidden, weight):
+        return _products_by_loops(grad_logits, grad_hidden, hidden, weight, dtype, wanted)
     if wanted.hidden:
         grad_x = grad_logits @ weight
         grad_x = (grad_x if grad_hidden is None else grad_x.add_(grad_hidden)).to(hidden.dtype)
@@ -143,11 +150,48 @@ def _products(
     return GateGradients(grad_x, grad_w, grad_logits.sum(0) if wanted.bias else None)
 
 
+def _runs_loops(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether the CPU's compiled loops make products of bf16 and of fp32."""
+    has_words = hidden.device.type == weight.device.type == "cpu" and hidden.shape[1] % 2 == 0 and weight.numel() > 0
+    return has_words and all(map(this_cpu().loops, (torch.float32, torch.bfloat16)))
+
+
+def _products_by_loops(
+    grad_logits: Tensor,
+    grad_hidden: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    dtype: torch.dtype,
+    wanted: GateWanted,
+) -> GateGradients:
+    """`_products` of hidden states in bf16."""
+    tokens, grad_logits, weight = slice(0, hidden.shape[0]), grad_logits.contiguous(), weight.contiguous()
+    block, grad_x, grad_w = Block(tokens, tokens, [(0, tokens)]), None, None
+    if wanted.hidden:
+        wide = looped.multiply(block, grad_logits, lambda _: weight.mT, out=empty(tuple(hidden.shape), torch.float32))
+        addend = None if grad_hidden is None else grad_hidden.to(hidden.dtype).contiguous()
+        grad_x = round_rows(wide, addend)
+    if wanted.weight:
+        grads = torch.empty(1, *weight.shape)
+        looped.multiply_outer(block, grad_logits, widen_rows(hidden.contiguous()), grads)
+        grad_w = grads[0].to(dtype)
+    return GateGradients(grad_x, grad_w, grad_logits.sum(0) if wanted.bias else None)
+
+
 def gate_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """16-bit hidden [T, d], weight [E, d], bias [E] or None -> fp32 logits [T, E]."""
     if has_wide_products(hidden.device):
         return forward_by(TORCH, hidden, weight, bias)
+    if hidden.dtype == weight.dtype == torch.bfloat16 and hidden.numel() > 0 and _runs_loops(hidden, weight):
+        return _forward_by_loop(hidden, weight, bias)
     return reference.gate(hidden, weight, bias)
+
+
+def _forward_by_loop(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    logits, tokens = torch.empty(hidden.shape[0], weight.shape[0]), slice(0, hidden.shape[0])
+    weight = weight.contiguous()
+    looped.multiply(Block(tokens, tokens, [(0, tokens)]), hidden.contiguous(), lambda _: weight, out=logits)
+    return logits if bias is None else logits.add_(bias.float())
 
 
 def gate_backward(

@@ -41,10 +41,12 @@ def _reads(matrix_OI: Tensor, dtype: torch.dtype) -> bool:
 class Added(NamedTuple):
     """What an adapter adds to a product: t @ factor[e], for t [m, columns] and factor [E, rank, O].
 
-    narrow   the `adapter_loops.Narrow` that makes t for the block, with a step that follows
+    narrow   the `adapter_loops.Narrow` that makes t for the block, and is waited for
+    by       the address of the loop that takes it
     """
 
     narrow: Structure
+    by: int
     t_mr: Tensor
     factor: Tensor
 
@@ -61,7 +63,7 @@ def multiply(
 ) -> Tensor:
     """Compute x @ matrices(e).T + biases[e] for the rows of every expert e of the block, and what is added, [m, O].
 
-    by_row: a row's bits depend on this row alone.
+    out: in fp32 also for bf16 where the matrices are dense in rows. by_row: a row's bits depend on this row alone.
     """
     from moe_triton.backends.torch.product_loops import Product, product_loop
 
@@ -71,16 +73,18 @@ def multiply(
     y_mO = x_mI.new_empty(x_mI.shape[0], size_out) if out is None else out
     job = Product(
         x=x_mI.data_ptr(), x_row=x_mI.stride(0) * size, step=(step_o if step_i == 1 else step_i) * size,
-        y=y_mO.data_ptr(), y_row=y_mO.stride(0) * size, size_in=size_in, size_out=size_out,
+        y=y_mO.data_ptr(), y_row=y_mO.stride(0) * y_mO.element_size(), size_in=size_in, size_out=size_out,
         parts=addressof(parts), num_parts=len(block.parts),
         columns=taken(size_in * size, size_out, PANEL_BYTES), many=ALL if by_row else MANY_ROWS,
+        threads=torch.get_num_threads(),
     )  # fmt: skip
     if added is not None:
-        job.narrow, job.experts = addressof(added.narrow), added.narrow.parts
+        job.narrow, job.by, job.experts = addressof(added.narrow), added.by, added.narrow.parts
         job.t, job.t_row = added.t_mr.data_ptr(), added.t_mr.stride(0) * size
         job.out_of, job.rank = added.factor.data_ptr(), added.factor.shape[1]
         job.out_of_e, job.out_of_k, job.out_of_q = (step * size for step in added.factor.stride())
-    on_all_threads(product_loop(x_mI.dtype == torch.bfloat16, step_i == 1).address, addressof(job))
+    loop = product_loop(x_mI.dtype == torch.bfloat16, step_i == 1, y_mO.dtype != x_mI.dtype)
+    on_all_threads(loop.address, addressof(job))
     if biases is not None:
         for e, part in block.parts:
             y_mO[part] += biases[e]

@@ -16,7 +16,6 @@ from moe_triton.backends.torch.vectors import LANES, ROWS, WORD, spread_row, til
 
 LINE = 64  # bytes of a cache line
 PANEL = 2 * LANES  # columns
-AHEAD = 16  # rows from the one that is copied to the one that is asked for
 
 
 @njit
@@ -41,25 +40,25 @@ def transposed_panel(source, step, size_k, columns, out, width):
             transpose(source_jk, step, columns - j, min(LANES, size_k - k), out_jk, width * WORD)
 
 
-def panel_functions(is_bf16, has_instruction):
+def panel_functions(is_bf16, has_instruction, is_wide=False):
     """Return spread, panels, product, wide_product and added, over numbers in bf16 or in fp32; steps are in bytes.
 
-    wide_product is product where panels have 32 columns however many there are.
+    wide_product is product where panels have 32 columns however many there are. is_wide: products are in fp32.
     """
     size = 2 if is_bf16 else 4
-    per_word = WORD // size
+    size_out, per_word = WORD if is_wide else size, WORD // size
     spread_one, spread_two = (spread_row(vectors, is_bf16) for vectors in (1, 2))
 
     def product_by(vectors):
-        run = tile(vectors, False, is_bf16, has_instruction, is_scaled=True)
+        run = tile(vectors, False, is_bf16, has_instruction, is_scaled=True, is_wide=is_wide)
         width = vectors * LANES
 
-        @named(is_bf16, has_instruction, vectors)
+        @named(is_bf16, has_instruction, vectors, is_wide)
         def product(left, left_row, left_k, right, size_k, out, out_row, num_rows, num_columns, scale):
             for p in range(0, num_rows, ROWS):
                 left_p, out_p = left + p * left_row, out + p * out_row
                 for q in range(0, num_columns, width):
-                    right_q, out_q = right + q * size_k * WORD, out_p + q * size
+                    right_q, out_q = right + q * size_k * WORD, out_p + q * size_out
                     rows, columns = num_rows - p, num_columns - q
                     run(left_p, left_row, left_k, right_q, width * WORD, size_k, out_q, out_row, rows, columns, scale)
 
@@ -68,7 +67,7 @@ def panel_functions(is_bf16, has_instruction):
     by_one, by_two, add_tile = product_by(1), product_by(2), tile(2, True, is_bf16, has_instruction)
 
     @njit
-    @named(is_bf16, has_instruction)
+    @named(is_bf16, has_instruction, is_wide)
     def product(left, left_row, left_k, right, size_k, out, out_row, num_rows, num_columns, scale):
         """out[p, q] = scale * sum over k < size_k of left[p, k] * right[k, q].
 
@@ -96,7 +95,7 @@ def panel_functions(is_bf16, has_instruction):
         for k in range(-(-num_rows // per_word)):
             lower, out = source + k * per_word * step, words + k * width * WORD
             for i in range(per_word):
-                prefetch(lower + (AHEAD + i) * step)
+                prefetch(lower + (16 + i) * step)
             upper_columns = columns if per_word * k + 1 < num_rows else 0
             if width > LANES:
                 spread_two(lower, lower + step, columns, upper_columns, out)

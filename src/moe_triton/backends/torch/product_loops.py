@@ -14,8 +14,7 @@ from functools import cache
 import numpy as np
 from numba import carray, from_dtype, njit, types
 
-from moe_triton.backends.torch.adapter_loops import narrow_bf16, narrow_fp32
-from moe_triton.backends.torch.addresses import next_of, pointer_to, value_of
+from moe_triton.backends.torch.addresses import call_at, next_of, pointer_to
 from moe_triton.backends.torch.loops import named, started
 from moe_triton.backends.torch.panels import PANEL, first_line, memory, panel_functions
 from moe_triton.backends.torch.row_loops import fields, prefetch_row
@@ -31,14 +30,16 @@ class Product(Structure):
     step     from one row of a matrix [size_out, size_in] to the next; or from one column, where these are dense
     columns  of y that a thread takes at a time
     many     how many rows of a part are multiplied from panels
-    narrow   the address of the `adapter_loops.Narrow` that makes t, with a step that follows, 0 for none
+    threads  that run the loop
+    narrow   the address of the `adapter_loops.Narrow` that makes t and is waited for, 0 for none
+    by       that of the loop that takes it
     t        of an adapter; rank and out_of as in that record
     experts  the address of num_parts times (expert, .., ..), where there is one
     """
 
     _fields_ = fields(
-        "x x_row step y y_row size_in size_out parts num_parts columns many "
-        "experts narrow t t_row rank out_of out_of_e out_of_k out_of_q"
+        "x x_row step y y_row size_in size_out parts num_parts columns many threads "
+        "experts narrow by t t_row rank out_of out_of_e out_of_k out_of_q"
     )
 
 
@@ -143,22 +144,23 @@ def adder(panels, added, is_bf16):
     return add_adapter
 
 
-def product_over(is_bf16, is_in_rows, few, narrow):
+def product_over(is_bf16, is_in_rows, few, is_wide=False):
     """Return the loop over a Product whose matrices are in rows or in columns.
 
-    few: the product of fewer rows than `many`; None where there are none.
+    few: the product of fewer rows than `many`; None where all are multiplied from panels. is_wide: y is in fp32.
     """
     size = 2 if is_bf16 else 4
-    _, panels, _, wide_product, added = panel_functions(is_bf16, is_bf16)
+    size_out = WORD if is_wide else size
+    _, panels, _, wide_product, added = panel_functions(is_bf16, is_bf16, is_wide)
     add_adapter = adder(panels, added, is_bf16)
     has_few = few is not None
 
     @njit
-    @named(is_bf16, is_in_rows)
+    @named(is_bf16, is_in_rows, is_wide)
     def product(address):
         job = carray(as_product(address), 1)[0]
         if job.narrow != 0:
-            narrow(job.narrow)
+            call_at(job.by, job.narrow)
         parts = carray(as_parts(job.parts), (job.num_parts, 3))
         words, one = job.size_in * size // WORD, np.float32(1)
         step_k, step_o = (size, job.step) if is_in_rows else (job.step, size)
@@ -168,9 +170,9 @@ def product_over(is_bf16, is_in_rows, few, narrow):
         while mine < pieces * len(parts):
             p, o = mine // pieces, mine % pieces * job.columns
             start, num_rows = parts[p, 1], parts[p, 2] - parts[p, 1]
-            x, y = job.x + start * job.x_row, job.y + start * job.y_row + o * size
+            x, y = job.x + start * job.x_row, job.y + start * job.y_row + o * size_out
             matrix, columns = parts[p, 0] + o * step_o, min(job.columns, job.size_out - o)
-            soon = value_of(address)  # most likely this thread's next piece
+            soon = mine + job.threads  # most likely this thread's next piece
             if has_few and num_rows < job.many:
                 few(x, job.x_row, matrix, job.step, job.size_in, y, job.y_row, num_rows, columns)
             else:
@@ -235,10 +237,11 @@ def outer_over(is_bf16):
     return outer
 
 
-rows_fp32 = product_over(False, True, few_by_rows(False, False), narrow_fp32)
-rows_bf16 = product_over(True, True, few_by_rows(True, True), narrow_bf16)
-columns_fp32 = product_over(False, False, few_by_columns(), narrow_fp32)
-columns_bf16 = product_over(True, False, None, narrow_bf16)
+rows_fp32 = product_over(False, True, few_by_rows(False, False))
+rows_bf16 = product_over(True, True, few_by_rows(True, True))
+columns_fp32 = product_over(False, False, few_by_columns())
+columns_bf16 = product_over(True, False, None)
+rows_wide = product_over(True, True, None, is_wide=True)
 outers_fp32, outers_bf16 = outer_over(False), outer_over(True)
 
 
@@ -259,6 +262,10 @@ def product_by_columns_bf16(address):
     columns_bf16(address)
 
 
+def product_by_rows_wide(address):
+    rows_wide(address)
+
+
 def outer_fp32(address):
     outers_fp32(address)
 
@@ -268,8 +275,10 @@ def outer_bf16(address):
 
 
 @cache
-def product_loop(is_bf16, is_in_rows):
-    """Return the function of a Product's address."""
+def product_loop(is_bf16, is_in_rows, is_wide=False):
+    """Return the function of a Product's address; is_wide: of matrices in rows in bf16, whose products are in fp32."""
+    if is_wide:
+        return started(product_by_rows_wide)
     if is_in_rows:
         return started(product_by_rows_bf16 if is_bf16 else product_by_rows_fp32)
     return started(product_by_columns_bf16 if is_bf16 else product_by_columns_fp32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from ctypes import addressof
 from functools import partial
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from moe_triton.backends.torch.dispatch import sort_by_loop
-from moe_triton.backends.torch.fused import data, loops_problem
+from moe_triton.backends.torch.fused import loops_problem
+from moe_triton.backends.torch.threads import on_all_threads
 from moe_triton.records import RouterSpec, TiledDispatch
 from moe_triton.reference import EPS, choice_keys, normalised_and_chosen, router_scores, unless_empty, wide
 
@@ -114,29 +116,31 @@ def _route_by_loop(
     given: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`route_forward`."""
-    from moe_triton.backends.torch.small_loops import route
+    from moe_triton.backends.torch.routing_loops import PIECE, Routing, routing_loop
 
-    logits, (num_tokens, num_experts), parts = logits.float(), logits.shape, spec.sequences
-    experts = np.empty((num_tokens, spec.top_k), np.int32)
-    weights, counts = np.empty((num_tokens, spec.top_k), np.float32), np.empty((parts, num_experts), np.int32)
-    score_sums, z_sums = np.empty((parts, num_experts), np.float32), np.empty(parts, np.float32)
-    keys = numbers = data(logits)
+    logits, (num_tokens, num_experts), parts = logits.detach().float().contiguous(), logits.shape, spec.sequences
+    pieces = parts * -(-(num_tokens // parts) // PIECE)
+    experts, weights = (torch.empty(num_tokens, spec.top_k, dtype=dtype) for dtype in (torch.int32, torch.float32))
+    shape = (num_experts,) if parts == 1 else (parts, num_experts)
+    counts, score_sums, z_sum = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape), torch.zeros(())
+    of_pieces, keys = np.empty((pieces, 2 * num_experts + 1)), logits
     if choice_bias is not None or noise is not None or spec.num_groups > 1:
-        keys = data(choice_keys(logits, spec, choice_bias, noise))
-    choices = np.empty((0, 0), np.int32) if given is None else data(given.int())
-    mask = np.empty(0, np.bool_) if token_mask is None else data(token_mask.bool())
-    options = LOOP_SCORES.index(spec.score), spec.normalize, spec.scale
-    for b, here in enumerate(_sequences(num_tokens, parts)):
-        sums = counts[b], score_sums[b], z_sums[b : b + 1]
-        route(numbers[here], keys[here], choices[here], mask[here], *options, experts[here], weights[here], *sums)
-    of, shape = torch.from_numpy, (num_experts,) if parts == 1 else (parts, num_experts)
-    return of(experts), of(weights), of(counts).view(shape), of(score_sums).view(shape), of(z_sums).sum()
+        keys = choice_keys(logits, spec, choice_bias, noise).float().contiguous()
+    choices = None if given is None else given.int().contiguous()
+    mask = None if token_mask is None else token_mask.bool().contiguous()
+    job = Routing(
+        num_tokens=num_tokens, num_experts=num_experts, top_k=spec.top_k, sequences=parts,
+        logits=logits.data_ptr(), keys=keys.data_ptr(), given=_address(choices), mask=_address(mask),
+        score=LOOP_SCORES.index(spec.score), normalize=spec.normalize, scale=spec.scale,
+        experts=experts.data_ptr(), weights=weights.data_ptr(), of_pieces=of_pieces.ctypes.data,
+        counts=counts.data_ptr(), score_sums=score_sums.data_ptr(), z_sum=z_sum.data_ptr(),
+    )  # fmt: skip
+    on_all_threads(routing_loop().address, addressof(job), pieces)
+    return experts, weights, counts, score_sums, z_sum
 
 
-def _sequences(num_tokens: int, parts: int) -> list[slice]:
-    """The rows of each sequence."""
-    size = num_tokens // parts
-    return [slice(b * size, (b + 1) * size) for b in range(parts)]
+def _address(values: Tensor | None) -> int:
+    return 0 if values is None else values.data_ptr()
 
 
 def _sums(
@@ -231,20 +235,25 @@ def _route_backward_by_loop(
     experts: Tensor,
     spec: RouterSpec,
 ) -> Tensor:
-    from moe_triton.backends.torch.small_loops import route_backward
+    from moe_triton.backends.torch.routing_loops import PIECE, RoutingGradient, routing_gradient_loop
 
-    (num_tokens, num_experts), parts = logits.shape, spec.sequences
-    grad_logits = np.empty((num_tokens, num_experts), np.float32)
-    of_sums = np.zeros((parts, num_experts), np.float32)
-    if grad_score_sums is not None:
-        of_sums = data(grad_score_sums).reshape(parts, num_experts)
-    of_z = 0.0 if grad_z_sum is None else float(grad_z_sum)
-    options = LOOP_SCORES.index(spec.score), spec.normalize, spec.scale
-    numbers, choices, of_weights = data(logits.float()), data(experts), data(grad_weights)
-    for b, here in enumerate(_sequences(num_tokens, parts)):
-        given = numbers[here], choices[here], of_weights[here], of_sums[b], of_z
-        route_backward(*given, *options, grad_logits[here])
-    return torch.from_numpy(grad_logits).to(logits.dtype)
+    num_tokens, num_experts = logits.shape
+    numbers, choices, of_weights = (
+        x.to(dtype).contiguous()
+        for x, dtype in ((logits, torch.float32), (experts, torch.int32), (grad_weights, torch.float32))
+    )
+    grad_logits = torch.empty(num_tokens, num_experts)
+    of_sums = torch.zeros(spec.sequences, num_experts) if grad_score_sums is None else grad_score_sums
+    of_sums = of_sums.float().contiguous()
+    job = RoutingGradient(
+        num_tokens=num_tokens, num_experts=num_experts, top_k=spec.top_k, sequences=spec.sequences,
+        logits=numbers.data_ptr(), experts=choices.data_ptr(), grad_weights=of_weights.data_ptr(),
+        grad_score_sums=of_sums.data_ptr(), score=LOOP_SCORES.index(spec.score), normalize=spec.normalize,
+        grad_logits=grad_logits.data_ptr(), scale=spec.scale,
+        grad_z_sum=0.0 if grad_z_sum is None else float(grad_z_sum),
+    )  # fmt: skip
+    on_all_threads(routing_gradient_loop().address, addressof(job), num_tokens // PIECE)
+    return grad_logits.to(logits.dtype)
 
 
 def _softmax_backward(grad: Tensor, probs: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Loops that numba compiles: they gather rows, and sum each token's rows.
+"""Loops that numba compiles: they gather rows, sum each token's rows, and turn rows in bf16 into fp32 and back.
 
 Each is a function of the address of a record, which all of torch's threads run at once: a thread takes the next piece
 of rows until there is none. What is computed for a row depends on neither the threads nor its neighbours. See `loops`
@@ -18,6 +18,7 @@ from moe_triton.backends.torch.addresses import next_of, pointer_to, prefetch
 from moe_triton.backends.torch.loops import f32, named, quickly_rounded, started, widened
 
 GATHERED, COMBINED = 64, 16  # rows of a piece
+WIDENED = 1 << 14  # numbers of a piece
 LINE = 64  # bytes of a cache line
 AHEAD = 4  # rows from the one that is read to the one that is asked for: most are not in cache
 
@@ -42,7 +43,15 @@ class Combine(Structure):
     _fields_ = fields("rows position weights out num_rows num_tokens top_k columns")
 
 
-as_gather, as_combine = (pointer_to(from_dtype(np.dtype(record))) for record in (Gather, Combine))
+class Widening(Structure):
+    """wide = narrow for `size` numbers in fp32 and in bf16; or rounded = wide + narrow, of which address 0 is none."""
+
+    _fields_ = fields("wide narrow rounded size")
+
+
+as_gather, as_combine, as_widening = (
+    pointer_to(from_dtype(np.dtype(record))) for record in (Gather, Combine, Widening)
+)
 as_bits, as_floats, as_indices = (pointer_to(number) for number in (types.uint16, types.float32, types.int32))
 
 
@@ -158,3 +167,42 @@ def combine_loop(is_bf16):
             first = next_of(address) * COMBINED
 
     return started(combine)
+
+
+def widen(address):
+    job = carray(as_widening(address), 1)[0]
+    first = next_of(address) * WIDENED
+    while first < job.size:
+        count = min(WIDENED, job.size - first)
+        wide, narrow = floats_at(job.wide + 4 * first, 1, count)[0], bits_at(job.narrow + 2 * first, 1, count)[0]
+        for j in range(count):
+            wide[j] = widened(narrow[j])
+        first = next_of(address) * WIDENED
+
+
+def round_sum(address):
+    job = carray(as_widening(address), 1)[0]
+    first = next_of(address) * WIDENED
+    while first < job.size:
+        count = min(WIDENED, job.size - first)
+        wide, rounded = floats_at(job.wide + 4 * first, 1, count)[0], bits_at(job.rounded + 2 * first, 1, count)[0]
+        if job.narrow != 0:
+            narrow = bits_at(job.narrow + 2 * first, 1, count)[0]
+            for j in range(count):
+                rounded[j] = quickly_rounded(wide[j] + widened(narrow[j]))
+        else:
+            for j in range(count):
+                rounded[j] = quickly_rounded(wide[j])
+        first = next_of(address) * WIDENED
+
+
+@cache
+def widening_loop():
+    """Return the function of a Widening's address that widens."""
+    return started(widen)
+
+
+@cache
+def rounding_loop():
+    """Return the function of a Widening's address that rounds a sum."""
+    return started(round_sum)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_triton.backends.torch.fused import runs_on_threads
+from moe_triton.backends.torch.memory import empty
 from moe_triton.backends.torch.threads import on_all_threads
 from moe_triton.records import ExpertCall
 
@@ -81,3 +82,24 @@ def _sum_by_loop(rows: Tensor, position: Tensor, num_rows: int, weights: Tensor 
     )  # fmt: skip
     on_all_threads(combine_loop(rows.dtype == torch.bfloat16).address, addressof(job))
     return out
+
+
+def widen_rows(rows: Tensor) -> Tensor:
+    """Return contiguous bf16 rows in fp32, where `runs_on_threads`."""
+    from moe_triton.backends.torch.row_loops import Widening, widening_loop
+
+    wide = empty(tuple(rows.shape), torch.float32)
+    job = Widening(wide=wide.data_ptr(), narrow=rows.data_ptr(), size=rows.numel())
+    on_all_threads(widening_loop().address, addressof(job))
+    return wide
+
+
+def round_rows(wide: Tensor, addend: Tensor | None) -> Tensor:
+    """Return contiguous fp32 rows, with bf16 ones added, in bf16, where `runs_on_threads`."""
+    from moe_triton.backends.torch.row_loops import Widening, rounding_loop
+
+    rounded = torch.empty_like(wide, dtype=torch.bfloat16)
+    narrow = 0 if addend is None else addend.data_ptr()
+    job = Widening(wide=wide.data_ptr(), narrow=narrow, rounded=rounded.data_ptr(), size=wide.numel())
+    on_all_threads(rounding_loop().address, addressof(job))
+    return rounded

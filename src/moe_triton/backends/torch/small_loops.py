@@ -1,4 +1,4 @@
-"""Loops that numba compiles for what takes torch dozens of short operations: routing, dispatch, and few narrow rows.
+"""Loops that numba compiles for what takes torch dozens of short operations: dispatch, and experts of few narrow rows.
 
 One call of a loop costs less than an operation of torch. See `loops` on what numba keeps on disk.
 """
@@ -9,161 +9,8 @@ import numpy as np
 from numba import njit
 from numba.extending import register_jitable
 
-from moe_triton.backends.torch.activation_loops import at_least, at_most, exp, sigmoid, sum_of
+from moe_triton.backends.torch.activation_loops import at_least, at_most, sigmoid, sum_of
 from moe_triton.backends.torch.loops import FUSED, SUMS, compiled, f32
-
-SCORES = {"softmax": 0, "topk_softmax": 1, "sigmoid": 2}
-EPS = f32(1e-20)  # `reference.EPS`
-INFINITY = f32(np.inf)
-
-# Routing --------------------------------------------------------------------------------------------------------------
-
-
-@register_jitable
-def choose(keys, ids, best):
-    """Write the indices of the highest keys, highest first; the lower one wins a tie, and NaN counts as -inf."""
-    top_k, found = len(ids), 0
-    for e in range(len(keys)):
-        key = keys[e] if keys[e] == keys[e] else -INFINITY
-        if found < top_k or key > best[top_k - 1]:
-            place = min(found, top_k - 1)
-            while place > 0 and key > best[place - 1]:
-                best[place], ids[place] = best[place - 1], ids[place - 1]
-                place -= 1
-            best[place], ids[place] = key, e
-            found = min(found + 1, top_k)
-
-
-@register_jitable
-def softmax(x, out):
-    """Write the softmax of x, and return the logarithm of the sum of its exponentials."""
-    highest, total = -INFINITY, f32(0)
-    for e in range(len(x)):
-        highest = at_least(highest, x[e])
-    for e in range(len(x)):
-        out[e] = exp(x[e] - highest)
-    for e in range(len(x)):
-        total += out[e]
-    for e in range(len(x)):
-        out[e] /= total
-    return highest if abs(highest) == INFINITY else highest + np.log(total)
-
-
-@register_jitable
-def chosen(x, ids, score, out):
-    """Write what the weights are made of: the scores x of the chosen experts, or the softmax of their logits x.
-
-    A negative id is no expert's.
-    """
-    for k in range(len(ids)):
-        out[k] = x[ids[k]] if ids[k] >= 0 else -INFINITY if score == 1 else f32(0)
-    if score == 1:
-        softmax(out, out)
-        for k in range(len(ids)):
-            if ids[k] < 0:
-                out[k] = f32(0)  # also where there is no expert at all
-
-
-def route(logits, keys, given, mask, score, normalize, scale, experts, weights, counts, score_sums, z_sum):
-    """`route_forward` of `keys`, what the choice is made by; the sums are made in fp64.
-
-    given [T, K] and mask [T]: as there, or empty.
-    """
-    (num_tokens, num_experts), top_k = logits.shape, experts.shape[1]
-    scores, best = np.empty(num_experts, f32), np.empty(top_k, f32)
-    sums, z = np.zeros(num_experts), 0.0
-    counts[:] = 0
-    for t in range(num_tokens):
-        row, ids, w = logits[t], experts[t], weights[t]
-        if len(mask) and not mask[t]:
-            ids[:], w[:] = -1, 0
-            continue
-        if len(given):
-            ids[:] = given[t]
-        if not len(given) or ids.max() == ids.min() == -1:
-            choose(keys[t], ids, best)
-        log_sum = softmax(row, scores)
-        z += log_sum * log_sum
-        divisor = f32(1)
-        if score == 2:
-            divisor = EPS
-            for e in range(num_experts):
-                scores[e] = sigmoid(row[e])
-            for e in range(num_experts):
-                divisor += scores[e]
-        for e in range(num_experts):
-            sums[e] += scores[e] / divisor
-        chosen(row if score == 1 else scores, ids, score, w)
-        total = EPS
-        for k in range(top_k):
-            if ids[k] >= 0:
-                counts[ids[k]] += 1
-            total += w[k]
-        for k in range(top_k):
-            w[k] = (w[k] / total if normalize else w[k]) * f32(scale)
-    score_sums[:] = sums
-    z_sum[0] = z
-
-
-def route_backward(
-    logits, experts, grad_weights, grad_score_sums, grad_z_sum, score, normalize, scale, grad_logits
-):  # fmt: skip
-    """Write the gradient of the logits, given those of the three outputs of `route` that have one.
-
-    A choice that is negative has none, and neither has a token whose choices are all -1.
-    """
-    (num_tokens, num_experts), top_k = logits.shape, experts.shape[1]
-    probs, scores = np.empty(num_experts, f32), np.empty(num_experts, f32)
-    raw, grad_raw = np.empty(top_k, f32), np.empty(top_k, f32)
-    for t in range(num_tokens):
-        row, ids, grad = logits[t], experts[t], grad_logits[t]
-        if ids.max() == ids.min() == -1:
-            grad[:] = 0
-            continue
-        log_sum = softmax(row, probs)
-        divisor, of_scores = f32(1), probs
-        if score == 2:
-            divisor, of_scores = EPS, scores
-            for e in range(num_experts):
-                scores[e] = sigmoid(row[e])
-            for e in range(num_experts):
-                divisor += scores[e]
-        chosen(row if score == 1 else of_scores, ids, score, raw)
-        total, mean = EPS, f32(0)
-        for k in range(top_k):
-            grad_raw[k] = grad_weights[t, k] * f32(scale)
-            total += raw[k]
-            mean += grad_raw[k] * raw[k]
-        for k in range(top_k):
-            if normalize:
-                grad_raw[k] = (grad_raw[k] - mean / total) / total
-        mean = f32(0)
-        for e in range(num_experts):
-            grad[e] = grad_score_sums[e]
-            mean += grad[e] * of_scores[e] / divisor
-        if score == 0:
-            for k in range(top_k):
-                if ids[k] >= 0:
-                    grad[ids[k]] += grad_raw[k]
-                    mean += grad_raw[k] * raw[k]
-        for e in range(num_experts):
-            grad[e] = (grad[e] - mean) / divisor
-        if score == 2:
-            for k in range(top_k):
-                if ids[k] >= 0:
-                    grad[ids[k]] += grad_raw[k]
-        for e in range(num_experts):
-            grad[e] *= of_scores[e] * (f32(1) - scores[e]) if score == 2 else of_scores[e]
-        if score == 1:
-            mean = f32(0)
-            for k in range(top_k):
-                mean += grad_raw[k] * raw[k]
-            for k in range(top_k):
-                if ids[k] >= 0:
-                    grad[ids[k]] += raw[k] * (grad_raw[k] - mean)
-        if grad_z_sum != 0:  # d logsumexp(l)**2 / dl = 2 * logsumexp(l) * softmax(l)
-            for e in range(num_experts):
-                grad[e] += f32(2 * grad_z_sum) * log_sum * probs[e]
 
 
 def sort_by_expert(experts, counts, offsets, source, position):
@@ -185,9 +32,6 @@ def sort_by_expert(experts, counts, offsets, source, position):
             source[following[e]] = s
             following[e] += 1
     source[offsets[num_experts] :] = -1
-
-
-# Experts: swiglu and gpt-oss's activation, fp32 -----------------------------------------------------------------------
 
 
 @njit(nogil=True, error_model="numpy", fastmath=SUMS)
@@ -292,8 +136,6 @@ def experts_backward(
                 add_rows(xs, grad_hs[p, :size], grad_up[e, p])
 
 
-route = compiled(route, fastmath=FUSED)
-route_backward = compiled(route_backward, fastmath=FUSED)
 sort_by_expert = compiled(sort_by_expert)
 experts_forward = compiled(experts_forward, fastmath=FUSED)
 experts_backward = compiled(experts_backward, fastmath=FUSED)

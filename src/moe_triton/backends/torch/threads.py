@@ -34,13 +34,13 @@ def knows_torchs_threads() -> bool:
     return torch.get_num_threads() == 1 or openmp_parallel() is not None
 
 
-def on_all_threads(function: int, data: int) -> None:
+def on_all_threads(function: int, data: int, pieces: int | None = None) -> None:
     """Call a compiled function, of which `function` is the address, with the address `data` on all of torch's threads.
 
-    Where torch's library of threads is not known to us, on the calling thread only.
+    Where torch's library of threads is not known to us, or there is one piece of work only, on the calling thread.
     """
     parallel = openmp_parallel()
-    if parallel is None:
+    if parallel is None or (pieces is not None and pieces <= 1):
         ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)(data)
     else:
         parallel(function, data, torch.get_num_threads(), 0)

@@ -46,6 +46,10 @@ def load(builder, address, element_type):
     return builder.load(builder.inttoptr(address, element_type.as_pointer()), typ=element_type, align=2)
 
 
+def store(builder, vector, address):
+    builder.store(vector, builder.inttoptr(address, vector.type.as_pointer()), align=2)
+
+
 def ask_for(builder, address):
     """Bring the cache line at an address, which may be any, into the cache."""
     pointer = builder.inttoptr(address, ir.IntType(8).as_pointer())
@@ -152,12 +156,14 @@ def up_to(builder, count, limit):
     return [builder.select(builder.icmp_signed("<", integer(i), last), integer(i), last) for i in range(count)]
 
 
-def tile(vectors, adds, is_bf16, has_instruction, num_rows=ROWS, ahead=0, is_scaled=False):
+def tile(vectors, adds, is_bf16, has_instruction, num_rows=ROWS, ahead=0, is_scaled=False, is_wide=False):
     """Return a function that writes, or adds, up to num_rows rows and vectors * LANES columns of a product.
 
     Steps are in bytes, sizes in words (k) and numbers. A row past the last is the last once more, with the same result.
 
     is_scaled: the last argument, a number in fp32, multiplies all sums before they are rounded.
+
+    is_wide: what is written is in fp32 whatever is multiplied.
 
     ahead: how many rows of `right` before its use a row is asked for; 0 where `right` is in panels of full vectors,
     which are in cache. Elsewhere nothing behind the columns is read.
@@ -189,7 +195,8 @@ def tile(vectors, adds, is_bf16, has_instruction, num_rows=ROWS, ahead=0, is_sca
                 for total, vector in zip(of_row, rights, strict=True):
                     found = multiply_add(builder, number, vector, builder.load(total), is_bf16, has_instruction)
                     builder.store(found, total)
-        size = LANES * (2 if is_bf16 else 4)
+        rounds = is_bf16 and not is_wide
+        size = LANES * (2 if rounds else 4)
         places = [
             [builder.add(builder.add(out, builder.mul(row, out_row)), integer(v * size)) for v in range(vectors)]
             for row in rows
@@ -200,14 +207,14 @@ def tile(vectors, adds, is_bf16, has_instruction, num_rows=ROWS, ahead=0, is_sca
         if adds:  # all are read before any is written: rows past the last are added once
             found = [
                 [
-                    builder.fadd(load_first(builder, place, mask, is_bf16), total)
+                    builder.fadd(load_first(builder, place, mask, rounds), total)
                     for place, mask, total in zip(at, masks, of_row, strict=True)
                 ]
                 for at, of_row in zip(places, found, strict=True)
             ]
         for at, of_row in zip(places, found, strict=True):
             for place, mask, total in zip(at, masks, of_row, strict=True):
-                store_first(builder, total, place, mask, is_bf16, has_instruction)
+                store_first(builder, total, place, mask, rounds, has_instruction)
         return context.get_dummy_value()
 
     @intrinsic
@@ -296,8 +303,7 @@ def spread_row(vectors, is_bf16):
             if is_bf16:  # both are the upper halves of words
                 lower_half = builder.lshr(builder.bitcast(found, words), constants(words, 16))
                 found = builder.bitcast(builder.or_(builder.bitcast(upper[0], words), lower_half), floats)
-            place = builder.add(out, integer(v * LANES * WORD))
-            builder.store(found, builder.inttoptr(place, floats.as_pointer()), align=4)
+            store(builder, found, builder.add(out, integer(v * LANES * WORD)))
         return context.get_dummy_value()
 
     @intrinsic
@@ -318,36 +324,39 @@ def transpose(typing_context, source, step, num_rows, num_columns, out, out_step
         source, step, num_rows, num_columns, out, out_step = arguments
         integer, none = source.type, source.type(0)
 
+        def turned(rows):
+            half = LANES // 2
+            while half:  # squares of this size change places across the diagonal
+                for i in range(LANES):
+                    if not i & half:
+                        pair = rows[i], rows[i + half]
+                        places = [
+                            [lane if not lane & half else LANES + lane - half for lane in range(LANES)],
+                            [lane + half if not lane & half else LANES + lane for lane in range(LANES)],
+                        ]
+                        rows[i], rows[i + half] = (
+                            builder.shuffle_vector(*pair, ir.Constant(words, [word_type(lane) for lane in lanes]))
+                            for lanes in places
+                        )
+                half //= 2
+            return rows
+
         def lanes_if(index, limit, count):
             has = builder.icmp_signed("<", integer(index), limit)
             return first_lanes(builder, builder.select(has, count, none))
 
-        rows = [
-            load_first(
-                builder,
-                builder.add(source, builder.mul(integer(i), step)),
-                lanes_if(i, num_rows, num_columns),
-                is_bf16=False,
-            )
-            for i in range(LANES)
-        ]
-        half = LANES // 2
-        while half:  # squares of this size change places across the diagonal
-            for i in range(LANES):
-                if not i & half:
-                    pair = rows[i], rows[i + half]
-                    places = [
-                        [lane if not lane & half else LANES + lane - half for lane in range(LANES)],
-                        [lane + half if not lane & half else LANES + lane for lane in range(LANES)],
-                    ]
-                    rows[i], rows[i + half] = (
-                        builder.shuffle_vector(*pair, ir.Constant(words, [word_type(lane) for lane in lanes]))
-                        for lanes in places
-                    )
-            half //= 2
-        for j, row in enumerate(rows):
-            place = builder.add(out, builder.mul(integer(j), out_step))
-            store_first(builder, row, place, lanes_if(j, num_columns, integer(LANES)), is_bf16=False)
+        starts = [builder.add(source, builder.mul(integer(i), step)) for i in range(LANES)]
+        places = [builder.add(out, builder.mul(integer(j), out_step)) for j in range(LANES)]
+        whole = [builder.icmp_signed(">=", count, integer(LANES)) for count in (num_rows, num_columns)]
+        with builder.if_else(builder.and_(*whole)) as (is_whole, is_not):  # masks would take as long as all else
+            with is_whole:
+                for row, place in zip(turned([load(builder, at, floats) for at in starts]), places, strict=True):
+                    store(builder, row, place)
+            with is_not:
+                masks = [lanes_if(i, num_rows, num_columns) for i in range(LANES)]
+                rows = turned([load_first(builder, *row, is_bf16=False) for row in zip(starts, masks, strict=True)])
+                for j, (row, place) in enumerate(zip(rows, places, strict=True)):
+                    store_first(builder, row, place, lanes_if(j, num_columns, integer(LANES)), is_bf16=False)
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 6), lower
