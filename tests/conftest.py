@@ -7,6 +7,7 @@ import gc
 import importlib.util
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -69,9 +70,13 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """Compile what every layer runs on a CPU, once, before processes that others wait for would do so."""
     if hasattr(session.config, "workerinput"):
         return
-    from tests.helpers.layers import run_layers
+    from tests.helpers.layers import DTYPES, run_layers
 
-    run_layers()
+    command = [sys.executable, "-m", "tests.helpers.layers", DTYPES[1]]
+    with subprocess.Popen(command, cwd=TESTS.parent) as other:  # numba compiles one function at a time in a process
+        run_layers(DTYPES[:1])
+    if other.returncode:
+        raise pytest.UsageError(f"{command} ended with {other.returncode}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -92,7 +92,8 @@ def test_the_policies_without_loops(no_files: Path, monkeypatch: pytest.MonkeyPa
     assert not cpu.make_policy("loops", where).looped
     monkeypatch.setenv(fused.VARIABLE, "1")
     policy = cpu.make_policy("loops", where)
-    assert policy.loops(torch.float32) and policy.loops(torch.bfloat16)
+    assert policy.loops(torch.float32)
+    assert policy.loops(torch.bfloat16)
     monkeypatch.setenv(fused.VARIABLE, "0")
     assert not policy.loops(torch.float32)
 

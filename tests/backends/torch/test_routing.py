@@ -168,3 +168,37 @@ def test_the_comparison_can_fail() -> None:
     for wrong in (torch.zeros_like(weights), weights.flip(1), one_token_dropped, weights / spec.scale):
         with pytest.raises(AssertionError, match="relative RMS"):
             assert_close(wrong, expected)
+
+
+@pytest.mark.parametrize("sequences", [1, 2])
+@pytest.mark.parametrize("score", routing.LOOP_SCORES)
+def test_many_tokens_whatever_the_threads(score: str, sequences: int) -> None:
+    """More than a thread takes at a time, with a piece that is not full; every token counts once."""
+    spec = RouterSpec(top_k=3, score=score, sequences=sequences)
+    logits, mask, threads = torch.randn(1238, 16), torch.rand(1238) > 0.1, torch.get_num_threads()
+    grads, found = (torch.randn(1238, 3), torch.randn(sequences, 16), torch.tensor(0.3)), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            outcome = routing.route_forward(logits, spec, None, None, mask)
+            found.append((*outcome, routing.route_backward(*grads, logits, outcome[0], spec)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(*pair) for other in found[1:] for pair in zip(found[0], other, strict=True))
+    exact_logits = logits.double().requires_grad_()
+    halves = zip(exact_logits.chunk(sequences), mask.chunk(sequences), strict=True)
+    exact = [reference.route(of, RouterSpec(top_k=3, score=score), token_mask=real) for of, real in halves]
+    experts, weights, counts, score_sums, z_sum, grad_logits = found[0]
+    assert torch.equal(experts, torch.cat([each.experts for each in exact]))
+    assert torch.equal(counts.view(sequences, 16), torch.stack([each.counts for each in exact]))
+    outputs = (
+        torch.cat([each.weights for each in exact]),
+        torch.stack([each.score_sums for each in exact]),
+        torch.stack([each.z_sum for each in exact]).sum(),
+    )
+    for actual, wanted in zip((weights, score_sums.view(sequences, 16), z_sum), outputs, strict=True):
+        assert_close(actual, wanted)
+    (wanted,) = torch.autograd.grad(outputs, exact_logits, [grad.double() for grad in grads])
+    assert_close(grad_logits, wanted)
+    with pytest.raises(AssertionError):
+        assert_close(grad_logits.roll(1, 0), wanted)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_triton.backends.torch import fused
-from moe_triton.backends.torch.rows import sum_rows, take_rows
+from moe_triton.backends.torch.rows import round_rows, sum_rows, take_rows, widen_rows
 from tests.helpers.compare import TOLERANCE, assert_close
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -99,3 +99,13 @@ def test_the_bits_do_not_depend_on_the_threads(monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
     assert torch.equal(sum_rows(rows, position[7:8], weights=weights[7:8]), results[0][7:8])
+
+
+def test_rows_are_widened_and_rounded() -> None:
+    pytest.importorskip("numba")
+    rows, addend = torch.randn(2, 401, 83).bfloat16()  # more numbers than a thread takes at a time, and an odd number
+    wide = widen_rows(rows)
+    assert torch.equal(wide, rows.float())
+    assert torch.equal(round_rows(wide / 3, None), (wide / 3).bfloat16())
+    assert torch.equal(round_rows(wide / 3, addend), (wide / 3 + addend).bfloat16())
+    assert not torch.equal(round_rows(wide / 3, addend), round_rows(wide / 3, None))

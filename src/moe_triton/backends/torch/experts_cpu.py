@@ -36,7 +36,7 @@ from moe_triton.records import (
 )
 
 ONE_CALL = 4 << 20  # bytes of a projection's gradients, from which block by block in used memory is faster
-SHARED_BYTES = 1 << 23  # of the input and the pre-activation of a block of narrow rows
+SHARED_BYTES = 1 << 22  # of the input and the pre-activation of a block of narrow rows
 
 
 def experts_forward(

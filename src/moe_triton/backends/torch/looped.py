@@ -18,7 +18,7 @@ PANEL = 32  # columns: see `panels`
 MANY_ROWS = 32  # from which copying a matrix into panels pays
 ALL = 1 << 62  # more rows than there are
 MOST_SUMMED = 2048  # rows of an expert: over more, panels of a gradient's factors are too narrow to be used often
-PANEL_BYTES, LEFT_BYTES, RIGHT_BYTES = 1 << 18, 1 << 17, 3 << 17  # of a thread's cache
+PANEL_BYTES, LEFT_BYTES, RIGHT_BYTES = 1 << 17, 1 << 16, 1 << 20  # of a thread's cache
 Matrices = Callable[[int], Tensor]  # expert -> its matrix [out, in]
 
 
