@@ -50,7 +50,10 @@ def panel_functions(is_bf16, has_instruction, is_wide=False):
     spread_one, spread_two = (spread_row(vectors, is_bf16) for vectors in (1, 2))
 
     def product_by(vectors):
-        run = tile(vectors, False, is_bf16, has_instruction, is_scaled=True, is_wide=is_wide)
+        whole, half = (
+            tile(vectors, False, is_bf16, has_instruction, rows, is_scaled=True, is_wide=is_wide)
+            for rows in (ROWS, ROWS // 2)
+        )
         width = vectors * LANES
 
         @named(is_bf16, has_instruction, vectors, is_wide)
@@ -59,8 +62,11 @@ def panel_functions(is_bf16, has_instruction, is_wide=False):
                 left_p, out_p = left + p * left_row, out + p * out_row
                 for q in range(0, num_columns, width):
                     right_q, out_q = right + q * size_k * WORD, out_p + q * size_out
-                    rows, columns = num_rows - p, num_columns - q
-                    run(left_p, left_row, left_k, right_q, width * WORD, size_k, out_q, out_row, rows, columns, scale)
+                    rows, columns, step = num_rows - p, num_columns - q, width * WORD
+                    if rows > ROWS // 2:
+                        whole(left_p, left_row, left_k, right_q, step, size_k, out_q, out_row, rows, columns, scale)
+                    else:
+                        half(left_p, left_row, left_k, right_q, step, size_k, out_q, out_row, rows, columns, scale)
 
         return njit(product)
 

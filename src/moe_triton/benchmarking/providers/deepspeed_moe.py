@@ -64,10 +64,18 @@ def start_one_process() -> None:
     """DeepSpeed's layer wants a process group; here it is of this process alone."""
     import deepspeed.comm
 
+    without_compiled_sums()
     if not torch.distributed.is_initialized():
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     deepspeed.comm.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+
+
+def without_compiled_sums() -> None:
+    """Keep DeepSpeed from compiling half a minute for sums in shared memory, which only inference over ranks uses."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def deepspeed_layer(case: Case) -> nn.Module:
