@@ -63,7 +63,7 @@ def experts_forward(
         return out, h if keep_preactivation else hidden.new_empty(0)
     y = empty((layout.num_places + 1, call.hidden_size), hidden.dtype)
     kept = empty((call.num_rows, call.width), hidden.dtype) if keep_preactivation else None
-    buffer = hidden.new_empty(layout.most_places, call.hidden_size)
+    buffer = empty((layout.most_places, call.hidden_size), hidden.dtype)
     for index, block in enumerate(layout.blocks):
         here = block.places
         x = buffer[: block.size]

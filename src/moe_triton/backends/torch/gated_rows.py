@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_triton.backends.torch.activations import activate, activate_backward, activate_for_backward
 from moe_triton.backends.torch.fused import runs_on_threads
+from moe_triton.backends.torch.memory import empty
 from moe_triton.backends.torch.threads import on_all_threads
 from moe_triton.records import LIMITED, ExpertSpec
 
@@ -22,7 +23,7 @@ def activate_rows(h_SN: Tensor, spec: ExpertSpec) -> Tensor:
         return activate(h_SN, spec)
     from moe_triton.backends.torch.activation_loops import Activation, activation_loops
 
-    a_Sn = h_SN.new_empty(h_SN.shape[0], h_SN.shape[1] // 2)
+    a_Sn = empty((h_SN.shape[0], h_SN.shape[1] // 2), h_SN.dtype)
     alpha, limit, offset = constants(spec)
     job = Activation(
         num_rows=a_Sn.shape[0], n=a_Sn.shape[1], h=h_SN.data_ptr(), a=a_Sn.data_ptr(),

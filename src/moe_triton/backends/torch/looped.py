@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_triton.backends.torch.blocks import Block
+from moe_triton.backends.torch.memory import empty
 from moe_triton.backends.torch.threads import on_all_threads
 from moe_triton.records import ExpertWeight
 
@@ -70,7 +71,7 @@ def multiply(
     first_OI, size = matrices(block.parts[0][0]), x_mI.element_size()
     (size_out, size_in), (step_o, step_i) = first_OI.shape, first_OI.stride()
     parts = parts_of(block, lambda e: matrices(e).data_ptr())
-    y_mO = x_mI.new_empty(x_mI.shape[0], size_out) if out is None else out
+    y_mO = empty((x_mI.shape[0], size_out), x_mI.dtype) if out is None else out
     job = Product(
         x=x_mI.data_ptr(), x_row=x_mI.stride(0) * size, step=(step_o if step_i == 1 else step_i) * size,
         y=y_mO.data_ptr(), y_row=y_mO.stride(0) * y_mO.element_size(), size_in=size_in, size_out=size_out,

@@ -75,7 +75,7 @@ def _sum_by_loop(rows: Tensor, position: Tensor, num_rows: int, weights: Tensor 
     rows, position = rows.contiguous(), position.to(torch.int32).contiguous()
     weights = None if weights is None else weights.float().contiguous()
     (num_tokens, top_k), columns = position.shape, rows.shape[1]
-    out = rows.new_empty(num_tokens, columns)
+    out = empty((num_tokens, columns), rows.dtype)
     job = Combine(
         rows=rows.data_ptr(), position=position.data_ptr(), weights=0 if weights is None else weights.data_ptr(),
         out=out.data_ptr(), num_rows=num_rows, num_tokens=num_tokens, top_k=top_k, columns=columns,
@@ -98,7 +98,7 @@ def round_rows(wide: Tensor, addend: Tensor | None) -> Tensor:
     """Return contiguous fp32 rows, with bf16 ones added, in bf16, where `runs_on_threads`."""
     from moe_triton.backends.torch.row_loops import Widening, rounding_loop
 
-    rounded = torch.empty_like(wide, dtype=torch.bfloat16)
+    rounded = empty(tuple(wide.shape), torch.bfloat16)
     narrow = 0 if addend is None else addend.data_ptr()
     job = Widening(wide=wide.data_ptr(), narrow=narrow, rounded=rounded.data_ptr(), size=wide.numel())
     on_all_threads(rounding_loop().address, addressof(job))
