@@ -151,9 +151,9 @@ RULES = (
     Rule(
         "loops", "AMD", "avx512",
         "measured on AMD EPYC (Zen 4), torch 2.13, numba 0.68, two threads, GFLOP/s by the loops, MKL and oneDNN, of "
-        "products, gradients of rows and gradients of weights: fp32 256x512x768 199, 174, 200, then 201, 171, 198 and 207, "
-        "185, 180; 8x512x768 67, 35, 46, then 54, 32, 44 and 67, 36, 89; bf16 256x512x768 375, 393, 385, then 390, 388, "
-        "388 and 418, 389, 346; 8x512x768 111, 70, 73, then 79, 71, 69 and 108, 85, 127",
+        "products, gradients of rows and gradients of weights: fp32 256x512x768 199, 174, 200, then 201, 171, 198 and "
+        "207, 185, 180; 8x512x768 67, 35, 46, then 54, 32, 44 and 67, 36, 89; bf16 256x512x768 375, 393, 385, then "
+        "390, 388, 388 and 418, 389, 346; 8x512x768 111, 70, 73, then 79, 71, 69 and 108, 85, 127",
         family=25,
     ),
     Rule(
