@@ -75,7 +75,7 @@ def loops_over(is_bf16, has_instruction):
         panel, x_words, rank_words = min(job.t_columns, PANEL), job.x_size * size // WORD, job.rank * size // WORD
         # as it lies, a factor may be one panel
         is_panel = size == WORD and job.rank == panel and job.into_q == size and job.into_k == panel * WORD
-        packed = memory(x_words * job.t_columns + rank_words * -(-job.columns // (PANEL)) * PANEL)
+        packed = memory(x_words * job.t_columns + rank_words * -(-job.columns // PANEL) * PANEL)
         packed_of, into = -1, first_line(packed)
         out_of = into + x_words * job.t_columns * WORD
         for p in range(len(parts)):

@@ -140,12 +140,16 @@ def _products(
 ) -> GateGradients:
     """`wide_backward` of one block and an fp32 weight, whose gradient is rounded to `dtype`."""
     grad_x = grad_w = None
-    if hidden.dtype == torch.bfloat16 and 0 < hidden.shape[0] <= looped.MOST_SUMMED and _runs_loops(hidden, weight):
-        return _products_by_loops(grad_logits, grad_hidden, hidden, weight, dtype, wanted)
-    if wanted.hidden:
+    by_loops = hidden.dtype == torch.bfloat16 and 0 < hidden.shape[0] <= looped.MOST_SUMMED
+    by_loops = by_loops and _runs_loops(hidden, weight)
+    if wanted.hidden and by_loops:
+        grad_x = _grad_hidden_by_loops(grad_logits.contiguous(), grad_hidden, weight.contiguous())
+    elif wanted.hidden:
         grad_x = grad_logits @ weight
         grad_x = (grad_x if grad_hidden is None else grad_x.add_(grad_hidden)).to(hidden.dtype)
-    if wanted.weight:
+    if wanted.weight and by_loops:
+        grad_w = _grad_weight_by_loops(grad_logits.contiguous(), hidden.contiguous()).to(dtype)
+    elif wanted.weight:
         grad_w = (grad_logits.mT @ hidden.float()).to(dtype)
     return GateGradients(grad_x, grad_w, grad_logits.sum(0) if wanted.bias else None)
 
@@ -156,26 +160,24 @@ def _runs_loops(hidden: Tensor, weight: Tensor) -> bool:
     return has_words and all(map(this_cpu().loops, (torch.float32, torch.bfloat16)))
 
 
-def _products_by_loops(
-    grad_logits: Tensor,
-    grad_hidden: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    dtype: torch.dtype,
-    wanted: GateWanted,
-) -> GateGradients:
-    """`_products` of hidden states in bf16."""
-    tokens, grad_logits, weight = slice(0, hidden.shape[0]), grad_logits.contiguous(), weight.contiguous()
-    block, grad_x, grad_w = Block(tokens, tokens, [(0, tokens)]), None, None
-    if wanted.hidden:
-        wide = looped.multiply(block, grad_logits, lambda _: weight.mT, out=empty(tuple(hidden.shape), torch.float32))
-        addend = None if grad_hidden is None else grad_hidden.to(hidden.dtype).contiguous()
-        grad_x = round_rows(wide, addend)
-    if wanted.weight:
-        grads = torch.empty(1, *weight.shape)
-        looped.multiply_outer(block, grad_logits, widen_rows(hidden.contiguous()), grads)
-        grad_w = grads[0].to(dtype)
-    return GateGradients(grad_x, grad_w, grad_logits.sum(0) if wanted.bias else None)
+def _one_part(num_rows: int) -> Block:
+    """A block of all tokens, as rows of one expert."""
+    rows = slice(0, num_rows)
+    return Block(rows, rows, [(0, rows)])
+
+
+def _grad_hidden_by_loops(grad_logits: Tensor, grad_hidden: Tensor | None, weight: Tensor) -> Tensor:
+    """grad_logits @ weight + grad_hidden in bf16."""
+    wide = empty((grad_logits.shape[0], weight.shape[1]), torch.float32)
+    looped.multiply(_one_part(len(wide)), grad_logits, lambda _: weight.mT, out=wide)
+    return round_rows(wide, None if grad_hidden is None else grad_hidden.to(torch.bfloat16).contiguous())
+
+
+def _grad_weight_by_loops(grad_logits: Tensor, hidden: Tensor) -> Tensor:
+    """grad_logits.T @ hidden in fp32."""
+    grads = torch.empty(1, grad_logits.shape[1], hidden.shape[1])
+    looped.multiply_outer(_one_part(len(hidden)), grad_logits, widen_rows(hidden), grads)
+    return grads[0]
 
 
 def gate_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -188,9 +190,8 @@ def gate_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _forward_by_loop(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    logits, tokens = torch.empty(hidden.shape[0], weight.shape[0]), slice(0, hidden.shape[0])
-    weight = weight.contiguous()
-    looped.multiply(Block(tokens, tokens, [(0, tokens)]), hidden.contiguous(), lambda _: weight, out=logits)
+    logits, weight = torch.empty(hidden.shape[0], weight.shape[0]), weight.contiguous()
+    looped.multiply(_one_part(len(hidden)), hidden.contiguous(), lambda _: weight, out=logits)
     return logits if bias is None else logits.add_(bias.float())
 
 

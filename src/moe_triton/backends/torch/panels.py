@@ -16,6 +16,7 @@ from moe_triton.backends.torch.vectors import LANES, ROWS, WORD, spread_row, til
 
 LINE = 64  # bytes of a cache line
 PANEL = 2 * LANES  # columns
+AHEAD = 16  # rows from the one that is copied to the one that is asked for
 
 
 @njit
@@ -101,7 +102,7 @@ def panel_functions(is_bf16, has_instruction, is_wide=False):
         for k in range(-(-num_rows // per_word)):
             lower, out = source + k * per_word * step, words + k * width * WORD
             for i in range(per_word):
-                prefetch(lower + (16 + i) * step)
+                prefetch(lower + (AHEAD + i) * step)
             upper_columns = columns if per_word * k + 1 < num_rows else 0
             if width > LANES:
                 spread_two(lower, lower + step, columns, upper_columns, out)

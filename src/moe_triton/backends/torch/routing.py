@@ -252,7 +252,7 @@ def _route_backward_by_loop(
         grad_logits=grad_logits.data_ptr(), scale=spec.scale,
         grad_z_sum=0.0 if grad_z_sum is None else float(grad_z_sum),
     )  # fmt: skip
-    on_all_threads(routing_gradient_loop().address, addressof(job), num_tokens // PIECE)
+    on_all_threads(routing_gradient_loop().address, addressof(job), -(-num_tokens // PIECE))
     return grad_logits.to(logits.dtype)
 
 
