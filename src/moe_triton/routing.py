@@ -199,9 +199,11 @@ def route_by_spec(
             return Routing.unsummed(
                 sums, experts=found.experts, weights=found.weights, hidden=hidden, dispatched=found.dispatched
             )
-    weights, score_sums, z_sum, experts, counts = run_route(logits, choice_bias, noise, token_mask, given, spec, name)
+    weights, score_sums, z_sum, experts, counts, dispatched = run_route(
+        logits, choice_bias, noise, token_mask, given, spec, name
+    )
     num_valid = _num_valid(logits, spec, token_mask)
-    return reference.routing_of(experts, weights, counts, score_sums, z_sum, num_valid, hidden)
+    return reference.routing_of(experts, weights, counts, score_sums, z_sum, num_valid, hidden, dispatched)
 
 
 def _with_num_valid(sums: Callable[[], tuple[Tensor, ...]], logits: Tensor, spec: RouterSpec) -> tuple[Tensor, ...]:

@@ -27,21 +27,22 @@ def run_route(
     given: Tensor | None,
     spec: RouterSpec,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(weights, score_sums, z_sum, experts, counts), the first three differentiable in the logits.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, TiledDispatch | None]:
+    """(weights, score_sums, z_sum, experts, counts, dispatched), the first three differentiable in the logits.
 
     given: what `reference.given_choices` returned, or None.
+    dispatched: see `Routing`.
     """
     if torch.compiler.is_compiling():
         # A float argument of an op is a constant of its graph: outside, a scale that changes compiles nothing again.
         options = _fields(replace(spec, scale=1.0))
         weights, *rest = _route_op(logits, choice_bias, noise, token_mask, given, *options, backend)
-        return weights * spec.scale, *rest
+        return weights * spec.scale, *rest, None
     if is_transforming():
-        return _TransformedRoute.apply(logits, choice_bias, noise, token_mask, given, spec, backend)
+        return *_TransformedRoute.apply(logits, choice_bias, noise, token_mask, given, spec, backend), None
     if torch.is_grad_enabled() and logits.requires_grad:
         return _Route.apply(logits, choice_bias, noise, token_mask, given, spec, backend)
-    return _forward(logits, spec, choice_bias, noise, token_mask, given, backend)
+    return _forward_and_dispatch(logits, choice_bias, noise, token_mask, given, spec, backend)
 
 
 def run_inference(
@@ -121,6 +122,27 @@ def _forward(
     return weights, score_sums, z_sum, experts, counts
 
 
+def _forward_and_dispatch(
+    logits: Tensor,
+    choice_bias: Tensor | None,
+    noise: Tensor | None,
+    token_mask: Tensor | None,
+    given: Tensor | None,
+    spec: RouterSpec,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, TiledDispatch | None]:
+    """What `_forward` returns, and the Dispatch of all choices where it comes along with them."""
+    if not has_no_data(logits):
+        with runtime.plain_maths(logits):
+            found = runtime.routing_backend(backend).route_and_dispatch(
+                logits, spec, choice_bias, noise, token_mask, given
+            )
+        if found is not None:
+            (experts, weights, counts, score_sums, z_sum), dispatched = found
+            return weights, score_sums, z_sum, experts, counts, dispatched
+    return *_forward(logits, spec, choice_bias, noise, token_mask, given, backend), None
+
+
 def _backward(
     grad_weights: Tensor | None,
     grad_score_sums: Tensor | None,
@@ -154,8 +176,8 @@ class _Route(torch.autograd.Function):
     """The eager path: it goes round the torch.library boundary, which costs tens of microseconds a call."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output = _run(*inputs)
+    def forward(ctx: Any, *inputs: Any) -> tuple[Any, ...]:
+        output = _forward_and_dispatch(*inputs)
         _save(ctx, inputs, output)
         ctx.set_materialize_grads(False)  # most often there is no loss of the sums
         return output
@@ -183,10 +205,10 @@ def _run(
     return _forward(logits, spec, choice_bias, noise, token_mask, given, name)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     logits, _, _, token_mask, given, ctx.spec, ctx.name = inputs
     ctx.all_real = token_mask is None and given is None and not ctx.spec.weightless
-    experts, counts = output[3:]
+    experts, counts = output[3:5]
     ctx.mark_non_differentiable(experts, counts)
     ctx.save_for_backward(logits, experts)
 

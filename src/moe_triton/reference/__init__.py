@@ -26,8 +26,9 @@ from moe_triton.records import (
     RouterSpec,
     Routing,
     SequenceSums,
+    TiledDispatch,
 )
-from moe_triton.torch_internals import by_full_vectors
+from moe_triton.torch_internals import by_full_vectors, record
 
 EPS = 1e-20  # keeps a normalisation finite when every chosen score underflowed
 
@@ -188,13 +189,15 @@ def routing_of(
     z_sum: Tensor,
     num_tokens: Tensor,
     hidden: Tensor | None = None,
+    dispatched: TiledDispatch | None = None,
 ) -> Routing:
     """Return the record of counts and score sums [E], and of the number of tokens []; or of [B, E] and [B]."""
     sequences = None
     if counts.dim() == 2:
         sequences = SequenceSums(counts, score_sums, num_tokens)
         counts, score_sums, num_tokens = counts.sum(0, dtype=counts.dtype), score_sums.sum(0), num_tokens.sum()
-    return Routing(
+    return record(
+        Routing,
         experts=experts,
         weights=weights,
         counts=counts,
@@ -203,6 +206,7 @@ def routing_of(
         num_tokens=num_tokens,
         sequences=sequences,
         hidden=hidden,
+        dispatched=dispatched,
     )
 
 

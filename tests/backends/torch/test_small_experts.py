@@ -28,8 +28,17 @@ def small_problem(spec: ExpertSpec | None = None, capacity: int | None = 4) -> P
     return make_problem(random_choices(11, 2, 5), 5, spec=spec, bias=False, d=22, n=19, capacity=capacity)
 
 
+@pytest.fixture(params=["vectors", "plain"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Products by vectors of 512 bits where the processor has them, or those for any processor."""
+    if request.param == "plain":
+        monkeypatch.setattr(small_experts, "this_cpu", lambda: CpuPolicy(shapes_recur=False))
+    return str(request.param)
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("name", SPECS)
+@pytest.mark.usefixtures("products")
 def test_results_of_the_reference(name: str, recompute: bool) -> None:
     problem = small_problem(SPECS[name])
     assert runs_loops(problem.call)
@@ -39,6 +48,15 @@ def test_results_of_the_reference(name: str, recompute: bool) -> None:
         assert_close(found["gate_up"].roll(1, 2), problem.expected["gate_up"])
 
 
+@pytest.mark.usefixtures("products")
+def test_experts_of_many_rows() -> None:
+    """More than 32 rows of an expert, and more columns than a panel has."""
+    problem = make_problem(random_choices(100, 2, 3), 3, bias=False, d=70, n=45, capacity=None)
+    assert runs_loops(problem.call)
+    check(run(problem, experts_cpu), problem, tolerance=2e-6)
+
+
+@pytest.mark.usefixtures("products")
 def test_only_what_is_wanted_in_the_same_bits() -> None:
     problem = small_problem()
     everything = run(problem, experts_cpu)
@@ -58,9 +76,22 @@ def test_which_calls_run_so(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not runs_loops(replace(call, spec=other))
     turned = call.parameters._replace(gate_up=call.parameters.gate_up.mT.contiguous().mT)  # type: ignore[union-attr]
     assert not runs_loops(replace(call, parameters=turned))
-    monkeypatch.setattr(small_experts, "MOST_PRODUCTS", 22 * 3 * 22 * 19 - 1)
-    assert not runs_loops(call)
-    monkeypatch.setattr(small_experts, "MOST_PRODUCTS", 22 * 3 * 22 * 19)
+    products, weights = 22 * 3 * 22 * 19, 5 * 3 * 22 * 19
+    for has_vectors in (False, True):
+        policy = CpuPolicy(shapes_recur=False, looped=frozenset([torch.float32] * has_vectors))
+        monkeypatch.setattr(small_experts, "this_cpu", lambda policy=policy: policy)
+        monkeypatch.setattr(small_experts, "MOST_PRODUCTS", products)
+        assert runs_loops(call)
+        monkeypatch.setattr(small_experts, "MOST_PRODUCTS", products - 1)
+        monkeypatch.setattr(small_experts, "CACHED_WEIGHTS", weights)
+        monkeypatch.setattr(small_experts, "MANY_PRODUCTS", products)
+        assert runs_loops(call) == has_vectors
+        monkeypatch.setattr(small_experts, "MANY_PRODUCTS", products - 1)
+        assert not runs_loops(call)
+        monkeypatch.setattr(small_experts, "MANY_PRODUCTS", products)
+        monkeypatch.setattr(small_experts, "CACHED_WEIGHTS", weights - 1)
+        assert not runs_loops(call)
+    monkeypatch.setattr(small_experts, "MOST_PRODUCTS", products)
     assert runs_loops(call)
     monkeypatch.setenv(fused.VARIABLE, "0")
     assert not runs_loops(call)

@@ -112,16 +112,15 @@ def build_small_dispatch(experts: Tensor, num_experts: int) -> Dispatch | None:
     """`build_dispatch` without a capacity, in one loop; None where there is none."""
     if experts.device.type != "cpu" or loops_problem() is not None:
         return None
-    counts, offsets, source, position = sort_by_loop(experts, num_experts)
-    return Dispatch(counts=counts, offsets=offsets, source=source, position=position)
-
-
-def sort_by_loop(experts: Tensor, num_experts: int) -> tuple[Tensor, ...]:
-    """Counts, offsets, source and position [T, K] of choices [T, K], of which nothing is dropped."""
-    from moe_triton.backends.torch.small_loops import sort_by_expert
+    from moe_triton.backends.torch.routing_loops import dispatch_loop
 
     shape, size = tuple(experts.shape), experts.numel()
     counts, offsets = np.empty(num_experts, np.int32), np.empty(num_experts + 1, np.int32)
     source, position = np.empty(size, np.int32), np.empty(shape, np.int32)
-    sort_by_expert(data(experts).reshape(size), counts, offsets, source, position.reshape(size))
-    return tuple(map(torch.from_numpy, (counts, offsets, source, position)))
+    dispatch_loop()(data(experts).reshape(size), counts, offsets, source, position.reshape(size))
+    return Dispatch(
+        counts=torch.from_numpy(counts),
+        offsets=torch.from_numpy(offsets),
+        source=torch.from_numpy(source),
+        position=torch.from_numpy(position),
+    )

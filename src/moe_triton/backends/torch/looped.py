@@ -68,7 +68,7 @@ def multiply(
     """
     from moe_triton.backends.torch.product_loops import Product, product_loop
 
-    first_OI, size = matrices(block.parts[0][0]), x_mI.element_size()
+    first_OI, size, threads = matrices(block.parts[0][0]), x_mI.element_size(), torch.get_num_threads()
     (size_out, size_in), (step_o, step_i) = first_OI.shape, first_OI.stride()
     parts = parts_of(block, lambda e: matrices(e).data_ptr())
     y_mO = empty((x_mI.shape[0], size_out), x_mI.dtype) if out is None else out
@@ -76,8 +76,8 @@ def multiply(
         x=x_mI.data_ptr(), x_row=x_mI.stride(0) * size, step=(step_o if step_i == 1 else step_i) * size,
         y=y_mO.data_ptr(), y_row=y_mO.stride(0) * y_mO.element_size(), size_in=size_in, size_out=size_out,
         parts=addressof(parts), num_parts=len(block.parts),
-        columns=taken(size_in * size, size_out, PANEL_BYTES), many=ALL if by_row else MANY_ROWS,
-        threads=torch.get_num_threads(),
+        columns=taken(size_in * size, size_out, PANEL_BYTES, threads), many=ALL if by_row else MANY_ROWS,
+        threads=threads,
     )  # fmt: skip
     if added is not None:
         job.narrow, job.by, job.experts = addressof(added.narrow), added.by, added.narrow.parts
@@ -104,13 +104,14 @@ def multiply_outer(block: Block, left_mO: Tensor, right_mI: Tensor, out_EOI: Ten
         left=left_mO.data_ptr(), left_row=left_mO.stride(0) * size, right=right_mI.data_ptr(),
         right_row=right_mI.stride(0) * size, step=step_o, size_out=left_mO.shape[1], size_in=right_mI.shape[1],
         parts=addressof(parts), num_parts=len(block.parts),
-        outs=taken(column, left_mO.shape[1], LEFT_BYTES), columns=taken(column, right_mI.shape[1], RIGHT_BYTES, 1),
+        outs=taken(column, left_mO.shape[1], LEFT_BYTES, torch.get_num_threads()),
+        columns=taken(column, right_mI.shape[1], RIGHT_BYTES, 1),
     )  # fmt: skip
     on_all_threads(outer_loop(left_mO.dtype == torch.bfloat16).address, addressof(job))
 
 
-def taken(column: int, count: int, most_bytes: int, threads: int | None = None) -> int:
+def taken(column: int, count: int, most_bytes: int, threads: int) -> int:
     """Return how many of `count` columns of so many bytes a thread takes at a time: whole panels, as many for each."""
-    panels, threads = max(-(-count // PANEL), 1), threads or torch.get_num_threads()
+    panels = max(-(-count // PANEL), 1)
     pieces = -(-panels // max(most_bytes // max(column, 1) // PANEL, 1))
     return PANEL * -(-panels // (-(-pieces // threads) * threads))

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_triton.backends.torch.dispatch import sort_by_loop
 from moe_triton.backends.torch.fused import loops_problem
 from moe_triton.backends.torch.threads import on_all_threads
 from moe_triton.records import RouterSpec, TiledDispatch
 from moe_triton.reference import EPS, choice_keys, normalised_and_chosen, router_scores, unless_empty, wide
+from moe_triton.torch_internals import record
 
 LOOP_SCORES = ("softmax", "topk_softmax", "sigmoid")  # in the order of their numbers in the compiled loops
 SORTED_ELEMENTS = 4096  # of so few keys a whole sort takes less time than the operations that spare it
@@ -59,7 +59,7 @@ def route_unsummed(
 ) -> tuple[Tensor, Tensor, Callable[[], tuple[Tensor, Tensor, Tensor]]]:
     """Return the experts and weights of `route_forward`, and what computes its sums."""
     if _runs_loops(logits, spec):
-        experts, weights, *sums = _route_by_loop(logits, spec, choice_bias, noise, token_mask, given)
+        (experts, weights, *sums), _ = _route_by_loop(logits, spec, choice_bias, noise, token_mask, given)
         return experts, weights, lambda: (sums[0], sums[1], sums[2])
     logits_TE = logits.to(wide(logits.dtype))
     experts_TK = top_choices(choice_keys(logits_TE, spec, choice_bias, noise), spec.top_k)
@@ -86,14 +86,11 @@ def route_and_dispatch(
     noise: Tensor | None,
     token_mask: Tensor | None,
     given: Tensor | None = None,
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], TiledDispatch] | None:
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], TiledDispatch | None] | None:
     """Return what `route_forward` does, and a Dispatch without a capacity; None where no loop makes them."""
     if not _runs_loops(logits, spec):
         return None
-    found = _route_by_loop(logits, spec, choice_bias, noise, token_mask, given)
-    counts, offsets, source, position = sort_by_loop(found[0], logits.shape[1])
-    dispatched = TiledDispatch(counts=counts, offsets=offsets, source=source, position=position, experts=found[0])
-    return found, dispatched
+    return _route_by_loop(logits, spec, choice_bias, noise, token_mask, given)
 
 
 def _runs_loops(logits: Tensor, spec: RouterSpec) -> bool:
@@ -114,15 +111,23 @@ def _route_by_loop(
     noise: Tensor | None,
     token_mask: Tensor | None,
     given: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`route_forward`."""
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], TiledDispatch | None]:
+    """What `route_forward` returns, and for one sequence the Dispatch of all choices."""
     from moe_triton.backends.torch.routing_loops import PIECE, Routing, routing_loop
 
     logits, (num_tokens, num_experts), parts = logits.detach().float().contiguous(), logits.shape, spec.sequences
     pieces = parts * -(-(num_tokens // parts) // PIECE)
     experts, weights = (torch.empty(num_tokens, spec.top_k, dtype=dtype) for dtype in (torch.int32, torch.float32))
     shape = (num_experts,) if parts == 1 else (parts, num_experts)
-    counts, score_sums, z_sum = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape), torch.zeros(())
+    counts, score_sums, z_sum = torch.empty(shape, dtype=torch.int32), torch.empty(shape), torch.empty(())
+    dispatched = None
+    if parts == 1:
+        sizes = ((num_experts + 1,), (num_tokens * spec.top_k,), experts.shape)
+        offsets, source, position = (torch.empty(size, dtype=torch.int32) for size in sizes)
+        dispatched = record(
+            TiledDispatch,
+            counts=counts, offsets=offsets, source=source, position=position, tiles=None, experts=experts,
+        )  # fmt: skip
     of_pieces, keys = np.empty((pieces, 2 * num_experts + 1)), logits
     if choice_bias is not None or noise is not None or spec.num_groups > 1:
         keys = choice_keys(logits, spec, choice_bias, noise).float().contiguous()
@@ -135,8 +140,10 @@ def _route_by_loop(
         experts=experts.data_ptr(), weights=weights.data_ptr(), of_pieces=of_pieces.ctypes.data,
         counts=counts.data_ptr(), score_sums=score_sums.data_ptr(), z_sum=z_sum.data_ptr(),
     )  # fmt: skip
+    if dispatched is not None:
+        job.offsets, job.source, job.position = offsets.data_ptr(), source.data_ptr(), position.data_ptr()
     on_all_threads(routing_loop().address, addressof(job), pieces)
-    return experts, weights, counts, score_sums, z_sum
+    return (experts, weights, counts, score_sums, z_sum), dispatched
 
 
 def _address(values: Tensor | None) -> int:

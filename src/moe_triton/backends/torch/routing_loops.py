@@ -16,7 +16,7 @@ from numba.extending import register_jitable
 
 from moe_triton.backends.torch.activation_loops import at_least, exp, sigmoid
 from moe_triton.backends.torch.addresses import next_of, pointer_to
-from moe_triton.backends.torch.loops import FUSED, f32, started
+from moe_triton.backends.torch.loops import FUSED, compiled, f32, started
 from moe_triton.backends.torch.row_loops import fields, floats_at, indices_at
 
 PIECE = 256  # tokens that a thread takes at a time
@@ -38,11 +38,13 @@ class Routing(Structure):
     counts          [sequences, num_experts] int32
     score_sums      [sequences, num_experts] fp32
     z_sum           [1] fp32
+    offsets         [num_experts + 1], source and position [num_tokens, top_k] int32: of the Dispatch without a
+                    capacity, for one sequence only; address 0 where it is not wanted
     """
 
     _fields_ = fields(
         "done num_tokens num_experts top_k sequences logits keys given mask score normalize "
-        "experts weights of_pieces counts score_sums z_sum"
+        "experts weights of_pieces counts score_sums z_sum offsets source position"
     )
     _fields_ += [("scale", c_double)]
 
@@ -72,10 +74,6 @@ def sums_at(address, num_rows, columns):
 @register_jitable
 def flags_at(address, size):
     return carray(as_flags(address), size)
-
-
-EPS = f32(1e-20)  # `reference.EPS`
-INFINITY = f32(np.inf)
 
 
 @register_jitable
@@ -253,6 +251,28 @@ def add_pieces(of_pieces, each, counts, score_sums, z_sum):
     z_sum[0] = z
 
 
+@register_jitable
+def sort_by_expert(experts, counts, offsets, source, position):
+    """The fields of a Dispatch that drops nothing, of choices [S]; an id that is no expert's has no row."""
+    num_experts, num_slots = len(counts), len(experts)
+    counts[:] = 0
+    for s in range(num_slots):
+        if 0 <= experts[s] < num_experts:
+            counts[experts[s]] += 1
+    offsets[0] = 0
+    for e in range(num_experts):
+        offsets[e + 1] = offsets[e] + counts[e]
+    following = offsets[:num_experts].copy()
+    for s in range(num_slots):
+        e = experts[s]
+        position[s] = -1
+        if 0 <= e < num_experts:
+            position[s] = following[e]
+            source[following[e]] = s
+            following[e] += 1
+    source[offsets[num_experts] :] = -1
+
+
 def route_pieces(address):
     job = carray(as_routing(address), 1)[0]
     (T, E, K), normalize = (job.num_tokens, job.num_experts, job.top_k), job.normalize != 0
@@ -275,6 +295,12 @@ def route_pieces(address):
             of_pieces, each, indices_at(job.counts, job.sequences, E), floats_at(job.score_sums, job.sequences, E),
             floats_at(job.z_sum, 1, 1)[0],
         )  # fmt: skip
+        if job.offsets:
+            sort_by_expert(
+                indices_at(job.experts, 1, T * K)[0], indices_at(job.counts, 1, E)[0],
+                indices_at(job.offsets, 1, E + 1)[0], indices_at(job.source, 1, T * K)[0],
+                indices_at(job.position, 1, T * K)[0],
+            )  # fmt: skip
 
 
 def route_pieces_backward(address):
@@ -296,6 +322,12 @@ def route_pieces_backward(address):
             job.grad_z_sum, job.score, normalize, job.scale, grad_logits[first:last],
         )  # fmt: skip
         mine = next_of(address)
+
+
+@cache
+def dispatch_loop():
+    """Return `sort_by_expert` over arrays of numpy."""
+    return compiled(sort_by_expert)
 
 
 @cache
