@@ -85,8 +85,8 @@ def chain(run: Callable[[], object], backend: str) -> list[tuple[str, str]]:
 
 
 def chain_of_layer(backend: str, expert_parallel: ExpertParallel | None = None) -> list[tuple[str, str]]:
-    # above the size up to which one compiled loop runs all experts on a CPU
-    layer = MoE(128, 64, num_experts=4, top_k=2, backend=backend, expert_parallel=expert_parallel)
+    # more weights than those of experts that one compiled loop runs on a CPU
+    layer = MoE(128, 64, num_experts=44, top_k=2, backend=backend, expert_parallel=expert_parallel)
     x = torch.randn(128, 128, requires_grad=True)
     layer(x)  # imports the backend
     return chain(lambda: layer(x), backend)
