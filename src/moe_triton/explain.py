@@ -308,7 +308,7 @@ def describe(
 def cpu_experts() -> str:
     chosen = choose_policy(this_processor())
     return (
-        "blocks of rows that stay in cache: an expert's, or those of neighbours in one batched product or one call of "
+        "blocks of rows, one after another: an expert's, or those of neighbours in one batched product or one call of "
         f"F.grouped_mm; the rows of the very call decide. Products: {chosen.policy} ({chosen.reason}). "
         f"Compiled loops: {loops_in_words()}"
     )

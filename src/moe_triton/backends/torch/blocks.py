@@ -1,4 +1,4 @@
-"""How a CPU cuts the dispatched rows into blocks that stay in cache through all of their products.
+"""How a CPU cuts the dispatched rows into blocks, which go through all of their products one after another.
 
 A block is one expert's rows; or those of neighbours that are alike enough in size to go through one batched product,
 each padded to the fullest; or those of neighbours with few rows, one after the other, whose products are made one by

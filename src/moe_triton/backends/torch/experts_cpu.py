@@ -1,4 +1,4 @@
-"""The experts on the CPU: a loop over blocks of rows that stay in cache through all of their products."""
+"""The experts on the CPU: a loop over blocks of rows, so that what lies between their products is small."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ from moe_triton.records import (
 )
 
 ONE_CALL = 4 << 20  # bytes of a projection's gradients, from which block by block in used memory is faster
-SHARED_BYTES = 1 << 22  # of the input and the pre-activation of a block of narrow rows
+# Bytes of the input and the pre-activation of a block of narrow rows. Where loops make the products the threads wait for
+# each other at the end of each block's steps, so that fewer blocks take less time, also where they leave the cache.
+SHARED_BYTES, LOOPED_BYTES = 1 << 22, 1 << 25
 
 
 def experts_forward(
@@ -280,7 +282,8 @@ def _layout(call: ExpertCall, policy: CpuPolicy | None, *, backward: bool) -> La
     # padding is for products whose kernels are compiled for a shape
     flops_per_row = 0 if is_looped else 2 * call.width * call.hidden_size if dtype in policy.linear else math.inf
     groups = are_stacked and dtype in GROUPED_DTYPES and not policy.fixed_rows
-    shared_rows = SHARED_BYTES // max((call.width + call.hidden_size) * dtype.itemsize, 1)
+    shared_bytes = LOOPED_BYTES if is_looped else SHARED_BYTES
+    shared_rows = shared_bytes // max((call.width + call.hidden_size) * dtype.itemsize, 1)
     return Layout(
         call.dispatched.offsets, policy, most, flops_per_row,
         shared_rows=shared_rows, groups=groups, is_looped=is_looped,
