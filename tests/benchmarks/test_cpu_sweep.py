@@ -32,6 +32,7 @@ def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
 def test_measured_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_sweep, "PEERS", ())
+    monkeypatch.setattr(cpu_sweep, "fits", lambda *_: True)
     options = ["--layers", "tiny", "--budget", "0.2", "--out", str(tmp_path)]
     cpu_sweep.main(["--tokens", "1,2", *options])
     cpu_sweep.main(["--tokens", "2,4", "--add", *options])
