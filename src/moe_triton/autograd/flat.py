@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_triton.quantization import QuantizedWeight
 from moe_triton.quantization.formats import FORMATS
 from moe_triton.records import Dispatch, ExpertCall, ExpertParameters, ExpertSpec, Projection
+from moe_triton.torch_internals import record
 
 # Per group of parameters: 0 for one that is absent, STACKED, the number of tensors of a sequence, or for a quantised
 # projection QUANTIZED - i for KINDS[i].
@@ -99,6 +100,6 @@ def tensors_of(call: ExpertCall) -> list[Tensor]:
 def call_of(tensors: Sequence[Tensor], form: Form, spec: ExpertSpec) -> ExpertCall:
     """The call that `tensors_of` was given."""
     hidden, weights, counts, offsets, source, position, *flat = tensors
-    dispatched = Dispatch(counts=counts, offsets=offsets, source=source, position=position)
+    dispatched = record(Dispatch, counts=counts, offsets=offsets, source=source, position=position)
     parameters = unflatten(flat, form)
-    return ExpertCall(hidden=hidden, weights=weights, dispatched=dispatched, parameters=parameters, spec=spec)
+    return record(ExpertCall, hidden=hidden, weights=weights, dispatched=dispatched, parameters=parameters, spec=spec)

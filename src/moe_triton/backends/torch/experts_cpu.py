@@ -36,7 +36,7 @@ from moe_triton.records import (
 )
 
 ONE_CALL = 4 << 20  # bytes of a projection's gradients, from which block by block in used memory is faster
-# Bytes of the input and the pre-activation of a block of narrow rows. Where loops make the products the threads wait for
+# Bytes of the input and the pre-activation of a block of narrow rows. Where loops make the products, threads wait for
 # each other at the end of each block's steps, so that fewer blocks take less time, also where they leave the cache.
 SHARED_BYTES, LOOPED_BYTES = 1 << 22, 1 << 25
 

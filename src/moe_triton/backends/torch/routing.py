@@ -6,7 +6,6 @@ from collections.abc import Callable
 from ctypes import addressof
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -128,7 +127,7 @@ def _route_by_loop(
             TiledDispatch,
             counts=counts, offsets=offsets, source=source, position=position, tiles=None, experts=experts,
         )  # fmt: skip
-    of_pieces, keys = np.empty((pieces, 2 * num_experts + 1)), logits
+    of_pieces, keys = torch.empty(pieces, 2 * num_experts + 1, dtype=torch.float64), logits
     if choice_bias is not None or noise is not None or spec.num_groups > 1:
         keys = choice_keys(logits, spec, choice_bias, noise).float().contiguous()
     choices = None if given is None else given.int().contiguous()
@@ -137,7 +136,7 @@ def _route_by_loop(
         num_tokens=num_tokens, num_experts=num_experts, top_k=spec.top_k, sequences=parts,
         logits=logits.data_ptr(), keys=keys.data_ptr(), given=_address(choices), mask=_address(mask),
         score=LOOP_SCORES.index(spec.score), normalize=spec.normalize, scale=spec.scale,
-        experts=experts.data_ptr(), weights=weights.data_ptr(), of_pieces=of_pieces.ctypes.data,
+        experts=experts.data_ptr(), weights=weights.data_ptr(), of_pieces=of_pieces.data_ptr(),
         counts=counts.data_ptr(), score_sums=score_sums.data_ptr(), z_sum=z_sum.data_ptr(),
     )  # fmt: skip
     if dispatched is not None:

@@ -73,7 +73,7 @@ def _run(call: ExpertCall, *, backward: bool = False, **others: Tensor | None) -
     hidden, weights, offsets, source, gate_up_address, down_address = (x.data_ptr() for x in tensors)
     alpha, limit, offset = constants(spec)
     loop, activate, multiply, multiply_back, outer = _loops(
-        backward, spec.is_concatenated, this_cpu().loops(torch.float32)
+        backward, spec.is_concatenated, torch.float32 in this_cpu().looped
     )
     (num_tokens, top_k), (num_experts, width, d) = call.weights.shape, gate_up.shape
     job = FewRows(
