@@ -51,7 +51,7 @@ def test_results_of_the_reference(name: str, recompute: bool) -> None:
 @pytest.mark.usefixtures("products")
 def test_experts_of_many_rows() -> None:
     """More than 32 rows of an expert, and more columns than a panel has."""
-    problem = make_problem(random_choices(100, 2, 3), 3, bias=False, d=70, n=45, capacity=None)
+    problem = make_problem(random_choices(150, 2, 3), 3, bias=False, d=70, n=45, capacity=None)
     assert runs_loops(problem.call)
     check(run(problem, experts_cpu), problem, tolerance=2e-6)
 
@@ -77,21 +77,15 @@ def test_which_calls_run_so(monkeypatch: pytest.MonkeyPatch) -> None:
     turned = call.parameters._replace(gate_up=call.parameters.gate_up.mT.contiguous().mT)  # type: ignore[union-attr]
     assert not runs_loops(replace(call, parameters=turned))
     products, weights = 22 * 3 * 22 * 19, 5 * 3 * 22 * 19
-    for has_vectors in (False, True):
-        policy = CpuPolicy(shapes_recur=False, looped=frozenset([torch.float32] * has_vectors))
-        monkeypatch.setattr(small_experts, "this_cpu", lambda policy=policy: policy)
-        monkeypatch.setattr(small_experts, "MOST_PRODUCTS", products)
+    for most, many, cached in ((products, 0, 0), (0, products, weights)):
+        for name, value in (("MOST_PRODUCTS", most), ("MANY_PRODUCTS", many), ("CACHED_WEIGHTS", cached)):
+            monkeypatch.setattr(small_experts, name, value)
         assert runs_loops(call)
-        monkeypatch.setattr(small_experts, "MOST_PRODUCTS", products - 1)
-        monkeypatch.setattr(small_experts, "CACHED_WEIGHTS", weights)
-        monkeypatch.setattr(small_experts, "MANY_PRODUCTS", products)
-        assert runs_loops(call) == has_vectors
-        monkeypatch.setattr(small_experts, "MANY_PRODUCTS", products - 1)
-        assert not runs_loops(call)
-        monkeypatch.setattr(small_experts, "MANY_PRODUCTS", products)
-        monkeypatch.setattr(small_experts, "CACHED_WEIGHTS", weights - 1)
-        assert not runs_loops(call)
-    monkeypatch.setattr(small_experts, "MOST_PRODUCTS", products)
+        for name, value in (("MOST_PRODUCTS", most), ("MANY_PRODUCTS", many), ("CACHED_WEIGHTS", cached)):
+            if value > 0:
+                monkeypatch.setattr(small_experts, name, value - 1)
+                assert not runs_loops(call)
+                monkeypatch.setattr(small_experts, name, value)
     assert runs_loops(call)
     monkeypatch.setenv(fused.VARIABLE, "0")
     assert not runs_loops(call)

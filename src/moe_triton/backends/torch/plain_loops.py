@@ -13,8 +13,11 @@ from numba.extending import register_jitable
 
 from moe_triton.backends.torch.loops import FUSED, SUMS, f32, started
 from moe_triton.backends.torch.product_loops import as_outer, as_parts, as_product
-from moe_triton.backends.torch.row_loops import floats_at
+from moe_triton.backends.torch.row_loops import LINE, floats_at
 from moe_triton.backends.torch.vectors import WORD
+
+COLUMNS = 256  # whose sums are made at a time, in a thread's first cache
+TURNED_ROWS = 32  # of an expert, from which a product with columns of its matrix pays for turning it
 
 
 @njit(nogil=True, error_model="numpy", fastmath=SUMS)
@@ -24,6 +27,56 @@ def dot(x, y):
     for j in range(len(x)):
         total += x[j] * y[j]
     return total
+
+
+@register_jitable
+def number_at(address):
+    return floats_at(address, 1, 1)[0, 0]
+
+
+@register_jitable
+def multiply_rows(left, left_row, left_k, num_rows, right, right_k, size_k, out, out_row, num_columns):
+    """out[r] = sum over k of left[r, k] * right[k], of which both are dense in columns; steps are in bytes.
+
+    Four rows and two k at a time; rows past the last are the last once more. The sums lie in one array, at distances
+    that are known: else LLVM would make no vectors of them.
+    """
+    sums, last = np.empty(4 * COLUMNS, f32), num_rows - 1
+    for q in range(0, num_columns, COLUMNS):
+        columns = min(COLUMNS, num_columns - q)
+        for r in range(0, num_rows, 4):
+            l_0, l_1 = left + r * left_row, left + min(r + 1, last) * left_row
+            l_2, l_3 = left + min(r + 2, last) * left_row, left + min(r + 3, last) * left_row
+            sums[:] = 0
+            for k in range(0, size_k - 1, 2):
+                here, there = k * left_k, (k + 1) * left_k
+                m_0 = floats_at(right + k * right_k + q * WORD, 1, columns)[0]
+                m_1 = floats_at(right + (k + 1) * right_k + q * WORD, 1, columns)[0]
+                x_0, z_0 = number_at(l_0 + here), number_at(l_0 + there)
+                x_1, z_1 = number_at(l_1 + here), number_at(l_1 + there)
+                x_2, z_2 = number_at(l_2 + here), number_at(l_2 + there)
+                x_3, z_3 = number_at(l_3 + here), number_at(l_3 + there)
+                for j in range(columns):
+                    a, b = m_0[j], m_1[j]
+                    sums[j] += x_0 * a + z_0 * b
+                    sums[COLUMNS + j] += x_1 * a + z_1 * b
+                    sums[2 * COLUMNS + j] += x_2 * a + z_2 * b
+                    sums[3 * COLUMNS + j] += x_3 * a + z_3 * b
+            if size_k % 2 == 1:
+                here = (size_k - 1) * left_k
+                m_0 = floats_at(right + (size_k - 1) * right_k + q * WORD, 1, columns)[0]
+                x_0, x_1, x_2, x_3 = (
+                    number_at(l_0 + here), number_at(l_1 + here), number_at(l_2 + here), number_at(l_3 + here)
+                )  # fmt: skip
+                for j in range(columns):
+                    sums[j] += x_0 * m_0[j]
+                    sums[COLUMNS + j] += x_1 * m_0[j]
+                    sums[2 * COLUMNS + j] += x_2 * m_0[j]
+                    sums[3 * COLUMNS + j] += x_3 * m_0[j]
+            for i in range(min(4, num_rows - r)):
+                row = floats_at(out + (r + i) * out_row + q * WORD, 1, columns)[0]
+                for j in range(columns):
+                    row[j] = sums[i * COLUMNS + j]
 
 
 @register_jitable
@@ -50,12 +103,26 @@ def product_in_rows(address):
     """A Product whose matrices are dense in rows."""
     job = carray(as_product(address), 1)[0]
     parts = carray(as_parts(job.parts), (job.num_parts, 3))
+    turned = np.empty((job.size_in, job.size_out), f32)
     for p in range(job.num_parts):
-        for r in range(parts[p, 1], parts[p, 2]):
-            x = floats_at(job.x + r * job.x_row, 1, job.size_in)[0]
-            y = floats_at(job.y + r * job.y_row, 1, job.size_out)[0]
-            for o in range(job.size_out):
-                y[o] = dot(floats_at(parts[p, 0] + o * job.step, 1, job.size_in)[0], x)
+        matrix, start, num_rows = parts[p, 0], parts[p, 1], parts[p, 2] - parts[p, 1]
+        x, y = job.x + start * job.x_row, job.y + start * job.y_row
+        if num_rows < TURNED_ROWS:
+            for r in range(num_rows):
+                row = floats_at(x + r * job.x_row, 1, job.size_in)[0]
+                out = floats_at(y + r * job.y_row, 1, job.size_out)[0]
+                for o in range(job.size_out):
+                    out[o] = dot(floats_at(matrix + o * job.step, 1, job.size_in)[0], row)
+            continue
+        for first in range(0, job.size_out, LINE // WORD):
+            for k in range(job.size_in):
+                for o in range(first, min(first + LINE // WORD, job.size_out)):
+                    turned[k, o] = number_at(matrix + o * job.step + k * WORD)
+        step = job.size_out * WORD
+        multiply_rows(
+            x, job.x_row, WORD, num_rows, turned.ctypes.data, step, job.size_in, y, job.y_row, job.size_out
+        )  # fmt: skip
+    turned[0, 0] = 0  # its memory lives until here
 
 
 def product_in_columns(address):
@@ -63,10 +130,14 @@ def product_in_columns(address):
     job = carray(as_product(address), 1)[0]
     parts = carray(as_parts(job.parts), (job.num_parts, 3))
     for p in range(job.num_parts):
-        for r in range(parts[p, 1], parts[p, 2]):
-            x = floats_at(job.x + r * job.x_row, 1, job.size_in)[0]
-            y = floats_at(job.y + r * job.y_row, 1, job.size_out)[0]
-            sum_rows(x, parts[p, 0], job.step, y)
+        matrix, start, num_rows = parts[p, 0], parts[p, 1], parts[p, 2] - parts[p, 1]
+        x, y = job.x + start * job.x_row, job.y + start * job.y_row
+        if num_rows > 2:
+            multiply_rows(x, job.x_row, WORD, num_rows, matrix, job.step, job.size_in, y, job.y_row, job.size_out)
+        else:
+            for r in range(num_rows):
+                row = floats_at(x + r * job.x_row, 1, job.size_in)[0]
+                sum_rows(row, matrix, job.step, floats_at(y + r * job.y_row, 1, job.size_out)[0])
 
 
 def outer_product(address):
@@ -74,13 +145,11 @@ def outer_product(address):
     job = carray(as_outer(address), 1)[0]
     parts = carray(as_parts(job.parts), (job.num_parts, 3))
     for p in range(job.num_parts):
-        first, size = parts[p, 1], parts[p, 2] - parts[p, 1]
-        factors = np.empty(size, f32)
-        for o in range(job.size_out):
-            for r in range(size):
-                factors[r] = floats_at(job.left + (first + r) * job.left_row + o * WORD, 1, 1)[0, 0]
-            out = floats_at(parts[p, 0] + o * job.step, 1, job.size_in)[0]
-            sum_rows(factors, job.right + first * job.right_row, job.right_row, out)
+        start, num_rows = parts[p, 1], parts[p, 2] - parts[p, 1]
+        left, right = job.left + start * job.left_row, job.right + start * job.right_row
+        multiply_rows(
+            left, WORD, job.left_row, job.size_out, right, job.right_row, num_rows, parts[p, 0], job.step, job.size_in
+        )  # fmt: skip
 
 
 @cache

@@ -17,8 +17,7 @@ from moe_triton.backends.torch.threads import on_all_threads
 from moe_triton.records import LIMITED, ExpertCall, ExpertGradients, Wanted
 
 MOST_PRODUCTS = 1 << 21  # multiplications of numbers in a forward; with more, all threads together take less time
-# with products by vectors of 512 bits, and as many numbers in all matrices, as a cache holds: then one thread is enough
-MANY_PRODUCTS, CACHED_WEIGHTS = 1 << 24, 1 << 20
+MANY_PRODUCTS, CACHED_WEIGHTS = 1 << 23, 1 << 20  # the same, and numbers in all matrices, where a cache holds these
 
 
 def runs_loops(call: ExpertCall) -> bool:
@@ -38,7 +37,6 @@ def runs_loops(call: ExpertCall) -> bool:
         and gate_up.is_contiguous()
         and down.is_contiguous()
         and loops_problem() is None
-        and (products <= MOST_PRODUCTS or this_cpu().loops(torch.float32))
     )
 
 
