@@ -14,7 +14,7 @@ from moe_triton.backends.torch.cpu import CpuPolicy, invariant_policy
 from moe_triton.backends.torch.fused import multiplies_pairs
 from moe_triton.backends.torch.looped import multiply
 from moe_triton.backends.torch.processor import this_processor
-from tests.helpers.compare import TOLERANCE, assert_close
+from tests.helpers.compare import TOLERANCE, assert_close, relative_rms
 
 POLICY = CpuPolicy(shapes_recur=False, shared_block_rows=1000)
 SIZES = (33, 0, 5, 70)  # rows of the experts: more than a piece, none, fewer than a tile, an odd number of pieces
@@ -114,7 +114,10 @@ def test_beside_a_product(dtype: torch.dtype, is_looped: bool, has_bias: bool) -
     if is_looped and biases is None:
         after = multiply(block, rows["x"], lambda e: weight[e])
         adapter.add(block, rows["x"], after)
-        assert torch.equal(into, after)
+        few = EXPERT == 2  # of these rows the product is rounded before something is added, too
+        assert torch.equal(into[few], after[few])
+        once, twice = (relative_rms(found[~few], y[~few]) for found in (into, after))  # of others a sum is rounded once
+        assert once < twice if dtype == torch.bfloat16 else once < 3e-7
     # in bf16 the loops read matrices in rows only
     back = weight.mT if dtype == torch.float32 else weight.mT.contiguous()
     found_dx, u = affine_back(layout, block, rows["dy"], lambda e: back[e], adapter)

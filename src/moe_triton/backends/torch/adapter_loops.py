@@ -14,8 +14,9 @@ from numba import carray, from_dtype, njit, types
 
 from moe_triton.backends.torch.addresses import next_of, pause, pointer_to, value_of
 from moe_triton.backends.torch.loops import named, started
-from moe_triton.backends.torch.panels import PANEL, first_line, memory, panel_functions
-from moe_triton.backends.torch.vectors import WORD
+from moe_triton.backends.torch.panels import AHEAD, PANEL, first_line, memory, panel_functions
+from moe_triton.backends.torch.row_loops import floats_at
+from moe_triton.backends.torch.vectors import LANES, WORD, tile, transpose
 
 WAITS = -1
 DONE = 8  # bytes from the start of a record to `done`
@@ -65,6 +66,7 @@ def loops_over(is_bf16, has_instruction):
     size = 2 if is_bf16 else 4
     per_word = WORD // size
     spread, panels, product, wide_product, added = panel_functions(is_bf16, has_instruction)
+    read_tile = tile(1, False, is_bf16, has_instruction, LANES, AHEAD)
 
     @njit
     @named(is_bf16, has_instruction)
@@ -125,19 +127,46 @@ def loops_over(is_bf16, has_instruction):
 
     @njit
     @named(is_bf16, has_instruction)
+    def gradient_in_place(job, e, start, rows, begin, square):
+        """The same in fp32, where a number is a word: nothing is copied. square: memory for LANES x LANES numbers."""
+        for q in range(begin, min(begin + PIECE_COLUMNS, job.columns), LANES):
+            wide, columns = job.wide + start * job.wide_row + q * size, min(LANES, job.columns - q)
+            for i in range(0, job.rank, LANES):
+                narrow, rank = job.narrow + start * job.narrow_row + i * size, min(LANES, job.rank - i)
+                out, step = square, LANES * size
+                if not job.is_transposed:
+                    out, step = job.out + e * job.out_step + i * job.out_row + q * size, job.out_row
+                read_tile(narrow, size, job.narrow_row, wide, job.wide_row, rows, out, step, rank, columns)
+                if job.is_transposed:
+                    out = job.out + e * job.out_step + q * job.out_row + i * size
+                    if rank == LANES:
+                        transpose(square, LANES * size, LANES, columns, out, job.out_row)
+                    else:
+                        found = floats_at(square, LANES, LANES)
+                        for j in range(columns):
+                            row = floats_at(out + j * job.out_row, 1, rank)[0]
+                            for k in range(rank):
+                                row[k] = found[k, j]
+
+    @njit
+    @named(is_bf16, has_instruction)
     def gradient(address):
         job = carray(as_gradient(address), 1)[0]
         parts = carray(as_integers(job.parts), (job.num_parts, 3))
         longest = 0
         for p in range(len(parts)):
             longest = max(longest, parts[p, 2] - parts[p, 1])
-        packed = memory(-(-longest // per_word) * (job.narrow_row // size + PANEL))
+        words = -(-longest // per_word) * (job.narrow_row // size + PANEL) if is_bf16 else LANES * LANES
+        packed = memory(words)
         mine, piece = next_of(address), 0
         for p in range(len(parts)):
             e, start, stop = parts[p, 0], parts[p, 1], parts[p, 2]
             for begin in range(0, job.columns, PIECE_COLUMNS):
                 if piece == mine:
-                    gradient_of(job, e, start, stop - start, begin, first_line(packed))
+                    if is_bf16:
+                        gradient_of(job, e, start, stop - start, begin, first_line(packed))
+                    else:
+                        gradient_in_place(job, e, start, stop - start, begin, first_line(packed))
                     mine = next_of(address)
                 piece += 1
         packed[0] = 0  # its memory lives until here

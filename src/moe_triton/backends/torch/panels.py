@@ -52,7 +52,7 @@ def panel_functions(is_bf16, has_instruction, is_wide=False):
 
     def product_by(vectors):
         whole, half = (
-            tile(vectors, False, is_bf16, has_instruction, rows, is_scaled=True, is_wide=is_wide)
+            tile(vectors, False, is_bf16, has_instruction, rows, more="scale", is_wide=is_wide)
             for rows in (ROWS, ROWS // 2)
         )
         width = vectors * LANES

@@ -3,7 +3,8 @@
 With many rows, some columns of a matrix are copied into panels in a thread's own cache, and multiplied from there:
 see `panels`. With few rows the copy would take longer than the product, so that the matrix is read where it is. In both
 cases a number's sum depends on its row and its column only, neither on other rows nor on the threads, but the order of
-the sums differs. See `row_loops` on records and threads.
+the sums differs, and only from panels is what an adapter adds part of the same sum. See `row_loops` on records and
+threads.
 """
 
 # mypy: allow-untyped-defs, no-check-untyped-defs
@@ -151,9 +152,36 @@ def product_over(is_bf16, is_in_rows, few, is_wide=False):
     """
     size = 2 if is_bf16 else 4
     size_out = WORD if is_wide else size
-    _, panels, _, wide_product, added = panel_functions(is_bf16, is_bf16, is_wide)
+    _, panels, _, _, added = panel_functions(is_bf16, is_bf16)
     add_adapter = adder(panels, added, is_bf16)
+    whole, half = (tile(2, False, is_bf16, is_bf16, rows, more="left", is_wide=is_wide) for rows in (ROWS, ROWS // 2))
     has_few = few is not None
+
+    @njit
+    @named(is_bf16, is_in_rows, is_wide)
+    def fill(job, p, matrix, first, columns, words, out):
+        """Write panels of `columns` of a part's matrix, from `first` on, and below each what an adapter adds to it."""
+        step_k, step_o = (size, job.step) if is_in_rows else (job.step, size)
+        rank = job.rank * size // WORD
+        for q in range(0, columns, PANEL):
+            out_q, columns_q = out + q * (words + rank) * WORD, min(PANEL, columns - q)
+            panels(matrix + q * step_o, step_k, step_o, job.size_in, columns_q, out_q, PANEL)
+            if rank > 0:
+                e = carray(as_parts(job.experts), (job.num_parts, 3))[p, 0]
+                source = job.out_of + e * job.out_of_e + (first + q) * job.out_of_q
+                below = out_q + words * PANEL * WORD
+                panels(source, job.out_of_k, job.out_of_q, job.rank, columns_q, below, PANEL)
+
+    @njit
+    @named(is_bf16, is_in_rows, is_wide)
+    def multiply(x, x_row, right, words, y, y_row, num_rows, num_columns, t, t_row, rank):
+        """Multiply up to ROWS rows by the columns of all panels."""
+        for q in range(0, num_columns, PANEL):
+            right_q, y_q, columns = right + q * (words + rank) * WORD, y + q * size_out, num_columns - q
+            if num_rows > ROWS // 2:
+                whole(x, x_row, WORD, right_q, PANEL * WORD, words, y_q, y_row, num_rows, columns, t, t_row, rank)
+            else:
+                half(x, x_row, WORD, right_q, PANEL * WORD, words, y_q, y_row, num_rows, columns, t, t_row, rank)
 
     @njit
     @named(is_bf16, is_in_rows, is_wide)
@@ -162,9 +190,9 @@ def product_over(is_bf16, is_in_rows, few, is_wide=False):
         if job.narrow != 0:
             call_at(job.by, job.narrow)
         parts = carray(as_parts(job.parts), (job.num_parts, 3))
-        words, one = job.size_in * size // WORD, np.float32(1)
-        step_k, step_o = (size, job.step) if is_in_rows else (job.step, size)
-        packed = memory(words * -(-job.columns // PANEL) * PANEL)
+        words, rank = job.size_in * size // WORD, job.rank * size // WORD
+        step_o = job.step if is_in_rows else size
+        packed = memory((words + rank) * -(-job.columns // PANEL) * PANEL)
         right, pieces = first_line(packed), -(-job.size_out // job.columns)  # of each part
         mine = next_of(address)
         while mine < pieces * len(parts):
@@ -175,8 +203,9 @@ def product_over(is_bf16, is_in_rows, few, is_wide=False):
             soon = mine + job.threads  # most likely this thread's next piece
             if has_few and num_rows < job.many:
                 few(x, job.x_row, matrix, job.step, job.size_in, y, job.y_row, num_rows, columns)
+                add_adapter(job, p, start, o, y, num_rows, columns)
             else:
-                panels(matrix, step_k, step_o, job.size_in, columns, right, PANEL)
+                fill(job, p, matrix, o, columns, words, right)
                 following, lines = 0, 0
                 if soon < pieces * len(parts):  # comes into the cache meanwhile
                     following = parts[soon // pieces, 0] + soon % pieces * job.columns * step_o
@@ -185,9 +214,9 @@ def product_over(is_bf16, is_in_rows, few, is_wide=False):
                 for r in range(0, num_rows, ROWS):
                     for line in range(lines * r // num_rows, min(lines * (r + ROWS) // num_rows, lines)):
                         prefetch_row(following + line * job.step, length)
-                    x_r, y_r, rows = x + r * job.x_row, y + r * job.y_row, min(ROWS, num_rows - r)
-                    wide_product(x_r, job.x_row, WORD, right, words, y_r, job.y_row, rows, columns, one)
-            add_adapter(job, p, start, o, y, num_rows, columns)
+                    x_r, y_r, t_r = x + r * job.x_row, y + r * job.y_row, job.t + (start + r) * job.t_row
+                    rows = min(ROWS, num_rows - r)
+                    multiply(x_r, job.x_row, right, words, y_r, job.y_row, rows, columns, t_r, job.t_row, rank)
             mine = next_of(address)
         packed[0] = 0  # its memory lives until here
 

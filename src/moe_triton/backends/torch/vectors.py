@@ -156,12 +156,13 @@ def up_to(builder, count, limit):
     return [builder.select(builder.icmp_signed("<", integer(i), last), integer(i), last) for i in range(count)]
 
 
-def tile(vectors, adds, is_bf16, has_instruction, num_rows=ROWS, ahead=0, is_scaled=False, is_wide=False):
+def tile(vectors, adds, is_bf16, has_instruction, num_rows=ROWS, ahead=0, more="", is_wide=False):
     """Return a function that writes, or adds, up to num_rows rows and vectors * LANES columns of a product.
 
     Steps are in bytes, sizes in words (k) and numbers. A row past the last is the last once more, with the same result.
 
-    is_scaled: the last argument, a number in fp32, multiplies all sums before they are rounded.
+    more: "scale", the last argument, a number in fp32, multiplies all sums before they are rounded; "left", the last
+    three are another left factor, its step from row to row, and its words, whose right factor follows the first one.
 
     is_wide: what is written is in fp32 whatever is multiplied.
 
@@ -170,10 +171,9 @@ def tile(vectors, adds, is_bf16, has_instruction, num_rows=ROWS, ahead=0, is_sca
     """
 
     def lower(context, builder, signature, arguments):
-        left, left_row, left_k, right, right_k, size_k, out, out_row, rows_left, num_columns, *scale = arguments
+        left, left_row, left_k, right, right_k, size_k, out, out_row, rows_left, num_columns, *others = arguments
         integer = left.type
         rows = up_to(builder, num_rows, rows_left)
-        lefts = [builder.add(left, builder.mul(row, left_row)) for row in rows]
         sums = [[cgutils.alloca_once_value(builder, constants(floats, 0.0)) for _ in range(vectors)] for _ in rows]
         masks = [first_lanes(builder, builder.sub(num_columns, integer(v * LANES))) for v in range(vectors)]
 
@@ -182,19 +182,26 @@ def tile(vectors, adds, is_bf16, has_instruction, num_rows=ROWS, ahead=0, is_sca
                 return load(builder, address, words)
             return builder.bitcast(load_first(builder, address, mask, is_bf16=False), words)
 
-        with cgutils.for_range(builder, size_k) as loop:
-            right_now = builder.add(right, builder.mul(loop.index, right_k))
-            rights = [right_at(builder.add(right_now, integer(v * LANES * WORD)), masks[v]) for v in range(vectors)]
-            if ahead:
-                for v in range(vectors):
-                    soon = builder.add(right_now, builder.mul(right_k, integer(ahead)))
-                    ask_for(builder, builder.add(soon, integer(v * LANES * WORD)))
-            step = builder.mul(loop.index, left_k)
-            for of_row, start in zip(sums, lefts, strict=True):
-                number = splat(builder, load(builder, builder.add(start, step), word_type))
-                for total, vector in zip(of_row, rights, strict=True):
-                    found = multiply_add(builder, number, vector, builder.load(total), is_bf16, has_instruction)
-                    builder.store(found, total)
+        def multiply(left, left_row, left_k, right, size_k):
+            lefts = [builder.add(left, builder.mul(row, left_row)) for row in rows]
+            with cgutils.for_range(builder, size_k) as loop:
+                right_now = builder.add(right, builder.mul(loop.index, right_k))
+                rights = [right_at(builder.add(right_now, integer(v * LANES * WORD)), masks[v]) for v in range(vectors)]
+                if ahead:
+                    for v in range(vectors):
+                        soon = builder.add(right_now, builder.mul(right_k, integer(ahead)))
+                        ask_for(builder, builder.add(soon, integer(v * LANES * WORD)))
+                step = builder.mul(loop.index, left_k)
+                for of_row, start in zip(sums, lefts, strict=True):
+                    number = splat(builder, load(builder, builder.add(start, step), word_type))
+                    for total, vector in zip(of_row, rights, strict=True):
+                        found = multiply_add(builder, number, vector, builder.load(total), is_bf16, has_instruction)
+                        builder.store(found, total)
+
+        multiply(left, left_row, left_k, right, size_k)
+        if more == "left":
+            other, other_row, other_k = others
+            multiply(other, other_row, integer(WORD), builder.add(right, builder.mul(size_k, right_k)), other_k)
         rounds = is_bf16 and not is_wide
         size = LANES * (2 if rounds else 4)
         places = [
@@ -202,8 +209,8 @@ def tile(vectors, adds, is_bf16, has_instruction, num_rows=ROWS, ahead=0, is_sca
             for row in rows
         ]
         found = [[builder.load(total) for total in of_row] for of_row in sums]
-        for factor in scale:
-            found = [[builder.fmul(total, splat(builder, factor)) for total in of_row] for of_row in found]
+        if more == "scale":
+            found = [[builder.fmul(total, splat(builder, others[0])) for total in of_row] for of_row in found]
         if adds:  # all are read before any is written: rows past the last are added once
             found = [
                 [
@@ -227,7 +234,14 @@ def tile(vectors, adds, is_bf16, has_instruction, num_rows=ROWS, ahead=0, is_sca
     ):
         return types.void(*PRODUCT, types.float32), lower
 
-    return scaled if is_scaled else run
+    @intrinsic
+    def joined(
+        typing_context, left, left_row, left_k, right, right_k, size_k, out, out_row, num_rows, num_columns,
+        other, other_row, other_k,
+    ):  # fmt: skip
+        return types.void(*PRODUCT, *[types.intp] * 3), lower
+
+    return {"": run, "scale": scaled, "left": joined}[more]
 
 
 def dots(rows, outs, is_bf16, has_instruction):
