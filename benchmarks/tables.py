@@ -113,7 +113,7 @@ LABELS = {"hf-eager": "eager", "hf-grouped_mm": "grouped_mm", "deepspeed": "Deep
 
 def cpu_runs(modes: Sequence[str]) -> list[Run]:
     """The runs of the CPU suite in these modes in which ours was measured."""
-    runs = read_results(RESULTS / "cpu" / "cpu-2-cores.json", "cpu").runs
+    runs = read_results(RESULTS / "cpu" / "cpu-2-cores-zen4.json", "cpu").runs
     return [run for run in runs if run.mode in modes and run.ours is not None and run.row(run.ours).time_s is not None]
 
 
