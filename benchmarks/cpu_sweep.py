@@ -41,6 +41,7 @@ TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 MODES = ("forward", "full")
 PEERS = ("grouped_mm", "hf-eager", "hf-grouped_mm", "deepspeed")
 TIE = 0.03
+RATIOS = (0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100)  # of the chart's axis
 SLOW_FLOPS = 20e9  # per second and thread, of a slow peer: what a round takes at most is reckoned with it
 
 
@@ -149,9 +150,15 @@ def draw(path: Path, parts: Sequence[Part]) -> None:
             axes.axhline(1, color="black", linewidth=0.8)
             axes.set(xscale="log", yscale="log")
             axes.set_title(f"{name}, {mode}", fontsize=9, loc="left")
+            low, high = axes.get_ylim()
+            for axis, ticks in ((axes.xaxis, TOKENS), (axes.yaxis, [x for x in RATIOS if low <= x <= high])):
+                axis.set_ticks(ticks, labels=[f"{x:g}" for x in ticks])
+                axis.set_ticks([], minor=True)
             axes.tick_params(labelsize=8)
-    panels[0][0].legend(fontsize=7)
-    figure.supxlabel("tokens", fontsize=9)
+    lines, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(lines, labels, fontsize=8, loc="outside lower center", ncols=len(PEERS))
+    for axes in panels[-1]:
+        axes.set_xlabel("tokens", fontsize=8)
     figure.supylabel("peer's time over ours", fontsize=9)
     figure.suptitle("\n".join(caption(part.environment) for part in parts), fontsize=7)
     picture = io.BytesIO()
