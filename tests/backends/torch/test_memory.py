@@ -40,6 +40,17 @@ def test_the_environment_turns_the_memory_pool_off(monkeypatch: pytest.MonkeyPat
         memory.empty((3, 500_000), torch.float32)
 
 
+@pytest.mark.parametrize(("pages", "kept"), [(1 << 20, 1 << 30), (1 << 24, 8 << 30), (None, 1 << 30)])
+def test_how_much_idle_memory_is_kept(monkeypatch: pytest.MonkeyPatch, pages: int | None, kept: int) -> None:
+    def sysconf(name: str) -> int:
+        if pages is None:
+            raise ValueError(name)
+        return {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": pages}[name]
+
+    monkeypatch.setattr(memory.os, "sysconf", sysconf)
+    assert memory.most_idle() == kept
+
+
 @pytest.mark.parametrize("size", [1, 17, 4 << 20, (4 << 20) + 1, 123_456_789])
 def test_size_classes(size: int) -> None:
     assert size <= memory.size_class(size) <= size * 9 / 8 + 1

@@ -19,7 +19,18 @@ from moe_triton.checks import check_choice
 
 LARGE = 1 << 20  # bytes; smaller tensors are torch's own
 ALIGNMENT = 64  # bytes; a cache line, which is what torch's own memory is aligned to
-MOST_IDLE = 1 << 30  # bytes of idle memory that are kept
+LEAST_KEPT, SHARE_KEPT = 1 << 30, 8  # bytes of idle memory that are kept, or a part of the machine's if this is more
+
+
+def most_idle() -> int:
+    """Return how many bytes of idle memory are kept: between two steps, the gradients of a large layer."""
+    try:
+        return max(LEAST_KEPT, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // SHARE_KEPT)
+    except (AttributeError, OSError, ValueError):  # a system that does not say
+        return LEAST_KEPT
+
+
+MOST_IDLE = most_idle()
 
 _idle: defaultdict[int, deque[np.ndarray]] = defaultdict(deque)  # by size; its single operations are atomic
 
