@@ -54,7 +54,7 @@ wheel:
 # Compiles every shipped configuration of every kernel for four architectures, with no GPU; about an hour on two cores.
 offline: $(READY)
 	printf '%s\n' sm_90 sm_80 sm_100 gfx942 | xargs -P 2 -I ARCH $(BIN)/python -m moe_triton_kernels.tools.offline \
-		--gate --all --arch ARCH
+		--gate --no-loop --all --arch ARCH
 
 # On a GPU machine, with the Python that holds its torch and triton (make gpu GPU_PYTHON=...); nothing is installed.
 GPU_PYTHON ?= python3

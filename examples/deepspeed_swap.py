@@ -45,7 +45,7 @@ def train(MoE: type[nn.Module], name: str, steps: int) -> list[float]:
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "optimizer": {"type": "AdamW", "params": {"lr": 3e-3, "torch_adam": True}},
-        "zero_optimization": {"stage": 1},
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": 10**6},  # elements: by default a buffer of 2 GB
         "steps_per_print": 10**6,
     }
     engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)

@@ -29,7 +29,7 @@ CONFIG = {
     "train_micro_batch_size_per_gpu": 1,
     "gradient_clipping": 1.0,
     "optimizer": {"type": "AdamW", "params": {"lr": 3e-3, "torch_adam": True}},
-    "zero_optimization": {"stage": 1},
+    "zero_optimization": {"stage": 1, "reduce_bucket_size": 10**6},  # elements: by default a buffer of 2 GB
     "steps_per_print": 10**6,  # this script prints by itself
 }
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from itertools import pairwise
 
 import pytest
@@ -17,24 +14,17 @@ from typer.testing import CliRunner
 from moe_triton.benchmarking.exchange import common, length, merged, read_exchange
 from moe_triton.cli import app
 from moe_triton.cli.arguments import EXIT_USAGE
+from tests.helpers.commands import run_command
 
 LAYER = ["--tokens=30", "--hidden=16", "--intermediate=8", "--experts=4", "--top-k=2", "--dtype=float32"]
 INTERVALS = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)).map(sorted).map(tuple), max_size=8)
 
 
-def torchrun(*options: str) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*launcher, "-m", "moe_triton", "profile", *LAYER, "--device=cpu", "--steps=3", *options],
-        capture_output=True, text=True, check=False, timeout=300, env=environment,
-    )  # fmt: skip
-
-
 def test_two_processes(tmp_path):
-    done = torchrun("--out", str(tmp_path), "--ep-chunks=2")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("forward and backward: ") == 1, "one process speaks for both"
+    """As torchrun starts them."""
+    options = ["--device=cpu", "--steps=3", "--out", tmp_path, "--ep-chunks=2"]
+    printed = run_command(["profile", *LAYER, *options], tmp_path / "printed", processes=2)
+    assert printed.count("forward and backward: ") == 1, "one process speaks for both"
     for text in (
         "T=30 d=16 n=8 E=4 K=2",
         "experts over 2 processes, mode dropless, 2 chunks",
@@ -42,7 +32,7 @@ def test_two_processes(tmp_path):
         "waiting for",
         "rows of the busiest rank: ",
     ):
-        assert text in done.stdout
+        assert text in printed
     exchange = json.loads((tmp_path / "profile.json").read_text())["exchange"]
     assert (exchange["mode"], exchange["chunks"]) == ("dropless", 2)
     assert [rank["tokens"] for rank in exchange["ranks"]] == [15, 15]

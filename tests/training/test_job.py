@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from moe_triton import cli
 from moe_triton.cli import app
 from moe_triton.training import TrainingError, files, job, loop, run_job
 from moe_triton.training.files import read_metrics
+from tests.helpers.commands import run_command
 from tests.helpers.ranks import fork_context
 
 SIZES = {"batch_size": 2, "seq_len": 32, "num_layers": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 8,
@@ -159,20 +159,17 @@ def test_killed_and_resumed_equals_uninterrupted(finished: Path, tmp_path: Path,
     assert process.exitcode == -signal.SIGKILL
     assert not (out / "summary.json").exists()
 
-    result = subprocess.run(
-        [sys.executable, "-m", "moe_triton", "train", "--out", str(out), "--resume"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    printed = run_command(["train", "--out", out, "--resume"], tmp_path / "printed")
     kind = "moe" if victim == "metrics.jsonl" else "dense"
-    assert f"{kind}: going on after step 4 of 12" in result.stdout
+    assert f"{kind}: going on after step 4 of 12" in printed
     for name in ("metrics.jsonl", "dense_metrics.jsonl"):
         assert losses(out / name) == losses(finished / name)
     expected, found = (json.loads((path / "summary.json").read_text()) for path in (finished, out))
     assert found["moe"]["held_out_loss"] == expected["moe"]["held_out_loss"]
     assert found["dense"]["held_out_loss"] == expected["dense"]["held_out_loss"]
-    assert str(out / "report.html") in result.stdout
+    assert str(out / "report.html") in printed
     moe, dense = (found[kind]["held_out_loss"] for kind in ("moe", "dense"))
-    assert result.stdout.splitlines()[-1] == f"held-out loss: moe {moe:.4f}, dense {dense:.4f}"
+    assert printed.splitlines()[-1] == f"held-out loss: moe {moe:.4f}, dense {dense:.4f}"
 
 
 def die_in_a_save(out: Path, text: Path, module: str, name: str) -> None:

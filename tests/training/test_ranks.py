@@ -10,31 +10,29 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from tests.helpers.ranks import fork_context, free_port
+from moe_triton.cli import app
+from tests.helpers.commands import run_command, start_commands
 
 STEPS = 40
 TINY = [
     *("--batch-size", "8", "--seq-len", "16", "--num-layers", "2", "--hidden-size", "16", "--intermediate-size", "8"),
-    *("--num-experts", "7", "--steps", str(STEPS), "--checkpoint-every", "2", "--capacity-factor", "1.0"),
+    *("--num-experts", "7", "--steps", str(STEPS), "--capacity-factor", "1.0"),
     *("--dtype", "float64"),  # in float32 rounding would turn a near-tie of the router in some step
 ]
 
 
-def command(out: Path, text: Path, *options: str, processes: int) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    parts = [sys.executable, *launcher, "-m", "moe_triton", "train", "--out", out, "--data", text, *TINY, *options]
-    return [str(part) for part in parts]
+def arguments(out: Path, text: Path, *options: str) -> list[str]:
+    return ["train", "--out", str(out), "--data", str(text), *TINY, *options]
 
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def train(out: Path, text: Path, *options: str, processes: int = 1) -> str:
-    """Runs to the end; what was printed."""
+def torchrun(processes: int, words: list[str]) -> str:
+    """Runs `moe-triton` to the end; what was printed."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     done = subprocess.run(
-        command(out, text, *options, processes=processes),
-        capture_output=True, text=True, check=False, timeout=600, env=ENVIRONMENT,
+        [*launcher, "-m", "moe_triton", *words],
+        capture_output=True, text=True, check=False, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -42,14 +40,8 @@ def train(out: Path, text: Path, *options: str, processes: int = 1) -> str:
 
 def train_and_kill(out: Path, text: Path, *options: str, processes: int, after: int) -> int:
     """SIGKILL to all processes at once when `after` steps are on disk; the number of steps that were then."""
-    arguments = [str(part) for part in ("train", "--out", out, "--data", text, *TINY, *options)]
-    context, port = fork_context(), free_port()
-    running = [
-        context.Process(target=train_as, args=(rank, processes, port, arguments), daemon=True)
-        for rank in range(processes)
-    ]
-    for process in running:
-        process.start()
+    words = arguments(out, text, "--checkpoint-every", "2", *options)
+    running = start_commands(words, out.with_name("printed"), processes)
     deadline = time.monotonic() + 300
     try:
         while len(losses(out)) < after:
@@ -62,18 +54,6 @@ def train_and_kill(out: Path, text: Path, *options: str, processes: int, after: 
         for process in running:
             process.join()
     return len(losses(out))
-
-
-def train_as(rank: int, world: int, port: int, arguments: list[str]) -> None:
-    """What torchrun starts as one rank, forked from a process that has imported torch already."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()})
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 1)
-    os.dup2(silence, 2)
-    from moe_triton.cli import app
-
-    app(arguments)
 
 
 def losses(out: Path) -> list[float]:
@@ -92,7 +72,7 @@ def text(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, text) -> Path:
     out = tmp_path_factory.mktemp("run") / "alone"
-    train(out, text)
+    run_command(arguments(out, text), out.with_name("printed"))
     return out
 
 
@@ -102,14 +82,14 @@ def test_killed_on_four_processes_resumed_on_two_then_on_one(tmp_path, text, alo
     assert first < STEPS
     second = train_and_kill(out, text, "--ep", "2", "--resume", processes=2, after=first + 4)
     assert second < STEPS
-    printed = train(out, text, "--resume")
+    printed = run_command(arguments(out, text, "--resume"), tmp_path / "printed at last")
     assert "going on after step" in printed
     assert losses(out) == pytest.approx(losses(alone), rel=1e-12)
 
 
 def test_every_process_counts_the_same(tmp_path, text, alone):
     out = tmp_path / "run"
-    printed = train(out, text, "--ep", "2", "--ep-mode", "capacity", processes=2)
+    printed = torchrun(2, arguments(out, text, "--ep", "2", "--ep-mode", "capacity"))
     assert printed.count("held-out loss:") == 1, "one process speaks for all"
     assert losses(out) == pytest.approx(losses(alone), rel=1e-12)
     summary, wanted = (json.loads((folder / "summary.json").read_text()) for folder in (out, alone))
@@ -126,9 +106,7 @@ def test_every_process_counts_the_same(tmp_path, text, alone):
     ],
 )
 def test_bad_sizes(tmp_path, text, options, message):
-    done = subprocess.run(
-        command(tmp_path / "run", text, *options, processes=1), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
+    done = CliRunner().invoke(app, arguments(tmp_path / "run", text, *options))
+    assert done.exit_code == 2
     assert message in done.stderr
     assert not (tmp_path / "run").exists()
