@@ -105,11 +105,11 @@ def _fields(spec: RouterSpec) -> tuple[Any, ...]:
 
 def _forward(
     logits: Tensor,
-    spec: RouterSpec,
     choice_bias: Tensor | None,
     noise: Tensor | None,
     token_mask: Tensor | None,
     given: Tensor | None,
+    spec: RouterSpec,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(weights, score_sums, z_sum, experts, counts): the differentiable ones first."""
@@ -140,7 +140,7 @@ def _forward_and_dispatch(
         if found is not None:
             (experts, weights, counts, score_sums, z_sum), dispatched = found
             return weights, score_sums, z_sum, experts, counts, dispatched
-    return *_forward(logits, spec, choice_bias, noise, token_mask, given, backend), None
+    return *_forward(logits, choice_bias, noise, token_mask, given, spec, backend), None
 
 
 def _backward(
@@ -193,18 +193,6 @@ class _Route(torch.autograd.Function):
         return (grad, *NO_GRADIENT)
 
 
-def _run(
-    logits: Tensor,
-    choice_bias: Tensor | None,
-    noise: Tensor | None,
-    token_mask: Tensor | None,
-    given: Tensor | None,
-    spec: RouterSpec,
-    name: str,
-) -> tuple[Tensor, ...]:
-    return _forward(logits, spec, choice_bias, noise, token_mask, given, name)
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     logits, _, _, token_mask, given, ctx.spec, ctx.name = inputs
     ctx.all_real = token_mask is None and given is None and not ctx.spec.weightless
@@ -216,7 +204,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
 class _TransformedRoute(_Route):
     """The same for torch.func, which wants the context set up apart from forward: tens of microseconds a call."""
 
-    forward = staticmethod(_run)  # type: ignore[assignment]
+    forward = staticmethod(_forward)  # type: ignore[assignment]
     setup_context = staticmethod(_save)
     jvp = refuse_jvp("route")
 
@@ -256,7 +244,7 @@ def _route_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     spec = _spec(top_k, score, normalize, scale, num_groups, top_groups, group_score, weightless, sequences)
-    return _forward(logits, spec, choice_bias, noise, token_mask, given, backend)
+    return _forward(logits, choice_bias, noise, token_mask, given, spec, backend)
 
 
 def _spec(*values: Any) -> RouterSpec:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from ctypes import addressof
-from functools import cache
-from typing import cast
+from functools import cache, partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -95,13 +96,11 @@ def _loops(backward: bool, is_concatenated: bool, has_vectors: bool) -> tuple[in
     from moe_triton.backends.torch.small_loops import few_rows_backward_loop, few_rows_loop
 
     activations = activation_loops(False, is_concatenated)
-    if has_vectors:
-        multiply, multiply_back, outer = (product_loop(False, True), product_loop(False, False), outer_loop(False))
-    else:
-        multiply, multiply_back, outer = plain_product_loop(True), plain_product_loop(False), plain_outer_loop()
+    multiply: Callable[[bool], Any] = partial(product_loop, False) if has_vectors else plain_product_loop
     if not backward:  # nothing is compiled that is not called
-        return few_rows_loop().address, activations.forward.address, multiply.address, 0, 0
+        return few_rows_loop().address, activations.forward.address, multiply(True).address, 0, 0
+    outer = outer_loop(False) if has_vectors else plain_outer_loop()
     return (
         few_rows_backward_loop().address, activations.backward.address,
-        multiply.address, multiply_back.address, outer.address,
+        multiply(True).address, multiply(False).address, outer.address,
     )  # fmt: skip
