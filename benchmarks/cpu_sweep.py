@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -92,9 +93,17 @@ def measure(cases: Sequence[Case], budget_s: float) -> tuple[list[Run], list[dic
         modes = [mode for mode in MODES if fits(case, mode, 4 * share)]
         left_out += [{**asdict(case), "mode": mode} for mode in MODES if mode not in modes]
         # half of a cell's share is for the checks against float64, which come first
-        runs += measure_case(case, device=torch.device("cpu"), modes=modes, names=names, budget_s=share / 2)
+        runs += measure_case(
+            case, device=torch.device("cpu"), modes=modes, names=names, budget_s=share / 2, on_step=say
+        )  # fmt: skip
         print(f"{case.title()}: {end - time.monotonic():.0f} s left", flush=True)
     return runs, left_out
+
+
+def say(what: str, done: float, label: str = "") -> None:
+    """Say on one line of a terminal what runs: a call of the slowest peer can take a minute."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{what} {label}", end="", file=sys.stderr, flush=True)
 
 
 def verdict(run: Run) -> str:
