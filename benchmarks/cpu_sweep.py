@@ -1,7 +1,7 @@
 """From one token to thousands on a CPU: our layer beside every peer, as a table, a chart and JSON.
 
-    python benchmarks/cpu_sweep.py                                          # all of it, half an hour
-    python benchmarks/cpu_sweep.py --layers OLMoE --budget 900 --add        # one layer, beside what was measured before
+    python benchmarks/cpu_sweep.py                                          # all of it, more than an hour
+    python benchmarks/cpu_sweep.py --layers OLMoE --budget 4000 --add       # one layer, beside what was measured before
     python benchmarks/cpu_sweep.py --tokens 1,4 --budget 60 --out FOLDER    # some numbers of tokens
 
 Three layers: a tiny one, where the cost of a call is all there is, and those of two published models. The budget is for
