@@ -95,6 +95,47 @@ def test_gradients(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("size_in", [32, 64, 80, 38])  # in whole vectors or not, in rows of whole cache lines or not
+def test_gradients_written_past_the_caches(size_in: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    block, (left, right) = block_of(), (torch.randn(sum(COUNTS), size).to(dtype) for size in (33, size_in))
+    found = []
+    for streamed in (looped.STREAMED, 0):
+        monkeypatch.setattr(looped, "STREAMED", streamed)
+        for begin in (0, 1):
+            memory = torch.full((len(COUNTS) * 33 * size_in + 160,), torch.nan, dtype=dtype)
+            begin += -memory.data_ptr() % 64 // memory.element_size()
+            grad = memory[begin : begin + len(COUNTS) * 33 * size_in].view(len(COUNTS), 33, size_in)
+            looped.multiply_outer(block, left, right, grad)
+            idle = [e for e, count in enumerate(COUNTS) if count == 0]
+            assert grad[idle].isnan().all()
+            looped.clear(grad, idle)
+            assert not grad[idle].any()
+            assert int(memory.isnan().sum()) == 160  # nothing else is written
+            found.append(grad)
+    assert all(torch.equal(grad, found[0]) for grad in found[1:])
+
+
+def test_instructions_that_write_past_the_caches() -> None:
+    from numba import cfunc, types
+
+    from moe_triton.backends.torch import product_loops
+
+    asm = cfunc(types.void(types.intp))(product_loops.outer_fp32)._library.get_asm_str()
+    assert asm.count("vmovntps") == 24  # 8 rows of two vectors, and 4 rows
+    assert asm.count("sfence") == 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 12])
+def test_long_pieces_of_a_matrix_in_columns_change_no_bit(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    block, columns = block_of((count, 0, count)), torch.randn(3, 640, 300).mT
+    x = torch.randn(2 * count, 640)
+    found = looped.multiply(block, x, columns.__getitem__)
+    monkeypatch.setattr(looped, "FEW_ROWS", 0)
+    assert torch.equal(found, looped.multiply(block, x, columns.__getitem__))
+    assert_close(found, expected(x, columns, block), tolerance=TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
 def test_a_rows_bits_depend_on_it_alone(dtype: torch.dtype) -> None:
     x, matrix, _ = drawn(130, 97, dtype)
     block, columns = block_of(), matrix.mT.contiguous().mT

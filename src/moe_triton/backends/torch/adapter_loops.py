@@ -14,9 +14,10 @@ from numba import carray, from_dtype, njit, types
 
 from moe_triton.backends.torch.addresses import next_of, pause, pointer_to, value_of
 from moe_triton.backends.torch.loops import named, started
+from moe_triton.backends.torch.panel_vectors import transpose
 from moe_triton.backends.torch.panels import AHEAD, PANEL, first_line, memory, panel_functions
 from moe_triton.backends.torch.row_loops import floats_at
-from moe_triton.backends.torch.vectors import LANES, WORD, tile, transpose
+from moe_triton.backends.torch.vectors import LANES, WORD, tile
 
 WAITS = -1
 DONE = 8  # bytes from the start of a record to `done`

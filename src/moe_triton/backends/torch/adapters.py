@@ -199,7 +199,7 @@ class LoopedAdapter(Adapter):
     def _started(self, step: Structure, block: Block) -> Structure:
         found = self._parts.get(id(block))
         if found is None:
-            found = self._parts[id(block)] = block, parts_of(block)
+            found = self._parts[id(block)] = block, parts_of(block.parts)
         step.parts, step.num_parts = addressof(found[1]), len(block.parts)
         step.next = step.done = step.then = 0
         return step

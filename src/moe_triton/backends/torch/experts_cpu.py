@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_triton.backends.torch import looped, small_experts
 from moe_triton.backends.torch.activations import activate_by_full_vectors
 from moe_triton.backends.torch.adapters import Adapters, adapters_of, affine, affine_back
-from moe_triton.backends.torch.blocks import Block, Layout
+from moe_triton.backends.torch.blocks import Layout
 from moe_triton.backends.torch.cpu import (
     GROUPED_DTYPES,
     CpuPolicy,
@@ -232,9 +232,9 @@ class WeightsPass:
         self.spec, self.layout, self.parameters = call.spec, layout, call.parameters
         self.up_lora, self.down_lora = adapters
         self.wanted = wanted.of(self.parameters)
-        in_one_call = _makes_gradients_in_one_call(call, layout)
+        in_one_call, dtype = _makes_gradients_in_one_call(call, layout), call.hidden.dtype
         self.grads = [
-            _gradient(cast(ExpertWeight, p), layout.blocks) if want and not (in_one_call and i < 2) else None
+            _gradient(cast(ExpertWeight, p), layout, dtype) if want and not (in_one_call and i < 2) else None
             for i, (p, want) in enumerate(zip(self.parameters, self.wanted[2:], strict=True))
         ]
 
@@ -315,12 +315,18 @@ def _makes_gradients_in_one_call(call: ExpertCall, layout: Layout) -> bool:
     return is_small and layout.policy.by_mm(dtype, flops) and not any(size * dtype.itemsize % 16 for size in sizes)
 
 
-def _gradient(weights: ExpertWeight | None, blocks: list[Block]) -> Tensor | None:
-    """Memory for the gradient of stacked weights, or of a sequence of them; zeros for the experts without rows."""
+def _gradient(weights: ExpertWeight | None, layout: Layout, dtype: torch.dtype) -> Tensor | None:
+    """Memory for the gradient of stacked weights, or of a sequence of them; zeros for the experts without rows.
+
+    dtype: of the hidden states.
+    """
     if weights is None:
         return None
     grad = empty((len(weights), *weights[0].shape), weights[0].dtype)
-    idle = set(range(len(weights))).difference(*([e for e, _ in block.parts] for block in blocks))
-    for e in idle:
-        grad[e].zero_()
+    idle = set(range(len(weights))).difference(*([e for e, _ in block.parts] for block in layout.blocks))
+    if layout.is_looped and grad.ndim == 3 and grad.dtype == dtype:
+        looped.clear(grad, idle)
+    else:
+        for e in idle:
+            grad[e].zero_()
     return grad

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from ctypes import Array, Structure, addressof, c_int64
 from typing import NamedTuple
 
@@ -17,16 +17,18 @@ from moe_triton.records import ExpertWeight
 WORD = 4  # bytes
 PANEL = 32  # columns: see `panels`
 MANY_ROWS = 32  # from which copying a matrix into panels pays
+FEW_ROWS = 12  # of an expert, on average, up to which a thread takes long pieces of a matrix in columns
 ALL = 1 << 62  # more rows than there are
 MOST_SUMMED = 2048  # rows of an expert: over more, panels of a gradient's factors are too narrow to be used often
 PANEL_BYTES, LEFT_BYTES, RIGHT_BYTES = 1 << 17, 1 << 16, 1 << 20  # of a thread's cache
+STREAMED = 1 << 25  # bytes of a gradient: more than a cache holds until the optimizer reads it
 Matrices = Callable[[int], Tensor]  # expert -> its matrix [out, in]
 
 
-def parts_of(block: Block, of_expert: Callable[[int], int] = int) -> Array[c_int64]:
+def parts_of(parts: Sequence[tuple[int, slice]], of_expert: Callable[[int], int] = int) -> Array[c_int64]:
     """What `of_expert` gives, first row and the row past its last of every part; keep it until the loops have run."""
-    return (c_int64 * (3 * len(block.parts)))(
-        *(number for e, part in block.parts for number in (of_expert(e), part.start, part.stop))
+    return (c_int64 * (3 * len(parts)))(
+        *(number for e, part in parts for number in (of_expert(e), part.start, part.stop))
     )
 
 
@@ -70,13 +72,16 @@ def multiply(
 
     first_OI, size, threads = matrices(block.parts[0][0]), x_mI.element_size(), torch.get_num_threads()
     (size_out, size_in), (step_o, step_i) = first_OI.shape, first_OI.stride()
-    parts = parts_of(block, lambda e: matrices(e).data_ptr())
+    parts = parts_of(block.parts, lambda e: matrices(e).data_ptr())
     y_mO = empty((x_mI.shape[0], size_out), x_mI.dtype) if out is None else out
+    are_few = step_i != 1 and not by_row and x_mI.dtype == torch.float32 and _are_few(block)
+    # a matrix in columns that is read where it is: long pieces of its lines, which the processor reads ahead
+    column = 1 if are_few else size_in * size
     job = Product(
         x=x_mI.data_ptr(), x_row=x_mI.stride(0) * size, step=(step_o if step_i == 1 else step_i) * size,
         y=y_mO.data_ptr(), y_row=y_mO.stride(0) * y_mO.element_size(), size_in=size_in, size_out=size_out,
         parts=addressof(parts), num_parts=len(block.parts),
-        columns=taken(size_in * size, size_out, PANEL_BYTES, threads), many=ALL if by_row else MANY_ROWS,
+        columns=taken(column, size_out, PANEL_BYTES, threads), many=ALL if by_row else MANY_ROWS,
         threads=threads,
     )  # fmt: skip
     if added is not None:
@@ -92,20 +97,37 @@ def multiply(
     return y_mO
 
 
+def _are_few(block: Block) -> bool:
+    counts = [part.stop - part.start for _, part in block.parts]
+    return max(counts) < MANY_ROWS and sum(counts) <= FEW_ROWS * len(counts)
+
+
 def multiply_outer(block: Block, left_mO: Tensor, right_mI: Tensor, out_EOI: Tensor) -> None:
     """Write left.T @ right over the rows of every expert e of the block to out[e]."""
+    _outer(block.parts, left_mO, right_mI, out_EOI)
+
+
+def clear(out_EOI: Tensor, experts: Iterable[int]) -> None:
+    """Write zeros to out[e] of these experts: products over no rows."""
+    no_rows = [(e, slice(0, 0)) for e in experts]
+    if no_rows:
+        left_mO, right_mI = (out_EOI.new_empty(0, size) for size in out_EOI.shape[1:])
+        _outer(no_rows, left_mO, right_mI, out_EOI)
+
+
+def _outer(experts: Sequence[tuple[int, slice]], left_mO: Tensor, right_mI: Tensor, out_EOI: Tensor) -> None:
     from moe_triton.backends.torch.product_loops import Outer, outer_loop
 
     size, address = left_mO.element_size(), out_EOI.data_ptr()
     step_e, step_o = out_EOI.stride(0) * size, out_EOI.stride(1) * size
-    parts = parts_of(block, lambda e: address + e * step_e)
-    column = max(part.stop - part.start for _, part in block.parts) * size
+    parts = parts_of(experts, lambda e: address + e * step_e)
+    column = max(part.stop - part.start for _, part in experts) * size
     job = Outer(
         left=left_mO.data_ptr(), left_row=left_mO.stride(0) * size, right=right_mI.data_ptr(),
         right_row=right_mI.stride(0) * size, step=step_o, size_out=left_mO.shape[1], size_in=right_mI.shape[1],
-        parts=addressof(parts), num_parts=len(block.parts),
+        parts=addressof(parts), num_parts=len(experts),
         outs=taken(column, left_mO.shape[1], LEFT_BYTES, torch.get_num_threads()),
-        columns=taken(column, right_mI.shape[1], RIGHT_BYTES, 1),
+        columns=taken(column, right_mI.shape[1], RIGHT_BYTES, 1), streams=step_e * len(out_EOI) >= STREAMED,
     )  # fmt: skip
     on_all_threads(outer_loop(left_mO.dtype == torch.bfloat16).address, addressof(job))
 

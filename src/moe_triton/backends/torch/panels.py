@@ -12,9 +12,9 @@ from numba import njit
 
 from moe_triton.backends.torch.addresses import prefetch
 from moe_triton.backends.torch.loops import named
-from moe_triton.backends.torch.vectors import LANES, ROWS, WORD, spread_row, tile, transpose
+from moe_triton.backends.torch.panel_vectors import spread_row, transpose
+from moe_triton.backends.torch.vectors import LANES, LINE, ROWS, WORD, tile
 
-LINE = 64  # bytes of a cache line
 PANEL = 2 * LANES  # columns
 AHEAD = 16  # rows from the one that is copied to the one that is asked for
 
@@ -41,37 +41,39 @@ def transposed_panel(source, step, size_k, columns, out, width):
             transpose(source_jk, step, columns - j, min(LANES, size_k - k), out_jk, width * WORD)
 
 
+def product_by(vectors, is_bf16, has_instruction, is_wide=False, more="scale"):
+    """Return the product with panels of so many vectors; its last argument is what `tile` calls `more`."""
+    size_out, width = 2 if is_bf16 and not is_wide else WORD, vectors * LANES
+    whole, half = (
+        tile(vectors, False, is_bf16, has_instruction, rows, more=more, is_wide=is_wide) for rows in (ROWS, ROWS // 2)
+    )
+
+    @named(is_bf16, has_instruction, vectors, is_wide, more)
+    def product(left, left_row, left_k, right, size_k, out, out_row, num_rows, num_columns, last):
+        for p in range(0, num_rows, ROWS):
+            left_p, out_p = left + p * left_row, out + p * out_row
+            for q in range(0, num_columns, width):
+                right_q, out_q = right + q * size_k * WORD, out_p + q * size_out
+                rows, columns, step = num_rows - p, num_columns - q, width * WORD
+                if rows > ROWS // 2:
+                    whole(left_p, left_row, left_k, right_q, step, size_k, out_q, out_row, rows, columns, last)
+                else:
+                    half(left_p, left_row, left_k, right_q, step, size_k, out_q, out_row, rows, columns, last)
+
+    return njit(product)
+
+
 def panel_functions(is_bf16, has_instruction, is_wide=False):
     """Return spread, panels, product, wide_product and added, over numbers in bf16 or in fp32; steps are in bytes.
 
     wide_product is product where panels have 32 columns however many there are. is_wide: products are in fp32.
     """
     size = 2 if is_bf16 else 4
-    size_out, per_word = WORD if is_wide else size, WORD // size
+    per_word = WORD // size
     spread_one, spread_two = (spread_row(vectors, is_bf16) for vectors in (1, 2))
 
-    def product_by(vectors):
-        whole, half = (
-            tile(vectors, False, is_bf16, has_instruction, rows, more="scale", is_wide=is_wide)
-            for rows in (ROWS, ROWS // 2)
-        )
-        width = vectors * LANES
-
-        @named(is_bf16, has_instruction, vectors, is_wide)
-        def product(left, left_row, left_k, right, size_k, out, out_row, num_rows, num_columns, scale):
-            for p in range(0, num_rows, ROWS):
-                left_p, out_p = left + p * left_row, out + p * out_row
-                for q in range(0, num_columns, width):
-                    right_q, out_q = right + q * size_k * WORD, out_p + q * size_out
-                    rows, columns, step = num_rows - p, num_columns - q, width * WORD
-                    if rows > ROWS // 2:
-                        whole(left_p, left_row, left_k, right_q, step, size_k, out_q, out_row, rows, columns, scale)
-                    else:
-                        half(left_p, left_row, left_k, right_q, step, size_k, out_q, out_row, rows, columns, scale)
-
-        return njit(product)
-
-    by_one, by_two, add_tile = product_by(1), product_by(2), tile(2, True, is_bf16, has_instruction)
+    by_one, by_two = (product_by(vectors, is_bf16, has_instruction, is_wide) for vectors in (1, 2))
+    add_tile = tile(2, True, is_bf16, has_instruction)
 
     @njit
     @named(is_bf16, has_instruction, is_wide)

@@ -17,9 +17,9 @@ from numba import carray, from_dtype, njit, types
 
 from moe_triton.backends.torch.addresses import call_at, next_of, pointer_to
 from moe_triton.backends.torch.loops import named, started
-from moe_triton.backends.torch.panels import PANEL, first_line, memory, panel_functions
+from moe_triton.backends.torch.panels import PANEL, first_line, memory, panel_functions, product_by
 from moe_triton.backends.torch.row_loops import fields, prefetch_row
-from moe_triton.backends.torch.vectors import LANES, ROWS, WORD, dots, tile
+from moe_triton.backends.torch.vectors import LANES, ROWS, WORD, dots, finish_streams, tile
 
 AHEAD = 16  # rows from the one that is read to the one that is asked for
 
@@ -49,9 +49,10 @@ class Outer(Structure):
 
     parts             the address of num_parts times (address of out[e], its first row, the row past its last)
     outs, columns     of left and right, both multiples of PANEL: what a thread takes at a time
+    streams           1: out is written past the caches where it can be: see `tile`
     """
 
-    _fields_ = fields("left left_row right right_row step size_out size_in parts num_parts outs columns")
+    _fields_ = fields("left left_row right right_row step size_out size_in parts num_parts outs columns streams")
 
 
 as_product, as_outer, as_parts = (
@@ -226,14 +227,15 @@ def product_over(is_bf16, is_in_rows, few, is_wide=False):
 def outer_over(is_bf16):
     """Return the loop over an Outer."""
     size = 2 if is_bf16 else 4
-    _, panels, _, wide_product, _ = panel_functions(is_bf16, is_bf16)
+    _, panels, _, _, _ = panel_functions(is_bf16, is_bf16)
+    streamed = product_by(2, is_bf16, is_bf16, more="streams")
 
     @njit
     @named(is_bf16)
     def outer(address):
         job = carray(as_outer(address), 1)[0]
         parts = carray(as_parts(job.parts), (job.num_parts, 3))
-        longest, one = 0, np.float32(1)
+        longest, streams = 0, job.streams
         for p in range(len(parts)):
             longest = max(longest, parts[p, 2] - parts[p, 1])
         words = -(-longest * size // WORD)
@@ -256,11 +258,12 @@ def outer_over(is_bf16):
                         out = parts[p, 0] + o * job.step + q * size
                         for i in range(0, outs, PANEL):
                             left_i, out_i, outs_i = lefts + i * size_k * WORD, out + i * job.step, min(PANEL, outs - i)
-                            wide_product(
-                                left_i, WORD, PANEL * WORD, rights, size_k, out_i, job.step, outs_i, columns, one
+                            streamed(
+                                left_i, WORD, PANEL * WORD, rights, size_k, out_i, job.step, outs_i, columns, streams
                             )
                         mine = next_of(address)
                     piece += 1
+        finish_streams()
         packed[0] = 0  # its memory lives until here
 
     return outer

@@ -12,7 +12,7 @@ from numba.extending import intrinsic
 
 LANES = 16  # of a vector
 ROWS = 8  # of a tile: with two vectors each, 16 sums that do not wait for each other
-WORD = 4  # bytes
+WORD, LINE = 4, 64  # bytes, of a word and of a cache line
 PRODUCT = [types.intp] * 10  # addresses, steps and sizes: see `tile`
 
 float_type, word_type, half_type = ir.FloatType(), ir.IntType(32), ir.IntType(16)
@@ -48,6 +48,25 @@ def load(builder, address, element_type):
 
 def store(builder, vector, address):
     builder.store(vector, builder.inttoptr(address, vector.type.as_pointer()), align=2)
+
+
+def stream(builder, vector, address):
+    """Write a vector past the caches, to an address that it divides; `finish_streams` before another thread reads."""
+    written = builder.store(
+        vector, builder.inttoptr(address, vector.type.as_pointer()), align=LANES * (2 if vector.type == halves else 4)
+    )
+    written.set_metadata("nontemporal", builder.module.add_metadata([word_type(1)]))
+
+
+@intrinsic
+def finish_streams(typing_context):
+    """Wait until what this thread wrote past the caches is where other threads find it."""
+
+    def lower(context, builder, signature, arguments):
+        call(builder, "llvm.x86.sse.sfence", ir.VoidType())
+        return context.get_dummy_value()
+
+    return types.void(), lower
 
 
 def ask_for(builder, address):
@@ -162,7 +181,9 @@ def tile(vectors, adds, is_bf16, has_instruction, num_rows=ROWS, ahead=0, more="
     Steps are in bytes, sizes in words (k) and numbers. A row past the last is the last once more, with the same result.
 
     more: "scale", the last argument, a number in fp32, multiplies all sums before they are rounded; "left", the last
-    three are another left factor, its step from row to row, and its words, whose right factor follows the first one.
+    three are another left factor, its step from row to row, and its words, whose right factor follows the first one;
+    "streams", the last argument says whether whole vectors in rows that begin with a cache line are written past the
+    caches, which takes half the time where what is written is read late.
 
     is_wide: what is written is in fp32 whatever is multiplied.
 
@@ -219,9 +240,29 @@ def tile(vectors, adds, is_bf16, has_instruction, num_rows=ROWS, ahead=0, more="
                 ]
                 for at, of_row in zip(places, found, strict=True)
             ]
-        for at, of_row in zip(places, found, strict=True):
-            for place, mask, total in zip(at, masks, of_row, strict=True):
+        stores = [
+            (total, place, mask)
+            for at, of_row in zip(places, found, strict=True)
+            for place, mask, total in zip(at, masks, of_row, strict=True)
+        ]
+
+        def write_first():
+            for total, place, mask in stores:
                 store_first(builder, total, place, mask, rounds, has_instruction)
+
+        if more == "streams":
+            is_whole = builder.icmp_signed(">=", num_columns, integer(vectors * LANES))
+            begins = builder.and_(builder.or_(out, out_row), integer(LINE - 1))
+            is_line = builder.icmp_signed("==", begins, integer(0))
+            asked = builder.icmp_signed("!=", others[0], integer(0))
+            with builder.if_else(builder.and_(asked, builder.and_(is_whole, is_line))) as (streams, does_not):
+                with streams:
+                    for total, place, _ in stores:
+                        stream(builder, nearest_bf16(builder, total, has_instruction) if rounds else total, place)
+                with does_not:
+                    write_first()
+        else:
+            write_first()
         return context.get_dummy_value()
 
     @intrinsic
@@ -241,7 +282,13 @@ def tile(vectors, adds, is_bf16, has_instruction, num_rows=ROWS, ahead=0, more="
     ):  # fmt: skip
         return types.void(*PRODUCT, *[types.intp] * 3), lower
 
-    return {"": run, "scale": scaled, "left": joined}[more]
+    @intrinsic
+    def streamed(
+        typing_context, left, left_row, left_k, right, right_k, size_k, out, out_row, num_rows, num_columns, streams
+    ):
+        return types.void(*PRODUCT, types.intp), lower
+
+    return {"": run, "scale": scaled, "left": joined, "streams": streamed}[more]
 
 
 def dots(rows, outs, is_bf16, has_instruction):
@@ -300,77 +347,3 @@ def dots(rows, outs, is_bf16, has_instruction):
         return types.void(*[types.intp] * 9), lower
 
     return run
-
-
-def spread_row(vectors, is_bf16):
-    """Return a function that writes words: the columns of a row in fp32, of two rows in bf16, and zeros behind them."""
-
-    def lower(context, builder, signature, arguments):
-        lower_row, upper_row, lower_columns, upper_columns, out = arguments
-        integer = lower_row.type
-        for v in range(vectors):
-            found, *upper = [
-                load_first(builder, builder.add(row, integer(v * LANES * (2 if is_bf16 else 4))), mask, is_bf16)
-                for row, columns in ((lower_row, lower_columns), (upper_row, upper_columns))[: 1 + is_bf16]
-                for mask in (first_lanes(builder, builder.sub(columns, integer(v * LANES))),)
-            ]
-            if is_bf16:  # both are the upper halves of words
-                lower_half = builder.lshr(builder.bitcast(found, words), constants(words, 16))
-                found = builder.bitcast(builder.or_(builder.bitcast(upper[0], words), lower_half), floats)
-            store(builder, found, builder.add(out, integer(v * LANES * WORD)))
-        return context.get_dummy_value()
-
-    @intrinsic
-    def run(typing_context, lower_row, upper_row, lower_columns, upper_columns, out):
-        return types.void(*[types.intp] * 5), lower
-
-    return run
-
-
-@intrinsic
-def transpose(typing_context, source, step, num_rows, num_columns, out, out_step):
-    """out[j, i] = source[i, j] of up to 16 rows and 16 columns of words; steps are in bytes.
-
-    A row of `out` is a whole vector: zeros stand for the rows that the source lacks.
-    """
-
-    def lower(context, builder, signature, arguments):
-        source, step, num_rows, num_columns, out, out_step = arguments
-        integer, none = source.type, source.type(0)
-
-        def turned(rows):
-            half = LANES // 2
-            while half:  # squares of this size change places across the diagonal
-                for i in range(LANES):
-                    if not i & half:
-                        pair = rows[i], rows[i + half]
-                        places = [
-                            [lane if not lane & half else LANES + lane - half for lane in range(LANES)],
-                            [lane + half if not lane & half else LANES + lane for lane in range(LANES)],
-                        ]
-                        rows[i], rows[i + half] = (
-                            builder.shuffle_vector(*pair, ir.Constant(words, [word_type(lane) for lane in lanes]))
-                            for lanes in places
-                        )
-                half //= 2
-            return rows
-
-        def lanes_if(index, limit, count):
-            has = builder.icmp_signed("<", integer(index), limit)
-            return first_lanes(builder, builder.select(has, count, none))
-
-        starts = [builder.add(source, builder.mul(integer(i), step)) for i in range(LANES)]
-        places = [builder.add(out, builder.mul(integer(j), out_step)) for j in range(LANES)]
-        whole = [builder.icmp_signed(">=", count, integer(LANES)) for count in (num_rows, num_columns)]
-        with builder.if_else(builder.and_(*whole)) as (is_whole, is_not):  # masks would take as long as all else
-            with is_whole:
-                for row, place in zip(turned([load(builder, at, floats) for at in starts]), places, strict=True):
-                    store(builder, row, place)
-            with is_not:
-                masks = [lanes_if(i, num_rows, num_columns) for i in range(LANES)]
-                rows = turned([load_first(builder, *row, is_bf16=False) for row in zip(starts, masks, strict=True)])
-                for j, (row, place) in enumerate(zip(rows, places, strict=True)):
-                    store_first(builder, row, place, lanes_if(j, num_columns, integer(LANES)), is_bf16=False)
-        return context.get_dummy_value()
-
-    return types.void(*[types.intp] * 6), lower
