@@ -92,36 +92,38 @@ def few_by_rows(is_bf16, has_instruction):
     return few
 
 
-def few_by_columns():
-    """Return the product of few rows with a matrix in columns, where it is, in fp32."""
+def few_by_columns(is_bf16):
+    """Return the product of few rows with a matrix in columns, where it is."""
+    size = 2 if is_bf16 else 4
     eight, four, two, one = (
-        tile(vectors, False, False, False, rows, AHEAD) for rows, vectors in ((8, 2), (4, 4), (2, 8), (1, 8))
+        tile(vectors, False, is_bf16, is_bf16, rows, AHEAD) for rows, vectors in ((8, 2), (4, 4), (2, 8), (1, 8))
     )
 
     @njit
+    @named(is_bf16)
     def few(x, x_row, matrix, step, size_k, y, y_row, num_rows, num_columns):
-        row = 0
+        row, words = 0, size_k * size // WORD
         while row < num_rows:
             rows, x_r, y_r = num_rows - row, x + row * x_row, y + row * y_row
             if rows > 4:
                 for q in range(0, num_columns, 2 * LANES):
-                    matrix_q, y_q, more = matrix + q * WORD, y_r + q * WORD, num_columns - q
-                    eight(x_r, x_row, WORD, matrix_q, step, size_k, y_q, y_row, rows, more)
+                    matrix_q, y_q, more = matrix + q * size, y_r + q * size, num_columns - q
+                    eight(x_r, x_row, WORD, matrix_q, step, words, y_q, y_row, rows, more)
                 row += 8
             elif rows > 2:
                 for q in range(0, num_columns, 4 * LANES):
-                    matrix_q, y_q, more = matrix + q * WORD, y_r + q * WORD, num_columns - q
-                    four(x_r, x_row, WORD, matrix_q, step, size_k, y_q, y_row, rows, more)
+                    matrix_q, y_q, more = matrix + q * size, y_r + q * size, num_columns - q
+                    four(x_r, x_row, WORD, matrix_q, step, words, y_q, y_row, rows, more)
                 row += 4
             elif rows == 2:
                 for q in range(0, num_columns, 8 * LANES):
-                    matrix_q, y_q, more = matrix + q * WORD, y_r + q * WORD, num_columns - q
-                    two(x_r, x_row, WORD, matrix_q, step, size_k, y_q, y_row, rows, more)
+                    matrix_q, y_q, more = matrix + q * size, y_r + q * size, num_columns - q
+                    two(x_r, x_row, WORD, matrix_q, step, words, y_q, y_row, rows, more)
                 row += 2
             else:
                 for q in range(0, num_columns, 8 * LANES):
-                    matrix_q, y_q, more = matrix + q * WORD, y_r + q * WORD, num_columns - q
-                    one(x_r, x_row, WORD, matrix_q, step, size_k, y_q, y_row, rows, more)
+                    matrix_q, y_q, more = matrix + q * size, y_r + q * size, num_columns - q
+                    one(x_r, x_row, WORD, matrix_q, step, words, y_q, y_row, rows, more)
                 row += 1
 
     return few
@@ -271,8 +273,7 @@ def outer_over(is_bf16):
 
 rows_fp32 = product_over(False, True, few_by_rows(False, False))
 rows_bf16 = product_over(True, True, few_by_rows(True, True))
-columns_fp32 = product_over(False, False, few_by_columns())
-columns_bf16 = product_over(True, False, None)
+columns_fp32, columns_bf16 = (product_over(is_bf16, False, few_by_columns(is_bf16)) for is_bf16 in (False, True))
 rows_wide = product_over(True, True, None, is_wide=True)
 outers_fp32, outers_bf16 = outer_over(False), outer_over(True)
 

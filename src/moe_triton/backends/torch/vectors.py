@@ -188,7 +188,8 @@ def tile(vectors, adds, is_bf16, has_instruction, num_rows=ROWS, ahead=0, more="
     is_wide: what is written is in fp32 whatever is multiplied.
 
     ahead: how many rows of `right` before its use a row is asked for; 0 where `right` is in panels of full vectors,
-    which are in cache. Elsewhere nothing behind the columns is read.
+    which are in cache. Elsewhere `right` is in rows of numbers, of which two make a row of words in bf16, and nothing
+    behind the columns is read.
     """
 
     def lower(context, builder, signature, arguments):
@@ -198,20 +199,29 @@ def tile(vectors, adds, is_bf16, has_instruction, num_rows=ROWS, ahead=0, more="
         sums = [[cgutils.alloca_once_value(builder, constants(floats, 0.0)) for _ in range(vectors)] for _ in rows]
         masks = [first_lanes(builder, builder.sub(num_columns, integer(v * LANES))) for v in range(vectors)]
 
-        def right_at(address, mask):
+        def right_at(address, row, mask):
             if not ahead:
                 return load(builder, address, words)
-            return builder.bitcast(load_first(builder, address, mask, is_bf16=False), words)
+            found = builder.bitcast(load_first(builder, address, mask, is_bf16), words)
+            if not is_bf16:
+                return found
+            upper = builder.bitcast(load_first(builder, builder.add(address, row), mask, is_bf16), words)
+            return builder.or_(builder.lshr(found, constants(words, 16)), upper)
 
         def multiply(left, left_row, left_k, right, size_k):
             lefts = [builder.add(left, builder.mul(row, left_row)) for row in rows]
             with cgutils.for_range(builder, size_k) as loop:
-                right_now = builder.add(right, builder.mul(loop.index, right_k))
-                rights = [right_at(builder.add(right_now, integer(v * LANES * WORD)), masks[v]) for v in range(vectors)]
-                if ahead:
-                    for v in range(vectors):
-                        soon = builder.add(right_now, builder.mul(right_k, integer(ahead)))
-                        ask_for(builder, builder.add(soon, integer(v * LANES * WORD)))
+                rows_of_word = 2 if ahead and is_bf16 else 1
+                right_now = builder.add(right, builder.mul(loop.index, builder.mul(right_k, integer(rows_of_word))))
+                offsets = [integer(v * LANES * WORD // rows_of_word) for v in range(vectors)]
+                rights = [
+                    right_at(builder.add(right_now, offset), right_k, mask)
+                    for offset, mask in zip(offsets, masks, strict=True)
+                ]
+                for row in range(ahead, ahead + rows_of_word if ahead else 0):
+                    soon = builder.add(right_now, builder.mul(right_k, integer(row)))
+                    for offset in offsets[::rows_of_word]:  # of every cache line
+                        ask_for(builder, builder.add(soon, offset))
                 step = builder.mul(loop.index, left_k)
                 for of_row, start in zip(sums, lefts, strict=True):
                     number = splat(builder, load(builder, builder.add(start, step), word_type))
