@@ -109,7 +109,7 @@ def multiply_outer(block: Block, left_mO: Tensor, right_mI: Tensor, out_EOI: Ten
 
 def clear(out_EOI: Tensor, experts: Iterable[int]) -> None:
     """Write zeros to out[e] of these experts, which is dense: products over no rows."""
-    if out_EOI.dtype == torch.bfloat16 and out_EOI.shape[2] % 2 == 0:
+    if out_EOI.dtype == torch.bfloat16 and out_EOI.shape[2] % 2 == 0 and out_EOI.storage_offset() % 2 == 0:
         out_EOI = out_EOI.view(torch.float32)  # twice as fast: a tile has as many numbers
     no_rows = [(e, slice(0, 0)) for e in experts]
     if no_rows:
