@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +28,7 @@ from moe_triton.benchmarking.providers import PROVIDERS
 from moe_triton.benchmarking.report import write_json
 from moe_triton.benchmarking.results import Run, run_from
 from moe_triton.benchmarking.runner import measure_case
+from moe_triton.cli.display import StepDisplay
 from moe_triton.files import replace_file
 from moe_triton_kernels.tools.models import Layer
 
@@ -88,22 +88,18 @@ def measure(cases: Sequence[Case], budget_s: float) -> tuple[list[Run], list[dic
     names = ["auto", *PEERS]
     runs: list[Run] = []
     left_out: list[dict[str, Any]] = []
-    for index, case in enumerate(cases):
-        share = max(0.0, end - time.monotonic()) / (len(cases) - index) / len(MODES)
-        modes = [mode for mode in MODES if fits(case, mode, 4 * share)]
-        left_out += [{**asdict(case), "mode": mode} for mode in MODES if mode not in modes]
-        # half of a cell's share is for the checks against float64, which come first
-        runs += measure_case(
-            case, device=torch.device("cpu"), modes=modes, names=names, budget_s=share / 2, on_step=say
-        )  # fmt: skip
-        print(f"{case.title()}: {end - time.monotonic():.0f} s left", flush=True)
+    display = StepDisplay(len(cases), budget_s / max(1, len(cases)))
+    with display as on_step:
+        for index, case in enumerate(cases):
+            share = max(0.0, end - time.monotonic()) / (len(cases) - index) / len(MODES)
+            modes = [mode for mode in MODES if fits(case, mode, 4 * share)]
+            left_out += [{**asdict(case), "mode": mode} for mode in MODES if mode not in modes]
+            # half of a cell's share is for the checks against float64, which come first
+            runs += measure_case(
+                case, device=torch.device("cpu"), modes=modes, names=names, budget_s=share / 2, on_step=on_step
+            )  # fmt: skip
+            display.finish_cell()
     return runs, left_out
-
-
-def say(what: str, done: float, label: str = "") -> None:
-    """Say on one line of a terminal what runs: a call of the slowest peer can take a minute."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{what} {label}", end="", file=sys.stderr, flush=True)
 
 
 def verdict(run: Run) -> str:

@@ -1,4 +1,4 @@
-"""What compiled loops do at an address, in LLVM's terms: pointers, numbers that threads share, and prefetches.
+"""What compiled loops do at an address, in LLVM's terms: pointers, numbers that threads share, and caches.
 
 See `loops` on what numba keeps on disk.
 """
@@ -40,6 +40,17 @@ def pause(typing_context):
 
     def lower(context, builder, signature, arguments):
         call(builder, "llvm.x86.sse2.pause", ir.VoidType())
+        return context.get_dummy_value()
+
+    return types.none(), lower
+
+
+@intrinsic
+def finish_streams(typing_context):
+    """Wait until what this thread wrote past the caches (`vectors.stream`) is where other threads find it."""
+
+    def lower(context, builder, signature, arguments):
+        call(builder, "llvm.x86.sse.sfence", ir.VoidType())
         return context.get_dummy_value()
 
     return types.none(), lower

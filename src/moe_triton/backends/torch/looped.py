@@ -18,7 +18,7 @@ WORD = 4  # bytes
 PANEL = 32  # columns: see `panels`
 MANY_ROWS = 32  # from which copying a matrix into panels pays
 FEW_ROWS = 12  # of an expert, on average, up to which a thread takes long pieces of a matrix in columns
-ALL = 1 << 62  # more rows than there are
+ALL = 1 << 62  # more rows, or bytes, than there are
 MOST_SUMMED = 2048  # rows of an expert: over more, panels of a gradient's factors are too narrow to be used often
 PANEL_BYTES, LEFT_BYTES, RIGHT_BYTES = 1 << 17, 1 << 16, 1 << 20  # of a thread's cache
 STREAMED = 1 << 25  # bytes of a gradient: more than a cache holds until the optimizer reads it
@@ -74,14 +74,13 @@ def multiply(
     (size_out, size_in), (step_o, step_i) = first_OI.shape, first_OI.stride()
     parts = parts_of(block.parts, lambda e: matrices(e).data_ptr())
     y_mO = empty((x_mI.shape[0], size_out), x_mI.dtype) if out is None else out
-    are_few = step_i != 1 and not by_row and _are_few(block)
-    # a matrix in columns that is read where it is: long pieces of its lines, which the processor reads ahead
-    column = 1 if are_few else size_in * size
+    # what is read where it is, and not copied into panels, in long pieces: the processor then reads ahead
+    most_bytes = ALL if step_i != 1 and _are_few(block) else PANEL_BYTES
     job = Product(
         x=x_mI.data_ptr(), x_row=x_mI.stride(0) * size, step=(step_o if step_i == 1 else step_i) * size,
         y=y_mO.data_ptr(), y_row=y_mO.stride(0) * y_mO.element_size(), size_in=size_in, size_out=size_out,
         parts=addressof(parts), num_parts=len(block.parts),
-        columns=taken(column, size_out, PANEL_BYTES, threads), many=ALL if by_row else MANY_ROWS,
+        columns=taken(size_in * size, size_out, most_bytes, threads), many=ALL if by_row else MANY_ROWS,
         threads=threads,
     )  # fmt: skip
     if added is not None:
@@ -98,6 +97,7 @@ def multiply(
 
 
 def _are_few(block: Block) -> bool:
+    """Return whether experts have so few rows that no matrix is copied, and reading it is what takes long."""
     counts = [part.stop - part.start for _, part in block.parts]
     return max(counts) < MANY_ROWS and sum(counts) <= FEW_ROWS * len(counts)
 

@@ -12,11 +12,11 @@ from numba.extending import intrinsic
 from moe_triton.backends.torch.vectors import (
     LANES,
     WORD,
-    constants,
     first_lanes,
     floats,
     load,
     load_first,
+    pairs_of,
     store,
     store_first,
     word_type,
@@ -37,8 +37,7 @@ def spread_row(vectors, is_bf16):
                 for mask in (first_lanes(builder, builder.sub(columns, integer(v * LANES))),)
             ]
             if is_bf16:  # both are the upper halves of words
-                lower_half = builder.lshr(builder.bitcast(found, words), constants(words, 16))
-                found = builder.bitcast(builder.or_(builder.bitcast(upper[0], words), lower_half), floats)
+                found = pairs_of(builder, found, upper[0])
             store(builder, found, builder.add(out, integer(v * LANES * WORD)))
         return context.get_dummy_value()
 

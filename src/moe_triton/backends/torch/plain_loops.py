@@ -13,8 +13,8 @@ from numba.extending import register_jitable
 
 from moe_triton.backends.torch.loops import FUSED, SUMS, f32, started
 from moe_triton.backends.torch.product_loops import as_outer, as_parts, as_product
-from moe_triton.backends.torch.row_loops import LINE, floats_at
-from moe_triton.backends.torch.vectors import WORD
+from moe_triton.backends.torch.row_loops import floats_at
+from moe_triton.backends.torch.vectors import LINE, WORD
 
 COLUMNS = 256  # whose sums are made at a time, in a thread's first cache
 TURNED_ROWS = 32  # of an expert, from which a product with columns of its matrix pays for turning it

@@ -15,11 +15,11 @@ from functools import cache
 import numpy as np
 from numba import carray, from_dtype, njit, types
 
-from moe_triton.backends.torch.addresses import call_at, next_of, pointer_to
+from moe_triton.backends.torch.addresses import call_at, finish_streams, next_of, pointer_to
 from moe_triton.backends.torch.loops import named, started
 from moe_triton.backends.torch.panels import PANEL, first_line, memory, panel_functions, product_by
 from moe_triton.backends.torch.row_loops import fields, prefetch_row
-from moe_triton.backends.torch.vectors import LANES, ROWS, WORD, dots, finish_streams, tile
+from moe_triton.backends.torch.vectors import LANES, ROWS, WORD, dots, tile
 
 AHEAD = 16  # rows from the one that is read to the one that is asked for
 

@@ -16,10 +16,10 @@ from numba.extending import register_jitable
 
 from moe_triton.backends.torch.addresses import next_of, pointer_to, prefetch
 from moe_triton.backends.torch.loops import f32, named, quickly_rounded, started, widened
+from moe_triton.backends.torch.vectors import LINE
 
 GATHERED, COMBINED = 64, 16  # rows of a piece
 WIDENED = 1 << 14  # numbers of a piece
-LINE = 64  # bytes of a cache line
 AHEAD = 4  # rows from the one that is read to the one that is asked for: most are not in cache
 
 

@@ -51,22 +51,10 @@ def store(builder, vector, address):
 
 
 def stream(builder, vector, address):
-    """Write a vector past the caches, to an address that it divides; `finish_streams` before another thread reads."""
-    written = builder.store(
-        vector, builder.inttoptr(address, vector.type.as_pointer()), align=LANES * (2 if vector.type == halves else 4)
-    )
+    """Write a vector past the caches, to a multiple of its size; `finish_streams` before another thread reads it."""
+    size = LANES * (2 if vector.type == halves else 4)
+    written = builder.store(vector, builder.inttoptr(address, vector.type.as_pointer()), align=size)
     written.set_metadata("nontemporal", builder.module.add_metadata([word_type(1)]))
-
-
-@intrinsic
-def finish_streams(typing_context):
-    """Wait until what this thread wrote past the caches is where other threads find it."""
-
-    def lower(context, builder, signature, arguments):
-        call(builder, "llvm.x86.sse.sfence", ir.VoidType())
-        return context.get_dummy_value()
-
-    return types.void(), lower
 
 
 def ask_for(builder, address):
@@ -116,6 +104,11 @@ def load_first(builder, address, mask, is_bf16):
     if not is_bf16:
         return found
     return builder.bitcast(builder.shl(builder.zext(found, words), constants(words, 16)), floats)
+
+
+def pairs_of(builder, lower, upper):
+    """Words of the numbers of two rows in bf16, from what `load_first` gives of them."""
+    return builder.or_(builder.lshr(builder.bitcast(lower, words), constants(words, 16)), builder.bitcast(upper, words))
 
 
 def nearest_bf16(builder, numbers, has_instruction=False):
@@ -202,24 +195,24 @@ def tile(vectors, adds, is_bf16, has_instruction, num_rows=ROWS, ahead=0, more="
         def right_at(address, row, mask):
             if not ahead:
                 return load(builder, address, words)
-            found = builder.bitcast(load_first(builder, address, mask, is_bf16), words)
+            found = load_first(builder, address, mask, is_bf16)
             if not is_bf16:
-                return found
-            upper = builder.bitcast(load_first(builder, builder.add(address, row), mask, is_bf16), words)
-            return builder.or_(builder.lshr(found, constants(words, 16)), upper)
+                return builder.bitcast(found, words)
+            return pairs_of(builder, found, load_first(builder, builder.add(address, row), mask, is_bf16))
+
+        rows_of_word = 2 if ahead and is_bf16 else 1
+        offsets = [integer(v * LANES * WORD // rows_of_word) for v in range(vectors)]
 
         def multiply(left, left_row, left_k, right, size_k):
             lefts = [builder.add(left, builder.mul(row, left_row)) for row in rows]
             with cgutils.for_range(builder, size_k) as loop:
-                rows_of_word = 2 if ahead and is_bf16 else 1
                 right_now = builder.add(right, builder.mul(loop.index, builder.mul(right_k, integer(rows_of_word))))
-                offsets = [integer(v * LANES * WORD // rows_of_word) for v in range(vectors)]
                 rights = [
                     right_at(builder.add(right_now, offset), right_k, mask)
                     for offset, mask in zip(offsets, masks, strict=True)
                 ]
-                for row in range(ahead, ahead + rows_of_word if ahead else 0):
-                    soon = builder.add(right_now, builder.mul(right_k, integer(row)))
+                for row in range(rows_of_word if ahead else 0):
+                    soon = builder.add(right_now, builder.mul(right_k, integer(ahead + row)))
                     for offset in offsets[::rows_of_word]:  # of every cache line
                         ask_for(builder, builder.add(soon, offset))
                 step = builder.mul(loop.index, left_k)
