@@ -34,6 +34,7 @@ from reference_pages import api_page, cli_page  # noqa: E402
 from routers import rows_of  # noqa: E402
 from routers import table as routers_table  # noqa: E402
 
+from moe_triton.backends.torch.cpu import RULES  # noqa: E402
 from moe_triton.benchmarking.environment import caption  # noqa: E402
 from moe_triton.benchmarking.report import MODE_NAMES, factor, milliseconds, spread_cell, three_digits, write_text  # noqa: E402
 from moe_triton.benchmarking.results import Run, read_results  # noqa: E402
@@ -380,6 +381,15 @@ def trainer_steps() -> str:
     return f"{markdown(['experts', 'ms a step', 'times ours'], rows)}\n\n{caption(found)}"
 
 
+def cpu_policies() -> str:
+    """Which products a processor gets, and how we know: the first row that fits it counts."""
+    rows = [
+        [*(str(trait or "any") for trait in (r.maker, r.instruction_set, r.family)), f"`{r.policy}`", r.evidence]
+        for r in RULES
+    ]
+    return words(["maker", "instructions", "family", "policy", "evidence"], rows)
+
+
 OTHER_SIZES = re.compile(r"fp32|fp16|_E8$|_E1024|experts_1024|mixtral|gpt_oss|deepseek")
 
 
@@ -439,6 +449,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernel binaries": kernel_binaries,
     "CPU codes": cpu_codes,
     "Trainer steps": trainer_steps,
+    "CPU policies": cpu_policies,
     "commands": commands,
     "comparison": comparison,
     "comparison sources": comparison_sources,
